@@ -1,0 +1,48 @@
+# Every target sets up what it needs: `make demo` and `make test` work on a fresh clone.
+#   make demo PYTHON=python3.12 TORCH='torch==2.9.1'      another interpreter, another torch
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+MODEL ?= smollm2-135m
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+FETCHED := $(VENV)/.fetched-$(MODEL)
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(FETCHED)
+
+# torch comes first and is then held, so that a build the user chose (CPU, CUDA) is never replaced.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Bathyscope needs Python 3.11 or newer: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'from importlib.metadata import version as v; assert (2, 8) <= tuple(map(int, v("torch").split(".")[:2])) < (2, 14)' \
+	  2>/dev/null || $(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/held.txt
+	$(BIN)/python -m pip install --constraint $(VENV)/held.txt --editable '.[dev]'
+	touch $@
+
+$(FETCHED): $(INSTALLED)
+	$(BIN)/bathyscope models fetch $(MODEL)
+	touch $@
+
+demo: $(FETCHED)
+	$(BIN)/bathyscope demo --out runs/demo
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint $(FETCHED)
+	$(BIN)/python -m pytest
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pip install --constraint $(VENV)/held.txt --editable '.[bench]'
+	$(BIN)/bathyscope bench
+
+clean:
+	rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find probes analyses tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The published methods, the registry, results and the command line."""

@@ -1,0 +1,95 @@
+"""What an analysis is: a frozen dataclass of options with `needs` and `run`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from analyses.provenance import describe
+from analyses.result import FigureSpec, Result, Tables
+from probes.activations import Activations
+from probes.models.base import Model
+from probes.needs import Need
+from probes.progress import QUIET, Progress
+from probes.prompts import FieldCheck, Prompt, PromptLine, read_prompts, tokenize
+from probes.store import ActivationStore
+
+PromptsLike = str | Path | Sequence[Prompt | PromptLine | str | Sequence[int]]
+"""A prompt file, or a list of prompts, texts or token id lists."""
+
+
+@runtime_checkable
+class Analysis(Protocol):
+    """A method of a paper; its fields are its options.
+
+    Readers work from the store alone; interventions also use the model.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    reference: ClassVar[str]
+    prompt_fields: ClassVar[Mapping[str, FieldCheck]]
+    figures: ClassVar[Mapping[str, FigureSpec]]
+
+    def needs(self, model: Model) -> list[Need]:
+        """What it wants captured of each prompt."""
+        ...
+
+    def run(
+        self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
+    ) -> Result:
+        """The result on these prompts; captures only what the store lacks."""
+        ...
+
+
+def as_prompts(
+    prompts: PromptsLike, model: Model, fields: Mapping[str, FieldCheck], *, chat: bool = False
+) -> list[Prompt]:
+    """Any accepted form of prompts, as `model` sees them."""
+    if isinstance(prompts, str | Path):
+        prompts = read_prompts(prompts, fields)
+    return [p if isinstance(p, Prompt) else tokenize([p], model, chat=chat)[0] for p in prompts]
+
+
+def token_text(model: Model, token: int) -> str:
+    """A token as text, or its id in angle brackets where there is no tokenizer."""
+    return f"<{token}>" if model.tokenizer is None else str(model.tokenizer.decode([token]))
+
+
+@dataclass(frozen=True)
+class Clock:
+    """When a run began."""
+
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+
+
+def make_result(
+    analysis: Any,
+    model: Model,
+    prompts: Sequence[Prompt],
+    tables: Tables,
+    activations: Activations,
+    clock: Clock,
+    notes: Sequence[str] = (),
+    counts: Mapping[str, int] | None = None,
+) -> Result:
+    """The result of `analysis`, with its provenance."""
+    options = json.loads(json.dumps(dataclasses.asdict(analysis)))
+    plan = activations.done.plan
+    counted = {
+        "prompts": len(prompts),
+        "tokens": sum(len(prompt.tokens) for prompt in prompts),
+        "forwards": activations.done.forwards,
+        "rows_captured": plan.rows,
+        "held_before": plan.held,
+        **(counts or {}),
+    }
+    provenance = describe(
+        model, started=clock.started, seed=options.get("seed"), store_keys=activations.keys(), counts=counted
+    )
+    return Result(analysis.name, options, dict(tables), provenance, tuple(notes))

@@ -1,0 +1,38 @@
+"""`bathyscope bench`: the measurements of a source checkout."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from probes.errors import OptionError, unknown
+
+
+def benchmarks() -> dict[str, Path]:
+    """The benchmark scripts of this checkout, by name."""
+    folder = Path(__file__).resolve().parents[2] / "benchmarks"
+    return {path.stem: path for path in sorted(folder.glob("bench_*.py"))}
+
+
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Which benchmark; its own flags follow it.")] = "bench_capture",
+) -> None:
+    """Measure side by side with other tools, in one run; needs a source checkout."""
+    found = benchmarks()
+    if not found:
+        raise OptionError(
+            "benchmarks are part of the source checkout, not of the wheel: clone the repository and run it there"
+        )
+    name = name if name.startswith("bench_") else f"bench_{name}"
+    if name not in found:
+        raise OptionError(unknown("benchmark", name, found))
+    previous, sys.argv = sys.argv, [str(found[name]), *context.args]
+    try:
+        runpy.run_path(str(found[name]), run_name="__main__")
+    finally:
+        sys.argv = previous

@@ -1,0 +1,56 @@
+"""How the command line talks: results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from probes.progress import Progress
+
+
+def say(line: str) -> None:
+    """A line on standard output."""
+    sys.stdout.write(line + "\n")
+
+
+def warn(line: str) -> None:
+    """A line on standard error."""
+    sys.stderr.write(line + "\n")
+
+
+class ConsoleProgress(Progress):
+    """A bar with an estimate on a terminal, plain lines otherwise."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bar: RichProgress | None = None
+        self._total = self._done = 0
+        self._what = ""
+
+    def start(self, total: int, what: str) -> None:
+        self.stop()
+        self._total, self._done, self._what = total, 0, what
+        if total and self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = RichProgress(*columns, console=self._console, transient=True)
+            self._task = self._bar.add_task(f"{what} passes" if what == "forward" else f"{what}s", total=total)
+            self._bar.start()
+
+    def advance(self, done: int = 1) -> None:
+        before, self._done = self._done, self._done + done
+        if self._bar is not None:
+            self._bar.advance(self._task, done)
+        elif 4 * before // self._total != 4 * self._done // self._total:
+            warn(f"{self._what}: {self._done:,} of {self._total:,}")
+
+    def note(self, line: str) -> None:
+        warn(line)
+
+    def stop(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

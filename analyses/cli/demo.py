@@ -1,0 +1,52 @@
+"""`bathyscope demo`: every analysis on the embedded default model and prompts, one report."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from analyses.base import Analysis
+from analyses.cli.console import ConsoleProgress, say
+from analyses.cli.run import StoreDir
+from analyses.logit_lens import LogitLens
+from analyses.report import write_report
+from analyses.result import Result
+from analyses.voids import Voids
+from probes.models import load_model
+from probes.prompts import read_prompts
+from probes.store import ActivationStore
+
+DEMO_MODEL = "smollm2-135m"
+DEMO_PROMPTS = Path(str(files("analyses").joinpath("data", "demo.jsonl")))
+
+DEMO: tuple[Analysis, ...] = (
+    Voids(alpha=(0.8, 0.2, 0.4, 0.6, 1.0), max_new_tokens=16, readout_positions="all"),
+    LogitLens(),
+)
+"""What the demo runs, with the options of its report."""
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the results and of report.html.")] = Path("runs/demo"),
+    store: StoreDir = None,
+) -> None:
+    """Run every analysis on the embedded default model and prompts, and write one report."""
+    lines = read_prompts(DEMO_PROMPTS, Voids.prompt_fields)
+    activations = ActivationStore(store)
+    model = load_model(DEMO_MODEL, progress=say)
+    results: list[Result] = []
+    for analysis in DEMO:
+        say(f"{analysis.title}: {len(lines)} prompts on {model.ref}")
+        progress = ConsoleProgress()
+        try:
+            result = analysis.run(model, lines, store=activations, progress=progress)
+        finally:
+            progress.stop()
+        result.save(out / analysis.name)
+        say(f"  {result.provenance['counts']['forwards']} forward passes, {result.provenance['seconds']:.1f} s")
+        results.append(result)
+    report = write_report(results, out / "report.html", title=f"Where in the depth of {model.ref}?")
+    say(f"report: {report.resolve()}")

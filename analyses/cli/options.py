@@ -1,0 +1,69 @@
+"""Command-line flags from an analysis's options."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Optional
+
+import typer
+
+from analyses.base import Analysis
+from analyses.options import choices, types_of
+from probes.errors import OptionError
+
+Truth = Literal["true", "false"]
+
+
+def flags(analysis: type[Analysis]) -> list[inspect.Parameter]:
+    """One keyword parameter per option, as Typer reads them; a tuple is given as `a,b` or by repeating the flag."""
+    types = types_of(analysis)
+    made = []
+    for field in dataclasses.fields(analysis):  # type: ignore[arg-type]
+        kind, default = types[field.name], field.default
+        text = field.metadata.get("help", "")
+        if typing.get_origin(kind) is tuple:
+            legal = choices(kind)
+            shown = ",".join(str(value) for value in default) if isinstance(default, tuple) else ""
+            text += f" Legal: {', '.join(legal)}." if legal else ""
+            annotation: Any = Annotated[Optional[list[str]], typer.Option(help=text, show_default=shown or False)]  # noqa: UP045
+            default = None
+        elif kind is bool:
+            annotation, default = Annotated[Truth, typer.Option(help=text)], str(default).lower()
+        else:
+            annotation = Annotated[kind, typer.Option(help=text)]
+        made.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        )
+    return made
+
+
+def build(analysis: type[Analysis], values: Mapping[str, Any]) -> Analysis:
+    """The analysis with the options given on the command line.
+
+    Raises:
+        OptionError: a value that is not legal.
+    """
+    types, options = types_of(analysis), {}
+    for name, kind in types.items():
+        value = values[name]
+        if typing.get_origin(kind) is tuple:
+            if value is None:
+                continue
+            element = typing.get_args(kind)[0]
+            parts = [part.strip() for text in value for part in text.split(",") if part.strip()]
+            options[name] = tuple(_convert(name, part, element) for part in parts)
+        else:
+            options[name] = value == "true" if kind is bool else value
+    return analysis(**options)
+
+
+def _convert(name: str, text: str, element: Any) -> Any:
+    if element in (int, float):
+        try:
+            return element(text)
+        except ValueError:
+            raise OptionError(f"option {name}: {text!r} is not a number") from None
+    return text

@@ -1,0 +1,131 @@
+"""`bathyscope run ANALYSIS`, one command per analysis, its flags drawn from the dataclass."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from analyses.base import Analysis, as_prompts
+from analyses.cli.console import ConsoleProgress, say
+from analyses.cli.options import build, flags
+from analyses.registry import ANALYSES
+from analyses.result import check_output
+from probes.capture import plan_capture
+from probes.models import Model, load_model
+from probes.preflight import estimate
+from probes.prompts import read_prompts
+from probes.store import ActivationStore
+
+ModelRef = Annotated[str, typer.Option("--model", help="A named model, a folder, a .gguf file, or a hub id.")]
+PromptFile = Annotated[Path, typer.Option("--prompts", help='JSON lines: {"text": …} or {"tokens": […]}.')]
+StoreDir = Annotated[
+    Path | None, typer.Option("--store", help="The activation store's folder; default in the user cache.")
+]
+OutDir = Annotated[Path | None, typer.Option("--out", help="Folder of the result; default runs/ANALYSIS.")]
+Backend = Annotated[str, typer.Option("--backend", help="What runs the model.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+DType = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Attention = Annotated[str, typer.Option("--attention", help="The attention implementation.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print what would be captured and what it would cost, and stop.")
+]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """The model options every command shares."""
+
+    model: str
+    backend: str = "native"
+    device: str = "auto"
+    dtype: str = "auto"
+    attention: str = "sdpa"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def load(self) -> Model:
+        """The loaded model."""
+        return load_model(
+            self.model,
+            backend=self.backend,
+            device=self.device,
+            dtype=self.dtype,
+            attention=self.attention,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+def _shared(
+    model: ModelRef,
+    prompts: PromptFile,
+    store: StoreDir = None,
+    out: OutDir = None,
+    backend: Backend = "native",
+    device: Device = "auto",
+    dtype: DType = "auto",
+    attention: Attention = "sdpa",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    dry_run: DryRun = False,
+) -> None:
+    """The flags every analysis has; only its signature is used."""
+
+
+def command_for(analysis: type[Analysis]) -> Callable[..., None]:
+    """The command of one analysis."""
+    shared = list(inspect.signature(_shared, eval_str=True).parameters.values())
+
+    def command(**values: Any) -> None:
+        made = build(analysis, values)
+        given = {p.name: values[p.name] for p in shared}
+        loading = Loading(**{name: given[name] for name in Loading.__dataclass_fields__})
+        run_analysis(made, loading, given["prompts"], given["store"], given["out"], given["dry_run"])
+
+    shared = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in shared]
+    parameters = [*shared, *flags(analysis)]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    command.__doc__ = f"{analysis.title}. {(analysis.__doc__ or '').splitlines()[0]}"
+    return command
+
+
+def run_analysis(
+    analysis: Analysis, loading: Loading, prompts: Path, store: Path | None, out: Path | None, dry_run: bool
+) -> None:
+    """Checks everything that needs no model, then runs (or, dry, prints the cost) and saves."""
+    lines = read_prompts(prompts, analysis.prompt_fields)
+    out = out or Path("runs") / analysis.name
+    check_output(out)
+    activations = ActivationStore(store)
+    progress = ConsoleProgress()
+    model = loading.load()
+    try:
+        if dry_run:
+            asked = as_prompts(lines, model, analysis.prompt_fields, chat=getattr(analysis, "chat", False))
+            plan = plan_capture(model, [prompt.tokens for prompt in asked], analysis.needs(model), activations)
+            for line in estimate(model, [plan]).lines():
+                say(line)
+            if getattr(analysis, "max_new_tokens", 0):
+                say(f"and up to {analysis.max_new_tokens} new tokens for each of {len(asked)} prompts")  # type: ignore[attr-defined]
+            return
+        result = analysis.run(model, lines, store=activations, progress=progress)
+    finally:
+        progress.stop()
+    folder = result.save(out)
+    for name, table in result.tables.items():
+        say(f"{name}: {len(table):,} rows")
+    say(f"report: {folder / 'report.html'}")
+
+
+def register(group: typer.Typer) -> None:
+    """Adds one command per analysis."""
+    for analysis in ANALYSES:
+        group.command(analysis.name)(command_for(analysis))

@@ -1,0 +1,40 @@
+"""One look for every figure: colour-blind-safe, layer 0 at the bottom of depth axes."""
+
+from __future__ import annotations
+
+import plotly.graph_objects as go
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+"""Okabe and Ito's palette, in a fixed order."""
+SCALE = "Viridis"
+
+
+def finish(figure: go.Figure, *, x: str, y: str, height: int = 420) -> go.Figure:
+    """The shared layout, with axis titles that name their units."""
+    figure.update_layout(
+        template="plotly_white",
+        height=height,
+        margin={"l": 70, "r": 30, "t": 40, "b": 60},
+        font={"family": "system-ui, sans-serif", "size": 13},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        colorway=list(COLOURS),
+    )
+    figure.update_xaxes(title=x)
+    figure.update_yaxes(title=y)
+    return figure
+
+
+def band(figure: go.Figure, x: object, low: object, high: object, colour: str) -> None:
+    """A shaded interval between two curves over the same x."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    line = {"width": 0}
+    figure.add_scatter(x=x, y=high, mode="lines", line=line, showlegend=False, hoverinfo="skip")
+    fill = f"rgba({red},{green},{blue},0.18)"
+    figure.add_scatter(
+        x=x, y=low, mode="lines", line=line, fill="tonexty", fillcolor=fill, showlegend=False, hoverinfo="skip"
+    )
+
+
+def visible(token: str) -> str:
+    """A token with its white space made visible."""
+    return token.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥") or "∅"

@@ -1,0 +1,23 @@
+"""Every analysis on offer."""
+
+from __future__ import annotations
+
+from analyses.base import Analysis
+from analyses.logit_lens import LogitLens
+from analyses.voids import Voids
+from probes.errors import OptionError, unknown
+
+ANALYSES: tuple[type[Analysis], ...] = (Voids, LogitLens)
+"""To add an analysis, add its class here."""
+
+
+def get_analysis(name: str) -> type[Analysis]:
+    """The analysis of that name.
+
+    Raises:
+        OptionError: an unknown name, with the legal ones.
+    """
+    by_name = {analysis.name: analysis for analysis in ANALYSES}
+    if name not in by_name:
+        raise OptionError(unknown("analysis", name, by_name))
+    return by_name[name]

@@ -1,0 +1,99 @@
+"""Accuracy on questions with choices: by the choices' logits, and by what the response says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analyses.statistics import wilson
+from probes import lens
+from probes.errors import PromptError
+from probes.models.base import Model
+from probes.prompts import Prompt
+
+
+def check_choices(value: Any) -> str | None:
+    """What is wrong with a `choices` field, or None."""
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(c, str) and c.strip() for c in value):
+        return 'must be a list of at least two texts, such as ["Paris", "Rome"]'
+    return None
+
+
+def check_answer(value: Any) -> str | None:
+    """What is wrong with an `answer` field, or None."""
+    return None if isinstance(value, str) and value.strip() else "must be a text, one of the line's choices"
+
+
+def score_choices(
+    model: Model,
+    prompts: Sequence[Prompt],
+    rows: Mapping[tuple[float, int, str], Tensor],
+    responses: Sequence[tuple[float, int, tuple[int, ...]]] | None,
+    semantics: str,
+) -> dict[str, pd.DataFrame]:
+    """Table `accuracy` over the prompts that carry choices and an answer; nothing where none does.
+
+    Args:
+        rows: the residual read after each prompt [d_model], by (alpha, prompt, variant).
+        responses: (alpha, prompt, response tokens), where there was a response phase.
+
+    Raises:
+        PromptError: an answer that is not among its choices, or choices that start with the same token.
+    """
+    asked = {i: p for i, p in enumerate(prompts) if "choices" in p.fields and "answer" in p.fields}
+    if not asked:
+        return {}
+    if model.tokenizer is None:
+        raise PromptError(f"choices need a tokenizer, and {model.ref} has none: leave out the field")
+    firsts = {i: _first_tokens(model, i, p) for i, p in asked.items()}
+    unembedding = model.unembedding()
+    verdicts: list[tuple[float, str, str, bool, bool]] = []
+    for (alpha, i, variant), row in rows.items():
+        if i in asked:
+            hidden = lens.normalized(row[None], unembedding)
+            logits = lens.token_logits(hidden, unembedding, torch.tensor(firsts[i]))[0]
+            best = asked[i].fields["choices"][int(logits.argmax())]
+            verdicts.append((alpha, variant, "choice_logit", best == asked[i].fields["answer"], True))
+    for alpha, i, tokens in responses or ():
+        if i in asked:
+            said = parse_choice(model.tokenizer.decode(list(tokens)), asked[i].fields["choices"])
+            verdicts.append((alpha, semantics, "response", said == asked[i].fields["answer"], said is not None))
+    return {"accuracy": _table(verdicts)}
+
+
+def parse_choice(response: str, choices: Sequence[str]) -> str | None:
+    """The choice that a response names first (the longest where two start together), or None."""
+    found = [(response.lower().find(choice.strip().lower()), -len(choice), choice) for choice in choices]
+    named = [entry for entry in found if entry[0] >= 0]
+    return min(named)[2] if named else None
+
+
+def _first_tokens(model: Model, index: int, prompt: Prompt) -> list[int]:
+    choices, answer = prompt.fields["choices"], prompt.fields["answer"]
+    if answer not in choices:
+        raise PromptError(f"prompt {index}: answer {answer!r} is not among its choices {choices}")
+    spaced = [" " + choice.strip() for choice in choices]
+    tokens = [model.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in spaced]
+    if len(set(tokens)) < len(tokens):
+        raise PromptError(
+            f"prompt {index}: two of the choices {choices} start with the same token, so their logits cannot differ"
+        )
+    return tokens
+
+
+def _table(verdicts: Sequence[tuple[float, str, str, bool, bool]]) -> pd.DataFrame:
+    frame = pd.DataFrame(verdicts, columns=["alpha", "variant", "scoring", "correct", "parsed"])
+    rows = []
+    for (alpha, variant, scoring), group in frame.groupby(["alpha", "variant", "scoring"], sort=False):
+        low, high = wilson(int(group["correct"].sum()), len(group))
+        rows.append(
+            (alpha, variant, scoring, len(group), group["correct"].mean(), low, high, float(np.mean(group["parsed"])))
+        )
+    return pd.DataFrame(
+        rows, columns=["alpha", "variant", "scoring", "n", "accuracy", "ci_low", "ci_high", "parse_rate"]
+    )

@@ -1,0 +1,1 @@
+"""Instruments: everything that touches a model or an activation."""

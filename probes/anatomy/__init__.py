@@ -1,0 +1,8 @@
+"""Where each point lives inside a Hugging Face model."""
+
+from probes.anatomy.layouts import Layout, joint_layouts
+from probes.anatomy.mapping import ArchitectureMap, map_of
+from probes.anatomy.structure import Anatomy, Kind, anatomy_of
+from probes.anatomy.views import Site, View
+
+__all__ = ["Anatomy", "ArchitectureMap", "Kind", "Layout", "Site", "View", "anatomy_of", "joint_layouts", "map_of"]

@@ -1,0 +1,93 @@
+"""How a point is read out of, and written into, the tensor that passes a module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+
+class View(Protocol):
+    """A pure pair of functions between a module's tensor [batch, pos, width] and a point's tensor [batch, pos, ...]."""
+
+    def read(self, raw: Tensor) -> Tensor: ...
+
+    def write(self, raw: Tensor, new: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The tensor itself."""
+
+    def read(self, raw: Tensor) -> Tensor:
+        return raw
+
+    def write(self, raw: Tensor, new: Tensor) -> Tensor:
+        # A copy, because some blocks add to their MLP's output in place.
+        return new.clone()
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The last axis split into `n` heads of `width`."""
+
+    n: int
+    width: int
+
+    def read(self, raw: Tensor) -> Tensor:
+        return raw.view(*raw.shape[:-1], self.n, self.width)
+
+    def write(self, raw: Tensor, new: Tensor) -> Tensor:
+        return new.reshape(raw.shape).clone()
+
+
+@dataclass(frozen=True, eq=False)
+class Gather:
+    """Some outputs of a joint projection, `index` [head, d_head]."""
+
+    index: Tensor
+
+    def read(self, raw: Tensor) -> Tensor:
+        return raw[..., self.index.to(raw.device)]
+
+    def write(self, raw: Tensor, new: Tensor) -> Tensor:
+        out = raw.clone()
+        out[..., self.index.to(raw.device)] = new
+        return out
+
+
+@dataclass(frozen=True)
+class Divisor:
+    """What a norm divides its input by, in float32: [batch, pos, width] -> [batch, pos]. Can only be read."""
+
+    eps: float
+    centred: bool
+
+    def read(self, raw: Tensor) -> Tensor:
+        x = raw.float()
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        return (x.square().mean(-1) + self.eps).sqrt()
+
+    def write(self, raw: Tensor, new: Tensor) -> Tensor:
+        raise AssertionError("a divisor is derived, so a write to it is refused before the forward")
+
+    def normalised(self, raw: Tensor) -> Tensor:
+        """The norm's input after division, before its weights, in float32."""
+        x = raw.float()
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        return x / self.read(raw)[..., None]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a point passes: the input or output of a module, and the view of it there."""
+
+    modules: tuple[str, ...]
+    """Dotted paths. Where there are several, all receive the same input, and the first to run stands for all."""
+    side: Literal["input", "output"]
+    view: View = Whole()
+    in_place: bool = False
+    """Whether a write must change the tensor itself, because the block goes on to use it besides this module."""

@@ -1,0 +1,38 @@
+"""Errors a user can act on: the value, the legal values, what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """Base of every mistake a user can mend; front ends print it as one line and exit with code 2."""
+
+
+class PointError(UserError):
+    """A point that does not exist, or that this model does not have."""
+
+
+class ModelError(UserError):
+    """A model that cannot be found, loaded or trusted."""
+
+
+class PromptError(UserError):
+    """A prompt or prompt file that cannot be run; names the file and line where there is one."""
+
+
+class OptionError(UserError):
+    """An option with an illegal value."""
+
+
+class StoreError(UserError):
+    """A store that cannot be read or written: no space, damaged, or a newer protocol."""
+
+
+def unknown(kind: str, value: object, legal: Iterable[object]) -> str:
+    """One line for an unknown name: the value, a did-you-mean, and the legal values."""
+    names = [str(name) for name in legal]
+    close = get_close_matches(str(value), names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"unknown {kind} {str(value)!r}.{hint} Legal: {', '.join(names)}."

@@ -1,0 +1,5 @@
+"""Reducers of captured tensors."""
+
+from probes.kernels.eager import reduce_rows
+
+__all__ = ["reduce_rows"]

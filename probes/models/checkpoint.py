@@ -1,0 +1,166 @@
+"""A Hugging Face folder: what it holds, which class it is for, and its module and tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from probes.errors import ModelError
+from probes.models.quiet import quiet
+
+_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+_FAULTS = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError, SafetensorError)
+"""What the library raises for a folder it cannot load; it has no error class of its own."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a folder is loaded."""
+
+    device: str = "cpu"
+    dtype: str = "auto"
+    """A torch dtype by name, or `auto` for the checkpoint's own."""
+    attention: str = "sdpa"
+    trust_remote_code: bool = False
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder that is no model.
+
+    Raises:
+        ModelError: no config.json, no weights, or weights in pickle form only.
+    """
+    if not (folder / "config.json").is_file():
+        inside = sorted(path.name for path in folder.iterdir())[:6]
+        adapter = (
+            " (adapter_config.json: an adapter; merge it into its base model first)"
+            if "adapter_config.json" in inside
+            else ""
+        )
+        held = ", ".join(inside) or "nothing"
+        raise ModelError(f"{folder} is not a model folder: config.json is missing; it holds {held}{adapter}")
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = [path.name for pattern in _PICKLES for path in folder.glob(pattern)]
+    if pickles:
+        raise ModelError(
+            f"{folder} holds its weights as pickle ({pickles[0]}), which can run code and is never loaded; convert once where "
+            "you trust it: python -c \"from transformers import AutoModel as M; M.from_pretrained('DIR').save_pretrained('NEW')\""
+        )
+    raise ModelError(f"{folder} is not a model folder: it has no *.safetensors weights")
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a folder.
+
+    Raises:
+        ModelError: damaged, or a model type the installed transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except _FAULTS as error:
+        raise ModelError(f"cannot read the configuration of {folder}: {one_line(error)}") from error
+
+
+def model_class(config: Any) -> Any:
+    """The class to load a configuration with: the one its checkpoint was saved from, where that has logits or is bare.
+
+    Raises:
+        ModelError: encoder-decoder models and heads that do not predict tokens.
+    """
+    import transformers
+
+    named = (getattr(config, "architectures", None) or [""])[0]
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"architecture {named or config.model_type!r} is encoder-decoder; legal are decoders and encoders"
+        )
+    if named.endswith("ForPreTraining"):
+        # Pre-training heads add a sentence-level task beside the token predictions.
+        return transformers.AutoModelForMaskedLM
+    if named.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "Model")):
+        found = getattr(transformers, named, None)
+        if found is not None:
+            return found
+    elif "For" in named:
+        raise ModelError(
+            f"architecture {named!r} has a head that does not predict tokens; legal are …ForCausalLM, …LMHeadModel, "
+            "…ForMaskedLM and bare …Model; load the base checkpoint it was made from"
+        )
+    if "auto_map" in config.to_dict():
+        return transformers.AutoModelForCausalLM
+    if named:
+        raise ModelError(
+            f"architecture {named!r} is unknown to transformers {transformers.__version__}; is it a newer model?"
+        )
+    return transformers.AutoModelForCausalLM
+
+
+def load_module(folder: Path, config: Any, how: Loading) -> nn.Module:
+    """The model of a folder, in evaluation mode on its device; never reads pickle, never fills a missing weight.
+
+    Raises:
+        ModelError: weights missing, damaged or of another shape; an attention the model does not have; out of memory.
+    """
+    import torch
+
+    dtype: Any = "auto" if how.dtype == "auto" else getattr(torch, how.dtype)
+    try:
+        with quiet():
+            module, info = model_class(config).from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=how.attention,
+                trust_remote_code=how.trust_remote_code,
+                device_map=None if how.device == "cpu" else how.device,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        raise ModelError(
+            f"out of memory on {how.device}: the weights of {folder.name} take {size / 1e9:.1f} GB on disk; "
+            "try --dtype bfloat16, another device or a smaller model"
+        ) from error
+    except _FAULTS as error:
+        raise ModelError(f"cannot load {folder}: {one_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {len(missing)} weight(s) of {type(module).__name__}, first {missing[0]!r}; nothing is guessed"
+        )
+    loaded: nn.Module = module.eval()
+    return loaded
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder, or None where it has none (prompts are then token ids).
+
+    Raises:
+        ModelError: a tokenizer that cannot be read.
+    """
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # The tokenizers library raises bare Exception for a damaged file.
+        raise ModelError(f"cannot read the tokenizer of {folder}: {one_line(error)}") from error
+
+
+def one_line(error: BaseException, limit: int = 240) -> str:
+    """The first line of an error's message, cut to `limit` characters."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+    return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -1,0 +1,86 @@
+"""The digest of a model: equal exactly where weights and computation are equal, whatever path they came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from probes.errors import ModelError
+
+COSMETIC = frozenset(
+    {
+        "_name_or_path",
+        "_model_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "architectures", "auto_map",
+        "dtype", "torch_dtype", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation",
+        "_attn_implementation_internal", "_experts_implementation", "output_attentions", "output_hidden_states",
+        "output_router_logits", "return_dict", "use_return_dict", "use_cache", "gradient_checkpointing",
+        "initializer_range", "initializer_factor", "id2label", "label2id", "problem_type", "task_specific_params",
+        "finetuning_task", "tokenizer_class", "bos_token_id", "eos_token_id", "sep_token_id", "pretraining_tp",
+        "attention_dropout", "attention_probs_dropout_prob", "hidden_dropout", "hidden_dropout_prob", "attn_pdrop",
+        "embd_pdrop", "resid_pdrop", "classifier_dropout", "summary_first_dropout", "chunk_size_feed_forward",
+        "generation_config",
+    }
+)  # fmt: skip
+"""Configuration fields that cannot change a forward in evaluation; every other field enters the digest."""
+
+
+def weights_digest(module: nn.Module) -> str:
+    """xxh3_128, as 32 hex digits, of every parameter, persistent buffer and configuration field of a model.
+
+    Tensors enter by name, dtype, shape and bytes, sorted by name; tied tensors enter once, under the first of their
+    names. Two models with one digest compute the same numbers, up to the attention implementation and the device.
+
+    Raises:
+        ModelError: a tensor without data (weights left on the meta device or offloaded to disk).
+    """
+    digest = xxhash.xxh3_128()
+    for name, tensor in _tensors(module):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        for part in _bytes(tensor):
+            digest.update(part)
+    digest.update(canonical_config(module).encode())
+    return str(digest.hexdigest())
+
+
+def canonical_config(module: nn.Module) -> str:
+    """The fields of `module.config` that decide the computation, as JSON with sorted keys; `{}` without a config."""
+    config = getattr(module, "config", None)
+    fields = config.to_dict() if config is not None else {}
+    return json.dumps(_substance(fields), sort_keys=True, separators=(",", ":"), default=str)
+
+
+def _substance(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        kept = {str(key): _substance(item) for key, item in value.items() if key not in COSMETIC}
+        # A field that a newer library adds is None until something uses it.
+        return {key: item for key, item in kept.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_substance(item) for item in value]
+    return value
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    seen: set[tuple[Any, ...]] = set()
+    for name, tensor in sorted(module.state_dict().items()):
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.device.type == "meta":
+            raise ModelError(
+                f"weight {name!r} holds no data (offloaded or never loaded); load the model without offload"
+            )
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        yield name, tensor
+
+
+def _bytes(tensor: Tensor, limit: int = 1 << 28) -> Iterator[Any]:
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    for start in range(0, flat.numel(), limit):
+        yield flat[start : start + limit].cpu().numpy()

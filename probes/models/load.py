@@ -1,0 +1,96 @@
+"""`load_model`: a reference to a loaded model behind one of the backends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, cast
+
+from probes.errors import ModelError, OptionError, unknown
+from probes.models.base import Model
+from probes.models.checkpoint import Loading, load_module, load_tokenizer, read_config
+from probes.models.digest import weights_digest
+from probes.models.fetch import Progress
+from probes.models.sources import locate
+
+BACKENDS: Mapping[str, str] = {"native": "probes.models.native:NativeModel"}
+"""Backend to the dotted path of its class, imported when asked for.
+
+Each is called as `Backend(module, tokenizer, ref=…, weights=…, revision=…)` with the Hugging Face module.
+"""
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+def load_model(
+    ref: str,
+    *,
+    backend: str = "native",
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: str = "sdpa",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> Model:
+    """Loads a model, ready to be read; its identities are checked on the way.
+
+    Args:
+        ref: a named model (`smollm2-135m`), a folder, a `.gguf` file, or a hub id.
+        backend: a key of `BACKENDS`.
+        device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:1`.
+        dtype: `auto` is float32 on CPU, where half precision is slow, and the checkpoint's own on CUDA.
+        attention: the implementation; `sdpa` unless the model lacks it.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run code that comes with the checkpoint.
+        offline: ask no network; what is not on this machine is refused.
+        progress: receives a line per step of a first fetch.
+
+    Raises:
+        ModelError: a model or backend that cannot be found, loaded or trusted.
+        OptionError: an illegal device, dtype or attention.
+    """
+    build = _backend(backend)
+    how = _loading(device, dtype, attention, trust_remote_code)
+    found = locate(ref, revision=revision, offline=offline, trust_remote_code=trust_remote_code, progress=progress)
+    config = read_config(found.folder, trust_remote_code=trust_remote_code)
+    module = load_module(found.folder, config, how)
+    tokenizer = load_tokenizer(found.folder, trust_remote_code=trust_remote_code)
+    return cast(Model, build(module, tokenizer, ref=ref, weights=weights_digest(module), revision=found.revision))
+
+
+def _backend(name: str) -> Any:
+    if name not in BACKENDS:
+        raise ModelError(unknown("backend", name, BACKENDS))
+    module, _, attribute = BACKENDS[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def _loading(device: str, dtype: str, attention: str, trust_remote_code: bool) -> Loading:
+    if dtype not in DTYPES:
+        raise OptionError(unknown("dtype", dtype, DTYPES))
+    if attention not in ATTENTIONS:
+        raise OptionError(unknown("attention", attention, ATTENTIONS))
+    place = _device(device)
+    on_cpu = dtype == "auto" and place == "cpu"
+    return Loading(place, "float32" if on_cpu else dtype, attention, trust_remote_code)
+
+
+def _device(device: str) -> str:
+    import torch
+
+    kind, _, number = device.partition(":")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return "cpu"
+    if kind != "cuda" or (":" in device and not number.isdecimal()):
+        raise OptionError(unknown("device", device, ("auto", "cpu", "cuda", "cuda:0")))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(number or 0) >= count:
+        raise OptionError(
+            f"device {device!r} is not on this machine, which has {count} CUDA device(s); use cpu or auto"
+        )
+    return device

@@ -1,0 +1,143 @@
+"""Forward hooks that hand out and replace the tensors at given sites during one forward, and are gone afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from probes.anatomy import Site
+from probes.errors import ModelError, PointError
+from probes.models.base import Read, Write
+
+
+class Stop(Exception):
+    """Ends a forward whose remaining part nobody asked for."""
+
+
+def tensor_of(output: Any) -> Tensor:
+    """The tensor that carries the stream in a module's output: bare, first of a tuple, or a model output's logits."""
+    if isinstance(output, Tensor):
+        return output
+    found: Tensor = output["logits"] if isinstance(output, Mapping) else output[0]
+    return found
+
+
+def replaced(output: Any, new: Tensor) -> Any:
+    """`output` with the tensor that carries the stream exchanged for `new`."""
+    if isinstance(output, Tensor):
+        return new
+    if isinstance(output, Mapping):
+        return type(output)(**{**output, "logits": new})
+    return type(output)((new, *output[1:]))
+
+
+class Taps:
+    """One forward's reads and writes by key, and which of them have happened."""
+
+    def __init__(
+        self,
+        sites: Mapping[Any, Site],
+        reads: Mapping[Any, Read],
+        writes: Mapping[Any, Write],
+        also: frozenset[Hashable] = frozenset(),
+        stop: bool = True,
+    ) -> None:
+        """`also` are keys that report through `done` from elsewhere; `stop` ends the forward after the last key."""
+        self.sites, self.reads, self.writes, self.stop = sites, reads, writes, stop
+        self.pending: set[Any] = set(sites) | also
+        self.stood_in: dict[Any, Tensor] = {}
+        self.rows: tuple[int, int] = (0, 0)
+
+    @contextmanager
+    def on(self, root: nn.Module, rows: tuple[int, int]) -> Iterator[None]:
+        """Hooks on `root`'s modules for forwards over `rows` (batch, pos); removed on the way out."""
+        self.rows = rows
+        places: dict[tuple[str, str], list[Any]] = {}
+        for key, site in self.sites.items():
+            for path in site.modules:
+                places.setdefault((path, site.side), []).append(key)
+        with ExitStack() as stack:
+            for (path, side), keys in places.items():
+                module = root.get_submodule(path)
+                handle = (
+                    module.register_forward_pre_hook(self._on_input(keys), with_kwargs=True)
+                    if side == "input"
+                    else module.register_forward_hook(self._on_output(keys))
+                )
+                stack.callback(handle.remove)
+            yield
+
+    def done(self, key: Any) -> None:
+        """Note that a key has happened; ends the forward when it was the last."""
+        if key not in self.pending:
+            raise ModelError(f"{key}: its module ran more than once in one forward, so the point is ambiguous")
+        self.pending.discard(key)
+        if self.stop and not self.pending:
+            raise Stop
+
+    def finish(self) -> None:
+        """Raises ModelError where a key never happened."""
+        if self.pending:
+            missing = ", ".join(sorted(str(key) for key in self.pending))
+            raise ModelError(f"{missing}: the module never ran in this forward")
+
+    def _on_input(self, keys: list[Any]) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            name = None
+            if not args or not isinstance(args[0], Tensor):
+                name = next(k for k, value in kwargs.items() if isinstance(value, Tensor))
+            old = args[0] if name is None else kwargs[name]
+            new = self._visit(keys, old)
+            if new is old:
+                return None
+            return ((new, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: new})
+
+        return hook
+
+    def _on_output(self, keys: list[Any]) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
+            old = tensor_of(output)
+            new = self._visit(keys, old)
+            return None if new is old else replaced(output, new)
+
+        return hook
+
+    def _visit(self, keys: list[Any], raw: Tensor) -> Tensor:
+        flat = raw.dim() == 2 and raw.shape[0] == self.rows[0] * self.rows[1]
+        current = raw.view(*self.rows, raw.shape[-1]) if flat else raw
+        shaped = current
+        for key in keys:
+            current = self._one(key, current)
+        if current is shaped:
+            return raw
+        return current.flatten(0, 1) if flat else current
+
+    def _one(self, key: Any, raw: Tensor) -> Tensor:
+        """Write, then read, one key; its site may share the tensor with others."""
+        site = self.sites[key]
+        if key not in self.pending and len(site.modules) > 1:
+            return self.stood_in.get(key, raw)
+        if key in self.writes:
+            raw = self._write(key, site, raw)
+        if len(site.modules) > 1 and key in self.writes:
+            self.stood_in[key] = raw
+        if key in self.reads:
+            self.reads[key](site.view.read(raw))
+        self.done(key)
+        return raw
+
+    def _write(self, key: Any, site: Site, raw: Tensor) -> Tensor:
+        old = site.view.read(raw)
+        new = self.writes[key](old)
+        if new.shape != old.shape or new.dtype != old.dtype:
+            raise PointError(
+                f"the write to {key} gave {new.dtype} {tuple(new.shape)}; it must give {old.dtype} {tuple(old.shape)}"
+            )
+        if new is old:
+            return raw
+        if site.in_place:
+            return raw.copy_(new)
+        return site.view.write(raw, new.to(old.device))

@@ -1,0 +1,20 @@
+"""How long work reports itself; front ends subclass it."""
+
+from __future__ import annotations
+
+
+class Progress:
+    """Watches long work; this one says nothing."""
+
+    def start(self, total: int, what: str) -> None:
+        """`total` units of `what` (for instance `forward`) are about to be done."""
+
+    def advance(self, done: int = 1) -> None:
+        """`done` more units are finished."""
+
+    def note(self, line: str) -> None:
+        """Something a user should read, in one line."""
+
+
+QUIET = Progress()
+"""Progress that nobody watches."""

@@ -1,0 +1,20 @@
+"""The activation store: safetensors shards found by content, and a catalogue that can be rebuilt from them."""
+
+from probes.store.layout import PROTOCOL
+from probes.store.maintenance import GcReport, VerifyReport
+from probes.store.store import ActivationStore, default_root
+from probes.store.values import Context, DamagedShard, MissingRows, Packet, Put, Ragged
+
+__all__ = [
+    "PROTOCOL",
+    "ActivationStore",
+    "Context",
+    "DamagedShard",
+    "GcReport",
+    "MissingRows",
+    "Packet",
+    "Put",
+    "Ragged",
+    "VerifyReport",
+    "default_root",
+]

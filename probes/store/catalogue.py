@@ -1,0 +1,236 @@
+"""The SQLite index of the shards: small, and rebuilt from them at any time."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from probes.errors import StoreError
+from probes.store.values import Entry
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS contexts (id INTEGER PRIMARY KEY, context TEXT NOT NULL UNIQUE);
+CREATE TABLE IF NOT EXISTS shards (
+    id INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, context INTEGER NOT NULL, bytes INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS sequences (
+    digest BLOB NOT NULL, shard INTEGER NOT NULL, ordinal INTEGER NOT NULL,
+    PRIMARY KEY (digest, shard, ordinal)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS sequences_of_shard ON sequences (shard);
+CREATE TABLE IF NOT EXISTS features (
+    shard INTEGER NOT NULL, feature TEXT NOT NULL, PRIMARY KEY (shard, feature)) WITHOUT ROWID;
+"""
+WAIT_SECONDS = 120.0
+"""How long a writer waits for another's commit."""
+_CHUNK = 900
+"""Values bound in one statement, below every SQLite's limit."""
+Bound = TypeVar("Bound", str, bytes)
+
+
+class DamagedCatalogue(StoreError):
+    """The file is not a usable database; it can be thrown away and rebuilt."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sequence lies."""
+
+    shard: str
+    ordinal: int
+
+
+class Catalogue:
+    """One SQLite file with a rollback journal, so that it works on a shared file system.
+
+    Each thread of each process has its own connection; a file replaced underneath is reopened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._local = threading.local()
+        self._foreign: list[sqlite3.Connection] = []
+        self.blank = False
+        """Whether a connection found no index and made an empty one."""
+
+    def open(self) -> None:
+        """Make sure that the file is there; sets `blank` where it was not."""
+        with self.reading():
+            pass
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """A connection; every statement sees the last commit.
+
+        Raises:
+            StoreError: the file is busy beyond patience, or the disk is full.
+            DamagedCatalogue: the file is not a database of ours.
+        """
+        try:
+            yield self._connection()
+        except sqlite3.OperationalError as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+                raise StoreError(
+                    f"the catalogue {str(self.path)!r} could not be written ({error}); committed rows stay: "
+                    "free some disk space and run again"
+                ) from error
+            if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise StoreError(
+                    f"another process held the catalogue {str(self.path)!r} for {WAIT_SECONDS:.0f} s; "
+                    "committed rows stay: run again when it is done"
+                ) from error
+            raise StoreError(f"the catalogue {str(self.path)!r} cannot be used: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise DamagedCatalogue(
+                f"the catalogue {str(self.path)!r} is damaged ({error}); run bathyscope store rebuild"
+            ) from error
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that shuts out other writers; committed on leaving, rolled back on an exception.
+
+        One inside another joins it.
+        """
+        with self.reading() as connection:
+            if connection.in_transaction:
+                yield connection
+                return
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+
+    def locate(self, context: str, digests: Iterable[bytes], feature: str | None = None) -> dict[bytes, list[Place]]:
+        """Every place of each sequence in shards of this context (and, where given, with this feature)."""
+        only = " AND EXISTS (SELECT 1 FROM features f WHERE f.shard = h.id AND f.feature = ?)" if feature else ""
+        places: dict[bytes, list[Place]] = {}
+        with self.reading() as connection:
+            for chunk in _chunks(set(digests)):
+                rows = connection.execute(
+                    "SELECT s.digest, h.digest, s.ordinal FROM sequences s JOIN shards h ON h.id = s.shard "
+                    "JOIN contexts c ON c.id = h.context "
+                    f"WHERE s.digest IN ({_marks(chunk)}) AND c.context = ?{only} ORDER BY h.digest, s.ordinal",
+                    [*chunk, context, *([feature] if feature else [])],
+                ).fetchall()
+                for sequence, shard, ordinal in rows:
+                    places.setdefault(sequence, []).append(Place(shard, ordinal))
+        return places
+
+    def held(self, context: str, digests: Sequence[bytes], features: Sequence[str]) -> tuple[np.ndarray, set[str]]:
+        """Which rows are held, bool [n_sequences, n_features], and the shards that hold them."""
+        places = self.locate(context, digests)
+        columns = {feature: j for j, feature in enumerate(features)}
+        masks: dict[str, np.ndarray] = {}
+        with self.reading() as connection:
+            for chunk in _chunks({place.shard for found in places.values() for place in found}):
+                for shard, feature in connection.execute(
+                    "SELECT h.digest, f.feature FROM features f JOIN shards h ON h.id = f.shard "
+                    f"WHERE h.digest IN ({_marks(chunk)})",
+                    chunk,
+                ):
+                    if feature in columns:
+                        mask = masks.setdefault(shard, np.zeros(len(features), dtype=bool))
+                        mask[columns[feature]] = True
+        held = np.zeros((len(digests), len(features)), dtype=bool)
+        used: set[str] = set()
+        for i, sequence in enumerate(digests):
+            for place in places.get(sequence, ()):
+                if place.shard in masks:
+                    held[i] |= masks[place.shard]
+                    used.add(place.shard)
+        return held, used
+
+    def add(self, entry: Entry) -> None:
+        """Index a shard; inside a `writing` transaction."""
+        with self.reading() as connection:
+            connection.execute("INSERT OR IGNORE INTO contexts (context) VALUES (?)", [entry.context])
+            shard = connection.execute(
+                "INSERT INTO shards (digest, context, bytes) SELECT ?, id, ? FROM contexts WHERE context = ?",
+                [entry.digest, entry.nbytes, entry.context],
+            ).lastrowid
+            rows = [(sequence, shard, i) for i, sequence in enumerate(entry.sequences)]
+            connection.executemany("INSERT INTO sequences VALUES (?, ?, ?)", rows)
+            connection.executemany("INSERT INTO features VALUES (?, ?)", [(shard, name) for name in entry.features])
+
+    def forget(self, digests: Iterable[str]) -> None:
+        """Drop shards from the index; inside a `writing` transaction."""
+        with self.reading() as connection:
+            for digest in digests:
+                row = connection.execute("SELECT id FROM shards WHERE digest = ?", [digest]).fetchone()
+                for table, column in (("sequences", "shard"), ("features", "shard"), ("shards", "id")):
+                    connection.execute(f"DELETE FROM {table} WHERE {column} = ?", row or [None])
+            connection.execute("DELETE FROM contexts WHERE id NOT IN (SELECT context FROM shards)")
+
+    def clear(self) -> None:
+        """Empty the index; inside a `writing` transaction."""
+        with self.reading() as connection:
+            for table in ("sequences", "features", "shards", "contexts"):
+                connection.execute(f"DELETE FROM {table}")
+
+    def shards(self) -> dict[str, int]:
+        """Bytes of every indexed shard by digest."""
+        with self.reading() as connection:
+            return dict(connection.execute("SELECT digest, bytes FROM shards ORDER BY digest").fetchall())
+
+    def nbytes(self) -> int:
+        """Bytes of all indexed shards."""
+        with self.reading() as connection:
+            return int(connection.execute("SELECT coalesce(sum(bytes), 0) FROM shards").fetchone()[0])
+
+    def contexts(self) -> dict[str, list[str]]:
+        """The shards of each context."""
+        found: dict[str, list[str]] = {}
+        with self.reading() as connection:
+            for context, shard in connection.execute(
+                "SELECT c.context, h.digest FROM shards h JOIN contexts c ON c.id = h.context ORDER BY 1, 2"
+            ):
+                found.setdefault(context, []).append(shard)
+        return found
+
+    def count(self, table: str, context: str) -> int:
+        """Distinct sequences or features of a context; `table` is one of the two."""
+        column = {"sequences": "digest", "features": "feature"}[table]
+        with self.reading() as connection:
+            query = (
+                f"SELECT count(DISTINCT t.{column}) FROM {table} t JOIN shards h ON h.id = t.shard "
+                "JOIN contexts c ON c.id = h.context WHERE c.context = ?"
+            )
+            return int(connection.execute(query, [context]).fetchone()[0])
+
+    def _connection(self) -> sqlite3.Connection:
+        held: tuple[int, int, sqlite3.Connection] | None = getattr(self._local, "held", None)
+        inode = self.path.stat().st_ino if self.path.exists() else -1
+        if held and held[:2] == (os.getpid(), inode):
+            return held[2]
+        if held and held[0] != os.getpid():
+            # SQLite forbids even closing a connection inherited through a fork.
+            self._foreign.append(held[2])
+        connection = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA journal_mode = DELETE")
+        connection.execute("PRAGMA synchronous = FULL")
+        if connection.execute("SELECT count(*) FROM sqlite_master WHERE type = 'table'").fetchone()[0] < 4:
+            connection.executescript(f"BEGIN IMMEDIATE;{SCHEMA}COMMIT;")
+            self.blank = True
+        self._local.held = (os.getpid(), self.path.stat().st_ino, connection)
+        return connection
+
+
+def _chunks(values: Iterable[Bound]) -> Iterator[list[Bound]]:
+    ordered = sorted(values)
+    for i in range(0, len(ordered), _CHUNK):
+        yield ordered[i : i + _CHUNK]
+
+
+def _marks(values: Sequence[object]) -> str:
+    return ",".join("?" * len(values))

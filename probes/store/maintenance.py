@@ -1,0 +1,173 @@
+"""Keeping catalogue and shards in step: listing, verifying, rebuilding, collecting."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from probes.store.backing import Backing, Vanished
+from probes.store.catalogue import DamagedCatalogue
+from probes.store.files import lock_for_removal
+from probes.store.room import shrink
+from probes.store.shard import Damage, Shard
+from probes.store.values import DamagedShard, Entry
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LOG = logging.getLogger("probes.store")
+COLUMNS = ("weights", "backend", "dtype", "attention", "edits")
+"""What a context usually says, in the order it is shown."""
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What a check of every byte found."""
+
+    checked: int
+    """Shards read."""
+    bytes: int
+    damaged: tuple[str, ...]
+    """Shards that failed and were set aside."""
+
+
+@dataclass(frozen=True)
+class GcReport:
+    """What a collection removed."""
+
+    evicted: tuple[str, ...]
+    """Shards, least recently used first."""
+    bytes_freed: int
+    """Of evicted and quarantined shards."""
+    temporary: int
+    """Files left by writers that died."""
+    quarantined: int
+    """Damaged shards deleted for good."""
+    bytes_held: int
+
+
+def reconcile(backing: Backing) -> None:
+    """Index shards the catalogue lacks (their writer died before its commit) and forget those that are gone."""
+    known = backing.catalogue.shards()
+    listing = backing.folder.listing()
+    placed = {path.stem for path in listing if path == backing.folder.shard(path.stem)}
+    strange = [path for path in listing if path.stem not in known or path != backing.folder.shard(path.stem)]
+    fresh = [entry for path in strange if (entry := _scan(backing, path))]
+    lost = known.keys() - placed
+    if fresh or lost:
+        with backing.catalogue.writing():
+            now = backing.catalogue.shards()
+            for entry in fresh:
+                if entry.digest not in now:
+                    _index(backing, entry)
+            backing.catalogue.forget(name for name in lost if not backing.folder.shard(name).exists())
+
+
+def renew(backing: Backing) -> None:
+    """Throw an unusable catalogue away and index every shard in a new one."""
+    LOG.warning("the catalogue %s is damaged and is rebuilt from the shards", backing.folder.catalogue)
+    for suffix in ("", "-journal"):
+        Path(f"{backing.folder.catalogue}{suffix}").unlink(missing_ok=True)
+    reconcile(backing)
+
+
+def rebuild(backing: Backing) -> int:
+    """Empty the catalogue and fill it from the shards alone; returns how many shards it holds."""
+    # Reading headers takes long and needs no lock; only shards committed meanwhile are read inside.
+    scanned = {path: _scan(backing, path) for path in backing.folder.listing()}
+    try:
+        with backing.catalogue.writing():
+            backing.catalogue.clear()
+            for path in backing.folder.listing():
+                entry = scanned[path] if path in scanned else _scan(backing, path)
+                if entry:
+                    _index(backing, entry)
+    except DamagedCatalogue:
+        renew(backing)
+    return len(backing.catalogue.shards())
+
+
+def verify(backing: Backing) -> VerifyReport:
+    """Check every byte of every shard against its checksums and set damaged ones aside."""
+    reconcile(backing)
+    checked, nbytes, damaged = 0, 0, []
+    for name, size in backing.catalogue.shards().items():
+        try:
+            with backing.shard(name, fresh=True) as shard:
+                shard.verify()
+        except Vanished:
+            continue
+        except DamagedShard:
+            damaged.append(name)
+        checked += 1
+        nbytes += size
+    return VerifyReport(checked, nbytes, tuple(damaged))
+
+
+def gc(backing: Backing, max_bytes: int | None) -> GcReport:
+    """Remove leftovers and quarantined shards, then evict down to `max_bytes` where it is given."""
+    temporary = backing.folder.sweep()
+    reconcile(backing)
+    freed, quarantined = 0, 0
+    for path in backing.folder.quarantine.iterdir():
+        freed += path.stat().st_size
+        quarantined += 1
+        path.unlink(missing_ok=True)
+    with backing.catalogue.writing():
+        sizes = backing.catalogue.shards()
+        evicted = [] if max_bytes is None else shrink(backing, max_bytes)
+    freed += sum(sizes[name] for name in evicted)
+    return GcReport(tuple(evicted), freed, temporary, quarantined, backing.catalogue.nbytes())
+
+
+def ls(backing: Backing) -> pd.DataFrame:
+    """One line per context: what it says, sequences, features, shards, bytes, last_used (UTC)."""
+    import pandas as pd
+
+    sizes = backing.catalogue.shards()
+    lines = []
+    for context, shards in backing.catalogue.contexts().items():
+        paths = [path for name in shards if (path := backing.folder.shard(name)).exists()]
+        used = max((path.stat().st_mtime_ns for path in paths), default=0)
+        lines.append(
+            dict.fromkeys(COLUMNS, "")
+            | json.loads(context)
+            | {
+                "sequences": backing.catalogue.count("sequences", context),
+                "features": backing.catalogue.count("features", context),
+                "shards": len(shards),
+                "bytes": sum(sizes.get(name, 0) for name in shards),
+                "last_used": pd.Timestamp(used, unit="ns", tz="UTC"),
+            }
+        )
+    return pd.DataFrame(lines, columns=[*COLUMNS, "sequences", "features", "shards", "bytes", "last_used"])
+
+
+def _scan(backing: Backing, path: Path) -> Entry | None:
+    try:
+        if path != backing.folder.shard(path.stem):
+            raise Damage("it lies in the wrong folder", path.stat().st_ino)
+        return Shard(path).entry()
+    except FileNotFoundError:
+        return None
+    except Damage as error:
+        LOG.warning("shard %s is damaged (%s); it is now in quarantine/", path.stem, error)
+        backing.folder.set_aside(path, error.inode)
+        return None
+
+
+def _index(backing: Backing, entry: Entry) -> None:
+    """Add a shard, or remove it where other shards hold all its rows already."""
+    held, _ = backing.catalogue.held(entry.context, entry.sequences, entry.features)
+    if not held.all():
+        backing.catalogue.add(entry)
+        return
+    path = backing.folder.shard(entry.digest)
+    fd = lock_for_removal(path)
+    if fd is not None:
+        path.unlink(missing_ok=True)
+        os.close(fd)

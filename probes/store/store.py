@@ -1,0 +1,262 @@
+"""The activation store: rows of activations found by what they are, never by where they came from."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import platformdirs
+from torch import Tensor
+
+from probes.errors import StoreError
+from probes.store import maintenance, room
+from probes.store.backing import Backing, Vanished
+from probes.store.catalogue import Catalogue, DamagedCatalogue
+from probes.store.export import export
+from probes.store.files import Partial, touch
+from probes.store.layout import encode
+from probes.store.maintenance import GcReport, VerifyReport
+from probes.store.shard import Shard
+from probes.store.values import Context, MissingRows, Packet, Put, canonical, sequence_digest
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Sequences = Sequence[Sequence[int]]
+"""Token ids of several sequences."""
+
+
+def default_root() -> Path:
+    """`$BATHYSCOPE_STORE`, or `store` in the user's cache folder."""
+    return Path(os.environ.get("BATHYSCOPE_STORE") or Path(platformdirs.user_cache_dir("bathyscope")) / "store")
+
+
+class ActivationStore:
+    """Captured activations in a folder that many processes may share.
+
+    A row is found by its context, the digest of its token ids and its feature. What a `put` returned for is
+    durable; every block of a shard is checked against its checksum before it is first read.
+    """
+
+    def __init__(self, root: str | Path | None = None, max_bytes: int | None = None) -> None:
+        """Open or create the store in `root`; `max_bytes` bounds its shards, None leaves only the disk.
+
+        Raises:
+            StoreError: a root that cannot be used, a store of a newer protocol, or a limit that is not positive.
+        """
+        if max_bytes is not None and max_bytes <= 0:
+            raise StoreError(f"max_bytes {max_bytes} leaves no room; give a positive number of bytes, or None")
+        self.root = (default_root() if root is None else Path(root)).expanduser().absolute()
+        self.max_bytes = max_bytes
+        self._backing = Backing(self.root)
+        self._backing.folder.sweep()
+        try:
+            maintenance.reconcile(self._backing)
+        except DamagedCatalogue:
+            maintenance.renew(self._backing)
+        self._backing.catalogue.blank = False
+
+    def __repr__(self) -> str:
+        limit = "" if self.max_bytes is None else f" of {self.max_bytes:,}"
+        index = self._index
+        return f"ActivationStore({str(self.root)!r}: {index.nbytes():,}{limit} bytes in {len(index.shards())} shards)"
+
+    def __reduce__(self) -> tuple[type[ActivationStore], tuple[Path, int | None]]:
+        return ActivationStore, (self.root, self.max_bytes)
+
+    def held(self, context: Context, sequences: Sequences, features: Sequence[str]) -> np.ndarray:
+        """Which rows are here: bool [n_sequences, n_features]. Inside `pin` they stay until its end."""
+        digests = [sequence_digest(tokens) for tokens in sequences]
+        return self._held(canonical(context), digests, features)
+
+    def put(self, packet: Packet) -> Put:
+        """Write the rows of a packet that are not held yet; they are durable on return.
+
+        Raises:
+            StoreError: no room on the disk or under `max_bytes`; nothing of this packet was written then.
+        """
+        packet = packet.unique()
+        digests = [sequence_digest(tokens) for tokens in packet.sequences]
+        total, text = len(digests) * len(packet.features), canonical(packet.context)
+        while True:
+            wanted = ~self._held(text, digests, list(packet.features))
+            partials: list[Partial] = []
+            try:
+                for part in packet.parts(wanted):
+                    partials.append(self._write(part))
+                if self._commit(partials):
+                    written = sum(partial.entry.nbytes for partial in partials)
+                    return Put(written, int(wanted.sum()), total - int(wanted.sum()))
+            finally:
+                for partial in partials:
+                    partial.discard()
+
+    def read(self, context: Context, sequences: Sequences, feature: str) -> list[Tensor]:
+        """One tensor [count, ...] per sequence, in the order given, viewing the mapped shards; treat it as read-only.
+
+        Where so many shards are mapped that file descriptors run short, rows are copied instead.
+
+        Raises:
+            MissingRows: some are not held.
+            DamagedShard: a checksum failed; the shard has been set aside.
+        """
+
+        def take(shard: Shard, ordinal: int, _: int) -> Tensor:
+            rows = shard.rows(feature, ordinal)
+            return rows.clone() if self._backing.crowded else rows
+
+        return self._gather(context, sequences, feature, take)
+
+    def read_positions(
+        self, context: Context, sequences: Sequences, feature: str, positions: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
+        """A copy of chosen rows of each sequence, [n_positions, ...] each, reading no others; -1 is the last.
+
+        Raises:
+            MissingRows: some sequences are not held.
+            DamagedShard: a checksum failed; the shard has been set aside.
+            StoreError: positions that are not one list per sequence, or lie outside it.
+        """
+        if len(positions) != len(sequences):
+            raise StoreError(f"{len(positions)} lists of positions for {len(sequences)} sequences; give one for each")
+
+        def take(shard: Shard, ordinal: int, i: int) -> Tensor:
+            try:
+                return shard.pick(feature, ordinal, positions[i])
+            except IndexError as error:
+                raise StoreError(f"{error} (sequence {i}): legal are -n to n-1 for n rows") from error
+
+        return self._gather(context, sequences, feature, take)
+
+    def shards_of(self, context: Context, sequences: Sequences, features: Sequence[str]) -> list[str]:
+        """The keys of the shards that reading these rows opens, sorted; rows not held are passed over."""
+        digests = {sequence_digest(tokens) for tokens in sequences}
+        text = canonical(context)
+        located = [self._index.locate(text, digests, feature) for feature in features]
+        return sorted({places[0].shard for found in located for places in found.values()})
+
+    def pin(self) -> AbstractContextManager[None]:
+        """Within it, no process evicts a shard whose rows this store has written, read or reported as held."""
+        return self._backing.pins.run()
+
+    def check_space(self, n_bytes: int) -> None:
+        """Refuse a run that cannot fit.
+
+        Raises:
+            StoreError: says how many bytes to free, or how far to raise `max_bytes`.
+        """
+        room.check_space(self._backing, self.max_bytes, n_bytes)
+
+    def bytes_held(self) -> int:
+        """Bytes of all shards."""
+        return self._index.nbytes()
+
+    def ls(self) -> pd.DataFrame:
+        """One line per context: what it says, then sequences, features, shards, bytes, last_used (UTC)."""
+        return maintenance.ls(self._backing)
+
+    def verify(self) -> VerifyReport:
+        """Check every byte of every shard; damaged ones are set aside and reported."""
+        return maintenance.verify(self._backing)
+
+    def rebuild(self) -> int:
+        """Make the catalogue anew from the shards alone; returns how many it holds."""
+        return maintenance.rebuild(self._backing)
+
+    def gc(self, max_bytes: int | None = None) -> GcReport:
+        """Remove leftovers and quarantined shards and evict down to `max_bytes` (this store's own if None)."""
+        return maintenance.gc(self._backing, self.max_bytes if max_bytes is None else max_bytes)
+
+    def export(
+        self, dest: str | Path, format: str = "safetensors", context: Context | None = None, features: str = "*"
+    ) -> list[Path]:
+        """Write rows for other tools: one file per context and feature (and one of tokens, for parquet).
+
+        Args:
+            format: `safetensors` (exact dtype), `npz` (bf16 and float8 as float32) or `parquet` (also float16).
+            context: export only contexts that say all of this.
+            features: glob, for instance `resid_post.*`.
+
+        Raises:
+            StoreError: an unknown format, or nothing that matches.
+        """
+        return export(self._backing, Path(dest), format, context or {}, features)
+
+    @property
+    def _index(self) -> Catalogue:
+        """The catalogue; filled anew first where its file was deleted under this store."""
+        catalogue = self._backing.catalogue
+        catalogue.open()
+        if catalogue.blank:
+            catalogue.blank = False
+            maintenance.reconcile(self._backing)
+        return catalogue
+
+    def _held(self, context: str, digests: Sequence[bytes], features: Sequence[str]) -> np.ndarray:
+        index, pins = self._index, self._backing.pins
+        if not pins.active:
+            return index.held(context, digests, features)[0]
+        # An evictor reads the pins inside its own transaction, so it sees these or has already taken effect.
+        with index.writing():
+            held, shards = index.held(context, digests, features)
+            pins.add(shards)
+            return held
+
+    def _write(self, packet: Packet) -> Partial:
+        encoded = encode(packet)
+        try:
+            return Partial(self._backing.folder.tmp, encoded)
+        except OSError as error:
+            raise self._failed(error, encoded.entry.nbytes) from error
+
+    def _commit(self, partials: Sequence[Partial]) -> bool:
+        """Publish and index the files, unless some of their rows have been committed meanwhile."""
+        entries = [partial.entry for partial in partials]
+        nbytes = sum(entry.nbytes for entry in entries)
+        index = self._index
+        with index.writing():
+            if any(index.held(entry.context, entry.sequences, entry.features)[0].any() for entry in entries):
+                return False
+            room.make_room(self._backing, self.max_bytes, nbytes)
+            self._backing.pins.add(entry.digest for entry in entries)
+            for partial in partials:
+                try:
+                    partial.publish(self._backing.folder.shard(partial.entry.digest))
+                except OSError as error:
+                    raise self._failed(error, nbytes) from error
+                index.add(partial.entry)
+        return True
+
+    def _failed(self, error: OSError, nbytes: int) -> StoreError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return room.disk_full(self.root, nbytes, nbytes)
+        return StoreError(f"writing to the store {str(self.root)!r} failed: {error}; what was committed stays")
+
+    def _gather(
+        self, context: Context, sequences: Sequences, feature: str, take: Callable[[Shard, int, int], Tensor]
+    ) -> list[Tensor]:
+        digests = [sequence_digest(tokens) for tokens in sequences]
+        text = canonical(context)
+        while True:
+            places = self._index.locate(text, digests, feature)
+            missing = sum(digest not in places for digest in digests)
+            if missing:
+                raise MissingRows(feature, missing, len(digests))
+            grouped: dict[str, list[int]] = {}
+            for i, digest in enumerate(digests):
+                grouped.setdefault(places[digest][0].shard, []).append(i)
+            self._backing.pins.add(grouped)
+            rows: dict[int, Tensor] = {}
+            try:
+                for name, members in grouped.items():
+                    with self._backing.shard(name) as shard:
+                        rows.update({i: take(shard, places[digests[i]][0].ordinal, i) for i in members})
+                    touch(self._backing.folder.shard(name))
+            except Vanished:
+                continue
+            return [rows[i] for i in range(len(digests))]

@@ -1,0 +1,280 @@
+"""The suite every backend inherits: the right tensor, or a refusal with its reason; never a wrong number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import pytest
+import torch
+from families import FAMILIES, prompt, shared
+from reference import REFUSED, expected
+from torch import Tensor, nn
+
+from probes.errors import OptionError, PointError, PromptError
+from probes.models.base import Model, Write
+from probes.points import POINTS, Address
+
+CAUSAL = tuple(family for family in FAMILIES if family != "bert")
+WRITABLE = tuple(point for point in POINTS if not point.endswith("_scale"))
+TOLERANCE = 1e-5
+
+
+def addresses(point: str, model: Model) -> list[Address]:
+    return [Address(point, layer) for layer in (range(model.shape.n_layers) if POINTS[point].layered else (None,))]
+
+
+def read(
+    model: Model, wanted: list[Address], tokens: Tensor, writes: Mapping[Address, Write] | None = None, **how: object
+) -> dict[Address, Tensor]:
+    """The tensors at `wanted`, each handed over exactly once."""
+    found: dict[Address, Tensor] = {}
+
+    def keep(address: Address):  # type: ignore[no-untyped-def]
+        def reader(tensor: Tensor) -> None:
+            assert address not in found, f"{address} was handed over twice"
+            found[address] = tensor.detach().cpu().clone()
+
+        return reader
+
+    model.run(tokens, {address: keep(address) for address in wanted}, writes, **how)  # type: ignore[arg-type]
+    assert set(found) == set(wanted)
+    return found
+
+
+def one(model: Model, address: Address, tokens: Tensor, writes: Mapping[Address, Write] | None = None) -> Tensor:
+    return read(model, [address], tokens, writes)[address]
+
+
+def close(found: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> None:
+    assert found.shape == wanted.shape
+    assert float((found.float() - wanted.float()).abs().max()) <= tolerance * max(1.0, float(wanted.abs().max()))
+
+
+class Conformance:
+    """Subclass, and say how this backend loads a plain float32 module (which it must not spoil for the others)."""
+
+    families: ClassVar[tuple[str, ...]] = FAMILIES
+    _loaded: ClassVar[dict[tuple[type, str], Model]] = {}
+
+    def load(self, module: nn.Module, family: str) -> Model:
+        raise NotImplementedError
+
+    def model(self, family: str) -> Model:
+        if family not in self.families:
+            pytest.skip(f"{family} is not among this backend's families")
+        key = (type(self), family)
+        if key not in self._loaded:
+            self._loaded[key] = self.load(shared(family), family)
+        return self._loaded[key]
+
+    def any_causal(self) -> tuple[Model, str]:
+        family = next(f for f in ("llama", *CAUSAL) if f in self.families)
+        return self.model(family), family
+
+    @pytest.mark.parametrize("point", POINTS)
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_a_point_is_the_right_tensor_or_refused(self, family: str, point: str) -> None:
+        model, right = self.model(family), expected(family)
+        for address in addresses(point, model):
+            reason = model.refusal(address)
+            if point in REFUSED.get(family, ()):
+                assert reason, f"{family} has no {address}, so it must be refused"
+            if reason is not None:
+                assert reason.strip()
+                with pytest.raises(PointError):
+                    model.run(prompt(), {address: lambda _: None})
+            else:
+                close(one(model, address, prompt(rows=2)), right[str(address)])
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_shapes_are_what_the_vocabulary_says(self, family: str) -> None:
+        model, tokens = self.model(family), prompt(7, rows=2)
+        for name, point in POINTS.items():
+            for address in addresses(name, model)[:1]:
+                if model.refusal(address) is None:
+                    sizes = [7 if d in ("pos", "query", "key") else model.shape.width(d) for d in point.dims]
+                    assert list(one(model, address, tokens).shape) == [2, *sizes], name
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_many_points_of_one_forward_equal_each_alone(self, family: str) -> None:
+        model, tokens = self.model(family), prompt()
+        wanted = [a for name in POINTS for a in addresses(name, model) if model.refusal(a) is None]
+        together = read(model, wanted, tokens)
+        for address in wanted[:: max(1, len(wanted) // 8)]:
+            close(together[address], one(model, address, tokens))
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_faithfulness_holds_and_names_what_is_refused(self, family: str) -> None:
+        model = self.model(family)
+        assert model.faithfulness.identities
+        assert model.faithfulness.holds
+        for name, reason in model.faithfulness.refused.items():
+            assert name == "lens" or all(model.refusal(a) for a in addresses(name, model))
+            assert reason.strip()
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_the_unembedding_reproduces_the_logits_or_is_refused(self, family: str) -> None:
+        model, right = self.model(family), expected(family)
+        if "lens" in model.faithfulness.refused:
+            with pytest.raises(PointError, match=r"unembed"):
+                model.unembedding()
+            return
+        u = model.unembedding()
+        last = right[f"resid_post.{model.shape.n_layers - 1}"]
+        logits = nn.functional.linear(u.norm(last), u.weight, u.bias)
+        logits = logits if u.softcap is None else u.softcap * torch.tanh(logits / u.softcap)
+        close(logits.detach(), right["logits"])
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_padding_changes_no_row(self, family: str) -> None:
+        model, lengths = self.model(family), [9, 4, 1]
+        rows = [prompt(n, seed=n)[0] for n in lengths]
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        points = ("resid_post", "z", "mlp_out", "attn_in")
+        wanted = [a for p in points for a in addresses(p, model) if model.refusal(a) is None] + [Address("logits")]
+        batched = read(model, wanted, padded, lengths=lengths)
+        for i, row in enumerate(rows):
+            alone = read(model, wanted, row[None])
+            for address in wanted:
+                close(batched[address][i, : lengths[i]], alone[address][0])
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_the_same_forward_twice_is_bit_identical(self, family: str) -> None:
+        model = self.model(family)
+        wanted = [Address("resid_post", 1), Address("logits")]
+        first, second = read(model, wanted, prompt()), read(model, wanted, prompt())
+        assert all(torch.equal(first[a], second[a]) for a in wanted)
+
+    @pytest.mark.parametrize("point", WRITABLE)
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_a_write_is_read_back_and_reaches_the_logits(self, family: str, point: str) -> None:
+        model, tokens = self.model(family), prompt()
+        address = addresses(point, model)[-1 if POINTS[point].layered else 0]
+        if model.refusal(address) is not None:
+            pytest.skip("this model does not have the point")
+        clean = one(model, address, tokens)
+        # Rolled, because a norm undoes a mere change of scale or mean.
+        new = clean.flip(-1) if point == "pattern" else clean.roll(1, -1) * 1.5 + 0.25
+        read_back = one(model, address, tokens, {address: lambda old: new.to(old)})
+        assert torch.equal(read_back, new)
+        before = one(model, Address("logits"), tokens)
+        after = one(model, Address("logits"), tokens, {address: lambda old: new.to(old)})
+        assert not torch.allclose(before, after, atol=1e-4)
+        assert torch.equal(read_back, new), "the model must not change the tensor it was given"
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_a_written_attention_input_reaches_queries_keys_and_values(self, family: str) -> None:
+        model = self.model(family)
+        wanted = [Address(p, 1) for p in ("attn_in", "q", "k", "v")]
+        if any(model.refusal(address) for address in wanted):
+            pytest.skip("this model does not have the points")
+        found = read(model, wanted, prompt(), {wanted[0]: lambda old: old * 0})
+        for address in wanted:
+            close(found[address], found[address][:, :1].expand_as(found[address]))
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("point", [p for p in WRITABLE if p != "pattern"])
+    def test_writing_back_the_clean_value_changes_nothing(self, family: str, point: str) -> None:
+        model, tokens = self.model(family), prompt()
+        address = addresses(point, model)[-1 if POINTS[point].layered else 0]
+        if model.refusal(address) is not None:
+            pytest.skip("this model does not have the point")
+        clean = one(model, address, tokens)
+        logits = one(model, Address("logits"), tokens)
+        assert torch.equal(one(model, Address("logits"), tokens, {address: lambda old: clean.to(old)}), logits)
+        assert torch.equal(one(model, Address("logits"), tokens, {}), logits)
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_a_written_stream_is_the_one_the_block_goes_on_with(self, family: str) -> None:
+        model, tokens = self.model(family), prompt()
+        mid, mlp, post = (Address(p, 1) for p in ("resid_mid", "mlp_out", "resid_post"))
+        if model.refusal(mid) is not None:
+            pytest.skip("this model does not have the point")
+        found = read(model, [mid, mlp, post], tokens, {mid: lambda old: old.roll(1, -1) * 2})
+        close(found[post], found[mid] + found[mlp])
+        assert not torch.allclose(found[mlp], one(model, mlp, tokens), atol=1e-4)
+
+    def test_writes_to_several_points_compose(self) -> None:
+        model, _ = self.any_causal()
+        tokens = prompt()
+        edits = {Address(p, 1): (lambda old: old * 0) for p in ("attn_out", "mlp_out")}
+        found = read(model, [Address("resid_pre", 1), Address("resid_post", 1)], tokens, edits)
+        assert torch.equal(found[Address("resid_post", 1)], found[Address("resid_pre", 1)])
+
+    def test_a_write_of_another_shape_is_refused(self) -> None:
+        model, _ = self.any_causal()
+        with pytest.raises(PointError, match=r"resid_post\.1 gave"):
+            one(model, Address("logits"), prompt(), {Address("resid_post", 1): lambda old: old[:, :1]})
+
+    @pytest.mark.parametrize("point", ["attn_scale", "mlp_scale", "final_scale"])
+    def test_a_write_to_a_derived_point_is_refused(self, point: str) -> None:
+        model, _ = self.any_causal()
+        with pytest.raises(PointError, match="cannot be written"):
+            model.run(prompt(), {}, {addresses(point, model)[0]: lambda old: old})
+
+    def test_a_layer_too_deep_is_refused(self) -> None:
+        model, _ = self.any_causal()
+        with pytest.raises(PointError, match="layers 0 to 2"):
+            model.run(prompt(), {Address("resid_post", 3): lambda _: None})
+
+    @pytest.mark.parametrize(
+        ("tokens", "message"),
+        [
+            (torch.zeros(1, 0, dtype=torch.long), "empty"),
+            (torch.tensor([[5, 97]]), "token id 97"),
+            (torch.tensor([[5, -1]]), "token id -1"),
+            (torch.full((1, 65), 5), "context window"),
+        ],
+    )
+    def test_bad_tokens_are_refused_by_name(self, tokens: Tensor, message: str) -> None:
+        model, _ = self.any_causal()
+        with pytest.raises(PromptError, match=message):
+            model.run(tokens, {Address("logits"): lambda _: None})
+
+    @pytest.mark.parametrize("family", CAUSAL)
+    def test_greedy_decoding_is_the_argmax_of_full_forwards(self, family: str) -> None:
+        model, tokens = self.model(family), prompt(6)[0].tolist()
+        written = model.generate(tokens, 6)
+        grown = list(tokens)
+        for token in written:
+            assert token == int(one(model, Address("logits"), torch.tensor([grown]))[0, -1].argmax())
+            grown.append(token)
+        assert len(written) == 6 or written[-1] == 2
+
+    def test_sampling_depends_on_its_seed_and_nothing_else(self) -> None:
+        model, _ = self.any_causal()
+        tokens = prompt(6)[0].tolist()
+        state = torch.get_rng_state()
+        first = model.generate(tokens, 8, temperature=2.0, seed=7)
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.manual_seed(123)
+        assert model.generate(tokens, 8, temperature=2.0, seed=7) == first
+        assert any(model.generate(tokens, 8, temperature=2.0, seed=s) != first for s in range(3))
+        assert model.generate(tokens, 6, temperature=2.0, top_p=1e-6) == model.generate(tokens, 6)
+
+    def test_decoding_with_writes_applies_them_at_every_step(self) -> None:
+        model, _ = self.any_causal()
+        seen: list[int] = []
+
+        def writes() -> Mapping[Address, Write]:
+            def first_id_wins(logits: Tensor) -> Tensor:
+                seen.append(logits.shape[1])
+                out = torch.zeros_like(logits)
+                out[..., 11] = 1
+                return out
+
+            return {Address("logits"): first_id_wins}
+
+        assert model.generate(prompt(6)[0].tolist(), 4, writes=writes) == [11, 11, 11, 11]
+        assert len(seen) == 4
+        assert seen[1:] == [1, 1, 1]
+
+    def test_bad_decoding_options_are_refused(self) -> None:
+        model, _ = self.any_causal()
+        with pytest.raises(OptionError, match="top_p"):
+            model.generate([5], 2, top_p=0.0)
+        with pytest.raises(OptionError, match="temperature"):
+            model.generate([5], 2, temperature=-1.0)
+        with pytest.raises(PromptError, match="context window"):
+            model.generate([5] * 60, 5)

@@ -1,0 +1,207 @@
+"""Many writers and readers, and writers that die at any moment."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from store_makers import CONTEXT, FEATURES, check_rows, expected, make, numbered, shard_files
+
+from probes.errors import StoreError
+from probes.store import ActivationStore, MissingRows
+
+SPAWN = multiprocessing.get_context("forkserver")
+SPAWN.set_forkserver_preload(["probes.store", "torch"])
+
+
+def start(target: Callable[..., None], *args: object) -> BaseProcess:
+    process = SPAWN.Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def finish(*processes: BaseProcess) -> None:
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+
+
+def write_in_order(root: Path, order: list[int], acknowledged: Path) -> None:
+    """Put one sequence after the other, noting each that has returned."""
+    store = ActivationStore(root)
+    with acknowledged.open("a") as log:
+        for i in order:
+            store.put(make([numbered(i)]))
+            log.write(f"{i}\n")
+            log.flush()
+
+
+def write_overlapping(root: Path, first: int) -> None:
+    store = ActivationStore(root)
+    for i in range(first, first + 12, 2):
+        store.put(make([numbered(j) for j in range(i, i + 4)]))
+
+
+def read_whatever_is_there(root: Path, until: Path) -> None:
+    store = ActivationStore(root)
+    seen = 0
+    while seen < 12 or not until.exists():
+        i = random.randrange(20)
+        try:
+            (rows,) = store.read(CONTEXT, [numbered(i)], FEATURES[1])
+        except MissingRows:
+            continue
+        assert rows.equal(expected(numbered(i), FEATURES[1]))
+        seen += 1
+
+
+def pinned_writer(root: Path, ready: Path, done: Path) -> None:
+    store = ActivationStore(root)
+    with store.pin():
+        store.put(make([numbered(0)]))
+        ready.touch()
+        while not done.exists():
+            time.sleep(0.005)
+
+
+def copies(store: ActivationStore) -> list[tuple[bytes, str]]:
+    with store._backing.catalogue.reading() as connection:
+        query = "SELECT s.digest, f.feature FROM sequences s JOIN features f ON f.shard = s.shard"
+        return connection.execute(query).fetchall()
+
+
+def test_two_processes_writing_the_same_rows_leave_one_copy(tmp_path: Path) -> None:
+    order = list(range(15))
+    writers = [start(write_in_order, tmp_path / "store", order, tmp_path / f"log{i}") for i in range(2)]
+    finish(*writers)
+    store = ActivationStore(tmp_path / "store")
+    assert len(shard_files(store)) == len(order)
+    assert len(copies(store)) == len(order) * len(FEATURES)
+    check_rows(store, [numbered(i) for i in order])
+
+
+def test_a_row_committed_during_a_write_is_not_written_again(store: ActivationStore, monkeypatch) -> None:
+    rival, write = ActivationStore(store.root), store._write
+
+    def write_late(packet):
+        if len(packet.sequences) == 3:
+            rival.put(make([numbered(1)]))
+        return write(packet)
+
+    monkeypatch.setattr(store, "_write", write_late)
+    put = store.put(make([numbered(i) for i in range(3)]))
+    assert (put.rows_written, put.already_held) == (6, 3)
+    assert len(copies(store)) == len(set(copies(store))) == 9
+    check_rows(store, [numbered(i) for i in range(3)])
+    assert list((store.root / "tmp").iterdir()) == []
+
+
+def test_many_writers_and_readers_at_once(tmp_path: Path) -> None:
+    root, until = tmp_path / "store", tmp_path / "until"
+    readers = [start(read_whatever_is_there, root, until) for _ in range(2)]
+    writers = [start(write_overlapping, root, first) for first in (0, 2, 4)]
+    finish(*writers)
+    until.touch()
+    finish(*readers)
+    store = ActivationStore(root)
+    rows = copies(store)
+    assert len(rows) == len(set(rows)) == 18 * len(FEATURES)
+    check_rows(store, [numbered(i) for i in range(18)])
+    assert store.verify().damaged == ()
+
+
+def test_threads_share_one_store(store: ActivationStore) -> None:
+    def put_and_read(i: int) -> None:
+        store.put(make([numbered(j) for j in range(i, i + 3)]))
+        check_rows(store, [numbered(i)])
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(put_and_read, range(12)))
+    assert len(copies(store)) == len(set(copies(store))) == 14 * len(FEATURES)
+
+
+def test_a_writer_killed_at_any_moment_loses_nothing_it_had_committed(tmp_path: Path) -> None:
+    root, log, generator = tmp_path / "store", tmp_path / "log", random.Random(0)
+    ActivationStore(root)
+    order, done = list(range(1200)), 0
+    for _ in range(10):
+        log.touch()
+        before = log.read_text().count("\n")
+        writer = start(write_in_order, root, order[done:], log)
+        while log.read_text().count("\n") == before and writer.is_alive():
+            time.sleep(0.002)
+        time.sleep(generator.uniform(0, 0.15))
+        assert writer.pid
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        committed = [int(line) for line in log.read_text().split("\n")[:-1]]
+        store = ActivationStore(root)
+        assert list((root / "tmp").iterdir()) == []
+        held = store.held(CONTEXT, [numbered(i) for i in order], FEATURES).all(1)
+        assert held[committed].all()
+        report = store.verify()
+        assert report.damaged == ()
+        assert report.checked == int(held.sum()) == len(shard_files(store))
+        # Resuming at the first missing row: at most the packet in flight had been written but not noted.
+        done = int(held.argmin())
+        assert 0 <= done - (max(committed) + 1) <= 1
+        assert held[:done].all()
+    check_rows(store, [numbered(i) for i in range(done)])
+
+
+def test_a_pin_of_another_process_ends_when_it_is_killed(tmp_path: Path) -> None:
+    root, ready, done = tmp_path / "store", tmp_path / "ready", tmp_path / "done"
+    writer = start(pinned_writer, root, ready, done)
+    while not ready.exists():
+        assert writer.exitcode is None
+        time.sleep(0.005)
+    store = ActivationStore(root)
+    assert store.gc(max_bytes=1).evicted == ()
+    assert writer.pid
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.join()
+    assert len(store.gc(max_bytes=1).evicted) == 1
+
+
+def test_a_forked_child_reads_and_writes_on(store: ActivationStore) -> None:
+    store.put(make([numbered(0)]))
+    (mine,) = store.read(CONTEXT, [numbered(0)], FEATURES[0])
+    child = os.fork()
+    if child == 0:
+        try:
+            check_rows(store, [numbered(0)])
+            store.put(make([numbered(1)]))
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    check_rows(store, [numbered(0), numbered(1)])
+    assert mine.equal(expected(numbered(0), FEATURES[0]))
+
+
+def write_bounded(root: Path, first: int, limit: int) -> None:
+    """Write past the limit, reading back at once; a row may be evicted in between but never be wrong."""
+    store = ActivationStore(root, max_bytes=limit)
+    for i in range(first, first + 15):
+        try:
+            store.put(make([numbered(i)]))
+            (rows,) = store.read(CONTEXT, [numbered(i)], FEATURES[0])
+        except (MissingRows, StoreError):
+            continue
+        assert rows.equal(expected(numbered(i), FEATURES[0]))
+
+
+def test_writers_under_one_limit_stay_below_it(tmp_path: Path) -> None:
+    limit = 4 * ActivationStore(tmp_path / "probe").put(make([numbered(0)])).bytes_written + 200
+    finish(*[start(write_bounded, tmp_path / "store", first, limit) for first in (0, 10, 20)])
+    store = ActivationStore(tmp_path / "store")
+    assert 0 < store.bytes_held() <= limit
+    assert store.bytes_held() == sum(path.stat().st_size for path in store.root.glob("shards/*/*"))
+    assert store.verify().damaged == ()

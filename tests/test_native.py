@@ -1,0 +1,246 @@
+"""The native backend: conformance, and what it must leave as it found it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conformance import CAUSAL, Conformance, close, one, read
+from families import FAMILIES, make, prompt, shared
+from reference import REFUSED
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from probes.errors import ModelError, PointError
+from probes.models.base import Model
+from probes.models.native import NativeModel
+from probes.points import POINTS, Address
+
+
+def native(module: nn.Module, ref: str = "tiny") -> NativeModel:
+    return NativeModel(module, ref=ref, weights="digest")
+
+
+class TestNative(Conformance):
+    def load(self, module: nn.Module, family: str) -> Model:
+        return native(module, family)
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_nothing_more_is_refused_than_a_family_lacks(self, family: str) -> None:
+        own_attention = {"pattern"} if family.startswith("falcon") else set()
+        lens = {"lens"} if family in ("bert", "opt_post_norm") else set()
+        assert set(self.model(family).faithfulness.refused) == REFUSED.get(family, set()) | own_attention | lens
+
+    @pytest.mark.parametrize("family", CAUSAL)
+    def test_greedy_decoding_is_the_library_s_own(self, family: str) -> None:
+        tokens = prompt(6)
+        theirs = shared(family).generate(tokens, max_new_tokens=6, do_sample=False)[0, 6:].tolist()  # type: ignore[operator]
+        assert self.model(family).generate(tokens[0].tolist(), 6) == theirs
+
+    def test_it_is_a_model(self) -> None:
+        model = self.model("llama")
+        assert isinstance(model, Model)
+        assert model.context.backend == "native"
+        assert (model.context.dtype, model.context.attention) == ("float32", "sdpa")
+
+
+def hooks(module: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
+def state(module: Any) -> tuple[object, ...]:
+    training = tuple(m.training for m in module.modules())
+    tensors = tuple((p.dtype, p.device, p.data_ptr(), p.requires_grad) for p in module.parameters())
+    own = tuple(sorted(k for m in module.modules() for k in vars(m)))
+    attention = (module.config._attn_implementation, tuple(ALL_ATTENTION_FUNCTIONS))
+    return training, tensors, own, attention, str(module.config), hooks(module)
+
+
+def run_well(model: NativeModel) -> None:
+    read(model, [Address("pattern", 1), Address("resid_post", 0)], prompt())
+
+
+def run_with_failing_read(model: NativeModel) -> None:
+    def fail(_: Tensor) -> None:
+        raise KeyError("the reader's own")
+
+    with pytest.raises(KeyError, match="the reader's own"):
+        model.run(prompt(), {Address("pattern", 1): lambda _: None, Address("resid_post", 1): fail})
+
+
+def run_interrupted(model: NativeModel) -> None:
+    def interrupt(_: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.run(prompt(), {Address("pattern", 2): lambda _: None}, {Address("mlp_out", 1): interrupt})
+
+
+def decode(model: NativeModel) -> None:
+    model.generate([5, 6, 7], 3, writes=lambda: {Address("pattern", 0): lambda p: p, Address("z", 1): lambda z: z * 2})
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("use", [run_well, run_with_failing_read, run_interrupted, decode])
+def test_the_module_is_left_as_it_was(use: Callable[[NativeModel], None], training: bool) -> None:
+    module = make("llama").train(training)
+    module.get_submodule("model.layers.1.mlp").eval()
+    fired: list[int] = []
+    handle = module.get_submodule("model.layers.0").register_forward_hook(lambda *_: fired.append(1))
+    before, weights = state(module), {k: v.clone() for k, v in module.state_dict().items()}
+    model = native(module)
+    assert fired
+    fired.clear()
+    use(model)
+    assert fired, "the caller's hook must still run"
+    assert state(module) == before
+    assert all(torch.equal(v, weights[k]) for k, v in module.state_dict().items())
+    handle.remove()
+    assert hooks(module) == 0
+
+
+def test_a_reader_sees_what_the_caller_s_own_hook_made() -> None:
+    module = make("llama")
+    model = native(module)
+    handle = module.get_submodule("model.layers.1").register_forward_hook(lambda _, __, out: out * 0)
+    assert not one(model, Address("resid_post", 1), prompt()).any()
+    handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("address", "blocks"), [("embed", 0), ("resid_pre.1", 1), ("z.1", 1), ("resid_post.1", 2), ("final_norm", 3)]
+)
+def test_a_forward_stops_after_the_last_address(address: str, blocks: int) -> None:
+    module = make("llama")
+    model = native(module)
+    ran: list[str] = []
+    for name, m in module.named_modules():
+        if (name.startswith("model.layers.") and name.count(".") == 2) or name == "lm_head":
+            m.register_forward_hook(lambda *_, name=name: ran.append(name))
+    read(model, [Address("embed"), Address.parse(address)], prompt())
+    assert ran == [f"model.layers.{layer}" for layer in range(blocks)]
+
+
+def test_dropout_is_off_whatever_the_module_s_flag() -> None:
+    module = make("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
+    clean = one(native(module), Address("logits"), prompt())
+    model = native(module.train())
+    assert torch.equal(one(model, Address("logits"), prompt()), clean)
+    assert model.generate([5, 6], 4) == native(module.eval()).generate([5, 6], 4)
+
+
+def test_nothing_to_read_costs_no_forward() -> None:
+    module = make("llama")
+    model = native(module)
+    module.register_forward_pre_hook(lambda *_: pytest.fail("a forward ran"))
+    model.run(prompt(), {})
+
+
+def test_attention_stays_sdpa_when_no_pattern_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = make("llama")
+    model = native(module)
+    masks: list[object] = []
+    plain = nn.functional.scaled_dot_product_attention
+
+    def count(*args: Any, **kwargs: Any) -> Tensor:
+        masks.append(kwargs.get("attn_mask"))
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", count)
+    read(model, [Address("logits")], torch.nn.functional.pad(prompt(rows=2), (0, 3)), lengths=[9, 9])
+    assert masks == [None] * 3, "without a mask the fast kernels may run"
+    read(model, [Address("pattern", 0), Address("logits")], prompt())
+    assert len(masks) == 6, "patterns are computed beside the model's own attention, not in its place"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "mistral", "qwen3"])
+def test_patterns_are_the_same_under_eager_and_sdpa(family: str) -> None:
+    eager = copy.deepcopy(shared(family))
+    eager.set_attn_implementation("eager")  # type: ignore[operator]
+    a, b = native(eager), native(shared(family))
+    assert (a.context.attention, b.context.attention) == ("eager", "sdpa")
+    close(one(a, Address("pattern", 2), prompt()), one(b, Address("pattern", 2), prompt()))
+
+
+def test_patterns_of_padded_rows_are_those_of_the_rows_alone() -> None:
+    for family in ("llama", "bert"):
+        model = native(shared(family))
+        padded = torch.nn.functional.pad(prompt(5), (0, 3))
+        tokens = torch.cat((padded, prompt(8, seed=4)))
+        batched = read(model, [Address("pattern", 1)], tokens, lengths=[5, 8])[Address("pattern", 1)]
+        close(batched[0, :, :5, :5], one(model, Address("pattern", 1), prompt(5))[0])
+
+
+def test_a_knocked_out_key_no_longer_reaches_the_query() -> None:
+    model, tokens = native(make("llama")), prompt()
+    pattern, z = Address("pattern", 1), Address("z", 1)
+
+    def knock_out(p: Tensor) -> Tensor:
+        p = p.clone()
+        p[:, 2, 5, 3] = 0
+        return p
+
+    before = read(model, [pattern, z], tokens)
+    after = read(model, [pattern, z], tokens, {pattern: knock_out})
+    changed = (before[z] - after[z]).abs().amax(-1)[0] > 1e-6
+    assert changed.nonzero().tolist() == [[5, 2]]
+    v = one(model, Address("v", 1), tokens)[0, 3, 1]
+    close(after[z][0, 5, 2], before[z][0, 5, 2] - before[pattern][0, 2, 5, 3] * v)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "bert"])
+def test_half_precision_keeps_its_dtype_and_holds(family: str) -> None:
+    module = make(family).to(torch.bfloat16)
+    model = native(module)
+    assert model.context.dtype == "bfloat16"
+    assert model.faithfulness.holds
+    assert {i.tolerance for i in model.faithfulness.identities} == {1e-2}
+    found = read(model, [Address("resid_post", 0), Address("logits")], prompt())
+    assert all(t.dtype == torch.bfloat16 for t in found.values())
+    if model.refusal(Address("attn_scale", 0)) is None:
+        assert one(model, Address("attn_scale", 0), prompt()).dtype == torch.float32
+
+
+def test_a_model_spread_by_accelerate_reads_the_same() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    plain, spread = native(shared("llama")), make("llama")
+    accelerate.dispatch_model(spread, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    assert any(hasattr(m, "_hf_hook") for m in spread.modules())
+    model = native(spread)
+    for name in POINTS:
+        address = Address(name, 1 if POINTS[name].layered else None)
+        close(one(model, address, prompt()), one(plain, address, prompt()))
+
+
+@pytest.mark.parametrize(
+    ("value", "name"), [(float("nan"), "model.layers.1.mlp.up_proj.weight"), (float("inf"), "lm_head.weight")]
+)
+def test_weights_that_are_not_finite_are_refused_by_name(value: float, name: str) -> None:
+    module = make("llama")
+    module.get_parameter(name).data[3, 4] = value
+    with pytest.raises(ModelError, match=name):
+        native(module)
+
+
+def test_a_module_that_runs_twice_is_refused() -> None:
+    module: Any = make("llama")
+    module.model.layers[2] = module.model.layers[1]
+    with pytest.raises(ModelError, match="more than once"):
+        native(module)
+
+
+def test_bert_does_not_write() -> None:
+    with pytest.raises(PointError, match="both ways"):
+        native(shared("bert")).generate([5, 6], 2)
+
+
+def test_components_are_the_module_s_own_parts() -> None:
+    module: Any = shared("llama")
+    model = native(module)
+    assert model.component("attn.o", 1) is module.model.layers[1].self_attn.o_proj
+    assert model.component("unembed") is module.lm_head
+    with pytest.raises(PointError, match=r"attn\.qkv.*Legal.*attn\.q"):
+        model.component("attn.qkv", 1)

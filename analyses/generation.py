@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from probes.capture import context_of, writes_of
-from probes.edits import Edit
+from probes.capture import context_of
+from probes.edits import Edit, generate
 from probes.models.base import Model
 from probes.progress import QUIET, Progress
 from probes.store import ActivationStore, Packet, Ragged
@@ -47,13 +47,14 @@ def respond(
     missing = [s for s, has in zip(distinct, held, strict=True) if not has]
     progress.start(len(missing), "response")
     for sequence in missing:
-        written = model.generate(
+        written = generate(
+            model,
             sequence,
             decoding.max_new_tokens,
+            edits,
             temperature=decoding.temperature,
             top_p=decoding.top_p,
             seed=decoding.seed,
-            writes=(lambda: writes_of(model, edits)) if edits else None,
         )
         tokens = torch.tensor(written, dtype=torch.int64)
         store.put(Packet(context, (sequence,), {decoding.key: Ragged(tokens, (len(written),))}))

@@ -79,7 +79,9 @@ class LogitLens:
         for first in range(0, len(prompts), CHUNK):
             chunk = slice(first, first + CHUNK)
             rows, last = torch.cat([torch.cat(layer[chunk]) for layer in stream]), torch.cat(final[chunk])
-            parts.append(self._read(activations.model, rows, last, _positions(prompts, first, self.positions)))
+            parts.append(
+                self._read(activations.model, rows, last, _positions(activations.model, prompts, first, self.positions))
+            )
         tables = zip(*parts, strict=True)
         return {name: pd.concat(made, ignore_index=True) for name, made in zip(("top", "read"), tables, strict=True)}
 
@@ -106,10 +108,10 @@ class LogitLens:
         return top, read
 
 
-def _positions(prompts: list[Prompt], first: int, positions: str) -> pd.DataFrame:
+def _positions(model: Model, prompts: list[Prompt], first: int, positions: str) -> pd.DataFrame:
     pairs = [
-        (i, position, prompt.tokens[position])
+        (i, position, prompt.tokens[position], token_text(model, prompt.tokens[position]))
         for i, prompt in enumerate(prompts[first : first + CHUNK], first)
         for position in (range(len(prompt.tokens)) if positions == "all" else [len(prompt.tokens) - 1])
     ]
-    return pd.DataFrame(pairs, columns=["prompt", "position", "input_id"])
+    return pd.DataFrame(pairs, columns=["prompt", "position", "input_id", "input_token"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from analyses.back_patching import BackPatching
 from analyses.base import Analysis
+from analyses.concept_depth import ConceptDepth
 from analyses.logit_lens import LogitLens
 from analyses.voids import Voids
 from probes.errors import OptionError, unknown
 
-ANALYSES: tuple[type[Analysis], ...] = (Voids, LogitLens)
+ANALYSES: tuple[type[Analysis], ...] = (Voids, LogitLens, BackPatching, ConceptDepth)
 """To add an analysis, add its class here."""
 
 

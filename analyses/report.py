@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, select_autoescape
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from analyses.registry import get_analysis
@@ -28,10 +30,16 @@ def write_report(results: Sequence[Result], path: str | Path, title: str | None 
 def render(results: Sequence[Result], title: str | None = None) -> str:
     """The page as text."""
     environment = Environment(loader=PackageLoader("analyses"), autoescape=select_autoescape())
+    environment.filters["inline"] = _inline
     sections = [_section(number, result) for number, result in enumerate(results)]
     heading = title or " · ".join(section["title"] for section in sections)
     template = environment.get_template("report.html")
     return template.render(title=heading, sections=sections, plotlyjs=get_plotlyjs())
+
+
+def _inline(text: str) -> Markup:
+    """Plain text with `code` in backticks."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _section(number: int, result: Result) -> dict[str, Any]:
@@ -49,6 +57,7 @@ def _section(number: int, result: Result) -> dict[str, Any]:
         "model": provenance["model"],
         "counts": provenance["counts"],
         "faithful": provenance["faithfulness"],
+        "worst": max((i["error"] for i in provenance["faithfulness"]["identities"]), default=0.0),
         "figures": figures,
         "tables": [_table(name, table) for name, table in result.tables.items()],
         "options": json.dumps(dict(result.options), ensure_ascii=False),

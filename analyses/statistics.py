@@ -36,16 +36,24 @@ def cluster_bootstrap(
     if len(table) == 0:
         empty = np.full(table.shape[1], np.nan)
         return Interval(empty, empty, empty)
+    means = cluster_means(table, groups, seed=seed, resamples=resamples)
+    tail = (1 - level) / 2
+    low, high = np.quantile(means, [tail, 1 - tail], axis=0)
+    return Interval(table.mean(axis=0), low, high)
+
+
+def cluster_means(
+    values: ArrayLike, groups: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES
+) -> NDArray[np.float64]:
+    """Means of rows [rows, columns] over draws of whole groups with replacement; [resamples, columns]."""
+    table = np.asarray(values, dtype=np.float64)
     _, group = np.unique(np.asarray(groups), return_inverse=True)
     n = int(group.max()) + 1
     sums = np.zeros((n, table.shape[1]))
     np.add.at(sums, group, table)
     counts = np.bincount(group, minlength=n).astype(np.float64)
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
-    means = (draws @ sums) / (draws @ counts)[:, None]
-    tail = (1 - level) / 2
-    low, high = np.quantile(means, [tail, 1 - tail], axis=0)
-    return Interval(sums.sum(0) / counts.sum(), low, high)
+    return np.asarray((draws @ sums) / (draws @ counts)[:, None])
 
 
 def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:

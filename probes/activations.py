@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,7 +43,9 @@ class Activations:
         lookup: Lookup,
         done: Done,
         recapture: Callable[[], Done],
+        pinned: ExitStack,
     ) -> None:
+        weakref.finalize(self, pinned.close)
         self.model, self.sequences, self.done = model, sequences, done
         self._lookup, self._recapture = lookup, recapture
         self._read: dict[tuple[str, tuple[int, ...]], None] = {}
@@ -57,6 +61,7 @@ class Activations:
         try:
             return self._get(wanted)
         except DamagedShard:
+            # The store has set the shard aside; its rows are captured again, once.
             self.done = replace(self.done, forwards=self.done.forwards + self._recapture().forwards)
             return self._get(wanted)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from probes.activations import Activations, Done
-from probes.edits import Edit
+from probes.edits import Edit, altered, resolve, writes_of
 from probes.errors import ModelError, PointError
 from probes.kernels import reduce_rows
 from probes.lookup import Lookup
@@ -33,20 +34,6 @@ def context_of(model: Model, edits: Sequence[Edit] = ()) -> dict[str, str]:
     text = ";".join(edit.text() for edit in edits) or "none"
     context: Context = replace(model.context, edits=text)
     return asdict(context)
-
-
-def writes_of(model: Model, edits: Sequence[Edit]) -> dict[Address, Write]:
-    """Fresh writes of all edits for one forward, composed in order where they share an address."""
-    combined: dict[Address, Write] = {}
-    for edit in edits:
-        for address, write in edit.writes(model.shape).items():
-            earlier = combined.get(address)
-            combined[address] = write if earlier is None else _compose(earlier, write)
-    return combined
-
-
-def _compose(first: Write, second: Write) -> Write:
-    return lambda tensor: second(first(tensor))
 
 
 def plan_capture(
@@ -106,22 +93,26 @@ def capture(
         StoreError: not enough space, before the run or during it.
     """
     needs = list(needs)
-    plan = plan_capture(model, sequences, needs, store, edits)
-    store.check_space(plan.bytes(axis_sizes(model), row_size(model)))
-    progress.note(plan.summary(plan.bytes(axis_sizes(model), row_size(model))))
-    progress.start(plan.forwards, "forward")
-    lookup = Lookup(store, context_of(model, edits), model.shape.causal)
-    lengths = dict(zip(sequences, prompt_lengths or map(len, sequences), strict=True))
-    written = _Writer(lookup, lengths)
-    with written:
-        for work in plan.work:
-            for batch in _sized(model, work.sequences, work.features, batch_tokens):
-                for sequences_done, values in _run(model, batch, work.sequences, work.features, edits, progress):
-                    written.put(sequences_done, values)
-                progress.advance(len(batch.indices))
-    done = Done(plan, plan.forwards, written.bytes)
-    again = partial(capture, model, sequences, needs, store, edits=edits, batch_tokens=batch_tokens)
-    return Activations(model, list(sequences), lookup, done, lambda: again().done)
+    with ExitStack() as stack:
+        stack.enter_context(store.pin())
+        plan = plan_capture(model, sequences, needs, store, edits)
+        size = plan.bytes(axis_sizes(model), row_size(model))
+        store.check_space(size)
+        progress.note(plan.summary(size))
+        progress.start(plan.forwards, "forward")
+        lookup = Lookup(store, context_of(model, edits), model.shape.causal)
+        lengths = dict(zip(sequences, prompt_lengths or map(len, sequences), strict=True))
+        written = _Writer(lookup, lengths)
+        ready = resolve(model, edits) if plan.work else []
+        with written:
+            for work in plan.work:
+                for batch in _sized(model, work.sequences, work.features, batch_tokens):
+                    for sequences_done, values in _run(model, batch, work.sequences, work.features, ready, progress):
+                        written.put(sequences_done, values)
+                    progress.advance(len(batch.indices))
+        done = Done(plan, plan.forwards, written.bytes)
+        again = partial(capture, model, sequences, needs, store, edits=edits, batch_tokens=batch_tokens)
+        return Activations(model, list(sequences), lookup, done, lambda: again().done, stack.pop_all())
 
 
 def _sized(
@@ -144,7 +135,8 @@ def _run(
 ) -> Iterator[tuple[tuple[tuple[int, ...], ...], dict[str, Ragged]]]:
     """(sequences, rows by feature key) of one batch: one forward, or halves of it where memory does not suffice."""
     try:
-        values = forward(model, batch, features, writes_of(model, edits))
+        with altered(model, edits):
+            values = forward(model, batch, features, writes_of(model, edits, batch.lengths))
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
         if not _out_of_memory(error):
             raise

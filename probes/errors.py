@@ -30,6 +30,10 @@ class StoreError(UserError):
     """A store that cannot be read or written: no space, damaged, or a newer protocol."""
 
 
+class ProbeError(UserError):
+    """Rows, labels or groups that no probe can be fitted to."""
+
+
 def unknown(kind: str, value: object, legal: Iterable[object]) -> str:
     """One line for an unknown name: the value, a did-you-mean, and the legal values."""
     names = [str(name) for name in legal]

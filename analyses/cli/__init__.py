@@ -18,6 +18,9 @@ from probes.errors import UserError, unknown
 # Typer carries its own copy of click; the base of its usage errors is reached through a public subclass.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, which Typer may also return by itself."""
+
 
 class _Analyses(TyperGroup):
     """Names the legal analyses when an unknown one is asked for."""
@@ -43,7 +46,7 @@ app.add_typer(models.group, name="models")
 app.command("capture")(capture.capture)
 app.command("check")(models.check)
 app.command("demo")(demo)
-app.command("bench")(bench)
+app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -55,12 +58,13 @@ def main(args: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _bad(str(getattr(error, "format_message", error.__str__)()))
     except (KeyboardInterrupt, typer.Abort):
-        warn("interrupted; what was committed stays, and the same command goes on from there")
-        return 130
+        code = INTERRUPTED
     except Exception:
         warn(traceback.format_exc())
         warn("this is a fault of Bathyscope, not of your input; please report the lines above")
         return 1
+    if code == INTERRUPTED:
+        warn("interrupted; what was committed stays, and the same command goes on from there")
     return code if isinstance(code, int) else 0
 
 

@@ -15,12 +15,12 @@ from probes.errors import OptionError, unknown
 def benchmarks() -> dict[str, Path]:
     """The benchmark scripts of this checkout, by name."""
     folder = Path(__file__).resolve().parents[2] / "benchmarks"
-    return {path.stem: path for path in sorted(folder.glob("bench_*.py"))}
+    return {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
 
 
 def bench(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="Which benchmark; its own flags follow it.")] = "bench_capture",
+    name: Annotated[str, typer.Argument(help="Which benchmark; its own flags follow it.")] = "capture",
 ) -> None:
     """Measure side by side with other tools, in one run; needs a source checkout."""
     found = benchmarks()
@@ -28,10 +28,12 @@ def bench(
         raise OptionError(
             "benchmarks are part of the source checkout, not of the wheel: clone the repository and run it there"
         )
-    name = name if name.startswith("bench_") else f"bench_{name}"
+    flags = list(context.args)
+    if name.startswith("-"):
+        name, flags = "capture", [name, *flags]
     if name not in found:
         raise OptionError(unknown("benchmark", name, found))
-    previous, sys.argv = sys.argv, [str(found[name]), *context.args]
+    previous, sys.argv = sys.argv, [str(found[name]), *flags]
     try:
         runpy.run_path(str(found[name]), run_name="__main__")
     finally:

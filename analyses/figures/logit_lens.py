@@ -3,69 +3,55 @@
 from __future__ import annotations
 
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
-from analyses.figures.theme import COLOURS, SCALE, finish, visible
+from analyses.figures.theme import COLOURS, SCALE, finish, menu, shorten, visible
 from analyses.result import FigureSpec, Tables
+
+SHOWN = 40
+"""Prompts offered in a figure's menu."""
 
 
 def lens_table(tables: Tables) -> go.Figure:
     """Top token by layer and position, coloured by its probability; one prompt at a time."""
     top = tables["top"][tables["top"]["rank"] == 0]
-    prompts = list(dict.fromkeys(top["prompt"]))[:40]
-    figure, buttons = go.Figure(), []
-    widest = 1
-    for shown, prompt in enumerate(prompts):
-        one = top[top["prompt"] == prompt]
+    figure, labels, widths = go.Figure(), [], []
+    for shown, (prompt, one) in enumerate(list(top.groupby("prompt", sort=False))[:SHOWN]):
         probability = one.pivot(index="layer", columns="position", values="probability")
         tokens = one.pivot(index="layer", columns="position", values="token").map(visible)
-        widest = max(widest, probability.shape[1])
+        inputs = one.drop_duplicates("position").sort_values("position")
+        names = [f"{p} {visible(t)}" for p, t in zip(inputs["position"], inputs["input_token"], strict=True)]
         figure.add_heatmap(
-            z=probability, x=[f"position {p}" for p in probability.columns], y=probability.index,
-            text=tokens.map(lambda t: t[:9]), texttemplate="%{text}", customdata=tokens, visible=shown == 0,
-            zmin=0, zmax=1, colorscale=SCALE, colorbar={"title": "probability"}, textfont={"size": 10},
-            hovertemplate="%{x}, layer %{y}<br>%{customdata}<br>probability %{z:.3f}<extra></extra>",
+            z=probability, x=names, y=probability.index,
+            text=tokens.map(lambda t: shorten(t, 10)), texttemplate="%{text}", customdata=tokens, visible=shown == 0,
+            zmin=0, zmax=1, colorscale=SCALE, colorbar={"title": "probability"}, textfont={"size": 11},
+            hovertemplate="after %{x}, layer %{y}<br>%{customdata}<br>probability %{z:.3f}<extra></extra>",
         )  # fmt: skip
-        buttons.append(
-            {"label": f"prompt {prompt}", "method": "update", "args": [{"visible": [p == prompt for p in prompts]}]}
-        )
-    finish(figure, x="position whose next token is predicted", y="layer", height=760)
-    figure.update_layout(width=max(900, 74 * widest + 160))
-    if len(prompts) > 1:
-        figure.update_layout(
-            updatemenus=[{"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.03, "yanchor": "bottom"}]
-        )
+        labels.append(shorten(f"{prompt}: {''.join(inputs['input_token'])}"))
+        widths.append(max(560, 84 * probability.shape[1] + 200))
+    finish(figure, x="position and token whose continuation is predicted", y="layer", height=780)
+    figure.update_xaxes(tickangle=-45)
+    menu(figure, labels, widths)
     return figure
 
 
 def convergence(tables: Tables) -> go.Figure:
-    """Entropy, distance to the final prediction, and agreement, by layer."""
-    read = tables["read"].groupby("layer")[["entropy_bits", "kl_to_final", "agrees"]]
-    mean = read.mean()
-    figure = go.Figure()
-    figure.add_scatter(
-        x=mean["entropy_bits"], y=mean.index, name="entropy (bits)", mode="lines+markers", line={"color": COLOURS[0]}
+    """Entropy and distance to the final prediction, and agreement with it, by layer."""
+    mean = tables["read"].groupby("layer")[["entropy_bits", "kl_to_final", "agrees"]].mean()
+    figure = make_subplots(rows=1, cols=2, subplot_titles=("entropy and divergence", "agreement"), shared_yaxes=True)
+    curves = (
+        ("entropy_bits", "entropy (bits)", 1),
+        ("kl_to_final", "KL to the final prediction (nats)", 1),
+        ("agrees", "share of positions that agree", 2),
     )
-    figure.add_scatter(
-        x=mean["kl_to_final"],
-        y=mean.index,
-        name="KL to the final prediction (nats)",
-        mode="lines+markers",
-        line={"color": COLOURS[1]},
-    )
-    figure.add_scatter(
-        x=mean["agrees"],
-        y=mean.index,
-        name="share of positions that agree",
-        mode="lines+markers",
-        line={"color": COLOURS[2]},
-        xaxis="x2",
-    )
-    finish(figure, x="bits or nats", y="layer", height=520)
-    figure.update_layout(
-        xaxis2={"overlaying": "x", "side": "top", "range": [0, 1.02], "title": "share", "showgrid": False}
-    )
-    figure.update_layout(legend={"y": -0.25, "yanchor": "top"}, margin={"t": 70})
-    return figure
+    for colour, (column, name, panel) in zip(COLOURS, curves, strict=False):
+        figure.add_scatter(
+            x=mean[column], y=mean.index, name=name, mode="lines+markers", line={"color": colour}, row=1, col=panel
+        )
+    finish(figure, x="bits or nats", y="layer", height=540)
+    figure.update_xaxes(title="share of positions", range=[0, 1.02], row=1, col=2)
+    figure.update_yaxes(title=None, row=1, col=2)
+    return figure.update_layout(legend={"y": -0.15, "yanchor": "top"}, margin={"t": 60, "b": 90})
 
 
 FIGURES = {
@@ -78,8 +64,8 @@ FIGURES = {
     ),
     "convergence": FigureSpec(
         "Convergence along depth",
-        "Averages over all positions read: the entropy of the lens's distribution, its divergence from the final prediction (both on the lower "
-        "axis), and the share of positions whose top token is already the final one (upper axis).",
+        "Averages over all positions read. Left: the entropy of the lens's distribution, and its divergence from the final prediction. "
+        "Right: the share of positions whose top token is already the final one.",
         convergence,
     ),
 }

@@ -35,6 +35,25 @@ def band(figure: go.Figure, x: object, low: object, high: object, colour: str) -
     )
 
 
+def menu(figure: go.Figure, labels: list[str], widths: list[int] | None = None) -> None:
+    """A menu that shows one trace at a time; `widths` sets the figure's width (pixels) for each."""
+    buttons = []
+    for chosen, label in enumerate(labels):
+        layout = {} if widths is None else {"width": widths[chosen]}
+        shown = [other == chosen for other in range(len(labels))]
+        buttons.append({"label": label, "method": "update", "args": [{"visible": shown}, layout]})
+    if widths is not None:
+        figure.update_layout(width=widths[0])
+    if len(labels) > 1:
+        place = {"x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
+        figure.update_layout(updatemenus=[{"buttons": buttons, "direction": "down", **place}], margin={"t": 70})
+
+
+def shorten(text: str, length: int = 60) -> str:
+    """`text` cut to `length` characters, with an ellipsis where something was cut."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
 def visible(token: str) -> str:
     """A token with its white space made visible."""
     return token.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥") or "∅"

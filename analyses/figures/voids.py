@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analyses.figures.theme import COLOURS, finish, visible
+from analyses.figures.theme import COLOURS, finish, menu, shorten, visible
 from analyses.result import FigureSpec, Tables
+
+SHOWN = 40
+"""Prompts offered in a figure's menu."""
 
 
 def raster(tables: Tables) -> go.Figure:
     """Token by layer activity, one prompt at a time, chosen from a menu."""
     activity = tables["activity"]
     activity = activity[activity["alpha"] == activity["alpha"].iloc[0]]
-    figure, buttons = go.Figure(), []
-    prompts = list(dict.fromkeys(activity["prompt"]))[:40]
-    for shown, prompt in enumerate(prompts):
-        one = activity[activity["prompt"] == prompt]
+    figure, labels = go.Figure(), []
+    for shown, (prompt, one) in enumerate(list(activity.groupby("prompt", sort=False))[:SHOWN]):
         grid = one.pivot(index="layer", columns="position", values="active").astype(int)
         delta = one.pivot(index="layer", columns="position", values="delta")
         tokens = one.drop_duplicates("position").sort_values("position")
-        labels = [f"{p} {visible(t)}" for p, t in zip(tokens["position"], tokens["token"], strict=True)]
+        names = [f"{p} {visible(t)}" for p, t in zip(tokens["position"], tokens["token"], strict=True)]
         figure.add_heatmap(
-            z=grid, x=labels, y=grid.index, customdata=delta, visible=shown == 0,
+            z=grid, x=names, y=grid.index, customdata=delta, visible=shown == 0,
             zmin=0, zmax=1, xgap=1, ygap=1, colorscale=[[0, "#e8e8e8"], [0.5, "#e8e8e8"], [0.5, COLOURS[0]], [1, COLOURS[0]]],
             colorbar={"tickvals": [0.25, 0.75], "ticktext": ["void", "active"], "len": 0.5},
             hovertemplate="token %{x}<br>layer %{y}<br>step %{customdata:.2f}<extra></extra>",
         )  # fmt: skip
-        buttons.append(
-            {"label": f"prompt {prompt}", "method": "update", "args": [{"visible": [p == prompt for p in prompts]}]}
-        )
+        asked = tokens[tokens["phase"] == "prompt"] if (tokens["phase"] == "prompt").any() else tokens
+        labels.append(shorten(f"{prompt}: {''.join(asked['token'])}"))
     finish(figure, x="position and token", y="layer", height=560)
     figure.update_xaxes(tickangle=-60)
-    if len(prompts) > 1:
-        figure.update_layout(
-            updatemenus=[{"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.1, "yanchor": "bottom"}]
-        )
+    menu(figure, labels)
     return figure
 
 
@@ -71,13 +70,13 @@ def norms(tables: Tables) -> go.Figure:
                                                  "arrayminus": quartiles[0.5] - quartiles[0.25], "thickness": 1, "width": 0},
                 row=1, col=column,
             )  # fmt: skip
-    finish(figure, x="L2 norm (units of the residual stream)", y="layer", height=520)
-    return figure
+    finish(figure, x="L2 norm (units of the residual stream)", y="layer", height=540)
+    return figure.update_layout(legend={"y": -0.15, "yanchor": "top"}, margin={"t": 60, "b": 90})
 
 
 def token_classes(tables: Tables) -> go.Figure:
     """Void rate per class of token."""
-    rates = tables["void_rate"]
+    rates = tables["void_rate"].sort_values("alpha", kind="stable")
     figure = go.Figure()
     for colour, (alpha, group) in zip(COLOURS, rates.groupby("alpha", sort=False), strict=False):
         figure.add_bar(
@@ -91,51 +90,71 @@ def token_classes(tables: Tables) -> go.Figure:
 
 
 def against_alpha(tables: Tables) -> go.Figure:
-    """Usage, changed predictions and accuracy as alpha grows."""
-    figure = make_subplots(specs=[[{"secondary_y": True}]])
-    usage = tables["usage"].groupby(["phase", "alpha"], sort=False)["active_fraction"].mean().reset_index()
-    for colour, (phase, group) in zip(COLOURS, usage.groupby("phase", sort=False), strict=False):
-        figure.add_scatter(
-            x=group["alpha"],
-            y=group["active_fraction"],
-            name=f"usage, {phase}",
-            mode="lines+markers",
-            line={"color": colour},
-        )
+    """Usage, changed predictions and accuracy as alpha grows, one panel each."""
     curves = _alpha_curves(tables)
-    for colour, (name, curve) in zip(COLOURS[2:], curves.items(), strict=False):
+    panels = list(dict.fromkeys(curve.panel for curve in curves))
+    figure = make_subplots(rows=1, cols=len(panels), subplot_titles=panels)
+    for number, curve in enumerate(curves):
+        points, panel = curve.points.sort_values("alpha"), panels.index(curve.panel)
         error = {
             "type": "data",
-            "array": curve["high"] - curve["y"],
-            "arrayminus": curve["y"] - curve["low"],
+            "array": points["high"] - points["y"],
+            "arrayminus": points["y"] - points["low"],
             "thickness": 1,
         }
         figure.add_scatter(
-            x=curve["alpha"], y=curve["y"], error_y=error, name=name, mode="lines+markers",
-            line={"color": colour, "dash": "dot"}, secondary_y=True,
+            x=points["alpha"], y=points["y"], error_y=error, name=curve.name, mode="lines+markers",
+            line={"color": COLOURS[number % len(COLOURS)]}, row=1, col=panel + 1,
         )  # fmt: skip
-    finish(figure, x="alpha", y="share of layers active")
-    figure.update_yaxes(title="share of predictions", secondary_y=True, range=[0, 1.02])
-    figure.update_yaxes(range=[0, 1.02], secondary_y=False)
-    return figure
+    finish(figure, x="alpha", y="share", height=460)
+    figure.update_yaxes(range=[0, 1.02])
+    return figure.update_layout(legend={"y": -0.2, "yanchor": "top"}, margin={"t": 60, "b": 110})
 
 
-def _alpha_curves(tables: Tables) -> dict[str, pd.DataFrame]:
-    curves: dict[str, pd.DataFrame] = {}
-    if "controls" in tables:
-        for variant, group in tables["controls"].groupby("variant", sort=False):
-            columns = {"changed": "y", "changed_low": "low", "changed_high": "high"}
-            curves[f"changed, {variant}"] = group.rename(columns=columns)[["alpha", "y", "low", "high"]]
-    if "accuracy" in tables:
-        for key, group in tables["accuracy"].groupby(["variant", "scoring"], sort=False):
-            columns = {"accuracy": "y", "ci_low": "low", "ci_high": "high"}
-            curves["accuracy, {} ({})".format(*key)] = group.rename(columns=columns)[["alpha", "y", "low", "high"]]
-    return curves
+class _Curve(NamedTuple):
+    panel: str
+    name: str
+    points: pd.DataFrame
+    """Columns alpha, y, low, high."""
+
+
+def _alpha_curves(tables: Tables) -> list[_Curve]:
+    usage = (
+        tables["usage"]
+        .groupby(["phase", "alpha"], sort=False)[["active_fraction", "ci_low", "ci_high"]]
+        .mean()
+        .reset_index()
+    )
+    sources = [
+        ("layers active", usage, ["phase"], {"active_fraction": "y", "ci_low": "low", "ci_high": "high"}),
+        (
+            "predictions changed",
+            tables.get("controls"),
+            ["variant"],
+            {"changed": "y", "changed_low": "low", "changed_high": "high"},
+        ),
+        (
+            "accuracy on choices",
+            tables.get("accuracy"),
+            ["variant", "scoring"],
+            {"accuracy": "y", "ci_low": "low", "ci_high": "high"},
+        ),
+    ]
+    return [
+        _Curve(
+            panel,
+            ", ".join(map(str, key)).replace("_", " "),
+            group.rename(columns=names)[["alpha", "y", "low", "high"]],
+        )
+        for panel, table, by, names in sources
+        if table is not None
+        for key, group in table.groupby(by, sort=False)
+    ]
 
 
 def control_bars(tables: Tables) -> go.Figure:
     """Divergence from the full model: the rule beside its controls."""
-    controls = tables["controls"]
+    controls = tables["controls"].sort_values("alpha", kind="stable")
     figure = go.Figure()
     for colour, (alpha, group) in zip(COLOURS, controls.groupby("alpha", sort=False), strict=False):
         figure.add_bar(
@@ -151,7 +170,7 @@ FIGURES = {
         "Activity raster",
         "Each cell is one block for one token: blue where the block is active, grey where it is void, that is, where its "
         "change of the residual stream's L2 norm stays below alpha times the range of the changes of the blocks before it. "
-        "Layer 0 is at the bottom; choose the prompt in the menu.",
+        "Drawn for the first alpha asked for. Layer 0 is at the bottom; choose the prompt in the menu.",
         raster,
     ),
     "usage": FigureSpec(
@@ -175,8 +194,9 @@ FIGURES = {
     ),
     "alpha": FigureSpec(
         "Usage and predictions against alpha",
-        "Solid: mean usage per phase (left axis). Dotted: the share of next-token predictions that change when the rule, or a control, decides "
-        "what is read, and the accuracy on questions with choices where there are any (right axis), with 95 % intervals.",
+        "Left: the mean usage per phase. Then the share of next-token predictions that change when the rule, or a control, decides what is "
+        "read. Last, where prompts carry choices, the accuracy by the choices' logits and by what the response says. Whiskers are 95 % intervals "
+        "(of the usage: the mean over layers of each layer's interval).",
         against_alpha,
         lambda tables: tables["usage"]["alpha"].nunique() > 1,
     ),

@@ -65,12 +65,14 @@ def probabilities(
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
     s_aux: Tensor | None = None,
+    blocked: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
     """Attention probabilities [batch, head, query, key] in float32, from the arguments of an attention function.
 
     `query` [batch, head, query, d_head], `key` [batch, kv_head, key, d_head]; `mask` is boolean (True attends) or
-    additive and broadcasts to the scores; `s_aux` [head] are attention sinks.
+    additive and broadcasts to the scores; `s_aux` [head] are attention sinks;
+    `blocked` [batch, head, query, key] is True where attention is forbidden, and a query without keys attends to none.
     """
     if scaling is None:
         scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
@@ -88,10 +90,13 @@ def probabilities(
         scores = scores.masked_fill(~mask, lowest)
     elif mask is not None:
         scores = (scores + mask[..., :n_key]).clamp_min(lowest)
+    if blocked is not None:
+        scores = scores.masked_fill(blocked, lowest)
     if s_aux is not None:
         sinks = s_aux.float().view(1, -1, 1, 1).expand(scores.shape[0], -1, n_query, 1)
         return torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
-    return scores.softmax(-1)
+    pattern = scores.softmax(-1)
+    return pattern if blocked is None else pattern.masked_fill(scores <= lowest, 0.0)
 
 
 def _original(module: nn.Module, name: str) -> Callable[..., Any]:
@@ -144,9 +149,12 @@ def watched(
         if layer is None or (layer not in watch and layer not in edits):
             result: tuple[Tensor, Tensor | None] = original(module, query, key, value, attention_mask, **kwargs)
             return result
-        pattern = probabilities(module, query, key, attention_mask, **kwargs)
+        mask_of = getattr(edits.get(layer), "mask", None)
+        sizes = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        blocked = None if mask_of is None else mask_of(*sizes).to(query.device)
+        pattern = probabilities(module, query, key, attention_mask, blocked=blocked, **kwargs)
         if layer in edits:
-            pattern = edits[layer](pattern)
+            pattern = pattern if blocked is not None else edits[layer](pattern)
             mixed = pattern.to(value.dtype) @ grouped(value, query.shape[1])
             result = (mixed.transpose(1, 2).contiguous(), None)
         else:

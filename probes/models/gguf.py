@@ -29,6 +29,7 @@ def gguf_folder(path: Path) -> Path:
     n_bytes = 9 * path.stat().st_size
 
     def build(work: Path, folder: Path) -> None:
+        check_gguf(path)  # Faults are named by the path that was given, not by the link below.
         # Alone in a folder, so that no tokenizer or configuration lying beside the file is taken for its own.
         alone = work / "model.gguf"
         alone.symlink_to(path.resolve())

@@ -64,6 +64,12 @@ class NativeModel:
         """A part of the module by its TransformerLens name, such as `attn.o` or `ln1` of a layer, or `unembed`."""
         return self.anatomy.component(name, layer)
 
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """No other thread runs this model inside; for alterations of the module that are undone on the way out."""
+        with self._lock, _evaluating(self.module):
+            yield
+
     def refusal(self, address: Address) -> str | None:
         """None where the address can be read, otherwise the reason it cannot."""
         return self.anatomy.refusal(address)

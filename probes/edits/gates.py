@@ -1,10 +1,10 @@
-"""Interventions as data: frozen values that any backend applies and that enter a store key."""
+"""Gates: blocks judged or skipped while they run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,14 +14,6 @@ from probes.points import Address
 
 Delta = Literal["norm_diff", "rel_norm_diff", "norm_of_diff", "cosine"]
 """How a block's step is measured: ||h'||-||h||, (||h'||-||h||)/||h||, ||h'-h||, or 1-cos(h', h)."""
-
-
-class Edit(Protocol):
-    """An intervention: its text enters store keys, its writes are made anew for every forward."""
-
-    def text(self) -> str: ...
-
-    def writes(self, shape: Shape) -> Mapping[Address, Write]: ...
 
 
 def step_size(before: Tensor, after: Tensor, delta: Delta) -> Tensor:
@@ -89,7 +81,7 @@ class NormGate:
     def text(self) -> str:
         return f"norm_gate({self.alpha!r},{self.semantics},{self.delta},{self.first_layers})"
 
-    def writes(self, shape: Shape) -> Mapping[Address, Write]:
+    def writes(self, shape: Shape, lengths: Sequence[int] | None = None) -> Mapping[Address, Write]:
         """Fresh writes for one forward; see `recorded` to also learn what the gate did."""
         return self.recorded(shape)[0]
 
@@ -133,7 +125,7 @@ class RandomGate:
     def text(self) -> str:
         return f"random_gate({','.join(f'{rate:.6g}' for rate in self.void_rates)},{self.seed})"
 
-    def writes(self, shape: Shape) -> Mapping[Address, Write]:
+    def writes(self, shape: Shape, lengths: Sequence[int] | None = None) -> Mapping[Address, Write]:
         """Fresh writes for one forward; raises ValueError where the rates are not one per layer."""
         if len(self.void_rates) != shape.n_layers:
             raise ValueError(f"{len(self.void_rates)} void rates for {shape.n_layers} layers")

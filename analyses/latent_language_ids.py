@@ -1,0 +1,192 @@
+"""Which token ids say a word: rules for any tokenizer, variants of writing, collisions, and controls of equal size."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import Any, Literal
+
+import numpy as np
+
+Tokens = tuple[int, ...]
+Sets = Mapping[str, tuple[Tokens, ...]]
+"""Language to the token sequences that say the word in it."""
+
+SetRule = Literal["prefix", "first_token", "multi_token"]
+Collide = Literal["drop", "keep", "subtract"]
+
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_QUOTE = '"'
+
+
+def token_bytes(tokenizer: Any) -> dict[int, bytes]:
+    """The bytes each ordinary token stands for, by id; special tokens are left out.
+
+    Covers SentencePiece (a low line for a space, `<0xE4>` for a byte) and byte-level BPE.
+    """
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    vocabulary = tokenizer.get_vocab()
+    added = set(tokenizer.get_added_vocab()) if hasattr(tokenizer, "get_added_vocab") else set()
+    byte_level = _is_byte_level(tokenizer, vocabulary)
+    table = _byte_table() if byte_level else {}
+    found = {}
+    for token, number in vocabulary.items():
+        if number in special:
+            continue
+        if isinstance(token, bytes):
+            found[number] = token
+        elif token not in added and all(c in table for c in token) and byte_level:
+            found[number] = bytes(table[c] for c in token)
+        elif not byte_level and (byte := _BYTE.fullmatch(token)):
+            found[number] = bytes([int(byte[1], 16)])
+        else:
+            found[number] = (token if byte_level else token.replace("▁", " ")).encode()
+    return found
+
+
+def _is_byte_level(tokenizer: Any, vocabulary: Mapping[Any, int]) -> bool:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        parts = json.loads(backend.to_str())
+        return "ByteLevel" in json.dumps([parts.get("decoder"), parts.get("pre_tokenizer")])
+    return any(isinstance(token, str) and token.startswith("Ġ") for token in vocabulary)
+
+
+def _byte_table() -> dict[str, int]:
+    """GPT-2's alphabet: each byte's printable stand-in, to the byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def continuation(tokenizer: Any, text: str) -> Tokens:
+    """The tokens of `text` where it follows an open quote."""
+    alone, both = _encode(tokenizer, _QUOTE), _encode(tokenizer, _QUOTE + text)
+    if both[: len(alone)] == alone and len(both) > len(alone):
+        return both[len(alone) :]
+    return _encode(tokenizer, text)
+
+
+def _encode(tokenizer: Any, text: str) -> Tokens:
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def prefix_free(sequences: Iterable[Tokens]) -> tuple[Tokens, ...]:
+    """The sequences none of which starts with another, so that their probabilities add up without counting twice."""
+    kept: list[Tokens] = []
+    for sequence in sorted(set(sequences), key=lambda s: (len(s), s)):
+        if sequence and not any(sequence[: len(k)] == k for k in kept):
+            kept.append(sequence)
+    return tuple(kept)
+
+
+def collide(a: Tokens, b: Tokens) -> bool:
+    """Whether one sequence is the other or starts it, so that text can begin with both."""
+    n = min(len(a), len(b))
+    return a[:n] == b[:n]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How words become sets of token sequences.
+
+    `prefix` takes every single token whose bytes, after one optional leading space, start the word (Wendler 2024);
+    `first_token` the first token of the word as the tokenizer writes it; `multi_token` the whole word (Zhong 2024).
+    """
+
+    tokenizer: Any
+    kind: SetRule = "prefix"
+    spaces: bool = True
+    """Whether forms with a leading space count."""
+    case: bool = False
+    """Whether the word in lower case and with a capital counts too."""
+    byte_tokens: bool = True
+    """Whether a token that cuts a character counts, for `prefix`."""
+
+    @cached_property
+    def _by_bytes(self) -> Mapping[bytes, tuple[int, ...]]:
+        found: dict[bytes, tuple[int, ...]] = {}
+        for number, piece in token_bytes(self.tokenizer).items():
+            found[piece] = (*found.get(piece, ()), number)
+        return found
+
+    def sequences(self, words: Iterable[str]) -> tuple[Tokens, ...]:
+        """The prefix-free token sequences that say any of `words`."""
+        found: list[Tokens] = []
+        for word in dict.fromkeys(variant for word in words for variant in self._variants(word)):
+            found += self._prefixes(word) if self.kind == "prefix" else self._written(word)
+        return prefix_free(found)
+
+    def _variants(self, word: str) -> list[str]:
+        return [word, word.lower(), word[:1].upper() + word[1:]] if self.case else [word]
+
+    def _prefixes(self, word: str) -> list[Tokens]:
+        whole = word.encode()
+        starts = [whole[:n] for n in range(1, len(whole) + 1)]
+        if not self.byte_tokens:
+            starts = [word[:n].encode() for n in range(1, len(word) + 1)]
+        forms = [form for start in starts for form in ((start, b" " + start) if self.spaces else (start,))]
+        return [(number,) for form in forms for number in self._by_bytes.get(form, ())]
+
+    def _written(self, word: str) -> list[Tokens]:
+        forms = [continuation(self.tokenizer, text) for text in ((word, " " + word) if self.spaces else (word,))]
+        return [form[:1] for form in forms] if self.kind == "first_token" else forms
+
+
+def resolve(sets: Sets, how: Collide) -> tuple[Sets, str | None]:
+    """The sets after collisions between languages are dealt with, and the reason to drop the item, or None."""
+    for language, sequences in sets.items():
+        if not sequences:
+            return sets, f"no token says the word in {language}"
+    shared = {
+        name: {a for a in mine for other, theirs in sets.items() if other != name for b in theirs if collide(a, b)}
+        for name, mine in sets.items()
+    }
+    clashing = [name for name, found in shared.items() if found]
+    if how == "keep" or not clashing:
+        return sets, None
+    if how == "drop":
+        n = len(set().union(*shared.values()))
+        return sets, f"{' and '.join(clashing)} share {n} token{'s' if n > 1 else ''}"
+    left = {name: tuple(s for s in mine if s not in shared[name]) for name, mine in sets.items()}
+    empty = [name for name, mine in left.items() if not mine]
+    return left, f"nothing is left of {' and '.join(empty)} without the shared tokens" if empty else None
+
+
+def shuffled_controls(items: Sequence[Sets], seed: int, d_vocab: int) -> list[Sets]:
+    """For each item and language, as many sequences as its own set has, taken from other items' sets of that language.
+
+    None of them can begin with the item's own words. Random tokens fill up where the other items do not suffice.
+    """
+    rng = np.random.default_rng(seed)
+    controls: list[Sets] = []
+    for index, own in enumerate(items):
+        order = [int(i) for i in rng.permutation(len(items)) if i != index]
+        mine = [sequence for sequences in own.values() for sequence in sequences]
+        made = {}
+        for language, sequences in own.items():
+            others = (s for i in order for s in items[i].get(language, ()))
+            fill = ((int(token),) for token in rng.permutation(d_vocab))
+            made[language] = _first_free(chain(others, fill), mine, len(sequences))
+        controls.append(made)
+    return controls
+
+
+def _first_free(candidates: Iterable[Tokens], own: Sequence[Tokens], size: int) -> tuple[Tokens, ...]:
+    """The first `size` candidates that collide neither with `own` nor with each other."""
+    whole = set(own)
+    starts = {s[:i] for s in own for i in range(1, len(s))}
+    taken: list[Tokens] = []
+    for sequence in candidates:
+        if len(taken) == size:
+            break
+        heads = {sequence[:i] for i in range(1, len(sequence) + 1)}
+        if sequence not in starts and not heads & whole:
+            taken.append(sequence)
+            whole.add(sequence)
+            starts |= heads - {sequence}
+    return tuple(taken)

@@ -1,0 +1,40 @@
+"""Interventions as data: frozen values that any backend applies and that enter a store key."""
+
+from probes.edits.attention import KnockOut
+from probes.edits.base import Edit, Scope, altered, decoding_writes, generate, logits, read, resolve, writes_of
+from probes.edits.gates import Delta, GateRecord, NormGate, RandomGate, RunningGate, step_size
+from probes.edits.paths import BlockPath, repeat, skip
+from probes.edits.points import Add, Coefficients, PointEdit, Replace, Scale, project_out
+from probes.edits.values import Source, Values
+from probes.edits.weights import HeadWriteEdit
+
+__all__ = [
+    "Add",
+    "BlockPath",
+    "Coefficients",
+    "Delta",
+    "Edit",
+    "GateRecord",
+    "HeadWriteEdit",
+    "KnockOut",
+    "NormGate",
+    "PointEdit",
+    "RandomGate",
+    "Replace",
+    "RunningGate",
+    "Scale",
+    "Scope",
+    "Source",
+    "Values",
+    "altered",
+    "decoding_writes",
+    "generate",
+    "logits",
+    "project_out",
+    "read",
+    "repeat",
+    "resolve",
+    "skip",
+    "step_size",
+    "writes_of",
+]

@@ -1,0 +1,82 @@
+"""Attention knockout: queries that cannot see keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from probes.edits.base import Scope
+from probes.errors import OptionError, PointError, unknown
+from probes.models.base import Shape, Write
+from probes.points import Address
+from probes.prompts import select
+
+Positions = str | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class KnockOut:
+    """In a window of layers, the given queries get a score of minus infinity at the given keys.
+
+    The other keys' probabilities grow so that they sum to one; a query left without keys attends to nothing.
+    Under scope `every_step` the queries must be `all` and the keys count from the start of the prompt.
+    """
+
+    layers: tuple[int, ...]
+    queries: Positions
+    keys: Positions
+    heads: tuple[int, ...] | None = None
+    scope: Scope = "prefill"
+
+    def __post_init__(self) -> None:
+        if self.scope not in ("prefill", "every_step"):
+            raise OptionError(unknown("scope", self.scope, ("prefill", "every_step")))
+        counted_back = not isinstance(self.keys, str) and any(key < 0 for key in self.keys)
+        if self.scope == "every_step" and (self.queries != "all" or self.keys == "last" or counted_back):
+            raise OptionError("scope 'every_step' needs queries 'all', and keys counted from the start of the prompt")
+
+    def text(self) -> str:
+        return f"knockout({self.layers},{self.queries},{self.keys},{self.heads},{self.scope})"
+
+    def writes(self, shape: Shape, lengths: Sequence[int] | None = None) -> Mapping[Address, Write]:
+        """One write of the pattern per layer, none where nothing is named.
+
+        Raises:
+            PointError: a layer or head this model does not have.
+        """
+        if () in (self.queries, self.keys, self.heads):
+            return {}
+        for kind, values, n in (("layer", self.layers, shape.n_layers), ("head", self.heads or (), shape.n_heads)):
+            if bad := [value for value in values if not 0 <= value < n]:
+                raise PointError(f"{kind} {bad[0]} of an attention knockout: legal are 0 to {n - 1}")
+        return {Address("pattern", layer): Blocked(self, lengths) for layer in self.layers}
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """A write of attention probabilities. A backend that has the scores masks these instead, which is exact."""
+
+    edit: KnockOut
+    lengths: Sequence[int] | None
+
+    def mask(self, batch: int, n_heads: int, n_queries: int, n_keys: int) -> Tensor:
+        """[batch, head, query, key], True where attention is forbidden."""
+        out = torch.zeros(batch, n_heads, n_queries, n_keys, dtype=torch.bool)
+        heads = torch.arange(n_heads) if self.edit.heads is None else torch.tensor(self.edit.heads)
+        for row, n in enumerate(self.lengths or [n_keys] * batch):
+            # While decoding there are fewer queries than keys, and `all` means those there are.
+            queries = torch.arange(n_queries) if n_queries < n_keys else select(n, self.edit.queries)
+            keys = select(n, self.edit.keys)
+            out[row, heads[:, None, None], queries[None, :, None], keys[None, None, :]] = True
+        return out
+
+    def __call__(self, pattern: Tensor) -> Tensor:
+        batch, n_heads, n_queries, n_keys = pattern.shape
+        blocked = self.mask(batch, n_heads, n_queries, n_keys).to(pattern.device)
+        left = pattern.masked_fill(blocked, 0.0)
+        touched = blocked.any(-1, keepdim=True)
+        share = left.sum(-1, keepdim=True) / pattern.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        return torch.where(touched & (share > 0), left / share.clamp_min(torch.finfo(torch.float32).tiny), left)

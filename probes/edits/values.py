@@ -1,0 +1,68 @@
+"""Numbers inside an edit: tensors that compare by content, and rows borrowed from another prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import xxhash
+from torch import Tensor
+
+from probes.errors import PromptError
+from probes.models.base import Model
+from probes.points import POINTS, Address
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """A tensor as part of a frozen value: equal and hashed by shape and content."""
+
+    tensor: Tensor
+    label: str | None = None
+    """Stands for the content in store keys, where the content follows from the label and the model."""
+
+    @cached_property
+    def digest(self) -> str:
+        array = self.tensor.detach().cpu().float().contiguous().numpy()
+        return xxhash.xxh3_128_hexdigest(repr(array.shape).encode() + array.tobytes())
+
+    def text(self) -> str:
+        return self.label or self.digest
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Values) and (self.label, self.digest) == (other.label, other.digest)
+
+    def __hash__(self) -> int:
+        return hash((self.label, self.digest))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows of a point in a forward pass over other tokens: the other half of a cross-prompt patch."""
+
+    tokens: tuple[int, ...]
+    address: Address
+    positions: tuple[int, ...]
+    """Negative from the end."""
+
+    def text(self) -> str:
+        ids = xxhash.xxh3_128_hexdigest(",".join(map(str, self.tokens)).encode())
+        return f"{self.address}@{','.join(map(str, self.positions))}:{ids}"
+
+    def read(self, model: Model) -> Values:
+        """The rows [positions, ...] (one row for all positions where there is one), from one forward.
+
+        Raises:
+            PromptError: a position outside the tokens.
+        """
+        n = len(self.tokens)
+        if bad := [p for p in self.positions if not -n <= p < n]:
+            raise PromptError(f"source position {bad[0]} is outside a prompt of {n} tokens: legal are {-n} to {n - 1}")
+        if POINTS[self.address.point].dims[0] != "pos":
+            raise PromptError(f"{self.address} has no rows per position to take from another prompt")
+        found: list[Tensor] = []
+        tokens = torch.tensor([self.tokens])
+        model.run(tokens, {self.address: lambda t: found.append(t[0, [p % n for p in self.positions]].clone())})
+        rows = found[0]
+        return Values(rows[0] if len(self.positions) == 1 else rows, self.text())

@@ -1,0 +1,79 @@
+"""Edits of weights, undone on the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from probes.edits.values import Values
+from probes.errors import PointError
+from probes.models.base import Model, Shape, Write
+from probes.models.blocks import module_of
+from probes.points import Address
+
+
+@dataclass(frozen=True)
+class HeadWriteEdit:
+    """A head's output weights W_O [d_head, d_model] become W_O (I + (keep - 1) V Vᵀ), V orthonormal rows.
+
+    With keep = 0 the head can no longer write along V; this equals zeroing its output's coefficients on V at every
+    position.
+    """
+
+    layer: int
+    head: int
+    directions: Values
+    """[m, d_model], orthonormal."""
+    keep: float = 0.0
+
+    def text(self) -> str:
+        return f"head_write_edit({self.layer},{self.head},{self.directions.text()},{self.keep!r})"
+
+    def writes(self, shape: Shape, lengths: Sequence[int] | None = None) -> Mapping[Address, Write]:
+        """None: the weights themselves are changed."""
+        return {}
+
+    @contextmanager
+    def within(self, model: Model) -> Iterator[None]:
+        """The model with these weights; the very same bits as before outside.
+
+        Raises:
+            PointError: a head this model does not have, or weights that are not a plain matrix.
+        """
+        shape = model.shape
+        if not (0 <= self.layer < shape.n_layers and 0 <= self.head < shape.n_heads):
+            raise PointError(f"head {self.layer}.{self.head}: layers end at {shape.n_layers - 1}, heads at {shape.n_heads - 1}")
+        with module_of(model) as (_, anatomy):
+            projection = anatomy.component("attn.o", self.layer)
+            weight, rows = matrix(projection, shape.n_heads * shape.d_head)
+            part = slice(self.head * shape.d_head, (self.head + 1) * shape.d_head)
+            before = weight.detach().clone()
+            try:
+                with torch.no_grad():
+                    v = self.directions.tensor.to(weight.device, torch.float32)
+                    old = (weight[part] if rows else weight[:, part].T).float()
+                    new = (old + (self.keep - 1) * (old @ v.T) @ v).to(weight.dtype)
+                    (weight[part] if rows else weight[:, part].T).copy_(new)
+                yield
+            finally:
+                with torch.no_grad():
+                    weight.copy_(before)
+
+
+def matrix(projection: nn.Module, n_inputs: int) -> tuple[Tensor, bool]:
+    """(a projection's weights, whether their rows are its inputs).
+
+    Raises:
+        PointError: the weights are quantised, offloaded or no matrix of this many inputs.
+    """
+    weight = getattr(projection, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.is_meta or not weight.is_floating_point():
+        raise PointError("the output projection's weights are quantised or not in memory, so they cannot be edited")
+    rows = type(projection).__name__ == "Conv1D"
+    if weight.shape[0 if rows else 1] != n_inputs:
+        raise PointError(f"the output projection has weights {tuple(weight.shape)}, which do not take {n_inputs} inputs")
+    return weight, rows

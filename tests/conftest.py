@@ -1,0 +1,64 @@
+"""Shared fixtures: a tiny random model, a fresh store, and the embedded default model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import make
+from tiny import native
+
+from probes.models import Model, load_model
+from probes.models.native import NativeModel
+from probes.store import ActivationStore
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny() -> NativeModel:
+    """A tiny random Llama of 3 layers."""
+    return native()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ActivationStore:
+    """An empty store."""
+    return ActivationStore(tmp_path / "store")
+
+
+@pytest.fixture
+def count_forwards(monkeypatch: pytest.MonkeyPatch) -> Callable[[Model], list[int]]:
+    """Wraps a model's `run`; the list receives the batch size of every forward."""
+
+    def watch(model: Model) -> list[int]:
+        seen: list[int] = []
+        original = model.run
+
+        def run(tokens: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+            seen.append(len(tokens))
+            original(tokens, *args, **kwargs)
+
+        monkeypatch.setattr(model, "run", run)
+        return seen
+
+    return watch
+
+
+@pytest.fixture(scope="session")
+def real() -> Model:
+    """The embedded default model, fetched once and cached."""
+    return load_model("smollm2-135m")
+
+
+@pytest.fixture
+def llama_folder(tmp_path: Path) -> Path:
+    """A folder with a tiny Llama checkpoint and no tokenizer."""
+    folder = tmp_path / "model"
+    make("llama").save_pretrained(folder)
+    return folder

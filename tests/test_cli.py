@@ -1,0 +1,146 @@
+"""The command line, called as a user would."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from analyses.cli import main
+from probes.store import ActivationStore
+
+IDS = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "ids.jsonl"
+    path.write_text("".join(json.dumps({"tokens": ids}) + "\n" for ids in IDS))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATHYSCOPE_STORE", str(tmp_path / "default-store"))
+
+
+def test_voids_on_token_ids_needs_no_tokenizer(
+    llama_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["run", "voids", "--model", str(llama_folder), "--prompts", str(prompts), "--out", str(tmp_path / "run")]
+    assert main([*args, "--alpha", "0.8,0.2", "--alpha", "0.5", "--max-new-tokens", "2"]) == 0
+    said = capsys.readouterr()
+    assert f"report: {tmp_path / 'run' / 'report.html'}" in said.out
+    assert "3 of 3 prompts need a forward" in said.err
+    activity = pd.read_parquet(tmp_path / "run" / "tables" / "activity.parquet")
+    assert activity["alpha"].drop_duplicates().tolist() == [0.8, 0.2, 0.5]
+    assert activity["token"].iloc[0] == "<5>"
+    assert len(pd.read_parquet(tmp_path / "run" / "tables" / "readout.parquet"))
+    assert main(args) == 0
+    assert "no forward pass" in capsys.readouterr().err
+
+
+def test_a_dry_run_prints_the_cost_and_runs_nothing(
+    llama_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [
+        "run",
+        "logit_lens",
+        "--model",
+        str(llama_folder),
+        "--prompts",
+        str(prompts),
+        "--dry-run",
+        "--out",
+        str(tmp_path / "x"),
+    ]
+    assert main(args) == 0
+    out = capsys.readouterr().out
+    assert "forwards           3 prompts, 9 tokens" in out
+    assert "rows to capture    27 (3.4 KiB)" in out
+    assert "already held       0" in out
+    assert not (tmp_path / "x").exists()
+    assert ActivationStore().bytes_held() == 0
+
+
+def test_capture_fills_the_store_ahead(
+    llama_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["capture", "--model", str(llama_folder), "--prompts", str(prompts), "--points", "resid_pre.0,resid_post.*"]
+    assert main(args) == 0
+    assert "3 forward passes, 36 rows" in capsys.readouterr().out
+    assert main([*args, "--dry-run"]) == 0
+    assert "forwards           0 prompts" in capsys.readouterr().out
+    assert main([*args, "--reduce", "norm"]) == 0
+    assert "0 forward passes" in capsys.readouterr().out
+    run = ["run", "voids", "--model", str(llama_folder), "--prompts", str(prompts), "--out", str(tmp_path / "r")]
+    assert main(run) == 0
+    assert "no forward pass" in capsys.readouterr().err
+
+
+def test_check_prints_the_identities(llama_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(llama_folder)]) == 0
+    out = capsys.readouterr().out
+    assert "holds   resid_pre[l+1] == resid_post[l]" in out
+    assert "native" in out
+
+
+def test_store_commands(llama_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["capture", "--model", str(llama_folder), "--prompts", str(prompts), "--points", "resid_post.1"])
+    capsys.readouterr()
+    assert main(["store", "ls"]) == 0
+    assert "native" in capsys.readouterr().out
+    assert main(["store", "verify"]) == 0
+    assert "0 damaged" in capsys.readouterr().out
+    assert main(["store", "rebuild"]) == 0
+    assert "catalogue rebuilt from 1 shards" in capsys.readouterr().out
+    assert main(["store", "export", str(tmp_path / "out"), "--format", "parquet"]) == 0
+    assert list((tmp_path / "out").rglob("*.parquet"))
+    shard = next((tmp_path / "default-store" / "shards").rglob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\0")
+    assert main(["store", "verify"]) == 0
+    assert f"damaged, set aside: {shard.stem}" in capsys.readouterr().out
+    assert main(["store", "gc", "--max-bytes", "1KB"]) == 0
+    capsys.readouterr()
+
+
+def test_models_commands(llama_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "ls"]) == 0
+    out = capsys.readouterr().out
+    assert "smollm2-135m" in out
+    assert "gemma3-270m" in out
+    assert main(["models", "info", str(llama_folder)]) == 0
+    assert "LlamaForCausalLM" in capsys.readouterr().out
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "voids", "--help"]) == 0
+    out = capsys.readouterr().out
+    for flag in ("--alpha", "--semantics", "--max-new-tokens", "--backend", "--dtype", "--dry-run"):
+        assert flag in out
+
+
+def test_an_interruption_is_said_in_a_line(
+    llama_folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("analyses.voids.capture", interrupted)
+    assert main(["run", "voids", "--model", str(llama_folder), "--prompts", str(prompts)]) == 130
+    err = capsys.readouterr().err
+    assert "what was committed stays" in err
+    assert "Traceback" not in err
+
+
+def test_a_fault_of_ours_exits_with_one(
+    llama_folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("analyses.voids.capture", broken)
+    assert main(["run", "voids", "--model", str(llama_folder), "--prompts", str(prompts)]) == 1
+    assert "fault of Bathyscope" in capsys.readouterr().err

@@ -1,0 +1,83 @@
+"""The lens equals the model's own softmax, and tiles never change it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import PROMPTS, native
+
+from probes import lens
+from probes.capture import capture
+from probes.models.base import Unembedding
+from probes.store import ActivationStore
+
+torch.manual_seed(3)
+READ_OUT = Unembedding(lambda x: x, torch.randn(50, 8), torch.randn(50))
+ROWS = torch.randn(700, 8) * 2
+
+
+def probabilities(rows: torch.Tensor, read_out: Unembedding = READ_OUT) -> torch.Tensor:
+    logits = rows @ read_out.weight.T + (0 if read_out.bias is None else read_out.bias)
+    if read_out.softcap:
+        logits = read_out.softcap * torch.tanh(logits / read_out.softcap)
+    return logits.double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("tile", [1, 7, 50, 4096])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_tiles_change_nothing(tile: int, softcap: float | None) -> None:
+    read_out = Unembedding(READ_OUT.norm, READ_OUT.weight, READ_OUT.bias, softcap)
+    wanted = probabilities(ROWS, read_out)
+    found = lens.read(ROWS, read_out, ids=torch.tensor([0, 49]), top_k=3, tile=tile)
+    torch.testing.assert_close(found.logprobs, wanted[:, [0, 49]].float(), atol=1e-5, rtol=1e-5)
+    best = wanted.topk(3)
+    torch.testing.assert_close(found.top_logprobs, best.values.float(), atol=1e-5, rtol=1e-5)
+    assert torch.equal(found.top_ids, best.indices)
+    entropy = -(wanted.exp() * wanted).sum(-1) / torch.log(torch.tensor(2.0))
+    torch.testing.assert_close(found.entropy_bits, entropy.float(), atol=1e-4, rtol=1e-4)
+
+
+def test_ids_per_row_and_shared_ids_agree() -> None:
+    shared = lens.read(ROWS, READ_OUT, ids=torch.tensor([4, 5])).logprobs
+    own = lens.read(ROWS, READ_OUT, ids=torch.tensor([[4, 5]]).repeat(len(ROWS), 1)).logprobs
+    torch.testing.assert_close(shared, own, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tile", [7, 4096])
+def test_divergence_from_references(tile: int) -> None:
+    reference, of = ROWS[:600], torch.arange(700).remainder(600).flip(0)
+    found = lens.read(ROWS, READ_OUT, reference=reference, reference_of=of, tile=tile).kl
+    p, q = probabilities(reference)[of], probabilities(ROWS)
+    torch.testing.assert_close(found, (p.exp() * (p - q)).sum(-1).float(), atol=1e-4, rtol=1e-4)
+    same = lens.read(reference, READ_OUT, reference=reference, tile=tile).kl
+    assert same.abs().max() < 1e-5
+
+
+def test_a_zero_residual_has_the_entropy_of_a_uniform_guess() -> None:
+    read_out = Unembedding(lambda x: x, torch.randn(64, 8))
+    assert lens.read(torch.zeros(1, 8), read_out).entropy_bits.item() == pytest.approx(6.0, abs=1e-5)
+
+
+def test_permuting_the_vocabulary_permutes_the_ids() -> None:
+    order = torch.randperm(50)
+    moved = Unembedding(READ_OUT.norm, READ_OUT.weight[order], READ_OUT.bias[order])
+    before, after = lens.read(ROWS, READ_OUT, top_k=1), lens.read(ROWS, moved, top_k=1)
+    torch.testing.assert_close(before.log_z, after.log_z)
+    assert torch.equal(before.top_ids, order[after.top_ids])
+
+
+def test_no_rows_are_read_as_no_rows() -> None:
+    found = lens.read(torch.empty(0, 8), READ_OUT, top_k=2)
+    assert found.log_z.shape == (0,)
+    assert found.top_ids.shape == (0, 2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi", "olmo2"])
+def test_the_last_layer_reads_the_models_own_softmax(family: str, store: ActivationStore) -> None:
+    model = native(family)
+    last = f"resid_post.{model.shape.n_layers - 1}"
+    from probes.needs import Need
+
+    rows = capture(model, PROMPTS, [Need((last, "logits"))], store)
+    found = lens.read(rows.packed(last), model.unembedding(), ids=torch.arange(model.shape.d_vocab))
+    torch.testing.assert_close(found.logprobs.exp(), rows.packed("logits").softmax(-1), atol=1e-5, rtol=0)

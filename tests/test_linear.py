@@ -1,0 +1,211 @@
+"""Theorems about linear probes: what they must find, what they must not, and what they refuse."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+from sklearn.model_selection import train_test_split
+
+from probes.errors import ProbeError
+from probes.linear import RELEASED, SOUND, Recipe, fit_probe, probe_layers
+from probes.linear_splits import check_groups, group_split, row_split
+
+N, D, LAYERS, ONSET = 1500, 8, 6, 3
+DELTA = 2.0
+
+
+def planted(seed: int = 0, n: int = N, d: int = D) -> tuple[list[np.ndarray], np.ndarray]:
+    """Rows of unit noise in which the class moves by +-DELTA/2 along one direction from layer ONSET on."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % 2
+    direction = rng.normal(size=d)
+    direction /= np.linalg.norm(direction)
+    layers = [rng.normal(size=(n, d)) for _ in range(LAYERS)]
+    for layer in range(ONSET, LAYERS):
+        layers[layer] += np.outer(labels - 0.5, direction) * DELTA
+    return layers, labels
+
+
+@pytest.mark.parametrize(
+    "recipe", [SOUND, RELEASED, replace(SOUND, kind="mean_difference"), replace(SOUND, kind="nearest_centroid")]
+)
+def test_planted_concept_appears_exactly_at_its_layer(recipe: Recipe) -> None:
+    layers, labels = planted()
+    found = list(probe_layers(layers, labels, recipe=recipe, jobs=2))
+    expected = norm.cdf(DELTA / 2)
+    for layer, evaluation in enumerate(found):
+        n = len(evaluation.row) / len(recipe.seeds)
+        target = expected if layer >= ONSET else 0.5
+        error = np.sqrt(target * (1 - target) / n)
+        assert abs(evaluation.accuracy - target) <= 2 * error + 1 / n, (layer, evaluation.accuracy, target)
+
+
+def test_shuffled_labels_stay_inside_the_null_band_of_the_auc() -> None:
+    layers, labels = planted()
+    labels = np.random.default_rng(5).permutation(labels)
+    for evaluation in probe_layers(layers, labels, recipe=replace(SOUND, seeds=(3,)), jobs=1):
+        ones = int(evaluation.label.sum())
+        zeros = len(evaluation.label) - ones
+        assert abs(evaluation.auc - 0.5) <= 1.96 * np.sqrt((zeros + ones + 1) / (12 * zeros * ones))
+
+
+def test_control_labels_are_not_learned_where_rows_are_independent() -> None:
+    layers, labels = planted()
+    for evaluation in probe_layers(layers, labels, jobs=1):
+        bound = 3 * np.sqrt(0.25 / len(evaluation.row) * len(SOUND.seeds))
+        assert abs(evaluation.shuffled.mean() - 0.5) <= bound
+        assert abs(evaluation.grouped.mean() - 0.5) <= bound
+
+
+def test_group_control_shows_the_leak_of_a_row_split_and_group_split_closes_it() -> None:
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(150), 4)
+    rows = rng.normal(size=(150, 200))[groups] + 0.05 * rng.normal(size=(600, 200))
+    labels = np.tile([0, 1, 0, 1], 150)
+    leaky, closed = (
+        next(probe_layers([rows], labels, groups=groups, recipe=replace(SOUND, split=split, costs=(1.0,)), jobs=1))
+        for split in ("rows", "groups")
+    )
+    assert leaky.grouped.mean() > 0.95
+    assert closed.grouped.mean() < 0.6
+
+
+def test_rotation_changes_nothing_and_scaling_does() -> None:
+    layers, labels = planted(n=300)
+    rows = layers[-1]
+    rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(D, D)))[0]
+    recipe = replace(SOUND, standardise=False, tolerance=1e-10)
+    plain = fit_probe(rows, labels, recipe, cost=0.01).decide(rows)
+    rotated = fit_probe(rows @ rotation, labels, recipe, cost=0.01).decide(rows @ rotation)
+    stretch = np.geomspace(0.1, 10, D)
+    scaled = fit_probe(rows * stretch, labels, recipe, cost=0.01).decide(rows * stretch)
+    np.testing.assert_allclose(rotated, plain, atol=1e-6)
+    assert np.abs(scaled - plain).max() > 1e-2
+
+
+def test_standardising_makes_scale_irrelevant() -> None:
+    layers, labels = planted(n=300)
+    stretch = np.geomspace(0.1, 10, D)
+    recipe = replace(SOUND, tolerance=1e-10)
+    plain = fit_probe(layers[-1], labels, recipe).decide(layers[-1])
+    scaled = fit_probe(layers[-1] * stretch + 3, labels, recipe).decide(layers[-1] * stretch + 3)
+    np.testing.assert_allclose(scaled, plain, atol=1e-6)
+
+
+def test_swapping_the_labels_mirrors_the_probe_and_leaves_the_scores() -> None:
+    layers, labels = planted(n=400)
+    one, two = (next(probe_layers(layers[-1:], wanted, jobs=1)) for wanted in (labels, 1 - labels))
+    assert one.accuracy == two.accuracy
+    assert one.auc == pytest.approx(two.auc, abs=1e-12)
+    for a, b in zip(one.probes, two.probes, strict=True):
+        np.testing.assert_allclose(a.weight, -b.weight, atol=1e-3 * np.abs(a.weight).max())
+
+
+@pytest.mark.parametrize("recipe", [SOUND, RELEASED])
+def test_the_same_seed_gives_the_same_bits_whatever_the_number_of_jobs(recipe: Recipe) -> None:
+    layers, labels = planted(n=200)
+    one, two = (list(probe_layers(layers, labels, recipe=recipe, jobs=jobs)) for jobs in (1, 3))
+    for a, b in zip(one, two, strict=True):
+        assert a.decision.tobytes() == b.decision.tobytes()
+        assert a.shuffled.tobytes() == b.shuffled.tobytes()
+
+
+def test_rows_wider_than_they_are_many_give_the_probe_of_the_full_problem() -> None:
+    rng = np.random.default_rng(0)
+    rows, labels = rng.normal(size=(40, 130)) * np.geomspace(0.2, 5, 130), np.arange(40) % 2
+    probe = fit_probe(rows, labels, replace(SOUND, tolerance=1e-10), cost=0.1)
+    z = (rows - rows.mean(0)) / rows.std(0)
+    full = LogisticRegression(C=0.1, tol=1e-10, max_iter=5000).fit(z, labels)
+    np.testing.assert_allclose(probe.decide(rows), full.decision_function(z), atol=1e-6)
+
+
+def test_released_recipe_is_the_released_procedure() -> None:
+    layers, labels = planted(n=500)
+    order = np.argsort(labels, kind="stable")
+    found = probe_layers([layer[order] for layer in layers], labels[order], recipe=RELEASED, jobs=1)
+    for layer, evaluation in zip(layers, found, strict=True):
+        rows = layer[order].astype(np.float32)
+        train, test, known, wanted = train_test_split(rows, labels[order], test_size=0.4, random_state=42)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plain = LogisticRegression().fit(train, known)
+        assert evaluation.accuracy == accuracy_score(wanted, plain.predict(test))
+        assert evaluation.f1 == f1_score(wanted, plain.predict(test))
+        assert evaluation.auc == pytest.approx(roc_auc_score(wanted, plain.predict_proba(test)[:, 1]), abs=1e-12)
+
+
+def test_a_fit_that_stops_early_says_so() -> None:
+    layers, labels = planted(n=300)
+    stretched = layers[-1] * np.geomspace(1e-3, 1e3, D)
+    assert not fit_probe(stretched, labels, replace(RELEASED, max_iter=3)).converged
+    assert fit_probe(layers[-1], labels, SOUND).converged
+
+
+def test_mean_difference_and_nearest_centroid_by_hand() -> None:
+    rows = np.array([[0.0, 0.0], [2.0, 0.0], [3.0, 0.0], [11.0, 0.0]])
+    labels = np.array([0, 0, 1, 1])
+    recipe = replace(SOUND, standardise=False)
+    centroid = fit_probe(rows, labels, replace(recipe, kind="nearest_centroid"))
+    difference = fit_probe(rows, labels, replace(recipe, kind="mean_difference"))
+    np.testing.assert_allclose(centroid.weight, [6, 0])
+    np.testing.assert_allclose(difference.weight, [6, 0])
+    # Means 1 and 7, standard deviations 1 and 4: half way is 4, and 2.2 is 1.2 deviations from both.
+    assert -centroid.bias / 6 == pytest.approx(4)
+    assert -difference.bias / 6 == pytest.approx(2.2)
+
+
+def test_groups_are_never_divided_and_every_part_sees_both_classes() -> None:
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 30, size=400)
+    labels = np.where(groups < 10, 0, np.where(groups < 20, 1, np.arange(400) % 2))
+    for seed in range(20):
+        split = group_split(labels, check_groups(groups, 400), seed)
+        parts = [set(groups[getattr(split, name)]) for name in ("train", "validation", "test")]
+        assert sum(map(len, parts)) == len(set.union(*parts)) == 30
+        assert sorted(np.concatenate([split.train, split.validation, split.test])) == list(range(400))
+        assert 0.3 < len(split.test) / 400 < 0.5
+
+
+def test_row_split_is_scikit_learns() -> None:
+    labels = np.arange(50) % 2
+    train, test = train_test_split(np.arange(50), test_size=0.4, random_state=42)
+    split = row_split(labels, 42)
+    assert split.train.tolist() == train.tolist()
+    assert split.test.tolist() == test.tolist()
+
+
+ROWS = np.random.default_rng(0).normal(size=(12, 3))
+HALF = [0, 1] * 6
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels", "groups", "message"),
+    [
+        (ROWS, [1] * 12, None, "all 12 rows have label 1.*add rows with label 0"),
+        (ROWS, [0, 1] * 5 + [0, 2], None, "row 11 has label 2: legal labels are 0 and 1"),
+        (ROWS, [0, 1] * 5 + [0, float("nan")], None, "row 11 has label nan"),
+        (ROWS, [0] * 11 + [1], None, r"label 1 has 1 row\(s\), fewer than the 3 parts"),
+        (ROWS, HALF, ["a"] * 12, r"the rows with label 0 lie in 1 group\(s\)"),
+        (ROWS, HALF, ["a"] * 11, "11 groups for 12 rows"),
+        (np.where(np.arange(12)[:, None] == 7, np.nan, ROWS), HALF, None, "layer 0: row 7 holds NaN"),
+        (ROWS[:11], HALF, None, "layer 0 has rows of shape .11, 3. for 12 labels"),
+        (ROWS, [], None, "give one label"),
+    ],
+)
+def test_bad_data_is_refused_by_name(rows: Any, labels: Any, groups: Any, message: str) -> None:
+    with pytest.raises(ProbeError, match=message):
+        list(probe_layers([rows], labels, groups=groups, jobs=1))
+
+
+def test_too_few_rows_for_the_released_split_are_refused() -> None:
+    with pytest.raises(ProbeError, match="3 rows are too few"):
+        list(probe_layers([ROWS[:3]], [0, 1, 0], recipe=RELEASED, jobs=1))
+    with pytest.raises(ProbeError, match="holds one class only"):
+        list(probe_layers([ROWS], [0] * 11 + [1], recipe=RELEASED, jobs=1))

@@ -1,0 +1,77 @@
+"""The logit lens as an analysis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import PROMPTS, native
+
+from analyses.logit_lens import LogitLens
+from analyses.voids import Voids
+from probes.capture import capture
+from probes.errors import PointError
+from probes.models.native import NativeModel
+from probes.needs import Need
+from probes.store import ActivationStore
+
+
+def test_the_last_layer_is_the_models_prediction(tiny: NativeModel, store: ActivationStore) -> None:
+    tables = LogitLens(top_k=3).run(tiny, PROMPTS, store=store).tables
+    last = tables["read"].query("layer == 2")
+    assert last["agrees"].all()
+    assert last["kl_to_final"].max() < 1e-5
+    probability = capture(tiny, PROMPTS, [Need("logits")], store).packed("logits").softmax(-1)
+    assert last["final_probability"].tolist() == pytest.approx(probability.amax(-1).tolist(), abs=1e-5)
+    top = tables["top"].query("layer == 2 and rank == 0")
+    assert top["token_id"].tolist() == probability.argmax(-1).tolist()
+    assert top["probability"].tolist() == pytest.approx(probability.amax(-1).tolist(), abs=1e-5)
+
+
+def test_rows_line_up_with_prompts_and_positions(
+    tiny: NativeModel, store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = LogitLens(top_k=2).run(tiny, PROMPTS, store=store).tables
+    monkeypatch.setattr("analyses.logit_lens.CHUNK", 1)
+    parts = LogitLens(top_k=2).run(tiny, PROMPTS, store=store).tables
+    order = ["layer", "prompt", "position"]
+    for name, extra in (("read", []), ("top", ["rank"])):
+        a, b = (t[name].sort_values(order + extra).reset_index(drop=True) for t in (whole, parts))
+        assert a[[*order, "input_id"]].equals(b[[*order, "input_id"]])
+        numeric = a.select_dtypes("number").to_numpy() - b.select_dtypes("number").to_numpy()
+        assert abs(numeric).max() < 1e-4
+    last = LogitLens(positions="last").run(tiny, PROMPTS, store=store).tables["read"].query("layer == 0")
+    assert last["position"].tolist() == [len(p) - 1 for p in PROMPTS]
+    assert last["input_id"].tolist() == [p[-1] for p in PROMPTS]
+
+
+def test_after_voids_it_runs_no_forward(tiny: NativeModel, store: ActivationStore, count_forwards: Any) -> None:
+    Voids(max_new_tokens=3).run(tiny, PROMPTS, store=store)
+    seen = count_forwards(tiny)
+    result = LogitLens().run(tiny, PROMPTS, store=store)
+    assert (seen, result.provenance["counts"]["forwards"]) == ([], 0)
+
+
+@pytest.mark.parametrize("point", ["attn_out", "mlp_out"])
+def test_parts_of_a_block_can_be_read(tiny: NativeModel, store: ActivationStore, point: Any) -> None:
+    read = LogitLens(point=point).run(tiny, PROMPTS, store=store).tables["read"]
+    assert read["kl_to_final"].min() > 0
+    assert torch.isfinite(torch.tensor(read["entropy_bits"].to_numpy())).all()
+
+
+def test_a_model_without_a_lens_is_refused(store: ActivationStore) -> None:
+    with pytest.raises(PointError, match="bert"):
+        LogitLens().run(native("bert"), PROMPTS, store=store)
+
+
+@pytest.mark.real
+def test_paris(real: Any, store: ActivationStore) -> None:
+    tokens = tuple(real.tokenizer("The capital of France is")["input_ids"])
+    result = LogitLens(positions="last", top_k=1).run(real, [tokens], store=store)
+    last = result.tables["top"].query("layer == 29").iloc[0]
+    with torch.no_grad():
+        plain = real.module(torch.tensor([tokens])).logits[0, -1].softmax(-1)
+    assert last["token"] == " Paris"
+    assert last["probability"] == pytest.approx(plain.max().item(), abs=1e-5)
+    assert round(last["probability"], 2) == 0.77

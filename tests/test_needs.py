@@ -1,0 +1,90 @@
+"""Needs and their union: nothing is captured that follows from something else, or is held."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from probes.errors import PointError
+from probes.needs import ROWS, Feature, Need, Reducer, features_of, make_plan
+from probes.points import Address
+
+SEQUENCES = [(1, 2, 3), (4, 5), (1, 2, 3)]
+
+
+def holding(*held: str):
+    def ask(sequences: Sequence[tuple[int, ...]], features: Sequence[Feature]) -> np.ndarray:
+        return np.array([[f.key in held for f in features] for _ in sequences])
+
+    return ask
+
+
+def test_the_stream_between_blocks_has_one_name() -> None:
+    assert Feature(Address("resid_pre", 2)).key == Feature(Address("resid_post", 1)).key
+    assert Feature(Address("resid_pre", 0)).key == "resid_pre.0/rows@all"
+
+
+def test_what_follows_from_rows_is_not_asked_for() -> None:
+    needs = [
+        Need("resid_post.*", Reducer("norm")),
+        Need("resid_post.1"),
+        Need("resid_pre.2", Reducer(positions="last")),
+    ]
+    keys = [feature.key for feature in features_of(needs, 3)]
+    assert keys == ["resid_post.0/norm@all", "resid_post.2/norm@all", "resid_post.1/rows@all"]
+
+
+def test_only_missing_features_are_planned_and_twins_run_once() -> None:
+    plan = make_plan(SEQUENCES, [Need("resid_post.*")], 3, holding("resid_post.0/rows@all"))
+    assert plan.sequences == 2
+    assert plan.forwards == 2
+    assert plan.tokens == 5
+    assert [str(f.address) for f in plan.work[0].features] == ["resid_post.1", "resid_post.2"]
+    assert plan.rows == 10
+    width = {"d_model": 8}
+    assert plan.bytes(width, 2) == 10 * 8 * 2
+
+
+def test_held_rows_serve_every_reduction() -> None:
+    needs = [
+        Need("resid_post.0", Reducer("norm")),
+        Need("resid_post.0", Reducer("mean")),
+        Need("resid_post.0", Reducer(positions=(0,))),
+    ]
+    plan = make_plan(SEQUENCES, needs, 3, holding("resid_post.0/rows@all"))
+    assert plan.forwards == 0
+    assert "no forward pass" in plan.summary(0)
+
+
+def test_reducers_have_one_text_and_equal_by_it() -> None:
+    basis = torch.eye(2, 4)
+    assert str(Reducer(positions=(0, -1))) == "rows@0,-1"
+    assert str(Reducer("lens_ids", ids=(3, 4))) == "lens_ids:3,4@all"
+    assert Reducer("project", basis=basis) == Reducer("project", basis=basis.clone())
+    assert Reducer("project", basis=basis) != Reducer("project", basis=2 * basis)
+    assert Reducer.parse("last") == Reducer(positions="last")
+    assert Reducer.parse("at:0,-1") == Reducer(positions=(0, -1))
+    assert Reducer.parse("lens:10") == Reducer("lens_top", top_k=10)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("norms", "Did you mean 'norm'"),
+        ("at:x", "write at:0,-1"),
+        ("lens:", "write at:0,-1 or lens:10"),
+        ("lens:0", "at least 1"),
+    ],
+)
+def test_illegal_reducers_are_refused(text: str, message: str) -> None:
+    with pytest.raises(PointError, match=message):
+        Reducer.parse(text)
+
+
+def test_pattern_keeps_rows_only() -> None:
+    with pytest.raises(PointError, match="'pattern' keeps rows only"):
+        Need("pattern.0", Reducer("norm")).features(2)
+    assert Feature(Address("pattern", 0), ROWS).row_values({"head": 3}, 5) == 75

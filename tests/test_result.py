@@ -1,0 +1,116 @@
+"""Results: saved, loaded and redrawn without a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from tiny import PROMPTS
+
+from analyses.registry import ANALYSES, get_analysis
+from analyses.report import render
+from analyses.result import Result
+from analyses.voids import Voids
+from probes.errors import OptionError
+from probes.models.native import NativeModel
+from probes.store import ActivationStore
+
+
+@pytest.fixture
+def result(tiny: NativeModel, store: ActivationStore) -> Result:
+    return Voids(alpha=(0.8, 0.2), max_new_tokens=2).run(tiny, PROMPTS, store=store)
+
+
+def test_a_saved_result_comes_back_whole(result: Result, tmp_path: Path) -> None:
+    loaded = Result.load(result.save(tmp_path / "run"))
+    assert (loaded.analysis, loaded.provenance, loaded.notes) == ("voids", result.provenance, result.notes)
+    assert loaded.options == json.loads(json.dumps(result.options))
+    for name, table in result.tables.items():
+        pd.testing.assert_frame_equal(loaded.tables[name], table)
+    for name in result.figures:
+        assert loaded.figure(name).to_json() == result.figure(name).to_json()
+        stored = json.loads((tmp_path / "run" / "figures" / f"{name}.json").read_text())
+        assert stored["data"]
+
+
+def test_provenance_names_everything_needed_to_do_it_again(
+    result: Result, tiny: NativeModel, store: ActivationStore
+) -> None:
+    provenance = result.provenance
+    assert provenance["model"]["weights"] == tiny.context.weights
+    assert (provenance["backend"], provenance["dtype"], provenance["attention"]) == ("native", "float32", "sdpa")
+    assert provenance["faithfulness"]["holds"] is True
+    assert {"torch", "transformers", "bathyscope", "python"} <= set(provenance["versions"])
+    assert provenance["counts"]["forwards"] == len(PROMPTS)
+    shards = {path.stem for path in (store.root / "shards").rglob("*.safetensors")}
+    assert provenance["store_keys"]
+    assert {key.removesuffix(".safetensors") for key in provenance["store_keys"]} <= shards
+
+
+def test_saving_again_replaces_and_leaves_no_drafts(result: Result, tmp_path: Path) -> None:
+    result.save(tmp_path / "runs" / "a")
+    result.save(tmp_path / "runs" / "a")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["a"]
+
+
+def test_other_peoples_folders_are_not_overwritten(result: Result, tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").write_text("x")
+    with pytest.raises(OptionError, match="holds files that are not a result"):
+        result.save(tmp_path / "precious")
+    assert (tmp_path / "precious" / "thesis.tex").read_text() == "x"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OptionError, match="is a file"):
+        result.save(tmp_path / "file")
+
+
+def test_a_failed_save_keeps_the_earlier_result(
+    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result.save(tmp_path / "run")
+
+    def broken(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("analyses.report.write_report", broken)
+    with pytest.raises(OSError, match="No space"):
+        result.save(tmp_path / "run")
+    assert Result.load(tmp_path / "run").tables.keys() == result.tables.keys()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"format": 99}', "not json"])
+def test_folders_without_a_result_are_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(OptionError, match="result"):
+        Result.load(tmp_path)
+
+
+def test_unknown_figures_and_analyses_are_named(result: Result) -> None:
+    with pytest.raises(OptionError, match="Did you mean 'raster'"):
+        result.figure("rastre")
+    with pytest.raises(OptionError, match="Did you mean 'voids'"):
+        get_analysis("viods")
+
+
+def test_the_report_needs_nothing_from_outside(result: Result) -> None:
+    page = render([result])
+    for mark in ('src="http', 'href="http', "@import", "cdn."):
+        assert mark not in page.replace(page[page.index("<script>") : page.index("</script>")], "")
+    for spec in result.figures.values():
+        assert spec.title in page
+        assert len(spec.caption) > 80
+    assert "tiny-llama" in page
+    assert result.notes[0].split("`")[0] in page
+
+
+def test_every_analysis_says_what_it_is() -> None:
+    names = [analysis.name for analysis in ANALYSES]
+    assert len(set(names)) == len(names)
+    for analysis in ANALYSES:
+        assert analysis.__doc__
+        assert analysis.title
+        assert analysis.reference
+        assert analysis.figures

@@ -1,0 +1,17 @@
+"""The native backend on tiny random models, and prompts for them."""
+
+from __future__ import annotations
+
+from families import shared
+
+from probes.models import weights_digest
+from probes.models.native import NativeModel
+
+PROMPTS = [(5, 6, 7, 8), (9, 10), (11, 12, 13, 14, 15, 16, 17), (20,)]
+"""Ragged prompts of token ids for the tiny models."""
+
+
+def native(family: str = "llama") -> NativeModel:
+    """The native backend on a shared tiny random model."""
+    module = shared(family)
+    return NativeModel(module, ref=f"tiny-{family}", weights=weights_digest(module))

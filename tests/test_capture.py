@@ -160,6 +160,13 @@ def test_a_prompt_is_found_in_its_continuation(tiny: NativeModel, store: Activat
         torch.testing.assert_close(last[0], found.get("resid_post.1")[i][-1])
 
 
+def test_the_last_row_of_a_continuation_is_not_the_prompts(tiny: NativeModel, store: ActivationStore) -> None:
+    last, mean = Need("resid_post.1", Reducer(positions="last")), Need("resid_post.1", Reducer("mean"))
+    capture(tiny, [(5, 6, 7, 8)], [last, mean], store, prompt_lengths=[2])
+    assert plan_capture(tiny, [(5, 6)], [last], store).forwards == 1
+    assert plan_capture(tiny, [(5, 6)], [mean], store).forwards == 1
+
+
 def test_a_continuation_never_serves_a_model_that_looks_ahead(store: ActivationStore) -> None:
     bert = native("bert")
     capture(bert, [(5, 6, 7, 8)], [Need("resid_post.1")], store, prompt_lengths=[2])

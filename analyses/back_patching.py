@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
 from analyses import back_patching_tables as tabulate
@@ -23,7 +22,7 @@ from analyses.back_patching_cases import (
     judge,
     two_hop_prompts,
 )
-from analyses.back_patching_grid import Held, Patched, cells_of, frame, mirrored, noise_like
+from analyses.back_patching_grid import Cell, Held, Patched, Variant, cells_of, frame, mirrored, noise_like
 from analyses.back_patching_stages import Patchscope, critical_layers, projections, resolutions, stages
 from analyses.base import Clock, PromptsLike, as_prompts, make_result
 from analyses.figures.back_patching import FIGURES
@@ -104,12 +103,11 @@ class BackPatching:
         judged = judge(model, asked, found, store, progress)
         chosen = _chosen(judged, self.questions)
         progress.start(len(chosen), "question")
-        grids, runs, sources = [], 0, {}
+        held = {case.prompt: self._open(model, case) for case in chosen}
+        grids = []
         for index, case in enumerate(chosen):
             other = next((c for c in [*chosen[index + 1 :], *chosen[:index]] if not c.answers & case.answers), None)
-            made, streams, cells = self._case(model, case, other)
-            grids.append(made)
-            sources[case.prompt], runs = streams, runs + cells
+            grids.append(self._case(model, held[case.prompt], other, held[other.prompt] if other else {}))
             progress.advance()
         everything = pd.concat(grids, ignore_index=True)
         activations = capture(model, [case.tokens for case in chosen], self.needs(model), store, progress=progress)
@@ -122,31 +120,38 @@ class BackPatching:
             "control_rates": controls,
         }
         if self.stages:
-            tables |= self._stages(model, chosen, sources, activations)
-        counts = {"patched_cells": runs, "dropped": len(dropped)}
+            tables |= self._stages(model, chosen, held, activations)
+        counts = {
+            "prompts": len(chosen), "tokens": sum(len(case.tokens) for case in chosen), "prompts_judged": len(judged),
+            "patched_cells": len(everything), "dropped": len(dropped),
+        }  # fmt: skip
         return make_result(self, model, asked, tables, activations, clock, self._notes(judged, dropped), counts)
 
-    def _case(self, model: Model, case: Case, other: Case | None) -> tuple[pd.DataFrame, dict[str, Tensor], int]:
-        frames, streams, cells = [], {}, cells_of(model.shape.n_layers, self.cells, self.step, self.include_embedding)
+    def _open(self, model: Model, case: Case) -> dict[str, Held]:
         names = [n for n in case.positions if n.split(".")[0] in self.positions] or list(case.positions)
-        for name in names:
-            held = Held.open(model, case, name)
-            own = streams[name] = held.sources()
-            alone = held.baseline()
-            baseline, started = float(alone.logprob), bool(alone.success(case.answers)[0])
-            wrong = other.answers if other else frozenset()
-            tried: dict[str, tuple[list[tuple[int, int]], Tensor]] = {"back_patch": (cells, own)}
+        return {name: Held.open(model, case, name) for name in names}
+
+    def _case(
+        self, model: Model, own: Mapping[str, Held], other: Case | None, others: Mapping[str, Held]
+    ) -> pd.DataFrame:
+        """The grid of one question at each position, and its controls."""
+        frames, cells = [], cells_of(model.shape.n_layers, self.cells, self.step, self.include_embedding)
+        wrong = other.answers if other else frozenset()
+        for name, held in own.items():
+            alone, sources = held.baseline(), held.sources()
+            baseline, started = float(alone.logprob), bool(alone.success(held.case.answers)[0])
+            tried: dict[Variant, tuple[list[Cell], Tensor]] = {"back_patch": (cells, sources)}
             if self.controls:
-                tried["forward"] = (mirrored(cells, model.shape.n_layers), own)
-                tried["noise"] = (cells, noise_like(own, self.seed + case.prompt))
-                if other and name in other.positions:
-                    tried["other_query"] = (cells, Held.open(model, other, name).sources())
+                tried["forward"] = (mirrored(cells, model.shape.n_layers), sources)
+                tried["noise"] = (cells, noise_like(sources, self.seed + held.case.prompt))
+                if name in others:
+                    tried["other_query"] = (cells, others[name].sources())
             for variant, (where, brought) in tried.items():
                 patched = held.patch(where, brought, wrong, self.rescale)
                 success = self._success(model, held, patched, brought)
-                made = frame(model, held, variant, patched, success, baseline)  # type: ignore[arg-type]
+                made = frame(model, held, variant, patched, success, baseline)
                 frames.append(made.drop_duplicates(["source_layer", "target_layer"]).assign(baseline_success=started))
-        return pd.concat(frames, ignore_index=True), streams, sum(len(f) for f in frames)
+        return pd.concat(frames, ignore_index=True)
 
     def _success(self, model: Model, held: Held, patched: Patched, sources: Tensor) -> np.ndarray:
         if self.mode == "first_token" or not held.case.answer_texts:
@@ -161,13 +166,17 @@ class BackPatching:
         return out
 
     def _stages(
-        self, model: Model, cases: Sequence[Case], sources: Mapping[int, dict[str, Tensor]], activations: Activations
+        self, model: Model, cases: Sequence[Case], held: Mapping[int, Mapping[str, Held]], activations: Activations
     ) -> dict[str, pd.DataFrame]:
         layers = list(range(0, model.shape.n_layers, self.step))
         resolved: list[tuple[int, str, str, str, float]] = []
         if model.tokenizer is not None:
             scope = Patchscope.open(model, self.scope_step)
-            resolved = [row for c in cases for row in resolutions(scope, c, sources[c.prompt], layers)]
+            resolved = [
+                row
+                for c in cases
+                for row in resolutions(scope, c, {n: h.sources() for n, h in held[c.prompt].items()}, layers)
+            ]
         resolution = pd.DataFrame(resolved, columns=["prompt", "set", "position", "entity", "layer"])
         knocked = []
         if model.refusal(Address("pattern", 0)) is None:
@@ -178,7 +187,9 @@ class BackPatching:
         return {"stages": found, "resolution": resolution, "knockout": knockout, "projection": projection}
 
     def _notes(self, judged: Sequence[Case], dropped: Sequence[tuple[int, str]]) -> tuple[str, ...]:
-        notes = ["The oracle rate takes the best of all cells per question: compare it with the controls, which have as many tries."]
+        notes = [
+            "The oracle rate takes the best of all cells per question: compare it with the controls, which have as many tries."
+        ]
         if self.mode == "first_token":
             notes.append("An answer counts as given when its first token is the most probable next token.")
         if not any(set(HOPS) & set(case.verdicts) for case in judged):

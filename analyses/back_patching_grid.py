@@ -114,7 +114,9 @@ def noise_like(sources: Tensor, seed: int) -> Tensor:
     return (noise * sources.float().norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)).to(sources.dtype)
 
 
-def frame(model: Model, held: Held, variant: Variant, patched: Patched, success: np.ndarray, baseline: float) -> pd.DataFrame:
+def frame(
+    model: Model, held: Held, variant: Variant, patched: Patched, success: np.ndarray, baseline: float
+) -> pd.DataFrame:
     """One row per cell."""
     sources, targets = zip(*patched.cells, strict=True)
     return pd.DataFrame(

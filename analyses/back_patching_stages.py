@@ -58,7 +58,7 @@ def resolutions(
     scope: Patchscope, case: Case, sources: dict[str, Tensor], layers: Sequence[int]
 ) -> list[tuple[int, str, str, str, float]]:
     """(prompt, set, position, entity, earliest layer or NaN) for the bridge and the answer at each position."""
-    rows = []
+    rows: list[tuple[int, str, str, str, float]] = []
     for name, stream in sources.items():
         named = scope.names(stream[list(layers)])
         for entity, ids in (("bridge", case.bridges), ("answer", case.answers)):
@@ -93,10 +93,14 @@ def projections(activations: Activations, cases: Sequence[Case]) -> pd.DataFrame
                 rows.append(
                     (case.prompt, part, layer, token in case.bridges, token in case.answers, token == prediction)
                 )
-    return pd.DataFrame(rows, columns=["prompt", "part", "layer", "bridge_on_top", "answer_on_top", "prediction_on_top"])
+    return pd.DataFrame(
+        rows, columns=["prompt", "part", "layer", "bridge_on_top", "answer_on_top", "prediction_on_top"]
+    )
 
 
-def stages(cases: Sequence[Case], resolution: pd.DataFrame, knockout: pd.DataFrame, projection: pd.DataFrame) -> pd.DataFrame:
+def stages(
+    cases: Sequence[Case], resolution: pd.DataFrame, knockout: pd.DataFrame, projection: pd.DataFrame
+) -> pd.DataFrame:
     """prompt, set, stage, layer: NaN where a stage was never seen."""
     rows = []
     for case in cases:

@@ -37,7 +37,7 @@ def summary(grid: pd.DataFrame, controls: pd.DataFrame, seed: int = 0) -> pd.Dat
         gain = logprob - group.groupby("prompt")["baseline_logprob"].first().to_numpy()[:, None]
         n, hits = len(success), success.to_numpy(dtype=bool)
         cell = int((hits.mean(0) + 1e-6 * gain.to_numpy().mean(0)).argmax())
-        oracle, best = hits.any(1), hits[:, cell]
+        oracle, best = np.asarray(hits.any(1)), hits[:, cell]
         honest = held_out(hits, gain.to_numpy(dtype=float))
         mine = controls[(controls["position_name"] == key[0]) & (controls["set"] == key[1])]
         other = mine[mine["variant"] == "other_query"]
@@ -72,7 +72,7 @@ def control_rates(everything: pd.DataFrame) -> pd.DataFrame:
 
 def _rates(matrix: pd.DataFrame) -> tuple[int, float, float, float, float]:
     hits = matrix.to_numpy(dtype=bool)
-    oracle = hits.any(1)
+    oracle = np.asarray(hits.any(1))
     low, high = wilson(int(oracle.sum()), len(oracle))
     return len(hits), float(oracle.mean()), low, high, float(hits.mean())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import pandas as pd
@@ -45,6 +46,7 @@ class ConceptDepth:
         (),
         "Data sets to probe beside the labelled prompts: city_country, capital_negation, number_comparison, coin_flip, sentiment.",
     )
+    data: str = option("", "Folder or file of the published data sets among them, paper_cities and eight others.")
     limit: int = option(0, "At most so many rows of each named set, whole groups; 0 takes all.", low=0)
     template: str = option("", "Replaces the template of the named sets; holds {text}.")
     representation: Literal["mlp_in", "resid_mid", "resid_post"] = option(
@@ -107,7 +109,9 @@ class ConceptDepth:
         if self.sets:
             given = [prompt for prompt in given if "label" in prompt.fields]
         for name in self.sets:
-            lines = load_set(name, limit=self.limit, template=self.template or None, seed=self.seed)
+            lines = load_set(
+                name, path=self.data or None, limit=self.limit, template=self.template or None, seed=self.seed
+            )
             given += tokenize(lines, model, chat=self.chat)
         labelled_sets(given)
         for i, prompt in enumerate(given if self.pooling == "position" else ()):
@@ -182,8 +186,8 @@ class ConceptDepth:
                 self.causal_layers,
                 self.seed,
             )
-            rows = list(layer_rows(activations, one.data, self.representation, self._reducer))
-            table, ran = causal_table(check, rows.__getitem__, progress)
+            rows_of = partial(layer_rows, activations, one.data, self.representation, self._reducer)
+            table, ran = causal_table(check, rows_of, progress)
             tables.append(table)
             forwards += ran
         return pd.concat(tables, ignore_index=True), forwards
@@ -195,7 +199,7 @@ class ConceptDepth:
         ]
         blind = depths[~depths["decodable"]]
         if len(blind):
-            names = ", ".join(dict.fromkeys(blind["dataset"]))
+            names = ", ".join(f"{row.dataset} ({row.variant}, {row.probe})" for row in blind.itertuples())
             notes.append(
                 f"Not decodable anywhere (the best layer does not pass the best control layer): {names}; its depths mean nothing."
             )

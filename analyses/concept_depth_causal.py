@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,7 @@ class Check:
     def layers(self) -> list[int]:
         """Layers spread evenly over depth, and the one where the probe is best."""
         n = len(self.probed.layers)
-        spread = np.linspace(0, n - 1, min(self.n_layers, n)).round().astype(int).tolist()
+        spread = np.linspace(0, n - 1, min(self.n_layers, n) + 2)[1:-1].round().astype(int).tolist()
         return sorted({*spread, int(self.probed.curve.argmax())})
 
 
@@ -77,26 +77,24 @@ def answer_ids(model: Model, answers: tuple[str, str] | None) -> list[int] | Non
     return ids if ids[0] != ids[1] else None
 
 
-def read_answers(
-    check: Check, prompts: Sequence[Prompt], ids: list[int] | None, edits: Sequence[Edit], progress: Progress
-) -> Reading:
+def read_answers(check: Check, prompts: Sequence[Prompt], ids: list[int] | None, edits: Sequence[Edit] = ()) -> Reading:
     """The last stream and the answers' log-probabilities, under the edits."""
     model = check.model
     address = Address("resid_post", model.shape.n_layers - 1)
     sequences = [prompt.tokens for prompt in prompts]
-    found = capture(model, sequences, [Need(str(address), LAST)], check.store, edits=edits, progress=progress)
+    found = capture(model, sequences, [Need(str(address), LAST)], check.store, edits=edits)
     final = found.packed(address, LAST).float()
     empty = final.new_zeros(len(final), 0)
     wanted = lens.read(final, model.unembedding(), ids=torch.tensor(ids)).logprobs.cpu() if ids else empty
     return Reading(final, wanted, found.done.forwards)
 
 
-def causal_table(check: Check, rows_of: Any, progress: Progress) -> tuple[pd.DataFrame, int]:
+def causal_table(check: Check, rows_of: Callable[[int], np.ndarray], progress: Progress) -> tuple[pd.DataFrame, int]:
     """Effect of removing the probe's direction and a random one, by layer; and the forwards it took.
 
     `margin_change` is the change of log p(right answer) - log p(wrong answer), in nats; `kl` the divergence of the next
-    token's distribution from the unedited one. The random direction is drawn with the rows' own covariance, so that
-    it removes about as much of them.
+    token's distribution from the unedited one; `answer_accuracy` the share of prompts whose right answer is the more
+    probable. The random direction is drawn with the rows' own covariance, so that it removes about as much of them.
 
     Args:
         rows_of: layer -> rows [prompts, d_model] of the whole data set.
@@ -106,12 +104,14 @@ def causal_table(check: Check, rows_of: Any, progress: Progress) -> tuple[pd.Dat
     labels = torch.tensor([data.labels[i] for i in chosen])
     groups = np.asarray(data.groups)[chosen]
     ids = answer_ids(check.model, data.answers)
-    plain = read_answers(check, prompts, ids, (), progress)
+    progress.start(2 * len(check.layers) * len(prompts), f"forward with a direction removed, {data.name}")
+    plain = read_answers(check, prompts, ids)
     forwards, found = plain.forwards, []
     for layer in check.layers:
         for name, direction in _directions(check, layer, rows_of(layer)).items():
             edit = project_out(Address(check.representation, layer), direction[None], positions=check.positions)
-            edited = read_answers(check, prompts, ids, [edit], progress)
+            edited = read_answers(check, prompts, ids, [edit])
+            progress.advance(len(prompts))
             forwards += edited.forwards
             row = {**check.probed.key, "layer": layer, "direction": name, "n": len(prompts)}
             found.append({**row, **_effect(check, plain, edited, labels, groups)})
@@ -133,10 +133,10 @@ def _directions(check: Check, layer: int, rows: np.ndarray) -> dict[str, Tensor]
 
 def _effect(check: Check, plain: Reading, edited: Reading, labels: Tensor, groups: np.ndarray) -> dict[str, float]:
     kl = lens.read(edited.final, check.model.unembedding(), reference=plain.final).kl.cpu().numpy()
-    columns = [kl, np.full(len(kl), np.nan), np.full(len(kl), np.nan)]
+    columns = [kl, *np.full((4, len(kl)), np.nan)]
     if plain.answers.shape[1]:
         margins = [_margin(reading.answers, labels) for reading in (plain, edited)]
-        columns[1:] = [margins[0], margins[1] - margins[0]]
+        columns[1:] = [margins[0], margins[1] - margins[0], margins[0] > 0, margins[1] > 0]
     interval = cluster_bootstrap(np.stack(columns, axis=1), groups, seed=check.seed)
     return {
         "kl": interval.mean[0],
@@ -146,6 +146,8 @@ def _effect(check: Check, plain: Reading, edited: Reading, labels: Tensor, group
         "margin_change": interval.mean[2],
         "ci_low": interval.low[2],
         "ci_high": interval.high[2],
+        "answer_accuracy": interval.mean[3],
+        "answer_accuracy_edited": interval.mean[4],
     }
 
 

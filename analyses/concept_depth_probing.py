@@ -61,12 +61,11 @@ def recipe_of(preset: Preset, kind: Kind, splits: int, seed: int) -> Recipe:
 
 
 def layer_rows(
-    activations: Activations, data: LabelledSet, representation: str, reducer: Reducer
-) -> Iterator[NDArray[np.float32]]:
-    """The rows [prompts, d_model] of each layer."""
-    for layer in range(activations.model.shape.n_layers):
-        rows = activations.get(Address(representation, layer), reducer)
-        yield np.stack([rows[i][0].float().numpy() for i in data.index])
+    activations: Activations, data: LabelledSet, representation: str, reducer: Reducer, layer: int
+) -> NDArray[np.float32]:
+    """The rows [prompts, d_model] of one layer."""
+    rows = activations.get(Address(representation, layer), reducer)
+    return np.stack([rows[i][0].float().numpy() for i in data.index])
 
 
 def probe_set(
@@ -83,7 +82,8 @@ def probe_set(
     Raises:
         ProbeError: labels, groups or rows that cannot be probed; names the data set.
     """
-    rows = layer_rows(activations, data, representation, reducer)
+    n_layers = activations.model.shape.n_layers
+    rows = (layer_rows(activations, data, representation, reducer, layer) for layer in range(n_layers))
     try:
         found = tuple(probe_layers(rows, data.labels, groups=data.groups, recipe=recipe, jobs=jobs or None))
     except ProbeError as error:
@@ -135,9 +135,11 @@ def depths_table(probed: list[Probed], seed: int) -> pd.DataFrame:
         correct = np.stack([evaluation.correct for evaluation in one.layers], axis=1)
         draws = cluster_means(correct, one.test_groups, seed=seed, resamples=RESAMPLES)
         row = depth_row(one.curve, draws, one.chance)
+        peak = draws[:, int(one.curve.argmax())]
+        row["peak_accuracy_low"], row["peak_accuracy_high"] = np.quantile(peak, [0.025, 0.975])
         # The best of many layers looks good by chance; the control's best layer is what it has to pass.
         control = max(float(evaluation.shuffled.mean()) for evaluation in one.layers)
         row |= {"majority": one.chance, "best_control_accuracy": control}
-        row["decodable"] = row["peak_accuracy_low"] > max(control, one.chance)
+        row["decodable"] = bool(row["peak_accuracy_low"] > max(control, one.chance))
         rows.append({**one.key, **row})
     return pd.DataFrame(rows)

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import pandas as pd
 
-from analyses.base import Clock, PromptsLike, as_prompts, make_result
+from analyses.base import Clock, PromptsLike, as_prompts, make_result, token_text
+from analyses.depth_use_alignment import alignment_table
 from analyses.depth_use_blocks import Part
 from analyses.depth_use_greedy import Distance
 from analyses.depth_use_maps import check_pair, map_table
@@ -33,6 +34,11 @@ def check_group(value: object) -> str | None:
     return None if isinstance(value, str | int) and str(value) else "must be a text or a number that names a group"
 
 
+def check_label(value: object) -> str | None:
+    """What is wrong with a `label` field, or None."""
+    return None if not isinstance(value, bool) and value in (0, 1) else "must be 0 or 1"
+
+
 @dataclass(frozen=True)
 class DepthUse:
     """How a model uses its depth (Csordás, Manning, Potts 2025, arXiv 2505.13898), beside the proxies of layer importance."""
@@ -48,7 +54,7 @@ class DepthUse:
     gradient_prompts: int = option(1, "Prompts of integrated gradients; 0 leaves them out.", low=0)
     gradient_steps: int = option(32, "Steps of each integrated gradient; the paper took 256.", low=1, high=4096)
     gradient_rule: Rule = option("midpoint", "Where in each step the gradient is taken; left is the paper's.")
-    quantize_bits: tuple[int, ...] = option((8, 4), "Widths to which each block alone is rounded.", low=2, high=16)
+    bits: tuple[int, ...] = option((8, 4), "Widths to which each block alone is rounded.", low=2, high=16)
     windows: tuple[int, ...] = option((2, 4), "Numbers of neighbouring blocks run side by side.", low=1, high=64)
     greedy_steps: int = option(3, "Parts removed greedily, one after the other; 0 leaves it out.", low=0)
     greedy_distance: Distance = option("jsd", "What the greedy removal keeps small.")
@@ -70,7 +76,11 @@ class DepthUse:
     reference: ClassVar[str] = (
         'Csordás, Manning, Potts 2025, "Do Language Models Use Their Depth Efficiently?", arXiv 2505.13898'
     )
-    prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {"answer_from": check_answer_from, "group": check_group}
+    prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {
+        "answer_from": check_answer_from,
+        "group": check_group,
+        "label": check_label,
+    }
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
 
     def __post_init__(self) -> None:
@@ -84,7 +94,8 @@ class DepthUse:
         self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
     ) -> Result:
         """Tables `proxies`, `proxy_intervals`, `agreement`, `contributions`, `skip_effect`, `output_effect`, `depth_score`,
-        `windows`, and where asked for `erasure`, `attribution`, `greedy`, `drop_curve`, `linear_maps`.
+        `windows`, and where asked for `erasure`, `attribution`, `greedy`, `drop_curve`, `linear_maps`,
+        and with groups of prompts `alignment`.
 
         Raises:
             PointError: the model is not causal, its blocks do not add to the stream, or its backend keeps them to itself.
@@ -97,11 +108,16 @@ class DepthUse:
         sequences = [prompt.tokens for prompt in asked]
         activations = capture(model, sequences, self.needs(model), store, progress=progress)
         tables, notes = run_study(activations, asked, self._settings, progress)
+        groups = [str(prompt.fields.get("group", "")) for prompt in asked]
+        if len(set(groups) - {""}) > 1:
+            tables["alignment"] = alignment_table(activations, groups, self.first_token, self.seed)
         if self.target_model:
             tables["linear_maps"] = self._maps(activations, store, progress)
+        for name in ("erasure", "attribution"):
+            if name in tables:
+                tables[name]["token"] = [token_text(model, int(token)) for token in tables[name]["token_id"]]
         if "attribution" in tables:
-            worst = tables["attribution"]["completeness_error"].abs().max()
-            notes.append(f"integrated gradients: largest completeness error {worst:.2g} in probability")
+            notes.append(_completeness(tables["attribution"]))
         return make_result(self, model, asked, tables, activations, clock, notes)
 
     @property
@@ -116,6 +132,14 @@ class DepthUse:
             check_pair(source.model, other)
             target = capture(other, source.sequences, [Need("resid_post.*")], store, progress=progress)
         return map_table(source, target, self.map_stride, self.ridge, self.first_token, self.seed)
+
+
+def _completeness(attribution: pd.DataFrame) -> str:
+    errors = attribution.drop_duplicates(["prompt", "part", "layer"]).set_index("layer")["completeness_error"].abs()
+    return (
+        f"integrated gradients: completeness error in probability {errors.median():.1g} at the median layer, at most "
+        f"{errors.max():.2g} (layer {errors.idxmax()}); more gradient_steps lower it"
+    )
 
 
 def _check_model(model: Model) -> None:

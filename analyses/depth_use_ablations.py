@@ -13,7 +13,7 @@ from analyses.depth_use_columns import PerPrompt
 from analyses.depth_use_contributions import PARTS
 from analyses.depth_use_outputs import Outputs
 from analyses.depth_use_skips import Effects, enter
-from analyses.depth_use_weights import NormScales, frozen_norms, quantized
+from analyses.depth_use_weights import NormScales, coarser, frozen_norms
 
 Columns = Mapping[str, PerPrompt]
 
@@ -40,11 +40,10 @@ class Study:
         """Every part of every block left out at all positions, restarted from the stored stream that enters it."""
         for part in PARTS:
             for layer in range(self.chunk.n_layers):
-                streams = self.blocks.without(self.chunk.stream[layer], part, layer)
+                streams = self.blocks.without(self.chunk, part, layer)
                 change = self.outputs.change(streams[-1])
                 self._enter(columns[f"delta_ce_{part}"], layer, change.ce - self.outputs.ce)
-                for name in ("jsd", "angular", "euclidean"):
-                    self._enter(columns[f"{name}_{part}"], layer, getattr(change, name))
+                self._enter(columns[f"jsd_{part}"], layer, change.jsd)
                 if part in effects:
                     enter(effects[part], self.chunk, layer, streams, self.counted)
                     among = self.counted[self.outputs.where]
@@ -57,7 +56,7 @@ class Study:
         for layer in range(self.chunk.n_layers):
             block = self.blocks.anatomy.component("block", layer)
             for n in bits:
-                with quantized(block, n):
+                with coarser(block, n):
                     passed = self.blocks.run(self.chunk.stream[layer], layer, stop=layer + 1)[-1]
                 final = self.blocks.run(passed, layer + 1)[-1]
                 self.enter_loss(columns[f"delta_ce_int{n}"], layer, final)

@@ -26,6 +26,9 @@ CHUNK_TOKENS = 1024
 CHUNK_LOGITS = 2**26
 """Log-probabilities held at once, which bounds a chunk of a model with a large vocabulary."""
 
+STRETCH = 1.5
+"""How many times longer than its shortest prompt the longest of a chunk may be."""
+
 T = TypeVar("T")
 
 
@@ -59,14 +62,15 @@ class Blocks:
                 streams.append(streams[-1] if layer in skip else self.call(layer, streams[-1]))
         return streams
 
-    def without(self, hidden: Tensor, part: Part, layer: int, where: Tensor | None = None) -> list[Tensor]:
-        """`run` from `layer` on with one part left out, everywhere or at the positions `where` [batch, pos]."""
-        if part == "block" and where is None:
-            return self.run(hidden, layer, skip={layer})
-        if part == "block":
-            passed = torch.where(where[..., None], hidden, self.call(layer, hidden))
-            return [hidden, *self.run(passed, layer + 1)]
-        return self.run(hidden, layer, writes=left_out([(part, layer)], where))
+    def without(self, chunk: Chunk, part: Part, layer: int, where: Tensor | None = None) -> list[Tensor]:
+        """`run` from the clean stream entering `layer` on, with one part left out at all positions or at `where` [batch, pos]."""
+        entering = chunk.stream[layer]
+        if part != "block":
+            return self.run(entering, layer, writes=left_out([(part, layer)], where))
+        leaving = entering
+        if where is not None:
+            leaving = torch.where(where.to(entering.device)[..., None], entering, chunk.stream[layer + 1])
+        return [entering, *self.run(leaving, layer + 1)]
 
     def _hooked(
         self, hidden: Tensor, reads: Mapping[Address, Read], writes: Mapping[Address, Write]
@@ -155,22 +159,41 @@ class Chunk:
         return torch.tensor(self.prompts)[:, None].expand_as(where)[where]
 
 
-def chunks(activations: Activations, prompts: Sequence[int], max_tokens: int | None = None) -> Iterator[Chunk]:
-    """The prompts of these indices in padded batches of similar length."""
+def chunks(activations: Activations, prompts: Sequence[int], *, together: bool = False) -> Iterator[Chunk]:
+    """The prompts of these indices in padded batches of similar length, or all in one."""
     model = activations.model
-    limit = max(1, min(CHUNK_TOKENS, CHUNK_LOGITS // model.shape.d_vocab)) if max_tokens is None else max_tokens
+    limit = max(1, min(CHUNK_TOKENS, CHUNK_LOGITS // model.shape.d_vocab))
     n_layers = model.shape.n_layers
     stream_at = [Address("resid_pre", 0), *(Address("resid_post", layer) for layer in range(n_layers))]
     stream_rows = [activations.get(address) for address in stream_at]
     attn_rows = [activations.get(Address("attn_out", layer)) for layer in range(n_layers)]
-    for batch in batches([activations.sequences[i] for i in prompts], limit):
-        mine = [prompts[i] for i in batch.indices]
+    groups = [list(prompts)] if together else list(_alike(activations.sequences, prompts))
+    found = ((group, batch) for group in groups for batch in _batched(activations.sequences, group, together, limit))
+    for group, batch in found:
+        mine = [group[i] for i in batch.indices]
         stream, attn = (
             [_padded([layer[i] for i in mine], batch).to(model.device) for layer in rows]
             for rows in (stream_rows, attn_rows)
         )
         real = torch.arange(batch.tokens.shape[1]) < torch.tensor(batch.lengths)[:, None]
         yield Chunk(tuple(mine), batch.tokens, real, stream, attn)
+
+
+def _batched(sequences: Sequence[tuple[int, ...]], group: Sequence[int], together: bool, limit: int) -> Iterator[Batch]:
+    longest = max(len(sequences[i]) for i in group)
+    return batches([sequences[i] for i in group], longest * len(group) if together else limit)
+
+
+def _alike(sequences: Sequence[tuple[int, ...]], prompts: Sequence[int]) -> Iterator[list[int]]:
+    """Groups of prompts whose lengths differ by at most `STRETCH`, so that little of a batch is padding."""
+    group: list[int] = []
+    for index in sorted(prompts, key=lambda i: len(sequences[i])):
+        if group and len(sequences[index]) > STRETCH * len(sequences[group[0]]):
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
 
 
 def _padded(rows: Sequence[Tensor], batch: Batch) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor
 from analyses.depth_use_ablations import Study
 from analyses.depth_use_blocks import Part, left_out
 from analyses.depth_use_columns import PerPrompt, interval
-from analyses.depth_use_outputs import Change
 
 Distance = Literal["jsd", "angular", "euclidean"]
 SUBLAYERS: tuple[Part, Part] = ("attn", "mlp")
@@ -20,10 +19,19 @@ RANDOM_ORDERS = 3
 """Random orders whose mean is the control of a removal curve."""
 
 
-def greedy_removal(study: Study, steps: int, distance: Distance, tick: Callable[[], None]) -> pd.DataFrame:
+def greedy_removal(
+    study: Study,
+    steps: int,
+    distance: Distance,
+    tick: Callable[[], None],
+    known: Mapping[tuple[Part, int], float] | None = None,
+) -> pd.DataFrame:
     """Repeatedly removes the attention or MLP part whose absence changes the output least (FinerCut, arXiv 2405.18218).
 
     Every candidate is restarted from the stream, under what has been removed already, that enters its block.
+
+    Args:
+        known: the distance of every single removal, where it was measured before; the first step is then free.
 
     Returns:
         Columns step (from 1), part, layer, distance (to the unchanged output), delta_ce, runner_up_distance.
@@ -33,14 +41,7 @@ def greedy_removal(study: Study, steps: int, distance: Distance, tick: Callable[
     stream: Sequence[Tensor] = chunk.stream
     rows = []
     for step in range(1, min(steps, 2 * chunk.n_layers - 1) + 1):
-        found: dict[tuple[Part, int], float] = {}
-        for layer in range(chunk.n_layers):
-            for part in SUBLAYERS:
-                if (part, layer) not in removed:
-                    writes = left_out([*removed_from(removed, layer), (part, layer)])
-                    final = blocks.run(stream[layer], layer, writes=writes)[-1]
-                    found[part, layer] = mean_distance(study, study.outputs.change(final), distance)
-            tick()
+        found = dict(known) if known and not removed else _candidates(study, stream, removed, distance, tick)
         (part, layer), least = min(found.items(), key=lambda item: item[1])
         runner_up = min((d for place, d in found.items() if place != (part, layer)), default=float("nan"))
         writes = left_out([*removed_from(removed, layer), (part, layer)])
@@ -51,15 +52,35 @@ def greedy_removal(study: Study, steps: int, distance: Distance, tick: Callable[
     return pd.DataFrame(rows, columns=["step", "part", "layer", "distance", "delta_ce", "runner_up_distance"])
 
 
+def _candidates(
+    study: Study,
+    stream: Sequence[Tensor],
+    removed: Sequence[tuple[Part, int]],
+    distance: Distance,
+    tick: Callable[[], None],
+) -> dict[tuple[Part, int], float]:
+    """The distance that removing each remaining part would bring, beside what is removed already."""
+    found: dict[tuple[Part, int], float] = {}
+    for layer in range(study.chunk.n_layers):
+        for part in SUBLAYERS:
+            if (part, layer) not in removed:
+                writes = left_out([*removed_from(removed, layer), (part, layer)])
+                final = study.blocks.run(stream[layer], layer, writes=writes)[-1]
+                found[part, layer] = mean_distance(study, final, distance)
+        tick()
+    return found
+
+
 def removed_from(removed: Sequence[tuple[Part, int]], layer: int) -> list[tuple[Part, int]]:
     """The removed parts of block `layer` and later, which a run from there must leave out again."""
     return [place for place in removed if place[1] >= layer]
 
 
-def mean_distance(study: Study, change: Change, distance: Distance) -> float:
-    """The mean of one distance over the counted tokens."""
-    values: Tensor = getattr(change, distance)
-    return float(values[study.counted[study.outputs.where]].mean())
+def mean_distance(study: Study, final: Tensor, distance: Distance) -> float:
+    """The mean distance over the counted tokens when `final` leaves the last block."""
+    outputs = study.outputs
+    values = outputs.change(final).jsd if distance == "jsd" else outputs.apart(final, distance)
+    return float(values[study.counted[outputs.where]].mean())
 
 
 def orders(proxies: pd.DataFrame, seed: int) -> dict[str, list[list[int]]]:

@@ -114,5 +114,5 @@ class Pairs:
 
 def _errors(predicted: Tensor, target: Tensor, width: int) -> Tensor:
     """[tokens, layers] of predictions [tokens, layers * width]."""
-    parts = zip(predicted.split(width, dim=1), target.split(width, dim=1), strict=True)
+    parts = zip(torch.split(predicted, width, dim=1), torch.split(target, width, dim=1), strict=True)
     return torch.stack([relative_error(p, t) for p, t in parts], dim=1)

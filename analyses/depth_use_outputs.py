@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import pi
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,10 +30,6 @@ class Change:
     """Jensen-Shannon divergence from the unchanged prediction, nats."""
     probability_distance: Tensor
     """Euclidean distance of the two probability vectors."""
-    angular: Tensor
-    """Angle between the two logit vectors, as a share of a half turn."""
-    euclidean: Tensor
-    """Euclidean distance of the two logit vectors."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +60,7 @@ class Outputs:
         tiles = [self._logits(final[part]) for part in _tiles(len(final))]
         self._clean = torch.cat(tiles)
         self._probabilities = self._clean.softmax(-1)
+        self._entropy = _entropy(self._probabilities)
         self._top = self._clean.topk(min(LENS_TOP, self._clean.shape[-1]), dim=-1).indices
         self.ce = self.loss(chunk.stream[-1])
         """[n], of the unchanged model."""
@@ -75,6 +73,7 @@ class Outputs:
     def _at(self, stream: Tensor) -> Tensor:
         return self.where.to(stream.device)
 
+    @torch.no_grad()
     def _logits(self, rows: Tensor) -> Tensor:
         return logits_of(self._unembedding, rows).float()
 
@@ -89,17 +88,15 @@ class Outputs:
         return torch.where(target >= 0, logits.logsumexp(-1) - chosen, torch.nan)
 
     def change(self, final: Tensor) -> Change:
-        """All comparisons for a changed stream [batch, pos, d_model] leaving the last block."""
+        """Loss, divergence and distance for a changed stream [batch, pos, d_model] leaving the last block."""
         rows = final[self._at(final)]
         parts = []
         for part in _tiles(len(rows)):
-            logits, clean, p = self._logits(rows[part]), self._clean[part], self._probabilities[part]
+            logits, p = self._logits(rows[part]), self._probabilities[part]
             q = logits.softmax(-1)
-            jsd = _entropy((p + q) / 2) - (_entropy(p) + _entropy(q)) / 2
-            cosine = torch.nn.functional.cosine_similarity(logits, clean, dim=-1).clamp(-1, 1)
+            jsd = _entropy((p + q) / 2) - (self._entropy[part] + _entropy(q)) / 2
             distance = torch.linalg.vector_norm(p - q, dim=-1)
-            euclidean = torch.linalg.vector_norm(logits - clean, dim=-1)
-            parts.append((self._ce(logits, part), jsd.clamp_min(0), distance, cosine.acos() / pi, euclidean))
+            parts.append((self._ce(logits, part), jsd.clamp_min(0), distance))
         return Change(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
     def lens(self, stream: Tensor) -> Lens:
@@ -114,6 +111,19 @@ class Outputs:
             shared = (top[:, :, None] == self._top[part][:, None, :]).any(-1)
             overlap.append(shared.float().mean(-1))
         return Lens(torch.cat(kl).cpu(), torch.cat(overlap).cpu())
+
+    def apart(self, final: Tensor, distance: Literal["angular", "euclidean"]) -> Tensor:
+        """[n], how far changed logits are from unchanged ones: the angle as a share of a half turn, or the distance."""
+        rows = final[self._at(final)]
+        found = []
+        for part in _tiles(len(rows)):
+            logits, clean = self._logits(rows[part]), self._clean[part]
+            if distance == "euclidean":
+                found.append(torch.linalg.vector_norm(logits - clean, dim=-1))
+            else:
+                cosine = torch.nn.functional.cosine_similarity(logits, clean, dim=-1)
+                found.append(cosine.clamp(-1, 1).acos() / pi)
+        return torch.cat(found).cpu()
 
     def distance(self, final: Tensor) -> Tensor:
         """[n], Euclidean distance of changed and unchanged probability vectors only."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import combinations_with_replacement
 
 import numpy as np
 import pandas as pd
@@ -55,19 +56,21 @@ def agreement_table(measured: Mapping[str, PerPrompt], fixed: Mapping[str, Array
         return ranks[key]
 
     nulls: dict[int, Array] = {}
-    rows = []
-    for a in point:
-        for b in point:
-            both = known[a] & known[b]
-            n = int(both.sum())
-            if n < 3:
-                rows.append((a, b, *[np.nan] * 5, n))
-                continue
-            nulls.setdefault(n, null_correlations(n, seed))
-            rho = float(correlation(rank(a, both, False), rank(b, both, False))[0])
-            low, high = quantiles(correlation(rank(a, both, True), rank(b, both, True)))
-            p = (1 + int((np.abs(nulls[n]) >= abs(rho) - 1e-12).sum())) / (1 + PERMUTATIONS)
-            rows.append((a, b, rho, float(low), float(high), p, float(np.quantile(np.abs(nulls[n]), 0.95)), n))
+    found: dict[tuple[str, str], tuple[float, ...]] = {}
+    for a, b in combinations_with_replacement(point, 2):
+        both = known[a] & known[b]
+        n = int(both.sum())
+        if n < 3:
+            found[a, b] = found[b, a] = (*[np.nan] * 5, n)
+            continue
+        if n not in nulls:
+            nulls[n] = np.sort(np.abs(null_correlations(n, seed)))
+        rho = float(correlation(rank(a, both, False), rank(b, both, False))[0])
+        low, high = quantiles(correlation(rank(a, both, True), rank(b, both, True)))
+        beyond = PERMUTATIONS - int(np.searchsorted(nulls[n], abs(rho) - 1e-12))
+        band = float(nulls[n][int(0.95 * PERMUTATIONS)])
+        found[a, b] = found[b, a] = (rho, float(low), float(high), (1 + beyond) / (1 + PERMUTATIONS), band, n)
+    rows = [(a, b, *found[a, b]) for a in point for b in point]
     return pd.DataFrame(
         rows, columns=["proxy_a", "proxy_b", "spearman", "ci_low", "ci_high", "p_value", "null_95", "n"]
     )

@@ -10,14 +10,15 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from analyses.depth_use_blocks import Blocks, Chunk, Part
-from analyses.depth_use_columns import RESAMPLES, quantiles
+from analyses.depth_use_columns import RESAMPLES, Array, quantiles
 from analyses.depth_use_outputs import Outputs
 
 Variant = Literal["current", "future", "local"]
+POOLED = 2**22
+"""Numbers pooled at once while resampling."""
 SPLIT_STRIDE = 8
 """Positions that may split a prompt are multiples of this, as in the released code."""
 
@@ -26,17 +27,18 @@ SPLIT_STRIDE = 8
 class Effects:
     """Relative changes of later blocks' contributions, per prompt; NaN where a block is not later or was not measured."""
 
-    mean: NDArray[np.float64]
+    mean: Array
     """[prompt, skipped, affected], over tokens."""
-    median: NDArray[np.float64]
-    highest: NDArray[np.float64]
-    output: NDArray[np.float64]
+    median: Array
+    highest: Array
+    output: Array
     """[prompt, skipped], the largest Euclidean change of a next-token distribution."""
 
     @classmethod
     def empty(cls, n_prompts: int, n_layers: int) -> Effects:
         grid = (n_prompts, n_layers, n_layers)
-        return cls(*(np.full(grid, np.nan) for _ in range(3)), np.full(grid[:2], np.nan))
+        mean, median, highest = (np.full(grid, np.nan) for _ in range(3))
+        return cls(mean, median, highest, np.full(grid[:2], np.nan))
 
     def add(self, chunk: Chunk, skipped: int, affected: int, change: Tensor, where: Tensor) -> None:
         """Enter changes [batch, pos] at the positions `where`; rows of one prompt are pooled."""
@@ -51,8 +53,8 @@ class Effects:
 
     def add_output(self, prompts: Tensor, skipped: int, distance: Tensor) -> None:
         """Enter distances [n] of next-token distributions of tokens of `prompts` [n]."""
-        for prompt in prompts.unique():
-            self.output[int(prompt), skipped] = float(distance[prompts == prompt].max())
+        for prompt in dict.fromkeys(prompts.tolist()):
+            self.output[prompt, skipped] = float(distance[prompts == prompt].max())
 
 
 def relative_change(chunk: Chunk, layer: int, before: Tensor, after: Tensor) -> Tensor:
@@ -117,7 +119,7 @@ def future_effects(effects: Effects, blocks: Blocks, halves: Split, part: Part, 
     """Each part left out before the split; what changes after it, where the part itself still runs."""
     chunk = halves.chunk
     for skipped in range(chunk.n_layers):
-        streams = blocks.without(chunk.stream[skipped], part, skipped, halves.skipped.to(chunk.stream[0].device))
+        streams = blocks.without(chunk, part, skipped, halves.skipped)
         enter(effects, chunk, skipped, streams, halves.after)
         effects.add_output(outputs.prompt, skipped, outputs.distance(streams[-1]))
 
@@ -147,30 +149,33 @@ def output_table(effects: Effects, variant: Variant, part: Part) -> pd.DataFrame
     return pd.DataFrame({**columns, "mean": np.nanmean(found, axis=0), "median": np.nanmedian(found, axis=0)})
 
 
-def depth_score(matrix: NDArray[np.float64]) -> float:
+def depth_score(matrix: Array) -> Array:
     """Centre of mass of effects over depth, in layers: sum of s e_s over sum of e_s, e_s the mean effect on later layers.
 
     Args:
-        matrix: [skipped, affected]; only entries right of the diagonal count.
+        matrix: [..., skipped, affected]; only entries right of the diagonal count. The result has the leading axes.
     """
-    later = np.triu(np.ones_like(matrix, dtype=bool), 1)
-    e = np.nansum(np.where(later, matrix, 0), axis=1) / np.maximum(later.sum(axis=1), 1)
-    return float((np.arange(len(e)) * e).sum() / e.sum()) if e.sum() else float("nan")
+    n = matrix.shape[-1]
+    later = np.triu(np.ones((n, n), dtype=bool), 1)
+    e = np.where(later & ~np.isnan(matrix), matrix, 0).sum(-1) / np.maximum(later.sum(-1), 1)
+    with np.errstate(invalid="ignore"):
+        out: Array = (np.arange(n) * e).sum(-1) / e.sum(-1)
+    return out
 
 
 def depth_scores(effects: Effects, variant: Variant, part: Part, groups: Sequence[str], seed: int) -> pd.DataFrame:
     """Depth score per group of prompts and overall, by largest and by mean effect, with intervals over prompts."""
     used = np.flatnonzero(~np.isnan(effects.mean).all(axis=(1, 2)))
-    named = {"all": used, **{g: used[[groups[i] == g for i in used]] for g in dict.fromkeys(groups) if g}}
+    named = {"all": used, **{g: used[[groups[int(i)] == g for i in used]] for g in dict.fromkeys(groups) if g}}
     rows = []
     for group, members in named.items():
         if not len(members):
             continue
-        rng = np.random.default_rng(seed)
+        draws = np.random.default_rng(seed).choice(members, (RESAMPLES, len(members)))
         for by, values, pool in (("largest", effects.highest, np.max), ("mean", effects.mean, np.mean)):
-            drawn = [depth_score(pool(values[rng.choice(members, len(members))], axis=0)) for _ in range(RESAMPLES)]
-            low, high = quantiles(np.array(drawn))
+            several = np.array_split(draws, max(1, draws.size * values[0].size // POOLED))
+            low, high = quantiles(np.concatenate([depth_score(pool(values[d], axis=1)) for d in several]))
             score = depth_score(pool(values[members], axis=0))
-            rows.append((variant, part, group, by, len(members), score, low, high))
+            rows.append((variant, part, group, by, len(members), float(score), float(low), float(high)))
     names = ["variant", "part", "group", "by", "prompts", "score", "ci_low", "ci_high"]
     return pd.DataFrame(rows, columns=names)

@@ -14,7 +14,7 @@ from analyses.depth_use_ablations import Study
 from analyses.depth_use_blocks import Blocks, Chunk, Part, chunks, on_blocks
 from analyses.depth_use_columns import PerPrompt, interval
 from analyses.depth_use_contributions import PARTS, Contributions
-from analyses.depth_use_greedy import Distance, drop_blocks, drop_table, greedy_removal, orders
+from analyses.depth_use_greedy import SUBLAYERS, Distance, drop_blocks, drop_table, greedy_removal, orders
 from analyses.depth_use_outputs import Outputs
 from analyses.depth_use_proxies import agreement_table, proxy_tables
 from analyses.depth_use_skips import (
@@ -30,12 +30,15 @@ from analyses.depth_use_skips import (
 from analyses.depth_use_tokens import Rule, StreamMeans, erasure, integrated_gradients
 from analyses.depth_use_weights import NormScales, z_share_of
 from probes.activations import Activations
+from probes.linear import probe_layers
 from probes.models.blocks import module_of
+from probes.needs import Reducer
+from probes.points import Address
 from probes.progress import Progress
 from probes.prompts import Prompt
 
 Tables = dict[str, pd.DataFrame]
-ONE_BATCH = 2**30
+LAST = Reducer(positions="last")
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Settings:
     gradient_prompts: int
     gradient_steps: int
     gradient_rule: Rule
-    quantize_bits: tuple[int, ...]
+    bits: tuple[int, ...]
     windows: tuple[int, ...]
     greedy_steps: int
     greedy_distance: Distance
@@ -85,9 +88,9 @@ class _Run:
         self.settings, self.progress = settings, progress
         self.n_layers, n = self.model.shape.n_layers, len(prompts)
         names = [f"{name}_{part}" for name in ("relative_norm", "cosine", "similarity") for part in PARTS]
-        names += [f"{name}_{part}" for name in ("delta_ce", "jsd", "angular", "euclidean") for part in PARTS]
+        names += [f"{name}_{part}" for name in ("delta_ce", "jsd") for part in PARTS]
         names += ["lim", "delta_ce_frozen_norm", "lens_kl", "lens_overlap"]
-        names += [f"delta_ce_int{bits}" for bits in settings.quantize_bits]
+        names += [f"delta_ce_int{n_bits}" for n_bits in settings.bits]
         names += [
             f"{k}_{w}" for w in settings.windows for k in ("parallel_error", "parallel_cosine", "delta_ce_parallel")
         ]
@@ -132,7 +135,7 @@ class _Run:
         among = study.counted[study.outputs.where]
         self.loss.add(0, study.outputs.prompt[among], study.outputs.ce[among])
         study.removals(self.columns, current, self._tick)
-        study.coarser(self.columns, self.settings.quantize_bits, self._tick)
+        study.coarser(self.columns, self.settings.bits, self._tick)
         study.frozen(self.columns, self.scales, self._tick)
         study.windows(self.columns, self.settings.windows, self._tick)
         study.read(self.columns)
@@ -178,6 +181,7 @@ class _Run:
             rows = torch.from_numpy(effects[:, layer, layer + 1 :].mean(axis=1))
             later.add(layer, range(len(rows)), rows)
         measured[f"skip_effect_{self.settings.parts[0]}"] = later
+        measured |= self._probed()
         tables = proxy_tables(measured, {"zd": self.zd}, self.settings.seed)
         control = {"zd": self.zd, "layer_index": np.arange(self.n_layers, dtype=np.float64)}
         tables["agreement"] = agreement_table(measured, control, self.settings.seed)
@@ -187,6 +191,20 @@ class _Run:
             {"loss": mean, "ci_low": low, "ci_high": high, "tokens": self.loss.counts.sum().item()}
         )
         return tables
+
+    def _probed(self) -> dict[str, PerPrompt]:
+        """Accuracy of a linear probe for the prompts' labels on each layer's stream at the last token, where there are labels."""
+        labelled = [i for i, prompt in enumerate(self.prompts) if "label" in prompt.fields]
+        if not labelled:
+            return {}
+        labels = [int(self.prompts[i].fields["label"]) for i in labelled]
+        rows = (
+            [self.activations.get(Address("resid_post", n), LAST)[i][0] for i in labelled] for n in range(self.n_layers)
+        )
+        found = PerPrompt(len(self.prompts), self.n_layers)
+        for layer, scored in enumerate(probe_layers((torch.stack(r).float().numpy() for r in rows), labels)):
+            found.add(layer, [labelled[int(i)] for i in scored.row], torch.from_numpy(scored.correct))
+        return {"probe_accuracy": found}
 
     def _windows(self) -> pd.DataFrame:
         frames = []
@@ -225,13 +243,21 @@ class _Run:
             first = [i for i, prompt in enumerate(self.prompts) if len(prompt.tokens) > 1][
                 : self.settings.greedy_prompts
             ]
-            (chunk,) = chunks(self.activations, first, ONE_BATCH)
+            (chunk,) = chunks(self.activations, first, together=True)
             self.progress.start(self.settings.greedy_steps * self.n_layers, "layer tried")
             found: list[pd.DataFrame] = []
-            args = (self.settings.greedy_steps, self.settings.greedy_distance, self._tick)
+            layers = range(self.n_layers)
+            known = None
+            if self.settings.greedy_distance == "jsd":
+                known = {(part, layer): self._mean_jsd(part, layer, first) for part in SUBLAYERS for layer in layers}
+            args = (self.settings.greedy_steps, self.settings.greedy_distance, self._tick, known)
             self._on(chunk, lambda study: found.append(greedy_removal(study, *args)))
             tables["greedy"] = found[0]
         return tables
+
+    def _mean_jsd(self, part: Part, layer: int, prompts: Sequence[int]) -> float:
+        column = self.columns[f"jsd_{part}"]
+        return float(column.sums[prompts, layer].sum() / column.counts[prompts, layer].sum())
 
     def token_tables(self) -> Tables:
         """Tables `erasure` and `attribution`, where asked for."""
@@ -253,5 +279,5 @@ class _Run:
         return tables
 
     def _alone(self, index: int) -> Chunk:
-        (chunk,) = chunks(self.activations, [index], ONE_BATCH)
+        (chunk,) = chunks(self.activations, [index])
         return chunk

@@ -134,7 +134,7 @@ def integrated_gradients(
     places = [(part, layer) for part in parts for layer in range(chunk.n_layers)]
     totals = {place: torch.zeros(chunk.tokens.shape[1], dtype=torch.float64) for place in places}
     values: dict[tuple[Part, int], list[Tensor]] = {place: [] for place in places}
-    for along, weight in zip(alphas.split(per_group), weights.split(per_group), strict=True):
+    for along, weight in zip(torch.split(alphas, per_group), torch.split(weights, per_group), strict=True):
         path = Path(chunk, chunk.repeated(torch.zeros(len(along), dtype=torch.long)), target, along)
         found = on_blocks(model, path.same.tokens, lambda blocks, p=path: [p.step(blocks, *at, tick) for at in places])  # type: ignore[misc]
         for place, (value, each) in zip(places, found, strict=True):

@@ -14,17 +14,19 @@ from analyses.depth_use_blocks import Chunk
 from probes.anatomy import Anatomy
 from probes.anatomy.structure import divisor_of
 from probes.anatomy.views import Divisor
+from probes.models.quantised import rounded
 
 NORMS = ("ln1", "ln2")
 
 
 def matrices(block: nn.Module) -> list[tuple[nn.Parameter, int]]:
-    """(weight, axis of its inputs) of every matrix in a block."""
+    """(weight, axis of its outputs) of every matrix in a block."""
     found = []
     for module in block.modules():
         for parameter in module.parameters(recurse=False):
             if parameter.ndim >= 2:
-                found.append((parameter, 0 if type(module).__name__ == "Conv1D" else -1))
+                # GPT-2's Conv1D keeps its weight as [in, out].
+                found.append((parameter, 1 if type(module).__name__ == "Conv1D" else parameter.ndim - 2))
     return found
 
 
@@ -39,25 +41,13 @@ def z_share_of(block: nn.Module) -> float:
     return z_share(torch.cat([weight.detach().flatten() for weight, _ in matrices(block)]))
 
 
-def fake_quantized(weight: Tensor, bits: int, axis: int = -1) -> Tensor:
-    """Weights rounded to 2^bits - 1 levels, symmetric about 0, one scale per output; same shape and dtype.
-
-    Args:
-        axis: the axis of the inputs, over which a scale is shared.
-    """
-    w = weight.float()
-    levels = 2 ** (bits - 1) - 1
-    scale = (w.abs().amax(dim=axis, keepdim=True) / levels).clamp_min(1e-12)
-    return ((w / scale).round().clamp(-levels, levels) * scale).to(weight.dtype)
-
-
 @contextmanager
-def quantized(block: nn.Module, bits: int) -> Iterator[None]:
-    """The block with fake-quantised matrices; the very same bits as before outside."""
+def coarser(block: nn.Module, bits: int) -> Iterator[None]:
+    """The block with its matrices rounded to so many bits, one scale per output; the very same weights as before outside."""
     kept = [(parameter, parameter.data) for parameter, _ in matrices(block)]
     try:
         for parameter, axis in matrices(block):
-            parameter.data = fake_quantized(parameter.data, bits, axis)
+            parameter.data = rounded(parameter.data, bits, axis)
         yield
     finally:
         for parameter, data in kept:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -17,8 +18,8 @@ from analyses.figures.latent_language import FIGURES
 from analyses.latent_language_extras import EXTRAS, Extra, fitted_lens
 from analyses.latent_language_ids import Collide, Rule, SetRule
 from analyses.latent_language_items import Dropped, Item, check_targets, given_items, task_items, with_controls
-from analyses.latent_language_prompts import Framing, Task, queries
-from analyses.latent_language_read import LAST, Reader, Reading
+from analyses.latent_language_prompts import Form, Framing, Task, queries
+from analyses.latent_language_read import LAST, Reader, Reading, prefixes
 from analyses.latent_language_settings import Settings
 from analyses.latent_language_words import read_words, shipped_words
 from analyses.options import option, validate
@@ -27,7 +28,7 @@ from probes.errors import OptionError, PromptError
 from probes.models.base import Model
 from probes.needs import Need
 from probes.progress import QUIET, Progress
-from probes.prompts import FieldCheck
+from probes.prompts import FieldCheck, Prompt
 from probes.store import ActivationStore
 
 Language = Literal["en", "fr", "de", "es", "it", "ru", "zh", "ja", "ar"]
@@ -42,13 +43,16 @@ class LatentLanguage:
     """Latent languages by the lens (Wendler et al. 2024, arXiv 2402.10588; Zhong et al. 2024, arXiv 2408.10811)."""
 
     task: Task = option("translation", "What is asked, for each word of the list, where prompts carry no targets.")
+    form: Form = option("quoted", "Of translation: the paper's, ending in an open quote, or the same without quotes.")
     source: tuple[Language, ...] = option(("fr",), "Language asked from; one, or one per target.")
     target: tuple[Language, ...] = option(("zh",), "Language asked for; one, or one per source.")
     latents: tuple[Language, ...] = option(("en",), "Languages the middle layers may be writing in.")
     set_rule: SetRule = option(
         "prefix", "prefix: tokens that start the word; first_token: its first token; multi_token: the whole word."
     )
-    collide: Collide = option("drop", "What to do where two languages share tokens: drop the item, keep, or subtract them.")
+    collide: Collide = option(
+        "drop", "What to do where two languages share tokens: drop the item, keep, or subtract them."
+    )
     spaces: bool = option(True, "Whether forms with a leading space count.")
     case: bool = option(False, "Whether the word in lower case and with a capital counts too.")
     byte_tokens: bool = option(True, "Whether tokens that cut a character count, for set_rule prefix.")
@@ -87,6 +91,8 @@ class LatentLanguage:
     )
     prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {"targets": check_targets}
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
+    makes_prompts: ClassVar[bool] = True
+    """Whether it runs without prompts, on those of its task."""
 
     def __post_init__(self) -> None:
         validate(self)
@@ -112,6 +118,11 @@ class LatentLanguage:
         if model.tokenizer is None:
             return None
         return Rule(model.tokenizer, self.set_rule, self.spaces, self.case, self.byte_tokens)
+
+    def collect(self, model: Model, prompts: PromptsLike = ()) -> list[Prompt]:
+        """Every sequence that will be read, with the tokens that teacher forcing adds."""
+        items, _ = self.items(model, prompts)
+        return [Prompt((*item.tokens, *leaf)) for item in items for leaf in prefixes(item, longest=True)]
 
     def items(self, model: Model, prompts: PromptsLike = ()) -> tuple[list[Item], list[Dropped]]:
         """What will be measured, and what is left out with the reason.
@@ -140,7 +151,7 @@ class LatentLanguage:
         items: list[Item] = []
         dropped: list[Dropped] = []
         for source, target in self.pairs:
-            asked = queries(words, self.task, source, target, n_shot, self.n_items, self.seed)
+            asked = queries(words, self.task, source, target, n_shot, self.n_items, self.seed, self.form)
             pair = f"{source}→{target}" if self.task == "translation" else f"{self.task} {target}"
             languages = tuple(dict.fromkeys((target, *self.latents)))
             made, lost = task_items(asked, rule, model, pair, languages, self.collide, self.synonyms, len(items))
@@ -199,7 +210,7 @@ class LatentLanguage:
             items=tuple(items), pairs=self.pairs, seed=self.seed, ci=self.ci, n_items=self.n_items,
             framings=self.framings, depths=self.layers, shares=self.shares, swap_to=self.swap_to,
             extra_items=self.extra_items, beam_width=self.beam_width, beam_tokens=self.beam_tokens,
-            spaces=self.spaces, case=self.case, words=self.words,
+            spaces=self.spaces, case=self.case, words=self.words, form=self.form,
         )  # fmt: skip
 
     def _result(
@@ -214,7 +225,8 @@ class LatentLanguage:
         }  # fmt: skip
         notes = (*_verdicts(tables["summary"]), *self._notes(tables["dropped"], len(items)))
         result = make_result(self, model, [], tables, reader.captures[0], clock, notes, counts)
-        keys = list(dict.fromkeys(key for held in reader.captures for key in held.keys()))
+        shards = [held.keys() for held in reader.captures]
+        keys = list(dict.fromkeys(chain.from_iterable(shards)))
         return replace(result, provenance={**result.provenance, "store_keys": keys})
 
     def _notes(self, dropped: pd.DataFrame, n_items: int) -> list[str]:
@@ -228,23 +240,27 @@ class LatentLanguage:
                 "Under set_rule prefix a token that starts a word also starts many others: compare with the shuffled-word control."
             )
         if self.lens == "logit":
-            notes.append("The logit lens is not calibrated in early layers; `lens=tuned` reads them through a fitted map.")
+            notes.append(
+                "The logit lens is not calibrated in early layers; `lens=tuned` reads them through a fitted map."
+            )
         return notes
 
 
 def _verdicts(summary: pd.DataFrame) -> list[str]:
     """One sentence per pair and latent language: can the model do it, and does the latent lead."""
     notes = []
-    for row in summary.itertuples():
-        share = f"{row.accuracy:.0%} of {row.n} items answered right (95 % interval {row.accuracy_low:.0%} to {row.accuracy_high:.0%})"
-        if row.accuracy < CANNOT:
+    for row in summary.to_dict("records"):
+        share = f"{row['accuracy']:.0%} of {row['n']} items answered right (95 % interval {row['accuracy_low']:.0%} to {row['accuracy_high']:.0%})"
+        if row["accuracy"] < CANNOT:
             share += ": this model cannot do this pair, so its curves say little about translating"
-        peak = f"peak {row.peak:.3f} at layer {row.peak_layer}, where {row.target} has {row.target_at_peak:.3f} and the control {row.peak_control:.3f}"
+        peak = f"peak {row['peak']:.3f} at layer {row['peak_layer']}, where {row['target']} has {row['target_at_peak']:.3f} and the control {row['peak_control']:.3f}"
         middle = (
-            f"{row.latent} leads {row.target} in middle layers {row.leads_in_middle}"
-            if row.leads_in_middle
-            else f"{row.latent} does not lead {row.target} in the middle half of the layers"
+            f"{row['latent']} leads {row['target']} in middle layers {row['leads_in_middle']}"
+            if row["leads_in_middle"]
+            else f"{row['latent']} does not lead {row['target']} in the middle half of the layers"
         )
-        elsewhere = f" (in all, at {row.leads_at})" if row.leads_at and row.leads_at != row.leads_in_middle else ""
-        notes.append(f"{row.pair}: {share}; {middle}{elsewhere}; {row.latent}'s {peak}.")
+        elsewhere = (
+            f" (in all, at {row['leads_at']})" if row["leads_at"] and row["leads_at"] != row["leads_in_middle"] else ""
+        )
+        notes.append(f"{row['pair']}: {share}; {middle}{elsewhere}; {row['latent']}'s {peak}.")
     return notes

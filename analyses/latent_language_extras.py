@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,6 +66,6 @@ def fitted_lens(reader: Reader, settings: Settings) -> pd.DataFrame:
 def _training(reader: Reader, seed: int) -> _Training:
     """Sentences drawn by seed; those of one meaning form one group, so that none is fitted on its own translation."""
     found = [(i, text) for i, texts in enumerate(parallel_sentences(shipped_words())) for text in texts.values()]
-    chosen: Sequence[int] = np.random.default_rng(seed).permutation(len(found))[:TRAINING_SENTENCES]
+    chosen = [int(i) for i in np.random.default_rng(seed).permutation(len(found))[:TRAINING_SENTENCES]]
     sequences = [tokenize([found[i][1]], reader.model)[0].tokens for i in chosen]
     return _Training(sequences, [found[i][0] for i in chosen])

@@ -95,7 +95,7 @@ class Rule:
     """How words become sets of token sequences.
 
     `prefix` takes every single token whose bytes, after one optional leading space, start the word (Wendler 2024);
-    `first_token` the first token of the word as the tokenizer writes it; `multi_token` the whole word (Zhong 2024).
+    `first_token` the first token of the word as the tokenizer writes it, unless that is a space alone; `multi_token` the whole word (Zhong 2024).
     """
 
     tokenizer: Any
@@ -108,17 +108,21 @@ class Rule:
     """Whether a token that cuts a character counts, for `prefix`."""
 
     @cached_property
+    def _bytes(self) -> Mapping[int, bytes]:
+        return token_bytes(self.tokenizer)
+
+    @cached_property
     def _by_bytes(self) -> Mapping[bytes, tuple[int, ...]]:
         found: dict[bytes, tuple[int, ...]] = {}
-        for number, piece in token_bytes(self.tokenizer).items():
+        for number, piece in self._bytes.items():
             found[piece] = (*found.get(piece, ()), number)
         return found
 
     def sequences(self, words: Iterable[str]) -> tuple[Tokens, ...]:
         """The prefix-free token sequences that say any of `words`."""
         found: list[Tokens] = []
-        for word in dict.fromkeys(variant for word in words for variant in self._variants(word)):
-            found += self._prefixes(word) if self.kind == "prefix" else self._written(word)
+        for variant in dict.fromkeys(variant for word in words for variant in self._variants(word)):
+            found += self._prefixes(variant) if self.kind == "prefix" else self._written(variant)
         return prefix_free(found)
 
     def _variants(self, word: str) -> list[str]:
@@ -134,7 +138,9 @@ class Rule:
 
     def _written(self, word: str) -> list[Tokens]:
         forms = [continuation(self.tokenizer, text) for text in ((word, " " + word) if self.spaces else (word,))]
-        return [form[:1] for form in forms] if self.kind == "first_token" else forms
+        if self.kind == "multi_token":
+            return forms
+        return [form[:1] for form in forms if form and self._bytes.get(form[0], b"").removeprefix(b" ")]
 
 
 def resolve(sets: Sets, how: Collide) -> tuple[Sets, str | None]:

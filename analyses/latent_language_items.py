@@ -88,9 +88,11 @@ def given_items(
                 dropped.append(("given", name, reason))
                 continue
         last = target if target in sets else list(sets)[-1]
-        items.append(
-            Item(index, name, "given", prompt.tokens, prompt.text or "", last, sets, words.get(last, ()))
-        )
+        items.append(Item(index, name, "given", prompt.tokens, prompt.text or "", last, sets, words.get(last, ())))
+    kinds = {(item.target, tuple(item.sets)) for item in items}
+    if len(kinds) > 1:
+        # Curves average over items that ask for the same languages.
+        items = [replace(item, pair=f"given {'+'.join(item.sets)}→{item.target}") for item in items]
     return items, dropped
 
 
@@ -159,7 +161,9 @@ def culture_items(
     dropped: list[Dropped] = []
     for index, question in enumerate(asked[: n_items or None]):
         name = question.text["en"]
-        sets = {f"{c}/{lang}": rule.sequences([question.answers[c, lang]]) for c in CULTURES for lang in CULTURE_LANGUAGES}
+        sets = {
+            f"{c}/{lang}": rule.sequences([question.answers[c, lang]]) for c in CULTURES for lang in CULTURE_LANGUAGES
+        }
         reason = unequal_length(question, rule.tokenizer) or _culture_clash(sets)
         if reason:
             dropped.append((f"culture, {framing}", name, reason))

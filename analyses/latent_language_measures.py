@@ -43,7 +43,9 @@ def chosen_logprobs(rows: Tensor, unembedding: Unembedding, ids: Tensor, log_z: 
         log_z: [n], the log-sum-exp of each row's logits.
     """
     hidden = lens.normalized(rows, unembedding)
-    parts = [lens.token_logits(hidden, unembedding, part.to(hidden.device)) for part in ids.split(ID_COLUMNS, dim=1)]
+    parts = [
+        lens.token_logits(hidden, unembedding, part.to(hidden.device)) for part in torch.split(ids, ID_COLUMNS, dim=1)
+    ]
     return torch.cat(parts, dim=1) - log_z[:, None]
 
 
@@ -95,7 +97,7 @@ class TokenEnergy:
         return ((unit @ self.gram) * unit).sum(dim=-1).clamp_min(0).sqrt() / self.scale
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def token_energy(unembedding: Unembedding) -> TokenEnergy:
     """The energy measure of a model's unembedding, its rows scaled by the final norm's gain."""
     gain, centred = norm_gain(unembedding)
@@ -108,6 +110,7 @@ def token_energy(unembedding: Unembedding) -> TokenEnergy:
     return TokenEnergy(total / len(unembedding.weight), centred)
 
 
+@torch.no_grad()
 def norm_gain(unembedding: Unembedding) -> tuple[Tensor, bool]:
     """The final norm's gain per dimension [d_model], up to one factor, and whether it subtracts the mean.
 

@@ -12,8 +12,10 @@ from analyses.latent_language_words import ANSWER, LANGUAGES, Question, Word
 
 Task = Literal["translation", "repetition", "cloze"]
 Framing = Literal["plain", "japan", "us"]
+Form = Literal["quoted", "plain"]
+"""The paper's form, which ends inside an open quote, or the same without quotes."""
 
-_FULL_WIDTH = "zh"
+_FULL_WIDTH = ("zh", "ja")
 _QUESTION = {"en": "Question", "ja": "質問"}
 _PLACE = {
     ("japan", "en"): "In Japan, ", ("japan", "ja"): "日本では、",
@@ -30,28 +32,45 @@ class Query:
 
 
 def queries(
-    words: Sequence[Word], task: Task, source: str, target: str, n_shot: int, n_items: int, seed: int
-) -> list[Query]:
+    words: Sequence[Word], task: Task, source: str, target: str, n_shot: int, n_items: int, seed: int,
+    form: Form = "quoted",
+) -> list[Query]:  # fmt: skip
     """One prompt per word that has the languages needed; demonstrations never show the word asked for.
 
     Args:
         n_items: how many words, drawn by seed; 0 for all.
+        form: of translation and repetition.
     """
     usable = [word for word in words if target in (word.cloze if task == "cloze" else word.forms)]
     if task != "cloze":
         usable = [word for word in usable if source in word.forms]
+    asked = usable
     if 0 < n_items < len(usable):
         chosen = np.random.default_rng(seed).choice(len(usable), n_items, replace=False)
         asked = [usable[i] for i in sorted(chosen)]
-    else:
-        asked = usable
     found = []
     for index, word in enumerate(asked):
         shown = demonstrations(usable, word, n_shot, seed, index)
-        ask = _cloze if task == "cloze" else _translation
-        lines = [ask(shot, source, target, answered=True) for shot in shown]
-        found.append(Query(word, "".join(lines) + ask(word, source, target, answered=False)))
+        lines = [_ask(shot, task, source, target, form) for shot in shown]
+        text = "".join(open_ + answer for open_, answer in lines) + _ask(word, task, source, target, form)[0]
+        found.append(Query(word, text))
     return found
+
+
+def _ask(word: Word, task: Task, source: str, target: str, form: Form) -> tuple[str, str]:
+    """(the line up to the answer, the answer and the line's end)."""
+    answer = word.forms[target][0]
+    if task == "cloze":
+        stop = "。" if target in _FULL_WIDTH else "."
+        return word.cloze[target] + ('："' if target == "zh" else ': "'), f'{answer}"{stop}\n'
+    asked = word.forms[source][0]
+    if form == "quoted":
+        return f'{LANGUAGES[source]}: "{asked}" - {LANGUAGES[target]}: "', f'{answer}"\n'
+    named = f"{LANGUAGES[source]}{'：' if source in _FULL_WIDTH else ': '}{asked}"
+    # Without a quote the space before a word belongs to its first token, so the prompt must not end in it.
+    if target in _FULL_WIDTH:
+        return f"{named} - {LANGUAGES[target]}：", f"{answer}\n"
+    return f"{named} - {LANGUAGES[target]}:", f" {answer}\n"
 
 
 def demonstrations(words: Sequence[Word], query: Word, n_shot: int, seed: int, index: int) -> list[Word]:
@@ -60,17 +79,6 @@ def demonstrations(words: Sequence[Word], query: Word, n_shot: int, seed: int, i
     others = [w for w in words if w.name != query.name and not taken & {f[0].lower() for f in w.forms.values()}]
     chosen = np.random.default_rng((seed, index)).permutation(len(others))[:n_shot]
     return [others[i] for i in chosen]
-
-
-def _translation(word: Word, source: str, target: str, *, answered: bool) -> str:
-    open_ = f'{LANGUAGES[source]}: "{word.forms[source][0]}" - {LANGUAGES[target]}: "'
-    return f'{open_}{word.forms[target][0]}"\n' if answered else open_
-
-
-def _cloze(word: Word, source: str, target: str, *, answered: bool) -> str:
-    open_ = word.cloze[target] + ('："' if target == _FULL_WIDTH else ': "')
-    stop = "。" if target in ("zh", "ja") else "."
-    return f'{open_}{word.forms[target][0]}"{stop}\n' if answered else open_
 
 
 def culture_prompt(

@@ -71,7 +71,8 @@ class Reader:
         at_prompt = torch.tensor([n for n, (_, before) in enumerate(contexts) if not before])
         unembedding = self.model.unembedding()
         logprobs, entropy = self._logprobs(items, contexts, rows)
-        own, control = [], []
+        own: list[NDArray[np.float64]] = []
+        control: list[NDArray[np.float64]] = []
         for i, item in enumerate(items):
             for made, name in ((own, "own"), (control, "control")):
                 sets = item.events.get(name, item.sets)

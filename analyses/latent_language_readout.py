@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from analyses.latent_language_items import Dropped
 from analyses.latent_language_read import Reader, Translate
@@ -37,13 +38,11 @@ def beam(
     model: Model, tokens: Sequence[int], layer: int, width: int, length: int, translate: Translate | None = None
 ) -> list[tuple[tuple[int, ...], float]]:
     """The most probable continuations of `length` tokens as layer `layer` scores them, best first, with log-probability."""
-    address = Address("resid_post", layer)
     beams: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
     for _ in range(length):
-        kept: list[torch.Tensor] = []
-        batch = torch.tensor([[*tokens, *written] for written, _ in beams])
-        model.run(batch, {address: lambda tensor: kept.append(tensor[:, -1].clone())})
-        rows = kept[0] if translate is None else translate(kept[0].float().cpu(), layer).to(kept[0].device)
+        rows = _last_rows(model, [(*tokens, *written) for written, _ in beams], layer)
+        if translate is not None:
+            rows = translate(rows.float().cpu(), layer).to(rows.device)
         read = lens.read(rows, model.unembedding(), top_k=min(width, model.shape.d_vocab))
         grown = [
             ((*written, int(token)), score + float(logprob))
@@ -52,3 +51,11 @@ def beam(
         ]
         beams = sorted(grown, key=lambda entry: -entry[1])[:width]
     return beams
+
+
+def _last_rows(model: Model, sequences: Sequence[tuple[int, ...]], layer: int) -> Tensor:
+    """What leaves block `layer` at the last position of sequences of equal length, [sequence, d_model]."""
+    kept: list[Tensor] = []
+    address = Address("resid_post", layer)
+    model.run(torch.tensor(sequences), {address: lambda tensor: kept.append(tensor[:, -1].clone())})
+    return kept[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from analyses.latent_language_items import Item
-from analyses.latent_language_prompts import Framing
+from analyses.latent_language_prompts import Form, Framing
 from analyses.latent_language_tables import Ci
 
 
@@ -32,3 +32,5 @@ class Settings:
     def layers(self, n_layers: int) -> list[int]:
         """The layers at the relative depths asked for."""
         return sorted({round(depth * (n_layers - 1)) for depth in self.depths})
+
+    form: Form = "quoted"

@@ -25,7 +25,7 @@ MIN_SENTENCES = 12
 
 def parallel_sentences(words: Sequence[Word]) -> list[Mapping[str, str]]:
     """Per word, its definition in every language that has one, the word itself in the blank."""
-    found = []
+    found: list[Mapping[str, str]] = []
     for word in words:
         texts = {language: _filled(stem, word.forms[language][0]) for language, stem in word.cloze.items()}
         if len(texts) > 1:

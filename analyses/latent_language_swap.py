@@ -67,10 +67,15 @@ def measure(reader: Reader, settings: Settings) -> tuple[dict[str, pd.DataFrame]
         reason = f"swap needs another language than {target} and {2 * settings.extra_items + N_SHOT} words in all three"
         return {}, [(f"{source}→{target}", "swap", reason)]
     n = 2 * settings.extra_items
-    asked = {lang: queries(words, "translation", source, lang, N_SHOT, n, settings.seed) for lang in (target, other)}
+    asked = {
+        lang: queries(words, "translation", source, lang, N_SHOT, n, settings.seed, settings.form)
+        for lang in (target, other)
+    }
     shuffled = np.random.default_rng(settings.seed).permutation(n)
     test, train = shuffled[: n // 2], shuffled[n // 2 :]
-    layers = [layer for layer in settings.layers(reader.model.shape.n_layers) if layer < reader.model.shape.n_layers - 1]
+    layers = [
+        layer for layer in settings.layers(reader.model.shape.n_layers) if layer < reader.model.shape.n_layers - 1
+    ]
     rows = {lang: _rows(reader, asked[lang], layers) for lang in asked}
     sets = _sets(reader.model, [asked[target][i].word for i in test], target, other)
     parts = []

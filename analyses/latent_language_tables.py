@@ -185,9 +185,7 @@ def spans(layers: Sequence[int] | NDArray[np.int64]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def answers(
-    reading: Reading, said: Sequence[str | None], right: NDArray[np.bool_], model: Model
-) -> pd.DataFrame:
+def answers(reading: Reading, said: Sequence[str | None], right: NDArray[np.bool_], model: Model) -> pd.DataFrame:
     """One row per item: what was asked, what the model says by itself, and whether that is right."""
     rows = []
     for i, item in enumerate(reading.items):

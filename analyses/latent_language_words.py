@@ -164,7 +164,7 @@ def _rows(path: Path) -> list[Row]:
         raise OptionError(f"words {str(path)!r}: not UTF-8 text (byte {error.start})") from None
     while lines and lines[0].startswith("#"):
         lines.pop(0)
-    rows = list(csv.DictReader(lines))
+    rows: list[Row] = list(csv.DictReader(lines))
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values():
             raise OptionError(f"words {str(path)!r}: row {number} has not as many fields as the head")

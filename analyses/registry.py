@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from analyses.back_patching import BackPatching
 from analyses.base import Analysis
+from analyses.communication_channels import CommunicationChannels
 from analyses.concept_depth import ConceptDepth
+from analyses.depth_use import DepthUse
+from analyses.latent_language import LatentLanguage
 from analyses.logit_lens import LogitLens
 from analyses.voids import Voids
 from probes.errors import OptionError, unknown
 
-ANALYSES: tuple[type[Analysis], ...] = (Voids, LogitLens, BackPatching, ConceptDepth)
+ANALYSES: tuple[type[Analysis], ...] = (
+    Voids,
+    LogitLens,
+    BackPatching,
+    CommunicationChannels,
+    ConceptDepth,
+    LatentLanguage,
+    DepthUse,
+)
 """To add an analysis, add its class here."""
 
 

@@ -50,7 +50,7 @@ def rotary(model: Model, offset: int) -> Tensor | None:
         found = [m for m in module.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
         if not found:
             raise PointError(f"{model.ref} has no rotary embedding: leave rope_offset at 0")
-        frequencies = found[0].inv_freq.double().tolist()
+        frequencies = torch.as_tensor(found[0].inv_freq).double().tolist()
     return rotation(model.shape.d_head, offset, frequencies)
 
 
@@ -79,9 +79,9 @@ def _layer(anatomy: Anatomy, layer: int) -> tuple[Tensor, ...]:
         qkv = [joint[:, index.cpu()].movedim(1, 0) for index in (anatomy.layout.q, anatomy.layout.k, anatomy.layout.v)]
     else:
         parts = [_inputs(anatomy.component(f"attn.{name}", layer), d_model) for name in "qkv"]
-        qkv = [part.unflatten(1, (-1, k)).movedim(1, 0) for part in parts]
+        qkv = [part.reshape(d_model, -1, k).movedim(1, 0) for part in parts]
     output = _inputs(anatomy.component("attn.o", layer), anatomy.n_heads * k)
-    return (*qkv, output.unflatten(0, (anatomy.n_heads, k)))
+    return (*qkv, output.reshape(anatomy.n_heads, k, -1))
 
 
 def _gain(anatomy: Anatomy, layer: int) -> tuple[Tensor, bool] | None:
@@ -91,7 +91,9 @@ def _gain(anatomy: Anatomy, layer: int) -> tuple[Tensor, bool] | None:
         return None
     norm, d = anatomy.map.module.get_submodule(path), int(anatomy.map.sizes.d_model)
     weight = getattr(norm, "weight", None)
-    device, dtype = (weight.device, weight.dtype) if isinstance(weight, Tensor) else (torch.device("cpu"), torch.float32)
+    device, dtype = (
+        (weight.device, weight.dtype) if isinstance(weight, Tensor) else (torch.device("cpu"), torch.float32)
+    )
     # The gain is asked of the norm itself, since families store it as w or as 1 + w: alternating signs have mean zero
     # and root mean square one, so they come out as the gain, plus a bias that the difference of two such inputs removes.
     signs = torch.ones(d, device=device, dtype=dtype)
@@ -116,7 +118,9 @@ def _folded(w: Tensor, gains: list[tuple[Tensor, bool] | None], center: bool) ->
 
 
 def _notes(anatomy: Anatomy, fold_norm: bool) -> tuple[str, ...]:
-    notes = ["Scores leave out biases, MLPs and the norms between two layers: they measure direct paths under isotropic input."]
+    notes = [
+        "Scores leave out biases, MLPs and the norms between two layers: they measure direct paths under isotropic input."
+    ]
     if fold_norm and (anatomy.kind == "post_norm" or anatomy.map.path("ln1", 0) is None):
         notes.append("This model has no norm before attention, so there is no gain to fold.")
     if anatomy.map.path("attn.q_norm", 0):

@@ -18,7 +18,7 @@ from sklearn.metrics import f1_score, log_loss, roc_auc_score
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from probes.errors import ProbeError
-from probes.linear_fit import RELEASED, SOUND, Fitter, Floats, Kind, Labels, LinearProbe, Recipe
+from probes.linear_fit import RELEASED, SOUND, Fitter, Floats, Kind, Labels, LinearProbe, Recipe, unwarned
 from probes.linear_splits import Index, Split, check_groups, check_labels, group_split, row_split
 
 __all__ = [
@@ -86,7 +86,8 @@ def fit_probe(rows: ArrayLike, labels: ArrayLike, recipe: Recipe = SOUND, cost: 
         ProbeError: labels that are not two classes of 0 and 1, or rows that are not finite numbers.
     """
     values, wanted = _checked(rows, check_labels(labels), recipe, "the data")
-    return Fitter(values, recipe).fit(wanted, recipe.costs[0] if cost is None else cost)
+    with unwarned():
+        return Fitter(values, recipe).fit(wanted, recipe.costs[0] if cost is None else cost)
 
 
 def probe_layers(
@@ -121,7 +122,7 @@ def probe_layers(
 def in_order(tasks: Iterable[Task], work: Callable[[Task], Done], jobs: int) -> Iterator[Done]:
     """`work` of every task, in order, `jobs` at a time, each on one processor."""
     # Rows are small, so that one fit on several processors is slower than several fits on one each.
-    with threadpool_limits(1), ThreadPoolExecutor(jobs) as pool:
+    with threadpool_limits(1), unwarned(), ThreadPoolExecutor(jobs) as pool:
         waiting: deque[Future[Done]] = deque()
         for task in tasks:
             waiting.append(pool.submit(work, task))
@@ -194,13 +195,16 @@ def _control(fitter: Fitter, values: Floats, labels: Labels, split: Split, cost:
 
 
 def _choose_cost(values: Floats, labels: Labels, split: Split, recipe: Recipe) -> float:
+    """The C of least validation log-loss, going from the strongest penalty until the loss rises."""
     if recipe.kind != "logistic" or len(recipe.costs) == 1 or not len(split.validation):
         return recipe.costs[0]
-    fitter, start, losses = Fitter(values[split.train], recipe), None, []
+    fitter, known = Fitter(values[split.train], recipe), labels[split.validation]
+    best, least = recipe.costs[0], np.inf
     for cost in sorted(recipe.costs):
-        # A path from the strongest penalty: each fit starts where the last one ended.
-        probe, start = fitter.fit_from(labels[split.train], cost, start)
-        decision = probe.decide(values[split.validation])
-        chance = 1 / (1 + np.exp(-np.clip(decision, -30, 30)))
-        losses.append(log_loss(labels[split.validation], chance, labels=[0, 1]))
-    return sorted(recipe.costs)[int(np.argmin(losses))]
+        decision = fitter.fit(labels[split.train], cost).decide(values[split.validation])
+        loss = log_loss(known, 1 / (1 + np.exp(-np.clip(decision, -30, 30))), labels=[0, 1])
+        if loss > least:
+            # Weaker penalties take ever longer to fit and only overfit further.
+            break
+        best, least = cost, loss
+    return best

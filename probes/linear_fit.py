@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,7 +30,7 @@ class Recipe:
     standardise: bool = True
     """Whether columns are centred and scaled by the training part's mean and standard deviation."""
     costs: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-    """Values of C, scikit-learn's inverse L2 penalty; with several, the one of least validation log-loss is kept."""
+    """Values of C, scikit-learn's inverse L2 penalty; of several, the first minimum of the validation log-loss is kept."""
     max_iter: int = 5000
     tolerance: float = 1e-5
     """Gradient at which a fit counts as converged."""
@@ -65,6 +67,14 @@ class LinearProbe:
         return self.weight / np.linalg.norm(self.weight)
 
 
+@contextmanager
+def unwarned() -> Iterator[None]:
+    """Without scikit-learn's warnings of fits that stop early, which `converged` tells; warnings are global to a process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
+
+
 class Fitter:
     """Rows prepared once and fitted to several sets of labels."""
 
@@ -83,22 +93,15 @@ class Fitter:
             self.rows = np.ascontiguousarray(corner.T)
 
     def fit(self, labels: Labels, cost: float) -> LinearProbe:
-        return self.fit_from(labels, cost, None)[0]
-
-    def fit_from(self, labels: Labels, cost: float, start: Any) -> tuple[LinearProbe, Any]:
-        """The probe, and the fitted classifier from which the next fit may start."""
-        if self.recipe.kind != "logistic":
-            weight, bias = _between(self.rows, labels, self.recipe.kind)
-            return self._probe(weight, bias, float("nan"), 0, True), None
+        """The probe of these labels at one C."""
         recipe = self.recipe
-        classifier = start or LogisticRegression(max_iter=recipe.max_iter, tol=recipe.tolerance, warm_start=True)
-        classifier.set_params(C=cost)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", ConvergenceWarning)
-            classifier.fit(self.rows, labels)
-        converged = not any(issubclass(entry.category, ConvergenceWarning) for entry in caught)
-        weight, n_iter = classifier.coef_[0], int(classifier.n_iter_[0])
-        return self._probe(weight, float(classifier.intercept_[0]), cost, n_iter, converged), classifier
+        if recipe.kind != "logistic":
+            weight, bias = _between(self.rows, labels, recipe.kind)
+            return self._probe(weight, bias, float("nan"), 0, True)
+        classifier = LogisticRegression(C=cost, max_iter=recipe.max_iter, tol=recipe.tolerance)
+        classifier.fit(self.rows, labels)
+        n_iter = int(classifier.n_iter_[0])
+        return self._probe(classifier.coef_[0], float(classifier.intercept_[0]), cost, n_iter, n_iter < recipe.max_iter)
 
     def _probe(self, weight: Floats, bias: float, cost: float, n_iter: int, converged: bool) -> LinearProbe:
         whole = weight if self.basis is None else self.basis @ weight

@@ -7,7 +7,8 @@ on the positions from the replaced one on; continuations are batched, and more o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from probes.errors import PointError, PromptError
-from probes.models.base import Model
+from probes.models.base import Model, Read, Write
 from probes.models.blocks import Caller, module_of, rerouted
+from probes.points import Address
 
 ROWS = 256
 """Continuations batched at once, which bounds memory."""
@@ -42,7 +44,9 @@ class _Kept:
         before = self.prefix[layer_idx]
         if before is None:
             return key, value
-        keys, values = (torch.cat((b.expand(len(key), -1, -1, -1), new), dim=2) for b, new in zip(before, (key, value), strict=True))
+        keys, values = (
+            torch.cat((b.expand(len(key), -1, -1, -1), new), dim=2) for b, new in zip(before, (key, value), strict=True)
+        )
         return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -108,11 +112,8 @@ class Resumable:
             if self.start:
                 module(input_ids=self._ids(self.tokens[: self.start]), past_key_values=cache, use_cache=True)
                 self._prefix = [(layer.keys, layer.values) for layer in cache.layers]
-            with rerouted(self.model, program):
-                try:
-                    module(input_ids=self._ids(self.tokens[self.start :]), past_key_values=cache, use_cache=True)
-                except _Stop:
-                    pass
+            with rerouted(self.model, program), suppress(_Stop):
+                module(input_ids=self._ids(self.tokens[self.start :]), past_key_values=cache, use_cache=True)
 
     def _ids(self, tokens: Sequence[int]) -> Tensor:
         return torch.tensor([list(tokens)], device=self.model.device)
@@ -132,6 +133,10 @@ class Resumable:
                 rows = order[part]
                 last[rows] = self.resume([first_block[row] for row in rows], hidden[rows]).last
             return Resumed(last, tuple(first_block))
+        return self._run(first_block, hidden, keep)
+
+    @torch.no_grad()
+    def _run(self, first_block: Sequence[int], hidden: Tensor, keep: bool) -> Resumed:
         n_layers = self.model.shape.n_layers
         starts = torch.tensor(first_block)
         order = starts.argsort(stable=True)
@@ -146,6 +151,26 @@ class Resumable:
         last = torch.empty_like(stream[:, -1])
         last[order] = stream[:, -1]
         return Resumed(last, tuple(first_block), tuple(held))
+
+    def edited(
+        self,
+        first_block: int,
+        rows: int,
+        writes: Mapping[Address, Write],
+        reads: Mapping[Address, Read] | None = None,
+    ) -> Tensor:
+        """What leaves the last block at the last position [rows, d_model], when `rows` copies of the prompt resume at
+        `first_block` under writes of points [rows, suffix, ...] in the blocks from there on.
+
+        Raises:
+            PointError: a point the model refuses, or one in an earlier block.
+        """
+        for address in (*writes, *(reads or {})):
+            if address.layer is None or address.layer < first_block:
+                raise PointError(f"{address} is not inside the blocks from {first_block} on, which are all that runs")
+        hidden = self.entering[first_block].expand(rows, -1, -1)
+        with self.model.tapped(reads or {}, writes, (rows, hidden.shape[1])):  # type: ignore[attr-defined]
+            return self._run([first_block] * rows, hidden, keep=False).last
 
     def _held(self, layer: int, active: int, order: Tensor, kept: _Kept) -> tuple[Tensor, Tensor]:
         """Keys and values of all rows at a layer: their own where they ran, the prompt's where they did not."""
@@ -167,8 +192,12 @@ class Resumable:
         cache = DynamicCache()
         for layer, own in enumerate(resumed.suffix):
             before = self._prefix[layer]
-            whole = own if before is None else tuple(
-                torch.cat((b.expand(len(o), -1, -1, -1), o), dim=2) for b, o in zip(before, own, strict=True)
+            whole = (
+                own
+                if before is None
+                else tuple(
+                    torch.cat((b.expand(len(o), -1, -1, -1), o), dim=2) for b, o in zip(before, own, strict=True)
+                )
             )
             cache.update(*whole, layer)
         step = first_tokens.to(self.model.device)[:, None]

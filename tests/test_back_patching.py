@@ -22,7 +22,9 @@ def native(module: nn.Module) -> NativeModel:
     return NativeModel(module, ref="tiny", weights="digest")
 
 
-def grid(model: NativeModel, tokens: Tensor, position: int, include_embedding: bool = True) -> dict[tuple[int, int], Tensor]:
+def grid(
+    model: NativeModel, tokens: Tensor, position: int, include_embedding: bool = True
+) -> dict[tuple[int, int], Tensor]:
     """(source, target) -> what leaves the last block at the last position, resumed."""
     held = Resumable(model, tokens[0].tolist(), position)
     n = model.shape.n_layers
@@ -71,3 +73,193 @@ def test_continuations_are_the_naive_ones(family: str) -> None:
             edit = Replace(address=Address("resid_post", t), value=row, positions=(position,))
             expected = generate(model, tokens[0].tolist(), 5, [edit])
             assert written[: len(expected)] == expected
+
+
+V = 24
+"""Entities of the planted models, one dimension of the stream each."""
+HOP1 = {entity: entity + 8 for entity in range(8)}
+HOP2 = {entity + 8: entity + 16 for entity in range(8)}
+IS = 31
+"""The planted models' last prompt token."""
+
+
+class Table(nn.Module):
+    """A block's MLP that adds the entity which a table gives for the strongest one in its input."""
+
+    def __init__(self, table: dict[int, int], size: float) -> None:
+        super().__init__()
+        self.table, self.size = table, size
+        self.gate_proj = self.up_proj = self.down_proj = nn.Linear(32, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for index in itertools.product(range(x.shape[0]), range(x.shape[1])):
+            strongest = int(x[index][:V].argmax())
+            if strongest in self.table and x[index][strongest] > 0.5:
+                out[index][self.table[strongest]] = self.size
+        return out
+
+
+def planted(tables: list[dict[int, int]], reads_entity: int | None = None) -> NativeModel:
+    """A Llama of four blocks whose MLPs are tables; block `reads_entity` attends evenly and copies what it sees."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=None, tie_word_embeddings=False,
+    )  # fmt: skip
+    module = hf.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        module.model.embed_tokens.weight.copy_(torch.eye(32))
+        module.lm_head.weight.copy_(torch.eye(32))
+        for index, layer in enumerate(module.model.layers):
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                getattr(layer.self_attn, name).weight.zero_()
+            if index == reads_entity:
+                layer.self_attn.v_proj.weight.copy_(torch.eye(32))
+                layer.self_attn.o_proj.weight.copy_(0.35 * torch.eye(32))
+            layer.mlp = Table(tables[index], 16.0 if tables[index] is HOP2 else 4.0)
+    return native(module)
+
+
+def answers(model: NativeModel, tokens: Tensor) -> list[int]:
+    return model_logits(model, tokens)[:, -1, :V].argmax(-1).tolist()
+
+
+def test_a_model_that_hops_too_late_is_mended_exactly_where_it_must_be() -> None:
+    model = planted([{}, HOP2, HOP1, {}])
+    unembed = model.unembedding()
+    for entity in range(4):
+        tokens = torch.tensor([[IS, entity]])
+        right = HOP2[HOP1[entity]]
+        assert answers(model, tokens) == [HOP1[entity]]
+        cells = grid(model, tokens, 1)
+        mended = {c for c, last in cells.items() if int((unembed.norm(last) @ unembed.weight.T)[:V].argmax()) == right}
+        assert mended == {(s, t) for s in (2, 3) for t in (-1, 0)}
+
+
+def test_a_model_with_its_hops_in_order_needs_no_patch() -> None:
+    model = planted([{}, HOP1, HOP2, {}])
+    assert answers(model, torch.tensor([[IS, e] for e in range(8)])) == [HOP2[HOP1[e]] for e in range(8)]
+
+
+def test_knocking_out_the_only_path_leaves_chance() -> None:
+    from probes.edits import KnockOut, logits
+
+    model = planted([{}, HOP1, HOP2, {}], reads_entity=0)
+    tokens = torch.tensor([[e, IS] for e in range(8)])
+    right = [HOP2[HOP1[e]] for e in range(8)]
+    assert answers(model, tokens) == right
+    cut = KnockOut((0,), queries=(1,), keys=(0,))
+    after = logits(model, tokens, [cut])[:, -1, :V].argmax(-1).tolist()
+    assert len(set(after)) == 1
+    elsewhere = KnockOut((1, 2, 3), queries=(1,), keys=(0,))
+    assert logits(model, tokens, [elsewhere])[:, -1, :V].argmax(-1).tolist() == right
+
+
+def test_the_diagonal_is_a_no_op_and_so_are_identity_blocks() -> None:
+    model, tokens = native(shared("llama")), prompt()
+    plain = read(model, tokens, [Address("resid_post", 2)])[Address("resid_post", 2)][0, -1]
+    for position in (8, 3):
+        for (s, t), last in grid(model, tokens, position).items():
+            if s == t:
+                torch.testing.assert_close(last, plain, atol=1e-5, rtol=1e-5)
+    idle = planted([{}, {}, {}, {}])
+    plain = read(idle, torch.tensor([[IS, 3]]), [Address("resid_post", 3)])[Address("resid_post", 3)][0, -1]
+    assert all(torch.equal(last, plain) for last in grid(idle, torch.tensor([[IS, 3]]), 1).values())
+
+
+def test_impossible_resumptions_are_refused() -> None:
+    model = native(shared("llama"))
+    with pytest.raises(PromptError, match="position 4"):
+        Resumable(model, [5, 6, 7], 4)
+    with pytest.raises(PointError, match="both ways"):
+        Resumable(native(shared("bert")), [5, 6, 7], 1)
+    with pytest.raises(PointError, match="from 2 on"):
+        Resumable(model, [5, 6, 7], -1).edited(2, 1, {Address("z", 1): lambda z: z})
+
+
+def test_edits_while_resuming_are_edits_of_the_last_position() -> None:
+    from probes.edits import Scale
+
+    model, tokens = native(shared("qwen2")), prompt()
+    halves = torch.tensor([1.0, 0.5, 0.0])
+
+    def each(z: Tensor) -> Tensor:
+        out = z.clone()
+        out[:, -1, 2] *= halves[:, None]
+        return out
+
+    last = Resumable(model, tokens[0].tolist(), -1).edited(1, 3, {Address("z", 1): each})
+    for row, factor in zip(last, halves.tolist(), strict=True):
+        edit = Scale(address=Address("z", 1), factor=factor, heads=(2,), positions="last")
+        expected = read(model, tokens, [Address("resid_post", 2)], [edit])[Address("resid_post", 2)][0, -1]
+        torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-5)
+
+
+# The analysis
+
+
+def test_the_generator_makes_questions_enough() -> None:
+    from analyses.tasks_two_hop import questions, sample
+
+    made = questions()
+    assert len(made) >= 300
+    assert len({q.prompt for q in made}) == len(made)
+    for q in made:
+        assert q.answer not in q.prompt or q.relation == "continent"
+        assert q.bridge not in q.prompt
+        assert q.bridge in q.second_hop
+        assert q.entity in q.prompt
+        assert q.entity not in q.relation_shortcut
+    assert sample(40, seed=3) == sample(40, seed=3) != sample(40, seed=4)
+    assert {q.relation for q in sample(4)} == {"capital", "language", "currency", "continent"}
+
+
+def test_held_out_never_sees_its_own_question() -> None:
+    import numpy as np
+
+    from analyses.back_patching_tables import held_out
+
+    # Each question is solved by a cell of its own: the oracle is 1, a cell chosen elsewhere never helps.
+    assert not held_out(np.eye(5, dtype=bool), np.zeros((5, 5))).any()
+    shared_cell = np.zeros((5, 4), dtype=bool)
+    shared_cell[:, 2] = True
+    assert held_out(shared_cell, np.zeros((5, 4))).all()
+
+
+def test_the_analysis_finds_the_planted_hop(tmp_path: object) -> None:
+    from analyses.back_patching import BackPatching
+    from analyses.back_patching_grid import cells_of, mirrored
+    from probes.prompts import Prompt
+    from probes.store import ActivationStore
+
+    model = planted([{}, HOP2, HOP1, {}])
+    fields = {e: {"answer_tokens": [HOP2[HOP1[e]]], "positions": [-1]} for e in range(6)}
+    prompts = [Prompt((IS, IS, e), None, fields[e]) for e in range(6)]
+    analysis = BackPatching(include_embedding=True, cells="full")
+    result = analysis.run(model, prompts, store=ActivationStore(tmp_path))  # type: ignore[arg-type]
+    grid_table = result.tables["grid"]
+    hits = grid_table[grid_table["success"]]
+    assert set(zip(hits["source_layer"], hits["target_layer"], strict=True)) == {
+        (s, t) for s in (2, 3) for t in (-1, 0)
+    }
+    assert set(grid_table["position"]) == {2}
+    row = result.tables["summary"].iloc[0]
+    assert (row["set"], row["n"], row["baseline_rate"]) == ("incorrect", 6, 0.0)
+    assert row["oracle_rate"] == row["best_cell_rate"] == row["held_out_rate"] == 1.0
+    assert row["control_rate"] == 0.0
+    rates = result.tables["control_rates"].set_index("variant")["oracle_rate"]
+    assert rates["wrong_answer"] == rates["forward"] == 0.0
+    assert cells_of(4, "upper", 1, False) == [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)]
+    assert mirrored([(2, 0), (3, -1)], 4) == [(0, 2), (0, 3)]
+
+
+@pytest.mark.parametrize("mode", ["first_token", "generate"])
+def test_prompts_without_an_answer_are_refused(mode: str, tmp_path: object) -> None:
+    from analyses.back_patching import BackPatching
+    from probes.store import ActivationStore
+
+    with pytest.raises(PromptError, match="no answer"):
+        BackPatching(mode=mode).run(native(shared("llama")), [[5, 6]], store=ActivationStore(tmp_path))  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from probes import composition as comp
 from probes.composition import Circuit, Heads
-from probes.edits import read
+from probes.edits import Coefficients, HeadWriteEdit, Values, logits, read
 from probes.head_weights import head_weights, rotary
 from probes.models.attention import Attended, watched
 from probes.models.native import NativeModel
@@ -197,3 +197,159 @@ def test_the_rotary_matrix_gives_the_model_s_own_scores(family: str) -> None:
         mine = q[query, 3] @ (torch.eye(len(q[0, 0])) if matrix is None else matrix) @ k[key, 3]
         keys = seen[0].key.repeat_interleave(4 // seen[0].key.shape[1], 1)
         torch.testing.assert_close(mine, seen[0].query[0, 3, query] @ keys[0, 3, key], atol=1e-4, rtol=1e-4)
+
+
+# A model whose only channel is known
+
+
+R, END, IO, S = 5, 1, 2, 3
+
+
+def writer_and_reader() -> NativeModel:
+    """GPT-2 of two blocks: head 0.1 writes direction R at END; head 1.0 asks for IO, and against S, by R alone."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = hf.GPT2Config(vocab_size=32, n_positions=16, n_embd=32, n_layer=2, n_head=2, n_inner=8)
+    module = hf.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "ln_" not in name:
+                parameter.zero_()
+        module.transformer.wte.weight.copy_(torch.eye(32))
+        first, second = module.transformer.h[0].attn, module.transformer.h[1].attn
+        # c_attn's columns are q, k and v, each of two heads of 16; head 1's first value is column 64 + 16.
+        first.c_attn.weight[END, 64 + 16] = 1.0
+        first.c_proj.weight[16, R] = 20.0
+        first.c_attn.weight[:, 64 + 17 : 64 + 32] = 0.05 * rand(32, 15, seed=1)
+        first.c_proj.weight[17:32, 8:] = 0.05 * rand(15, 24, seed=2)
+        # A difference of two coordinates, so that the norm's centring drops out.
+        second.c_attn.weight[R, 0], second.c_attn.weight[R + 1, 0] = 8.0, -8.0
+        second.c_attn.weight[IO, 32], second.c_attn.weight[S, 32] = 4.0, -4.0
+    return native(module)
+
+
+def test_zeroing_the_planted_component_makes_the_reader_attend_evenly() -> None:
+    from analyses.communication_channels_edits import Change, changed_head
+    from analyses.communication_channels_scan import composition_table, ranked, scan
+    from probes.resume import Resumable
+
+    model = writer_and_reader()
+    weights = head_weights(model, center=False)
+    table = composition_table([scan(weights, "q")], "analytic", 100, 0, 5.0)
+    top = ranked(table, "q", (1, 0)).iloc[0]
+    assert (top["source_layer"], top["source_head"]) == (0, 1)
+    component = int(top["component"])
+    v = Circuit(weights.w_v[0, 1], weights.w_o[0, 1]).svd[2][component]
+    assert v[R].abs() > 0.99
+    tokens = [7, IO, 9, S, END]
+    pattern: list[Tensor] = []
+    changes = [Change("as it is", component, v, keep=1.0), Change("zero", component, v)]
+    Resumable(model, tokens, -1).edited(
+        0,
+        2,
+        {Address("z", 0): changed_head(1, weights.w_o[0, 1], changes)},
+        {Address("pattern", 1): lambda p: pattern.append(p[:, 0, -1].clone())},
+    )
+    kept, zeroed = pattern[0]
+    assert kept[1] > 0.9
+    assert kept[3] < 0.01
+    torch.testing.assert_close(zeroed, torch.full((5,), 0.2), atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_zeroing_a_component_is_the_weight_edit(family: str) -> None:
+    from analyses.communication_channels_edits import Change, changed_head
+    from probes.resume import Resumable
+
+    model, tokens = native(shared(family)), [11]
+    weights = head_weights(model)
+    v = Circuit(weights.w_v[1, 2], weights.w_o[1, 2]).svd[2][3]
+    for keep in (0.0, 1.0, 2.5):
+        write = changed_head(2, weights.w_o[1, 2], [Change("", 3, v, keep=keep)])
+        by_activation = Resumable(model, tokens, -1).edited(1, 1, {Address("z", 1): write})[0]
+        edit = HeadWriteEdit(1, 2, Values(v[None]), keep=keep)
+        last = Address("resid_post", model.shape.n_layers - 1)
+        by_weight = read(model, torch.tensor([tokens]), [last], [edit])[last][0, -1]
+        torch.testing.assert_close(by_activation, by_weight, atol=1e-4, rtol=1e-4)
+
+
+def test_removing_and_adding_back_a_component_is_a_no_op() -> None:
+    model, tokens = native(shared("llama")), prompt()
+    weights = head_weights(model)
+    z = read(model, tokens, [Address("z", 1)])[Address("z", 1)][0, -1, 2]
+    v = Circuit(weights.w_v[1, 2], weights.w_o[1, 2]).svd[2][0]
+    c = float(z @ weights.w_o[1, 2] @ v)
+    reading, writing = Values((weights.w_o[1, 2] @ v)[None]), Values((v @ torch.linalg.pinv(weights.w_o[1, 2]))[None])
+    where = {"address": Address("z", 1), "positions": "last", "heads": (2,), "read": reading, "write": writing}
+    same = Coefficients(keep=0.0, offset=(c,), **where)  # type: ignore[arg-type]
+    zero = Coefficients(keep=0.0, **where)  # type: ignore[arg-type]
+    plain = logits(model, tokens)
+    torch.testing.assert_close(logits(model, tokens, [same]), plain, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits(model, tokens, [zero]), plain, atol=1e-4)
+
+
+# The analysis
+
+
+@pytest.mark.parametrize("null", ["analytic", "random"])
+def test_the_scan_of_weights_alone(null: str, tmp_path: object) -> None:
+    from analyses.communication_channels import CommunicationChannels
+    from probes.store import ActivationStore
+
+    model = native(shared("llama"))
+    analysis = CommunicationChannels(null=null, n_null=200, pairs=2)  # type: ignore[arg-type]
+    result = analysis.run(model, [[5, 6]], store=ActivationStore(tmp_path))  # type: ignore[arg-type]
+    table = result.tables["composition"]
+    contract = ["kind", "source_layer", "source_head", "target_layer", "target_head", "score"]
+    assert list(table.columns)[:6] == contract
+    assert len(table) == 3 * 3 * 16  # three kinds, three pairs of layers, four by four heads
+    weights = head_weights(model)
+    scores = comp.composition_scores(weights.ov, weights.reader("k"))
+    row = table[table["kind"] == "k"].iloc[5]
+    found = scores[row["source_layer"], row["source_head"], row["target_layer"], row["target_head"]]
+    assert row["score"] == pytest.approx(float(found), rel=1e-4)
+    components = result.tables["components"]
+    assert {"component", "singular_value", "energy_share", "relative_score", "z", "p", "q_value"} <= set(components)
+    whole = components.groupby(contract[:5], sort=False).apply(
+        lambda g: (g["energy_share"] * g["score"] ** 2).sum() ** 0.5
+    )
+    expected = components.groupby(contract[:5], sort=False)["pair_score"].first()
+    assert whole.to_numpy() == pytest.approx(expected.to_numpy(), rel=1e-4)
+    assert "edits" not in result.tables
+    assert any("no tokenizer" in note for note in result.notes)
+    result.figure("pairs")
+    result.figure("components")
+
+
+def test_held_out_steering_never_sees_its_own_prompt() -> None:
+    import numpy as np
+
+    from analyses.communication_channels_laundry import honest, steering_grid
+
+    answer = np.repeat(np.arange(2), 8)
+    # Every prompt has a point of its own that is right: an oracle finds it, a point chosen elsewhere does not.
+    chosen = np.where(np.eye(16, dtype=bool), answer[:, None], 1 - answer[:, None])
+    assert not honest(chosen, answer, 2).any()
+    steered = np.tile(np.arange(2), (16, 1))
+    assert honest(steered, answer, 2).all()
+    assert len(honest(steered, answer, 2)) == 8
+    assert steering_grid(3, [1.0, 2.0, 3.0]).shape == (27, 3)
+
+
+def test_generators_are_balanced_and_say_what_they_must() -> None:
+    from collections import Counter
+
+    from analyses import tasks_ioi, tasks_laundry
+
+    for made in tasks_ioi.sample(40, seed=1):
+        assert made.text.count(made.subject) == 2
+        assert made.text.count(made.indirect) == 1
+        assert (made.text.index(made.indirect) < made.text.index(made.subject)) == made.indirect_first
+    assert Counter(p.indirect_first for p in tasks_ioi.sample(40)) == {True: 20, False: 20}
+    for n in (2, 5, 9):
+        prompts = tasks_laundry.sample(n, 3, seed=2)
+        assert Counter(p.missing for p in prompts) == dict.fromkeys(range(n), 3)
+        for laundry in prompts:
+            assert laundry.text.count(f" {laundry.answer}") == 1
+            assert len(set(laundry.items)) == n

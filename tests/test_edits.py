@@ -44,7 +44,9 @@ def llama() -> NativeModel:
     return native(shared("llama"))
 
 
-def one(model: NativeModel, address: Address, tokens: Tensor, *edits: object, lengths: list[int] | None = None) -> Tensor:
+def one(
+    model: NativeModel, address: Address, tokens: Tensor, *edits: object, lengths: list[int] | None = None
+) -> Tensor:
     return read(model, tokens, [address], edits, lengths)[address]  # type: ignore[arg-type]
 
 
@@ -74,7 +76,9 @@ def test_point_edits_by_hand(llama: NativeModel) -> None:
     assert torch.equal(replaced[0, [2, 8]], V.tensor.expand(2, -1))
     assert torch.equal(replaced[0, [0, 1, 3, 4, 5, 6, 7]], base[0, [0, 1, 3, 4, 5, 6, 7]])
     rows = Values(torch.stack((V.tensor, -V.tensor)))
-    assert torch.equal(one(llama, POST, tokens, Replace(address=POST, value=rows, positions=(-1, 0)))[0, [8, 0]], rows.tensor)
+    assert torch.equal(
+        one(llama, POST, tokens, Replace(address=POST, value=rows, positions=(-1, 0)))[0, [8, 0]], rows.tensor
+    )
     added = one(llama, POST, tokens, Add(address=POST, value=V, factor=2.0, positions="last"))
     torch.testing.assert_close(added[0, -1], base[0, -1] + 2 * V.tensor)
     assert torch.equal(added[0, :-1], base[0, :-1])
@@ -161,7 +165,9 @@ def test_paths_are_what_other_edits_say(family: str) -> None:
     torch.testing.assert_close(skipped, by_hand)
     twice = logits(model, tokens, [repeat(3, 1, 1)])
     fed = one(model, POST, tokens)[0]
-    again = read(model, tokens, [POST], [Replace(address=Address("resid_pre", 1), value=Values(fed), positions=tuple(range(9)))])
+    again = read(
+        model, tokens, [POST], [Replace(address=Address("resid_pre", 1), value=Values(fed), positions=tuple(range(9)))]
+    )
     last = Replace(address=POST, value=Values(again[POST][0]), positions=tuple(range(9)))
     torch.testing.assert_close(twice, logits(model, tokens, [last]))
     assert not torch.allclose(logits(model, tokens, [BlockPath((0, 2, 1))]), logits(model, tokens), atol=1e-3)
@@ -255,7 +261,11 @@ def test_edits_are_values() -> None:
 def test_edits_enter_the_store_key_and_the_captured_rows(llama: NativeModel, tmp_path: object) -> None:
     store = ActivationStore(tmp_path)  # type: ignore[arg-type]
     sequences = [tuple(prompt(n, seed=n)[0].tolist()) for n in (4, 7)]
-    for edit in (Replace(address=POST, value=V, positions="last"), repeat(3, 0, 1), HeadWriteEdit(1, 2, Values(torch.eye(32)[:1]))):
+    for edit in (
+        Replace(address=POST, value=V, positions="last"),
+        repeat(3, 0, 1),
+        HeadWriteEdit(1, 2, Values(torch.eye(32)[:1])),
+    ):
         assert context_of(llama, [edit])["edits"] == edit.text()
         rows = capture(llama, sequences, [Need("resid_post.2")], store, edits=[edit]).get("resid_post.2")
         plain = capture(llama, sequences, [Need("resid_post.2")], store).get("resid_post.2")

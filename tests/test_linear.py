@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.special import expit
 from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+from sklearn.metrics import accuracy_score, f1_score, log_loss, roc_auc_score
 from sklearn.model_selection import train_test_split
 
+from analyses.concept_depth_statistics import depth_statistics
 from probes.errors import ProbeError
 from probes.linear import RELEASED, SOUND, Recipe, fit_probe, probe_layers
 from probes.linear_splits import check_groups, group_split, row_split
@@ -45,6 +47,8 @@ def test_planted_concept_appears_exactly_at_its_layer(recipe: Recipe) -> None:
         target = expected if layer >= ONSET else 0.5
         error = np.sqrt(target * (1 - target) / n)
         assert abs(evaluation.accuracy - target) <= 2 * error + 1 / n, (layer, evaluation.accuracy, target)
+    statistics = depth_statistics([evaluation.accuracy for evaluation in found], 0.5)
+    assert statistics["jump"] == statistics["depth_90"] == ONSET / LAYERS
 
 
 def test_shuffled_labels_stay_inside_the_null_band_of_the_auc() -> None:
@@ -141,11 +145,25 @@ def test_released_recipe_is_the_released_procedure() -> None:
         assert evaluation.auc == pytest.approx(roc_auc_score(wanted, plain.predict_proba(test)[:, 1]), abs=1e-12)
 
 
-def test_a_fit_that_stops_early_says_so() -> None:
+def test_a_fit_that_stops_early_says_so_and_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
     layers, labels = planted(n=300)
     stretched = layers[-1] * np.geomspace(1e-3, 1e3, D)
     assert not fit_probe(stretched, labels, replace(RELEASED, max_iter=3)).converged
     assert fit_probe(layers[-1], labels, SOUND).converged
+    early = replace(RELEASED, max_iter=3)
+    assert not any(e.probes[0].converged for e in probe_layers([stretched] * 6, labels, recipe=early, jobs=3))
+    assert not recwarn.list
+
+
+def test_c_is_the_first_minimum_of_the_validation_loss() -> None:
+    layers, labels = planted(n=300)
+    recipe = replace(SOUND, seeds=(0,))
+    for rows, evaluation in zip(layers, probe_layers(layers, labels, recipe=recipe, jobs=1), strict=True):
+        split = group_split(labels, np.arange(300), 0)
+        fits = [fit_probe(rows[split.train], labels[split.train], recipe, cost) for cost in recipe.costs]
+        losses = [log_loss(labels[split.validation], expit(fit.decide(rows[split.validation]))) for fit in fits]
+        rises = [i for i in range(1, len(losses)) if losses[i] > losses[i - 1]]
+        assert evaluation.probes[0].cost == recipe.costs[(rises or [len(losses)])[0] - 1]
 
 
 def test_mean_difference_and_nearest_centroid_by_hand() -> None:

@@ -8,9 +8,14 @@ from typing import Annotated
 
 import typer
 
+from analyses.back_patching import BackPatching
 from analyses.base import Analysis
 from analyses.cli.console import ConsoleProgress, say
 from analyses.cli.run import StoreDir
+from analyses.communication_channels import CommunicationChannels
+from analyses.concept_depth import ConceptDepth
+from analyses.depth_use import DepthUse
+from analyses.latent_language import LatentLanguage
 from analyses.logit_lens import LogitLens
 from analyses.report import write_report
 from analyses.result import Result
@@ -25,6 +30,30 @@ DEMO_PROMPTS = Path(str(files("analyses").joinpath("data", "demo.jsonl")))
 DEMO: tuple[Analysis, ...] = (
     Voids(alpha=(0.8, 0.2, 0.4, 0.6, 1.0), max_new_tokens=16, readout_positions="all"),
     LogitLens(),
+    ConceptDepth(
+        sets=("city_country", "capital_negation", "sentiment"), limit=100, splits=2, causal_layers=1, causal_prompts=8
+    ),
+    DepthUse(
+        parts=("block",),
+        bits=(4,),
+        windows=(2,),
+        skip_prompts=4,
+        erasure_prompts=1,
+        gradient_prompts=0,
+        greedy_steps=1,
+        drop_blocks=3,
+    ),
+    LatentLanguage(
+        source=("en", "fr"),
+        target=("fr", "zh"),
+        form="plain",
+        set_rule="first_token",
+        n_items=10,
+        n_shot=3,
+        extras=("similarity",),
+    ),
+    CommunicationChannels(task_prompts=24, laundry_items=(2, 3, 4)),
+    BackPatching(task="two_hop", pool=60, questions=8, step=3),
 )
 """What the demo runs, with the options of its report."""
 

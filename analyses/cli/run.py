@@ -16,13 +16,18 @@ from analyses.cli.options import build, flags
 from analyses.registry import ANALYSES
 from analyses.result import check_output
 from probes.capture import plan_capture
+from probes.errors import OptionError
 from probes.models import Model, load_model
 from probes.preflight import estimate
-from probes.prompts import read_prompts
+from probes.prompts import Prompt, PromptLine, read_prompts
 from probes.store import ActivationStore
 
 ModelRef = Annotated[str, typer.Option("--model", help="A named model, a folder, a .gguf file, or a hub id.")]
 PromptFile = Annotated[Path, typer.Option("--prompts", help='JSON lines: {"text": …} or {"tokens": […]}.')]
+GivenPrompts = Annotated[
+    Path | None,
+    typer.Option("--prompts", help="JSON lines; may be left out where the analysis is given data sets by name."),
+]
 StoreDir = Annotated[
     Path | None, typer.Option("--store", help="The activation store's folder; default in the user cache.")
 ]
@@ -65,7 +70,7 @@ class Loading:
 
 def _shared(
     model: ModelRef,
-    prompts: PromptFile,
+    prompts: GivenPrompts = None,
     store: StoreDir = None,
     out: OutDir = None,
     backend: Backend = "native",
@@ -98,10 +103,10 @@ def command_for(analysis: type[Analysis]) -> Callable[..., None]:
 
 
 def run_analysis(
-    analysis: Analysis, loading: Loading, prompts: Path, store: Path | None, out: Path | None, dry_run: bool
+    analysis: Analysis, loading: Loading, prompts: Path | None, store: Path | None, out: Path | None, dry_run: bool
 ) -> None:
     """Checks everything that needs no model, then runs (or, dry, prints the cost) and saves."""
-    lines = read_prompts(prompts, analysis.prompt_fields)
+    lines = _lines(analysis, prompts)
     out = out or Path("runs") / analysis.name
     check_output(out)
     activations = ActivationStore(store)
@@ -109,7 +114,7 @@ def run_analysis(
     model = loading.load()
     try:
         if dry_run:
-            asked = as_prompts(lines, model, analysis.prompt_fields, chat=getattr(analysis, "chat", False))
+            asked = _asked(analysis, model, lines)
             plan = plan_capture(model, [prompt.tokens for prompt in asked], analysis.needs(model), activations)
             for line in estimate(model, [plan]).lines():
                 say(line)
@@ -123,6 +128,21 @@ def run_analysis(
     for name, table in result.tables.items():
         say(f"{name}: {len(table):,} rows")
     say(f"report: {folder / 'report.html'}")
+
+
+def _lines(analysis: Analysis, prompts: Path | None) -> list[PromptLine]:
+    if prompts is None and not getattr(analysis, "sets", ()) and not getattr(analysis, "makes_prompts", False):
+        other = " or --sets NAME" if hasattr(analysis, "sets") else ""
+        raise OptionError(f"{analysis.name} needs prompts: give --prompts FILE.jsonl{other}")
+    return [] if prompts is None else read_prompts(prompts, analysis.prompt_fields)
+
+
+def _asked(analysis: Analysis, model: Model, lines: list[PromptLine]) -> list[Prompt]:
+    """The prompts as the analysis will see them, with those it makes itself."""
+    collect = getattr(analysis, "collect", None)
+    if collect is not None:
+        return list(collect(model, lines))
+    return as_prompts(lines, model, analysis.prompt_fields, chat=getattr(analysis, "chat", False))
 
 
 def register(group: typer.Typer) -> None:

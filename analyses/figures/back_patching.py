@@ -47,6 +47,7 @@ def heatmap(tables: Tables) -> go.Figure:
             hovertemplate="source %{y}, target %{x}: %{z:.1%}<extra></extra>", row=1, col=column,
         )  # fmt: skip
     finish(figure, x="target layer, whose output is replaced", y="source layer", height=480)
+    figure.update_layout(margin_t=60)
     return figure
 
 
@@ -80,7 +81,8 @@ def stage_boxes(tables: Tables) -> go.Figure:
     """The layer of each stage, correct beside incorrect questions."""
     stages = tables["stages"].dropna(subset=["layer"])
     figure = go.Figure()
-    total = tables["stages"].groupby(["set", "stage"]).size()
+    counted = tables["stages"].assign(seen=tables["stages"]["layer"].notna())
+    counts = counted.groupby(["set", "stage"])["seen"].agg(["sum", "size"]).reset_index()
     for colour, name in zip(COLOURS, ("correct", "incorrect", "other"), strict=False):
         mine = stages[stages["set"] == name]
         if mine.empty:
@@ -90,12 +92,10 @@ def stage_boxes(tables: Tables) -> go.Figure:
             pointpos=0, marker_size=4, line_width=1.5,
         )  # fmt: skip
     finish(figure, x="", y="layer")
-    seen = stages.groupby(["set", "stage"]).size()
-    for (name, stage), count in total.items():
-        found = seen.get((name, stage), 0)
-        index = ("correct", "incorrect", "other").index(name)
+    for row in counts.itertuples():
+        index, stage = ("correct", "incorrect", "other").index(row.set), str(row.stage)
         figure.add_annotation(
-            x=STAGES[stage], y=1.0, yref="paper", yshift=-14 * index, text=f"{name}: {found} of {count}",
+            x=STAGES[stage], y=1.0, yref="paper", yshift=-14 * index, text=f"{row.set}: {row.sum} of {row.size}",
             showarrow=False, font={"size": 10, "color": COLOURS[index]},
         )  # fmt: skip
     present = [label for stage, label in STAGES.items() if stage in set(tables["stages"]["stage"])]
@@ -122,7 +122,8 @@ def resolution(tables: Tables) -> go.Figure:
                 )  # fmt: skip
     finish(figure, x="earliest source layer", y="questions")
     figure.update_xaxes(range=[-0.5, float(tables["projection"]["layer"].max()) + 0.5])
-    figure.update_layout(barmode="stack", legend={"font": {"size": 11}})
+    figure.update_layout(barmode="stack", legend={"font": {"size": 11}, "y": 1.1}, margin_t=90)
+    figure.update_yaxes(title="", col=2)
     return figure
 
 
@@ -158,14 +159,14 @@ FIGURES = {
         "The earliest layer at which the bridge can be named from the entity's token, at which it reaches the last token, at which the answer can be "
         "named from the last token, and at which an MLP puts the prediction on top. Small print: the questions in which the stage was seen at all.",
         stage_boxes,
-        lambda tables: "stages" in tables and tables["stages"]["layer"].notna().any(),
+        lambda tables: "stages" in tables and bool(tables["stages"]["layer"].notna().any()),
     ),
     "resolution": FigureSpec(
         "Where entities are resolved",
         "A prompt that repeats names (`Syria: Syria …`) receives the representation of a source layer at its placeholder; the histogram counts the earliest "
         "source layer from which it then names the bridge, or the answer.",
         resolution,
-        lambda tables: "resolution" in tables and tables["resolution"]["layer"].notna().any(),
+        lambda tables: "resolution" in tables and bool(tables["resolution"]["layer"].notna().any()),
     ),
     "knockout": FigureSpec(
         "Attention from the last token to the entity",

@@ -70,10 +70,8 @@ def curves(tables: Tables) -> go.Figure:
                 x=one["depth"], y=one[column], name=label, legendgroup=label, showlegend=panel == 0, mode="lines",
                 line={"color": "#000000" if dash == "dot" else GREY, "dash": dash, "width": 1}, **where,
             )  # fmt: skip
-    finish(figure, x="", y="", height=_height(names))
-    figure.update_xaxes(title="relative depth")
-    figure.update_yaxes(title="test accuracy", range=[0.3, 1.02])
-    return figure
+    _finish_panels(figure, names, "test accuracy")
+    return figure.update_yaxes(range=[0.3, 1.02])
 
 
 def changes(tables: Tables) -> go.Figure:
@@ -99,10 +97,7 @@ def changes(tables: Tables) -> go.Figure:
                 x=base["depth"], y=base[bound] - base["accuracy"], mode="lines", line={"color": GREY, "dash": "dot", "width": 1},
                 name="95 % interval of the plain accuracy", legendgroup="interval", showlegend=panel == 0 and bound == "ci_low", **where,
             )  # fmt: skip
-    finish(figure, x="", y="", height=_height(names))
-    figure.update_xaxes(title="relative depth")
-    figure.update_yaxes(title="change of accuracy")
-    return figure
+    return _finish_panels(figure, names, "change of accuracy")
 
 
 def depths(tables: Tables) -> go.Figure:
@@ -145,11 +140,10 @@ def causal(tables: Tables) -> go.Figure:
                 error_y={"type": "data", "array": one[high] - one[mean], "arrayminus": one[mean] - one[low], "thickness": 1, "width": 4},
                 **_place(panel),
             )  # fmt: skip
-    finish(figure, x="", y="", height=_height(names))
-    figure.update_xaxes(title="layer at which it is removed")
-    title = "change of log p(right) − log p(wrong), nats" if answered else "KL from the unedited prediction, nats"
-    figure.update_yaxes(title=title, zeroline=True, zerolinecolor=GREY)
-    return figure
+    title = "change of margin (nats)" if answered else "KL (nats)"
+    _finish_panels(figure, names, title)
+    figure.update_yaxes(zeroline=True, zerolinecolor=GREY)
+    return figure.update_xaxes(title="layer at which it is removed")
 
 
 def _plain(table: pd.DataFrame) -> pd.DataFrame:
@@ -168,12 +162,19 @@ def _panels(names: list[str]) -> go.Figure:
     columns = 1 if len(names) == 1 else 2
     rows = -(-len(names) // columns)
     return make_subplots(
-        rows=rows, cols=columns, subplot_titles=[_spaced(name) for name in names], vertical_spacing=0.22 / rows
+        rows=rows, cols=columns, subplot_titles=[_spaced(name) for name in names], vertical_spacing=0.3 / rows
     )
 
 
 def _place(panel: int) -> dict[str, int]:
     return {"row": panel // 2 + 1, "col": panel % 2 + 1}
+
+
+def _finish_panels(figure: go.Figure, names: list[str], y: str) -> go.Figure:
+    """The shared layout, with the legend above the panels' titles."""
+    height = _height(names)
+    finish(figure, x="relative depth", y=y, height=height)
+    return figure.update_layout(margin={"t": 95}, legend={"y": 1 + 34 / (height - 155)})
 
 
 def _height(names: list[str]) -> int:
@@ -233,7 +234,7 @@ FIGURES = {
     "causal": FigureSpec(
         "Does the model use what the probe reads?",
         "The probe's direction is projected out of the row it reads, at a few layers, on held-out prompts; the point shows how the "
-        "model's preference for the right answer changes. Grey: a random direction with the rows' own covariance. Where orange and grey "
+        "model's margin for the right answer, log p(right) - log p(wrong), changes (without known answers: how far its prediction moves). Grey: a random direction with the rows' own covariance. Where orange and grey "
         "agree, the model does not depend on that direction there. Whiskers are 95 % intervals over groups.",
         causal,
         lambda tables: "causal" in tables,

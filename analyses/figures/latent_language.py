@@ -51,6 +51,8 @@ def _panels(tables: Tables, prefix: str) -> go.Figure:
             _curves(figure, str(language), group, prefix, column)
     finish(figure, x="layer", y="", height=440)
     figure.update_xaxes(title=None, row=1)
+    for column in range(2, len(pairs) + 1):
+        figure.update_yaxes(showticklabels=False, row=1, col=column)
     figure.update_yaxes(title="probability", row=2, col=1)
     figure.update_yaxes(rangemode="tozero", row=2)
     figure.update_layout(margin={"t": 90}, legend={"y": 1.13})
@@ -64,7 +66,14 @@ def _curves(figure: go.Figure, language: str, group: pd.DataFrame, prefix: str, 
     for trace in shaded.data:
         figure.add_trace(trace, **place)
     role = group["role"].iloc[0]
-    _line(figure, group["layer"], group[f"{prefix}mean"], f"{language}, {role}" if role == "latent" else language, colour, **place)
+    _line(
+        figure,
+        group["layer"],
+        group[f"{prefix}mean"],
+        f"{language}, {role}" if role == "latent" else language,
+        colour,
+        **place,
+    )
     _line(figure, group["layer"], group["control_mean"], f"{language}, shuffled words", colour, dash="dot", **place)
 
 
@@ -96,7 +105,9 @@ def lead(tables: Tables) -> go.Figure:
     """How far each latent language is ahead of the target."""
     figure = go.Figure()
     table = tables["lead"]
-    for colour, ((pair, latent, target), group) in zip(COLOURS, table.groupby(["pair", "latent", "target"], sort=False), strict=False):
+    for colour, ((pair, latent, target), group) in zip(
+        COLOURS, table.groupby(["pair", "latent", "target"], sort=False), strict=False
+    ):
         name = f"{pair}: {latent} - {target}"
         band(figure, group["layer"], group["ci_low"], group["ci_high"], colour)
         _line(figure, group["layer"], group["difference"], name, colour)
@@ -105,7 +116,14 @@ def lead(tables: Tables) -> go.Figure:
             x=ahead["layer"], y=ahead["difference"], mode="markers", marker={"color": colour, "size": 8},
             legendgroup=name, showlegend=False, hoverinfo="skip",
         )  # fmt: skip
-        _line(figure, group["layer"], group["difference"] - group["over_control"], f"{name}, shuffled {latent}", colour, dash="dot")
+        _line(
+            figure,
+            group["layer"],
+            group["difference"] - group["over_control"],
+            f"{name}, shuffled {latent}",
+            colour,
+            dash="dot",
+        )
     figure.add_hline(y=0, line={"color": CONTROL, "width": 1})
     return finish(figure, x="layer", y="difference of probability")
 
@@ -126,12 +144,11 @@ def across_models(curves: Sequence[pd.DataFrame]) -> go.Figure:
         for column, note in (("mean", ""), ("control_mean", ", shuffled")):
             rows.append(group[column].to_numpy()[nearest])
             labels.append(f"{name} · {pair} · {language}{note}")
-    figure = go.Figure(
-        go.Heatmap(
-            z=rows, x=depths, y=labels, zmin=0, zmax=1, colorscale=SCALE, colorbar={"title": "probability"},
-            hovertemplate="%{y}<br>depth %{x:.2f}: %{z:.3f}<extra></extra>",
-        )  # fmt: skip
-    )
+    figure = go.Figure()
+    figure.add_heatmap(
+        z=rows, x=depths, y=labels, zmin=0, zmax=1, colorscale=SCALE, colorbar={"title": "probability"},
+        hovertemplate="%{y}<br>depth %{x:.2f}: %{z:.3f}<extra></extra>",
+    )  # fmt: skip
     finish(figure, x="relative depth (0: first layer, 1: last)", y="", height=160 + 24 * len(rows))
     figure.update_layout(margin={"l": 40})
     figure.update_yaxes(automargin=True, autorange="reversed")
@@ -147,8 +164,12 @@ def culture(tables: Tables) -> go.Figure:
         f"{framing}, {names[g]} (n = {int(table[(table['framing'] == framing) & (table['items'] == g)]['n'].iloc[0])})"
         for g in groups for framing in framings
     ]  # fmt: skip
-    figure = make_subplots(rows=len(groups), cols=len(framings), subplot_titles=titles, shared_yaxes=True, vertical_spacing=0.14)
-    for (group, framing, culture_, language), part in table.groupby(["items", "framing", "culture", "language"], sort=False):
+    figure = make_subplots(
+        rows=len(groups), cols=len(framings), subplot_titles=titles, shared_yaxes=True, vertical_spacing=0.14
+    )
+    for (group, framing, culture_, language), part in table.groupby(
+        ["items", "framing", "culture", "language"], sort=False
+    ):
         place = {"row": groups.index(group) + 1, "col": framings.index(framing) + 1}
         colour = COLOURS[0] if culture_ == "us" else COLOURS[1]
         dash = "solid" if language == "ja" else "dash"
@@ -166,7 +187,9 @@ def culture(tables: Tables) -> go.Figure:
 def similarity(tables: Tables) -> go.Figure:
     """Cosine of translations beside that of other sentences, and retrieval, averaged over language pairs."""
     table = tables["similarity"].assign(pair=lambda t: t["language_a"] + " and " + t["language_b"])
-    figure = make_subplots(rows=1, cols=2, subplot_titles=["aligned less unaligned cosine", "share whose nearest is the translation"])
+    figure = make_subplots(
+        rows=1, cols=2, subplot_titles=["aligned less unaligned cosine", "share whose nearest is the translation"]
+    )
     for colour, (pair, group) in zip(COLOURS * 4, table.groupby("pair", sort=False), strict=False):
         shaded = go.Figure()
         band(shaded, group["layer"], group["ci_low"], group["ci_high"], colour)
@@ -185,7 +208,9 @@ def swap(tables: Tables) -> go.Figure:
     """What follows when a few dimensions are taken from another language and another word."""
     table = tables["swap"]
     layers = sorted(set(table["layer"]))
-    figure = make_subplots(rows=1, cols=len(layers), shared_yaxes=True, subplot_titles=[f"after layer {layer}" for layer in layers])
+    figure = make_subplots(
+        rows=1, cols=len(layers), shared_yaxes=True, subplot_titles=[f"after layer {layer}" for layer in layers]
+    )
     named = {"switched": "other language", "meaning_kept": "own meaning", "meaning_moved": "donor's meaning"}
     for column, layer in enumerate(layers, 1):
         for colour, (measure, name) in zip(COLOURS, named.items(), strict=False):
@@ -196,9 +221,16 @@ def swap(tables: Tables) -> go.Figure:
                     "type": "data", "array": part[f"{measure}_high"] - part[measure],
                     "arrayminus": part[measure] - part[f"{measure}_low"], "thickness": 1, "width": 2,
                 }  # fmt: skip
-                _line(figure, part["percent"], part[measure], label, colour, dash=dash, error_y=error, row=1, col=column)
+                _line(
+                    figure, part["percent"], part[measure], label, colour, dash=dash, error_y=error, row=1, col=column
+                )
             shifted = table[(table["layer"] == layer) & (table["variant"] == "shift")]
-            figure.add_hline(y=float(shifted[measure].iloc[0]), line={"color": colour, "width": 1, "dash": "dashdot"}, row=1, col=column)
+            figure.add_hline(
+                y=float(shifted[measure].iloc[0]),
+                line={"color": colour, "width": 1, "dash": "dashdot"},
+                row=1,
+                col=column,
+            )
     finish(figure, x="dimensions swapped (%)", y="", height=460)
     figure.update_yaxes(title="share of tested words", row=1, col=1)
     figure.update_xaxes(type="log")

@@ -95,10 +95,14 @@ def generate(model: Model, tokens: Sequence[int], max_new_tokens: int, edits: Se
     ready = resolve(model, edits)
     whole = any(getattr(edit, "uncached", False) for edit in ready)
     if whole and any(getattr(edit, "scope", "every_step") == "prefill" for edit in ready):
-        raise OptionError("under a path program every step reads the whole text: give the other edits scope 'every_step'")
+        raise OptionError(
+            "under a path program every step reads the whole text: give the other edits scope 'every_step'"
+        )
     with altered(model, ready):
         if not whole:
-            return model.generate(tokens, max_new_tokens, writes=decoding_writes(model, ready) if ready else None, **how)
+            return model.generate(
+                tokens, max_new_tokens, writes=decoding_writes(model, ready) if ready else None, **how
+            )
         written: list[int] = []
         end = getattr(model.tokenizer, "eos_token_id", None)
         while len(written) < max_new_tokens and (not written or written[-1] != end):

@@ -68,6 +68,8 @@ def repeat(n_layers: int, first: int, last: int, times: int = 2) -> BlockPath:
         OptionError: a span that is empty or reaches outside, or less than one time.
     """
     if not 0 <= first <= last < n_layers or times < 1:
-        raise OptionError(f"repeat blocks {first}..{last} {times} times: legal are spans inside 0..{n_layers - 1}, times >= 1")
+        raise OptionError(
+            f"repeat blocks {first}..{last} {times} times: legal are spans inside 0..{n_layers - 1}, times >= 1"
+        )
     span = tuple(range(first, last + 1))
     return BlockPath((*range(first), *span * times, *range(last + 1, n_layers)))

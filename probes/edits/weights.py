@@ -46,7 +46,9 @@ class HeadWriteEdit:
         """
         shape = model.shape
         if not (0 <= self.layer < shape.n_layers and 0 <= self.head < shape.n_heads):
-            raise PointError(f"head {self.layer}.{self.head}: layers end at {shape.n_layers - 1}, heads at {shape.n_heads - 1}")
+            raise PointError(
+                f"head {self.layer}.{self.head}: layers end at {shape.n_layers - 1}, heads at {shape.n_heads - 1}"
+            )
         with module_of(model) as (_, anatomy):
             projection = anatomy.component("attn.o", self.layer)
             weight, rows = matrix(projection, shape.n_heads * shape.d_head)
@@ -75,5 +77,7 @@ def matrix(projection: nn.Module, n_inputs: int) -> tuple[Tensor, bool]:
         raise PointError("the output projection's weights are quantised or not in memory, so they cannot be edited")
     rows = type(projection).__name__ == "Conv1D"
     if weight.shape[0 if rows else 1] != n_inputs:
-        raise PointError(f"the output projection has weights {tuple(weight.shape)}, which do not take {n_inputs} inputs")
+        raise PointError(
+            f"the output projection has weights {tuple(weight.shape)}, which do not take {n_inputs} inputs"
+        )
     return weight, rows

@@ -55,8 +55,7 @@ def rerouted(model: Model, program: Program, cached: bool = True) -> Iterator[No
         assert path is not None
         parent = module.get_submodule(path.rpartition(".")[0])
         blocks = dict(parent.named_children())
-        widths = _outputs(module, list(blocks.values()), model)
-        route = _Route(program, widths, cached)
+        route = _Route(program, model.block_outputs, cached)  # type: ignore[attr-defined]
         for index, (name, block) in enumerate(blocks.items()):
             parent._modules[name] = route.slot(index, block)
         try:
@@ -67,7 +66,7 @@ def rerouted(model: Model, program: Program, cached: bool = True) -> Iterator[No
 
 
 @torch.inference_mode()
-def _outputs(module: nn.Module, blocks: Sequence[nn.Module], model: Model) -> list[int | None]:
+def block_outputs(module: nn.Module, anatomy: Anatomy, device: torch.device) -> tuple[int | None, ...]:
     """Per block, how long the tuple that it returns is; None where it returns a bare tensor."""
     found: dict[int, int | None] = {}
 
@@ -77,13 +76,14 @@ def _outputs(module: nn.Module, blocks: Sequence[nn.Module], model: Model) -> li
 
         return hook
 
+    blocks = [anatomy.component("block", layer) for layer in range(anatomy.n_layers)]
     handles = [block.register_forward_hook(keep(i)) for i, block in enumerate(blocks)]
     try:
-        module(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
+        module(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
     finally:
         for handle in handles:
             handle.remove()
-    return [found[index] for index in range(len(blocks))]
+    return tuple(found[index] for index in range(len(blocks)))
 
 
 class _Route:

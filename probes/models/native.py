@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from probes.anatomy.views import Divisor
 from probes.errors import OptionError, PointError, PromptError
 from probes.models.attention import Attended, Watch, watched
 from probes.models.base import Context, Read, Shape, Unembedding, Write
+from probes.models.blocks import block_outputs
 from probes.models.identities import verify
 from probes.models.readout import unembedding_of
 from probes.models.recording import attention_layers
@@ -64,10 +66,25 @@ class NativeModel:
         """A part of the module by its TransformerLens name, such as `attn.o` or `ln1` of a layer, or `unembed`."""
         return self.anatomy.component(name, layer)
 
+    @cached_property
+    def block_outputs(self) -> tuple[int | None, ...]:
+        """Per block, how long the tuple that it returns is; None where it returns a bare tensor."""
+        with self.exclusive():
+            return block_outputs(self.module, self.anatomy, self.device)
+
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """No other thread runs this model inside; for alterations of the module that are undone on the way out."""
         with self._lock, _evaluating(self.module):
+            yield
+
+    @contextmanager
+    def tapped(
+        self, reads: Mapping[Address, Read], writes: Mapping[Address, Write], rows: tuple[int, int]
+    ) -> Iterator[None]:
+        """Reads and writes happen whenever the blocks run inside, on (batch, pos) rows; for callers of single blocks."""
+        self._admit(reads, writes)
+        with self._lock, self._hooked(self._taps(reads, writes, stop=False), torch.empty(rows)):
             yield
 
     def refusal(self, address: Address) -> str | None:

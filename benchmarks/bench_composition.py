@@ -1,0 +1,108 @@
+"""All composition scores of a model of 12 layers and 12 heads: through small factors, and TransformerLens's own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+KINDS = ("q", "k", "v")
+
+
+def gpt2_shape() -> torch.nn.Module:
+    """A random model of GPT-2 small's shape; its gains are random too."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    module = GPT2LMHeadModel(GPT2Config()).eval()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if ".ln_" in name and name.endswith("weight"):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return module
+
+
+def ours(module: torch.nn.Module, kinds: list[str]) -> tuple[float, dict[str, Tensor]]:
+    """(seconds from a loaded model to all scores, scores by kind)."""
+    from probes.composition import composition_scores
+    from probes.head_weights import head_weights
+    from probes.models.native import NativeModel
+
+    model = NativeModel(module, ref="gpt2-shape", weights="random")
+    started = time.perf_counter()
+    heads = head_weights(model, fold_norm=False)
+    found = {kind: composition_scores(heads.ov, heads.reader(kind)).nan_to_num(0.0) for kind in kinds}  # type: ignore[arg-type]
+    return time.perf_counter() - started, found
+
+
+def theirs(module: torch.nn.Module, kinds: list[str]) -> tuple[float, dict[str, Tensor]]:
+    """The same from a TransformerBridge with the model's own weights."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    bridge = TransformerBridge.boot_transformers("gpt2", hf_model=module, tokenizer=_tokenizer())
+    started = time.perf_counter()
+    with torch.no_grad():
+        found = {kind: bridge.all_composition_scores(kind.upper()).scores for kind in kinds}
+    return time.perf_counter() - started, found
+
+
+def _tokenizer() -> object:
+    """The least that TransformerLens accepts; the scores do not need one."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    end = "<|endoftext|>"
+    backend = Tokenizer(models.WordLevel({end: 0}, unk_token=end))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, pad_token=end)
+
+
+def one(who: str, kinds: list[str], threads: int, out: Path) -> None:
+    """One side in a process of its own, so that its peak memory is its own."""
+    torch.set_num_threads(threads)
+    module = gpt2_shape()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds, found = (ours if who == "ours" else theirs)(module, kinds)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    torch.save({"seconds": seconds, "peak_mib": peak / 1024, "before_mib": before / 1024, "scores": found}, out)
+
+
+def main() -> None:
+    """Writes seconds, peak memory, their ratio and the largest difference as one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kinds", default="q,k,v")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=Path("runs/bench_composition.json"))
+    parser.add_argument("--one", choices=("ours", "theirs"))
+    options = parser.parse_args()
+    kinds = options.kinds.split(",")
+    if options.one:
+        one(options.one, kinds, options.threads, options.out)
+        return
+    found = {}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    for who in ("ours", "theirs"):
+        part = options.out.with_suffix(f".{who}.pt")
+        arguments = ["--one", who, "--kinds", options.kinds, "--threads", str(options.threads), "--out", str(part)]
+        subprocess.run([sys.executable, __file__, *arguments], check=True)
+        found[who] = torch.load(part, weights_only=True)
+        part.unlink()
+    difference = max(float((found["ours"]["scores"][k] - found["theirs"]["scores"][k]).abs().max()) for k in kinds)
+    record = {
+        "kinds": options.kinds, "threads": options.threads,
+        **{f"{who}_{key}": round(found[who][key], 2) for who in found for key in ("seconds", "peak_mib")},
+        "ratio": round(found["theirs"]["seconds"] / found["ours"]["seconds"], 1), "largest_difference": difference,
+    }  # fmt: skip
+    line = json.dumps(record)
+    print(line)
+    options.out.write_text(line + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Removal of every block and part: restarted from the stored stream beside whole forwards, on one random model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from analyses.depth_use_blocks import Chunk, Part, chunks, left_out, on_blocks
+from analyses.depth_use_contributions import PARTS
+from probes.capture import capture
+from probes.models.native import NativeModel
+from probes.needs import Need
+from probes.points import Address
+from probes.store import ActivationStore
+
+Finals = dict[tuple[Part, int], Tensor]
+
+
+def whole(model: NativeModel, chunk: Chunk) -> Finals:
+    """The stream leaving the last block when each part is left out, by one whole forward each."""
+    found: Finals = {}
+    lengths = chunk.real.sum(1).tolist()
+    end = Address("resid_post", chunk.n_layers - 1)
+    for part in PARTS:
+        for layer in range(chunk.n_layers):
+            gone: list[tuple[Part, int]] = [("attn", layer), ("mlp", layer)] if part == "block" else [(part, layer)]
+            reads = {end: lambda t, key=(part, layer): found.__setitem__(key, t.clone())}
+            model.run(chunk.tokens, reads, left_out(gone), lengths)  # type: ignore[arg-type]
+    return found
+
+
+def restarted(model: NativeModel, chunk: Chunk) -> Finals:
+    """The same, each restarted from the clean stream that enters its block."""
+    places = [(part, layer) for part in PARTS for layer in range(chunk.n_layers)]
+    return on_blocks(model, chunk.tokens, lambda blocks: {p: blocks.without(chunk, *p)[-1] for p in places})
+
+
+def best(work: Callable[[], Finals], repeats: int) -> tuple[float, Finals]:
+    """(least seconds, the last result)."""
+    seconds = []
+    for _ in range(repeats):
+        started = time.process_time()
+        found = work()
+        seconds.append(time.process_time() - started)
+    return min(seconds), found
+
+
+def main() -> None:
+    """Writes processor seconds of each (best of the repeats), their ratio and the largest difference as one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    module = GPT2LMHeadModel(GPT2Config(n_layer=options.layers)).eval()
+    model = NativeModel(module, ref="gpt2-shape", weights="random")
+    tokens = torch.randint(1, 50000, (options.prompts, options.tokens)).tolist()
+    with tempfile.TemporaryDirectory() as folder:
+        needs = [Need(("resid_pre.0", "resid_post.*", "attn_out.*"))]
+        activations = capture(model, [tuple(row) for row in tokens], needs, ActivationStore(Path(folder)))
+        (chunk,) = chunks(activations, range(options.prompts), together=True)
+        naive, expected = best(lambda: whole(model, chunk), options.repeats)
+        fast, found = best(lambda: restarted(model, chunk), options.repeats)
+    difference = max(float((found[p] - expected[p]).abs().max() / expected[p].abs().max()) for p in found)
+    line = {
+        "removals": len(found),
+        "whole_s": naive,
+        "restarted_s": fast,
+        "ratio": naive / fast,
+        "difference": difference,
+    }
+    sys.stdout.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()

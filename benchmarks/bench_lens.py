@@ -1,0 +1,168 @@
+"""The lens over every layer and position: vocabulary tiles beside unembedding whole layers.
+
+    bathyscope bench lens --sequences 4 --length 128
+
+Both read the same stored rows of every layer (log-sum-exp, entropy, top token, log-probability of the last layer's top
+token); each runs in a process of its own, so that its peak memory is its own. The numbers are compared before the times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from probes import lens
+from probes.capture import capture
+from probes.models import Model, fetch_model, load_model
+from probes.needs import Need
+from probes.points import Address
+from probes.store import ActivationStore
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one way took, beside what it found."""
+
+    way: str
+    seconds: float
+    rise_bytes: int
+    """Growth of the resident memory above what the model and the rows take, at its peak."""
+    found: dict[str, np.ndarray]
+
+
+def tiled(rows: Tensor, model: Model, ids: Tensor) -> dict[str, np.ndarray]:
+    read = lens.read(rows, model.unembedding(), ids=ids[:, None], top_k=1)
+    return {
+        "log_z": read.log_z.numpy(), "entropy": read.entropy_bits.numpy(), "top": read.top_ids[:, 0].numpy(),
+        "logprob": read.logprobs[:, 0].numpy(),
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def naive(rows: Tensor, model: Model, ids: Tensor) -> dict[str, np.ndarray]:
+    """All positions of a layer unembedded into one tensor of logits, then its softmax, layer by layer, as lens scripts do."""
+    unembedding = model.unembedding()
+    n_layers = model.shape.n_layers
+    parts = []
+    for layer, wanted in zip(rows.chunk(n_layers), ids.chunk(n_layers), strict=True):
+        logits = unembedding.norm(layer) @ unembedding.weight.T
+        if unembedding.softcap is not None:
+            logits = torch.tanh(logits / unembedding.softcap) * unembedding.softcap
+        logprobs = logits.log_softmax(-1)
+        probs = logprobs.exp()
+        entropy = -torch.special.xlogy(probs, probs).sum(-1) / lens.LOG2
+        parts.append((logits.logsumexp(-1), entropy, logits.argmax(-1), logprobs.gather(1, wanted[:, None])[:, 0]))
+    names = ("log_z", "entropy", "top", "logprob")
+    return {name: torch.cat(column).numpy() for name, column in zip(names, zip(*parts, strict=True), strict=True)}
+
+
+WAYS = {"tiled": tiled, "naive": naive}
+
+
+def resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize()
+
+
+class Peak:
+    """Watches the resident memory from a thread while something runs."""
+
+    def __enter__(self) -> Peak:
+        self.start = self.high = resident()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.005):
+            self.high = max(self.high, resident())
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.high = max(self.high, resident())
+
+
+def child(way: str, ref: str, folder: str, threads: int, pipe: object) -> None:
+    torch.set_num_threads(threads)
+    model = load_model(ref)
+    held = torch.load(Path(folder) / "rows.pt", weights_only=True)
+    rows, ids = held["rows"], held["ids"]
+    few = slice(0, model.shape.n_layers)
+    WAYS[way](rows[few], model, ids[few])
+    with Peak() as peak:
+        started = time.perf_counter()
+        found = WAYS[way](rows, model, ids)
+        seconds = time.perf_counter() - started
+    pipe.send(Measured(way, seconds, peak.high - peak.start, found))  # type: ignore[attr-defined]
+
+
+def measure(way: str, ref: str, folder: str, threads: int) -> Measured:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=child, args=(way, ref, folder, threads, theirs))
+    process.start()
+    theirs.close()
+    found = ours.recv()
+    process.join()
+    return found
+
+
+def write_rows(ref: str, sequences: int, length: int, folder: Path) -> tuple[int, int]:
+    """Captures the rows of random prompts; (rows, layers)."""
+    model = load_model(ref)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [
+        tuple(torch.randint(3, model.shape.d_vocab, (length,), generator=generator).tolist()) for _ in range(sequences)
+    ]
+    held = capture(model, prompts, [Need("resid_post.*")], ActivationStore(folder / "store"))
+    layers = [held.packed(Address("resid_post", layer)).float() for layer in range(model.shape.n_layers)]
+    best = lens.read(layers[-1], model.unembedding(), top_k=1).top_ids[:, 0]
+    rows = torch.cat(layers)
+    torch.save({"rows": rows, "ids": best.repeat(len(layers))}, folder / "rows.pt")
+    return len(rows), len(layers)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("--length", type=int, nargs="+", default=[128])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    flags = parser.parse_args()
+    fetch_model(flags.model, accept_license=True)
+    for length in flags.length:
+        with tempfile.TemporaryDirectory() as name:
+            n_rows, n_layers = write_rows(flags.model, flags.sequences, length, Path(name))
+            ours, theirs = (measure(way, flags.model, name, flags.threads) for way in WAYS)
+        print(f"\n{flags.model}, {n_layers} layers x {flags.sequences} x {length} tokens = {n_rows:,} rows")
+        for column in ("log_z", "entropy", "logprob"):
+            a, b = ours.found[column], theirs.found[column]
+            apart = (np.abs(a - b) / np.maximum(1, np.abs(b))).max()
+            print(f"largest difference of {column}, relative where it exceeds 1: {apart:.1e}")
+        print(f"same top token: {(ours.found['top'] == theirs.found['top']).mean():.4%}")
+        print("| way | seconds | peak above the rows, MiB |\n|---|---|---|")
+        for way in (ours, theirs):
+            print(f"| {way.way} | {way.seconds:.2f} | {way.rise_bytes / 2**20:.0f} |")
+        ratio = theirs.seconds / ours.seconds
+        print(
+            f"ratio: tiled is {ratio:.2f}x as fast, with {theirs.rise_bytes / max(1, ours.rise_bytes):.1f}x less memory"
+        )
+
+
+if __name__ == "__main__":
+    main()

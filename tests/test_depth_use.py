@@ -1,0 +1,278 @@
+"""Depth use as a whole: its tables, its proxies and their agreement, its figures, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from tiny import PROMPTS, native
+
+from analyses.depth_use import DepthUse
+from analyses.depth_use_alignment import alignment_table
+from analyses.depth_use_columns import PerPrompt, interval, quantiles, resampled
+from analyses.depth_use_greedy import orders
+from analyses.depth_use_proxies import agreement_table, null_correlations, proxy_tables, ranked
+from analyses.result import Result
+from probes.capture import capture
+from probes.errors import OptionError, PointError, ProbeError, PromptError
+from probes.models import Model
+from probes.models.native import NativeModel
+from probes.needs import Need
+from probes.prompts import Prompt
+from probes.store import ActivationStore
+
+SMALL = {
+    "gradient_steps": 4,
+    "windows": (1, 2),
+    "greedy_steps": 1,
+    "drop_blocks": 2,
+    "parts": ("block", "mlp"),
+}
+
+
+def column(values: np.ndarray) -> PerPrompt:
+    """Values [prompt, layer], one token each."""
+    out = PerPrompt(*values.shape)
+    for layer in range(values.shape[1]):
+        out.add(layer, range(len(values)), torch.from_numpy(values[:, layer]))
+    return out
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """Depth use of a tiny model, maps onto itself included."""
+    prompts = [*PROMPTS, *[tuple(range(3 + i, 19 + i)) for i in range(8)]]
+    store = ActivationStore(tmp_path_factory.mktemp("store"))
+    return DepthUse(**SMALL, target_model="self", ridge=0.0).run(native(), prompts, store=store)
+
+
+CONTRACT = {
+    "contributions": "layer part relative_norm cosine",
+    "skip_effect": "variant skipped affected effect",
+    "proxies": "layer delta_ce_block delta_ce_attn delta_ce_mlp jsd_block similarity_block lim zd lens_kl parallel_error_2 "
+    "delta_ce_int8 delta_ce_int4 delta_ce_frozen_norm relative_norm_block cosine_block skip_effect_block",
+    "agreement": "proxy_a proxy_b spearman ci_low ci_high",
+}
+
+
+@pytest.mark.parametrize("table", CONTRACT)
+def test_tables_have_the_columns_of_the_contract(table: str, result: Result) -> None:
+    assert set(CONTRACT[table].split()) <= set(result.tables[table].columns)
+
+
+def test_every_layer_has_every_proxy(result: Result) -> None:
+    proxies = result.tables["proxies"]
+    assert proxies["layer"].tolist() == [0, 1, 2]
+    unknown = {name for name in proxies if proxies[name].isna().any()}
+    assert unknown == {"parallel_error_2", "parallel_cosine_2", "delta_ce_parallel_2", "skip_effect_block"}
+    assert (proxies["similarity_block"] - 1 - proxies["lim"]).abs().max() < 1e-5
+    intervals = result.tables["proxy_intervals"].dropna()
+    assert (intervals["ci_low"] <= intervals["mean"] + 1e-9).all()
+    assert (intervals["mean"] <= intervals["ci_high"] + 1e-9).all()
+
+
+def test_the_figures_draw_from_the_tables_alone(result: Result, tmp_path: object) -> None:
+    loaded = Result.load(result.save(f"{tmp_path}/saved"))
+    assert set(loaded.figures) == set(DepthUse.figures) - {"alignment"}
+    for name in loaded.figures:
+        assert loaded.figure(name).data
+
+
+def test_a_model_predicts_its_own_streams_best_on_the_diagonal(result: Result) -> None:
+    maps = result.tables["linear_maps"]
+    diagonal = maps["source_layer"] == maps["target_layer"]
+    assert maps.loc[diagonal, "error"].max() < 1e-6
+    assert maps.loc[~diagonal, "error"].min() > 1e-2
+    assert (maps["train_tokens"] > 32).all()
+    # Fitted to the one part and scored on the other.
+    assert maps.loc[~diagonal, "train_error"].mean() < 0.9 * maps.loc[~diagonal, "error"].mean()
+
+
+def test_a_second_run_captures_nothing_and_finds_the_same(tiny: NativeModel, store: ActivationStore) -> None:
+    first = DepthUse(**SMALL).run(tiny, PROMPTS, store=store)
+    second = DepthUse(**SMALL).run(tiny, PROMPTS, store=store)
+    assert first.provenance["counts"]["forwards"] > 0
+    assert second.provenance["counts"]["forwards"] == 0
+    for name, table in first.tables.items():
+        assert table.equals(second.tables[name]), name
+
+
+def test_no_forward_of_the_whole_model_but_the_capture(
+    tiny: NativeModel, store: ActivationStore, count_forwards: Callable[[Model], list[int]]
+) -> None:
+    seen = count_forwards(tiny)
+    DepthUse(**SMALL).run(tiny, PROMPTS, store=store)
+    assert sum(seen) == len(PROMPTS)
+
+
+def test_what_was_not_asked_for_is_not_there(tiny: NativeModel, store: ActivationStore) -> None:
+    bare = DepthUse(
+        skip_prompts=0, erasure_prompts=0, gradient_prompts=0, greedy_steps=0, drop_blocks=0, parts=("attn",)
+    )
+    tables = bare.run(tiny, PROMPTS, store=store).tables
+    assert not {"erasure", "attribution", "greedy", "drop_curve", "linear_maps"} & set(tables)
+    assert set(tables["skip_effect"]["variant"]) == {"current"}
+    assert set(tables["skip_effect"]["part"]) == {"attn"}
+
+
+def test_the_first_token_counts_only_when_asked(tiny: NativeModel, store: ActivationStore) -> None:
+    options = {
+        **SMALL,
+        "skip_prompts": 0,
+        "erasure_prompts": 0,
+        "gradient_prompts": 0,
+        "greedy_steps": 0,
+        "drop_blocks": 0,
+    }
+    counts = {
+        flag: DepthUse(**options, first_token=flag)
+        .run(tiny, [(5, 6, 7), (8, 9)], store=store)
+        .tables["loss"]["tokens"][0]
+        for flag in (False, True)
+    }
+    assert counts == {False: 1, True: 3}  # next tokens predicted at positions from 1, or from 0
+
+
+def test_groups_have_depth_scores(tiny: NativeModel, store: ActivationStore) -> None:
+    prompts = [
+        Prompt(p, fields={"group": name}) for p, name in zip(PROMPTS, ("easy", "hard", "hard", "easy"), strict=True)
+    ]
+    scores = DepthUse(**SMALL).run(tiny, prompts, store=store).tables["depth_score"]
+    current = scores[(scores["variant"] == "current") & (scores["by"] == "mean") & (scores["part"] == "block")]
+    assert current.set_index("group")["prompts"].to_dict() == {"all": 4, "easy": 2, "hard": 2}
+    assert current["score"].between(0, 2).all()
+
+
+def test_groups_are_aligned_with_themselves(tiny: NativeModel, store: ActivationStore) -> None:
+    same = [(5, 6, 7, 8), (9, 10, 11), (5, 6, 7, 8), (9, 10, 11), (60, 61, 62, 63), (70, 71, 72)]
+    activations = capture(tiny, same, [Need("resid_post.*")], store)
+    table = alignment_table(activations, ["a", "a", "b", "b", "c", "c"], True, seed=0)
+    twins = table[(table["group_a"] == "a") & (table["group_b"] == "b")]
+    others = table[(table["group_a"] == "a") & (table["group_b"] == "c")]
+    assert twins["mean_cosine"].to_numpy() == pytest.approx(1)
+    assert twins["best_cosine"].to_numpy() == pytest.approx(1)
+    assert others["mean_cosine"].max() < 0.9
+    rows = [
+        torch.cat([h for h, g in zip(activations.get("resid_post.1"), "aabbcc", strict=True) if g == name])
+        for name in "ac"
+    ]
+    plain = others[(others["layer"] == 1) & ~others["centred"]].iloc[0]
+    cosine = torch.nn.functional.cosine_similarity
+    assert plain["mean_cosine"] == pytest.approx(float(cosine(rows[0].mean(0), rows[1].mean(0), dim=0)), rel=1e-5)
+    pairs = cosine(rows[0][:, None], rows[1][None], dim=-1)
+    assert plain["pair_cosine"] == pytest.approx(float(pairs.mean()), abs=1e-5)
+    assert plain["best_cosine"] == pytest.approx(float(pairs.amax(1).mean()), abs=1e-5)
+    assert plain["mean_cosine_low"] <= plain["mean_cosine_high"]
+    two = alignment_table(activations, ["a", "a", "", "", "c", "c"], True, seed=0)
+    assert two.loc[two["centred"], "mean_cosine"].isna().all()  # opposite by construction
+    assert two.loc[~two["centred"], "mean_cosine"].notna().all()
+    assert DepthUse.figures["alignment"].draw({"alignment": table}).data
+    assert alignment_table(activations, ["a"] * 6, True, seed=0).empty
+
+
+def test_labels_give_a_probe_column(tiny: NativeModel, store: ActivationStore) -> None:
+    prompts = [Prompt((5, 6, 7 + i, 80 + i % 2), fields={"label": i % 2}) for i in range(24)]
+    options = {
+        **SMALL,
+        "skip_prompts": 0,
+        "erasure_prompts": 0,
+        "gradient_prompts": 0,
+        "greedy_steps": 0,
+        "drop_blocks": 0,
+    }
+    proxies = DepthUse(**options).run(tiny, prompts, store=store).tables["proxies"]
+    assert proxies["probe_accuracy"].min() > 0.9  # the last token is the label
+    with pytest.raises(ProbeError):
+        DepthUse(**options).run(tiny, [Prompt(p.tokens, fields={"label": 1}) for p in prompts], store=store)
+    assert DepthUse.prompt_fields["label"](2) is not None
+    assert DepthUse.prompt_fields["label"](True) is not None
+    assert DepthUse.prompt_fields["label"](0) is None
+
+
+def test_refusals(tiny: NativeModel, store: ActivationStore) -> None:
+    with pytest.raises(PointError, match="reads both ways"):
+        DepthUse().run(native("bert"), PROMPTS, store=store)
+    with pytest.raises(PromptError, match="no prompt has a second token"):
+        DepthUse().run(tiny, [(5,), (6,)], store=store)
+    with pytest.raises(OptionError, match=r"parts.*'blok'.*block"):
+        DepthUse(parts=("blok",))  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="option bits is 1"):
+        DepthUse(bits=(1,))
+    checks = DepthUse.prompt_fields
+    assert checks["answer_from"](0) is not None
+    assert checks["answer_from"](True) is not None
+    assert checks["answer_from"](3) is None
+    assert checks["group"](["a"]) is not None
+
+
+def test_ranks_share_ties() -> None:
+    assert ranked(np.array([[3.0, 1.0, 3.0, 7.0]])).tolist() == [[2.5, 1, 2.5, 4]]
+
+
+def test_agreement_of_known_orders() -> None:
+    rng = np.random.default_rng(0)
+    base = np.arange(8.0)
+    noise = rng.normal(size=(20, 8))
+    noise -= noise.mean(0)
+    up = column(base + 0.01 * noise)
+    fixed = {
+        "cube": base**3,
+        "down": -base,
+        "ties": np.array([0, 0, 1, 1, 2, 2, 3, 3.0]),
+        "gap": np.where(base < 2, np.nan, base),
+    }
+    table = agreement_table({"up": up}, fixed, seed=0).set_index(["proxy_a", "proxy_b"])
+    assert table.loc[("up", "cube"), ["spearman", "ci_low", "ci_high"]].tolist() == [1, 1, 1]
+    assert table.loc[("up", "down"), "spearman"] == -1
+    assert table.loc[("up", "ties"), "spearman"] == pytest.approx(0.9759, abs=1e-4)  # sqrt(40/42)
+    assert table.loc[("up", "gap"), "n"] == 6
+    assert table.loc[("up", "cube"), "p_value"] < 0.01
+    noisy = column(base + 40 * rng.normal(size=(20, 8)))
+    wide = agreement_table({"noisy": noisy}, fixed, seed=0).set_index(["proxy_a", "proxy_b"]).loc[("noisy", "cube")]
+    assert wide["ci_high"] - wide["ci_low"] > 0.3
+    assert wide["ci_low"] <= wide["spearman"] <= wide["ci_high"]
+
+
+def test_the_null_band_is_that_of_random_orders() -> None:
+    null = null_correlations(30, seed=0)
+    assert np.quantile(np.abs(null), 0.95) == pytest.approx(1.96 / 29**0.5, abs=0.015)
+
+
+def test_too_few_layers_have_no_correlation() -> None:
+    fixed = {"a": np.array([1.0, np.nan, 2.0]), "b": np.array([1.0, 2.0, 3.0])}
+    table = agreement_table({}, fixed, seed=0).set_index(["proxy_a", "proxy_b"])
+    assert np.isnan(table.loc[("a", "b"), "spearman"])
+
+
+def test_means_weigh_tokens_and_leave_out_nan() -> None:
+    values = PerPrompt(2, 1)
+    values.add(0, [0, 0, 1, 1], torch.tensor([1.0, 2.0, 6.0, torch.nan]))
+    assert values.mean().tolist() == [3]
+    draws = resampled(values, seed=0)
+    assert set(np.round(draws[:, 0], 6)) == {1.5, 3.0, 6.0}
+    assert [float(x[0]) for x in interval(values, seed=0)] == [3.0, 1.5, 6.0]
+
+
+def test_quantiles_are_numpys() -> None:
+    draws = np.random.default_rng(0).normal(size=(101, 3))
+    draws[:40, 1] = np.nan
+    draws[:, 2] = np.nan
+    low, high = quantiles(draws)
+    expected = np.nanquantile(draws[:, :2], [0.025, 0.975], axis=0)
+    assert np.allclose([low[:2], high[:2]], expected)
+    assert np.isnan(low[2])
+
+
+def test_orders_start_with_the_least_important() -> None:
+    values = {"delta_ce_block": np.array([3.0, 1.0, 2.0]), "similarity_block": np.array([0.1, 0.2, 0.05])}
+    tables = proxy_tables(
+        {name: column(v[None]) for name, v in values.items()}, {"zd": np.array([0.1, 0.3, 0.2])}, seed=0
+    )
+    found = orders(tables["proxies"], seed=0)
+    assert found["measured loss"] == [[1, 2, 0]]
+    assert found["similarity (LLM-Drop)"] == [[2, 0, 1]]
+    assert found["weights (ZD)"] == [[1, 2, 0]]
+    assert found["deepest first"] == [[2, 1, 0]]
+    assert sorted(found["random"][0]) == [0, 1, 2]

@@ -46,7 +46,8 @@ def measure(reader: Reader, settings: Settings) -> tuple[dict[str, pd.DataFrame]
     languages = [lang for lang in sentences[0] if all(lang in texts for texts in sentences)]
     n = min(len(sentences), max(MIN_SENTENCES, settings.extra_items))
     chosen = np.random.default_rng(settings.seed).permutation(len(sentences))[:n]
-    states = {lang: _states(reader, [sentences[i][lang] for i in chosen]) for lang in languages}
+    texts = [sentences[i][lang] for lang in languages for i in chosen]
+    states = dict(zip(languages, torch.split(_states(reader, texts), n, dim=1), strict=True))
     parts = []
     for a, b in combinations(languages, 2):
         for layer in range(reader.model.shape.n_layers):
@@ -65,16 +66,11 @@ def measure(reader: Reader, settings: Settings) -> tuple[dict[str, pd.DataFrame]
 def _states(reader: Reader, texts: Sequence[str]) -> Tensor:
     """Mean row of each text at each layer, its first token left out; [layer, text, d_model]."""
     sequences = [tokenize([text], reader.model)[0].tokens for text in texts]
+    # The first token's massive norm would make all means alike.
+    reducer = Reducer("mean", "after_first")
+    held = reader.capture(sequences, Need("resid_post.*", reducer))
     n_layers = reader.model.shape.n_layers
-    states = torch.zeros(n_layers, len(texts), reader.model.shape.d_model)
-    for length in sorted({len(s) for s in sequences}):
-        mine = [i for i, s in enumerate(sequences) if len(s) == length]
-        # The first token's massive norm would make all means alike.
-        reducer = Reducer("mean", tuple(range(1, length)) if length > 1 else "all")
-        held = reader.capture([sequences[i] for i in mine], Need("resid_post.*", reducer))
-        for layer in range(n_layers):
-            states[layer, mine] = torch.cat(held.get(Address("resid_post", layer), reducer))
-    return states
+    return torch.stack([held.packed(Address("resid_post", layer), reducer) for layer in range(n_layers)])
 
 
 def compare(a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray, float]:

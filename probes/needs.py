@@ -14,7 +14,7 @@ from probes.errors import PointError, unknown
 from probes.points import POINTS, Address, expand
 
 Positions = str | tuple[int, ...]
-"""`all`, `last`, or positions (negative from the end)."""
+"""`all`, `last`, `after_first`, or positions (negative from the end)."""
 
 KINDS = ("rows", "mean", "norm", "moments", "project", "lens_ids", "lens_top")
 
@@ -89,7 +89,9 @@ class Reducer:
         """Rows kept of a sequence of `length` tokens."""
         if self.kind == "mean":
             return 1
-        return {"all": length, "last": 1}[self.positions] if isinstance(self.positions, str) else len(self.positions)
+        if isinstance(self.positions, str):
+            return {"all": length, "last": 1, "after_first": max(1, length - 1)}[self.positions]
+        return len(self.positions)
 
     @property
     def per_position(self) -> bool:

@@ -65,13 +65,17 @@ class Batch:
 
 
 def select(length: int, positions: str | tuple[int, ...]) -> Tensor:
-    """Positions of a sequence of `length` tokens named by `all`, `last` or ints (negative from the end); [n].
+    """Positions of a sequence of `length` tokens named by `all`, `last`, `after_first` or ints (negative from the end); [n].
+
+    `after_first` leaves out the first token, whose norm can dwarf the others'; a sequence of one token keeps it.
 
     Raises:
         PromptError: a position outside the sequence.
     """
     if positions == "all":
         return torch.arange(length)
+    if positions == "after_first":
+        return torch.arange(min(1, length - 1), length)
     wanted = (-1,) if positions == "last" else positions
     for position in wanted:
         if not -length <= int(position) < length:

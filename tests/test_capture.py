@@ -28,6 +28,8 @@ REDUCERS = [
     Reducer(positions="last"),
     Reducer(positions=(0, -1)),
     Reducer("mean"),
+    Reducer("mean", "after_first"),
+    Reducer(positions="after_first"),
     NORM,
     Reducer("norm", "last"),
     Reducer("moments"),

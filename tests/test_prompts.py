@@ -30,6 +30,7 @@ def test_row_index_never_names_a_pad() -> None:
     flat = batch.tokens.flatten()
     assert flat[batch.row_index()].tolist() == [4, 5, 6, 1, 2, 3]
     assert flat[batch.row_index("last")].tolist() == [4, 6, 3]
+    assert flat[batch.row_index("after_first")].tolist() == [4, 6, 2, 3]
     assert flat[batch.row_index((0, -1))].tolist() == [4, 4, 5, 6, 1, 3]
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from analyses.depth_use_blocks import Chunk, Part, chunks, left_out, on_blocks
-from analyses.depth_use_contributions import PARTS
+from analyses.depth_use.blocks import Chunk, Part, chunks, left_out, on_blocks
+from analyses.depth_use.contributions import PARTS
 from probes.capture import capture
 from probes.models.native import NativeModel
 from probes.needs import Need

@@ -11,8 +11,8 @@ import argparse
 import time
 from pathlib import Path
 
-from analyses.figures.latent_language import across_models
 from analyses.latent_language import LatentLanguage
+from analyses.latent_language.figures import across_models
 from analyses.report import write_report
 from analyses.result import Result
 from probes.models import fetch_model, load_model

@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from analyses.base import as_prompts
-from analyses.concept_datasets import load_set
+from analyses.concept_depth.datasets import load_set
 from probes.capture import capture
 from probes.linear import RELEASED, SOUND, Recipe, probe_layers
 from probes.linear_splits import check_groups, group_split

@@ -202,7 +202,7 @@ def test_edits_while_resuming_are_edits_of_the_last_position() -> None:
 
 
 def test_the_generator_makes_questions_enough() -> None:
-    from analyses.tasks_two_hop import questions, sample
+    from analyses.tasks.two_hop import questions, sample
 
     made = questions()
     assert len(made) >= 300
@@ -220,7 +220,7 @@ def test_the_generator_makes_questions_enough() -> None:
 def test_held_out_never_sees_its_own_question() -> None:
     import numpy as np
 
-    from analyses.back_patching_tables import held_out
+    from analyses.back_patching.tables import held_out
 
     # Each question is solved by a cell of its own: the oracle is 1, a cell chosen elsewhere never helps.
     assert not held_out(np.eye(5, dtype=bool), np.zeros((5, 5))).any()
@@ -231,7 +231,7 @@ def test_held_out_never_sees_its_own_question() -> None:
 
 def test_the_analysis_finds_the_planted_hop(tmp_path: object) -> None:
     from analyses.back_patching import BackPatching
-    from analyses.back_patching_grid import cells_of, mirrored
+    from analyses.back_patching.grid import cells_of, mirrored
     from probes.prompts import Prompt
     from probes.store import ActivationStore
 

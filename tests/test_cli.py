@@ -137,7 +137,7 @@ def test_an_interruption_is_said_in_a_line(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("analyses.voids.capture", interrupted)
+    monkeypatch.setattr("analyses.voids.analysis.capture", interrupted)
     assert main(["run", "voids", "--model", str(llama_folder), "--prompts", str(prompts)]) == 130
     err = capsys.readouterr().err
     assert "what was committed stays" in err
@@ -150,6 +150,6 @@ def test_a_fault_of_ours_exits_with_one(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("analyses.voids.capture", broken)
+    monkeypatch.setattr("analyses.voids.analysis.capture", broken)
     assert main(["run", "voids", "--model", str(llama_folder), "--prompts", str(prompts)]) == 1
     assert "fault of Bathyscope" in capsys.readouterr().err

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from analyses.concept_datasets import SETS, SHIPPED, get_set, load_set
-from analyses.concept_datasets_shipped import facts
+from analyses.concept_depth.datasets import SETS, SHIPPED, get_set, load_set
+from analyses.concept_depth.datasets_shipped import facts
 from probes.errors import OptionError, PromptError
 
 

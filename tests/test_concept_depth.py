@@ -15,8 +15,8 @@ from sklearn.model_selection import train_test_split
 
 from analyses.cli import main
 from analyses.concept_depth import ConceptDepth
-from analyses.concept_depth_prompts import FIELDS, labelled_sets, noisy
-from analyses.concept_depth_statistics import depth_statistics
+from analyses.concept_depth.prompts import FIELDS, labelled_sets, noisy
+from analyses.concept_depth.statistics import depth_statistics
 from analyses.result import Result
 from probes.errors import OptionError, ProbeError, PromptError
 from probes.models import weights_digest
@@ -172,7 +172,7 @@ def test_released_preset_keeps_the_row_order_and_the_released_split(model: Nativ
 def test_pooling_reads_the_row_it_names(
     model: NativeModel, store: ActivationStore, pooling: Any, position: int
 ) -> None:
-    from analyses.concept_depth_probing import layer_rows
+    from analyses.concept_depth.probing import layer_rows
     from probes.capture import capture
     from probes.needs import Need
 
@@ -187,8 +187,8 @@ def test_pooling_reads_the_row_it_names(
 
 
 def test_causal_check_is_the_projection_by_hand(model: NativeModel, store: ActivationStore) -> None:
-    from analyses.concept_depth_causal import Check, causal_table
-    from analyses.concept_depth_probing import layer_rows, probe_set, recipe_of
+    from analyses.concept_depth.causal import Check, causal_table
+    from analyses.concept_depth.probing import layer_rows, probe_set, recipe_of
     from probes.capture import capture
     from probes.progress import QUIET
 

@@ -10,10 +10,10 @@ import torch
 from tiny import PROMPTS, native
 
 from analyses.depth_use import DepthUse
-from analyses.depth_use_alignment import alignment_table
-from analyses.depth_use_columns import PerPrompt, interval, quantiles, resampled
-from analyses.depth_use_greedy import orders
-from analyses.depth_use_proxies import agreement_table, null_correlations, proxy_tables, ranked
+from analyses.depth_use.alignment import alignment_table
+from analyses.depth_use.columns import PerPrompt, interval, quantiles, resampled
+from analyses.depth_use.greedy import orders
+from analyses.depth_use.proxies import agreement_table, null_correlations, proxy_tables, ranked
 from analyses.result import Result
 from probes.capture import capture
 from probes.errors import OptionError, PointError, ProbeError, PromptError

@@ -12,13 +12,13 @@ import torch
 from families import VOCAB, make
 from tiny import native
 
-from analyses.depth_use_ablations import Study, window_error
-from analyses.depth_use_blocks import Blocks, Chunk, Part, chunks, left_out, on_blocks
-from analyses.depth_use_columns import PerPrompt
-from analyses.depth_use_contributions import PARTS, Contributions, contribution
-from analyses.depth_use_greedy import greedy_removal, mean_distance
-from analyses.depth_use_outputs import Outputs
-from analyses.depth_use_skips import (
+from analyses.depth_use.ablations import Study, window_error
+from analyses.depth_use.blocks import Blocks, Chunk, Part, chunks, left_out, on_blocks
+from analyses.depth_use.columns import PerPrompt
+from analyses.depth_use.contributions import PARTS, Contributions, contribution
+from analyses.depth_use.greedy import greedy_removal, mean_distance
+from analyses.depth_use.outputs import Outputs
+from analyses.depth_use.skips import (
     Effects,
     depth_score,
     enter,
@@ -28,8 +28,8 @@ from analyses.depth_use_skips import (
     split,
     split_positions,
 )
-from analyses.depth_use_tokens import StreamMeans, Target, erasure, integrated_gradients
-from analyses.depth_use_weights import NormScales, coarser, frozen_norms, matrices, z_share, z_share_of
+from analyses.depth_use.tokens import StreamMeans, Target, erasure, integrated_gradients
+from analyses.depth_use.weights import NormScales, coarser, frozen_norms, matrices, z_share, z_share_of
 from probes import edits
 from probes.capture import capture
 from probes.models import Model, weights_digest

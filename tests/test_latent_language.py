@@ -16,12 +16,12 @@ from fake_tokenizer import FakeTokenizer
 from families import make
 from tiny import PROMPTS, native
 
-from analyses import latent_language_tables as tabled
 from analyses.latent_language import LatentLanguage
-from analyses.latent_language_ids import prefix_free
-from analyses.latent_language_items import Item
-from analyses.latent_language_measures import area, crossover, norm_gain, token_energy
-from analyses.latent_language_read import Reader
+from analyses.latent_language import tables as tabled
+from analyses.latent_language.ids import prefix_free
+from analyses.latent_language.items import Item
+from analyses.latent_language.measures import area, crossover, norm_gain, token_energy
+from analyses.latent_language.read import Reader
 from analyses.result import Result
 from probes import lens
 from probes.capture import capture
@@ -264,9 +264,9 @@ def test_answers_are_judged_by_the_word_written(
 ) -> None:
     said = [speaking.tokenizer.id(p) for p in ("dog", '"', "h")]
     monkeypatch.setattr(
-        "analyses.latent_language_answers.respond", lambda m, s, d, *a, **k: ([tuple(said)] * len(s), 0)
+        "analyses.latent_language.answers.respond", lambda m, s, d, *a, **k: ([tuple(said)] * len(s), 0)
     )
-    monkeypatch.setattr("analyses.latent_language_answers.could_start", lambda *_: True)
+    monkeypatch.setattr("analyses.latent_language.answers.could_start", lambda *_: True)
     targets = [{"fr": ["cane"], "en": ["Dog"]}, {"fr": ["cane"], "en": ["Hund"]}]
     prompt = [PromptLine("line", "a", None, {"targets": t}) for t in targets]
     answers = (

@@ -11,12 +11,12 @@ from fake_tokenizer import FakeTokenizer
 from families import make
 
 from analyses.latent_language import LatentLanguage
-from analyses.latent_language_ids import Rule
-from analyses.latent_language_items import culture_items, unequal_length
-from analyses.latent_language_readout import beam
-from analyses.latent_language_similarity import compare, parallel_sentences
-from analyses.latent_language_swap import Directions, swap
-from analyses.latent_language_words import shipped_questions, shipped_words
+from analyses.latent_language.ids import Rule
+from analyses.latent_language.items import culture_items, unequal_length
+from analyses.latent_language.readout import beam
+from analyses.latent_language.similarity import compare, parallel_sentences
+from analyses.latent_language.swap import Directions, swap
+from analyses.latent_language.words import shipped_questions, shipped_words
 from probes import lens
 from probes.models import Model
 from probes.models.native import NativeModel

@@ -9,7 +9,7 @@ from fake_tokenizer import FIRST_BYTE, FakeByteLevel, FakeTokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analyses.latent_language_ids import (
+from analyses.latent_language.ids import (
     Rule,
     collide,
     continuation,

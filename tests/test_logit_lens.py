@@ -33,7 +33,7 @@ def test_rows_line_up_with_prompts_and_positions(
     tiny: NativeModel, store: ActivationStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = LogitLens(top_k=2).run(tiny, PROMPTS, store=store).tables
-    monkeypatch.setattr("analyses.logit_lens.CHUNK", 1)
+    monkeypatch.setattr("analyses.logit_lens.analysis.CHUNK", 1)
     parts = LogitLens(top_k=2).run(tiny, PROMPTS, store=store).tables
     order = ["layer", "prompt", "position"]
     for name, extra in (("read", []), ("top", ["rank"])):

@@ -13,7 +13,7 @@ from families import make
 from tiny import PROMPTS
 
 from analyses.voids import Voids
-from analyses.voids_trace import apply_rule
+from analyses.voids.trace import apply_rule
 from probes import lens
 from probes.capture import capture, writes_of
 from probes.edits import NormGate, RandomGate, step_size

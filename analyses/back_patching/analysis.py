@@ -1,0 +1,216 @@
+"""Back-patching: a later layer's representation put back into an earlier one, to give it the layers it came too late for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from analyses.back_patching import tables as tabulate
+from analyses.back_patching.cases import (
+    HOPS,
+    LAST,
+    Case,
+    cases_of,
+    check_ints,
+    check_text,
+    check_texts,
+    judge,
+    two_hop_prompts,
+)
+from analyses.back_patching.figures import FIGURES
+from analyses.back_patching.grid import Cell, Held, Patched, Variant, cells_of, frame, mirrored, noise_like
+from analyses.back_patching.stages import Patchscope, critical_layers, projections, resolutions, stages
+from analyses.base import Clock, PromptsLike, as_prompts, make_result
+from analyses.options import option, validate
+from analyses.result import FigureSpec, Result
+from analyses.tasks.two_hop import sample
+from probes.activations import Activations
+from probes.capture import capture
+from probes.errors import PromptError
+from probes.models.base import Model
+from probes.needs import Need
+from probes.points import Address
+from probes.progress import QUIET, Progress
+from probes.prompts import FieldCheck, Prompt
+from probes.store import ActivationStore
+
+
+@dataclass(frozen=True)
+class BackPatching:
+    """Back-patching of two-hop questions (Biran et al. 2024, "Hopping Too Late", arXiv 2406.12775)."""
+
+    task: Literal["prompts", "two_hop"] = option(
+        "prompts", "prompts: the prompt file's questions; two_hop: generated questions about countries instead."
+    )
+    pool: int = option(160, "two_hop: how many generated questions the model is first asked.", low=1)
+    questions: int = option(50, "At most this many questions get a grid, those with both hops right first.", low=1)
+    positions: tuple[Literal["t1", "t2"], ...] = option(
+        ("t1", "t2"), "Where to patch: the entity's last token, the prompt's last token."
+    )
+    cells: Literal["upper", "full"] = option("upper", "upper: source above target; full: every pair of layers.")
+    step: int = option(1, "Every how many layers a source and a target stand.", low=1)
+    include_embedding: bool = option(False, "Also patch what enters block 0, as target layer -1.")
+    rescale: bool = option(False, "Bring the source to the norm of what it replaces.")
+    mode: Literal["first_token", "generate"] = option(
+        "first_token", "How an answer is judged: by its first token, or by text in a greedy continuation."
+    )
+    max_new_tokens: int = option(10, "generate: length of a continuation.", low=1)
+    top_cells: int = option(8, "generate: cells with the likeliest answer that are written out.", low=1)
+    controls: bool = option(True, "Also patch another question's source, forwards, and noise of the same norm.")
+    stages: bool = option(True, "Also find when each stage of the answer happens.")
+    window: int = option(3, "stages: layers knocked out on either side.", low=0)
+    scope_step: int = option(5, "stages: every how many blocks the naming prompt is patched.", low=1)
+    seed: int = option(0, "Seed of the sample of questions, of noise and of intervals.")
+
+    name: ClassVar[str] = "back_patching"
+    title: ClassVar[str] = "Back-patching: hopping too late"
+    reference: ClassVar[str] = 'Biran et al. 2024, "Hopping Too Late", arXiv 2406.12775'
+    prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {
+        "answer": check_text, "answer_tokens": check_ints, "aliases": check_texts, "bridge": check_text,
+        "entity": check_text, "positions": check_ints, **dict.fromkeys(HOPS, check_text),
+    }  # fmt: skip
+    figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    def needs(self, model: Model) -> list[Need]:
+        """The last stream, which says what the model answers; sublayer outputs for the stages."""
+        points = [f"resid_post.{model.shape.n_layers - 1}"]
+        return [Need((*points, "attn_out.*", "mlp_out.*") if self.stages else tuple(points), LAST)]
+
+    def run(
+        self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
+    ) -> Result:
+        """Tables `cases`, `grid`, `summary`, `control_rates`; with stages `resolution`, `knockout`, `projection`, `stages`.
+
+        Raises:
+            PromptError: no prompt has an answer.
+        """
+        clock, store = Clock(), store or ActivationStore()
+        if self.task == "two_hop":
+            asked = two_hop_prompts(model, sample(self.pool, self.seed))
+        else:
+            asked = as_prompts(prompts, model, self.prompt_fields)
+        found, dropped = cases_of(model, asked)
+        if not found:
+            raise PromptError(f"no prompt can be patched; the first reason: {dropped[0][1]}")
+        judged = judge(model, asked, found, store, progress)
+        chosen = _chosen(judged, self.questions)
+        progress.start(len(chosen), "question")
+        held = {case.prompt: self._open(model, case) for case in chosen}
+        grids = []
+        for index, case in enumerate(chosen):
+            other = next((c for c in [*chosen[index + 1 :], *chosen[:index]] if not c.answers & case.answers), None)
+            grids.append(self._case(model, held[case.prompt], other, held[other.prompt] if other else {}))
+            progress.advance()
+        everything = pd.concat(grids, ignore_index=True)
+        activations = capture(model, [case.tokens for case in chosen], self.needs(model), store, progress=progress)
+        controls = tabulate.control_rates(everything)
+        grid = everything[everything["variant"] == "back_patch"].drop(columns="variant").reset_index(drop=True)
+        tables = {
+            "cases": _case_table(asked, judged, {case.prompt for case in chosen}),
+            "grid": grid,
+            "summary": tabulate.summary(grid, controls, self.seed),
+            "control_rates": controls,
+        }
+        if self.stages:
+            tables |= self._stages(model, chosen, held, activations)
+        counts = {
+            "prompts": len(chosen), "tokens": sum(len(case.tokens) for case in chosen), "prompts_judged": len(judged),
+            "patched_cells": len(everything), "dropped": len(dropped),
+        }  # fmt: skip
+        return make_result(self, model, asked, tables, activations, clock, self._notes(judged, dropped), counts)
+
+    def _open(self, model: Model, case: Case) -> dict[str, Held]:
+        names = [n for n in case.positions if n.split(".")[0] in self.positions] or list(case.positions)
+        return {name: Held.open(model, case, name) for name in names}
+
+    def _case(
+        self, model: Model, own: Mapping[str, Held], other: Case | None, others: Mapping[str, Held]
+    ) -> pd.DataFrame:
+        """The grid of one question at each position, and its controls."""
+        frames, cells = [], cells_of(model.shape.n_layers, self.cells, self.step, self.include_embedding)
+        wrong = other.answers if other else frozenset()
+        for name, held in own.items():
+            alone, sources = held.baseline(), held.sources()
+            baseline, started = float(alone.logprob), bool(alone.success(held.case.answers)[0])
+            tried: dict[Variant, tuple[list[Cell], Tensor]] = {"back_patch": (cells, sources)}
+            if self.controls:
+                tried["forward"] = (mirrored(cells, model.shape.n_layers), sources)
+                tried["noise"] = (cells, noise_like(sources, self.seed + held.case.prompt))
+                if name in others:
+                    tried["other_query"] = (cells, others[name].sources())
+            for variant, (where, brought) in tried.items():
+                patched = held.patch(where, brought, wrong, self.rescale)
+                success = self._success(model, held, patched, brought)
+                made = frame(model, held, variant, patched, success, baseline)
+                frames.append(made.drop_duplicates(["source_layer", "target_layer"]).assign(baseline_success=started))
+        return pd.concat(frames, ignore_index=True)
+
+    def _success(self, model: Model, held: Held, patched: Patched, sources: Tensor) -> np.ndarray:
+        if self.mode == "first_token" or not held.case.answer_texts:
+            return patched.success(held.case.answers)
+        best = patched.logprob.argsort(descending=True)[: self.top_cells]
+        cells = [patched.cells[int(i)] for i in best]
+        written = held.continue_cells(cells, sources, patched.top[best], self.max_new_tokens, self.rescale)
+        out = np.zeros(len(patched.cells), dtype=bool)
+        for i, tokens in zip(best.tolist(), written, strict=True):
+            said = str(model.tokenizer.decode(tokens)).lower()
+            out[i] = any(text.lower() in said for text in held.case.answer_texts if len(text) > 1)
+        return out
+
+    def _stages(
+        self, model: Model, cases: Sequence[Case], held: Mapping[int, Mapping[str, Held]], activations: Activations
+    ) -> dict[str, pd.DataFrame]:
+        layers = list(range(0, model.shape.n_layers, self.step))
+        resolved: list[tuple[int, str, str, str, float]] = []
+        if model.tokenizer is not None:
+            scope = Patchscope.open(model, self.scope_step)
+            resolved = [
+                row
+                for c in cases
+                for row in resolutions(scope, c, {n: h.sources() for n, h in held[c.prompt].items()}, layers)
+            ]
+        resolution = pd.DataFrame(resolved, columns=["prompt", "set", "position", "entity", "layer"])
+        knocked = []
+        if model.refusal(Address("pattern", 0)) is None:
+            knocked = [row for case in cases for row in critical_layers(model, case, layers, self.window)]
+        knockout = pd.DataFrame(knocked, columns=["prompt", "layer", "critical"]).astype({"critical": bool})
+        projection = projections(activations, cases)
+        found = stages(cases, resolution, knockout, projection)
+        return {"stages": found, "resolution": resolution, "knockout": knockout, "projection": projection}
+
+    def _notes(self, judged: Sequence[Case], dropped: Sequence[tuple[int, str]]) -> tuple[str, ...]:
+        notes = [
+            "The oracle rate takes the best of all cells per question: compare it with the controls, which have as many tries."
+        ]
+        if self.mode == "first_token":
+            notes.append("An answer counts as given when its first token is the most probable next token.")
+        if not any(set(HOPS) & set(case.verdicts) for case in judged):
+            notes.append("Questions without hops and shortcuts are sorted by their own answer alone.")
+        if dropped:
+            notes.append(f"{len(dropped)} prompts were left out; the first reason: {dropped[0][1]}")
+        return tuple(notes)
+
+
+def _chosen(cases: Sequence[Case], n: int) -> list[Case]:
+    """Incorrect and correct questions first, as they come; then others, until there are `n`."""
+    return sorted(sorted(cases, key=lambda c: c.set == "other")[:n], key=lambda c: c.prompt)
+
+
+def _case_table(prompts: Sequence[Prompt], cases: Sequence[Case], chosen: set[int]) -> pd.DataFrame:
+    rows = [
+        {
+            "prompt": case.prompt, "text": case.text, "set": case.set, "patched": case.prompt in chosen,
+            "answer": ", ".join(case.answer_texts), "bridge": prompts[case.prompt].fields.get("bridge"),
+            **{name: case.verdicts.get(name) for name in ("composition", *HOPS)},
+        }
+        for case in cases
+    ]  # fmt: skip
+    return pd.DataFrame(rows)

@@ -1,0 +1,138 @@
+"""The grid of back-patches of one prompt, and the controls that share its cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analyses.back_patching.cases import Case
+from analyses.base import token_text
+from probes import lens
+from probes.models.base import Model
+from probes.resume import ROWS, Resumable
+
+Cell = tuple[int, int]
+"""(source layer, target layer); target -1 is the embedding."""
+
+Variant = Literal["back_patch", "forward", "other_query", "noise"]
+CONTROLS: tuple[Variant, ...] = ("forward", "other_query", "noise")
+
+
+def cells_of(n_layers: int, which: str, step: int, include_embedding: bool) -> list[Cell]:
+    """Cells of the grid, every `step`-th layer: `upper` has source above target, `full` has all."""
+    sources = range(step - 1, n_layers, step)
+    targets = [*([-1] if include_embedding else []), *range(0, n_layers, step)]
+    return [(s, t) for s in sources for t in targets if which == "full" or s > t]
+
+
+def mirrored(cells: Sequence[Cell], n_layers: int) -> list[Cell]:
+    """As many forward patches, source below target, as there are back-patches; the same depths exchanged."""
+    return [(max(t, 0), s) for s, t in cells if s > t]
+
+
+@dataclass(frozen=True, eq=False)
+class Patched:
+    """What the model says at the end of a prompt under each cell."""
+
+    cells: tuple[Cell, ...]
+    top: Tensor
+    """[cells], the most probable next token."""
+    logprob: Tensor
+    """[cells], of the answer (its likeliest first token), in nats."""
+    wrong: Tensor
+    """[cells], whether the most probable token is another question's answer."""
+
+    def success(self, answers: frozenset[int]) -> np.ndarray:
+        return np.isin(self.top.numpy(), list(answers))
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A prompt held open at one of its positions."""
+
+    case: Case
+    name: str
+    base: Resumable
+
+    @classmethod
+    def open(cls, model: Model, case: Case, name: str) -> Held:
+        return cls(case, name, Resumable(model, case.tokens, case.positions[name]))
+
+    def sources(self) -> Tensor:
+        """[layer, d_model], what leaves each block at the position."""
+        return torch.stack([entering[0] for entering in self.base.entering[1:]])
+
+    def rows(self, cells: Sequence[Cell], sources: Tensor, rescale: bool) -> Tensor:
+        """What enters the block after each cell's target, [cells, suffix, d_model]."""
+        entering = torch.stack(self.base.entering)
+        hidden = entering[torch.tensor([t + 1 for _, t in cells])].clone()
+        brought = sources[torch.tensor([s for s, _ in cells])]
+        if rescale:
+            norm = hidden[:, 0].float().norm(dim=-1, keepdim=True)
+            brought = (brought.float() * norm / brought.float().norm(dim=-1, keepdim=True)).to(brought.dtype)
+        hidden[:, 0] = brought
+        return hidden
+
+    def patch(self, cells: Sequence[Cell], sources: Tensor, other: frozenset[int], rescale: bool = False) -> Patched:
+        """The prompt's next token under every cell; `other` is another question's answer."""
+        last = torch.cat([
+            self.base.resume([t + 1 for _, t in part], self.rows(part, sources, rescale)).last
+            for part in (cells[i : i + ROWS] for i in range(0, len(cells), ROWS))
+        ])  # fmt: skip
+        return self._read(cells, last, other)
+
+    def baseline(self) -> Patched:
+        """The prompt left alone, as a grid of one cell."""
+        return self._read([(0, 0)], self.base.entering[-1][-1:], frozenset())
+
+    def _read(self, cells: Sequence[Cell], last: Tensor, other: frozenset[int]) -> Patched:
+        ids = torch.tensor(sorted(self.case.answers))
+        read = lens.read(last, self.base.model.unembedding(), ids=ids, top_k=1)
+        top = read.top_ids[:, 0].cpu()
+        wrong = torch.isin(top, torch.tensor(sorted(other - self.case.answers), dtype=torch.long))
+        return Patched(tuple(cells), top, read.logprobs.amax(-1).cpu(), wrong)
+
+    def continue_cells(
+        self, cells: Sequence[Cell], sources: Tensor, first: Tensor, n: int, rescale: bool
+    ) -> list[list[int]]:
+        """Greedy continuations under some cells, their first tokens given."""
+        hidden = self.rows(cells, sources, rescale)
+        resumed = self.base.resume([t + 1 for _, t in cells], hidden, keep=True)
+        return self.base.write(resumed, first, n)
+
+
+def noise_like(sources: Tensor, seed: int) -> Tensor:
+    """Gaussian rows with the norms of `sources` [layer, d_model]."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(sources.shape, generator=generator).to(sources.device)
+    return (noise * sources.float().norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)).to(sources.dtype)
+
+
+def frame(
+    model: Model, held: Held, variant: Variant, patched: Patched, success: np.ndarray, baseline: float
+) -> pd.DataFrame:
+    """One row per cell."""
+    sources, targets = zip(*patched.cells, strict=True)
+    return pd.DataFrame(
+        {
+            "prompt": held.case.prompt,
+            "position": held.base.start,
+            "position_name": held.name,
+            "set": held.case.set,
+            "variant": variant,
+            "source_layer": sources,
+            "target_layer": targets,
+            "token_id": patched.top.numpy(),
+            "token": [token_text(model, int(token)) for token in patched.top],
+            "answer_logprob": patched.logprob.numpy(),
+            "baseline_logprob": baseline,
+            "success": success,
+            "wrong_answer": patched.wrong.numpy(),
+        }
+    )

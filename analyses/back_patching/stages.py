@@ -1,0 +1,121 @@
+"""When each stage of a two-hop answer happens: the bridge is resolved, moves, the answer is resolved, is extracted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analyses.back_patching.cases import LAST, Case
+from probes import edits, lens
+from probes.activations import Activations
+from probes.edits import KnockOut
+from probes.models.base import Model
+from probes.points import Address
+from probes.prompts import tokenize
+from probes.resume import Resumable
+
+PATCHSCOPE = "Syria: Syria\nLeonardo DiCaprio: Leonardo DiCaprio\nSamsung: Samsung\nx:"
+"""A prompt that names what stands before its last colon; the patched token is `x`."""
+
+STAGES = ("first_hop_resolved", "propagation", "second_hop_resolved", "prediction_extracted")
+
+
+@dataclass(frozen=True)
+class Patchscope:
+    """The naming prompt, held open at its placeholder."""
+
+    base: Resumable
+    targets: tuple[int, ...]
+
+    @classmethod
+    def open(cls, model: Model, step: int) -> Patchscope:
+        """With a target at every `step`-th block; the placeholder is the token before the last colon."""
+        tokens = tokenize([PATCHSCOPE], model)[0].tokens
+        return cls(Resumable(model, tokens, len(tokens) - 2), tuple(range(0, model.shape.n_layers, step)))
+
+    def names(self, sources: Tensor) -> Tensor:
+        """[layer, target], the first token of the name that the prompt gives to each source row [layer, d_model]."""
+        entering = torch.stack(self.base.entering)
+        first = [t + 1 for _ in sources for t in self.targets]
+        hidden = entering[first].clone()
+        hidden[:, 0] = sources.repeat_interleave(len(self.targets), 0)
+        last = self.base.resume(first, hidden).last
+        top = lens.read(last, self.base.model.unembedding(), top_k=1).top_ids[:, 0].cpu()
+        return top.view(len(sources), len(self.targets))
+
+
+def _earliest(hits: Tensor | np.ndarray, layers: Sequence[int]) -> float:
+    found = np.flatnonzero(np.asarray(hits, dtype=bool))
+    return float(layers[found[0]]) if len(found) else np.nan
+
+
+def resolutions(
+    scope: Patchscope, case: Case, sources: dict[str, Tensor], layers: Sequence[int]
+) -> list[tuple[int, str, str, str, float]]:
+    """(prompt, set, position, entity, earliest layer or NaN) for the bridge and the answer at each position."""
+    rows: list[tuple[int, str, str, str, float]] = []
+    for name, stream in sources.items():
+        named = scope.names(stream[list(layers)])
+        for entity, ids in (("bridge", case.bridges), ("answer", case.answers)):
+            hits = torch.isin(named, torch.tensor(sorted(ids), dtype=torch.long)).any(-1)
+            rows.append((case.prompt, case.set, name, entity, _earliest(hits, layers)))
+    return rows
+
+
+def critical_layers(model: Model, case: Case, layers: Sequence[int], half_window: int) -> list[tuple[int, int, bool]]:
+    """(prompt, layer, whether the next token changes) when the last token cannot see the entity around that layer."""
+    if "t1" not in case.positions:
+        return []
+    rows, tokens, n_layers = [], torch.tensor([case.tokens]), model.shape.n_layers
+    plain = int(edits.logits(model, tokens)[0, -1].argmax())
+    for layer in layers:
+        window = tuple(range(max(0, layer - half_window), min(n_layers, layer + half_window + 1)))
+        cut = KnockOut(window, queries=(case.positions["t2"],), keys=(case.positions["t1"],))
+        rows.append((case.prompt, layer, int(edits.logits(model, tokens, [cut])[0, -1].argmax()) != plain))
+    return rows
+
+
+def projections(activations: Activations, cases: Sequence[Case]) -> pd.DataFrame:
+    """Whether each sublayer's output at the last token, read by the unembedding, has the answer or bridge on top."""
+    model, rows = activations.model, []
+    final = torch.cat(activations.get(Address("resid_post", model.shape.n_layers - 1), LAST))
+    predicted = lens.read(final, model.unembedding(), top_k=1).top_ids[:, 0].tolist()
+    for part in ("attn_out", "mlp_out"):
+        for layer in range(model.shape.n_layers):
+            out = torch.cat(activations.get(Address(part, layer), LAST))
+            top = lens.read(out, model.unembedding(), top_k=1).top_ids[:, 0].tolist()
+            for case, token, prediction in zip(cases, top, predicted, strict=True):
+                rows.append(
+                    (case.prompt, part, layer, token in case.bridges, token in case.answers, token == prediction)
+                )
+    return pd.DataFrame(
+        rows, columns=["prompt", "part", "layer", "bridge_on_top", "answer_on_top", "prediction_on_top"]
+    )
+
+
+def stages(
+    cases: Sequence[Case], resolution: pd.DataFrame, knockout: pd.DataFrame, projection: pd.DataFrame
+) -> pd.DataFrame:
+    """prompt, set, stage, layer: NaN where a stage was never seen."""
+    rows = []
+    for case in cases:
+        resolved = resolution[resolution["prompt"] == case.prompt].set_index(["position", "entity"])["layer"]
+        read = projection[projection["prompt"] == case.prompt]
+        cut = knockout[(knockout["prompt"] == case.prompt) & knockout["critical"]]["layer"]
+        bridge = read[(read["part"] == "attn_out") & read["bridge_on_top"]]["layer"]
+        moving = [cut.min(), bridge.min(), resolved.get(("t2", "bridge"), np.nan)]
+        known = [float(m) for m in moving if m == m]
+        extracted = read[(read["part"] == "mlp_out") & read["prediction_on_top"]]["layer"]
+        values = (
+            resolved.get(("t1", "bridge"), np.nan),
+            float(np.mean(known)) if known else np.nan,
+            resolved.get(("t2", "answer"), np.nan),
+            float(extracted.min()) if len(extracted) else np.nan,
+        )
+        rows += [(case.prompt, case.set, stage, layer) for stage, layer in zip(STAGES, values, strict=True)]
+    return pd.DataFrame(rows, columns=["prompt", "set", "stage", "layer"])

@@ -1,0 +1,224 @@
+"""What happens at the end of a prompt when one component of a head is changed there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analyses.statistics import cluster_bootstrap
+from analyses.tasks.ioi import Ioi
+from probes import lens
+from probes.composition import Circuit, Heads
+from probes.models.base import Model, Write
+from probes.points import Address
+from probes.prompts import tokenize
+from probes.resume import Resumable
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """One edit of a head's output o at the last position: o + ((keep - 1) c + offset) v with c = o · v."""
+
+    label: str
+    component: int
+    """-1 where it is no singular component."""
+    direction: Tensor
+    """v [d_model], a unit vector inside what the head can write."""
+    keep: float = 0.0
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Names:
+    """An indirect-object prompt as the model sees it."""
+
+    held: Resumable
+    io: int
+    """Token of the name that should come next."""
+    s: int
+    io_at: int
+    s_at: int
+    """Where the subject stands first."""
+
+
+def open_prompts(model: Model, prompts: Sequence[Ioi]) -> list[Names]:
+    """Prompts run once, their last position open; those whose names are not one token each are left out."""
+    found = []
+    for prompt in prompts:
+        tokens = tokenize([prompt.text], model)[0].tokens
+        io, s = (name_token(model, name) for name in (prompt.indirect, prompt.subject))
+        spots = [
+            [i for i, token in enumerate(tokens) if token in name_forms(model, n)]
+            for n in (prompt.indirect, prompt.subject)
+        ]
+        if io is not None and s is not None and len(spots[0]) == 1 and len(spots[1]) == 2:
+            found.append(Names(Resumable(model, tokens, -1), io, s, spots[0][0], spots[1][0]))
+    return found
+
+
+def name_token(model: Model, name: str) -> int | None:
+    """The one token of a name after a space, or None."""
+    ids = model.tokenizer(" " + name, add_special_tokens=False)["input_ids"]
+    return int(ids[0]) if len(ids) == 1 else None
+
+
+def name_forms(model: Model, name: str) -> set[int]:
+    """The tokens that stand for a name inside a text or at its start."""
+    forms = (model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" " + name, name))
+    return {int(ids[0]) for ids in forms if len(ids) == 1}
+
+
+def head_factors(w_o: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """(read, write) [n, d_head] in a head's z, such that z read = o · v, and adding a multiple of write adds it of v.
+
+    Args:
+        w_o: [d_head, d_model].
+        directions: [n, d_model] inside the rows' span of `w_o`.
+    """
+    return directions @ w_o.T, directions @ torch.linalg.pinv(w_o)
+
+
+def changed_head(head: int, w_o: Tensor, changes: Sequence[Change]) -> Write:
+    """A write of z [rows, pos, head, d_head] at the last position, one row per change."""
+    read, write = head_factors(w_o, torch.stack([c.direction for c in changes]))
+    keep, offset = (torch.tensor([getattr(c, name) for c in changes]) for name in ("keep", "offset"))
+
+    def edit(z: Tensor) -> Tensor:
+        out, mine = z.clone(), z[:, -1, head].float()
+        r, w = read.to(mine), write.to(mine)
+        amount = (keep.to(mine) - 1) * (mine * r).sum(-1) + offset.to(mine)
+        out[:, -1, head] = (mine + amount[:, None] * w).to(z.dtype)
+        return out
+
+    return edit
+
+
+def whole_head(head: int, values: Tensor | None) -> Write:
+    """The head's z at the last position becomes zero, or given values [d_head]."""
+
+    def edit(z: Tensor) -> Tensor:
+        out = z.clone()
+        out[:, -1, head] = 0 if values is None else values.to(z)
+        return out
+
+    return edit
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What was measured at the end of one prompt, one entry per change."""
+
+    attention: Tensor
+    """[rows, key], the target head's."""
+    logits: Tensor
+    """[rows, 2], of the indirect object and of the subject."""
+
+
+@torch.no_grad()
+def outcome(names: Names, source: int, target: tuple[int, int], write: Write, rows: int) -> Outcome:
+    """The target head's attention and the names' logits with a write of the source layer's z."""
+    seen: list[Tensor] = []
+    at = Address("pattern", target[0])
+
+    def keep(pattern: Tensor) -> None:
+        seen.append(pattern[:, target[1], -1].clone())
+
+    last = names.held.edited(source, rows, {Address("z", source): write}, {at: keep})
+    unembedding = names.held.model.unembedding()
+    hidden = lens.normalized(last, unembedding)
+    logits = lens.token_logits(hidden, unembedding, torch.tensor([names.io, names.s]))
+    return Outcome(seen[0].cpu(), logits.cpu())
+
+
+def measures(names: Names, found: Outcome, base: Outcome) -> dict[str, Tensor]:
+    """Per row: `attention_change` (total variation distance of the last position's attention from the unedited one),
+    `inhibition` (attention to the indirect object minus to the subject's first mention), `logit_difference` (IO - S).
+    """
+    change = (found.attention - base.attention).abs().sum(-1) / 2
+    inhibition = found.attention[:, names.io_at] - found.attention[:, names.s_at]
+    return {
+        "attention_change": change,
+        "inhibition": inhibition,
+        "logit_difference": found.logits[:, 0] - found.logits[:, 1],
+    }
+
+
+def standard_changes(
+    source: Circuit, component: int, random_directions: int, alphas: Sequence[float], seed: int
+) -> list[Change]:
+    """Zero every component; random directions of the head's span; a sweep of the chosen component's size."""
+    write = source.svd[2]
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.nn.functional.normalize(
+        torch.randn(random_directions, len(write), generator=generator) @ write, dim=-1
+    )
+    changes = [Change("zero", i, v) for i, v in enumerate(write)]
+    changes += [Change("random_direction", -1, v) for v in mixed]
+    return changes + [Change(f"scale:{alpha:g}", component, write[component], keep=alpha) for alpha in alphas]
+
+
+def pair_effects(
+    prompts: Sequence[Names], heads: Heads, pair: pd.Series, changes: Sequence[Change], seed: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(effect of every change and of whole-head ablations, per prompt; coefficient of each component, per prompt)."""
+    layer, head = int(pair["source_layer"]), int(pair["source_head"])
+    target = (int(pair["target_layer"]), int(pair["target_head"]))
+    w_o, circuit = heads.w_o[layer, head], Circuit(heads.w_v[layer, head], heads.w_o[layer, head])
+    values = [head_output(names.held, layer, head) for names in prompts]
+    mean = torch.stack(values).mean(0)
+    rows, coefficients = [], []
+    for index, names in enumerate(prompts):
+        base = outcome(names, layer, target, lambda z: z, 1)
+        made = {"edit": outcome(names, layer, target, changed_head(head, w_o, changes), len(changes)),
+                "head_zero": outcome(names, layer, target, whole_head(head, None), 1),
+                "head_mean": outcome(names, layer, target, whole_head(head, mean), 1)}  # fmt: skip
+        before = {k: float(v[0]) for k, v in measures(names, base, base).items()}
+        for name, found in made.items():
+            after = measures(names, found, base)
+            labels = [(c.label, c.component) for c in changes] if name == "edit" else [(name, -1)]
+            for row, (label, component) in enumerate(labels):
+                rows += [
+                    (index, label, component, row, metric, before[metric], float(v[row])) for metric, v in after.items()
+                ]
+        c = (values[index] @ w_o) @ circuit.svd[2].T
+        coefficients += [(index, i, float(x)) for i, x in enumerate(c)]
+    effects = pd.DataFrame(rows, columns=["prompt", "edit", "component", "row", "metric", "before", "after"])
+    return effects, pd.DataFrame(coefficients, columns=["prompt", "component", "coefficient"])
+
+
+def head_output(held: Resumable, layer: int, head: int) -> Tensor:
+    """A head's z [d_head] at the last position, float32."""
+    seen: list[Tensor] = []
+    held.edited(layer, 1, {}, {Address("z", layer): lambda z: seen.append(z[0, -1, head].float().cpu().clone())})
+    return seen[0]
+
+
+def effect_table(effects: pd.DataFrame, pair: pd.Series, names: Sequence[str], seed: int) -> pd.DataFrame:
+    """Means over prompts with intervals, one row per change and metric."""
+    rows = []
+    for (edit, component, row, metric), group in effects.groupby(["edit", "component", "row", "metric"], sort=False):
+        interval = cluster_bootstrap(group["after"] - group["before"], group["prompt"], seed=seed)
+        rows.append(
+            {
+                **{name: pair[name] for name in names}, "component": component, "edit": edit, "row": row, "metric": metric,
+                "before": group["before"].mean(), "after": group["after"].mean(), "change": interval.mean[0],
+                "ci_low": interval.low[0], "ci_high": interval.high[0], "n": len(group),
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def beaten(table: pd.DataFrame, component: int, metric: str = "attention_change") -> dict[str, float]:
+    """Shares of the head's other components, and of random directions in its span, that change the metric less."""
+    mine = table[table["metric"] == metric]
+    zero = mine[mine["edit"] == "zero"].set_index("component")["change"].abs()
+    others, random = zero.drop(component), mine[mine["edit"] == "random_direction"]["change"].abs()
+    return {
+        "components": float(np.mean(others < zero[component])),
+        "directions": float(np.mean(random < zero[component])),
+    }

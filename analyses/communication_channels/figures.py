@@ -1,0 +1,220 @@
+"""Figures of the communication-channels analysis."""
+
+from __future__ import annotations
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from analyses.result import FigureSpec, Tables
+from analyses.theme import COLOURS, SCALE, band, finish
+
+PAIR = ["kind", "source_layer", "source_head", "target_layer", "target_head"]
+KIND = {"q": "into queries", "k": "into keys", "v": "into values"}
+
+
+def _name(pair: pd.Series) -> str:
+    return f"{pair['source_layer']}.{pair['source_head']} → {pair['target_layer']}.{pair['target_head']} ({pair['kind'].upper()})"
+
+
+def pair_heatmap(tables: Tables) -> go.Figure:
+    """The strongest component of any pair between two layers, per kind."""
+    table = tables["composition"]
+    kinds = list(dict.fromkeys(table["kind"]))
+    figure = make_subplots(rows=1, cols=len(kinds), subplot_titles=[KIND[k] for k in kinds], shared_yaxes=True)
+    top = float(table["z"].quantile(0.9995))
+    for column, kind in enumerate(kinds, 1):
+        mine = table[table["kind"] == kind]
+        best = mine.loc[mine.groupby(["source_layer", "target_layer"])["z"].idxmax()]
+        z = best.pivot(index="target_layer", columns="source_layer", values="z")
+        best = best.assign(
+            label=[f"{_name(row)}: z {row['z']:.1f}, CS {row['component_score']:.3f}" for _, row in best.iterrows()]
+        )
+        label = best.pivot(index="target_layer", columns="source_layer", values="label")
+        figure.add_heatmap(
+            x=z.columns, y=z.index, z=z.to_numpy(), text=label.to_numpy(), colorscale=SCALE, zmin=3, zmax=max(top, 6),
+            showscale=column == len(kinds), colorbar={"title": "robust z"}, hovertemplate="%{text}<extra></extra>",
+            row=1, col=column,
+        )  # fmt: skip
+    finish(figure, x="layer of the writing head", y="", height=440)
+    figure.update_yaxes(title="layer of the reading head", row=1, col=1)
+    figure.update_layout(margin_t=60)
+    return figure
+
+
+def component_bars(tables: Tables) -> go.Figure:
+    """Every component of the strongest pairs, over the null."""
+    components = tables["components"]
+    groups = [(_name(group.iloc[0]), group) for _, group in components.groupby(PAIR, sort=False)]
+    edited = {_name(row) for _, row in tables["rank"].iterrows()} if "rank" in tables else set()
+    groups = sorted(groups, key=lambda item: item[0] not in edited)[:4]
+    figure = make_subplots(rows=len(groups), cols=1, subplot_titles=[name for name, _ in groups], vertical_spacing=0.09)
+    for row, (_, group) in enumerate(groups, 1):
+        colours = [COLOURS[1] if z == group["z"].max() else COLOURS[0] for z in group["z"]]
+        figure.add_bar(
+            x=group["component"], y=group["score"], marker_color=colours, showlegend=False,
+            customdata=group[["z", "energy_share", "q_value"]],
+            hovertemplate="component %{x}: CS %{y:.3f}, z %{customdata[0]:.1f}, share of energy %{customdata[1]:.3f}, "
+            "q %{customdata[2]:.1e}<extra></extra>", row=row, col=1,
+        )  # fmt: skip
+        first = group.iloc[0]
+        low = max(0.0, 2 * first["null_mean"] - first["null_high"])
+        figure.add_hrect(y0=low, y1=first["null_high"], fillcolor="grey", opacity=0.25, line_width=0, row=row, col=1)
+        figure.add_hline(y=first["pair_score"], line_dash="dot", line_color=COLOURS[2], line_width=1.5, row=row, col=1)
+    finish(figure, x="", y="CS", height=150 * len(groups) + 90)
+    figure.update_xaxes(title="singular component of the writing head", row=len(groups), col=1)
+    return figure
+
+
+def score_against_effect(tables: Tables) -> go.Figure:
+    """Each component's score from weights against how much zeroing it changes the reading head's attention."""
+    edits = tables["edits"]
+    zero = edits[(edits["edit"] == "zero") & (edits["metric"] == "attention_change")]
+    joined = zero.merge(tables["components"][[*PAIR, "component", "score"]], on=[*PAIR, "component"])
+    groups = list(joined.groupby(PAIR, sort=False))
+    titles = [f"{_name(g.iloc[0])}: Spearman {g['score'].corr(g['change'], method='spearman'):.2f}" for _, g in groups]
+    figure = make_subplots(rows=1, cols=len(groups), subplot_titles=titles, horizontal_spacing=0.12)
+    for column, (_, group) in enumerate(groups, 1):
+        strongest = group["score"] == group["score"].max()
+        figure.add_scatter(
+            x=group["score"], y=group["change"], mode="markers", text=group["component"], showlegend=False,
+            marker={"color": [COLOURS[1] if s else COLOURS[0] for s in strongest], "size": 7},
+            error_y={"type": "data", "array": group["ci_high"] - group["change"],
+                     "arrayminus": group["change"] - group["ci_low"], "thickness": 1, "width": 0},
+            hovertemplate="component %{text}: CS %{x:.3f}, change %{y:.4f}<extra></extra>", row=1, col=column,
+        )  # fmt: skip
+    finish(figure, x="component score CS", y="change of attention (total variation)")
+    figure.update_yaxes(title="", col=2)
+    figure.update_layout(margin_t=60)
+    return figure
+
+
+def alpha_sweep(tables: Tables) -> go.Figure:
+    """The reading head's attention and the logit difference as the component is scaled."""
+    edits = tables["edits"]
+    chosen = edits.merge(tables["rank"][[*PAIR, "component"]], on=[*PAIR, "component"])
+    sweep = chosen[chosen["edit"].str.startswith("scale:") | (chosen["edit"] == "zero")].copy()
+    sweep["alpha"] = [0.0 if e == "zero" else float(e.split(":")[1]) for e in sweep["edit"]]
+    metrics = (("inhibition", "attention to IO minus S"), ("logit_difference", "logit of IO minus S"))
+    figure = make_subplots(rows=1, cols=2, subplot_titles=[title for _, title in metrics], horizontal_spacing=0.12)
+    for column, (metric, _) in enumerate(metrics, 1):
+        for colour, (_, group) in zip(
+            COLOURS, sweep[sweep["metric"] == metric].groupby(PAIR, sort=False), strict=False
+        ):
+            one = group.iloc[:1].assign(alpha=1.0, change=0.0, ci_low=0.0, ci_high=0.0)
+            group = pd.concat([group, one]).sort_values("alpha")
+            x, base = group["alpha"].tolist(), group["before"]
+            with_band = {"x": x, "low": (base + group["ci_low"]).tolist(), "high": (base + group["ci_high"]).tolist()}
+            _band(figure, with_band, colour, column)
+            figure.add_scatter(
+                x=x, y=base + group["change"], mode="lines+markers", line={"color": colour}, name=_name(group.iloc[0]),
+                legendgroup=_name(group.iloc[0]), showlegend=column == 1, row=1, col=column,
+            )  # fmt: skip
+    finish(figure, x="factor alpha of the component (1: as it is)", y="")
+    figure.update_layout(margin_t=90, legend_y=1.1)
+    return figure
+
+
+def _band(figure: go.Figure, values: dict[str, list[float]], colour: str, column: int) -> None:
+    part = go.Figure()
+    band(part, values["x"], values["low"], values["high"], colour)
+    for trace in part.data:
+        figure.add_trace(trace, row=1, col=column)
+
+
+def laundry(tables: Tables) -> go.Figure:
+    """Accuracy on lists against their length."""
+    table = tables["laundry"]
+    figure = go.Figure()
+    styles = {"plain": "solid", "weight edit": "solid", "held out, channel": "dash", "oracle, channel": "dot",
+              "held out, random": "dash", "oracle, random": "dot"}  # fmt: skip
+    colours = {
+        "plain": 6,
+        "weight edit": 2,
+        "held out, channel": 1,
+        "oracle, channel": 1,
+        "held out, random": 0,
+        "oracle, random": 0,
+    }
+    for variant, dash in styles.items():
+        mine = table[(table["variant"] == variant) & (table["scoring"] == "items")].dropna(subset=["accuracy"])
+        figure.add_scatter(
+            x=mine["n_items"], y=mine["accuracy"], name=variant, mode="lines+markers",
+            line={"color": COLOURS[colours[variant]], "dash": dash},
+            error_y={"type": "data", "array": mine["ci_high"] - mine["accuracy"],
+                     "arrayminus": mine["accuracy"] - mine["ci_low"], "thickness": 1, "width": 2},
+        )  # fmt: skip
+    lengths = sorted(set(table["n_items"]))
+    figure.add_scatter(
+        x=lengths,
+        y=[1 / n for n in lengths],
+        mode="lines",
+        name="chance",
+        line={"color": "grey", "dash": "longdash", "width": 1},
+    )
+    finish(figure, x="items in the list", y="accuracy among the list's items")
+    figure.update_yaxes(range=[0, 1.03], tickformat=".0%")
+    figure.update_xaxes(tickvals=lengths)
+    return figure
+
+
+def steering(tables: Tables) -> go.Figure:
+    """The item chosen at each point of the three-dimensional grid, for the longest list."""
+    table = tables["steering"]
+    mine = table[table["n_items"] == table["n_items"].max()]
+    figure = go.Figure()
+    figure.add_scatter3d(
+        x=mine["beta_1"], y=mine["beta_2"], z=mine["beta_3"], mode="markers",
+        marker={"color": mine["item"], "colorscale": SCALE, "size": 6 + 10 * mine["share"], "cmin": 0,
+                "cmax": int(mine["n_items"].iloc[0]) - 1, "colorbar": {"title": "item"}},
+        text=[f"item {i} in {s:.0%} of the lists" for i, s in zip(mine["item"], mine["share"], strict=True)],
+        hovertemplate="%{text}<extra></extra>",
+    )  # fmt: skip
+    finish(figure, x="", y="", height=520)
+    axes = {f"{axis}axis": {"title": f"coefficient {i}"} for i, axis in enumerate("xyz", 1)}
+    figure.update_layout(scene={**axes, "camera": {"eye": {"x": 1.5, "y": 1.5, "z": 0.9}}}, margin={"t": 10, "b": 10})
+    return figure
+
+
+FIGURES = {
+    "pairs": FigureSpec(
+        "Which layers talk to which",
+        "For every pair of layers, the pair of heads with the most outstanding component. A writing head's output matrix is split into singular components; "
+        "the colour is the robust z of the best one's composition score among its own head's components. Hover for the heads. From weights alone.",
+        pair_heatmap,
+    ),
+    "components": FigureSpec(
+        "Component scores of the strongest pairs",
+        "One bar is one singular component of the writing head: how much of its write direction the reading head's matrix passes on. The grey band is three "
+        "standard deviations around what a random direction scores; the dotted line is the score of the whole head, in which one component is averaged away.",
+        component_bars,
+    ),
+    "effect": FigureSpec(
+        "Scores from weights against measured effect",
+        "Each point is one component of the writing head, set to zero at the last token of generated indirect-object prompts. Upwards: how far the reading "
+        "head's attention at that token moves (total variation distance), with 95 % intervals over prompts. Orange: the component the scan names.",
+        score_against_effect,
+        lambda tables: "edits" in tables,
+    ),
+    "alpha": FigureSpec(
+        "Scaling a channel",
+        "The scan's component is multiplied by alpha at the last token. Left: the reading head's attention to the right name (IO) minus the repeated one (S). "
+        "Right: the model's logit difference. Bands are 95 % intervals of the change, over prompts.",
+        alpha_sweep,
+        lambda tables: "edits" in tables,
+    ),
+    "laundry": FigureSpec(
+        "Recall from lists",
+        "Which of N items was not used up, by the largest logit among the items. `Weight edit` removes the first channel from the weights. Steering sets three "
+        "coefficients at the last token: `held out` uses, for each place of the answer, the grid point that was best on other lists; `oracle` counts a list when any "
+        "point is right, and so grows with the grid. `Random` steers random directions of the same heads. Whiskers are 95 % Wilson intervals.",
+        laundry,
+        lambda tables: "laundry" in tables,
+    ),
+    "steering": FigureSpec(
+        "The steered space",
+        "Each point is one setting of the three coefficients; its colour is the place in the list of the item chosen most often there, its size how often. Longest lists only.",
+        steering,
+        lambda tables: "steering" in tables,
+    ),
+}

@@ -1,0 +1,157 @@
+"""Whether the model uses what a probe reads: the probe's direction is projected out, and the answer read again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analyses.concept_depth.probing import Probed
+from analyses.statistics import cluster_bootstrap
+from probes import lens
+from probes.capture import capture
+from probes.edits import Edit, project_out
+from probes.models.base import Model
+from probes.needs import Need, Reducer
+from probes.points import Address
+from probes.progress import Progress
+from probes.prompts import Prompt
+from probes.store import ActivationStore
+
+LAST = Reducer(positions="last")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the model says after some prompts."""
+
+    final: Tensor
+    """[prompts, d_model], the last stream at the last position."""
+    answers: Tensor
+    """[prompts, 2], log-probabilities of the answers of label 0 and label 1; empty where there are none."""
+    forwards: int
+
+
+@dataclass(frozen=True)
+class Check:
+    """The prompts and settings of one causal check."""
+
+    model: Model
+    store: ActivationStore
+    probed: Probed
+    representation: str
+    positions: Any
+    """Positions at which the direction is removed: those the probe reads."""
+    n_prompts: int
+    n_layers: int
+    seed: int
+
+    @property
+    def chosen(self) -> list[int]:
+        """Test prompts of the probe's first seed, half of each class, in a drawn order."""
+        first = self.probed.layers[0]
+        mine = first.seed == first.seed[0]
+        rows, labels = first.row[mine], first.label[mine]
+        rng = np.random.default_rng(self.seed)
+        per_class = [rng.permutation(rows[labels == label])[: max(1, self.n_prompts // 2)] for label in (0, 1)]
+        return sorted(int(row) for rows in per_class for row in rows)
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers spread evenly over depth, and the one where the probe is best."""
+        n = len(self.probed.layers)
+        spread = np.linspace(0, n - 1, min(self.n_layers, n) + 2)[1:-1].round().astype(int).tolist()
+        return sorted({*spread, int(self.probed.curve.argmax())})
+
+
+def answer_ids(model: Model, answers: tuple[str, str] | None) -> list[int] | None:
+    """First tokens of the two answers; None without answers, without a tokenizer, or where they start alike."""
+    if answers is None or model.tokenizer is None:
+        return None
+    ids = [int(model.tokenizer(text, add_special_tokens=False)["input_ids"][0]) for text in answers]
+    return ids if ids[0] != ids[1] else None
+
+
+def read_answers(check: Check, prompts: Sequence[Prompt], ids: list[int] | None, edits: Sequence[Edit] = ()) -> Reading:
+    """The last stream and the answers' log-probabilities, under the edits."""
+    model = check.model
+    address = Address("resid_post", model.shape.n_layers - 1)
+    sequences = [prompt.tokens for prompt in prompts]
+    found = capture(model, sequences, [Need(str(address), LAST)], check.store, edits=edits)
+    final = found.packed(address, LAST).float()
+    empty = final.new_zeros(len(final), 0)
+    wanted = lens.read(final, model.unembedding(), ids=torch.tensor(ids)).logprobs.cpu() if ids else empty
+    return Reading(final, wanted, found.done.forwards)
+
+
+def causal_table(check: Check, rows_of: Callable[[int], np.ndarray], progress: Progress) -> tuple[pd.DataFrame, int]:
+    """Effect of removing the probe's direction and a random one, by layer; and the forwards it took.
+
+    `margin_change` is the change of log p(right answer) - log p(wrong answer), in nats; `kl` the divergence of the next
+    token's distribution from the unedited one; `answer_accuracy` the share of prompts whose right answer is the more
+    probable. The random direction is drawn with the rows' own covariance, so that it removes about as much of them.
+
+    Args:
+        rows_of: layer -> rows [prompts, d_model] of the whole data set.
+    """
+    data, chosen = check.probed.data, check.chosen
+    prompts = [data.prompts[i] for i in chosen]
+    labels = torch.tensor([data.labels[i] for i in chosen])
+    groups = np.asarray(data.groups)[chosen]
+    ids = answer_ids(check.model, data.answers)
+    progress.start(2 * len(check.layers) * len(prompts), f"forward with a direction removed, {data.name}")
+    plain = read_answers(check, prompts, ids)
+    forwards, found = plain.forwards, []
+    for layer in check.layers:
+        for name, direction in _directions(check, layer, rows_of(layer)).items():
+            edit = project_out(Address(check.representation, layer), direction[None], positions=check.positions)
+            edited = read_answers(check, prompts, ids, [edit])
+            progress.advance(len(prompts))
+            forwards += edited.forwards
+            row = {**check.probed.key, "layer": layer, "direction": name, "n": len(prompts)}
+            found.append({**row, **_effect(check, plain, edited, labels, groups)})
+    return pd.DataFrame(found), forwards
+
+
+def _directions(check: Check, layer: int, rows: np.ndarray) -> dict[str, Tensor]:
+    generator = np.random.default_rng((check.seed, layer))
+    centred = rows - rows.mean(axis=0)
+    drawn = generator.normal(size=len(rows)) @ centred
+    if not np.linalg.norm(drawn):
+        drawn = generator.normal(size=rows.shape[1])
+    probe = check.probed.layers[layer].probes[0].weight
+    return {
+        "probe": torch.from_numpy(np.asarray(probe, np.float32)),
+        "random": torch.from_numpy(drawn.astype(np.float32)),
+    }
+
+
+def _effect(check: Check, plain: Reading, edited: Reading, labels: Tensor, groups: np.ndarray) -> dict[str, float]:
+    kl = lens.read(edited.final, check.model.unembedding(), reference=plain.final).kl.cpu().numpy()
+    columns = [kl, *np.full((4, len(kl)), np.nan)]
+    if plain.answers.shape[1]:
+        margins = [_margin(reading.answers, labels) for reading in (plain, edited)]
+        columns[1:] = [margins[0], margins[1] - margins[0], margins[0] > 0, margins[1] > 0]
+    interval = cluster_bootstrap(np.stack(columns, axis=1), groups, seed=check.seed)
+    return {
+        "kl": interval.mean[0],
+        "kl_low": interval.low[0],
+        "kl_high": interval.high[0],
+        "margin": interval.mean[1],
+        "margin_change": interval.mean[2],
+        "ci_low": interval.low[2],
+        "ci_high": interval.high[2],
+        "answer_accuracy": interval.mean[3],
+        "answer_accuracy_edited": interval.mean[4],
+    }
+
+
+def _margin(answers: Tensor, labels: Tensor) -> np.ndarray:
+    right = answers.gather(1, labels[:, None])[:, 0]
+    wrong = answers.gather(1, 1 - labels[:, None])[:, 0]
+    return np.asarray((right - wrong).numpy(), dtype=np.float64)

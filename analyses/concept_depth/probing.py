@@ -1,0 +1,145 @@
+"""Probes of every layer on one data set, and the tables they make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from analyses.concept_depth.prompts import LabelledSet
+from analyses.concept_depth.statistics import depth_row
+from analyses.statistics import RESAMPLES, cluster_bootstrap, cluster_means
+from probes.activations import Activations
+from probes.errors import ProbeError
+from probes.linear import RELEASED, SOUND, Evaluation, Kind, Recipe, probe_layers
+from probes.needs import Reducer
+from probes.points import Address
+
+Variant = Literal["plain", "text_noise", "int8", "int4"]
+Preset = Literal["sound", "released"]
+
+
+@dataclass(frozen=True)
+class Probed:
+    """The evaluations of one data set under one variant by one kind of probe, a layer each."""
+
+    data: LabelledSet
+    variant: Variant
+    kind: Kind
+    layers: tuple[Evaluation, ...]
+
+    @property
+    def key(self) -> dict[str, str]:
+        """The columns that name it."""
+        return {"dataset": self.data.name, "variant": self.variant, "probe": self.kind}
+
+    @property
+    def test_groups(self) -> NDArray[Any]:
+        """The group of each test row, [tests]; rows, seeds and groups are the same at every layer."""
+        return np.asarray(self.data.groups)[self.layers[0].row]
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of always giving the training part's majority class."""
+        return float(self.layers[0].majority.mean())
+
+    @property
+    def curve(self) -> NDArray[np.float64]:
+        """Accuracy by layer."""
+        return np.array([evaluation.accuracy for evaluation in self.layers])
+
+
+def recipe_of(preset: Preset, kind: Kind, splits: int, seed: int) -> Recipe:
+    """The recipe of a preset; the released one has its own split and seed."""
+    if preset == "released":
+        return replace(RELEASED, kind=kind)
+    return replace(SOUND, kind=kind, seeds=tuple(range(seed, seed + splits)))
+
+
+def layer_rows(
+    activations: Activations, data: LabelledSet, representation: str, reducer: Reducer, layer: int
+) -> NDArray[np.float32]:
+    """The rows [prompts, d_model] of one layer."""
+    rows = activations.get(Address(representation, layer), reducer)
+    return np.stack([rows[i][0].float().numpy() for i in data.index])
+
+
+def probe_set(
+    activations: Activations,
+    data: LabelledSet,
+    variant: Variant,
+    recipe: Recipe,
+    representation: str,
+    reducer: Reducer,
+    jobs: int,
+) -> Probed:
+    """Probes of every layer.
+
+    Raises:
+        ProbeError: labels, groups or rows that cannot be probed; names the data set.
+    """
+    n_layers = activations.model.shape.n_layers
+    rows = (layer_rows(activations, data, representation, reducer, layer) for layer in range(n_layers))
+    try:
+        found = tuple(probe_layers(rows, data.labels, groups=data.groups, recipe=recipe, jobs=jobs or None))
+    except ProbeError as error:
+        raise ProbeError(f"data set {data.name!r}: {error}") from None
+    return Probed(data, variant, recipe.kind, found)
+
+
+def scores_table(probed: list[Probed], seed: int) -> pd.DataFrame:
+    """A row per data set, variant, probe and layer."""
+    return pd.DataFrame([row for one in probed for row in _scores(one, seed)])
+
+
+def _scores(one: Probed, seed: int) -> Iterator[dict[str, Any]]:
+    n_layers, groups = len(one.layers), one.test_groups
+    for layer, found in enumerate(one.layers):
+        columns = np.stack([found.correct, found.shuffled, found.grouped, found.correct - found.grouped], axis=1)
+        interval = cluster_bootstrap(columns, groups, seed=seed)
+        ones, n = int(found.label[found.seed == found.seed[0]].sum()), int((found.seed == found.seed[0]).sum())
+        yield {
+            **one.key,
+            "layer": layer,
+            "depth": layer / n_layers,
+            "accuracy": found.accuracy,
+            "f1": found.f1,
+            "auc": found.auc,
+            "ci_low": interval.low[0],
+            "ci_high": interval.high[0],
+            "control_accuracy": interval.mean[1],
+            "control_low": interval.low[1],
+            "control_high": interval.high[1],
+            "group_control_accuracy": interval.mean[2],
+            "selectivity": interval.mean[3],
+            "selectivity_low": interval.low[3],
+            "selectivity_high": interval.high[3],
+            "majority": one.chance,
+            "auc_null_half_width": 1.96 * np.sqrt((n + 1) / (12 * ones * (n - ones))),
+            "n_train": found.n_train,
+            "n_test": n,
+            "n_iter": max(probe.n_iter for probe in found.probes),
+            "converged": all(probe.converged for probe in found.probes),
+            "cost": float(np.median([probe.cost for probe in found.probes])),
+        }
+
+
+def depths_table(probed: list[Probed], seed: int) -> pd.DataFrame:
+    """Depth statistics of each curve, with intervals from resampling the groups of the test rows."""
+    rows = []
+    for one in probed:
+        correct = np.stack([evaluation.correct for evaluation in one.layers], axis=1)
+        draws = cluster_means(correct, one.test_groups, seed=seed, resamples=RESAMPLES)
+        row = depth_row(one.curve, draws, one.chance)
+        peak = draws[:, int(one.curve.argmax())]
+        row["peak_accuracy_low"], row["peak_accuracy_high"] = np.quantile(peak, [0.025, 0.975])
+        # The best of many layers looks good by chance; the control's best layer is what it has to pass.
+        control = max(float(evaluation.shuffled.mean()) for evaluation in one.layers)
+        row |= {"majority": one.chance, "best_control_accuracy": control}
+        row["decodable"] = bool(row["peak_accuracy_low"] > max(control, one.chance))
+        rows.append({**one.key, **row})
+    return pd.DataFrame(rows)

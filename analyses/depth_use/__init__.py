@@ -1,0 +1,5 @@
+"""Depth use: what each block contributes, what later blocks and the output lose without it, and which proxy foretells that."""
+
+from analyses.depth_use.analysis import DepthUse
+
+__all__ = ["DepthUse"]

@@ -1,0 +1,109 @@
+"""The measured loss of every block left out, made coarser, frozen, or run beside its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from analyses.depth_use.blocks import Blocks, Chunk, Part
+from analyses.depth_use.columns import PerPrompt
+from analyses.depth_use.contributions import PARTS
+from analyses.depth_use.outputs import Outputs
+from analyses.depth_use.skips import Effects, enter
+from analyses.depth_use.weights import NormScales, coarser, frozen_norms
+
+Columns = Mapping[str, PerPrompt]
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """One chunk under study: its blocks, its clean stream, its clean predictions, and where statistics are taken."""
+
+    blocks: Blocks
+    chunk: Chunk
+    outputs: Outputs
+    counted: Tensor
+    """[batch, pos]."""
+
+    def enter_loss(self, column: PerPrompt, layer: int, final: Tensor) -> None:
+        """Enter the change of loss when `final` leaves the last block."""
+        self._enter(column, layer, self.outputs.loss(final) - self.outputs.ce)
+
+    def _enter(self, column: PerPrompt, layer: int, values: Tensor) -> None:
+        among = self.counted[self.outputs.where]
+        column.add(layer, self.outputs.prompt[among], values[among])
+
+    def removals(self, columns: Columns, effects: Mapping[Part, Effects], tick: Callable[[], None]) -> None:
+        """Every part of every block left out at all positions, restarted from the stored stream that enters it."""
+        for part in PARTS:
+            for layer in range(self.chunk.n_layers):
+                streams = self.blocks.without(self.chunk, part, layer)
+                change = self.outputs.change(streams[-1])
+                self._enter(columns[f"delta_ce_{part}"], layer, change.ce - self.outputs.ce)
+                self._enter(columns[f"jsd_{part}"], layer, change.jsd)
+                if part in effects:
+                    enter(effects[part], self.chunk, layer, streams, self.counted)
+                    among = self.counted[self.outputs.where]
+                    distance = change.probability_distance[among]
+                    effects[part].add_output(self.outputs.prompt[among], layer, distance)
+                tick()
+
+    def coarser(self, columns: Columns, bits: Collection[int], tick: Callable[[], None]) -> None:
+        """Every block alone with weights of so many bits."""
+        for layer in range(self.chunk.n_layers):
+            block = self.blocks.anatomy.component("block", layer)
+            for n in bits:
+                with coarser(block, n):
+                    passed = self.blocks.run(self.chunk.stream[layer], layer, stop=layer + 1)[-1]
+                final = self.blocks.run(passed, layer + 1)[-1]
+                self.enter_loss(columns[f"delta_ce_int{n}"], layer, final)
+            tick()
+
+    def frozen(self, columns: Columns, scales: NormScales, tick: Callable[[], None]) -> None:
+        """Every block that begins its parts with norms, alone, with norms that divide by their mean divisor."""
+        rows = (self.chunk.tokens.shape[0], self.chunk.tokens.shape[1])
+        for layer in range(self.chunk.n_layers):
+            if not (found := scales.of(layer)):
+                continue
+            with frozen_norms(self.blocks.anatomy.map.module, found, rows):
+                passed = self.blocks.run(self.chunk.stream[layer], layer, stop=layer + 1)[-1]
+            self.enter_loss(columns["delta_ce_frozen_norm"], layer, self.blocks.run(passed, layer + 1)[-1])
+            tick()
+
+    def read(self, columns: Columns) -> None:
+        """What each layer's stream predicts, against the final prediction."""
+        for layer in range(self.chunk.n_layers):
+            found = self.outputs.lens(self.chunk.stream[layer + 1])
+            self._enter(columns["lens_kl"], layer, found.kl)
+            self._enter(columns["lens_overlap"], layer, found.overlap)
+
+    def windows(self, columns: Columns, widths: Sequence[int], tick: Callable[[], None]) -> None:
+        """Blocks of a window run side by side on the stream that enters the window, their contributions added."""
+        n_layers = self.chunk.n_layers
+        for start in range(n_layers):
+            entering = self.chunk.stream[start]
+            joint = entering
+            for width in range(1, min(max(widths), n_layers - start) + 1):
+                layer = start + width - 1
+                joint = joint + self.blocks.run(entering, layer, stop=layer + 1)[-1] - entering
+                if width in widths:
+                    self._window(columns, start, width, joint)
+            tick()
+
+    def _window(self, columns: Columns, start: int, width: int, joint: Tensor) -> None:
+        found = window_error(self.chunk.stream[start], self.chunk.stream[start + width], joint)
+        prompts = self.chunk.prompt_of(self.counted)
+        for name, values in zip(("error", "cosine"), found, strict=True):
+            columns[f"parallel_{name}_{width}"].add(start, prompts, values.cpu()[self.counted])
+        self.enter_loss(columns[f"delta_ce_parallel_{width}"], start, self.blocks.run(joint, start + width)[-1])
+
+
+def window_error(entering: Tensor, leaving: Tensor, joint: Tensor) -> tuple[Tensor, Tensor]:
+    """(||leaving - joint|| / ||leaving - entering||, cosine of the two steps), each [batch, pos]."""
+    step, other = (leaving - entering).float(), (joint - entering).float()
+    size = torch.linalg.vector_norm(step, dim=-1).clamp_min(1e-6)
+    error = torch.linalg.vector_norm(step - other, dim=-1) / size
+    return error, torch.nn.functional.cosine_similarity(step, other, dim=-1)

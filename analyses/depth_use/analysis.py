@@ -1,0 +1,158 @@
+"""Depth use: what each block contributes, what later blocks and the output lose without it, and which proxy foretells that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pandas as pd
+
+from analyses.base import Clock, PromptsLike, as_prompts, make_result, token_text
+from analyses.depth_use.alignment import alignment_table
+from analyses.depth_use.blocks import Part
+from analyses.depth_use.figures import FIGURES
+from analyses.depth_use.greedy import Distance
+from analyses.depth_use.maps import check_pair, map_table
+from analyses.depth_use.study import Settings, run_study
+from analyses.depth_use.tokens import Rule, check_answer_from
+from analyses.options import option, validate
+from analyses.result import FigureSpec, Result
+from probes.activations import Activations
+from probes.capture import capture
+from probes.errors import PointError, PromptError
+from probes.models import load_model
+from probes.models.base import Model
+from probes.needs import Need
+from probes.progress import QUIET, Progress
+from probes.prompts import FieldCheck, Prompt
+from probes.store import ActivationStore
+
+
+def check_group(value: object) -> str | None:
+    """What is wrong with a `group` field, or None."""
+    return None if isinstance(value, str | int) and str(value) else "must be a text or a number that names a group"
+
+
+def check_label(value: object) -> str | None:
+    """What is wrong with a `label` field, or None."""
+    return None if not isinstance(value, bool) and value in (0, 1) else "must be 0 or 1"
+
+
+@dataclass(frozen=True)
+class DepthUse:
+    """How a model uses its depth (Csordás, Manning, Potts 2025, arXiv 2505.13898), beside the proxies of layer importance."""
+
+    parts: tuple[Part, ...] = option(
+        ("block", "attn", "mlp"), "What is left out in skip effects and attributed; removal losses cover all three."
+    )
+    split_positions: int = option(
+        4, "Positions per prompt before which a part is left out and after which effects are measured.", low=1, high=64
+    )
+    skip_prompts: int = option(10, "Prompts of the future and local skip effects; 0 leaves them out.", low=0)
+    erasure_prompts: int = option(2, "Prompts of residual erasure; 0 leaves it out.", low=0)
+    gradient_prompts: int = option(1, "Prompts of integrated gradients; 0 leaves them out.", low=0)
+    gradient_steps: int = option(32, "Steps of each integrated gradient; the paper took 256.", low=1, high=4096)
+    gradient_rule: Rule = option("midpoint", "Where in each step the gradient is taken; left is the paper's.")
+    bits: tuple[int, ...] = option((8, 4), "Widths to which each block alone is rounded.", low=2, high=16)
+    windows: tuple[int, ...] = option((2, 4), "Numbers of neighbouring blocks run side by side.", low=1, high=64)
+    greedy_steps: int = option(3, "Parts removed greedily, one after the other; 0 leaves it out.", low=0)
+    greedy_distance: Distance = option("jsd", "What the greedy removal keeps small.")
+    greedy_prompts: int = option(8, "Prompts on which the greedy removal decides.", low=1)
+    drop_blocks: int = option(6, "Blocks removed in the order of a proxy; 0 leaves the curves out.", low=0)
+    target_model: str = option(
+        "", "A model with the same tokenizer whose streams are predicted from this one's, or self."
+    )
+    map_stride: int = option(1, "Every how many source layers have maps to the target model.", low=1)
+    ridge: float = option(0.001, "Ridge of the maps, as a share of the mean variance of the source.", low=0)
+    first_token: bool = option(
+        False, "Whether a prompt's first token, whose norm is massive, counts in the statistics."
+    )
+    chat: bool = option(False, "Wrap each text as one user turn of the chat template.")
+    seed: int = option(0, "Seed of split positions, random orders and intervals.")
+
+    name: ClassVar[str] = "depth_use"
+    title: ClassVar[str] = "Depth use: contributions, skips and proxies of importance"
+    reference: ClassVar[str] = (
+        'Csordás, Manning, Potts 2025, "Do Language Models Use Their Depth Efficiently?", arXiv 2505.13898'
+    )
+    prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {
+        "answer_from": check_answer_from,
+        "group": check_group,
+        "label": check_label,
+    }
+    figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    def needs(self, model: Model) -> list[Need]:
+        """Rows of the stream entering and leaving every block, and of what attention adds."""
+        return [Need(("resid_pre.0", "resid_post.*", "attn_out.*"))]
+
+    def run(
+        self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
+    ) -> Result:
+        """Tables `proxies`, `proxy_intervals`, `agreement`, `contributions`, `skip_effect`, `output_effect`, `depth_score`,
+        `windows`, and where asked for `erasure`, `attribution`, `greedy`, `drop_curve`, `linear_maps`,
+        and with groups of prompts `alignment`.
+
+        Raises:
+            PointError: the model is not causal, its blocks do not add to the stream, or its backend keeps them to itself.
+            PromptError: no prompt has a next token to predict.
+        """
+        clock, store = Clock(), store or ActivationStore()
+        _check_model(model)
+        asked = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
+        _check_prompts(asked)
+        sequences = [prompt.tokens for prompt in asked]
+        activations = capture(model, sequences, self.needs(model), store, progress=progress)
+        tables, notes = run_study(activations, asked, self._settings, progress)
+        groups = [str(prompt.fields.get("group", "")) for prompt in asked]
+        if len(set(groups) - {""}) > 1:
+            tables["alignment"] = alignment_table(activations, groups, self.first_token, self.seed)
+        if self.target_model:
+            tables["linear_maps"] = self._maps(activations, store, progress)
+        for name in ("erasure", "attribution"):
+            if name in tables:
+                tables[name]["token"] = [token_text(model, int(token)) for token in tables[name]["token_id"]]
+        if "attribution" in tables:
+            notes.append(_completeness(tables["attribution"]))
+        return make_result(self, model, asked, tables, activations, clock, notes)
+
+    @property
+    def _settings(self) -> Settings:
+        names = Settings.__dataclass_fields__
+        return Settings(**{name: getattr(self, name) for name in names})
+
+    def _maps(self, source: Activations, store: ActivationStore, progress: Progress) -> pd.DataFrame:
+        target = source
+        if self.target_model != "self":
+            other = load_model(self.target_model)
+            check_pair(source.model, other)
+            target = capture(other, source.sequences, [Need("resid_post.*")], store, progress=progress)
+        return map_table(source, target, self.map_stride, self.ridge, self.first_token, self.seed)
+
+
+def _completeness(attribution: pd.DataFrame) -> str:
+    errors = attribution.drop_duplicates(["prompt", "part", "layer"]).set_index("layer")["completeness_error"].abs()
+    return (
+        f"integrated gradients: completeness error in probability {errors.median():.1g} at the median layer, at most "
+        f"{errors.max():.2g} (layer {errors.idxmax()}); more gradient_steps lower it"
+    )
+
+
+def _check_model(model: Model) -> None:
+    if not model.shape.causal:
+        raise PointError(f"{model.ref} reads both ways, so it has no next-token loss; depth_use needs a causal model")
+    model.unembedding()
+    names = [identity.name for identity in model.faithfulness.identities]
+    if any("norm(mlp_in + mlp_out)" in name for name in names):
+        raise PointError(
+            f"{model.ref} normalises each sum, so what a block adds is not what its stream gains; depth_use needs blocks that add"
+        )
+
+
+def _check_prompts(prompts: list[Prompt]) -> None:
+    if all(len(prompt.tokens) < 2 for prompt in prompts):
+        raise PromptError("no prompt has a second token, so there is no loss to measure; give longer prompts")

@@ -1,0 +1,267 @@
+"""Figures of depth use: contributions, skips, tokens and maps; the proxies have a file of their own."""
+
+from __future__ import annotations
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from analyses.depth_use.figures_proxies import PROXY_FIGURES
+from analyses.result import FigureSpec, Tables
+from analyses.theme import COLOURS, SCALE, finish, visible
+
+PART_NAMES = {"block": "whole block", "attn": "attention", "mlp": "MLP"}
+_VARIANT_NAMES = {
+    "current": "left out everywhere",
+    "future": "left out before a split, effect after it",
+    "local": "subtracted from one later block's input",
+}
+
+
+def contributions(tables: Tables) -> go.Figure:
+    """Relative norm and cosine of what each part adds, by layer."""
+    table = tables["contributions"]
+    table = table[table["tokens"] == ("not_first" if "not_first" in set(table["tokens"]) else "all")]
+    figure = make_subplots(
+        rows=1, cols=2, shared_yaxes=True, subplot_titles=("size, relative to the stream", "cosine with the stream")
+    )
+    for colour, (part, group) in zip(COLOURS, table.groupby("part", sort=False), strict=False):
+        for column, (value, low, high) in enumerate(
+            [("relative_norm", "ci_low", "ci_high"), ("cosine", "cosine_low", "cosine_high")], 1
+        ):
+            figure.add_scatter(
+                x=group[value], y=group["layer"], name=PART_NAMES[str(part)], mode="lines+markers",
+                line={"color": colour}, marker={"size": 5}, legendgroup=part, showlegend=column == 1,
+                error_x=_whiskers(group, value, low, high), row=1, col=column,
+            )  # fmt: skip
+    finish(figure, x="", y="layer", height=620)
+    figure.update_xaxes(title="||what is added|| / ||stream||", type="log", row=1, col=1)
+    figure.update_xaxes(
+        title="cosine (negative erases, positive amplifies)", row=1, col=2, zeroline=True, zerolinecolor="#444"
+    )
+    figure.update_yaxes(title="", row=1, col=2)
+    figure.update_layout(legend={"y": 1.06}, margin={"t": 80})
+    return figure
+
+
+def skip_maps(tables: Tables) -> go.Figure:
+    """Skipped layer by affected layer, one variant and part at a time."""
+    table = tables["skip_effect"]
+    layers = sorted(set(table["affected"]) | set(table["skipped"]))
+    figure, labels = go.Figure(), list[str]()
+    order = [(v, p) for v in ("future", "current", "local") for p in dict.fromkeys(table["part"])]
+    groups = dict(iter(table.groupby(["variant", "part"], sort=False)))
+    for key in [key for key in order if key in groups]:
+        one = groups[key][groups[key]["affected"] > groups[key]["skipped"]]
+        grids = [
+            one.pivot(index="skipped", columns="affected", values=name).reindex(index=layers, columns=layers)
+            for name in ("mean", "effect")
+        ]
+        figure.add_heatmap(
+            z=grids[0], x=layers, y=layers, customdata=grids[1], visible=not labels, zmin=0, zmax=1, colorscale=SCALE,
+            hoverongaps=False, colorbar={"title": "change", "len": 0.6},
+            hovertemplate="block %{y} left out<br>block %{x} changes by %{z:.3f} (largest %{customdata:.2f})<extra></extra>",
+        )  # fmt: skip
+        labels.append(f"{PART_NAMES[key[1]]}, {_VARIANT_NAMES[key[0]]}")
+    _menu(figure, labels)
+    finish(figure, x="later block whose contribution changes", y="block left out", height=660)
+    figure.update_layout(margin={"t": 90})
+    return figure
+
+
+def output_effect(tables: Tables) -> go.Figure:
+    """How much leaving a part out changes later predictions, and what each layer would already predict."""
+    effect, proxies = tables["output_effect"], tables["proxies"]
+    figure = make_subplots(
+        rows=1, cols=3, shared_yaxes=True,
+        subplot_titles=("change of the output", "distance to the final prediction", "top 5 shared with the final"),
+    )  # fmt: skip
+    for colour, ((variant, part), group) in zip(COLOURS, effect.groupby(["variant", "part"], sort=False), strict=False):
+        figure.add_scatter(
+            x=group["mean"], y=group["skipped"], mode="lines+markers", name=f"{PART_NAMES[str(part)]}, {variant}",
+            line={"color": colour}, marker={"size": 5}, row=1, col=1,
+        )  # fmt: skip
+    for column, name in ((2, "lens_kl"), (3, "lens_overlap")):
+        figure.add_scatter(
+            x=proxies[name], y=proxies["layer"], mode="lines+markers", showlegend=False,
+            line={"color": COLOURS[6]}, marker={"size": 5}, row=1, col=column,
+        )  # fmt: skip
+    finish(figure, x="", y="layer", height=600)
+    titles = ("distance of probabilities", "KL(layer || final), nats", "share")
+    for column, title in enumerate(titles, 1):
+        figure.update_xaxes(title=title, rangemode="tozero", row=1, col=column)
+        figure.update_yaxes(title="layer" if column == 1 else "", row=1, col=column)
+    figure.update_layout(legend={"y": 1.08}, margin={"t": 90})
+    return figure
+
+
+def depth_scores(tables: Tables) -> go.Figure:
+    """Depth score per variant, part and group of prompts, with intervals."""
+    table = tables["depth_score"][tables["depth_score"]["by"] == "mean"]
+    figure = go.Figure()
+    for colour, (group, rows) in zip(COLOURS, table.groupby("group", sort=False), strict=False):
+        keys = zip(rows["variant"], rows["part"], strict=True)
+        figure.add_scatter(
+            x=rows["score"], y=[f"{variant}, {PART_NAMES[part]}, {group}" for variant, part in keys], mode="markers",
+            marker={"color": colour, "size": 9}, error_x=_whiskers(rows, "score", "ci_low", "ci_high"),
+            name=f"{group} ({rows['prompts'].min()} to {rows['prompts'].max()} prompts)",
+        )  # fmt: skip
+    order = sorted({y for trace in figure.data for y in trace.y}, reverse=True)
+    finish(figure, x="depth score (layers)", y="", height=180 + 24 * len(order))
+    figure.update_yaxes(categoryorder="array", categoryarray=order)
+    figure.update_layout(margin={"l": 190})
+    figure.update_xaxes(rangemode="tozero")
+    return figure
+
+
+def erased_tokens(tables: Tables) -> go.Figure:
+    """Layer by token: how much erasing the token there changes later predictions; one prompt at a time."""
+    table = tables["erasure"]
+    # The last token has no later one, so its own prediction stands there.
+    table = table.assign(
+        change=table["later_change"].fillna(table["answer_change"]), menu=table["prompt"].map("prompt {}".format)
+    )
+    return _token_map(table, "change", "change of the most changed later prediction", SCALE, zmin=0)
+
+
+def attributed_tokens(tables: Tables) -> go.Figure:
+    """Layer by token: integrated gradients of the answer's probability; one prompt and part at a time."""
+    table = tables["attribution"]
+    menu = [f"prompt {i}, {PART_NAMES[p]}" for i, p in zip(table["prompt"], table["part"], strict=True)]
+    return _token_map(table.assign(menu=menu), "attribution", "attribution (probability)", "RdBu", zmid=0)
+
+
+def _token_map(table: pd.DataFrame, value: str, title: str, scale: str, **limits: float) -> go.Figure:
+    figure, labels = go.Figure(), list[str]()
+    for label, one in list(table.groupby("menu", sort=False))[:40]:
+        grid = one.pivot(index="layer", columns="position", values=value)
+        tokens = one.drop_duplicates("position").set_index("position")["token"]
+        names = [f"{position} {visible(tokens[position])}" for position in grid.columns]
+        figure.add_heatmap(
+            z=grid, x=names, y=grid.index, visible=not labels, colorscale=scale, colorbar={"title": "", "len": 0.6}, **limits,
+            hovertemplate="token %{x}<br>layer %{y}<br>" + title + " %{z:.4f}<extra></extra>",
+        )  # fmt: skip
+        labels.append(str(label))
+    _menu(figure, labels)
+    finish(figure, x="position and token", y="layer", height=600)
+    figure.update_xaxes(tickangle=-60)
+    figure.update_layout(margin={"t": 90, "b": 110})
+    return figure
+
+
+def alignment(tables: Tables) -> go.Figure:
+    """Cosines between groups by layer, beside random regroupings."""
+    table = tables["alignment"]
+    figure = make_subplots(
+        rows=1, cols=2, shared_yaxes=True, subplot_titles=("mean streams", "pairs of tokens, common mean subtracted")
+    )
+    panels = ((1, "mean_cosine", False), (2, "pair_cosine", True))
+    for colour, ((a, b), pair) in zip(COLOURS, table.groupby(["group_a", "group_b"], sort=False), strict=False):
+        for column, value, centred in panels:
+            rows = pair[pair["centred"] == centred]
+            for edge in ("_low", "_high"):
+                figure.add_scatter(
+                    x=rows[value + edge], y=rows["layer"], mode="lines", line={"color": colour, "width": 1, "dash": "dot"},
+                    name=f"{a} and {b}, 95 % of random regroupings", legendgroup=f"{a}{b}control", hoverinfo="skip",
+                    showlegend=column == 1 and edge == "_low", row=1, col=column,
+                )  # fmt: skip
+            figure.add_scatter(
+                x=rows[value], y=rows["layer"], name=f"{a} and {b}", mode="lines+markers", line={"color": colour},
+                marker={"size": 5}, legendgroup=f"{a}{b}", showlegend=column == 1, row=1, col=column,
+            )  # fmt: skip
+    finish(figure, x="cosine", y="layer", height=560)
+    figure.update_yaxes(title="", row=1, col=2)
+    figure.update_layout(legend={"y": 1.06}, margin={"t": 100})
+    return figure
+
+
+def linear_maps(tables: Tables) -> go.Figure:
+    """Source layer by target layer: error of the best affine map, and the best source of each target."""
+    table = tables["linear_maps"]
+    grid = table.pivot(index="target_layer", columns="source_layer", values="error")
+    best = grid.idxmin(axis=1)
+    figure = go.Figure()
+    figure.add_heatmap(
+        z=grid, x=grid.columns, y=grid.index, colorscale=SCALE, zmin=0, zmax=min(1.0, float(grid.to_numpy().max())),
+        colorbar={"title": "error"},
+        hovertemplate="source layer %{x}<br>target layer %{y}<br>relative error %{z:.3f}<extra></extra>",
+    )  # fmt: skip
+    figure.add_scatter(x=best, y=best.index, mode="markers", marker={"color": "white", "size": 7, "line": {"width": 1}}, name="best source layer")  # fmt: skip
+    return finish(figure, x="source layer", y="target layer", height=620)
+
+
+def _whiskers(table: pd.DataFrame, value: str, low: str, high: str) -> dict[str, object]:
+    above, below = table[high] - table[value], table[value] - table[low]
+    return {"type": "data", "array": above, "arrayminus": below, "thickness": 1, "width": 0}
+
+
+def _menu(figure: go.Figure, labels: list[str]) -> None:
+    if len(labels) < 2:
+        return
+    buttons = [
+        {"label": label, "method": "update", "args": [{"visible": [i == shown for i in range(len(labels))]}]}
+        for shown, label in enumerate(labels)
+    ]
+    figure.update_layout(updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.03, "yanchor": "bottom"}])
+
+
+FIGURES = {
+    **PROXY_FIGURES,
+    "contributions": FigureSpec(
+        "What each block adds to the stream",
+        "Left: the length of what a whole block, its attention and its MLP add, relative to the stream they add to (logarithmic). Right: the "
+        "cosine of what is added with that stream: negative erases, positive amplifies, zero writes a new direction. Means over tokens with 95 % "
+        "intervals over prompts; each prompt's first token is left out.",
+        contributions,
+    ),
+    "skip_maps": FigureSpec(
+        "Which later blocks miss a block that is left out",
+        "Row: the block (or its attention or MLP) that is left out; column: a later block. Colour: how much that later block's contribution changes, "
+        "relative to its length, as a mean over tokens and prompts (the largest is in the hover). `Before a split` leaves it out at earlier positions only and "
+        "measures later ones, so it shows what is passed between tokens; `subtracted` does not let the change propagate. Colours stop at 1.",
+        skip_maps,
+    ),
+    "output_effect": FigureSpec(
+        "When the output is decided",
+        "Left: the largest Euclidean change of a next-token distribution in a prompt when a part is left out, averaged over prompts. Middle: how far the "
+        "prediction read from each layer (final norm and unembedding) is from the final one. Right: how many of its five most probable tokens are among the final five.",
+        output_effect,
+        lambda tables: len(tables["output_effect"]) > 0,
+    ),
+    "depth_score": FigureSpec(
+        "Depth score",
+        "The centre of mass, in layers, of the effects of leaving blocks out: the larger, the deeper the blocks that later ones rely on. Whiskers are 95 % "
+        "intervals over prompts. Groups are the prompts' `group` field; overlapping intervals mean no evidence that one group uses more depth.",
+        depth_scores,
+    ),
+    "erasure": FigureSpec(
+        "Until which layer a token matters",
+        "Each cell overwrites one token's stream entering one layer by the mean stream, and shows how much the most affected later prediction changes "
+        "(Euclidean distance of probabilities; for the last token, its own prediction). Dark cells: erasing there no longer matters.",
+        erased_tokens,
+        lambda tables: "erasure" in tables,
+    ),
+    "attribution": FigureSpec(
+        "Integrated gradients of the answer",
+        "The probability of the answer, attributed to what each layer writes at each token, along a straight path from the mean over positions. Blue adds to the "
+        "answer's probability, red takes away. The table gives each layer's completeness error.",
+        attributed_tokens,
+        lambda tables: "attribution" in tables,
+    ),
+    "alignment": FigureSpec(
+        "How alike the groups' streams are",
+        "Left: the cosine between the mean streams of two groups of prompts, by layer. Right: the mean cosine of one group's tokens with the other's, after subtracting the mean "
+        "over all tokens, because streams share a large common direction. Dotted lines enclose 95 % of what prompts dealt to the groups at random give: a curve left of them "
+        "means that the groups lie in different places.",
+        alignment,
+        lambda tables: "alignment" in tables,
+    ),
+    "linear_maps": FigureSpec(
+        "Layers of one model predicted from another's",
+        "The relative error, on held-out prompts, of the best affine map from each source layer's stream to each target layer's. White dots mark the source "
+        "layer that predicts each target layer best; a straight diagonal means that both models pass through the same stages at the same relative depth. The table "
+        "also holds the training error and the error of always predicting the mean.",
+        linear_maps,
+        lambda tables: "linear_maps" in tables,
+    ),
+}

@@ -1,0 +1,181 @@
+"""What leaving out a part of a block changes in later blocks: now, for later positions, and without propagation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analyses.depth_use.blocks import Blocks, Chunk, Part
+from analyses.depth_use.columns import RESAMPLES, Array, quantiles
+from analyses.depth_use.outputs import Outputs
+
+Variant = Literal["current", "future", "local"]
+POOLED = 2**22
+"""Numbers pooled at once while resampling."""
+SPLIT_STRIDE = 8
+"""Positions that may split a prompt are multiples of this, as in the released code."""
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Relative changes of later blocks' contributions, per prompt; NaN where a block is not later or was not measured."""
+
+    mean: Array
+    """[prompt, skipped, affected], over tokens."""
+    median: Array
+    highest: Array
+    output: Array
+    """[prompt, skipped], the largest Euclidean change of a next-token distribution."""
+
+    @classmethod
+    def empty(cls, n_prompts: int, n_layers: int) -> Effects:
+        grid = (n_prompts, n_layers, n_layers)
+        mean, median, highest = (np.full(grid, np.nan) for _ in range(3))
+        return cls(mean, median, highest, np.full(grid[:2], np.nan))
+
+    def add(self, chunk: Chunk, skipped: int, affected: int, change: Tensor, where: Tensor) -> None:
+        """Enter changes [batch, pos] at the positions `where`; rows of one prompt are pooled."""
+        change = change.cpu()
+        for prompt in dict.fromkeys(chunk.prompts):
+            rows = torch.tensor([p == prompt for p in chunk.prompts])
+            values = change[rows][where[rows]]
+            if len(values):
+                self.mean[prompt, skipped, affected] = float(values.mean())
+                self.median[prompt, skipped, affected] = float(values.median())
+                self.highest[prompt, skipped, affected] = float(values.max())
+
+    def add_output(self, prompts: Tensor, skipped: int, distance: Tensor) -> None:
+        """Enter distances [n] of next-token distributions of tokens of `prompts` [n]."""
+        for prompt in dict.fromkeys(prompts.tolist()):
+            self.output[prompt, skipped] = float(distance[prompts == prompt].max())
+
+
+def relative_change(chunk: Chunk, layer: int, before: Tensor, after: Tensor) -> Tensor:
+    """||c - c'|| / ||c|| per token [batch, pos], with c the clean contribution of block `layer`, c' = after - before."""
+    clean = chunk.added("block", layer).float()
+    size = torch.linalg.vector_norm(clean, dim=-1).clamp_min(1e-6)
+    return torch.linalg.vector_norm(clean - (after - before).float(), dim=-1) / size
+
+
+def enter(effects: Effects, chunk: Chunk, skipped: int, streams: Sequence[Tensor], where: Tensor) -> None:
+    """Enter the effects of a run that started at block `skipped` into `effects`."""
+    for offset, (before, after) in enumerate(pairwise(streams)):
+        layer = skipped + offset
+        effects.add(chunk, skipped, layer, relative_change(chunk, layer, before, after), where)
+
+
+def local_effects(effects: Effects, blocks: Blocks, chunk: Chunk, part: Part, where: Tensor) -> None:
+    """Each earlier part's contribution subtracted from the clean stream entering each later block, one pair at a time."""
+    for layer in range(1, chunk.n_layers):
+        for skipped in range(layer):
+            lacking = chunk.stream[layer] - chunk.added(part, skipped)
+            after = blocks.run(lacking, layer, stop=layer + 1)[-1]
+            effects.add(chunk, skipped, layer, relative_change(chunk, layer, lacking, after), where)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Prompts repeated once per split position t: parts are left out at 1..t-1, effects measured from t on."""
+
+    chunk: Chunk
+    skipped: Tensor
+    """[rows, pos]."""
+    after: Tensor
+    """[rows, pos]."""
+
+
+def split_positions(length: int, wanted: int, rng: np.random.Generator) -> list[int]:
+    """Up to `wanted` positions of {8, 16, ..., length - 5}; the middle of a prompt too short for those, or none."""
+    candidates = list(range(SPLIT_STRIDE, length - 4, SPLIT_STRIDE))
+    if candidates:
+        return sorted(int(t) for t in rng.permutation(candidates)[:wanted])
+    return [length // 2] if length >= 4 else []
+
+
+def split(chunk: Chunk, wanted: int, seed: int) -> Split | None:
+    """The chunk repeated per split position; None where every prompt is too short."""
+    rows, at = [], []
+    for row, prompt in enumerate(chunk.prompts):
+        length = int(chunk.real[row].sum())
+        positions = split_positions(length, wanted, np.random.default_rng((seed, prompt)))
+        rows += [row] * len(positions)
+        at += positions
+    if not rows:
+        return None
+    repeated = chunk.repeated(torch.tensor(rows))
+    position = torch.arange(repeated.tokens.shape[1])[None]
+    t = torch.tensor(at)[:, None]
+    return Split(repeated, (position >= 1) & (position < t), repeated.real & (position >= t))
+
+
+def future_effects(effects: Effects, blocks: Blocks, halves: Split, part: Part, outputs: Outputs) -> None:
+    """Each part left out before the split; what changes after it, where the part itself still runs."""
+    chunk = halves.chunk
+    for skipped in range(chunk.n_layers):
+        streams = blocks.without(chunk, part, skipped, halves.skipped)
+        enter(effects, chunk, skipped, streams, halves.after)
+        effects.add_output(outputs.prompt, skipped, outputs.distance(streams[-1]))
+
+
+def effect_table(effects: Effects, variant: Variant, part: Part, seed: int) -> pd.DataFrame:
+    """Columns variant, part, skipped, affected, effect (largest), mean, median, ci_low, ci_high (of the mean, over prompts)."""
+    used = ~np.isnan(effects.mean).all(axis=(1, 2))
+    mean, n = effects.mean[used], int(used.sum())
+    draws = np.random.default_rng(seed).integers(0, n, size=(RESAMPLES, n))
+    rows = []
+    for skipped, affected in zip(*np.nonzero(~np.isnan(mean).all(axis=0)), strict=True):
+        values = mean[:, skipped, affected]
+        low, high = quantiles(values[draws].mean(axis=1))
+        median = float(np.nanmedian(effects.median[used, skipped, affected]))
+        highest = float(np.nanmax(effects.highest[used, skipped, affected]))
+        rows.append((variant, part, skipped, affected, highest, float(values.mean()), median, low, high))
+    names = ["variant", "part", "skipped", "affected", "effect", "mean", "median", "ci_low", "ci_high"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def output_table(effects: Effects, variant: Variant, part: Part) -> pd.DataFrame:
+    """Columns variant, part, skipped, effect (largest over prompts), mean and median (over prompts)."""
+    used = ~np.isnan(effects.output).all(axis=1)
+    found = effects.output[used]
+    layers = range(found.shape[1])
+    columns = {"variant": variant, "part": part, "skipped": layers, "effect": np.nanmax(found, axis=0)}
+    return pd.DataFrame({**columns, "mean": np.nanmean(found, axis=0), "median": np.nanmedian(found, axis=0)})
+
+
+def depth_score(matrix: Array) -> Array:
+    """Centre of mass of effects over depth, in layers: sum of s e_s over sum of e_s, e_s the mean effect on later layers.
+
+    Args:
+        matrix: [..., skipped, affected]; only entries right of the diagonal count. The result has the leading axes.
+    """
+    n = matrix.shape[-1]
+    later = np.triu(np.ones((n, n), dtype=bool), 1)
+    e = np.where(later & ~np.isnan(matrix), matrix, 0).sum(-1) / np.maximum(later.sum(-1), 1)
+    with np.errstate(invalid="ignore"):
+        out: Array = (np.arange(n) * e).sum(-1) / e.sum(-1)
+    return out
+
+
+def depth_scores(effects: Effects, variant: Variant, part: Part, groups: Sequence[str], seed: int) -> pd.DataFrame:
+    """Depth score per group of prompts and overall, by largest and by mean effect, with intervals over prompts."""
+    used = np.flatnonzero(~np.isnan(effects.mean).all(axis=(1, 2)))
+    named = {"all": used, **{g: used[[groups[int(i)] == g for i in used]] for g in dict.fromkeys(groups) if g}}
+    rows = []
+    for group, members in named.items():
+        if not len(members):
+            continue
+        draws = np.random.default_rng(seed).choice(members, (RESAMPLES, len(members)))
+        for by, values, pool in (("largest", effects.highest, np.max), ("mean", effects.mean, np.mean)):
+            several = np.array_split(draws, max(1, draws.size * values[0].size // POOLED))
+            low, high = quantiles(np.concatenate([depth_score(pool(values[d], axis=1)) for d in several]))
+            score = depth_score(pool(values[members], axis=0))
+            rows.append((variant, part, group, by, len(members), float(score), float(low), float(high)))
+    names = ["variant", "part", "group", "by", "prompts", "score", "ci_low", "ci_high"]
+    return pd.DataFrame(rows, columns=names)

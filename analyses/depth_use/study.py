@@ -1,0 +1,283 @@
+"""Everything measured on the blocks, chunk by chunk, and the tables it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+import pandas as pd
+import torch
+
+from analyses.depth_use.ablations import Study
+from analyses.depth_use.blocks import Blocks, Chunk, Part, chunks, on_blocks
+from analyses.depth_use.columns import PerPrompt, interval
+from analyses.depth_use.contributions import PARTS, Contributions
+from analyses.depth_use.greedy import SUBLAYERS, Distance, drop_blocks, drop_table, greedy_removal, orders
+from analyses.depth_use.outputs import Outputs
+from analyses.depth_use.proxies import agreement_table, proxy_tables
+from analyses.depth_use.skips import (
+    Effects,
+    Variant,
+    depth_scores,
+    effect_table,
+    future_effects,
+    local_effects,
+    output_table,
+    split,
+)
+from analyses.depth_use.tokens import Rule, StreamMeans, erasure, integrated_gradients
+from analyses.depth_use.weights import NormScales, z_share_of
+from probes.activations import Activations
+from probes.linear import probe_layers
+from probes.models.blocks import module_of
+from probes.needs import Reducer
+from probes.points import Address
+from probes.progress import Progress
+from probes.prompts import Prompt
+
+Tables = dict[str, pd.DataFrame]
+LAST = Reducer(positions="last")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of `DepthUse` that the study of the blocks follows."""
+
+    parts: tuple[Part, ...]
+    split_positions: int
+    skip_prompts: int
+    erasure_prompts: int
+    gradient_prompts: int
+    gradient_steps: int
+    gradient_rule: Rule
+    bits: tuple[int, ...]
+    windows: tuple[int, ...]
+    greedy_steps: int
+    greedy_distance: Distance
+    greedy_prompts: int
+    drop_blocks: int
+    first_token: bool
+    seed: int
+
+
+def run_study(
+    activations: Activations, prompts: Sequence[Prompt], settings: Settings, progress: Progress
+) -> tuple[Tables, list[str]]:
+    """All tables but the linear maps, and what a reader must know."""
+    study = _Run(activations, prompts, settings, progress)
+    tables: Tables = {}
+    study.measure()
+    tables |= study.proxy_tables()
+    tables["contributions"] = study.contributions.table(settings.seed)
+    study.skips()
+    tables |= study.skip_tables()
+    tables |= study.removal_tables(tables["proxies"])
+    tables |= study.token_tables()
+    return tables, study.notes
+
+
+class _Run:
+    """One run over all prompts; methods are called in the order of `run_study`."""
+
+    def __init__(
+        self, activations: Activations, prompts: Sequence[Prompt], settings: Settings, progress: Progress
+    ) -> None:
+        self.activations, self.model, self.prompts = activations, activations.model, prompts
+        self.settings, self.progress = settings, progress
+        self.n_layers, n = self.model.shape.n_layers, len(prompts)
+        names = [f"{name}_{part}" for name in ("relative_norm", "cosine", "similarity") for part in PARTS]
+        names += [f"{name}_{part}" for name in ("delta_ce", "jsd") for part in PARTS]
+        names += ["lim", "delta_ce_frozen_norm", "lens_kl", "lens_overlap"]
+        names += [f"delta_ce_int{n_bits}" for n_bits in settings.bits]
+        names += [
+            f"{k}_{w}" for w in settings.windows for k in ("parallel_error", "parallel_cosine", "delta_ce_parallel")
+        ]
+        self.columns = {name: PerPrompt(n, self.n_layers) for name in names}
+        self.effects: dict[tuple[Variant, Part], Effects] = {
+            (variant, part): Effects.empty(n, self.n_layers) for variant in get_args(Variant) for part in settings.parts
+        }
+        with module_of(self.model) as (_, anatomy):
+            parallel = anatomy.parallel
+            self.scales = NormScales(anatomy)
+            blocks = [anatomy.component("block", layer) for layer in range(self.n_layers)]
+            self.zd = np.array([z_share_of(block) for block in blocks])
+        self.contributions = Contributions(self.n_layers, parallel, settings.first_token)
+        self.means = StreamMeans()
+        self.loss = PerPrompt(n, 1)
+        self.notes: list[str] = []
+
+    def _tick(self) -> None:
+        self.progress.advance()
+
+    def _on(self, chunk: Chunk, work: Callable[[Study], None]) -> None:
+        counted = chunk.counted(self.settings.first_token)
+
+        def study(blocks: Blocks) -> None:
+            work(Study(blocks, chunk, Outputs(self.model, chunk), counted))
+
+        on_blocks(self.model, chunk.tokens, study)
+
+    def measure(self) -> None:
+        """Everything that enters the proxies, over all prompts."""
+        for chunk in chunks(self.activations, range(len(self.prompts))):
+            self.contributions.add(chunk, self.columns)
+            self.scales.add(chunk)
+            self.means.add(chunk, chunk.counted(self.settings.first_token))
+        n_chunks = sum(1 for _ in chunks(self.activations, range(len(self.prompts))))
+        self.progress.start(6 * self.n_layers * n_chunks, "layer measured")
+        for chunk in chunks(self.activations, range(len(self.prompts))):
+            self._on(chunk, self._measure)
+
+    def _measure(self, study: Study) -> None:
+        current = {part: self.effects["current", part] for part in self.settings.parts}
+        among = study.counted[study.outputs.where]
+        self.loss.add(0, study.outputs.prompt[among], study.outputs.ce[among])
+        study.removals(self.columns, current, self._tick)
+        study.coarser(self.columns, self.settings.bits, self._tick)
+        study.frozen(self.columns, self.scales, self._tick)
+        study.windows(self.columns, self.settings.windows, self._tick)
+        study.read(self.columns)
+
+    def skips(self) -> None:
+        """Future and local skip effects, on the first prompts that are long enough."""
+        chosen = [i for i, prompt in enumerate(self.prompts) if len(prompt.tokens) >= 4][: self.settings.skip_prompts]
+        if len(chosen) < min(self.settings.skip_prompts, len(self.prompts)):
+            self.notes.append(
+                f"future and local skip effects: {len(chosen)} prompts have the 4 tokens that a split needs"
+            )
+        if not chosen:
+            return
+        self.progress.start(len(self.settings.parts), "part skipped")
+        for chunk in chunks(self.activations, chosen):
+            on_blocks(self.model, chunk.tokens, lambda blocks, c=chunk: self._local(blocks, c))  # type: ignore[misc]
+            halves = split(chunk, self.settings.split_positions, self.settings.seed)
+            if halves is None:
+                continue
+            outputs = Outputs(self.model, halves.chunk, halves.after)
+            for part in self.settings.parts:
+                effects = self.effects["future", part]
+                on_blocks(
+                    self.model,
+                    halves.chunk.tokens,
+                    lambda blocks, e=effects, h=halves, p=part, o=outputs: future_effects(e, blocks, h, p, o),  # type: ignore[misc]
+                )
+                self._tick()
+
+    def _local(self, blocks: Blocks, chunk: Chunk) -> None:
+        for part in self.settings.parts:
+            where = chunk.counted(self.settings.first_token)
+            local_effects(self.effects["local", part], blocks, chunk, part, where)
+
+    def proxy_tables(self) -> Tables:
+        """Tables `proxies`, `proxy_intervals`, `agreement`, `windows`, `loss`."""
+        measured = {
+            name: c for name, c in self.columns.items() if name.rpartition("_")[0] not in ("angular", "euclidean")
+        }
+        later = PerPrompt(len(self.prompts), self.n_layers)
+        effects = self.effects["current", self.settings.parts[0]].mean
+        for layer in range(self.n_layers - 1):
+            rows = torch.from_numpy(effects[:, layer, layer + 1 :].mean(axis=1))
+            later.add(layer, range(len(rows)), rows)
+        measured[f"skip_effect_{self.settings.parts[0]}"] = later
+        measured |= self._probed()
+        tables = proxy_tables(measured, {"zd": self.zd}, self.settings.seed)
+        control = {"zd": self.zd, "layer_index": np.arange(self.n_layers, dtype=np.float64)}
+        tables["agreement"] = agreement_table(measured, control, self.settings.seed)
+        tables["windows"] = self._windows()
+        mean, low, high = interval(self.loss, self.settings.seed)
+        tables["loss"] = pd.DataFrame(
+            {"loss": mean, "ci_low": low, "ci_high": high, "tokens": self.loss.counts.sum().item()}
+        )
+        return tables
+
+    def _probed(self) -> dict[str, PerPrompt]:
+        """Accuracy of a linear probe for the prompts' labels on each layer's stream at the last token, where there are labels."""
+        labelled = [i for i, prompt in enumerate(self.prompts) if "label" in prompt.fields]
+        if not labelled:
+            return {}
+        labels = [int(self.prompts[i].fields["label"]) for i in labelled]
+        rows = (
+            [self.activations.get(Address("resid_post", n), LAST)[i][0] for i in labelled] for n in range(self.n_layers)
+        )
+        found = PerPrompt(len(self.prompts), self.n_layers)
+        for layer, scored in enumerate(probe_layers((torch.stack(r).float().numpy() for r in rows), labels)):
+            found.add(layer, [labelled[int(i)] for i in scored.row], torch.from_numpy(scored.correct))
+        return {"probe_accuracy": found}
+
+    def _windows(self) -> pd.DataFrame:
+        frames = []
+        for width in self.settings.windows:
+            start = np.arange(max(0, self.n_layers - width + 1))
+            columns: dict[str, object] = {"start": start, "width": width}
+            for name in ("parallel_error", "parallel_cosine", "delta_ce_parallel"):
+                mean, low, high = interval(self.columns[f"{name}_{width}"], self.settings.seed)
+                short = name.removeprefix("parallel_").removesuffix("_parallel")
+                columns |= {short: mean[start], f"{short}_low": low[start], f"{short}_high": high[start]}
+            frames.append(pd.DataFrame(columns))
+        return pd.concat(frames, ignore_index=True)
+
+    def skip_tables(self) -> Tables:
+        """Tables `skip_effect`, `output_effect`, `depth_score`."""
+        seed, found = self.settings.seed, [(k, e) for k, e in self.effects.items() if not np.isnan(e.mean).all()]
+        groups = [str(prompt.fields.get("group", "")) for prompt in self.prompts]
+        with_output = [(k, e) for k, e in found if not np.isnan(e.output).all()]
+        return {
+            "skip_effect": pd.concat([effect_table(e, *key, seed) for key, e in found], ignore_index=True),
+            "output_effect": pd.concat([output_table(e, *key) for key, e in with_output], ignore_index=True),
+            "depth_score": pd.concat([depth_scores(e, *key, groups, seed) for key, e in found], ignore_index=True),
+        }
+
+    def removal_tables(self, proxies: pd.DataFrame) -> Tables:
+        """Tables `greedy` and `drop_curve`, where asked for."""
+        tables: Tables = {}
+        if self.settings.drop_blocks:
+            wanted = orders(proxies, self.settings.seed)
+            n_drop = min(self.settings.drop_blocks, self.n_layers - 1)
+            columns = {name: PerPrompt(len(self.prompts), n_drop) for name in wanted}
+            for chunk in chunks(self.activations, range(len(self.prompts))):
+                self._on(chunk, lambda study: drop_blocks(study, wanted, columns))
+            tables["drop_curve"] = drop_table(columns, self.settings.seed)
+        if self.settings.greedy_steps:
+            first = [i for i, prompt in enumerate(self.prompts) if len(prompt.tokens) > 1][
+                : self.settings.greedy_prompts
+            ]
+            (chunk,) = chunks(self.activations, first, together=True)
+            self.progress.start(self.settings.greedy_steps * self.n_layers, "layer tried")
+            found: list[pd.DataFrame] = []
+            layers = range(self.n_layers)
+            known = None
+            if self.settings.greedy_distance == "jsd":
+                known = {(part, layer): self._mean_jsd(part, layer, first) for part in SUBLAYERS for layer in layers}
+            args = (self.settings.greedy_steps, self.settings.greedy_distance, self._tick, known)
+            self._on(chunk, lambda study: found.append(greedy_removal(study, *args)))
+            tables["greedy"] = found[0]
+        return tables
+
+    def _mean_jsd(self, part: Part, layer: int, prompts: Sequence[int]) -> float:
+        column = self.columns[f"jsd_{part}"]
+        return float(column.sums[prompts, layer].sum() / column.counts[prompts, layer].sum())
+
+    def token_tables(self) -> Tables:
+        """Tables `erasure` and `attribution`, where asked for."""
+        s, tables = self.settings, Tables()
+        several = [i for i, prompt in enumerate(self.prompts) if len(prompt.tokens) > 1]
+        if s.erasure_prompts:
+            self.progress.start(len(several[: s.erasure_prompts]), "prompt erased")
+            frames = [erasure(self.model, self._alone(i), self.means, self._tick) for i in several[: s.erasure_prompts]]
+            tables["erasure"] = pd.concat(frames, ignore_index=True)
+        if s.gradient_prompts:
+            self.progress.start(len(several[: s.gradient_prompts]) * len(s.parts) * self.n_layers, "gradient")
+            frames = [
+                integrated_gradients(
+                    self.model, self._alone(i), self.prompts[i], s.parts, s.gradient_steps, s.gradient_rule, self._tick
+                )
+                for i in several[: s.gradient_prompts]
+            ]
+            tables["attribution"] = pd.concat(frames, ignore_index=True)
+        return tables
+
+    def _alone(self, index: int) -> Chunk:
+        (chunk,) = chunks(self.activations, [index])
+        return chunk

@@ -1,0 +1,203 @@
+"""What is measured: a prompt and, per language, the token sequences that would answer it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from analyses.latent_language.ids import Collide, Rule, Sets, continuation, resolve, shuffled_controls
+from analyses.latent_language.prompts import Framing, Query, culture_prompt
+from analyses.latent_language.words import CULTURE_LANGUAGES, CULTURES, Question
+from probes.errors import PromptError
+from probes.models.base import Model
+from probes.prompts import Prompt, tokenize
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt to be read."""
+
+    prompt: int
+    name: str
+    """The word asked for, or the prompt's index."""
+    pair: str
+    """What was asked, for instance `fr→zh`."""
+    tokens: tuple[int, ...]
+    text: str
+    target: str
+    """The language of the answer."""
+    sets: Sets
+    answers: tuple[str, ...] = ()
+    """Texts that count as the right answer; empty where only tokens are known."""
+    controls: Sets | None = None
+
+    @property
+    def events(self) -> Mapping[str, Sets]:
+        """The sets measured: `own`, and `control` where there are controls."""
+        return {"own": self.sets} if self.controls is None else {"own": self.sets, "control": self.controls}
+
+
+Dropped = tuple[str, str, str]
+"""(pair, item, reason)."""
+
+
+def check_targets(value: Any) -> str | None:
+    """What is wrong with a `targets` field, or None."""
+    wanted = 'must be an object such as {"en": [262], "fr": [1048]} or {"en": ["dog"], "fr": ["chien"]}'
+    if not isinstance(value, dict) or not value:
+        return wanted
+    for language, found in value.items():
+        if not isinstance(found, list) or not found:
+            return f"{wanted}; {language!r} has no list"
+        ids = all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in found)
+        if not ids and not all(isinstance(t, str) and t.strip() for t in found):
+            return f"{wanted}; {language!r} mixes or has neither token ids from 0 nor words"
+    return None
+
+
+def prompt_tokens(model: Model, text: str) -> tuple[int, ...]:
+    """The tokens of a prompt, without an end-of-sequence token that the tokenizer puts last."""
+    tokens = tokenize([text], model)[0].tokens
+    end = getattr(model.tokenizer, "eos_token_id", None)
+    return tokens[:-1] if len(tokens) > 1 and tokens[-1] == end else tokens
+
+
+def given_items(
+    prompts: Sequence[Prompt], rule: Rule | None, model: Model, target: str, collide: Collide
+) -> tuple[list[Item], list[Dropped]]:
+    """Items of prompts that carry `targets`; given ids are summed as they are.
+
+    Raises:
+        PromptError: an id outside the vocabulary, or words where the model has no tokenizer.
+    """
+    items, dropped = [], []
+    for index, prompt in enumerate(prompts):
+        name = f"prompt {index}"
+        if "targets" not in prompt.fields:
+            dropped.append(("given", name, "the line has no targets"))
+            continue
+        targets: Mapping[str, list[Any]] = prompt.fields["targets"]
+        words = {lang: tuple(found) for lang, found in targets.items() if isinstance(found[0], str)}
+        if words and rule is None:
+            raise PromptError(f"{name}: targets are words, and {model.ref} has no tokenizer; give token ids")
+        sets: Sets = {lang: _given(found, rule, name, model) for lang, found in targets.items()}
+        if words:
+            sets, reason = resolve(sets, collide)
+            if reason:
+                dropped.append(("given", name, reason))
+                continue
+        last = target if target in sets else list(sets)[-1]
+        items.append(Item(index, name, "given", prompt.tokens, prompt.text or "", last, sets, words.get(last, ())))
+    kinds = {(item.target, tuple(item.sets)) for item in items}
+    if len(kinds) > 1:
+        # Curves average over items that ask for the same languages.
+        items = [replace(item, pair=f"given {'+'.join(item.sets)}→{item.target}") for item in items]
+    return items, dropped
+
+
+def _given(found: Sequence[Any], rule: Rule | None, name: str, model: Model) -> tuple[tuple[int, ...], ...]:
+    if isinstance(found[0], str):
+        assert rule is not None
+        return rule.sequences(found)
+    for token in found:
+        if token >= model.shape.d_vocab:
+            raise PromptError(
+                f"{name}: target id {token} is outside the vocabulary of {model.ref}: legal are 0 to {model.shape.d_vocab - 1}"
+            )
+    return tuple((token,) for token in dict.fromkeys(found))
+
+
+def task_items(
+    asked: Iterable[Query], rule: Rule, model: Model, pair: str, languages: Sequence[str], collide: Collide,
+    synonyms: bool, first: int,
+) -> tuple[list[Item], list[Dropped]]:  # fmt: skip
+    """Items of a task's prompts; the first of `languages` is the answer's.
+
+    Args:
+        first: the index of the first prompt.
+    """
+    items: list[Item] = []
+    dropped: list[Dropped] = []
+    for query in asked:
+        forms = query.word.forms
+        missing = [language for language in languages if language not in forms]
+        reason = f"the word list has no word in {' and '.join(missing)}" if missing else None
+        if reason is None and collide == "drop":
+            reason = _contained(query, languages)
+        sets: Sets = {}
+        if reason is None:
+            used = {lang: forms[lang] if synonyms else forms[lang][:1] for lang in languages}
+            sets, reason = resolve({lang: rule.sequences(words) for lang, words in used.items()}, collide)
+        if reason:
+            dropped.append((pair, query.word.name, reason))
+            continue
+        tokens = prompt_tokens(model, query.text)
+        name, target = query.word.name, languages[0]
+        items.append(Item(first + len(items), name, pair, tokens, query.text, target, sets, forms[target]))
+    return items, dropped
+
+
+def _contained(query: Query, languages: Sequence[str]) -> str | None:
+    """The reason to drop a word that is spelled inside the target's word, or None (as the released code does)."""
+    target, *latents = languages
+    for latent in latents:
+        if latent != target and query.word.forms[latent][0] in query.word.forms[target][0]:
+            return f"the word in {latent} is part of the word in {target}"
+    return None
+
+
+def culture_items(
+    questions: Sequence[Question], framing: Framing, language: str, rule: Rule, model: Model, seed: int, n_items: int
+) -> tuple[list[Item], list[Dropped]]:
+    """Items of the culture questions asked in `language`; sets are named `culture/language`.
+
+    An answer written alike in both languages counts in both. Answers of unequal token length, or of which one starts
+    the other, are dropped.
+    """
+    examples = [q for q in questions if q.kind == "example"]
+    asked = [q for q in questions if q.kind != "example"]
+    items: list[Item] = []
+    dropped: list[Dropped] = []
+    for index, question in enumerate(asked[: n_items or None]):
+        name = question.text["en"]
+        sets = {
+            f"{c}/{lang}": rule.sequences([question.answers[c, lang]]) for c in CULTURES for lang in CULTURE_LANGUAGES
+        }
+        reason = unequal_length(question, rule.tokenizer) or _culture_clash(sets)
+        if reason:
+            dropped.append((f"culture, {framing}", name, reason))
+            continue
+        text = culture_prompt(question, examples, language, framing, seed, index)
+        tokens = prompt_tokens(model, text)
+        answers = (question.answers["us" if framing == "us" else "japan", language],)
+        items.append(Item(index, name, f"culture, {framing}", tokens, text, language, sets, answers))
+    return items, dropped
+
+
+def unequal_length(question: Question, tokenizer: Any) -> str | None:
+    """Which language's two answers differ in tokens, or None."""
+    for language in CULTURE_LANGUAGES:
+        counts = [len(continuation(tokenizer, question.answers[culture, language])) for culture in CULTURES]
+        if counts[0] != counts[1]:
+            return f"the answers in {language} have {counts[0]} and {counts[1]} tokens"
+    return None
+
+
+def _culture_clash(sets: Sets) -> str | None:
+    for language in CULTURE_LANGUAGES:
+        ours = {f"{culture}/{language}": sets[f"{culture}/{language}"] for culture in CULTURES}
+        _, reason = resolve(ours, "drop")
+        if reason:
+            return reason
+    return None
+
+
+def with_controls(items: Sequence[Item], seed: int, d_vocab: int) -> list[Item]:
+    """The items with shuffled-word controls of equal size, drawn among items of the same pair."""
+    found: dict[int, Item] = {}
+    for pair in dict.fromkeys(item.pair for item in items):
+        mine = [i for i, item in enumerate(items) if item.pair == pair]
+        controls = shuffled_controls([items[i].sets for i in mine], seed, d_vocab)
+        found.update({i: replace(items[i], controls=made) for i, made in zip(mine, controls, strict=True)})
+    return [found[i] for i in range(len(items))]

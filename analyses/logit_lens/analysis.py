@@ -1,0 +1,117 @@
+"""The logit lens: what each layer's residual stream would predict, at chosen positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analyses.base import Clock, PromptsLike, as_prompts, make_result, token_text
+from analyses.logit_lens.figures import FIGURES
+from analyses.options import option, validate
+from analyses.result import FigureSpec, Result
+from probes import lens
+from probes.activations import Activations
+from probes.capture import capture
+from probes.models.base import Model
+from probes.needs import ROWS, Need, Reducer
+from probes.points import Address
+from probes.progress import QUIET, Progress
+from probes.prompts import FieldCheck, Prompt
+from probes.store import ActivationStore
+
+CHUNK = 32
+"""Prompts whose rows of all layers are read at once, which bounds memory."""
+
+
+@dataclass(frozen=True)
+class LogitLens:
+    """Top tokens, entropy and distance to the final prediction at every layer (nostalgebraist 2020, "interpreting GPT")."""
+
+    top_k: int = option(5, "How many of the most probable tokens to list.", low=1, high=100)
+    positions: Literal["last", "all"] = option("all", "Which positions of each prompt to read.")
+    point: Literal["resid_post", "attn_out", "mlp_out"] = option(
+        "resid_post", "What is read: the stream, or one block part's addition to it."
+    )
+    chat: bool = option(False, "Wrap each text as one user turn of the chat template.")
+
+    name: ClassVar[str] = "logit_lens"
+    title: ClassVar[str] = "Logit lens"
+    reference: ClassVar[str] = 'nostalgebraist 2020, "interpreting GPT: the logit lens"'
+    prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {}
+    figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    @property
+    def _reducer(self) -> Reducer:
+        return ROWS if self.positions == "all" else Reducer(positions="last")
+
+    def needs(self, model: Model) -> list[Need]:
+        """Rows of every layer, and of the last stream, which says what the model predicts."""
+        return [Need((f"{self.point}.*", f"resid_post.{model.shape.n_layers - 1}"), self._reducer)]
+
+    def run(
+        self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
+    ) -> Result:
+        """Tables `top`: prompt, position, layer, rank, token_id, token, probability; `read`: prompt, position, layer,
+        entropy_bits, kl_to_final (nats), final_token_id, final_token, final_probability, agrees.
+        """
+        clock, store = Clock(), store or ActivationStore()
+        model.unembedding()
+        asked = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
+        sequences = [prompt.tokens for prompt in asked]
+        activations = capture(model, sequences, self.needs(model), store, progress=progress)
+        tables = self._tables(activations, asked)
+        return make_result(self, model, asked, tables, activations, clock)
+
+    def _tables(self, activations: Activations, prompts: list[Prompt]) -> dict[str, pd.DataFrame]:
+        n_layers = activations.model.shape.n_layers
+        stream = [activations.get(Address(self.point, layer), self._reducer) for layer in range(n_layers)]
+        final = activations.get(Address("resid_post", n_layers - 1), self._reducer)
+        parts = []
+        for first in range(0, len(prompts), CHUNK):
+            chunk = slice(first, first + CHUNK)
+            rows, last = torch.cat([torch.cat(layer[chunk]) for layer in stream]), torch.cat(final[chunk])
+            parts.append(
+                self._read(activations.model, rows, last, _positions(activations.model, prompts, first, self.positions))
+            )
+        tables = zip(*parts, strict=True)
+        return {name: pd.concat(made, ignore_index=True) for name, made in zip(("top", "read"), tables, strict=True)}
+
+    def _read(
+        self, model: Model, rows: Tensor, final: Tensor, where: pd.DataFrame
+    ) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Tables `top` and `read` of some prompts; rows [layer * pos, d_model], final [pos, d_model]."""
+        n_layers = len(rows) // len(final)
+        of = torch.arange(len(final)).repeat(n_layers)
+        unembedding = model.unembedding()
+        best = lens.read(final, unembedding, top_k=1).top_ids[:, 0].cpu()
+        seen = lens.read(rows, unembedding, ids=best[of, None], top_k=self.top_k, reference=final, reference_of=of)
+        read = pd.concat([where.assign(layer=layer) for layer in range(n_layers)], ignore_index=True)
+        top = read.loc[read.index.repeat(self.top_k)].reset_index(drop=True)
+        read["entropy_bits"], read["kl_to_final"] = seen.entropy_bits.cpu().numpy(), seen.kl.cpu().numpy()
+        read["final_token_id"] = best[of].numpy()
+        read["final_token"] = [token_text(model, int(t)) for t in read["final_token_id"]]
+        read["final_probability"] = seen.logprobs[:, 0].exp().cpu().numpy()
+        read["agrees"] = seen.top_ids[:, 0].cpu().numpy() == read["final_token_id"]
+        top["rank"] = np.tile(np.arange(self.top_k), len(read))
+        top["token_id"] = seen.top_ids.flatten().cpu().numpy()
+        top["token"] = [token_text(model, int(t)) for t in top["token_id"]]
+        top["probability"] = seen.top_logprobs.exp().flatten().cpu().numpy()
+        return top, read
+
+
+def _positions(model: Model, prompts: list[Prompt], first: int, positions: str) -> pd.DataFrame:
+    pairs = [
+        (i, position, prompt.tokens[position], token_text(model, prompt.tokens[position]))
+        for i, prompt in enumerate(prompts[first : first + CHUNK], first)
+        for position in (range(len(prompt.tokens)) if positions == "all" else [len(prompt.tokens) - 1])
+    ]
+    return pd.DataFrame(pairs, columns=["prompt", "position", "input_id", "input_token"])

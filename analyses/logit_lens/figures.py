@@ -1,0 +1,71 @@
+"""Figures of the logit lens."""
+
+from __future__ import annotations
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from analyses.result import FigureSpec, Tables
+from analyses.theme import COLOURS, SCALE, finish, menu, shorten, visible
+
+SHOWN = 40
+"""Prompts offered in a figure's menu."""
+
+
+def lens_table(tables: Tables) -> go.Figure:
+    """Top token by layer and position, coloured by its probability; one prompt at a time."""
+    top = tables["top"][tables["top"]["rank"] == 0]
+    figure, labels, widths = go.Figure(), [], []
+    for shown, (prompt, one) in enumerate(list(top.groupby("prompt", sort=False))[:SHOWN]):
+        probability = one.pivot(index="layer", columns="position", values="probability")
+        tokens = one.pivot(index="layer", columns="position", values="token").map(visible)
+        inputs = one.drop_duplicates("position").sort_values("position")
+        names = [f"{p} {visible(t)}" for p, t in zip(inputs["position"], inputs["input_token"], strict=True)]
+        figure.add_heatmap(
+            z=probability, x=names, y=probability.index,
+            text=tokens.map(lambda t: shorten(t, 10)), texttemplate="%{text}", customdata=tokens, visible=shown == 0,
+            zmin=0, zmax=1, colorscale=SCALE, colorbar={"title": "probability"}, textfont={"size": 11},
+            hovertemplate="after %{x}, layer %{y}<br>%{customdata}<br>probability %{z:.3f}<extra></extra>",
+        )  # fmt: skip
+        labels.append(shorten(f"{prompt}: {''.join(inputs['input_token'])}"))
+        widths.append(max(560, 84 * probability.shape[1] + 200))
+    finish(figure, x="position and token whose continuation is predicted", y="layer", height=780)
+    figure.update_xaxes(tickangle=-45)
+    menu(figure, labels, widths)
+    return figure
+
+
+def convergence(tables: Tables) -> go.Figure:
+    """Entropy and distance to the final prediction, and agreement with it, by layer."""
+    mean = tables["read"].groupby("layer")[["entropy_bits", "kl_to_final", "agrees"]].mean()
+    figure = make_subplots(rows=1, cols=2, subplot_titles=("entropy and divergence", "agreement"), shared_yaxes=True)
+    curves = (
+        ("entropy_bits", "entropy (bits)", 1),
+        ("kl_to_final", "KL to the final prediction (nats)", 1),
+        ("agrees", "share of positions that agree", 2),
+    )
+    for colour, (column, name, panel) in zip(COLOURS, curves, strict=False):
+        figure.add_scatter(
+            x=mean[column], y=mean.index, name=name, mode="lines+markers", line={"color": colour}, row=1, col=panel
+        )
+    finish(figure, x="bits or nats", y="layer", height=540)
+    figure.update_xaxes(title="share of positions", range=[0, 1.02], row=1, col=2)
+    figure.update_yaxes(title=None, row=1, col=2)
+    return figure.update_layout(legend={"y": -0.15, "yanchor": "top"}, margin={"t": 60, "b": 90})
+
+
+FIGURES = {
+    "lens": FigureSpec(
+        "Lens table: top token by layer and position",
+        "Each cell is the token that the residual stream leaving this layer would predict, through the model's own final norm and "
+        "unembedding, coloured by its probability. The top row is the model's own prediction. Early layers are not calibrated for this "
+        "read-out, so read them as a hint.",
+        lens_table,
+    ),
+    "convergence": FigureSpec(
+        "Convergence along depth",
+        "Averages over all positions read. Left: the entropy of the lens's distribution, and its divergence from the final prediction. "
+        "Right: the share of positions whose top token is already the final one.",
+        convergence,
+    ),
+}

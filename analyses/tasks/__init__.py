@@ -1,0 +1,1 @@
+"""Prompts made by rule: tasks with known answers."""

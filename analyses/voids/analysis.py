@@ -1,0 +1,217 @@
+"""Voids: which layers are unactivated for which tokens, by changes of the L2 norm along depth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analyses.base import Clock, PromptsLike, as_prompts, make_result
+from analyses.generation import Decoding, respond
+from analyses.options import option, validate
+from analyses.result import FigureSpec, Result
+from analyses.scoring import check_answer, check_choices, score_choices
+from analyses.voids import tables as voids_tables
+from analyses.voids.figures import FIGURES
+from analyses.voids.readout import LAST, Reader, Tokens, gated_trace
+from analyses.voids.trace import Item, Trace, apply_rule, batch_threshold, token_frame
+from probes.activations import Activations
+from probes.capture import capture
+from probes.edits import Delta, Edit, NormGate, step_size
+from probes.errors import OptionError
+from probes.models.base import Model
+from probes.needs import ROWS, Need, Reducer
+from probes.points import Address
+from probes.progress import QUIET, Progress
+from probes.prompts import FieldCheck, Prompt
+from probes.store import ActivationStore
+
+NORM = Reducer("norm")
+
+
+@dataclass(frozen=True)
+class Voids:
+    """Layer voids by the L2 rule (Shemiranifar 2025, "Void in Language Models", arXiv 2505.14467)."""
+
+    alpha: tuple[float, ...] = option(
+        (0.8,), "Share of the range of earlier steps a block must reach; one or several.", low=0, high=1
+    )
+    semantics: Literal["trace", "readout", "mask"] = option(
+        "readout", "trace: measure only; readout: read the last active layer, as released; mask: skip void blocks."
+    )
+    delta: Delta = option("norm_diff", "How a block's step is measured; norm_diff is the paper's.")
+    first_layers: Literal["released", "always_active"] = option(
+        "released", "Whether layers 0 and 1 can be void when the norm falls."
+    )
+    batch_lambda0: bool = option(
+        False, "Layer 0's threshold from the range over prompts, as the released code does in a batch."
+    )
+    include_bos: bool = option(True, "Whether a prompt's first token counts in the usage.")
+    norm_dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "Precision of norms and steps; bfloat16 shows the released code's noise."
+    )
+    phases: tuple[Literal["prompt", "response"], ...] = option(("prompt", "response"), "Which tokens are judged.")
+    max_new_tokens: int = option(0, "Length of the response phase; 0 leaves it out.", low=0)
+    response_from: Literal["model", "semantics"] = option(
+        "model", "Who writes the response: the plain model, or the model under the semantics."
+    )
+    temperature: float = option(0.0, "Sampling temperature of the response; 0 is greedy, the paper used 0.6.", low=0)
+    top_p: float = option(1.0, "Nucleus of the sampling; the paper used 0.9.", low=0, high=1)
+    readout_positions: Literal["last", "all"] = option(
+        "last", "Prompt positions whose read-out is scored, beside the whole response."
+    )
+    chat: bool = option(False, "Wrap each text as one user turn of the chat template.")
+    seed: int = option(0, "Seed of sampling, controls and intervals.")
+
+    name: ClassVar[str] = "voids"
+    title: ClassVar[str] = "Voids: unactivated layers by the L2 norm"
+    reference: ClassVar[str] = 'Shemiranifar 2025, "Void in Language Models", arXiv 2505.14467'
+    prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {"choices": check_choices, "answer": check_answer}
+    figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if self.norm_dtype == "bfloat16" and self.delta not in ("norm_diff", "rel_norm_diff"):
+            raise OptionError(f"norm_dtype bfloat16 needs delta norm_diff or rel_norm_diff, not {self.delta}")
+        if self.semantics == "mask" and (self.batch_lambda0 or self.norm_dtype != "float32"):
+            raise OptionError(
+                "semantics mask judges blocks while they run: batch_lambda0 and norm_dtype bfloat16 need trace or readout"
+            )
+
+    def needs(self, model: Model) -> list[Need]:
+        """Norms of the stream for the rule; rows where the step or the read-out needs them."""
+        if self.delta in ("norm_of_diff", "cosine"):
+            return [Need(("resid_pre.0", "resid_post.*"))]
+        if self.semantics == "mask":
+            return [Need(f"resid_post.{model.shape.n_layers - 1}", self._row_reducer)]
+        needs = [Need(("resid_pre.0", "resid_post.*"), NORM)]
+        if self.semantics == "readout":
+            needs.append(Need(("resid_pre.0", "resid_post.*"), self._row_reducer))
+        return needs
+
+    @property
+    def _responds(self) -> bool:
+        return self.max_new_tokens > 0 and "response" in self.phases
+
+    @property
+    def _row_reducer(self) -> Reducer:
+        steps_need_rows = self.delta in ("norm_of_diff", "cosine")
+        return ROWS if steps_need_rows or self._responds or self.readout_positions == "all" else LAST
+
+    def run(
+        self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
+    ) -> Result:
+        """Tables `activity`, `usage`, `void_rate`, and with a semantics other than trace `readout` and `controls`.
+
+        Prompts may carry `choices` (texts) and `answer` (one of them); then `accuracy` is a table too.
+        """
+        clock, store = Clock(), store or ActivationStore()
+        asked = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
+        items, written = self._items(model, asked, store, progress)
+        sequences, lengths = [item.sequence for item in items], [item.prompt_length for item in items]
+        activations = capture(model, sequences, self.needs(model), store, prompt_lengths=lengths, progress=progress)
+        masked: Tensor | None = None
+        if self.semantics == "mask":
+            trace, masked = gated_trace(model, items, {alpha: self._gate(alpha) for alpha in self.alpha})
+        else:
+            trace = self._trace(activations, items)
+        frame = token_frame(model, asked, items)
+        kept = frame["phase"].isin(self.phases).to_numpy()
+        tables = {
+            "activity": voids_tables.activity(frame[kept], trace.of(kept)),
+            "usage": voids_tables.usage(frame, trace, self.phases, self.include_bos, self.seed),
+            "void_rate": voids_tables.void_rate(frame[kept], trace.of(kept), self.seed),
+        }
+        if self.semantics != "trace":
+            reader = Reader(model, activations, items, frame, trace, self._row_reducer, masked, self.seed)
+            tables |= self._read(reader, asked)
+        counts = {"responses_written": written}
+        return make_result(self, model, asked, tables, activations, clock, self._notes(model), counts)
+
+    def _read(self, reader: Reader, prompts: Sequence[Prompt]) -> dict[str, pd.DataFrame]:
+        tokens, model = self._scored(reader), reader.model
+        frame, variants = reader.frame.iloc[tokens], reader.variants(tokens)
+        used = reader.trace.active.float().mean(dim=0).numpy()[tokens]
+        ends = reader.prompt_ends()
+        rows = {}
+        for item, whole, part in zip(reader.items, reader.full(ends), reader.read(ends), strict=True):
+            rows[item.alpha, item.prompt, "full"] = whole
+            rows[item.alpha, item.prompt, self.semantics] = part
+        responses = [(item.alpha, item.prompt, item.sequence[item.prompt_length :]) for item in reader.items]
+        return {
+            "readout": voids_tables.readout(frame, reader.exits(tokens), variants["voids"], model),
+            "controls": voids_tables.controls(frame, used, variants, self.seed),
+            **score_choices(model, prompts, rows, responses if self._responds else None, self.semantics),
+        }
+
+    def _scored(self, reader: Reader) -> Tokens:
+        """Every response token, and the last or all prompt tokens."""
+        prompt = (reader.frame["phase"] == "prompt").to_numpy()
+        wanted = np.zeros(len(prompt), dtype=bool)
+        if self.readout_positions == "all":
+            wanted |= prompt
+        wanted[reader.prompt_ends()] = True
+        return np.flatnonzero(wanted & ("prompt" in self.phases) | ~prompt)
+
+    def _items(
+        self, model: Model, prompts: Sequence[Prompt], store: ActivationStore, progress: Progress
+    ) -> tuple[list[Item], int]:
+        sequences = [prompt.tokens for prompt in prompts]
+        decoding = Decoding(self.max_new_tokens, self.temperature, self.top_p, self.seed)
+        items, written = [], 0
+        for alpha in self.alpha:
+            responses: list[tuple[int, ...]] = [()] * len(sequences)
+            if self._responds:
+                gated = self.response_from == "semantics" and self.semantics != "trace"
+                edits: list[Edit] = [self._gate(alpha)] if gated else []
+                responses, new = respond(model, sequences, decoding, store, edits=edits, progress=progress)
+                written += new
+            items += [
+                Item(alpha, i, (*sequence, *response), len(sequence))
+                for i, (sequence, response) in enumerate(zip(sequences, responses, strict=True))
+            ]
+        return items, written
+
+    def _gate(self, alpha: float) -> NormGate:
+        semantics: Literal["mask", "readout"] = "mask" if self.semantics == "mask" else "readout"
+        return NormGate(alpha, semantics, self.delta, self.first_layers)
+
+    def _trace(self, activations: Activations, items: Sequence[Item]) -> Trace:
+        layers = [Address("resid_pre", 0), *(Address("resid_post", i) for i in range(activations.model.shape.n_layers))]
+        if self.delta in ("norm_of_diff", "cosine"):
+            before, norms, steps = activations.packed(layers[0]), [], []
+            for address in layers[1:]:
+                after = activations.packed(address)
+                norms.append(after.float().norm(dim=-1))
+                steps.append(step_size(before, after, self.delta))
+                before = after
+            stacked, sizes = torch.stack(norms), torch.stack(steps)
+        else:
+            dtype = getattr(torch, self.norm_dtype)
+            stream = torch.stack([activations.packed(address, NORM) for address in layers]).to(dtype)
+            sizes = stream[1:] - stream[:-1]
+            sizes = (sizes / stream[:-1] if self.delta == "rel_norm_diff" else sizes).float()
+            stacked = stream[1:].float()
+        alpha = torch.cat([torch.full((len(item.sequence),), item.alpha) for item in items])
+        threshold0 = batch_threshold(sizes[0], items) if self.batch_lambda0 else None
+        active, thresholds = apply_rule(sizes, alpha, self.first_layers, threshold0)
+        return Trace(stacked, sizes, thresholds, active)
+
+    def _notes(self, model: Model) -> tuple[str, ...]:
+        notes = []
+        if self.semantics == "readout":
+            notes.append(
+                "Under `readout` every block still runs: usage is not a compute saving, only the layer that is read changes."
+            )
+        if self.response_from == "model" and self._responds:
+            notes.append(
+                "Responses were written by the plain model; `response_from=semantics` lets the gated model write them."
+            )
+        if not model.shape.causal:
+            notes.append("This model is not causal: a token's norms depend on the tokens after it.")
+        return tuple(notes)

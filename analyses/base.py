@@ -35,6 +35,19 @@ class Analysis(Protocol):
     reference: ClassVar[str]
     prompt_fields: ClassVar[Mapping[str, FieldCheck]]
     figures: ClassVar[Mapping[str, FigureSpec]]
+    chat: bool = False
+    """Whether each text is wrapped as one user turn of the chat template."""
+    max_new_tokens: int = 0
+    """How many tokens the model may write for each prompt."""
+
+    @property
+    def makes_prompts(self) -> bool:
+        """Whether it runs without prompts being given, on ones it makes or on weights alone."""
+        return False
+
+    def collect(self, model: Model, prompts: PromptsLike) -> list[Prompt]:
+        """The prompts it will read: those given, and those it makes."""
+        return as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
 
     def needs(self, model: Model) -> list[Need]:
         """What it wants captured of each prompt."""
@@ -73,23 +86,22 @@ def make_result(
     model: Model,
     prompts: Sequence[Prompt],
     tables: Tables,
-    activations: Activations,
+    activations: Activations | None,
     clock: Clock,
     notes: Sequence[str] = (),
     counts: Mapping[str, int] | None = None,
 ) -> Result:
-    """The result of `analysis`, with its provenance."""
+    """The result of `analysis`, with its provenance; `activations` is None where nothing was captured."""
     options = json.loads(json.dumps(dataclasses.asdict(analysis)))
-    plan = activations.done.plan
+    done = None if activations is None else activations.done
     counted = {
         "prompts": len(prompts),
         "tokens": sum(len(prompt.tokens) for prompt in prompts),
-        "forwards": activations.done.forwards,
-        "rows_captured": plan.rows,
-        "held_before": plan.held,
+        "forwards": done.forwards if done else 0,
+        "rows_captured": done.plan.rows if done else 0,
+        "held_before": done.plan.held if done else 0,
         **(counts or {}),
     }
-    provenance = describe(
-        model, started=clock.started, seed=options.get("seed"), store_keys=activations.keys(), counts=counted
-    )
+    keys = [] if activations is None else activations.keys()
+    provenance = describe(model, started=clock.started, seed=options.get("seed"), store_keys=keys, counts=counted)
     return Result(analysis.name, options, dict(tables), provenance, tuple(notes))

@@ -223,6 +223,8 @@ def make_plan(sequences: Sequence[tuple[int, ...]], needs: Iterable[Need], n_lay
     """What must still be captured so that every sequence has every need."""
     distinct = list(dict.fromkeys(sequences))
     features = features_of(needs, n_layers)
+    if not features:
+        return CapturePlan((), len(distinct), 0, 0)
     candidates = list(dict.fromkeys(c for f in features for c in (f, *f.parents())))
     column = {candidate: i for i, candidate in enumerate(candidates)}
     table = held(distinct, candidates)

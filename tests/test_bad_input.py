@@ -79,6 +79,10 @@ def prompts(tmp_path: Path) -> Path:
         (["models", "fetch", "gemma3-270m"], ["gemma3-270m", "--accept-license"]),
         (["check", "no-such/model"], ["no-such/model", "smollm2-135m"]),
         (["bench", "nothing"], ["unknown benchmark"]),
+        (["run", "voids", "--model", "x"], ["voids needs prompts", "--prompts FILE.jsonl"]),
+        (["run", "back_patching", "--model", "x"], ["back_patching needs prompts", "another --task"]),
+        (["run", "concept_depth", "--model", "x"], ["concept_depth needs prompts", "--sets NAME"]),
+        (["run", "latent_language", "--model", "x", "--source", "xx"], ["unknown source 'xx'", "fr"]),
     ],
 )
 def test_commands(

@@ -74,6 +74,17 @@ def test_a_dry_run_prints_the_cost_and_runs_nothing(
     assert ActivationStore().bytes_held() == 0
 
 
+def test_weights_alone_need_no_prompts(llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["run", "communication_channels", "--model", str(llama_folder), "--out", str(tmp_path / "c"), "--task", "none"]
+    assert main([*args, "--dry-run"]) == 0
+    assert "forwards           0 prompts, 0 tokens" in capsys.readouterr().out
+    assert main(args) == 0
+    scores = pd.read_parquet(tmp_path / "c" / "tables" / "composition.parquet")
+    contract = ["kind", "source_layer", "source_head", "target_layer", "target_head", "score"]
+    assert set(contract) <= set(scores.columns)
+    assert (scores["source_layer"] < scores["target_layer"]).all()
+
+
 def test_capture_fills_the_store_ahead(
     llama_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,7 +25,7 @@ from analyses.back_patching.cases import (
 from analyses.back_patching.figures import FIGURES
 from analyses.back_patching.grid import Cell, Held, Patched, Variant, cells_of, frame, mirrored, noise_like
 from analyses.back_patching.stages import Patchscope, critical_layers, projections, resolutions, stages
-from analyses.base import Clock, PromptsLike, as_prompts, make_result
+from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.options import option, validate
 from analyses.result import FigureSpec, Result
 from analyses.tasks.two_hop import sample
@@ -41,7 +41,7 @@ from probes.store import ActivationStore
 
 
 @dataclass(frozen=True)
-class BackPatching:
+class BackPatching(Analysis):
     """Back-patching of two-hop questions (Biran et al. 2024, "Hopping Too Late", arXiv 2406.12775)."""
 
     task: Literal["prompts", "two_hop"] = option(
@@ -79,13 +79,29 @@ class BackPatching:
     def __post_init__(self) -> None:
         validate(self)
 
+    @property
+    def makes_prompts(self) -> bool:
+        """With the task `two_hop`."""
+        return self.task == "two_hop"
+
+    def collect(self, model: Model, prompts: PromptsLike = ()) -> list[Prompt]:
+        """The questions asked: generated ones, or those of the prompts."""
+        if self.task == "two_hop":
+            return two_hop_prompts(model, sample(self.pool, self.seed))
+        return as_prompts(prompts, model, self.prompt_fields)
+
     def needs(self, model: Model) -> list[Need]:
         """The last stream, which says what the model answers; sublayer outputs for the stages."""
         points = [f"resid_post.{model.shape.n_layers - 1}"]
         return [Need((*points, "attn_out.*", "mlp_out.*") if self.stages else tuple(points), LAST)]
 
     def run(
-        self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
+        self,
+        model: Model,
+        prompts: PromptsLike = (),
+        *,
+        store: ActivationStore | None = None,
+        progress: Progress = QUIET,
     ) -> Result:
         """Tables `cases`, `grid`, `summary`, `control_rates`; with stages `resolution`, `knockout`, `projection`, `stages`.
 
@@ -93,10 +109,7 @@ class BackPatching:
             PromptError: no prompt has an answer.
         """
         clock, store = Clock(), store or ActivationStore()
-        if self.task == "two_hop":
-            asked = two_hop_prompts(model, sample(self.pool, self.seed))
-        else:
-            asked = as_prompts(prompts, model, self.prompt_fields)
+        asked = self.collect(model, prompts)
         found, dropped = cases_of(model, asked)
         if not found:
             raise PromptError(f"no prompt can be patched; the first reason: {dropped[0][1]}")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from analyses.base import Analysis, as_prompts
+from analyses.base import Analysis
 from analyses.cli.console import ConsoleProgress, say
 from analyses.cli.options import build, flags
 from analyses.registry import ANALYSES
@@ -19,7 +19,7 @@ from probes.capture import plan_capture
 from probes.errors import OptionError
 from probes.models import Model, load_model
 from probes.preflight import estimate
-from probes.prompts import Prompt, PromptLine, read_prompts
+from probes.prompts import PromptLine, read_prompts
 from probes.store import ActivationStore
 
 ModelRef = Annotated[str, typer.Option("--model", help="A named model, a folder, a .gguf file, or a hub id.")]
@@ -41,6 +41,10 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that 
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print what would be captured and what it would cost, and stop.")
 ]
+
+
+MAKING = {"sets": "--sets NAME", "task": "another --task"}
+"""Options that let some analyses make their own prompts, and the flag to name."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +118,12 @@ def run_analysis(
     model = loading.load()
     try:
         if dry_run:
-            asked = _asked(analysis, model, lines)
+            asked = analysis.collect(model, lines)
             plan = plan_capture(model, [prompt.tokens for prompt in asked], analysis.needs(model), activations)
             for line in estimate(model, [plan]).lines():
                 say(line)
-            if getattr(analysis, "max_new_tokens", 0):
-                say(f"and up to {analysis.max_new_tokens} new tokens for each of {len(asked)} prompts")  # type: ignore[attr-defined]
+            if analysis.max_new_tokens:
+                say(f"and up to {analysis.max_new_tokens} new tokens for each of {len(asked)} prompts")
             return
         result = analysis.run(model, lines, store=activations, progress=progress)
     finally:
@@ -131,18 +135,12 @@ def run_analysis(
 
 
 def _lines(analysis: Analysis, prompts: Path | None) -> list[PromptLine]:
-    if prompts is None and not getattr(analysis, "sets", ()) and not getattr(analysis, "makes_prompts", False):
-        other = " or --sets NAME" if hasattr(analysis, "sets") else ""
-        raise OptionError(f"{analysis.name} needs prompts: give --prompts FILE.jsonl{other}")
-    return [] if prompts is None else read_prompts(prompts, analysis.prompt_fields)
-
-
-def _asked(analysis: Analysis, model: Model, lines: list[PromptLine]) -> list[Prompt]:
-    """The prompts as the analysis will see them, with those it makes itself."""
-    collect = getattr(analysis, "collect", None)
-    if collect is not None:
-        return list(collect(model, lines))
-    return as_prompts(lines, model, analysis.prompt_fields, chat=getattr(analysis, "chat", False))
+    if prompts is not None:
+        return read_prompts(prompts, analysis.prompt_fields)
+    if not analysis.makes_prompts:
+        made = next((f" or {flag}" for name, flag in MAKING.items() if hasattr(analysis, name)), "")
+        raise OptionError(f"{analysis.name} needs prompts: give --prompts FILE.jsonl{made}")
+    return []
 
 
 def register(group: typer.Typer) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from analyses.base import Clock, PromptsLike, as_prompts, make_result, token_text
+from analyses.base import Analysis, Clock, PromptsLike, make_result, token_text
 from analyses.communication_channels import laundry as laundry
 from analyses.communication_channels.edits import (
     Names,
@@ -38,15 +38,14 @@ from analyses.statistics import cluster_bootstrap, wilson
 from analyses.tasks import ioi as tasks_ioi
 from analyses.tasks import laundry as tasks_laundry
 from probes import lens
-from probes.capture import capture
 from probes.composition import Heads, Kind
 from probes.errors import PointError
 from probes.head_weights import head_weights, rotary
 from probes.models.base import Model
-from probes.needs import Need, Reducer
+from probes.needs import Need
 from probes.points import Address
 from probes.progress import QUIET, Progress
-from probes.prompts import FieldCheck
+from probes.prompts import FieldCheck, Prompt
 from probes.store import ActivationStore
 
 ALPHAS = (-2.0, -1.0, 0.5, 2.0, 4.0)
@@ -54,7 +53,7 @@ ALPHAS = (-2.0, -1.0, 0.5, 2.0, 4.0)
 
 
 @dataclass(frozen=True)
-class CommunicationChannels:
+class CommunicationChannels(Analysis):
     """Composition of attention heads by singular components (Merullo et al. 2024, "Talking Heads", arXiv 2406.09519)."""
 
     kinds: tuple[Kind, ...] = option(("q", "k", "v"), "What the later head does with what it reads: query, key, value.")
@@ -85,20 +84,32 @@ class CommunicationChannels:
     def __post_init__(self) -> None:
         validate(self)
 
+    @property
+    def makes_prompts(self) -> bool:
+        """Yes: the scan is of weights, and the edits make their own."""
+        return True
+
+    def collect(self, model: Model, prompts: PromptsLike) -> list[Prompt]:
+        """None of those given: the scan is of weights alone."""
+        return []
+
     def needs(self, model: Model) -> list[Need]:
-        """Nothing of the prompts but their last stream, so that a store knows them: the scan is of weights."""
-        return [Need(f"resid_post.{model.shape.n_layers - 1}", Reducer("norm", positions="last"))]
+        """Nothing: the scan is of weights, and edits are interventions."""
+        return []
 
     def run(
-        self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
+        self,
+        model: Model,
+        prompts: PromptsLike = (),
+        *,
+        store: ActivationStore | None = None,
+        progress: Progress = QUIET,
     ) -> Result:
         """Tables `composition`, `components`, `tokens`; with a task `task`, `edits`, `rank`; and `laundry`, `steering`.
 
         The given prompts are not used: the scan needs none, and the edits make their own.
         """
-        clock, store = Clock(), store or ActivationStore()
-        asked = as_prompts(prompts, model, self.prompt_fields)[:1]
-        activations = capture(model, [p.tokens for p in asked], self.needs(model), store, progress=progress)
+        clock = Clock()
         heads = head_weights(model, fold_norm=self.fold_norm, center=self.center)
         rotation = rotary(model, self.rope_offset)
         scans = [scan(heads, kind, rotation) for kind in dict.fromkeys(self.kinds)]
@@ -119,7 +130,7 @@ class CommunicationChannels:
         tables["tokens"] = _token_table(model, heads, scans, pairs)
         if reason is None and self.laundry_prompts:
             tables |= self._laundry(model, heads, scans, table, edited)
-        return make_result(self, model, asked, tables, activations, clock, notes, counts)
+        return make_result(self, model, [], tables, None, clock, notes, counts)
 
     def _weights_note(self, heads: Heads) -> str:
         folded = "with" if heads.fold_norm else "without"

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 import pandas as pd
 
-from analyses.base import Clock, PromptsLike, as_prompts, make_result
+from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.concept_depth.causal import Check, causal_table
 from analyses.concept_depth.datasets import SETS, get_set, load_set
 from analyses.concept_depth.figures import FIGURES
@@ -39,7 +39,7 @@ from probes.store import ActivationStore
 
 
 @dataclass(frozen=True)
-class ConceptDepth:
+class ConceptDepth(Analysis):
     """Accuracy of linear probes along depth (Jin et al. 2024, "Exploring Concept Depth", arXiv 2404.07066)."""
 
     sets: tuple[str, ...] = option(
@@ -98,6 +98,11 @@ class ConceptDepth:
     def needs(self, model: Model) -> list[Need]:
         """One row of every layer."""
         return [Need(f"{self.representation}.*", self._reducer)]
+
+    @property
+    def makes_prompts(self) -> bool:
+        """With data sets named in `sets`."""
+        return bool(self.sets)
 
     def collect(self, model: Model, prompts: PromptsLike) -> list[Prompt]:
         """The labelled prompts and those of the named sets; unlabelled prompts count only where no set is named.

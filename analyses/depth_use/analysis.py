@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pandas as pd
 
-from analyses.base import Clock, PromptsLike, as_prompts, make_result, token_text
+from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result, token_text
 from analyses.depth_use.alignment import alignment_table
 from analyses.depth_use.blocks import Part
 from analyses.depth_use.figures import FIGURES
@@ -40,7 +40,7 @@ def check_label(value: object) -> str | None:
 
 
 @dataclass(frozen=True)
-class DepthUse:
+class DepthUse(Analysis):
     """How a model uses its depth (Csordás, Manning, Potts 2025, arXiv 2505.13898), beside the proxies of layer importance."""
 
     parts: tuple[Part, ...] = option(

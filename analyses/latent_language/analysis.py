@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analyses.base import Clock, PromptsLike, as_prompts, make_result
+from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.latent_language import answers as own_answers
 from analyses.latent_language import tables as tabled
 from analyses.latent_language.extras import EXTRAS, Extra, fitted_lens
@@ -39,7 +39,7 @@ CANNOT = 0.5
 
 
 @dataclass(frozen=True)
-class LatentLanguage:
+class LatentLanguage(Analysis):
     """Latent languages by the lens (Wendler et al. 2024, arXiv 2402.10588; Zhong et al. 2024, arXiv 2408.10811)."""
 
     task: Task = option("translation", "What is asked, for each word of the list, where prompts carry no targets.")
@@ -91,8 +91,6 @@ class LatentLanguage:
     )
     prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {"targets": check_targets}
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
-    makes_prompts: ClassVar[bool] = True
-    """Whether it runs without prompts, on those of its task."""
 
     def __post_init__(self) -> None:
         validate(self)
@@ -100,6 +98,11 @@ class LatentLanguage:
             raise OptionError(
                 f"options source ({len(self.source)}) and target ({len(self.target)}) must be equally many, or one of them one"
             )
+
+    @property
+    def makes_prompts(self) -> bool:
+        """Yes: where no prompt carries targets, those of its task."""
+        return True
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analyses.base import Clock, PromptsLike, as_prompts, make_result, token_text
+from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result, token_text
 from analyses.logit_lens.figures import FIGURES
 from analyses.options import option, validate
 from analyses.result import FigureSpec, Result
@@ -30,7 +30,7 @@ CHUNK = 32
 
 
 @dataclass(frozen=True)
-class LogitLens:
+class LogitLens(Analysis):
     """Top tokens, entropy and distance to the final prediction at every layer (nostalgebraist 2020, "interpreting GPT")."""
 
     top_k: int = option(5, "How many of the most probable tokens to list.", low=1, high=100)

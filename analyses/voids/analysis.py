@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analyses.base import Clock, PromptsLike, as_prompts, make_result
+from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.generation import Decoding, respond
 from analyses.options import option, validate
 from analyses.result import FigureSpec, Result
@@ -35,7 +35,7 @@ NORM = Reducer("norm")
 
 
 @dataclass(frozen=True)
-class Voids:
+class Voids(Analysis):
     """Layer voids by the L2 rule (Shemiranifar 2025, "Void in Language Models", arXiv 2505.14467)."""
 
     alpha: tuple[float, ...] = option(

@@ -18,6 +18,8 @@ VOCAB_TILE = 4096
 """Tokens per tile."""
 ROW_TILE = 512
 """Residual rows per tile."""
+ROW_BLOCK = 8192
+"""Residual rows normalised at once, which bounds memory."""
 LOG2 = 0.6931471805599453
 
 
@@ -79,23 +81,20 @@ def read(
         reference_of: [n], which reference each row is compared to; row i to reference i when left out.
         tile: vocabulary tile, in tokens; changes memory, not the result.
     """
-    hidden = normalized(rows, unembedding)
-    sums = _Sums(hidden.shape[0], top_k, hidden.device)
+    device = unembedding.weight.device
+    sums = _Sums(rows.shape[0], top_k, None if ids is None else ids.to(device), device)
     if reference is None:
-        _read_block(hidden, torch.arange(len(hidden)), unembedding, sums, None, tile)
+        for block in torch.split(torch.arange(rows.shape[0]), ROW_BLOCK):
+            _read_block(rows, block, unembedding, sums, None, tile)
     else:
-        expected = normalized(reference, unembedding)
-        target = torch.arange(len(hidden)) if reference_of is None else reference_of.cpu()
-        for first in range(0, len(expected), ROW_TILE):
-            mine = torch.nonzero((target >= first) & (target < first + ROW_TILE))[:, 0]
-            against = _Reference(expected[first : first + ROW_TILE], target[mine] - first)
-            _read_block(hidden, mine, unembedding, sums, against, tile)
-    wanted = hidden.new_zeros(len(hidden), 0)
-    if ids is not None:
-        wanted = token_logits(hidden, unembedding, ids.to(hidden.device)) - sums.log_z[:, None]
-    entropy = ((sums.log_z - sums.logit / sums.mass) / LOG2).clamp_min(0)
-    kl = sums.kl if reference is not None else hidden.new_zeros(0)
-    return LensRead(sums.log_z, entropy, sums.top_logits - sums.log_z[:, None], sums.top_ids, wanted, kl)
+        target = torch.arange(rows.shape[0]) if reference_of is None else reference_of.cpu()
+        for first in range(0, len(reference), ROW_TILE):
+            block = torch.nonzero((target >= first) & (target < first + ROW_TILE))[:, 0]
+            expected = normalized(reference[first : first + ROW_TILE], unembedding)
+            _read_block(rows, block, unembedding, sums, _Reference(expected, target[block] - first), tile)
+    kl = sums.kl if reference is not None else sums.kl[:0]
+    log_z = sums.log_z[:, None]
+    return LensRead(sums.log_z, sums.entropy_bits, sums.top_logits - log_z, sums.top_ids, sums.wanted - log_z, kl)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
@@ -139,53 +138,76 @@ class _Reference:
 
 
 class _Sums:
-    """Per row: running maximum, mass and exp-weighted logit, top tokens, and divergence from a reference."""
+    """Per row: running maximum, mass and exp-weighted logit above it, chosen and top tokens, divergence from a reference."""
 
-    def __init__(self, n: int, top_k: int, device: torch.device) -> None:
+    def __init__(self, n: int, top_k: int, ids: Tensor | None, device: torch.device) -> None:
         self.high = torch.full((n,), -torch.inf, device=device)
         self.mass = torch.zeros(n, device=device)
-        self.logit = torch.zeros(n, device=device)
+        self.above = torch.zeros(n, device=device)
         self.kl = torch.zeros(n, device=device)
         self.top_logits = torch.full((n, top_k), -torch.inf, device=device)
         self.top_ids = torch.zeros(n, top_k, dtype=torch.long, device=device)
+        self.ids = ids
+        self.wanted = torch.zeros(n, 0 if ids is None else ids.shape[-1], device=device)
 
     @property
     def log_z(self) -> Tensor:
         return self.high + self.mass.log()
 
+    @property
+    def entropy_bits(self) -> Tensor:
+        # Logits are summed relative to the maximum, so that nothing large cancels here.
+        return ((self.mass.log() - self.above / self.mass) / LOG2).clamp_min(0)
+
     def add(self, rows: Tensor, logits: Tensor, start: int) -> None:
-        high = torch.maximum(self.high[rows], logits.amax(dim=-1))
-        shrink = (self.high[rows] - high).exp()
-        weights = (logits - high[:, None]).exp_()
-        self.mass[rows] = self.mass[rows] * shrink + weights.sum(dim=-1)
-        self.logit[rows] = self.logit[rows] * shrink + torch.linalg.vecdot(weights, logits)
+        """Takes in the logits [rows, tile] of the tokens from `start`."""
+        self._add_tokens(rows, logits, start)
+        before, mass = self.high[rows], self.mass[rows]
+        high = torch.maximum(before, logits.amax(dim=-1))
+        shrink = (before - high).exp()
+        lower = torch.where(mass > 0, before - high, 0)
+        logits = logits - high[:, None]
+        weights = logits.exp()
+        above = (self.above[rows] + lower * mass) * shrink
+        self.above[rows] = above + torch.linalg.vecdot(weights, logits)
+        self.mass[rows] = mass * shrink + weights.sum(dim=-1)
         self.high[rows] = high
+
+    def _add_tokens(self, rows: Tensor, logits: Tensor, start: int) -> None:
+        n, width = logits.shape
         top_k = self.top_ids.shape[1]
         if top_k:
-            values, found = logits.topk(min(top_k, logits.shape[1]), dim=-1)
+            values, found = logits.topk(min(top_k, width), dim=-1)
             best, order = torch.cat([self.top_logits[rows], values], dim=-1).topk(top_k, dim=-1)
             self.top_logits[rows] = best
             self.top_ids[rows] = torch.cat([self.top_ids[rows], found + start], dim=-1).gather(1, order)
+        if self.ids is not None and self.ids.shape[-1]:
+            ids = self.ids.expand(n, -1) if self.ids.ndim == 1 else self.ids[rows]
+            here = (ids >= start) & (ids < start + width)
+            if here.any():
+                seen = logits.gather(1, (ids - start).clamp(0, width - 1))
+                self.wanted[rows] = torch.where(here, seen, self.wanted[rows])
 
 
 def _read_block(
-    hidden: Tensor, rows: Tensor, unembedding: Unembedding, sums: _Sums, against: _Reference | None, tile: int
+    rows: Tensor, block: Tensor, unembedding: Unembedding, sums: _Sums, against: _Reference | None, tile: int
 ) -> None:
-    """Adds every vocabulary tile to the sums of `rows`, compared to one block of references."""
-    difference = torch.zeros(len(rows), device=hidden.device)
+    """Adds every vocabulary tile to the sums of the rows of `block`, compared to one block of references."""
+    hidden = normalized(rows[block], unembedding)
+    difference = torch.zeros(len(block), device=hidden.device)
     for start, weight, bias in _tiles(unembedding, tile):
         expected = weights = shrink = None
         if against is not None:
             expected = _logits(against.hidden, weight, bias, unembedding.softcap)
             weights, shrink = against.weights(expected)
-        for first in range(0, len(rows), ROW_TILE):
+        for first in range(0, len(block), ROW_TILE):
             part = slice(first, first + ROW_TILE)
-            logits = _logits(hidden[rows[part]], weight, bias, unembedding.softcap)
-            sums.add(rows[part], logits, start)
+            logits = _logits(hidden[part], weight, bias, unembedding.softcap)
             if against is not None and expected is not None and weights is not None and shrink is not None:
                 of = against.of[part]
                 change = torch.linalg.vecdot(weights[of], expected[of] - logits)
                 difference[part] = difference[part] * shrink[of] + change
+            sums.add(block[part], logits, start)
     if against is not None:
         mean = difference / against.mass[against.of]
-        sums.kl[rows] = (mean - against.log_z[against.of] + sums.log_z[rows]).clamp_min(0)
+        sums.kl[block] = (mean - against.log_z[against.of] + sums.log_z[block]).clamp_min(0)

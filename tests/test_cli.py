@@ -75,7 +75,16 @@ def test_a_dry_run_prints_the_cost_and_runs_nothing(
 
 
 def test_weights_alone_need_no_prompts(llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args = ["run", "communication_channels", "--model", str(llama_folder), "--out", str(tmp_path / "c"), "--task", "none"]
+    args = [
+        "run",
+        "communication_channels",
+        "--model",
+        str(llama_folder),
+        "--out",
+        str(tmp_path / "c"),
+        "--task",
+        "none",
+    ]
     assert main([*args, "--dry-run"]) == 0
     assert "forwards           0 prompts, 0 tokens" in capsys.readouterr().out
     assert main(args) == 0

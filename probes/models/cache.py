@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,10 +11,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import platformdirs
 from filelock import FileLock
 
 from probes.errors import ModelError
+from probes.paths import cache_root
 
 CONVERTER = 1
 """Raised when converted folders must be made anew."""
@@ -33,12 +32,6 @@ class Source:
     origin: str
     """The packages or the file name."""
     converter: int = CONVERTER
-
-
-def cache_root() -> Path:
-    """The root of everything kept between runs: `$BATHYSCOPE_CACHE`, or the user's cache folder."""
-    named = os.environ.get("BATHYSCOPE_CACHE")
-    return Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("bathyscope"))
 
 
 def models_dir() -> Path:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import platformdirs
 from torch import Tensor
 
 from probes.errors import StoreError
+from probes.paths import cache_root
 from probes.store import maintenance, room
 from probes.store.backing import Backing, Vanished
 from probes.store.catalogue import Catalogue, DamagedCatalogue
@@ -32,8 +32,8 @@ Sequences = Sequence[Sequence[int]]
 
 
 def default_root() -> Path:
-    """`$BATHYSCOPE_STORE`, or `store` in the user's cache folder."""
-    return Path(os.environ.get("BATHYSCOPE_STORE") or Path(platformdirs.user_cache_dir("bathyscope")) / "store")
+    """`$BATHYSCOPE_STORE`, or `store` in the cache folder."""
+    return Path(os.environ.get("BATHYSCOPE_STORE") or cache_root() / "store")
 
 
 class ActivationStore:

@@ -105,4 +105,7 @@ def test_the_default_root_follows_the_environment(monkeypatch, tmp_path: Path) -
     monkeypatch.setenv("BATHYSCOPE_STORE", str(tmp_path / "here"))
     assert default_root() == tmp_path / "here" == ActivationStore().root
     monkeypatch.delenv("BATHYSCOPE_STORE")
+    monkeypatch.setenv("BATHYSCOPE_CACHE", str(tmp_path / "cache"))
+    assert default_root() == tmp_path / "cache" / "store"
+    monkeypatch.delenv("BATHYSCOPE_CACHE")
     assert default_root().parts[-2:] == ("bathyscope", "store")

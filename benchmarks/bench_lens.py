@@ -154,6 +154,8 @@ def main() -> None:
             a, b = ours.found[column], theirs.found[column]
             apart = (np.abs(a - b) / np.maximum(1, np.abs(b))).max()
             print(f"largest difference of {column}, relative where it exceeds 1: {apart:.1e}")
+        apart = np.abs(np.exp(ours.found["logprob"]) - np.exp(theirs.found["logprob"])).max()
+        print(f"largest difference of a probability: {apart:.1e}")
         print(f"same top token: {(ours.found['top'] == theirs.found['top']).mean():.4%}")
         print("| way | seconds | peak above the rows, MiB |\n|---|---|---|")
         for way in (ours, theirs):

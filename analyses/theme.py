@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import plotly.graph_objects as go
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -33,6 +34,11 @@ def band(figure: go.Figure, x: object, low: object, high: object, colour: str) -
     figure.add_scatter(
         x=x, y=low, mode="lines", line=line, fill="tonexty", fillcolor=fill, showlegend=False, hoverinfo="skip"
     )
+
+
+def whiskers(mean: pd.Series, low: pd.Series, high: pd.Series, width: int = 0) -> dict[str, object]:
+    """The error bar of an interval around `mean`; `width` is that of its caps, in pixels."""
+    return {"type": "data", "array": high - mean, "arrayminus": mean - low, "thickness": 1, "width": width}
 
 
 def menu(figure: go.Figure, labels: list[str], widths: list[int] | None = None) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -52,16 +50,6 @@ def rotary(model: Model, offset: int) -> Tensor | None:
             raise PointError(f"{model.ref} has no rotary embedding: leave rope_offset at 0")
         frequencies = torch.as_tensor(found[0].inv_freq).double().tolist()
     return rotation(model.shape.d_head, offset, frequencies)
-
-
-def with_head(heads: Heads, layer: int, head: int, *, w_v: Tensor | None = None, w_o: Tensor | None = None) -> Heads:
-    """The same heads, one of them with other value or output weights."""
-    new_v, new_o = heads.w_v.clone(), heads.w_o.clone()
-    if w_v is not None:
-        new_v[layer, head] = w_v
-    if w_o is not None:
-        new_o[layer, head] = w_o
-    return replace(heads, w_v=new_v, w_o=new_o)
 
 
 def _inputs(projection: nn.Module, d_model: int) -> Tensor:

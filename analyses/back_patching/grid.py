@@ -21,7 +21,6 @@ Cell = tuple[int, int]
 """(source layer, target layer); target -1 is the embedding."""
 
 Variant = Literal["back_patch", "forward", "other_query", "noise"]
-CONTROLS: tuple[Variant, ...] = ("forward", "other_query", "noise")
 
 
 def cells_of(n_layers: int, which: str, step: int, include_embedding: bool) -> list[Cell]:

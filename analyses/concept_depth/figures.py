@@ -12,7 +12,6 @@ from analyses.result import FigureSpec, Tables
 from analyses.theme import COLOURS, band, finish
 
 GREY = "#777777"
-DASHES = ("solid", "dash", "dot")
 STATISTICS = {
     "jump": "jump: first rise of 10 %",
     "converging_first": "converging, first",

@@ -8,7 +8,7 @@ from plotly.subplots import make_subplots
 
 from analyses.depth_use.figures_proxies import PROXY_FIGURES
 from analyses.result import FigureSpec, Tables
-from analyses.theme import COLOURS, SCALE, finish, visible
+from analyses.theme import COLOURS, SCALE, finish, visible, whiskers
 
 PART_NAMES = {"block": "whole block", "attn": "attention", "mlp": "MLP"}
 _VARIANT_NAMES = {
@@ -32,7 +32,7 @@ def contributions(tables: Tables) -> go.Figure:
             figure.add_scatter(
                 x=group[value], y=group["layer"], name=PART_NAMES[str(part)], mode="lines+markers",
                 line={"color": colour}, marker={"size": 5}, legendgroup=part, showlegend=column == 1,
-                error_x=_whiskers(group, value, low, high), row=1, col=column,
+                error_x=whiskers(group[value], group[low], group[high]), row=1, col=column,
             )  # fmt: skip
     finish(figure, x="", y="layer", height=620)
     figure.update_xaxes(title="||what is added|| / ||stream||", type="log", row=1, col=1)
@@ -103,7 +103,7 @@ def depth_scores(tables: Tables) -> go.Figure:
         keys = zip(rows["variant"], rows["part"], strict=True)
         figure.add_scatter(
             x=rows["score"], y=[f"{variant}, {PART_NAMES[part]}, {group}" for variant, part in keys], mode="markers",
-            marker={"color": colour, "size": 9}, error_x=_whiskers(rows, "score", "ci_low", "ci_high"),
+            marker={"color": colour, "size": 9}, error_x=whiskers(rows["score"], rows["ci_low"], rows["ci_high"]),
             name=f"{group} ({rows['prompts'].min()} to {rows['prompts'].max()} prompts)",
         )  # fmt: skip
     order = sorted({y for trace in figure.data for y in trace.y}, reverse=True)
@@ -188,11 +188,6 @@ def linear_maps(tables: Tables) -> go.Figure:
     )  # fmt: skip
     figure.add_scatter(x=best, y=best.index, mode="markers", marker={"color": "white", "size": 7, "line": {"width": 1}}, name="best source layer")  # fmt: skip
     return finish(figure, x="source layer", y="target layer", height=620)
-
-
-def _whiskers(table: pd.DataFrame, value: str, low: str, high: str) -> dict[str, object]:
-    above, below = table[high] - table[value], table[value] - table[low]
-    return {"type": "data", "array": above, "arrayminus": below, "thickness": 1, "width": 0}
 
 
 def _menu(figure: go.Figure, labels: list[str]) -> None:

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analyses.result import FigureSpec, Tables
-from analyses.theme import COLOURS, finish, menu, shorten, visible
+from analyses.theme import COLOURS, finish, menu, shorten, visible, whiskers
 
 SHOWN = 40
 """Prompts offered in a figure's menu."""
@@ -47,8 +47,7 @@ def usage_by_layer(tables: Tables) -> go.Figure:
     for colour, (phase, group) in zip(COLOURS, usage.groupby("phase", sort=False), strict=False):
         figure.add_bar(
             y=group["layer"], x=group["active_fraction"], orientation="h", name=f"{phase} tokens", marker_color=colour,
-            error_x={"type": "data", "array": group["ci_high"] - group["active_fraction"],
-                     "arrayminus": group["active_fraction"] - group["ci_low"], "thickness": 1, "width": 2},
+            error_x=whiskers(group["active_fraction"], group["ci_low"], group["ci_high"], 2),
         )  # fmt: skip
     finish(figure, x="share of tokens for which the layer is active", y="layer", height=620)
     figure.update_layout(barmode="group", bargap=0.15)
@@ -66,8 +65,7 @@ def norms(tables: Tables) -> go.Figure:
             quartiles = activity.groupby("layer")[name].quantile([0.25, 0.5, 0.75]).unstack()
             figure.add_scatter(
                 x=quartiles[0.5], y=quartiles.index, name={"delta": "step"}.get(name, name), mode="lines+markers",
-                line={"color": colour}, error_x={"type": "data", "array": quartiles[0.75] - quartiles[0.5],
-                                                 "arrayminus": quartiles[0.5] - quartiles[0.25], "thickness": 1, "width": 0},
+                line={"color": colour}, error_x=whiskers(quartiles[0.5], quartiles[0.25], quartiles[0.75]),
                 row=1, col=column,
             )  # fmt: skip
     finish(figure, x="L2 norm (units of the residual stream)", y="layer", height=540)
@@ -81,8 +79,7 @@ def token_classes(tables: Tables) -> go.Figure:
     for colour, (alpha, group) in zip(COLOURS, rates.groupby("alpha", sort=False), strict=False):
         figure.add_bar(
             x=group["token_class"], y=group["void_rate"], name=f"alpha {alpha:g}", marker_color=colour,
-            error_y={"type": "data", "array": group["ci_high"] - group["void_rate"],
-                     "arrayminus": group["void_rate"] - group["ci_low"], "thickness": 1, "width": 3},
+            error_y=whiskers(group["void_rate"], group["ci_low"], group["ci_high"], 3),
         )  # fmt: skip
     finish(figure, x="class of token", y="share of layers that are void")
     figure.update_yaxes(range=[0, 1])
@@ -159,8 +156,7 @@ def control_bars(tables: Tables) -> go.Figure:
     for colour, (alpha, group) in zip(COLOURS, controls.groupby("alpha", sort=False), strict=False):
         figure.add_bar(
             x=group["variant"], y=group["kl_to_full"], name=f"alpha {alpha:g}", marker_color=colour,
-            error_y={"type": "data", "array": group["kl_high"] - group["kl_to_full"],
-                     "arrayminus": group["kl_to_full"] - group["kl_low"], "thickness": 1, "width": 3},
+            error_y=whiskers(group["kl_to_full"], group["kl_low"], group["kl_high"], 3),
         )  # fmt: skip
     return finish(figure, x="what decides where to exit or skip", y="KL from the full model (nats)")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from analyses.provenance import describe
-from analyses.result import FigureSpec, Result, Tables
+from analyses.result import FigureSpec, ProfileSpec, Result, Tables
 from probes.activations import Activations
 from probes.models.base import Model
 from probes.needs import Need
@@ -35,6 +35,8 @@ class Analysis(Protocol):
     reference: ClassVar[str]
     prompt_fields: ClassVar[Mapping[str, FieldCheck]]
     figures: ClassVar[Mapping[str, FigureSpec]]
+    profiles: ClassVar[Mapping[str, ProfileSpec]] = {}
+    """What it says of each layer, for the depth axis all analyses share."""
     chat: bool = False
     """Whether each text is wrapped as one user turn of the chat template."""
     max_new_tokens: int = 0

@@ -34,6 +34,20 @@ class FigureSpec:
 
 
 @dataclass(frozen=True)
+class ProfileSpec:
+    """One number a layer, drawn on the depth axis that all analyses share."""
+
+    title: str
+    unit: str
+    """What the number is counted in, for the axis: `share of dimensions`, `nats`."""
+    caption: str
+    """What is measured and how to read it, in a sentence or two."""
+    read: Callable[[Tables], pd.DataFrame]
+    """Columns layer and value, one row a layer, and ci_low, ci_high where there is an interval."""
+    applies: Callable[[Tables], bool] = field(default=lambda tables: True)
+
+
+@dataclass(frozen=True)
 class Result:
     """What an analysis found.
 
@@ -65,6 +79,25 @@ class Result:
         if name not in specs:
             raise OptionError(unknown("figure", name, specs))
         return specs[name].draw(self.tables)
+
+    @property
+    def profiles(self) -> dict[str, ProfileSpec]:
+        """The depth profiles that this result's tables hold, by name."""
+        from analyses.registry import get_analysis
+
+        specs = get_analysis(self.analysis).profiles
+        return {name: spec for name, spec in specs.items() if spec.applies(self.tables)}
+
+    def profile(self, name: str) -> pd.DataFrame:
+        """One depth profile: columns layer, value and, where there is an interval, ci_low and ci_high.
+
+        Raises:
+            OptionError: an unknown profile, with the legal names.
+        """
+        specs = self.profiles
+        if name not in specs:
+            raise OptionError(unknown("profile", name, specs))
+        return specs[name].read(self.tables)
 
     def save(self, folder: str | Path) -> Path:
         """Writes the result to `folder`, replacing a result that is there; returns the folder.

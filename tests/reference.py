@@ -159,8 +159,10 @@ def _divisor(x: Tensor, norm: Any, centred: bool) -> Tensor:
 
 
 def _eager_patterns(family: str, tokens: Tensor) -> tuple[Tensor, ...] | None:
-    module = copy.deepcopy(shared(family))
-    module.set_attn_implementation("eager")
+    plain: Any = shared(family)
+    # Built anew, because some families choose their attention when they are made.
+    module = type(plain)._from_config(copy.deepcopy(plain.config), attn_implementation="eager").eval()
+    module.load_state_dict(plain.state_dict())
     with torch.no_grad():
         found: tuple[Tensor, ...] | None = module(tokens, output_attentions=True).attentions
     return found

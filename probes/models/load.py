@@ -13,7 +13,11 @@ from probes.models.digest import weights_digest
 from probes.models.fetch import Progress
 from probes.models.sources import locate
 
-BACKENDS: Mapping[str, str] = {"native": "probes.models.native:NativeModel"}
+BACKENDS: Mapping[str, str] = {
+    "native": "probes.models.native:NativeModel",
+    "transformer_lens": "probes.models.transformer_lens:TransformerLensModel",
+    "nnsight": "probes.models.nnsight:NnsightModel",
+}
 """Backend to the dotted path of its class, imported when asked for.
 
 Each is called as `Backend(module, tokenizer, ref=…, weights=…, revision=…)` with the Hugging Face module.

@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 from families import FAMILIES, prompt, shared
-from reference import REFUSED, expected
+from reference import EDITS, REFUSED, edited, expected
 from torch import Tensor, nn
 
 from probes.errors import OptionError, PointError, PromptError
@@ -162,6 +162,18 @@ class Conformance:
         after = one(model, Address("logits"), tokens, {address: lambda old: new.to(old)})
         assert not torch.allclose(before, after, atol=1e-4)
         assert torch.equal(read_back, new), "the model must not change the tensor it was given"
+
+    @pytest.mark.parametrize("edit", EDITS)
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_an_edit_gives_what_plain_hooks_give(self, family: str, edit: str) -> None:
+        model, tokens, logits = self.model(family), prompt(rows=2), Address("logits")
+        clean = expected(family)["logits"]
+        for point in WRITABLE:
+            address = Address(point, 1 if POINTS[point].layered else None)
+            if model.refusal(address) is None:
+                right = edited(family, point, 1, edit)
+                assert not torch.allclose(right, clean, atol=1e-4), f"the edit of {address} must matter"
+                close(one(model, logits, tokens, {address: EDITS[edit]}), right)
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_a_written_attention_input_reaches_queries_keys_and_values(self, family: str) -> None:

@@ -105,13 +105,17 @@ class Anatomy:
             return self._divisor(address)
         if point in ("q", "k", "v"):
             return self._projection(address)
-        if point == "pattern" and layer in self.patterns:
-            return self.patterns[layer]
         if point == "pattern":
-            raise PointError("attention probabilities are read from the attention function, not from a module")
+            return self._pattern(address)
         return {"resid_mid": self._resid_mid, "attn_in": self._attn_in, "mlp_in": self._mlp_in}.get(point, self._added)(
             address
         )
+
+    def _pattern(self, address: Address) -> Site:
+        for layer, site in self.patterns.items():
+            if layer == address.layer:
+                return site
+        raise PointError("attention probabilities are read from the attention function, not from a module")
 
     def _path(self, component: str, address: Address) -> str:
         path = self.map.path(component, address.layer)

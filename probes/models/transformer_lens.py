@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -179,4 +179,4 @@ def _sharing_copy(module: nn.Module, ref: str) -> nn.Module:
             f"{ref}: a model spread over devices cannot be copied for TransformerLens; use backend native or nnsight"
         )
     tensors = [*module.parameters(), *module.buffers()]
-    return cast(nn.Module, copy.deepcopy(module, {id(t): t for t in tensors}))
+    return copy.deepcopy(module, {id(t): t for t in tensors})

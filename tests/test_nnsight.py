@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from conformance import Conformance
-from families import FAMILIES
 from torch import nn
 
 from probes.models.base import Model
@@ -11,5 +12,7 @@ from probes.models.nnsight import NnsightModel
 
 
 class TestNnsight(Conformance):
+    leaves: ClassVar[frozenset[str]] = frozenset({"__nnsight__", "forward"})
+
     def load(self, module: nn.Module, family: str) -> Model:
         return NnsightModel(module, ref=family, weights="digest")

@@ -14,6 +14,7 @@ from probes.models.transformer_lens import TransformerLensModel
 
 class TestTransformerLens(Conformance):
     families: ClassVar[tuple[str, ...]] = tuple(f for f in FAMILIES if f != "falcon_grouped")
+    own_copy: ClassVar[bool] = True
 
     def load(self, module: nn.Module, family: str) -> Model:
         return TransformerLensModel(module, ref=family, weights="digest")

@@ -100,7 +100,9 @@ def library() -> Any:
     try:
         return import_module("nnsight")
     except ImportError as error:
-        raise ModelError(f"backend 'nnsight' needs a package that is missing ({error}): pip install 'bathyscope[nnsight]'") from error
+        raise ModelError(
+            f"backend 'nnsight' needs a package that is missing ({error}): pip install 'bathyscope[nnsight]'"
+        ) from error
 
 
 def traced_over(module: nn.Module, tokenizer: Any) -> Any:

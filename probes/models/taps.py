@@ -12,7 +12,6 @@ from probes.anatomy import Site
 from probes.errors import ModelError, PointError
 from probes.models.base import Read, Write
 
-
 Place = tuple[str, str]
 """A module's dotted path and the side of it, `input` or `output`."""
 

@@ -18,7 +18,10 @@ from probes.models.local import LocalModel, evaluating
 from probes.models.native import NativeModel
 from probes.models.recording import deviation, record
 from probes.models.taps import Place, Taps, tensor_of
-from probes.points import POINTS, Address
+from probes.points import POINTS
+
+HALF = 1e-1
+"""Relative tolerance between bridge and module in half precision, where each rounds elsewhere at every layer."""
 
 
 class TransformerLensModel(LocalModel):
@@ -101,17 +104,19 @@ class TransformerLensModel(LocalModel):
 
     def _compare(self, plain: NativeModel) -> None:
         """Refuse every point whose tensor is not the plain module's own."""
-        tolerance = TOLERANCE.get(getattr(torch, self.context.dtype), 1e-2)
+        tolerance = TOLERANCE.get(getattr(torch, self.context.dtype), HALF)
         tokens = probe_tokens(self.shape.d_vocab, self.shape.n_ctx, getattr(self._config, "pad_token_id", None))
         refused = dict(self.anatomy.refused)
-        with evaluating(plain.module), torch.inference_mode():
+        with evaluating(plain.module), evaluating(self.module), torch.inference_mode():
             ours = record(self.anatomy, self._logits, tokens)
             theirs = record(plain.anatomy, plain._logits, tokens)
         for point in POINTS:
             addresses = [a for a in ours.sites if a.point == point and a in theirs.sites and not theirs.lacks(a)]
             error = max((deviation(ours.need(a), theirs.need(a)) for a in addresses if not ours.lacks(a)), default=0.0)
             if error > tolerance and point not in refused:
-                refused[point] = f"TransformerLens's bridge gives another tensor than the model itself (off by {error:.1e} relative)"
+                refused[point] = (
+                    f"TransformerLens's bridge gives another tensor than the model itself (off by {error:.1e} relative)"
+                )
         self.anatomy = replace(self.anatomy, refused=refused)
         self.faithfulness = replace(self.faithfulness, refused={**self.faithfulness.refused, **absent(self.anatomy)})
 
@@ -173,10 +178,14 @@ def hook_point(root: nn.Module, place: Place) -> tuple[nn.Module, str]:
 
 
 def _sharing_copy(module: nn.Module, ref: str) -> nn.Module:
-    """A copy of the module tree around the very same tensors."""
+    """A copy of the module tree around the very same tensors, without the caller's hooks."""
     if any(hasattr(m, "_hf_hook") for m in module.modules()):
         raise ModelError(
             f"{ref}: a model spread over devices cannot be copied for TransformerLens; use backend native or nnsight"
         )
     tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(t): t for t in tensors})
+    copied = copy.deepcopy(module, {id(t): t for t in tensors})
+    for part in copied.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+    return copied

@@ -15,6 +15,7 @@ from probes.anatomy.views import Divisor
 from probes.errors import OptionError, PointError, PromptError
 from probes.models.attention import Attended, Watch, watched
 from probes.models.base import Context, Model, Read, Shape, Unembedding, Write
+from probes.models.handover import copied
 from probes.models.identities import verify
 from probes.models.readout import unembedding_of
 from probes.models.recording import attention_layers
@@ -31,6 +32,7 @@ class LocalModel(Model):
         module: A transformers model with its language-model head; never moved or cast.
         weights: Digest of the weights, for the store's keys.
         anatomy: Where the points lie in `module`; by default what its architecture map says.
+        source: The module that the user gave, where `module` is a copy of it.
 
     Raises:
         ModelError: an architecture without a map, weights that are not finite, or a map that does not fit the model.
@@ -47,8 +49,10 @@ class LocalModel(Model):
         weights: str,
         revision: str | None = None,
         anatomy: Anatomy | None = None,
+        source: nn.Module | None = None,
     ) -> None:
         self.module, self.tokenizer, self.ref, self.revision = module, tokenizer, ref, revision
+        self.source = module if source is None else source
         self._config: Any = module.config.get_text_config()  # type: ignore[union-attr,operator]
         self._lock = threading.RLock()
         guess = anatomy or anatomy_of(module)
@@ -71,6 +75,26 @@ class LocalModel(Model):
     def component(self, name: str, layer: int | None = None) -> nn.Module:
         """A part of the module by its TransformerLens name, such as `attn.o` or `ln1` of a layer, or `unembed`."""
         return self.anatomy.component(name, layer)
+
+    def as_bridge(self) -> Any:
+        """A TransformerLens TransformerBridge around a copy of the module, to do with as one likes.
+
+        Raises:
+            ModelError: the bridge cannot wrap it.
+        """
+        from probes.models.transformer_lens import bridge_over
+
+        return bridge_over(copied(self.source, self.ref, sharing=False), self.tokenizer, self.ref)
+
+    def as_nnsight(self) -> Any:
+        """An nnsight model around this very module: a TransformersModel, or the plain wrapper without a tokenizer.
+
+        Raises:
+            ModelError: nnsight is not installed.
+        """
+        from probes.models.nnsight import traced_over
+
+        return traced_over(self.source, self.tokenizer)
 
     def refusal(self, address: Address) -> str | None:
         """None where the address can be read, otherwise the reason it cannot."""

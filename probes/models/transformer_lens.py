@@ -13,11 +13,12 @@ from probes.anatomy import Anatomy, ArchitectureMap, Site, anatomy_of
 from probes.errors import ModelError
 from probes.models.base import Unembedding
 from probes.models.digest import weights_digest
+from probes.models.handover import copied
 from probes.models.identities import TOLERANCE, absent, probe_tokens
 from probes.models.local import LocalModel, evaluating
 from probes.models.native import NativeModel
 from probes.models.recording import deviation, record
-from probes.models.taps import Place, Taps, tensor_of
+from probes.models.taps import Place, Taps
 from probes.points import POINTS
 
 HALF = 1e-1
@@ -44,8 +45,8 @@ class TransformerLensModel(LocalModel):
         self, module: nn.Module, tokenizer: Any = None, *, ref: str, weights: str, revision: str | None = None
     ) -> None:
         plain = NativeModel(module, tokenizer, ref=ref, weights=weights, revision=revision)
-        self.bridge = bridge_over(_sharing_copy(module, ref), tokenizer, ref)
-        self._wrap(tokenizer, ref, weights, revision)
+        self.bridge = bridge_over(copied(module, ref, sharing=True), tokenizer, ref)
+        self._wrap(tokenizer, ref, weights, revision, module)
         self._compare(plain)
         self._unembedding = None if "lens" in plain.faithfulness.refused else plain.unembedding()
 
@@ -59,7 +60,7 @@ class TransformerLensModel(LocalModel):
         self = cls.__new__(cls)
         self.bridge, self._unembedding = bridge, None
         name = ref or str(bridge.cfg.model_name)
-        self._wrap(bridge.tokenizer, name, weights_digest(bridge.original_model), None)
+        self._wrap(bridge.tokenizer, name, weights_digest(bridge.original_model), None, bridge.original_model)
         return self
 
     def unembedding(self) -> Unembedding:
@@ -67,16 +68,17 @@ class TransformerLensModel(LocalModel):
         return self._unembedding or super().unembedding()
 
     def as_bridge(self) -> Any:
-        """The bridge itself."""
-        return self.bridge
+        """The user's own bridge, or one around a copy of the module, so that what is done to it changes nothing here."""
+        return self.bridge if self.source is self.module else super().as_bridge()
 
-    def _wrap(self, tokenizer: Any, ref: str, weights: str, revision: str | None) -> None:
+    def _wrap(self, tokenizer: Any, ref: str, weights: str, revision: str | None, source: nn.Module) -> None:
         wrapped: nn.Module = self.bridge.original_model
         self.module = wrapped
         anatomy = bridged_anatomy(wrapped)
-        with evaluating(wrapped):
-            anatomy = replace(anatomy, patterns=self._patterns(anatomy))
-        super().__init__(wrapped, tokenizer, ref=ref, weights=weights, revision=revision, anatomy=anatomy)
+        anatomy = replace(anatomy, patterns=self._patterns(anatomy))
+        super().__init__(
+            wrapped, tokenizer, ref=ref, weights=weights, revision=revision, anatomy=anatomy, source=source
+        )
 
     def _call(self, taps: Taps, tokens: Tensor, **kwargs: Any) -> Any:
         with taps.on(self.module, (tokens.shape[0], tokens.shape[1]), hook_point):
@@ -93,14 +95,11 @@ class TransformerLensModel(LocalModel):
             sites[f"after {layer}"] = Site((output,), "input")
         order: list[Any] = []
         reads = {key: lambda _, key=key: order.append(key) for key in sites}  # type: ignore[misc]
-        device = next(self.module.parameters()).device
-        self._logits_on(Taps(sites, reads, {}, stop=False), torch.ones(1, 2, dtype=torch.long, device=device))
+        tokens = torch.ones(1, 2, dtype=torch.long, device=next(self.module.parameters()).device)
+        with evaluating(self.module), torch.inference_mode():
+            self._call(Taps(sites, reads, {}, stop=False), tokens)
         expected = [key for layer in range(anatomy.n_layers) for key in (layer, f"after {layer}")]
         return {key: site for key, site in sites.items() if isinstance(key, int)} if order == expected else {}
-
-    def _logits_on(self, taps: Taps, tokens: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return tensor_of(self._call(taps, tokens))
 
     def _compare(self, plain: NativeModel) -> None:
         """Refuse every point whose tensor is not the plain module's own."""
@@ -175,17 +174,3 @@ def hook_point(root: nn.Module, place: Place) -> tuple[nn.Module, str]:
     module = root.get_submodule(path)
     point = getattr(module, "hook_in" if side == "input" else "hook_out", None) if path else None
     return (point, "output") if isinstance(point, nn.Module) else (module, side)
-
-
-def _sharing_copy(module: nn.Module, ref: str) -> nn.Module:
-    """A copy of the module tree around the very same tensors, without the caller's hooks."""
-    if any(hasattr(m, "_hf_hook") for m in module.modules()):
-        raise ModelError(
-            f"{ref}: a model spread over devices cannot be copied for TransformerLens; use backend native or nnsight"
-        )
-    tensors = [*module.parameters(), *module.buffers()]
-    copied = copy.deepcopy(module, {id(t): t for t in tensors})
-    for part in copied.modules():
-        part._forward_hooks.clear()
-        part._forward_pre_hooks.clear()
-    return copied

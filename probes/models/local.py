@@ -15,7 +15,7 @@ from probes.anatomy.views import Divisor
 from probes.errors import OptionError, PointError, PromptError
 from probes.models.attention import Attended, Watch, watched
 from probes.models.base import Context, Model, Read, Shape, Unembedding, Write
-from probes.models.handover import copied
+from probes.models.handover import copied, from_hf
 from probes.models.identities import verify
 from probes.models.readout import unembedding_of
 from probes.models.recording import attention_layers
@@ -75,6 +75,14 @@ class LocalModel(Model):
     def component(self, name: str, layer: int | None = None) -> nn.Module:
         """A part of the module by its TransformerLens name, such as `attn.o` or `ln1` of a layer, or `unembed`."""
         return self.anatomy.component(name, layer)
+
+    def on(self, backend: str) -> Model:
+        """The same module behind another backend.
+
+        Raises:
+            ModelError: no such backend, one that cannot take this module, or one whose package is missing.
+        """
+        return from_hf(self.source, self.tokenizer, backend=backend, ref=self.ref, revision=self.revision)
 
     def as_bridge(self) -> Any:
         """A TransformerLens TransformerBridge around a copy of the module, to do with as one likes.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from families import FAMILIES, prompt, shared
-from reference import REFUSED, expected
+from families import FAMILIES, make, prompt, shared
+from reference import EDITS, REFUSED, edited, expected
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from probes.errors import OptionError, PointError, PromptError
+from probes.anatomy import ArchitectureMap
+from probes.errors import ModelError, OptionError, PointError, PromptError
 from probes.models.base import Model, Write
 from probes.points import POINTS, Address
 
@@ -51,10 +53,55 @@ def close(found: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> None:
     assert float((found.float() - wanted.float()).abs().max()) <= tolerance * max(1.0, float(wanted.abs().max()))
 
 
+def hooks(module: nn.Module) -> int:
+    """How many forward hooks hang on a module and its parts."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
+def state(module: Any, ignored: frozenset[str] = frozenset()) -> tuple[object, ...]:
+    """All that a use of the module must leave as it was."""
+    training = tuple(m.training for m in module.modules())
+    tensors = tuple((p.dtype, p.device, p.data_ptr(), p.requires_grad) for p in module.parameters())
+    own = tuple(sorted(k for m in module.modules() for k in vars(m) if k not in ignored))
+    attention = (module.config._attn_implementation, tuple(ALL_ATTENTION_FUNCTIONS))
+    return training, tensors, own, attention, str(module.config), hooks(module)
+
+
+def run_well(model: Model) -> None:
+    read(model, [Address("pattern", 1), Address("resid_post", 0)], prompt())
+
+
+def run_with_failing_read(model: Model) -> None:
+    def fail(_: Tensor) -> None:
+        raise KeyError("the reader's own")
+
+    with pytest.raises(KeyError, match="the reader's own"):
+        model.run(prompt(), {Address("pattern", 1): lambda _: None, Address("resid_post", 1): fail})
+
+
+def run_interrupted(model: Model) -> None:
+    def interrupt(_: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.run(prompt(), {Address("pattern", 2): lambda _: None}, {Address("mlp_out", 1): interrupt})
+
+
+def decode(model: Model) -> None:
+    model.generate([5, 6, 7], 3, writes=lambda: {Address("pattern", 0): lambda p: p, Address("z", 1): lambda z: z * 2})
+
+
+USES = (run_well, run_with_failing_read, run_interrupted, decode)
+
+
 class Conformance:
     """Subclass, and say how this backend loads a plain float32 module (which it must not spoil for the others)."""
 
     families: ClassVar[tuple[str, ...]] = FAMILIES
+    leaves: ClassVar[frozenset[str]] = frozenset()
+    """Attributes the backend's library leaves on a module's parts."""
+    own_copy: ClassVar[bool] = False
+    """Whether the backend runs a copy of the module, which the caller's hooks do not reach."""
     _loaded: ClassVar[dict[tuple[type, str], Model]] = {}
 
     def load(self, module: nn.Module, family: str) -> Model:
@@ -162,6 +209,18 @@ class Conformance:
         after = one(model, Address("logits"), tokens, {address: lambda old: new.to(old)})
         assert not torch.allclose(before, after, atol=1e-4)
         assert torch.equal(read_back, new), "the model must not change the tensor it was given"
+
+    @pytest.mark.parametrize("edit", EDITS)
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_an_edit_gives_what_plain_hooks_give(self, family: str, edit: str) -> None:
+        model, tokens, logits = self.model(family), prompt(rows=2), Address("logits")
+        clean = expected(family)["logits"]
+        for point in WRITABLE:
+            address = Address(point, 1 if POINTS[point].layered else None)
+            if model.refusal(address) is None:
+                right = edited(family, point, 1, edit)
+                assert not torch.allclose(right, clean, atol=1e-4), f"the edit of {address} must matter"
+                close(one(model, logits, tokens, {address: EDITS[edit]}), right)
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_a_written_attention_input_reaches_queries_keys_and_values(self, family: str) -> None:
@@ -278,3 +337,78 @@ class Conformance:
             model.generate([5], 2, temperature=-1.0)
         with pytest.raises(PromptError, match="context window"):
             model.generate([5] * 60, 5)
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("use", USES)
+    def test_the_module_is_left_as_it_was(self, use: Callable[[Model], None], training: bool) -> None:
+        module = make("llama").train(training)
+        module.get_submodule("model.layers.1.mlp").eval()
+        fired: list[int] = []
+        handle = module.get_submodule("model.layers.0").register_forward_hook(lambda *_: fired.append(1))
+        before, weights = state(module, self.leaves), {k: v.clone() for k, v in module.state_dict().items()}
+        model = self.load(module, "llama")
+        assert fired
+        fired.clear()
+        use(model)
+        assert fired or self.own_copy, "the caller's hook must still run"
+        assert state(module, self.leaves) == before
+        assert all(torch.equal(v, weights[k]) for k, v in module.state_dict().items())
+        assert module.state_dict().keys() == weights.keys()
+        handle.remove()
+        assert hooks(module) == 0
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_a_failed_forward_changes_no_later_one(self, family: str) -> None:
+        model = self.model(family)
+        wanted = [a for name in POINTS for a in addresses(name, model) if model.refusal(a) is None]
+        before = read(model, wanted, prompt())
+
+        def fail(_: Tensor) -> None:
+            raise KeyError("the reader's own")
+
+        for address in wanted[::5]:
+            with pytest.raises(KeyError):
+                model.run(prompt(), {address: fail})
+        after = read(model, wanted, prompt())
+        assert all(torch.equal(before[a], after[a]) for a in wanted)
+
+    def test_dropout_is_off_whatever_the_module_s_flag(self) -> None:
+        module = make("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
+        clean = one(self.load(module, "gpt2"), Address("logits"), prompt())
+        model = self.load(module.train(), "gpt2")
+        assert torch.equal(one(model, Address("logits"), prompt()), clean)
+        assert model.generate([5, 6], 4) == self.load(module.eval(), "gpt2").generate([5, 6], 4)
+
+    @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "bert"])
+    def test_half_precision_keeps_its_dtype_and_holds(self, family: str) -> None:
+        model = self.load(make(family).to(torch.bfloat16), family)
+        assert model.context.dtype == "bfloat16"
+        assert model.faithfulness.holds
+        assert {i.tolerance for i in model.faithfulness.identities} == {1e-2}
+        found = read(model, [Address("resid_post", 0), Address("logits")], prompt())
+        assert all(t.dtype == torch.bfloat16 for t in found.values())
+        if model.refusal(Address("attn_scale", 0)) is None:
+            assert one(model, Address("attn_scale", 0), prompt()).dtype == torch.float32
+
+    def test_weights_that_are_not_finite_are_refused_by_name(self) -> None:
+        module = make("llama")
+        module.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 4] = float("nan")
+        with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+            self.load(module, "llama")
+
+    def test_a_module_that_runs_twice_is_refused(self) -> None:
+        module: Any = make("llama")
+        module.model.layers[2] = module.model.layers[1]
+        with pytest.raises(ModelError, match="more than once"):
+            self.load(module, "llama")
+
+    def test_a_model_whose_identities_fail_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The planted map says that attention's output is what the MLP puts out."""
+        plain = ArchitectureMap.path
+
+        def wrong(self: ArchitectureMap, component: str, layer: int | None = None) -> str | None:
+            return plain(self, "mlp" if component == "attn" else component, layer)
+
+        monkeypatch.setattr(ArchitectureMap, "path", wrong)
+        with pytest.raises(ModelError, match=r"does not fit this model: .* is off by"):
+            self.load(make("llama"), "llama")

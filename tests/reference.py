@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -158,11 +159,18 @@ def _divisor(x: Tensor, norm: Any, centred: bool) -> Tensor:
     return ((x**2).sum(-1) / x.shape[-1] + eps).sqrt().float()
 
 
+@cache
+def _eager(family: str) -> Any:
+    plain: Any = shared(family)
+    # Built anew, because some families choose their attention when they are made.
+    module = type(plain)._from_config(copy.deepcopy(plain.config), attn_implementation="eager").eval()
+    module.load_state_dict(plain.state_dict())
+    return module
+
+
 def _eager_patterns(family: str, tokens: Tensor) -> tuple[Tensor, ...] | None:
-    module = copy.deepcopy(shared(family))
-    module.set_attn_implementation("eager")
     with torch.no_grad():
-        found: tuple[Tensor, ...] | None = module(tokens, output_attentions=True).attentions
+        found: tuple[Tensor, ...] | None = _eager(family)(tokens, output_attentions=True).attentions
     return found
 
 
@@ -227,3 +235,135 @@ def _projections(part: nn.Module, names: Names, attention: Any, x: Tensor, d_hea
         return names.split(attention, part.get_submodule(names.qkv)(x))
     own = ("query", "key", "value") if names.qkv.startswith("attention.self") else ("q", "k", "v")
     return tuple(part.get_submodule(names.qkv.format(name))(x).unflatten(-1, (-1, d_head)) for name in own)
+
+
+Edit = Callable[[Tensor], Tensor]
+
+
+def _rolled(old: Tensor) -> Tensor:
+    # Rolled, because a norm undoes a mere change of scale or mean.
+    return old.roll(1, -1) * 1.5 + 0.25
+
+
+def _one_position(old: Tensor) -> Tensor:
+    return torch.cat((old[:, :2], old[:, 2:3].roll(1, -1) - 1, old[:, 3:]), 1)
+
+
+EDITS: Mapping[str, Edit] = {"rolled": _rolled, "one position": _one_position}
+"""Edits every backend is held to, each a function of the point's tensor."""
+
+
+@cache
+def edited(family: str, point: str, layer: int, edit: str) -> Tensor:
+    """The logits for two rows of nine tokens with one point edited, by plain hooks (of layer 0 where it has no layer)."""
+    change, tokens = EDITS[edit], prompt(rows=2)
+    module = _eager(family) if point == "pattern" else shared(family)
+    with torch.no_grad(), ExitStack() as undo:
+        if point == "pattern":
+            undo.enter_context(_softmax_edited(layer, change))
+        else:
+            _install(module, NAMES[family], point, layer, change, undo)
+        logits: Tensor = module(tokens).logits
+    return change(logits) if point == "logits" else logits
+
+
+@contextmanager
+def _softmax_edited(layer: int, change: Edit) -> Iterator[None]:
+    """Within, the softmax of one layer's eager attention gives edited probabilities."""
+    original, passed = nn.functional.softmax, [0]
+
+    def softmax(scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = original(scores, *args, **kwargs)
+        if out.dim() != 4:
+            return out
+        passed[0] += 1
+        return change(out) if passed[0] == layer + 1 else out
+
+    nn.functional.softmax = softmax  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        nn.functional.softmax = original
+
+
+def _install(module: nn.Module, names: Names, point: str, layer: int, change: Edit, undo: ExitStack) -> None:
+    block = f"{names.blocks}.{layer}"
+    part: Any = module.get_submodule(block)
+    heads = module.config.num_attention_heads  # type: ignore[union-attr]
+
+    def on_input(path: str, edit: Edit, in_place: bool = False) -> None:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            old = args[0] if args else kwargs["hidden_states"]
+            flat = old.dim() == 2
+            new = edit(old.view(2, 9, -1) if flat else old)
+            new = new.flatten(0, 1) if flat else new
+            if in_place:
+                old.copy_(new)
+                return None
+            return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+        handle = module.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+        undo.callback(handle.remove)
+
+    def on_output(path: str, edit: Edit) -> None:
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
+            old = _plain(output)
+            flat = old.dim() == 2
+            new = edit(old.view(2, 9, -1) if flat else old)
+            new = new.flatten(0, 1) if flat else new
+            return new if isinstance(output, Tensor) else (new, *output[1:])
+
+        undo.callback(module.get_submodule(path).register_forward_hook(hook).remove)
+
+    def by_heads(x: Tensor) -> Tensor:
+        return change(x.unflatten(-1, (heads, -1))).flatten(-2)
+
+    own = ("query", "key", "value") if names.qkv.startswith("attention.self") else ("q", "k", "v")
+    projections = [names.qkv] if names.split else [names.qkv.format(name) for name in own]
+    if point in ("q", "k", "v"):
+        which = "qkv".index(point)
+        if names.split is None:
+            d_head = part.get_submodule(names.o).weight.shape[-1] // heads
+            on_output(f"{block}.{projections[which]}", lambda x: change(x.unflatten(-1, (-1, d_head))).flatten(-2))
+        else:
+            on_output(f"{block}.{names.qkv}", _columns(part.get_submodule(names.attn), names.split, which, change))
+        return
+    gate = f"{block}.{names.up.replace('up', 'gate')}"
+    has_gate = "up_proj" in names.up and names.down is not None
+    mlp_inputs = [f"{block}.mlp"] if names.down is None else [f"{block}.{names.up}", *([gate] if has_gate else [])]
+    mid = next((f"{block}.{n}" for n in (names.ln2, None if names.down is None else "mlp") if n), f"{block}.mlp")
+    inputs = {
+        "resid_pre": [block],
+        "attn_in": [f"{block}.{name}" for name in projections],
+        "mlp_in": mlp_inputs,
+        "mlp_post": [f"{block}.{names.down}"],
+    }
+    outputs = {
+        "resid_post": block,
+        "attn_out": f"{block}.{names.attn_added or names.o}",
+        "mlp_out": f"{block}.{names.mlp_added or names.down}",
+        "embed": names.embed,
+        "final_norm": names.final,
+    }
+    if point == "z":
+        on_input(f"{block}.{names.o}", by_heads)
+    elif point == "resid_mid":
+        on_input(mid, change, in_place=True)
+    elif point in inputs:
+        for path in inputs[point]:
+            on_input(path, change)
+    elif point in outputs:
+        on_output(str(outputs[point]), change)
+
+
+def _columns(attention: Any, split: Split, which: int, change: Edit) -> Edit:
+    """The edit of one of q, k, v on the output of a joint projection, whose columns the model's own code tells."""
+
+    def edit(x: Tensor) -> Tensor:
+        index = torch.arange(x.shape[-1], dtype=torch.float32).expand(x.shape)
+        columns = split(attention, index)[which][0, 0].long()
+        out = x.clone()
+        out[..., columns] = change(x[..., columns])
+        return out
+
+    return edit

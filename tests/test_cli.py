@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from analyses.cli import main
+from probes.models import BACKENDS
+from probes.points import POINTS
 from probes.store import ActivationStore
 
 IDS = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
@@ -112,8 +115,40 @@ def test_capture_fills_the_store_ahead(
 def test_check_prints_the_identities(llama_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(llama_folder)]) == 0
     out = capsys.readouterr().out
-    assert "holds   resid_pre[l+1] == resid_post[l]" in out
-    assert "native" in out
+    for backend in BACKENDS:
+        assert f"LlamaForCausalLM · 3 layers · {backend} · float32" in out
+    assert out.count("holds   resid_pre[l+1] == resid_post[l]") == len(BACKENDS)
+    lines = {line.split()[0]: line.split()[1:] for line in out.partition("points by backend")[2].splitlines()[1:]}
+    assert lines.pop("point") == list(BACKENDS)
+    assert list(lines) == list(POINTS)
+    assert all(cells[0] == "read" and all(float(cell) < 1e-5 for cell in cells[1:]) for cells in lines.values())
+
+
+def test_check_says_what_a_backend_lacks(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "nnsight", None)
+    assert main(["check", str(llama_folder)]) == 0
+    out = capsys.readouterr().out
+    assert "nnsight · refused: backend 'nnsight' needs a package that is missing" in out
+    assert "pip install 'bathyscope[nnsight]'" in out
+    assert "transformer_lens · float32" in out
+
+
+@pytest.mark.parametrize("backend", ["transformer_lens", "nnsight"])
+def test_an_analysis_runs_on_every_backend_with_its_stamp(
+    backend: str, llama_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["run", "voids", "--model", str(llama_folder), "--prompts", str(prompts), "--max-new-tokens", "2"]
+    for name in ("native", backend):
+        assert main([*args, "--backend", name, "--out", str(tmp_path / name)]) == 0
+    assert "no forward pass" not in capsys.readouterr().err, "rows of one backend are not those of another"
+    tables = [pd.read_parquet(tmp_path / name / "tables" / "activity.parquet") for name in ("native", backend)]
+    pd.testing.assert_frame_equal(*tables, rtol=1e-4, atol=1e-5)
+    said = json.loads((tmp_path / backend / "result.json").read_text())["provenance"]
+    assert said["backend"] == backend
+    assert said["faithfulness"]["holds"]
+    assert said["faithfulness"]["identities"]
 
 
 def test_store_commands(llama_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,9 +11,8 @@ from conformance import CAUSAL, Conformance, close, one, read
 from families import FAMILIES, make, prompt, shared
 from reference import REFUSED
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from probes.errors import ModelError, PointError
+from probes.errors import PointError
 from probes.models.base import Model
 from probes.models.native import NativeModel
 from probes.points import POINTS, Address
@@ -47,61 +45,6 @@ class TestNative(Conformance):
         assert (model.context.dtype, model.context.attention) == ("float32", "sdpa")
 
 
-def hooks(module: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
-
-
-def state(module: Any) -> tuple[object, ...]:
-    training = tuple(m.training for m in module.modules())
-    tensors = tuple((p.dtype, p.device, p.data_ptr(), p.requires_grad) for p in module.parameters())
-    own = tuple(sorted(k for m in module.modules() for k in vars(m)))
-    attention = (module.config._attn_implementation, tuple(ALL_ATTENTION_FUNCTIONS))
-    return training, tensors, own, attention, str(module.config), hooks(module)
-
-
-def run_well(model: NativeModel) -> None:
-    read(model, [Address("pattern", 1), Address("resid_post", 0)], prompt())
-
-
-def run_with_failing_read(model: NativeModel) -> None:
-    def fail(_: Tensor) -> None:
-        raise KeyError("the reader's own")
-
-    with pytest.raises(KeyError, match="the reader's own"):
-        model.run(prompt(), {Address("pattern", 1): lambda _: None, Address("resid_post", 1): fail})
-
-
-def run_interrupted(model: NativeModel) -> None:
-    def interrupt(_: Tensor) -> Tensor:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        model.run(prompt(), {Address("pattern", 2): lambda _: None}, {Address("mlp_out", 1): interrupt})
-
-
-def decode(model: NativeModel) -> None:
-    model.generate([5, 6, 7], 3, writes=lambda: {Address("pattern", 0): lambda p: p, Address("z", 1): lambda z: z * 2})
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("use", [run_well, run_with_failing_read, run_interrupted, decode])
-def test_the_module_is_left_as_it_was(use: Callable[[NativeModel], None], training: bool) -> None:
-    module = make("llama").train(training)
-    module.get_submodule("model.layers.1.mlp").eval()
-    fired: list[int] = []
-    handle = module.get_submodule("model.layers.0").register_forward_hook(lambda *_: fired.append(1))
-    before, weights = state(module), {k: v.clone() for k, v in module.state_dict().items()}
-    model = native(module)
-    assert fired
-    fired.clear()
-    use(model)
-    assert fired, "the caller's hook must still run"
-    assert state(module) == before
-    assert all(torch.equal(v, weights[k]) for k, v in module.state_dict().items())
-    handle.remove()
-    assert hooks(module) == 0
-
-
 def test_a_reader_sees_what_the_caller_s_own_hook_made() -> None:
     module = make("llama")
     model = native(module)
@@ -122,14 +65,6 @@ def test_a_forward_stops_after_the_last_address(address: str, blocks: int) -> No
             m.register_forward_hook(lambda *_, name=name: ran.append(name))
     read(model, [Address("embed"), Address.parse(address)], prompt())
     assert ran == [f"model.layers.{layer}" for layer in range(blocks)]
-
-
-def test_dropout_is_off_whatever_the_module_s_flag() -> None:
-    module = make("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
-    clean = one(native(module), Address("logits"), prompt())
-    model = native(module.train())
-    assert torch.equal(one(model, Address("logits"), prompt()), clean)
-    assert model.generate([5, 6], 4) == native(module.eval()).generate([5, 6], 4)
 
 
 def test_nothing_to_read_costs_no_forward() -> None:
@@ -191,19 +126,6 @@ def test_a_knocked_out_key_no_longer_reaches_the_query() -> None:
     close(after[z][0, 5, 2], before[z][0, 5, 2] - before[pattern][0, 2, 5, 3] * v)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "bert"])
-def test_half_precision_keeps_its_dtype_and_holds(family: str) -> None:
-    module = make(family).to(torch.bfloat16)
-    model = native(module)
-    assert model.context.dtype == "bfloat16"
-    assert model.faithfulness.holds
-    assert {i.tolerance for i in model.faithfulness.identities} == {1e-2}
-    found = read(model, [Address("resid_post", 0), Address("logits")], prompt())
-    assert all(t.dtype == torch.bfloat16 for t in found.values())
-    if model.refusal(Address("attn_scale", 0)) is None:
-        assert one(model, Address("attn_scale", 0), prompt()).dtype == torch.float32
-
-
 def test_a_model_spread_by_accelerate_reads_the_same() -> None:
     accelerate = pytest.importorskip("accelerate")
     plain, spread = native(shared("llama")), make("llama")
@@ -213,23 +135,6 @@ def test_a_model_spread_by_accelerate_reads_the_same() -> None:
     for name in POINTS:
         address = Address(name, 1 if POINTS[name].layered else None)
         close(one(model, address, prompt()), one(plain, address, prompt()))
-
-
-@pytest.mark.parametrize(
-    ("value", "name"), [(float("nan"), "model.layers.1.mlp.up_proj.weight"), (float("inf"), "lm_head.weight")]
-)
-def test_weights_that_are_not_finite_are_refused_by_name(value: float, name: str) -> None:
-    module = make("llama")
-    module.get_parameter(name).data[3, 4] = value
-    with pytest.raises(ModelError, match=name):
-        native(module)
-
-
-def test_a_module_that_runs_twice_is_refused() -> None:
-    module: Any = make("llama")
-    module.model.layers[2] = module.model.layers[1]
-    with pytest.raises(ModelError, match="more than once"):
-        native(module)
 
 
 def test_bert_does_not_write() -> None:

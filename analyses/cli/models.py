@@ -9,8 +9,9 @@ import typer
 from analyses.cli.console import say, warn
 from analyses.cli.run import Attention, Device, DType, Loading, Revision, Trust
 from probes.errors import ModelError
-from probes.models import BACKENDS, fetch_model, list_models, model_info
+from probes.models import BACKENDS, Model, fetch_model, list_models, model_info
 from probes.models.base import Identity
+from probes.models.parity import parity, table
 
 group = typer.Typer(help="Models at hand.", no_args_is_help=True)
 Ref = Annotated[str, typer.Argument(metavar="REF", help="A named model, a folder, a .gguf file, or a hub id.")]
@@ -48,21 +49,34 @@ def check(
     revision: Revision = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """The identities of a model on every backend, and the points it refuses."""
-    failed = []
+    """The identities of a model on every backend, the points it refuses, and how far the backends agree."""
+    first = Loading(ref, "native", device, dtype, attention, revision, trust_remote_code).load()
+    models: dict[str, Model] = {}
     for backend in BACKENDS:
-        model = Loading(ref, backend, device, dtype, attention, revision, trust_remote_code).load()
-        say(
-            f"{model.ref} · {model.shape.architecture} · {model.shape.n_layers} layers · {backend} · {model.context.dtype} · {model.context.attention}"
-        )
-        for identity in model.faithfulness.identities:
-            say(_line(identity))
-        for point, reason in model.faithfulness.refused.items():
-            say(f"  refused  {point}: {reason}")
-        if not model.faithfulness.holds:
-            failed.append(backend)
-    if failed:
+        try:
+            models[backend] = first if backend == "native" else first.on(backend)  # type: ignore[attr-defined]
+        except ModelError as error:
+            say(f"{ref} · {backend} · refused: {error}")
+        else:
+            _stamp(models[backend])
+    say("")
+    say("points by backend: read, refused, or the largest deviation from native relative to its largest magnitude")
+    for line in table(parity(models)):
+        say(line)
+    if failed := [backend for backend, model in models.items() if not model.faithfulness.holds]:
         raise ModelError(f"{ref}: identities fail on {', '.join(failed)}; its numbers cannot be trusted there")
+
+
+def _stamp(model: Model) -> None:
+    context = model.context
+    say(
+        f"{model.ref} · {model.shape.architecture} · {model.shape.n_layers} layers · {context.backend} · {context.dtype} "
+        f"· {context.attention}"
+    )
+    for identity in model.faithfulness.identities:
+        say(_line(identity))
+    for point, reason in model.faithfulness.refused.items():
+        say(f"  refused  {point}: {reason}")
 
 
 def _line(identity: Identity) -> str:

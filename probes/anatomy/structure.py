@@ -33,6 +33,8 @@ class Anatomy:
     """How a joint query-key-value projection is laid out, once known."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Points found not to hold on this model, with the reason."""
+    patterns: Mapping[int, Site] = field(default_factory=dict)
+    """Where a layer's attention probabilities pass as a tensor; where they do not, the attention function gives them."""
 
     @property
     def parallel(self) -> bool:
@@ -73,7 +75,7 @@ class Anatomy:
 
     def refusal(self, address: Address) -> str | None:
         """None where the address can be read, otherwise the reason it cannot."""
-        if address.point == "pattern" and "pattern" not in self.refused:
+        if address.point == "pattern" and "pattern" not in self.refused and address.layer not in self.patterns:
             address = Address("attn_out", address.layer)
         try:
             self.site(address)
@@ -82,7 +84,7 @@ class Anatomy:
         return None
 
     def site(self, address: Address) -> Site:
-        """Where the address is read and written. `pattern` has none here: it is never a module's input or output.
+        """Where the address is read and written. `pattern` has a site only where `patterns` says so.
 
         Raises:
             PointError: this model does not have the point; the message is the reason.
@@ -104,10 +106,16 @@ class Anatomy:
         if point in ("q", "k", "v"):
             return self._projection(address)
         if point == "pattern":
-            raise PointError("attention probabilities are read from the attention function, not from a module")
+            return self._pattern(address)
         return {"resid_mid": self._resid_mid, "attn_in": self._attn_in, "mlp_in": self._mlp_in}.get(point, self._added)(
             address
         )
+
+    def _pattern(self, address: Address) -> Site:
+        for layer, site in self.patterns.items():
+            if layer == address.layer:
+                return site
+        raise PointError("attention probabilities are read from the attention function, not from a module")
 
     def _path(self, component: str, address: Address) -> str:
         path = self.map.path(component, address.layer)

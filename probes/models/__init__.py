@@ -3,7 +3,8 @@
 from probes.models.base import Context, Faithfulness, Identity, Model, Read, Shape, Unembedding, Write
 from probes.models.digest import weights_digest
 from probes.models.embedded import EMBEDDED, EmbeddedModel
-from probes.models.load import BACKENDS, load_model
+from probes.models.handover import BACKENDS
+from probes.models.load import load_model
 from probes.models.sources import ModelInfo, fetch_model, list_models, model_info
 
 __all__ = [

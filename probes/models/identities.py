@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,12 +12,9 @@ from probes.anatomy import Anatomy, Kind
 from probes.errors import ModelError, PointError
 from probes.models.base import Faithfulness, Identity
 from probes.models.readout import apply, logits_of, unembedding_of
-from probes.models.recording import Recording, attention_of, deviation, record
+from probes.models.recording import Call, Recording, attention_of, deviation, record
 from probes.models.refusals import refusals
 from probes.points import POINTS, Address
-
-Call = Callable[[Tensor], Tensor]
-"""Token ids [batch, pos] to logits [batch, pos, d_vocab], by one plain forward."""
 
 _KINDS: tuple[Kind, ...] = ("sequential", "parallel", "post_norm")
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
@@ -92,14 +89,14 @@ def _layer_identities(anatomy: Anatomy, seen: Recording, layer: int) -> dict[str
 
 
 def _fitting(
-    module: nn.Module, guess: Anatomy, call: Call, tokens: Tensor, ref: str, tolerance: float
+    guess: Anatomy, call: Call, tokens: Tensor, ref: str, tolerance: float
 ) -> tuple[Anatomy, Recording, dict[str, float]]:
     """The first kind of block whose identities all hold, the map's own word first."""
     first: tuple[str, float] | None = None
     for kind in (guess.kind, *(k for k in _KINDS if k != guess.kind)):
         anatomy = replace(guess, kind=kind)
         try:
-            seen = record(module, anatomy, call, tokens)
+            seen = record(anatomy, call, tokens)
             errors = structure(anatomy, seen)
         except PointError:
             continue
@@ -146,11 +143,11 @@ def verify(module: nn.Module, guess: Anatomy, call: Call, ref: str, dtype: torch
     logits = call(tokens).cpu()
     if not torch.isfinite(logits).all():
         raise ModelError(f"{ref}: the logits of a forward pass hold NaN or infinite values; try dtype float32")
-    anatomy, seen, errors = _fitting(module, guess, call, tokens, ref, tolerance)
+    anatomy, seen, errors = _fitting(guess, call, tokens, ref, tolerance)
     errors["logits of a hooked forward == logits"] = deviation(seen.need(Address("logits")), logits)
     last = seen.need(Address("resid_post", anatomy.n_layers - 1))
     causal = deviation(last[1, :-1], last[0, :-1]) <= tolerance
-    attended = attention_of(module, anatomy, call, tokens)
+    attended = {} if anatomy.patterns else attention_of(module, anatomy, call, tokens)
     anatomy, further = refusals(anatomy, seen, attended, causal, tolerance)
     lens, against = _lens(anatomy, seen, logits, tolerance)
     identities = [Identity(name, error, tolerance) for name, error in (errors | further).items()]

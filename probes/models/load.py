@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from importlib import import_module
-from typing import Any, cast
+from typing import cast
 
-from probes.errors import ModelError, OptionError, unknown
+from probes.errors import OptionError, unknown
 from probes.models.base import Model
 from probes.models.checkpoint import Loading, load_module, load_tokenizer, read_config
 from probes.models.digest import weights_digest
 from probes.models.fetch import Progress
+from probes.models.handover import backend_class
 from probes.models.sources import locate
-
-BACKENDS: Mapping[str, str] = {"native": "probes.models.native:NativeModel"}
-"""Backend to the dotted path of its class, imported when asked for.
-
-Each is called as `Backend(module, tokenizer, ref=…, weights=…, revision=…)` with the Hugging Face module.
-"""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -39,7 +32,7 @@ def load_model(
 
     Args:
         ref: a named model (`smollm2-135m`), a folder, a `.gguf` file, or a hub id.
-        backend: a key of `BACKENDS`.
+        backend: `native`, `transformer_lens` or `nnsight`.
         device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:1`.
         dtype: `auto` is float32 on CPU, where half precision is slow, and the checkpoint's own on CUDA.
         attention: the implementation; `sdpa` unless the model lacks it.
@@ -52,20 +45,13 @@ def load_model(
         ModelError: a model or backend that cannot be found, loaded or trusted.
         OptionError: an illegal device, dtype or attention.
     """
-    build = _backend(backend)
+    build = backend_class(backend)
     how = _loading(device, dtype, attention, trust_remote_code)
     found = locate(ref, revision=revision, offline=offline, trust_remote_code=trust_remote_code, progress=progress)
     config = read_config(found.folder, trust_remote_code=trust_remote_code)
     module = load_module(found.folder, config, how)
     tokenizer = load_tokenizer(found.folder, trust_remote_code=trust_remote_code)
     return cast(Model, build(module, tokenizer, ref=ref, weights=weights_digest(module), revision=found.revision))
-
-
-def _backend(name: str) -> Any:
-    if name not in BACKENDS:
-        raise ModelError(unknown("backend", name, BACKENDS))
-    module, _, attribute = BACKENDS[name].partition(":")
-    return getattr(import_module(module), attribute)
 
 
 def _loading(device: str, dtype: str, attention: str, trust_remote_code: bool) -> Loading:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,14 @@ from probes.errors import PointError
 from probes.models.attention import Attended, reason_against, watched
 from probes.models.taps import Taps
 from probes.points import POINTS, Address
+
+
+class Call(Protocol):
+    """One plain forward of the model under check."""
+
+    def __call__(self, tokens: Tensor, taps: Taps | None = None) -> Tensor:
+        """Token ids [batch, pos] to logits [batch, pos, d_vocab]; the taps see what passes their sites."""
+        ...
 
 
 def deviation(found: Tensor, expected: Tensor) -> float:
@@ -73,7 +82,7 @@ def every_site(anatomy: Anatomy) -> dict[Address, Site]:
     return sites
 
 
-def record(module: nn.Module, anatomy: Anatomy, call: Callable[[Tensor], Tensor], tokens: Tensor) -> Recording:
+def record(anatomy: Anatomy, call: Call, tokens: Tensor) -> Recording:
     """One forward over `tokens` [batch, pos], everything at the anatomy's sites copied to the CPU."""
     sites = every_site(anatomy)
     wanted: dict[tuple[str, str], Site] = {}
@@ -90,9 +99,7 @@ def record(module: nn.Module, anatomy: Anatomy, call: Callable[[Tensor], Tensor]
 
         return copy
 
-    taps = Taps(wanted, {key: keep(key) for key in wanted}, {}, stop=False)
-    with taps.on(module, (tokens.shape[0], tokens.shape[1])):
-        call(tokens)
+    call(tokens, Taps(wanted, {key: keep(key) for key in wanted}, {}, stop=False))
     return Recording(raw, sites)
 
 
@@ -114,9 +121,7 @@ def attention_layers(module: nn.Module, anatomy: Anatomy) -> dict[nn.Module, int
     return out
 
 
-def attention_of(
-    module: nn.Module, anatomy: Anatomy, call: Callable[[Tensor], Tensor], tokens: Tensor
-) -> dict[int, Attended] | str:
+def attention_of(module: nn.Module, anatomy: Anatomy, call: Call, tokens: Tensor) -> dict[int, Attended] | str:
     """What each layer's attention function received, or the reason it cannot be had."""
     config = module.config.get_text_config()  # type: ignore[union-attr,operator]
     if against := reason_against(config):

@@ -126,6 +126,11 @@ def _attention_errors(
     for layer in range(anatomy.n_layers):
         if "v" not in refused and not seen.lacks(Address("v", layer)):
             note("v", _value_error(seen, layer, seen.need(Address("v", layer)), attended, causal))
+        if layer in anatomy.patterns and "v" not in refused:
+            pattern = seen.need(Address("pattern", layer))
+            values = seen.need(Address("v", layer)).transpose(1, 2)
+            mixed = pattern.float() @ grouped(values, pattern.shape[1]).float()
+            note("pattern", deviation(mixed.transpose(1, 2), seen.need(Address("z", layer))))
         if layer not in attended:
             continue
         here = attended[layer]

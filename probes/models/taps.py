@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,6 +11,12 @@ from torch import Tensor, nn
 from probes.anatomy import Site
 from probes.errors import ModelError, PointError
 from probes.models.base import Read, Write
+
+Place = tuple[str, str]
+"""A module's dotted path and the side of it, `input` or `output`."""
+
+Find = Callable[[nn.Module, Place], tuple[nn.Module, str]]
+"""Where under a root module a place is hooked: a module, and the side of it."""
 
 
 class Stop(Exception):
@@ -34,6 +40,26 @@ def replaced(output: Any, new: Tensor) -> Any:
     return type(output)((new, *output[1:]))
 
 
+def entering(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The tensor that enters a module called with `args` and `kwargs`: its first argument, or its first tensor."""
+    if args and isinstance(args[0], Tensor):
+        return args[0]
+    return next(value for value in kwargs.values() if isinstance(value, Tensor))
+
+
+def entered(args: tuple[Any, ...], kwargs: Mapping[str, Any], new: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call's arguments with the tensor that enters the module exchanged for `new`."""
+    if args and isinstance(args[0], Tensor):
+        return (new, *args[1:]), dict(kwargs)
+    name = next(key for key, value in kwargs.items() if isinstance(value, Tensor))
+    return args, {**kwargs, name: new}
+
+
+def submodule(root: nn.Module, place: Place) -> tuple[nn.Module, str]:
+    """The module at the place's path, hooked at the place's side."""
+    return root.get_submodule(place[0]), place[1]
+
+
 class Taps:
     """One forward's reads and writes by key, and which of them have happened."""
 
@@ -51,17 +77,21 @@ class Taps:
         self.stood_in: dict[Any, Tensor] = {}
         self.rows: tuple[int, int] = (0, 0)
 
-    @contextmanager
-    def on(self, root: nn.Module, rows: tuple[int, int]) -> Iterator[None]:
-        """Hooks on `root`'s modules for forwards over `rows` (batch, pos); removed on the way out."""
-        self.rows = rows
-        places: dict[tuple[str, str], list[Any]] = {}
+    def places(self) -> dict[Place, list[Any]]:
+        """The keys of every place, each in the order of the sites."""
+        places: dict[Place, list[Any]] = {}
         for key, site in self.sites.items():
             for path in site.modules:
                 places.setdefault((path, site.side), []).append(key)
+        return places
+
+    @contextmanager
+    def on(self, root: nn.Module, rows: tuple[int, int], find: Find = submodule) -> Iterator[None]:
+        """Hooks on `root`'s modules for forwards over `rows` (batch, pos); removed on the way out."""
+        self.rows = rows
         with ExitStack() as stack:
-            for (path, side), keys in places.items():
-                module = root.get_submodule(path)
+            for place, keys in self.places().items():
+                module, side = find(root, place)
                 handle = (
                     module.register_forward_pre_hook(self._on_input(keys), with_kwargs=True)
                     if side == "input"
@@ -86,26 +116,22 @@ class Taps:
 
     def _on_input(self, keys: list[Any]) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            name = None
-            if not args or not isinstance(args[0], Tensor):
-                name = next(k for k, value in kwargs.items() if isinstance(value, Tensor))
-            old = args[0] if name is None else kwargs[name]
-            new = self._visit(keys, old)
-            if new is old:
-                return None
-            return ((new, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: new})
+            old = entering(args, kwargs)
+            new = self.visit(keys, old)
+            return None if new is old else entered(args, kwargs, new)
 
         return hook
 
     def _on_output(self, keys: list[Any]) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> Any:
             old = tensor_of(output)
-            new = self._visit(keys, old)
+            new = self.visit(keys, old)
             return None if new is old else replaced(output, new)
 
         return hook
 
-    def _visit(self, keys: list[Any], raw: Tensor) -> Tensor:
+    def visit(self, keys: list[Any], raw: Tensor) -> Tensor:
+        """The writes and reads of `keys` on the tensor that passes their place; returns the one to go on with."""
         flat = raw.dim() == 2 and raw.shape[0] == self.rows[0] * self.rows[1]
         current = raw.view(*self.rows, raw.shape[-1]) if flat else raw
         shaped = current

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from probes.anatomy import Anatomy, Kind
 from probes.errors import ModelError, PointError
 from probes.models.base import Faithfulness, Identity
 from probes.models.readout import apply, logits_of, unembedding_of
-from probes.models.recording import Recording, attention_of, deviation, record
+from probes.models.recording import Evidence, Recording, deviation, every_site, evidence_of
 from probes.models.refusals import refusals
 from probes.points import POINTS, Address
 
@@ -46,11 +47,16 @@ def probe_tokens(n_vocab: int, n_ctx: int, avoid: int | None) -> Tensor:
 def check_weights(module: nn.Module, ref: str) -> None:
     """Raises ModelError naming the first tensor with a NaN or an infinite value."""
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if tensor.is_meta or not tensor.is_floating_point():
-            continue
-        # One sum is cheaper than a test of each value; it can overflow where all are finite, hence the second look.
-        if not torch.isfinite(tensor.detach().sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
-            raise ModelError(f"{ref}: weight {name!r} holds NaN or infinite values; fetch or convert the model again")
+        check_finite(tensor, name, ref)
+
+
+def check_finite(tensor: Tensor, name: str, ref: str) -> None:
+    """Raises ModelError naming a weight with a NaN or an infinite value; one without data passes."""
+    if tensor.is_meta or not tensor.is_floating_point():
+        return
+    # One sum is cheaper than a test of each value; it can overflow where all are finite, hence the second look.
+    if not torch.isfinite(tensor.detach().sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+        raise ModelError(f"{ref}: weight {name!r} holds NaN or infinite values; fetch or convert the model again")
 
 
 def structure(anatomy: Anatomy, seen: Recording) -> dict[str, float]:
@@ -92,14 +98,14 @@ def _layer_identities(anatomy: Anatomy, seen: Recording, layer: int) -> dict[str
 
 
 def _fitting(
-    module: nn.Module, guess: Anatomy, call: Call, tokens: Tensor, ref: str, tolerance: float
+    guess: Anatomy, raw: Mapping[tuple[str, str], Tensor], ref: str, tolerance: float
 ) -> tuple[Anatomy, Recording, dict[str, float]]:
     """The first kind of block whose identities all hold, the map's own word first."""
     first: tuple[str, float] | None = None
     for kind in (guess.kind, *(k for k in _KINDS if k != guess.kind)):
         anatomy = replace(guess, kind=kind)
         try:
-            seen = record(module, anatomy, call, tokens)
+            seen = Recording(raw, every_site(anatomy))
             errors = structure(anatomy, seen)
         except PointError:
             continue
@@ -133,8 +139,19 @@ def _lens(anatomy: Anatomy, seen: Recording, logits: Tensor, tolerance: float) -
 
 
 @torch.inference_mode()
-def verify(module: nn.Module, guess: Anatomy, call: Call, ref: str, dtype: torch.dtype, pad: int | None) -> Verified:
+def verify(
+    module: nn.Module,
+    guess: Anatomy,
+    call: Call,
+    ref: str,
+    dtype: torch.dtype,
+    pad: int | None,
+    gather: Callable[[Tensor], Evidence] | None = None,
+) -> Verified:
     """Check the identities on every layer, and settle what the map leaves open.
+
+    Args:
+        gather: how token ids [batch, pos] are run and recorded; by `call`, with hooks, when left out.
 
     Raises:
         ModelError: weights or logits that are not finite, or a map no kind of block makes true.
@@ -143,15 +160,16 @@ def verify(module: nn.Module, guess: Anatomy, call: Call, ref: str, dtype: torch
     tolerance = TOLERANCE.get(dtype, 1e-2)
     sizes = guess.map.sizes
     tokens = probe_tokens(int(sizes.d_vocab), int(sizes.n_ctx), pad)
-    logits = call(tokens).cpu()
+    seen_of = gather or partial(evidence_of, module, guess, call)
+    evidence = seen_of(tokens)
+    logits = evidence.logits
     if not torch.isfinite(logits).all():
         raise ModelError(f"{ref}: the logits of a forward pass hold NaN or infinite values; try dtype float32")
-    anatomy, seen, errors = _fitting(module, guess, call, tokens, ref, tolerance)
+    anatomy, seen, errors = _fitting(guess, evidence.raw, ref, tolerance)
     errors["logits of a hooked forward == logits"] = deviation(seen.need(Address("logits")), logits)
     last = seen.need(Address("resid_post", anatomy.n_layers - 1))
     causal = deviation(last[1, :-1], last[0, :-1]) <= tolerance
-    attended = attention_of(module, anatomy, call, tokens)
-    anatomy, further = refusals(anatomy, seen, attended, causal, tolerance)
+    anatomy, further = refusals(anatomy, seen, evidence.attended, causal, tolerance)
     lens, against = _lens(anatomy, seen, logits, tolerance)
     identities = [Identity(name, error, tolerance) for name, error in (errors | further).items()]
     wide = None if seen.lacks(Address("mlp_post", 0)) else seen.need(Address("mlp_post", 0)).shape[-1]

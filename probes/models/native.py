@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from probes.models.base import Context, Read, Shape, Unembedding, Write
 from probes.models.blocks import block_outputs
 from probes.models.identities import verify
 from probes.models.readout import unembedding_of
-from probes.models.recording import attention_layers
+from probes.models.recording import Evidence, attention_layers, evidence_of
 from probes.models.taps import Stop, Taps, tensor_of
 from probes.points import POINTS, Address
 
@@ -54,7 +54,7 @@ class NativeModel:
         self.device: torch.device = module.device if entry.is_meta else entry.device  # type: ignore[assignment]
         pad = getattr(self._config, "pad_token_id", None)
         with _evaluating(module):
-            verified = verify(module, guess, self._logits, ref, entry.dtype, pad)
+            verified = verify(module, guess, self._logits, ref, entry.dtype, pad, partial(self._evidence, guess))
         self.anatomy: Anatomy = verified.anatomy
         self.faithfulness = verified.faithfulness
         self.shape = _shape(self.anatomy, verified.causal, verified.d_mlp)
@@ -221,6 +221,9 @@ class NativeModel:
     def _logits(self, tokens: Tensor) -> Tensor:
         with torch.inference_mode():
             return tensor_of(self.module(input_ids=tokens.to(self.device)))
+
+    def _evidence(self, guess: Anatomy, tokens: Tensor) -> Evidence:
+        return evidence_of(self.module, guess, self._logits, tokens)
 
     def _ends(self) -> set[int]:
         for holder in (getattr(self.module, "generation_config", None), self._config):

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from probes.models.base import Forward
 from probes.models.taps import Stop, tensor_of
 from probes.points import Address
 
@@ -20,6 +21,12 @@ def stage_of(address: Address, n_layers: int) -> int:
     if address.layer is not None:
         return address.layer
     return 0 if address.point == "embed" else n_layers
+
+
+def steps(forward: Forward, n_layers: int) -> int:
+    """How many stages a forward has to run, up to the last it has an address in."""
+    stages = (stage_of(address, n_layers) for address in (*forward.reads, *forward.writes))
+    return 1 + max(stages, default=-1)
 
 
 def of_stage(mapping: Mapping[Address, T], stage: int, n_layers: int) -> dict[Address, T]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from probes.anatomy import Anatomy, Kind
 from probes.errors import ModelError, PointError
 from probes.models.base import Faithfulness, Identity
+from probes.models.finite import check_weights
 from probes.models.readout import apply, logits_of, unembedding_of
 from probes.models.recording import Evidence, Recording, deviation, every_site, evidence_of
 from probes.models.refusals import refusals
@@ -42,21 +43,6 @@ def probe_tokens(n_vocab: int, n_ctx: int, avoid: int | None) -> Tensor:
     pool = [token for token in dict.fromkeys(pool) if token != avoid]
     row = [pool[i % (len(pool) - 1)] for i in range(min(8, n_ctx))]
     return torch.tensor([row, [*row[:-1], pool[-1]]])
-
-
-def check_weights(module: nn.Module, ref: str) -> None:
-    """Raises ModelError naming the first tensor with a NaN or an infinite value."""
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        check_finite(tensor, name, ref)
-
-
-def check_finite(tensor: Tensor, name: str, ref: str) -> None:
-    """Raises ModelError naming a weight with a NaN or an infinite value; one without data passes."""
-    if tensor.is_meta or not tensor.is_floating_point():
-        return
-    # One sum is cheaper than a test of each value; it can overflow where all are finite, hence the second look.
-    if not torch.isfinite(tensor.detach().sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
-        raise ModelError(f"{ref}: weight {name!r} holds NaN or infinite values; fetch or convert the model again")
 
 
 def structure(anatomy: Anatomy, seen: Recording) -> dict[str, float]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import Any, cast
 
 from probes.errors import ModelError, OptionError, unknown
 from probes.models.base import Model
 from probes.models.checkpoint import Loading, load_module, load_tokenizer, read_config
 from probes.models.digest import weights_digest
 from probes.models.fetch import Progress
-from probes.models.sources import Located, locate
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from probes.models.placement import DeviceMap, MaxMemory, fetch_offloaded, spread
+from probes.models.sources import locate
 
 BACKENDS: Mapping[str, str] = {"native": "probes.models.native:NativeModel"}
 """Backend to the dotted path of its class, imported when asked for.
@@ -36,6 +37,9 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     offline: bool = False,
+    device_map: DeviceMap | None = None,
+    max_memory: MaxMemory | None = None,
+    offload: str | Path | None = None,
     streamed: bool = False,
     progress: Progress | None = None,
 ) -> Model:
@@ -50,6 +54,10 @@ def load_model(
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run code that comes with the checkpoint.
         offline: ask no network; what is not on this machine is refused.
+        device_map: spread the parts of a model over devices, by accelerate: `auto`, `balanced`, `balanced_low_0`,
+            `sequential`, or a device (`cpu`, `disk`, a GPU's number) for each module path.
+        max_memory: the most each device may hold, such as `{0: "20GiB", "cpu": "60GiB"}`; needs a `device_map`.
+        offload: folder for weights put on `disk` that cannot be read from the checkpoint as they are.
         streamed: for a model larger than memory: blocks stay on disk and are read one at a time, each for all prompts
             of a capture. Rows and their store keys are those of an ordinary load.
         progress: receives a line per step of a first fetch.
@@ -60,35 +68,19 @@ def load_model(
     """
     build = _backend(backend)
     how = _loading(device, dtype, attention, trust_remote_code)
+    how = replace(how, **spread(device, device_map, max_memory, offload))
+    if streamed and (backend != "native" or device_map is not None):
+        raise OptionError("a streamed model runs on backend native, without a device map: it holds one block at a time")
     found = locate(ref, revision=revision, offline=offline, trust_remote_code=trust_remote_code, progress=progress)
     config = read_config(found.folder, trust_remote_code=trust_remote_code)
     if streamed:
+        from probes.models.shell import load_streamed
+
         return load_streamed(found, config, how)
     module = load_module(found.folder, config, how)
     tokenizer = load_tokenizer(found.folder, trust_remote_code=trust_remote_code)
-    return cast(Model, build(module, tokenizer, ref=ref, weights=weights_digest(module), revision=found.revision))
-
-
-def load_streamed(found: Located, config: Any, how: Loading) -> Model:
-    """A model whose blocks stay in its folder.
-
-    Raises:
-        ModelError: weights missing or not finite, or blocks that cannot be read one at a time.
-    """
-    from probes.models.identities import check_finite
-    from probes.models.shell import load_shell
-    from probes.models.streamed import StreamedModel
-
-    module, blocks = load_shell(found.folder, config, how)
-
-    def fetch(name: str) -> Tensor:
-        tensor = blocks.tensor(name)
-        check_finite(tensor, name, found.ref)
-        return tensor
-
-    weights = weights_digest(module, fetch)
-    tokenizer = load_tokenizer(found.folder, trust_remote_code=how.trust_remote_code)
-    return StreamedModel(module, tokenizer, blocks=blocks, ref=found.ref, weights=weights, revision=found.revision)
+    weights = weights_digest(module, partial(fetch_offloaded, module, ref=ref))
+    return cast(Model, build(module, tokenizer, ref=ref, weights=weights, revision=found.revision))
 
 
 def _backend(name: str) -> Any:

@@ -18,6 +18,7 @@ from probes.models.attention import Attended, Watch, watched
 from probes.models.base import Context, Read, Shape, Unembedding, Write
 from probes.models.blocks import block_outputs
 from probes.models.identities import verify
+from probes.models.placement import main_device
 from probes.models.readout import unembedding_of
 from probes.models.recording import Evidence, attention_layers, evidence_of
 from probes.models.taps import Stop, Taps, tensor_of
@@ -51,7 +52,7 @@ class NativeModel:
         self._lock = threading.RLock()
         guess = anatomy_of(module)
         entry = next(guess.component("embed").parameters())
-        self.device: torch.device = module.device if entry.is_meta else entry.device  # type: ignore[assignment]
+        self.device: torch.device = main_device(module) if entry.is_meta else entry.device
         pad = getattr(self._config, "pad_token_id", None)
         with _evaluating(module):
             verified = verify(module, guess, self._logits, ref, entry.dtype, pad, partial(self._evidence, guess))

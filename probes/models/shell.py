@@ -7,12 +7,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from probes.anatomy import anatomy_of
 from probes.errors import ModelError
+from probes.models.base import Model
 from probes.models.block_weights import BlockWeights
-from probes.models.checkpoint import Loading, load_module
+from probes.models.checkpoint import Loading, load_module, load_tokenizer
+from probes.models.digest import weights_digest
+from probes.models.finite import check_finite
+from probes.models.sources import Located
+from probes.models.streamed import StreamedModel
+
+
+def load_streamed(found: Located, config: Any, how: Loading) -> Model:
+    """A model whose blocks stay in its folder.
+
+    Raises:
+        ModelError: weights missing or not finite, or blocks that cannot be read one at a time.
+    """
+    module, blocks = load_shell(found.folder, config, how)
+
+    def fetch(name: str) -> Tensor:
+        tensor = blocks.tensor(name)
+        check_finite(tensor, name, found.ref)
+        return tensor
+
+    weights = weights_digest(module, fetch)
+    tokenizer = load_tokenizer(found.folder, trust_remote_code=how.trust_remote_code)
+    return StreamedModel(module, tokenizer, blocks=blocks, ref=found.ref, weights=weights, revision=found.revision)
 
 
 def load_shell(folder: Path, config: Any, how: Loading) -> tuple[nn.Module, BlockWeights]:

@@ -15,7 +15,7 @@ from probes.anatomy import Anatomy
 from probes.errors import PointError
 from probes.models.base import Forward, Read, Write
 from probes.models.block_weights import BlockWeights
-from probes.models.gates import Gates, of_stage, stage_of
+from probes.models.gates import Gates, of_stage, steps
 from probes.models.native import NativeModel
 from probes.models.recording import Attended, Evidence, attention_of, record, wanted_sites
 from probes.models.spill import Spill
@@ -117,16 +117,16 @@ class StreamedModel(NativeModel):
     def _sweep(self, forwards: Sequence[Forward], part: Sequence[int], spill: Spill) -> Iterator[int]:
         """The given forwards through every stage up to the last that one of them has an address in."""
         n_layers = self.anatomy.n_layers
-        last = {i: _last(forwards[i], n_layers) for i in part}
-        for layer in self.blocks.sweep(range(min(max(last.values()) + 1, n_layers))):
+        ends = {i: steps(forwards[i], n_layers) for i in part}
+        for layer in self.blocks.sweep(range(min(max(ends.values()), n_layers))):
             for slot, index in enumerate(part):
-                if layer <= last[index]:
+                if layer < ends[index]:
                     leaving = self._stage(forwards[index], layer, spill.read(slot) if layer else None)
-                    if layer < last[index]:
+                    if layer + 1 < ends[index]:
                         spill.write(slot, leaving)
                     yield index
         for slot, index in enumerate(part):
-            if last[index] == n_layers:
+            if ends[index] > n_layers:
                 self._stage(forwards[index], n_layers, spill.read(slot))
                 yield index
 
@@ -185,11 +185,6 @@ class StreamedModel(NativeModel):
             if path == block or path.startswith(f"{block}."):
                 return layer
         return 0 if path == embed else len(self.blocks.paths)
-
-
-def _last(forward: Forward, n_layers: int) -> int:
-    """The last stage a forward has an address in; -1 where it has none."""
-    return max((stage_of(address, n_layers) for address in (*forward.reads, *forward.writes)), default=-1)
 
 
 def _parts(forwards: Sequence[Forward], rows: int) -> Iterator[list[int]]:

@@ -22,6 +22,8 @@ Call = Callable[[Tensor], Tensor]
 """Token ids [batch, pos] to logits [batch, pos, d_vocab], by one plain forward."""
 
 _KINDS: tuple[Kind, ...] = ("sequential", "parallel", "post_norm")
+HOOKED = "logits of a hooked forward == logits"
+"""The identity that compares a recorded forward with a plain one."""
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Relative tolerance of an identity by dtype; 1e-2 for the half precisions."""
 
@@ -152,7 +154,7 @@ def verify(
     if not torch.isfinite(logits).all():
         raise ModelError(f"{ref}: the logits of a forward pass hold NaN or infinite values; try dtype float32")
     anatomy, seen, errors = _fitting(guess, evidence.raw, ref, tolerance)
-    errors["logits of a hooked forward == logits"] = deviation(seen.need(Address("logits")), logits)
+    errors[HOOKED] = deviation(seen.need(Address("logits")), logits)
     last = seen.need(Address("resid_post", anatomy.n_layers - 1))
     causal = deviation(last[1, :-1], last[0, :-1]) <= tolerance
     anatomy, further = refusals(anatomy, seen, evidence.attended, causal, tolerance)

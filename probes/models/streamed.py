@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
-from probes.errors import PointError
+from probes.errors import ModelError, PointError
 from probes.models.base import Forward, Read, Write
 from probes.models.block_weights import BlockWeights
 from probes.models.gates import Gates, of_stage, steps
+from probes.models.identities import HOOKED
 from probes.models.native import NativeModel
 from probes.models.recording import Attended, Evidence, attention_of, record, wanted_sites
 from probes.models.spill import Spill
@@ -53,6 +54,12 @@ class StreamedModel(NativeModel):
         self.blocks, self.spill_bytes = blocks, spill_bytes
         self._gates = Gates([module.get_submodule(path) for path in blocks.paths])
         super().__init__(module, tokenizer, ref=ref, weights=weights, revision=revision)
+        for identity in self.faithfulness.identities:
+            if identity.name == HOOKED and not identity.holds:
+                raise ModelError(
+                    f"{ref}: run block by block, its logits are off by {identity.error:.1e} relative: its blocks pass each "
+                    "other more than the residual stream; load it without streaming"
+                )
 
     def run_all(self, forwards: Sequence[Forward]) -> Iterator[int]:
         """Every forward, block by block; a block's weights are read once for as many forwards as the spill file holds.

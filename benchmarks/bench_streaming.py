@@ -224,7 +224,9 @@ def main() -> None:
         total = write(root / "model", sizes)
         print(f"{sizes.layers} layers of width {sizes.width}, {total:,} bytes in bfloat16, run in {sizes.dtype}")
         print(f"{threads} threads, {platform.machine()}, torch {torch.__version__}")
-        print(f"written in {time.perf_counter() - started:.0f} s; {sizes.prompts} prompts, up to {sizes.length} tokens\n")
+        print(
+            f"written in {time.perf_counter() - started:.0f} s; {sizes.prompts} prompts, up to {sizes.length} tokens\n"
+        )
         receive, send = multiprocessing.Pipe(duplex=False)
         spawned = multiprocessing.get_context("spawn").Process(
             target=measured, args=(str(root / "model"), str(root / "store"), sizes, threads, send)
@@ -243,14 +245,20 @@ def main() -> None:
 def report(figures: dict[str, Any], sizes: Sizes) -> None:
     memory = figures["memory"]
     tokens = sum(map(len, prompts(sizes)))
-    print(f"load (digest and identities) {figures['load s']:.1f} s; capture {figures['capture s']:.1f} s, {tokens} tokens")
+    print(
+        f"load (digest and identities) {figures['load s']:.1f} s; capture {figures['capture s']:.1f} s, {tokens} tokens"
+    )
     print(
         f"peak resident {human(memory['VmHWM'])}, file pages included "
         f"(peak of own memory {human(memory['RssAnon'])}, of mapped files {human(memory['RssFile'])})"
     )
     for when in ("at load", "in the capture"):
-        print(f"weights read {when}: {human(figures[f'bytes {when}'])}, of it {human(figures[f'from disk {when}'])} from disk")
-    print(f"times each block's weights were placed: at load {figures['reads of a block at load']}, in the capture {figures['reads of a block']}")
+        print(
+            f"weights read {when}: {human(figures[f'bytes {when}'])}, of it {human(figures[f'from disk {when}'])} from disk"
+        )
+    print(
+        f"times each block's weights were placed: at load {figures['reads of a block at load']}, in the capture {figures['reads of a block']}"
+    )
     print(f"identities hold: {figures['holds']}")
 
 

@@ -231,9 +231,7 @@ def forward(
     return found
 
 
-def readers(
-    model: Model, batch: Batch, features: Sequence[Feature], found: dict[str, Ragged]
-) -> dict[Address, Read]:
+def readers(model: Model, batch: Batch, features: Sequence[Feature], found: dict[str, Ragged]) -> dict[Address, Read]:
     """Reads of a forward over `batch` that put each feature's rows into `found`, by feature key."""
     by_address: dict[Address, list[Feature]] = {}
     for feature in features:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,26 @@ def test_the_blocks_hold_nothing_before_and_after(llama: str) -> None:
     assert all("forward" not in vars(block) for block in streamed._gates.blocks)
 
 
+def test_never_more_than_two_blocks_are_in_memory(llama: str, monkeypatch: Any) -> None:
+    """The block at work and the one being read; a third is not begun before the first is let go."""
+    _, streamed = both(llama)
+    alive: set[int] = set()
+    most: list[int] = []
+    plain = streamed.blocks.read
+
+    def watched(layer: int) -> dict[str, Tensor]:
+        alive.add(layer)
+        most.append(len(alive))
+        tensors = plain(layer)
+        weakref.finalize(tensors[f"model.layers.{layer}.mlp.down_proj.weight"].untyped_storage(), alive.discard, layer)
+        return tensors
+
+    monkeypatch.setattr(streamed.blocks, "read", watched)
+    streamed.run(prompt(), {Address("logits"): lambda _: None})
+    assert most == [1, 2, 2]
+    assert alive == set()
+
+
 def test_writes_go_with_the_stream_to_later_blocks(llama: str) -> None:
     model, streamed = both(llama)
     wanted = [Address("resid_post", 2), Address("resid_mid", 1), Address("logits")]
@@ -185,7 +206,7 @@ def test_a_small_spill_file_means_more_sweeps_not_other_rows(llama: str, tmp_pat
 def test_packets_are_written_while_the_sweep_goes_on(llama: str, store: ActivationStore, monkeypatch: Any) -> None:
     model, streamed = both(llama)
     monkeypatch.setattr(capturing, "PACKET_BYTES", 1)
-    rows = capture(streamed, PROMPTS, [Need("resid_post.*")], store)
+    capture(streamed, PROMPTS, [Need("resid_post.*")], store)
     assert int(store.ls()["shards"].sum()) >= 3 * len(PROMPTS)
     assert capture(model, PROMPTS, [Need("resid_post.*")], store).done.forwards == 0
 
@@ -201,9 +222,10 @@ def test_after_a_break_the_committed_rows_stay(llama: str, store: ActivationStor
                 raise KeyboardInterrupt
             yield layer
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(streamed.blocks, "sweep", breaks)
-        capture(streamed, PROMPTS, [Need("resid_post.*")], store)
+        with pytest.raises(KeyboardInterrupt):
+            capture(streamed, PROMPTS, [Need("resid_post.*")], store)
     again = capture(streamed, PROMPTS, [Need("resid_post.*")], store)
     assert again.done.plan.rows == sum(map(len, PROMPTS)), "only the last block's rows were missing"
     assert all(not torch.isnan(t).any() for t in again.get("resid_post.2"))
@@ -344,12 +366,25 @@ def test_analyses_read_a_streamed_model(llama: str, tmp_path: Path) -> None:
 def test_the_command_line_captures_streamed(llama: str, tmp_path: Path, capsys: Any) -> None:
     lines = tmp_path / "prompts.jsonl"
     lines.write_text("\n".join(json.dumps({"tokens": list(p)}) for p in PROMPTS))
-    common = ["--prompts", str(lines), "--store", str(tmp_path / "store"), "--device", "cpu", "--points", "resid_post.*"]
+    common = [
+        "--prompts",
+        str(lines),
+        "--store",
+        str(tmp_path / "store"),
+        "--device",
+        "cpu",
+        "--points",
+        "resid_post.*",
+    ]
     assert main(["capture", "--model", llama, *common, "--streamed"]) == 0
     assert "4 forward passes" in capsys.readouterr().out
     assert main(["capture", "--model", llama, *common]) == 0
     assert "0 forward passes" in capsys.readouterr().out
     assert main(["capture", "--model", llama, *common, "--streamed", "--device-map", "auto"]) == 2
+    capsys.readouterr()
+    weights_only = ["run", "communication_channels", "--model", llama, "--streamed", "--out", str(tmp_path / "out")]
+    assert main([*weights_only, "--device", "cpu", "--store", str(tmp_path / "store")]) == 2
+    assert "is streamed: its blocks are on disk" in capsys.readouterr().err
 
 
 @pytest.mark.real

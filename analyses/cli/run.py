@@ -41,7 +41,9 @@ Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
 Streamed = Annotated[
     bool,
-    typer.Option("--streamed", help="For a model larger than memory: read its blocks one at a time, each for all prompts."),
+    typer.Option(
+        "--streamed", help="For a model larger than memory: read its blocks one at a time, each for all prompts."
+    ),
 ]
 Spread = Annotated[
     str | None, typer.Option("--device-map", help="Spread the model: auto, balanced, balanced_low_0 or sequential.")
@@ -49,9 +51,7 @@ Spread = Annotated[
 MaxMemory = Annotated[
     str | None, typer.Option("--max-memory", help="What each device may hold, such as 0=20GiB,cpu=60GiB.")
 ]
-Offload = Annotated[
-    Path | None, typer.Option("--offload", help="Folder for weights that fit on no device of the map.")
-]
+Offload = Annotated[Path | None, typer.Option("--offload", help="Folder for weights that fit on no device of the map.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print what would be captured and what it would cost, and stop.")
 ]

@@ -89,7 +89,9 @@ def _ids(held: Any, tokens: str | Path | None, where: str) -> Sequence[Tokens]:
         given = [line.tokens for line in read_prompts(tokens)]
         found = [ids for ids in given if ids is not None]
         if len(found) != len(given) or len(found) != len(held):
-            raise StoreError(f'{tokens}: {len(found)} lines of "tokens" for the {len(held)} rows of {where}; give one each')
+            raise StoreError(
+                f'{tokens}: {len(found)} lines of "tokens" for the {len(held)} rows of {where}; give one each'
+            )
         return found
     column = next((name for name in IDS if name in held.column_names), None)
     if column is None:
@@ -99,9 +101,7 @@ def _ids(held: Any, tokens: str | Path | None, where: str) -> Sequence[Tokens]:
     return [tuple(int(i) for i in row) for row in held.select_columns([column])[:][column]]
 
 
-def _sequences(
-    held: Any, columns: dict[str, str], ids: Sequence[Tokens], where: str
-) -> Iterator[tuple[Tokens, Rows]]:
+def _sequences(held: Any, columns: dict[str, str], ids: Sequence[Tokens], where: str) -> Iterator[tuple[Tokens, Rows]]:
     for number, (tokens, row) in enumerate(zip(ids, held.select_columns(list(columns)), strict=True)):
         rows = {}
         for name, key in columns.items():

@@ -87,8 +87,10 @@ def put_all(store: ActivationStore, model: str, tool: str, found: Iterable[tuple
     for part in _packets(found):
         dtype = next(iter(part[0][1].values())).dtype
         here = foreign_context(model, tool, dtype)
-        if context and here != context or any(r.dtype != dtype for _, rows in part for r in rows.values()):
-            raise StoreError(f"the rows have several dtypes ({context.get('dtype', dtype)} and others); import each alone")
+        if (context and here != context) or any(r.dtype != dtype for _, rows in part for r in rows.values()):
+            raise StoreError(
+                f"the rows have several dtypes ({context.get('dtype', dtype)} and others); import each alone"
+            )
         context = here
         put = store.put(_packet(part, context))
         sequences, features = sequences + len(part), {**features, **dict.fromkeys(part[0][1])}

@@ -48,7 +48,9 @@ def _sequences(files: Sequence[Path], keys: Sequence[str]) -> Iterator[tuple[Tok
                     raise StoreError(f"{file}: holds {sorted(names)}; a request of vLLM's has {STATES} and {IDS}")
                 states, ids = held.get_tensor(STATES), held.get_tensor(IDS)
         except (SafetensorError, OSError) as error:
-            raise StoreError(f"{file}: not a whole safetensors file ({error}); has vLLM finished writing it?") from error
+            raise StoreError(
+                f"{file}: not a whole safetensors file ({error}); has vLLM finished writing it?"
+            ) from error
         if states.dim() != 3 or states.shape[1] != len(keys):
             raise StoreError(
                 f"{file}: {STATES} is {tuple(states.shape)}, not [tokens, {len(keys)} layers, width]; "

@@ -81,4 +81,3 @@ class Gates:
         out = hidden if given is None else given.to(hidden.device)
         width = self._widths[index]
         return out if width is None else (out, *[None] * (width - 1))
-

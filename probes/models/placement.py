@@ -55,7 +55,9 @@ def parse_max_memory(text: str) -> dict[int | str, str]:
     for part in text.split(","):
         place, sign, size = (piece.strip() for piece in part.partition("="))
         if not sign or not (place.isdecimal() or place == "cpu"):
-            raise OptionError(f"max memory {text!r}: write a GPU's number or cpu with its size, such as 0=20GiB,cpu=60GiB")
+            raise OptionError(
+                f"max memory {text!r}: write a GPU's number or cpu with its size, such as 0=20GiB,cpu=60GiB"
+            )
         found[int(place) if place.isdecimal() else place] = size
     return found
 

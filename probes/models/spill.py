@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class Spill:
         flat = stream.detach().cpu().contiguous()
         assert flat.nbytes <= self._starts[slot + 1] - self._starts[slot]
         self._meta[slot] = (flat.shape, flat.dtype)
-        data = memoryview(flat.reshape(-1).view(torch.uint8).numpy())
+        data = _bytes(flat)
         at = self._starts[slot]
         while data:
             done = os.pwrite(self._file.fileno(), data, at)
@@ -58,7 +59,7 @@ class Spill:
         """The stream last written to a slot, [batch, pos, d_model], on the CPU."""
         shape, dtype = self._meta[slot]
         stream = torch.empty(shape, dtype=dtype)
-        data = memoryview(stream.reshape(-1).view(torch.uint8).numpy())
+        data = _bytes(stream)
         at = self._starts[slot]
         while data:
             done = os.preadv(self._file.fileno(), [data], at)
@@ -72,3 +73,9 @@ class Spill:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._file.close()
+
+
+def _bytes(stream: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    array: Any = stream.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)

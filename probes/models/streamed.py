@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import chain
@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
 from probes.errors import ModelError, PointError
+from probes.models.attention import Attended
 from probes.models.base import Forward, Read, Write
 from probes.models.block_weights import BlockWeights
 from probes.models.gates import Gates, of_stage, steps
 from probes.models.identities import HOOKED
 from probes.models.native import NativeModel
-from probes.models.recording import Attended, Evidence, attention_of, record, wanted_sites
+from probes.models.recording import Evidence, attention_of, record, wanted_sites
 from probes.models.spill import Spill
-from probes.models.taps import Stop, tensor_of
+from probes.models.taps import Stop
 from probes.paths import cache_root
 from probes.points import Address
 
@@ -141,7 +142,7 @@ class StreamedModel(NativeModel):
     def _stage(self, forward: Forward, layer: int, entering: Tensor | None) -> Tensor:
         """One block of one forward, or what follows the blocks; what leaves the block, [batch, pos, d_model]."""
         n_layers = self.anatomy.n_layers
-        reads, writes = (of_stage(m, layer, n_layers) for m in (forward.reads, forward.writes))
+        reads, writes = of_stage(forward.reads, layer, n_layers), of_stage(forward.writes, layer, n_layers)
         taps = self._taps(reads, writes, stop=layer == n_layers)
         call = partial(self._forward, lengths=forward.lengths)
         with self._hooked(taps, forward.tokens):
@@ -180,7 +181,7 @@ class StreamedModel(NativeModel):
             inside = {key: site for key, site in sites.items() if self._stage_of_path(key[0], embed) == layer}
             left: list[Tensor] = []
             call = partial(self._through, layer, entering, self._logits)
-            raw.update(record(self.module, inside, lambda t, call=call: left.append(call(t)), tokens))
+            raw.update(record(self.module, inside, partial(_kept, call, left), tokens))
             if layer < n_layers and not isinstance(attended, str):
                 found = attention_of(self.module, guess, call, tokens, [layer])
                 attended = found if isinstance(found, str) else {**attended, **found}
@@ -192,6 +193,10 @@ class StreamedModel(NativeModel):
             if path == block or path.startswith(f"{block}."):
                 return layer
         return 0 if path == embed else len(self.blocks.paths)
+
+
+def _kept(call: Callable[[Tensor], Tensor], results: list[Tensor], tokens: Tensor) -> None:
+    results.append(call(tokens))
 
 
 def _parts(forwards: Sequence[Forward], rows: int) -> Iterator[list[int]]:

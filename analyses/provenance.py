@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from probes.models.base import Model
+from probes.models.base import LayerMajor, Model
 
 PACKAGES = ("bathyscope", "torch", "transformers", "transformer-lens", "nnsight", "safetensors", "numpy", "pandas")
 
@@ -64,6 +64,7 @@ def describe(
         "dtype": context.dtype,
         "attention": context.attention,
         "device": str(model.device),
+        "streamed": isinstance(model, LayerMajor),
         "seed": seed,
         "versions": versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -15,8 +15,9 @@ from probes.activations import Activations, Done
 from probes.edits import Edit, altered, resolve, writes_of
 from probes.errors import ModelError, PointError
 from probes.kernels import reduce_rows
-from probes.lookup import Lookup
-from probes.models.base import Context, Model, Read, Write
+from probes.lookup import Lookup, Tokens
+from probes.models.base import Context, Forward, LayerMajor, Model, Read, Write
+from probes.models.gates import steps
 from probes.needs import CapturePlan, Feature, Need, Reducer, make_plan
 from probes.points import Address
 from probes.progress import QUIET, Progress
@@ -105,14 +106,75 @@ def capture(
         written = _Writer(lookup, lengths)
         ready = resolve(model, edits) if plan.work else []
         with written:
-            for work in plan.work:
-                for batch in _sized(model, work.sequences, work.features, batch_tokens):
-                    for sequences_done, values in _run(model, batch, work.sequences, work.features, ready, progress):
-                        written.put(sequences_done, values)
-                    progress.advance(len(batch.indices))
+            for sequences_done, values in _rows(model, plan, ready, batch_tokens, progress):
+                written.put(sequences_done, values)
         done = Done(plan, plan.forwards, written.bytes)
         again = partial(capture, model, sequences, needs, store, edits=edits, batch_tokens=batch_tokens)
         return Activations(model, list(sequences), lookup, done, lambda: again().done, stack.pop_all())
+
+
+def _rows(
+    model: Model, plan: CapturePlan, edits: Sequence[Edit], limit: int, progress: Progress
+) -> Iterator[tuple[tuple[Tokens, ...], dict[str, Ragged]]]:
+    """(sequences, rows by feature key) of everything planned, in the order in which the model gives them."""
+    if isinstance(model, LayerMajor):
+        try:
+            yield from _layer_major(model, plan, edits, limit, progress)
+        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            raise ModelError(
+                f"out of memory while streaming {model.ref}; what was committed stays: use a smaller dtype or shorter prompts"
+            ) from None
+        return
+    for work in plan.work:
+        for batch in _sized(model, work.sequences, work.features, limit):
+            yield from _run(model, batch, work.sequences, work.features, edits, progress)
+            progress.advance(len(batch.indices))
+
+
+def _layer_major(
+    model: Model, plan: CapturePlan, edits: Sequence[Edit], limit: int, progress: Progress
+) -> Iterator[tuple[tuple[Tokens, ...], dict[str, Ragged]]]:
+    """The same, all batches block by block; what is found is given away whenever a packet's bytes have gathered."""
+    assert isinstance(model, LayerMajor)
+    sequences: list[tuple[Tokens, ...]] = []
+    found: list[dict[str, Ragged]] = []
+    forwards: list[Forward] = []
+    for work in plan.work:
+        for batch in _sized(model, work.sequences, _heaviest(model, work.features), limit):
+            found.append({})
+            reads, writes = readers(model, batch, work.features, found[-1]), writes_of(model, edits, batch.lengths)
+            forwards.append(Forward(batch.tokens, reads, writes, batch.lengths))
+            sequences.append(tuple(work.sequences[i] for i in batch.indices))
+    sizes = [0] * len(found)
+    progress.start(sum(steps(forward, model.shape.n_layers) for forward in forwards), "block")
+    with altered(model, edits):
+        for index in model.run_all(forwards):
+            progress.advance()
+            sizes[index] = sum(rows.values.nbytes for rows in found[index].values())
+            if sum(sizes) > PACKET_BYTES:
+                yield from _taken(sequences, found)
+                sizes = [0] * len(found)
+    yield from _taken(sequences, found)
+
+
+def _taken(
+    sequences: Sequence[tuple[Tokens, ...]], found: Sequence[dict[str, Ragged]]
+) -> Iterator[tuple[tuple[Tokens, ...], dict[str, Ragged]]]:
+    for done, rows in zip(sequences, found, strict=True):
+        if rows:
+            yield done, dict(rows)
+            rows.clear()
+
+
+def _heaviest(model: Model, features: Sequence[Feature]) -> list[Feature]:
+    """The features of the layer that keeps most."""
+    width = axis_sizes(model)
+    layers: dict[int | None, list[Feature]] = {}
+    for feature in features:
+        layers.setdefault(feature.address.layer, []).append(feature)
+    return max(layers.values(), key=lambda own: sum(feature.row_values(width, 1) for feature in own))
 
 
 def _sized(
@@ -165,6 +227,12 @@ def forward(
 ) -> dict[str, Ragged]:
     """One forward over `batch`, each feature reduced where its tensor is; values on the CPU, by feature key."""
     found: dict[str, Ragged] = {}
+    model.run(batch.tokens, readers(model, batch, features, found), writes, batch.lengths)
+    return found
+
+
+def readers(model: Model, batch: Batch, features: Sequence[Feature], found: dict[str, Ragged]) -> dict[Address, Read]:
+    """Reads of a forward over `batch` that put each feature's rows into `found`, by feature key."""
     by_address: dict[Address, list[Feature]] = {}
     for feature in features:
         by_address.setdefault(feature.address, []).append(feature)
@@ -176,8 +244,7 @@ def forward(
 
         return read
 
-    model.run(batch.tokens, {address: reader(address) for address in by_address}, writes, batch.lengths)
-    return found
+    return {address: reader(address) for address in by_address}
 
 
 def _reduce(model: Model, tensor: Tensor, batch: Batch, feature: Feature) -> Ragged:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from probes.capture import BATCH_TOKENS, PACKET_BYTES, axis_sizes, row_size
-from probes.models.base import Model, Shape
+from probes.models.base import LayerMajor, Model, Shape
 from probes.needs import CapturePlan
 
 
@@ -68,7 +68,9 @@ def estimate(model: Model, plans: Sequence[CapturePlan]) -> Estimate:
     width, size, shape = axis_sizes(model), row_size(model), model.shape
     tokens, captured = sum(plan.tokens for plan in plans), sum(plan.bytes(width, size) for plan in plans)
     block = block_parameters(shape)
-    weights = (shape.n_layers * block + 2 * shape.d_vocab * shape.d_model) * size
+    # A streamed model holds the block at work and the one being read.
+    held = min(2, shape.n_layers) if isinstance(model, LayerMajor) else shape.n_layers
+    weights = (held * block + 2 * shape.d_vocab * shape.d_model) * size
     activations = BATCH_TOKENS * size * (4 * shape.d_model + 3 * shape.d_mlp)
     return Estimate(
         forwards=sum(plan.forwards for plan in plans),

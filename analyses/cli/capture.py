@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -15,10 +16,14 @@ from analyses.cli.run import (
     DryRun,
     DType,
     Loading,
+    MaxMemory,
     ModelRef,
+    Offload,
     PromptFile,
     Revision,
+    Spread,
     StoreDir,
+    Streamed,
     Trust,
 )
 from probes.capture import capture as run_capture
@@ -42,6 +47,10 @@ def capture(
     attention: Attention = "sdpa",
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    streamed: Streamed = False,
+    device_map: Spread = None,
+    max_memory: MaxMemory = None,
+    offload: Offload = None,
     dry_run: DryRun = False,
 ) -> None:
     """Capture points of every prompt into the store; only what is missing is run."""
@@ -49,7 +58,8 @@ def capture(
     reducer = Reducer.parse(reduce)
     lines = read_prompts(prompts)
     held = ActivationStore(store)
-    loaded = Loading(model, backend, device, dtype, attention, revision, trust_remote_code).load()
+    how = Loading(model, backend, device, dtype, attention, revision, trust_remote_code, streamed, device_map)
+    loaded = replace(how, max_memory=max_memory, offload=offload).load()
     sequences = [prompt.tokens for prompt in as_prompts(lines, loaded, {})]
     need = Need(tuple(str(address) for address in expand(patterns, loaded.shape.n_layers)), reducer)
     if dry_run:

@@ -18,6 +18,7 @@ from analyses.result import check_output
 from probes.capture import plan_capture
 from probes.errors import OptionError
 from probes.models import Model, load_model
+from probes.models.placement import parse_max_memory
 from probes.preflight import estimate
 from probes.prompts import PromptLine, read_prompts
 from probes.store import ActivationStore
@@ -38,6 +39,19 @@ DType = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or 
 Attention = Annotated[str, typer.Option("--attention", help="The attention implementation.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+Streamed = Annotated[
+    bool,
+    typer.Option(
+        "--streamed", help="For a model larger than memory: read its blocks one at a time, each for all prompts."
+    ),
+]
+Spread = Annotated[
+    str | None, typer.Option("--device-map", help="Spread the model: auto, balanced, balanced_low_0 or sequential.")
+]
+MaxMemory = Annotated[
+    str | None, typer.Option("--max-memory", help="What each device may hold, such as 0=20GiB,cpu=60GiB.")
+]
+Offload = Annotated[Path | None, typer.Option("--offload", help="Folder for weights that fit on no device of the map.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print what would be captured and what it would cost, and stop.")
 ]
@@ -58,6 +72,10 @@ class Loading:
     attention: str = "sdpa"
     revision: str | None = None
     trust_remote_code: bool = False
+    streamed: bool = False
+    device_map: str | None = None
+    max_memory: str | None = None
+    offload: Path | None = None
 
     def load(self) -> Model:
         """The loaded model."""
@@ -69,6 +87,10 @@ class Loading:
             attention=self.attention,
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
+            streamed=self.streamed,
+            device_map=self.device_map,
+            max_memory=None if self.max_memory is None else parse_max_memory(self.max_memory),
+            offload=self.offload,
         )
 
 
@@ -83,6 +105,10 @@ def _shared(
     attention: Attention = "sdpa",
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    streamed: Streamed = False,
+    device_map: Spread = None,
+    max_memory: MaxMemory = None,
+    offload: Offload = None,
     dry_run: DryRun = False,
 ) -> None:
     """The flags every analysis has; only its signature is used."""

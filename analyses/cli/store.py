@@ -11,6 +11,7 @@ import typer
 from analyses.cli.console import say
 from analyses.cli.run import StoreDir
 from probes.errors import OptionError
+from probes.foreign import import_datasets, import_vllm
 from probes.preflight import human
 from probes.store import ActivationStore
 
@@ -62,13 +63,52 @@ def export(
     dest: Annotated[Path, typer.Argument(help="Folder to write to.")],
     store: StoreDir = None,
     format: Annotated[
-        Literal["safetensors", "npz", "parquet"], typer.Option(help="What other tool will read it.")
+        Literal["safetensors", "npz", "parquet", "datasets"], typer.Option(help="What other tool will read it.")
     ] = "safetensors",
     features: Annotated[str, typer.Option(help="Which features, as a glob such as resid_post.*/rows*.")] = "*",
 ) -> None:
     """Write rows as plain files for other tools."""
     for path in ActivationStore(store).export(dest, format=format, features=features):
         say(str(path))
+
+
+@group.command("import")
+def import_rows(
+    tool: Annotated[Literal["vllm", "datasets"], typer.Argument(help="What wrote the rows; SAELens writes datasets.")],
+    path: Annotated[Path, typer.Argument(help="A file or folder of vLLM's, or the folder of a data set.")],
+    of: Annotated[str, typer.Option("--of", help="The model that was run, as the rows shall be known.")],
+    store: StoreDir = None,
+    layers: Annotated[
+        str | None, typer.Option(help="vllm: the layer ids it was given, in their order, such as 1,2,3.")
+    ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help='datasets: JSON lines {"tokens": […]}, one a row, where it has no token ids.')
+    ] = None,
+) -> None:
+    """Read rows another tool computed; they are marked as foreign and never stand in for captured ones."""
+    held = ActivationStore(store)
+    if tool == "vllm":
+        if tokens is not None:
+            raise OptionError("--tokens is for datasets; vLLM's files hold their token ids")
+        done = import_vllm(path, held, model=of, layers=parse_layers(layers))
+    else:
+        if layers is not None:
+            raise OptionError("--layers is for vllm; a data set names its points by its columns")
+        done = import_datasets(path, held, model=of, tokens=tokens)
+    say(f"{done.sequences:,} sequences, {len(done.features)} points: {', '.join(done.features)}")
+    say(f"{done.rows_written:,} written ({human(done.bytes_written)}) as {done.context['weights']} to {held.root}")
+
+
+def parse_layers(text: str | None) -> list[int]:
+    """Layer ids from text such as 1,2,3.
+
+    Raises:
+        OptionError: none given, or text of another form.
+    """
+    parts = [part.strip() for part in (text or "").split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise OptionError(f"layers {text!r}: give --layers 1,2,3, the ids in eagle_aux_hidden_state_layer_ids")
+    return [int(part) for part in parts]
 
 
 def parse_size(text: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -97,6 +97,17 @@ class Unembedding:
     """Logits become `softcap * tanh(logits / softcap)`."""
 
 
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """One forward pass as data; the fields are the arguments of `Model.run`."""
+
+    tokens: Tensor
+    """[batch, pos], right-padded."""
+    reads: Mapping[Address, Read]
+    writes: Mapping[Address, Write] = field(default_factory=dict)
+    lengths: Sequence[int] | None = None
+
+
 @runtime_checkable
 class Model(Protocol):
     """A loaded model behind one of the backends. Analyses never ask which.
@@ -172,3 +183,15 @@ class Model(Protocol):
         from probes.models.handover import from_nnsight
 
         return from_nnsight(traced, ref=ref)
+
+
+@runtime_checkable
+class LayerMajor(Protocol):
+    """A model for which many forwards together are cheaper than one after another: block by block, each over all."""
+
+    def run_all(self, forwards: Sequence[Forward]) -> Iterator[int]:
+        """Runs all of them, giving a forward's index each time one more block of it is done and its reads have happened.
+
+        Raises PointError for an address the model refuses, before any computation.
+        """
+        ...

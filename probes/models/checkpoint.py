@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,12 @@ class Loading:
     """A torch dtype by name, or `auto` for the checkpoint's own."""
     attention: str = "sdpa"
     trust_remote_code: bool = False
+    device_map: str | Mapping[str, str | int] | None = None
+    """Where each part goes: a strategy such as `auto`, or device by module path; None puts all on `device`."""
+    max_memory: Mapping[int | str, str] | None = None
+    """The most each device may hold, such as `{0: "20GiB", "cpu": "60GiB"}`."""
+    offload_folder: Path | None = None
+    """Where offloaded weights go that cannot be read from the checkpoint as they are."""
 
 
 def check_folder(folder: Path) -> None:
@@ -121,7 +128,7 @@ def load_module(folder: Path, config: Any, how: Loading) -> nn.Module:
                 dtype=dtype,
                 attn_implementation=how.attention,
                 trust_remote_code=how.trust_remote_code,
-                device_map=None if how.device == "cpu" else how.device,
+                **_placement(how),
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -141,6 +148,14 @@ def load_module(folder: Path, config: Any, how: Loading) -> nn.Module:
         )
     loaded: nn.Module = module.eval()
     return loaded
+
+
+def _placement(how: Loading) -> dict[str, Any]:
+    if how.device_map is None:
+        return {"device_map": None if how.device == "cpu" else how.device}
+    spread = how.device_map if isinstance(how.device_map, str) else dict(how.device_map)
+    memory = None if how.max_memory is None else dict(how.max_memory)
+    return {"device_map": spread, "max_memory": memory, "offload_folder": how.offload_folder}
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

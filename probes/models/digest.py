@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,17 +29,24 @@ COSMETIC = frozenset(
 """Configuration fields that cannot change a forward in evaluation; every other field enters the digest."""
 
 
-def weights_digest(module: nn.Module) -> str:
+Fetch = Callable[[str], Tensor]
+"""The data of a tensor that the model keeps elsewhere, by its name."""
+
+
+def weights_digest(module: nn.Module, fetch: Fetch | None = None) -> str:
     """xxh3_128, as 32 hex digits, of every parameter, persistent buffer and configuration field of a model.
 
     Tensors enter by name, dtype, shape and bytes, sorted by name; tied tensors enter once, under the first of their
     names. Two models with one digest compute the same numbers, up to the attention implementation and the device.
 
+    Args:
+        fetch: gives the data of tensors on the meta device, one at a time, so that the model need not fit in memory.
+
     Raises:
-        ModelError: a tensor without data (weights left on the meta device or offloaded to disk).
+        ModelError: a tensor without data (weights left on the meta device) and no `fetch`.
     """
     digest = xxhash.xxh3_128()
-    for name, tensor in _tensors(module):
+    for name, tensor in _tensors(module, fetch):
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         for part in _bytes(tensor):
             digest.update(part)
@@ -64,19 +71,23 @@ def _substance(value: Any) -> Any:
     return value
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _tensors(module: nn.Module, fetch: Fetch | None) -> Iterator[tuple[str, Tensor]]:
     seen: set[tuple[Any, ...]] = set()
-    for name, tensor in sorted(module.state_dict().items()):
-        if not isinstance(tensor, Tensor):
-            continue
-        if tensor.device.type == "meta":
-            raise ModelError(
-                f"weight {name!r} holds no data (offloaded or never loaded); load the model without offload"
-            )
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+    ties: Mapping[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
+    state = sorted((name, tensor) for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor))
+    elsewhere = {ties.get(name, name) for name, tensor in state if tensor.device.type == "meta"}
+    for name, tensor in state:
+        place: tuple[Any, ...] = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if ties.get(name, name) in elsewhere:
+            # A tensor without data has no address to know it by.
+            place = ("tied", ties.get(name, name))
         if tensor.numel() and place in seen:
             continue
         seen.add(place)
+        if tensor.device.type == "meta":
+            if fetch is None:
+                raise ModelError(f"weight {name!r} holds no data; load the model with its weights")
+            tensor = fetch(name)
         yield name, tensor
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from probes.anatomy import Anatomy, Kind
 from probes.errors import ModelError, PointError
 from probes.models.base import Faithfulness, Identity
+from probes.models.finite import check_weights
 from probes.models.readout import apply, logits_of, unembedding_of
-from probes.models.recording import Call, Recording, attention_of, deviation, record
+from probes.models.recording import Evidence, Recording, deviation, every_site
 from probes.models.refusals import refusals
 from probes.points import POINTS, Address
 
 _KINDS: tuple[Kind, ...] = ("sequential", "parallel", "post_norm")
+HOOKED = "logits of a hooked forward == logits"
+"""The identity that compares a recorded forward with a plain one."""
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Relative tolerance of an identity by dtype; 1e-2 for the half precisions."""
 
@@ -38,16 +41,6 @@ def probe_tokens(n_vocab: int, n_ctx: int, avoid: int | None) -> Tensor:
     pool = [token for token in dict.fromkeys(pool) if token != avoid]
     row = [pool[i % (len(pool) - 1)] for i in range(min(8, n_ctx))]
     return torch.tensor([row, [*row[:-1], pool[-1]]])
-
-
-def check_weights(module: nn.Module, ref: str) -> None:
-    """Raises ModelError naming the first tensor with a NaN or an infinite value."""
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if tensor.is_meta or not tensor.is_floating_point():
-            continue
-        # One sum is cheaper than a test of each value; it can overflow where all are finite, hence the second look.
-        if not torch.isfinite(tensor.detach().sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
-            raise ModelError(f"{ref}: weight {name!r} holds NaN or infinite values; fetch or convert the model again")
 
 
 def structure(anatomy: Anatomy, seen: Recording) -> dict[str, float]:
@@ -89,14 +82,14 @@ def _layer_identities(anatomy: Anatomy, seen: Recording, layer: int) -> dict[str
 
 
 def _fitting(
-    guess: Anatomy, call: Call, tokens: Tensor, ref: str, tolerance: float
+    guess: Anatomy, raw: Mapping[tuple[str, str], Tensor], ref: str, tolerance: float
 ) -> tuple[Anatomy, Recording, dict[str, float]]:
     """The first kind of block whose identities all hold, the map's own word first."""
     first: tuple[str, float] | None = None
     for kind in (guess.kind, *(k for k in _KINDS if k != guess.kind)):
         anatomy = replace(guess, kind=kind)
         try:
-            seen = record(anatomy, call, tokens)
+            seen = Recording(raw, every_site(anatomy))
             errors = structure(anatomy, seen)
         except PointError:
             continue
@@ -130,8 +123,18 @@ def _lens(anatomy: Anatomy, seen: Recording, logits: Tensor, tolerance: float) -
 
 
 @torch.inference_mode()
-def verify(module: nn.Module, guess: Anatomy, call: Call, ref: str, dtype: torch.dtype, pad: int | None) -> Verified:
+def verify(
+    module: nn.Module,
+    guess: Anatomy,
+    gather: Callable[[Tensor], Evidence],
+    ref: str,
+    dtype: torch.dtype,
+    pad: int | None,
+) -> Verified:
     """Check the identities on every layer, and settle what the map leaves open.
+
+    Args:
+        gather: runs token ids [batch, pos] and records what passes.
 
     Raises:
         ModelError: weights or logits that are not finite, or a map no kind of block makes true.
@@ -140,15 +143,15 @@ def verify(module: nn.Module, guess: Anatomy, call: Call, ref: str, dtype: torch
     tolerance = TOLERANCE.get(dtype, 1e-2)
     sizes = guess.map.sizes
     tokens = probe_tokens(int(sizes.d_vocab), int(sizes.n_ctx), pad)
-    logits = call(tokens).cpu()
+    evidence = gather(tokens)
+    logits = evidence.logits
     if not torch.isfinite(logits).all():
         raise ModelError(f"{ref}: the logits of a forward pass hold NaN or infinite values; try dtype float32")
-    anatomy, seen, errors = _fitting(guess, call, tokens, ref, tolerance)
-    errors["logits of a hooked forward == logits"] = deviation(seen.need(Address("logits")), logits)
+    anatomy, seen, errors = _fitting(guess, evidence.raw, ref, tolerance)
+    errors[HOOKED] = deviation(seen.need(Address("logits")), logits)
     last = seen.need(Address("resid_post", anatomy.n_layers - 1))
     causal = deviation(last[1, :-1], last[0, :-1]) <= tolerance
-    attended = {} if anatomy.patterns else attention_of(module, anatomy, call, tokens)
-    anatomy, further = refusals(anatomy, seen, attended, causal, tolerance)
+    anatomy, further = refusals(anatomy, seen, evidence.attended, causal, tolerance)
     lens, against = _lens(anatomy, seen, logits, tolerance)
     identities = [Identity(name, error, tolerance) for name, error in (errors | further).items()]
     wide = None if seen.lacks(Address("mlp_post", 0)) else seen.need(Address("mlp_post", 0)).shape[-1]

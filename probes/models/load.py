@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import cast
 
 from probes.errors import OptionError, unknown
@@ -10,6 +13,7 @@ from probes.models.checkpoint import Loading, load_module, load_tokenizer, read_
 from probes.models.digest import weights_digest
 from probes.models.fetch import Progress
 from probes.models.handover import backend_class
+from probes.models.placement import DeviceMap, MaxMemory, fetch_offloaded, spread
 from probes.models.sources import locate
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -26,6 +30,10 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     offline: bool = False,
+    device_map: DeviceMap | None = None,
+    max_memory: MaxMemory | None = None,
+    offload: str | Path | None = None,
+    streamed: bool = False,
     progress: Progress | None = None,
 ) -> Model:
     """Loads a model, ready to be read; its identities are checked on the way.
@@ -39,6 +47,12 @@ def load_model(
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run code that comes with the checkpoint.
         offline: ask no network; what is not on this machine is refused.
+        device_map: spread the parts of a model over devices, by accelerate: `auto`, `balanced`, `balanced_low_0`,
+            `sequential`, or a device (`cpu`, `disk`, a GPU's number) for each module path.
+        max_memory: the most each device may hold, such as `{0: "20GiB", "cpu": "60GiB"}`; needs a `device_map`.
+        offload: folder for weights put on `disk` that cannot be read from the checkpoint as they are.
+        streamed: for a model larger than memory: blocks stay on disk and are read one at a time, each for all prompts
+            of a capture. Rows and their store keys are those of an ordinary load.
         progress: receives a line per step of a first fetch.
 
     Raises:
@@ -47,11 +61,19 @@ def load_model(
     """
     build = backend_class(backend)
     how = _loading(device, dtype, attention, trust_remote_code)
+    how = replace(how, **spread(device, device_map, max_memory, offload))
+    if streamed and (backend != "native" or device_map is not None):
+        raise OptionError("a streamed model runs on backend native, without a device map: it holds one block at a time")
     found = locate(ref, revision=revision, offline=offline, trust_remote_code=trust_remote_code, progress=progress)
     config = read_config(found.folder, trust_remote_code=trust_remote_code)
+    if streamed:
+        from probes.models.shell import load_streamed
+
+        return load_streamed(found, config, how)
     module = load_module(found.folder, config, how)
     tokenizer = load_tokenizer(found.folder, trust_remote_code=trust_remote_code)
-    return cast(Model, build(module, tokenizer, ref=ref, weights=weights_digest(module), revision=found.revision))
+    weights = weights_digest(module, partial(fetch_offloaded, module, ref=ref))
+    return cast(Model, build(module, tokenizer, ref=ref, weights=weights, revision=found.revision))
 
 
 def _loading(device: str, dtype: str, attention: str, trust_remote_code: bool) -> Loading:

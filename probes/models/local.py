@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +18,9 @@ from probes.models.attention import Attended, Watch, watched
 from probes.models.base import Context, Model, Read, Shape, Unembedding, Write
 from probes.models.handover import copied, from_hf
 from probes.models.identities import verify
+from probes.models.placement import main_device
 from probes.models.readout import unembedding_of
-from probes.models.recording import attention_layers
+from probes.models.recording import Evidence, attention_layers, evidence_of
 from probes.models.taps import Stop, Taps, tensor_of
 from probes.points import POINTS, Address
 
@@ -57,10 +59,10 @@ class LocalModel(Model):
         self._lock = threading.RLock()
         guess = anatomy or anatomy_of(module)
         entry = next(guess.component("embed").parameters())
-        self.device: torch.device = module.device if entry.is_meta else entry.device  # type: ignore[assignment]
+        self.device: torch.device = main_device(module) if entry.is_meta else entry.device
         pad = getattr(self._config, "pad_token_id", None)
         with evaluating(module):
-            verified = verify(module, guess, self._logits, ref, entry.dtype, pad)
+            verified = verify(module, guess, partial(self._evidence, guess), ref, entry.dtype, pad)
         self.anatomy: Anatomy = verified.anatomy
         self.faithfulness = verified.faithfulness
         self.shape = _shape(self.anatomy, verified.causal, verified.d_mlp)
@@ -238,6 +240,9 @@ class LocalModel(Model):
         taps = taps or Taps({}, {}, {}, stop=False)
         with torch.inference_mode():
             return tensor_of(self._call(taps, tokens.to(self.device)))
+
+    def _evidence(self, guess: Anatomy, tokens: Tensor) -> Evidence:
+        return evidence_of(self.module, guess, self._logits, tokens)
 
     def _ends(self) -> set[int]:
         for holder in (getattr(self.module, "generation_config", None), self._config):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from probes.anatomy import Anatomy
 from probes.errors import PointError
 from probes.models.base import Unembedding
+from probes.models.placement import data_of
 
 
 def apply(module: nn.Module, x: Tensor) -> Tensor:
@@ -28,14 +29,14 @@ def unembedding_of(anatomy: Anatomy) -> Unembedding:
     if known.path("unembed") is None:
         raise PointError(f"{known.architecture} has no unembedding")
     unembed = anatomy.component("unembed")
-    weight = getattr(unembed, "weight", None)
+    weight = data_of(unembed, "weight")
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != known.sizes.d_model:
         shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
         raise PointError(
             f"the unembedding of {known.architecture} has weights {shape}, which do not take the residual stream "
             f"of width {known.sizes.d_model}"
         )
-    bias = getattr(unembed, "bias", None)
+    bias = data_of(unembed, "bias")
     cap = float(known.sizes.output_logits_soft_cap)
     norm = anatomy.component("ln_final") if known.path("ln_final") else nn.Identity()
     return Unembedding(norm, weight.detach(), None if bias is None else bias.detach(), cap if cap > 0 else None)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
-from probes.anatomy import Anatomy, Site
+from probes.anatomy import Anatomy, Kind, Site
 from probes.anatomy.views import Whole
 from probes.errors import PointError
 from probes.models.attention import Attended, reason_against, watched
@@ -82,15 +82,39 @@ def every_site(anatomy: Anatomy) -> dict[Address, Site]:
     return sites
 
 
-def record(anatomy: Anatomy, call: Call, tokens: Tensor) -> Recording:
-    """One forward over `tokens` [batch, pos], everything at the anatomy's sites copied to the CPU."""
-    sites = every_site(anatomy)
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What one small forward shows of a model; all on the CPU."""
+
+    logits: Tensor
+    """[batch, pos, d_vocab], of a forward without hooks."""
+    raw: Mapping[tuple[str, str], Tensor]
+    """Module tensors by (path, side)."""
+    attended: Mapping[int, Attended] | str
+    """What each layer's attention function received, or the reason it cannot be had."""
+
+
+def evidence_of(module: nn.Module, guess: Anatomy, call: Call, tokens: Tensor) -> Evidence:
+    """What forwards over `tokens` [batch, pos] show of a model in memory."""
+    logits = call(tokens).cpu()
+    attended = {} if guess.patterns else attention_of(module, guess, call, tokens)
+    return Evidence(logits, record(wanted_sites(guess), call, tokens), attended)
+
+
+def wanted_sites(guess: Anatomy) -> dict[tuple[str, str], Site]:
+    """Every (path, side) that the checks look at, whichever kind the blocks turn out to be."""
     wanted: dict[tuple[str, str], Site] = {}
-    for site in sites.values():
-        for path in site.modules:
-            wanted[path, site.side] = replace(site, modules=(path,), view=Whole())
-    for path in _outputs(anatomy):
+    for kind in get_args(Kind):
+        for site in every_site(replace(guess, kind=kind)).values():
+            for path in site.modules:
+                wanted[path, site.side] = replace(site, modules=(path,), view=Whole())
+    for path in _outputs(guess):
         wanted[path, "output"] = Site((path,), "output")
+    return wanted
+
+
+def record(wanted: Mapping[tuple[str, str], Site], call: Call, tokens: Tensor) -> dict[tuple[str, str], Tensor]:
+    """One forward over `tokens` [batch, pos], everything that passes the wanted places copied to the CPU."""
     raw: dict[tuple[str, str], Tensor] = {}
 
     def keep(key: tuple[str, str]) -> Callable[[Tensor], None]:
@@ -100,7 +124,12 @@ def record(anatomy: Anatomy, call: Call, tokens: Tensor) -> Recording:
         return copy
 
     call(tokens, Taps(wanted, {key: keep(key) for key in wanted}, {}, stop=False))
-    return Recording(raw, sites)
+    return raw
+
+
+def recorded(anatomy: Anatomy, call: Call, tokens: Tensor) -> Recording:
+    """One forward over `tokens` [batch, pos], as the anatomy's sites read it."""
+    return Recording(record(wanted_sites(anatomy), call, tokens), every_site(anatomy))
 
 
 def _outputs(anatomy: Anatomy) -> list[str]:
@@ -121,8 +150,10 @@ def attention_layers(module: nn.Module, anatomy: Anatomy) -> dict[nn.Module, int
     return out
 
 
-def attention_of(module: nn.Module, anatomy: Anatomy, call: Call, tokens: Tensor) -> dict[int, Attended] | str:
-    """What each layer's attention function received, or the reason it cannot be had."""
+def attention_of(
+    module: nn.Module, anatomy: Anatomy, call: Call, tokens: Tensor, only: Sequence[int] | None = None
+) -> dict[int, Attended] | str:
+    """What each layer's (or some layers') attention function received, or the reason it cannot be had."""
     config = module.config.get_text_config()  # type: ignore[union-attr,operator]
     if against := reason_against(config):
         return against
@@ -135,9 +166,10 @@ def attention_of(module: nn.Module, anatomy: Anatomy, call: Call, tokens: Tensor
         return copy
 
     outside = f"the attention of {anatomy.map.architecture} does not go through transformers' attention interface"
-    layers = attention_layers(module, anatomy)
+    wanted = range(anatomy.n_layers) if only is None else only
+    layers = {part: layer for part, layer in attention_layers(module, anatomy).items() if layer in wanted}
     try:
-        with watched(config, layers, {layer: keep(layer) for layer in range(anatomy.n_layers)}), torch.inference_mode():
+        with watched(config, layers, {layer: keep(layer) for layer in wanted}), torch.inference_mode():
             call(tokens)
     except (TypeError, KeyError, ValueError, RuntimeError, AttributeError) as error:
         return f"{outside} ({type(error).__name__} when routed through it)"

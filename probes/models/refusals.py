@@ -12,6 +12,7 @@ from probes.anatomy import Anatomy, Layout, joint_layouts
 from probes.anatomy.views import Divisor
 from probes.errors import PointError
 from probes.models.attention import Attended, grouped
+from probes.models.placement import data_of
 from probes.models.readout import apply
 from probes.models.recording import Recording, deviation, every_site
 from probes.points import POINTS, Address
@@ -154,7 +155,7 @@ def _unrotated_error(anatomy: Anatomy, rows: Tensor, states: Tensor, norm: str, 
         weight = next(module.parameters(), None)
         flat = weight is not None and weight.numel() == found[0, 0].numel()
         shaped = found.flatten(2) if flat else found
-        found = module(shaped if weight is None else shaped.to(weight.device)).cpu().reshape(found.shape)
+        found = apply(module, shaped).reshape(found.shape)
     expected = _as_rows(states, rows.shape[2])[:, :1]
 
     def canonical(x: Tensor) -> Tensor:
@@ -179,7 +180,7 @@ def _scale_errors(anatomy: Anatomy, seen: Recording) -> dict[str, float]:
 
 def _norm_error(norm: nn.Module, divided: Tensor, output: Tensor) -> float:
     """Deviation of `output` from `divided` times the norm's weight, which some models keep less one."""
-    weight, bias = (_on_cpu(getattr(norm, name, None)) for name in ("weight", "bias"))
+    weight, bias = (_on_cpu(data_of(norm, name)) for name in ("weight", "bias"))
     if weight is not None and weight.shape != divided.shape[-1:]:
         return float("inf")
     scaled = [divided] if weight is None else [divided * weight, divided * (1 + weight)]

@@ -17,7 +17,7 @@ from probes.models.handover import copied
 from probes.models.identities import TOLERANCE, absent, probe_tokens
 from probes.models.local import LocalModel, evaluating
 from probes.models.native import NativeModel
-from probes.models.recording import deviation, record
+from probes.models.recording import deviation, recorded
 from probes.models.taps import Place, Taps
 from probes.points import POINTS
 
@@ -107,8 +107,8 @@ class TransformerLensModel(LocalModel):
         tokens = probe_tokens(self.shape.d_vocab, self.shape.n_ctx, getattr(self._config, "pad_token_id", None))
         refused = dict(self.anatomy.refused)
         with evaluating(plain.module), evaluating(self.module), torch.inference_mode():
-            ours = record(self.anatomy, self._logits, tokens)
-            theirs = record(plain.anatomy, plain._logits, tokens)
+            ours = recorded(self.anatomy, self._logits, tokens)
+            theirs = recorded(plain.anatomy, plain._logits, tokens)
         for point in POINTS:
             addresses = [a for a in ours.sites if a.point == point and a in theirs.sites and not theirs.lacks(a)]
             error = max((deviation(ours.need(a), theirs.need(a)) for a in addresses if not ours.lacks(a)), default=0.0)

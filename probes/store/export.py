@@ -1,9 +1,10 @@
-"""Rows for other tools: plain safetensors, npz or parquet, one shard in memory at a time."""
+"""Rows for other tools: plain safetensors, npz, parquet or a data set, one shard in memory at a time."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from probes.errors import StoreError, unknown
 from probes.store.backing import Backing, Vanished
+from probes.store.export_datasets import save_dataset
 from probes.store.layout import DTYPES, header_bytes, raw
 
 _UNKNOWN_TO_NUMPY = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -102,6 +104,8 @@ def _write(backing: Backing, table: Table, path: Path, format: str) -> list[Path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         WRITERS[format](table, table.blocks(backing), partial)
+        if path.is_dir():
+            shutil.rmtree(path)
         partial.replace(path)
         if format == "parquet":
             _tokens_parquet(table, path.with_suffix(".tokens.parquet"))
@@ -114,6 +118,7 @@ def _write(backing: Backing, table: Table, path: Path, format: str) -> list[Path
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _describe(table: Table) -> dict[str, str]:
@@ -195,5 +200,9 @@ def _tokens_parquet(table: Table, path: Path) -> None:
     pq.write_table(pa.table(columns), path)
 
 
-WRITERS: dict[str, Writer] = {"safetensors": _safetensors, "npz": _npz, "parquet": _parquet}
+def _datasets(table: Table, blocks: Iterator[Tensor], path: Path) -> None:
+    save_dataset(path, table.feature, table.context, table.tokens, table.counts, blocks)
+
+
+WRITERS: dict[str, Writer] = {"safetensors": _safetensors, "npz": _npz, "parquet": _parquet, "datasets": _datasets}
 """Export formats."""

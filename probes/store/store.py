@@ -178,7 +178,8 @@ class ActivationStore:
         """Write rows for other tools: one file per context and feature (and one of tokens, for parquet).
 
         Args:
-            format: `safetensors` (exact dtype), `npz` (bf16 and float8 as float32) or `parquet` (also float16).
+            format: `safetensors` (exact dtype), `npz` (bf16 and float8 as float32), `parquet` (also float16), or `datasets`
+                (as parquet; a folder for `datasets.load_from_disk`).
             context: export only contexts that say all of this.
             features: glob, for instance `resid_post.*`.
 

@@ -1,0 +1,7 @@
+"""Activations that another tool computed, read into the store with their provenance marked as foreign."""
+
+from probes.foreign.hf_datasets import import_datasets
+from probes.foreign.rows import Imported, foreign_context
+from probes.foreign.vllm import import_vllm
+
+__all__ = ["Imported", "foreign_context", "import_datasets", "import_vllm"]

@@ -1,0 +1,213 @@
+"""The weights of a checkpoint folder read block by block, under the names the model itself has for them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from probes.errors import ModelError
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Checkpoint tensors that become one or more parameters together."""
+
+    target: str
+    sources: tuple[tuple[str, str | None], ...]
+    """Name in the checkpoint, and the pattern of the conversion it takes part in, or None."""
+
+    @property
+    def converted(self) -> bool:
+        return self.sources[0][1] is not None
+
+
+@dataclass
+class Ledger:
+    """What has been read of a checkpoint."""
+
+    bytes: int = 0
+    """Of checkpoint tensors, as they lie on disk."""
+    blocks: Counter[int] = field(default_factory=Counter)
+    """How often each block was put in place."""
+
+
+class BlockWeights:
+    """The block parameters of a shell, in its folder; memory-mapped while they are copied, then let go.
+
+    Args:
+        module: a model whose block parameters are on the meta device.
+        blocks: dotted path of each block.
+
+    Raises:
+        ModelError: a folder in which a block's weight cannot be found.
+    """
+
+    def __init__(self, folder: Path, module: nn.Module, blocks: Sequence[str], device: torch.device) -> None:
+        self.module, self.paths, self.device = module, tuple(blocks), device
+        self.ledger = Ledger()
+        self._files = _files(folder)
+        self._empty: dict[str, Tensor] = {
+            name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if tensor.is_meta
+        }
+        self._conversions: list[Any] = _conversions(module)
+        self._names = frozenset(module.state_dict())
+        self._groups = self._group()
+        self._spare: dict[str, Tensor] = {}
+
+    def read(self, layer: int) -> dict[str, Tensor]:
+        """The parameters of block `layer` by their full name, on the device, in the shell's dtype.
+
+        Raises:
+            ModelError: the folder lacks one, or holds it in another shape.
+        """
+        prefix = f"{self.paths[layer]}."
+        found: dict[str, Tensor] = {}
+        for target, group in self._groups.items():
+            if target.startswith(prefix):
+                found.update(self._read(group))
+        for name in (name for name in self._empty if name.startswith(prefix)):
+            if name not in found or found[name].shape != self._empty[name].shape:
+                held = tuple(found[name].shape) if name in found else "nothing"
+                raise ModelError(f"weight {name!r} should be {tuple(self._empty[name].shape)}; the folder has {held}")
+        return {name: tensor for name, tensor in found.items() if name in self._empty}
+
+    def sweep(self, layers: Sequence[int]) -> Generator[int]:
+        """Each layer in turn, with its weights in place until the next is asked for; a thread reads ahead by one block."""
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="block-reader") as pool:
+            coming = pool.submit(self.read, layers[0]) if layers else None
+            for i, layer in enumerate(layers):
+                assert coming is not None
+                tensors = coming.result()
+                coming = pool.submit(self.read, layers[i + 1]) if i + 1 < len(layers) else None
+                with self.placed(layer, tensors):
+                    del tensors
+                    yield layer
+
+    def tensor(self, name: str) -> Tensor:
+        """One parameter of a block, read for this call alone.
+
+        Raises:
+            ModelError: the folder does not hold it.
+        """
+        if name in self._spare:
+            return self._spare.pop(name)
+        block = next((f"{path}." for path in self.paths if name.startswith(f"{path}.")), name)
+        own = [self._groups[name]] if name in self._groups else []
+        for group in own or (g for g in self._groups.values() if g.target.startswith(block) and g.converted):
+            made = self._read(group)
+            if name in made:
+                found = made.pop(name)
+                # A conversion makes several parameters of the same tensors; the others are asked for next.
+                self._spare = made
+                return found
+        raise ModelError(f"the folder lacks the weight {name!r}")
+
+    @contextmanager
+    def placed(self, layer: int, tensors: dict[str, Tensor]) -> Iterator[None]:
+        """The block's parameters in place within, and empty again afterwards."""
+        self.ledger.blocks[layer] += 1
+        names = list(tensors)
+        self._set(tensors)
+        tensors.clear()
+        try:
+            yield
+        finally:
+            self._set({name: self._empty[name] for name in names})
+
+    def place_rest(self) -> None:
+        """Puts in place, to stay, all that is outside the blocks, and norm weights and biases inside them.
+
+        Those inside are small, and the checks of a load use them after a block's matrices are gone.
+        """
+        for target, group in list(self._groups.items()):
+            template = self._empty.get(target)
+            if not self._inside(target) or (template is not None and template.dim() <= 1 and not group.converted):
+                made = self._read(group)
+                self._set({name: made[name] for name in made if name in self._names})
+                for name in made:
+                    self._empty.pop(name, None)
+                del self._groups[target]
+
+    def _inside(self, name: str) -> bool:
+        return any(name.startswith(f"{path}.") for path in self.paths)
+
+    def _set(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            path, _, own = name.rpartition(".")
+            part = self.module.get_submodule(path)
+            if own in part._buffers:
+                part._buffers[own] = tensor
+            else:
+                part._parameters[own] = (
+                    tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+                )
+
+    def _group(self) -> dict[str, _Group]:
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+        renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
+        names = self.module.state_dict()
+        groups: dict[str, list[tuple[str, str | None]]] = {}
+        for source in sorted(self._files, key=dot_natural_key):
+            rename = partial(rename_source_key, base_model_prefix=self.module.base_model_prefix, meta_state_dict=names)
+            target, pattern = rename(source, renamings, converters)
+            if target not in names and source in names:
+                target, pattern = rename(source, [], [])
+            if target in names or pattern is not None:
+                groups.setdefault(target, []).append((source, pattern))
+        return {target: _Group(target, tuple(sources)) for target, sources in groups.items()}
+
+    def _read(self, group: _Group) -> dict[str, Tensor]:
+        from transformers.core_model_loading import WeightConverter
+
+        template = self._empty.get(group.target)
+        dtype = None if template is None else template.dtype
+        first, pattern = group.sources[0]
+        if not group.converted:
+            return {group.target: self._tensor(first, dtype)}
+        converter = next(
+            c for c in self._conversions if isinstance(c, WeightConverter) and pattern in c.source_patterns
+        )
+        converter = copy.deepcopy(converter)
+        for source, own in group.sources:
+            converter.add_tensor(group.target, source, own, partial(self._tensor, source, dtype))
+        made = converter.convert(group.target, model=self.module, config=self.module.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def _tensor(self, source: str, dtype: torch.dtype | None) -> Tensor:
+        """A tensor of the checkpoint, copied out of the mapped file, which is closed with its last view."""
+        with safe_open(self._files[source], framework="pt", device="cpu") as file:
+            mapped = file.get_tensor(source)
+        self.ledger.bytes += mapped.nbytes
+        return mapped.to(device=self.device, dtype=dtype or mapped.dtype, copy=True)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Every tensor name of the folder's checkpoint with the file that holds it."""
+    if (folder / _INDEX).is_file() and not (folder / _SINGLE).is_file():
+        held: dict[str, str] = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+        return {name: folder / file for name, file in held.items()}
+    with safe_open(folder / _SINGLE, framework="pt", device="cpu") as file:
+        return dict.fromkeys(file.keys(), folder / _SINGLE)
+
+
+def _conversions(module: nn.Module) -> list[Any]:
+    """How transformers renames and merges a checkpoint's tensors for this class of model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return list(get_model_conversion_mapping(module))

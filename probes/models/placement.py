@@ -1,0 +1,91 @@
+"""Models spread over devices by accelerate: what may be asked for, and the data of parts that are elsewhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from probes.errors import OptionError, unknown
+from probes.models.finite import check_finite
+
+DeviceMap = str | Mapping[str, str | int]
+"""A strategy of `STRATEGIES`, or a device for each module path."""
+MaxMemory = Mapping[int | str, str]
+"""The most each device may hold, by GPU number or `cpu`."""
+
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+_SIZE = re.compile(r"\d+(\.\d+)?\s*([KMGT]i?B)", re.IGNORECASE)
+
+
+def spread(
+    device: str, device_map: DeviceMap | None, max_memory: MaxMemory | None, offload: str | Path | None
+) -> dict[str, Any]:
+    """The fields of `Loading` that place a model's parts.
+
+    Raises:
+        OptionError: an unknown strategy, a size that is none, or a combination that says two things at once.
+    """
+    if device_map is None:
+        if max_memory is not None or offload is not None:
+            raise OptionError("max_memory and offload place the parts of a device map: give device_map 'auto' as well")
+        return {}
+    if device != "auto":
+        raise OptionError(f"device {device!r} and a device map say two things: leave the device at auto")
+    if isinstance(device_map, str) and device_map not in STRATEGIES:
+        raise OptionError(unknown("device map", device_map, STRATEGIES))
+    for place, size in (max_memory or {}).items():
+        if not _SIZE.fullmatch(str(size)):
+            raise OptionError(f"max_memory of {place!r} is {size!r}: write a number and a unit, such as 20GiB")
+    folder = None if offload is None else Path(offload)
+    return {"device_map": device_map, "max_memory": max_memory, "offload_folder": folder}
+
+
+def parse_max_memory(text: str) -> dict[int | str, str]:
+    """Sizes by device from text such as `0=20GiB,cpu=60GiB`.
+
+    Raises:
+        OptionError: text of another form.
+    """
+    found: dict[int | str, str] = {}
+    for part in text.split(","):
+        place, sign, size = (piece.strip() for piece in part.partition("="))
+        if not sign or not (place.isdecimal() or place == "cpu"):
+            raise OptionError(
+                f"max memory {text!r}: write a GPU's number or cpu with its size, such as 0=20GiB,cpu=60GiB"
+            )
+        found[int(place) if place.isdecimal() else place] = size
+    return found
+
+
+def data_of(part: nn.Module, name: str) -> Tensor | None:
+    """A module's own parameter, read from where accelerate keeps it if that is elsewhere; None where it has none."""
+    found = getattr(part, name, None)
+    if not isinstance(found, Tensor) or not found.is_meta:
+        return found
+    kept = getattr(getattr(part, "_hf_hook", None), "weights_map", None)
+    return found if kept is None else kept[name]
+
+
+def fetch_offloaded(module: nn.Module, name: str, *, ref: str) -> Tensor:
+    """A finite tensor of a model by its full name, from where accelerate keeps it.
+
+    Raises:
+        ModelError: a value that is not finite.
+    """
+    from transformers.integrations.accelerate import load_offloaded_parameter
+
+    tensor: Tensor = load_offloaded_parameter(module, name)
+    check_finite(tensor, name, ref)
+    return tensor
+
+
+def main_device(module: nn.Module) -> torch.device:
+    """Where the inputs of a spread model belong: its first device that computes."""
+    places = [place for place in getattr(module, "hf_device_map", {}).values() if place not in ("cpu", "disk")]
+    place = places[0] if places else "cpu"
+    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)

@@ -1,0 +1,93 @@
+"""A model whose blocks hold no weights: everything around the blocks is loaded, the blocks stay on the meta device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from probes.anatomy import anatomy_of
+from probes.errors import ModelError
+from probes.models.base import Model
+from probes.models.block_weights import BlockWeights
+from probes.models.checkpoint import Loading, load_module, load_tokenizer
+from probes.models.digest import weights_digest
+from probes.models.finite import check_finite
+from probes.models.sources import Located
+from probes.models.streamed import StreamedModel
+
+
+def load_streamed(found: Located, config: Any, how: Loading) -> Model:
+    """A model whose blocks stay in its folder.
+
+    Raises:
+        ModelError: weights missing or not finite, or blocks that cannot be read one at a time.
+    """
+    module, blocks = load_shell(found.folder, config, how)
+
+    def fetch(name: str) -> Tensor:
+        tensor = blocks.tensor(name)
+        check_finite(tensor, name, found.ref)
+        return tensor
+
+    weights = weights_digest(module, fetch)
+    tokenizer = load_tokenizer(found.folder, trust_remote_code=how.trust_remote_code)
+    return StreamedModel(module, tokenizer, blocks=blocks, ref=found.ref, weights=weights, revision=found.revision)
+
+
+def load_shell(folder: Path, config: Any, how: Loading) -> tuple[nn.Module, BlockWeights]:
+    """The model of a folder, loaded as always but for its blocks' weight matrices, and where these are read from.
+
+    Raises:
+        ModelError: as an ordinary load, or blocks that share weights with other parts.
+    """
+    module = load_module(folder, config, replace(how, device_map={"": "meta"}))
+    paths, device = block_paths(module), torch.device(how.device)
+    _refuse_shared(module, paths)
+    _compute_buffers(module, device)
+    blocks = BlockWeights(folder, module, paths, device)
+    blocks.place_rest()
+    module.tie_weights()  # type: ignore[operator]
+    for name, tensor in module.named_parameters():
+        if tensor.is_meta and not any(name.startswith(f"{path}.") for path in paths):
+            raise ModelError(f"{folder} lacks the weight {name!r}; nothing is guessed")
+    return module, blocks
+
+
+def block_paths(module: nn.Module) -> list[str]:
+    """Dotted path of each block of a model.
+
+    Raises:
+        ModelError: the architecture map does not know this class of model.
+    """
+    known = anatomy_of(module).map
+    paths = [known.path("block", layer) for layer in range(known.n_layers)]
+    return [path for path in paths if path]
+
+
+def _refuse_shared(module: nn.Module, blocks: list[str]) -> None:
+    ties: dict[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
+    for name in (*ties, *ties.values()):
+        if any(name.startswith(f"{block}.") for block in blocks):
+            raise ModelError(
+                f"{type(module).__name__} shares the weight {name!r} between parts, so its blocks cannot be read one at "
+                "a time; load it without streaming"
+            )
+
+
+def _compute_buffers(module: nn.Module, device: torch.device) -> None:
+    """Buffers that no checkpoint holds (frequencies, position tables) are computed by the model's own class."""
+    from transformers import PreTrainedModel
+
+    models = {name: part for name, part in module.named_modules() if isinstance(part, PreTrainedModel)}
+    for path, part in module.named_modules():
+        missing = [n for n in part._non_persistent_buffers_set if getattr(part._buffers.get(n), "is_meta", False)]
+        for name in missing:
+            part._buffers[name] = torch.empty_like(part._buffers[name], device=device)  # type: ignore[arg-type]
+        if missing:
+            nearest = max((n for n in models if not n or path == n or path.startswith(f"{n}.")), key=len)
+            # Its parameters are still on the meta device, where this does nothing.
+            models[nearest]._init_weights(part)

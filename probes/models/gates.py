@@ -73,7 +73,13 @@ class Gates:
                     block.forward = partial(self._pass_on, index, given)  # type: ignore[method-assign]
                     stack.callback(block.__dict__.pop, "forward")
             if layer < len(self.blocks):
-                stack.callback(self.blocks[layer].register_forward_hook(catch).remove)
+                block = self.blocks[layer]
+
+                def last_of_all(*_: Any) -> None:
+                    # Hung up when the block is called, after the hooks that read and write what leaves it.
+                    stack.callback(block.register_forward_hook(catch).remove)
+
+                stack.callback(block.register_forward_pre_hook(last_of_all).remove)
             yield left
 
     def _pass_on(self, index: int, given: Tensor | None, *args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ def absorb(anatomy: Anatomy) -> None:
     plans = [plan for layer in range(anatomy.n_layers) for plan in _plans(anatomy, layer)]
     if (path := anatomy.map.path("ln_final")) and isinstance(root.get_submodule(path), ConstantNorm):
         plans.append((path, ("unembed",), None, True))
-    for path, names, layer, before in plans:
+    for _, names, layer, _ in plans:
         for name in names:
             _linear(anatomy.component(name, layer), name, layer)
     _untie(anatomy)
@@ -168,7 +169,7 @@ def _untie(anatomy: Anatomy) -> None:
             config.tie_word_embeddings = False
 
 
-def _configs(module: nn.Module) -> list[object]:
+def _configs(module: nn.Module) -> list[Any]:
     config = getattr(module, "config", None)
-    getter: Callable[[], object] | None = getattr(config, "get_text_config", None)
+    getter: Callable[[], Any] | None = getattr(config, "get_text_config", None)
     return [config, *([getter()] if getter else [])]

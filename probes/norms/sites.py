@@ -119,7 +119,7 @@ def _norm(anatomy: Anatomy, path: str, readers: dict[NormSite, tuple[str, ...]])
                 raise PointError(f"{site}: the layout of the joint query-key-value projection is not known")
             layout = anatomy.layout
             both = torch.cat([layout.q.flatten(), layout.k.flatten()])
-            columns[site] = both if site.kind == "qk" else layout.v.flatten()
+            columns[site] = both if site.kind == "qk" else layout.v.flatten().clone()
     return Norm(path, parts, width, tuple(readers), readers, columns)
 
 

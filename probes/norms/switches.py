@@ -88,6 +88,10 @@ class Switches:
         """Say which token ids [batch, pos] are running, where the module itself is not called."""
         self._rows = Rows.of(tokens, self.end_of_text)
 
+    def ordinary(self, tokens: Tensor) -> Tensor:
+        """[batch, pos], True where token ids [batch, pos] are neither at position 0 nor the end of a text."""
+        return Rows.of(tokens, self.end_of_text).ordinary
+
     @contextmanager
     def attached(self) -> Iterator[Switches]:
         """Switches act inside; hooks are gone and the module is bitwise as it was outside."""

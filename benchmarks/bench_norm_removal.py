@@ -11,7 +11,6 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -66,8 +65,8 @@ def main() -> None:
     parser.add_argument("--family", choices=("gpt2", "llama"), default="gpt2")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--pretraining", type=int, default=800, help="steps from random weights")
-    parser.add_argument("--steps", type=int, default=400, help="steps of each removal and of the control")
+    parser.add_argument("--pretraining", type=int, default=1800, help="steps from random weights")
+    parser.add_argument("--steps", type=int, default=200, help="steps of each removal and of the control")
     parser.add_argument("--out", type=Path, help="keeps the report and the exported model")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -80,9 +79,16 @@ def main() -> None:
         source = Path(scratch) / "reference.txt"
         source.write_text(text, encoding="utf-8")
         tokenizer = tokenizer_of(text)
-        model = NativeModel(untrained(options.family, options.layers, options.width).eval(), tokenizer, ref=options.family, weights="untrained")
+        model = NativeModel(
+            untrained(options.family, options.layers, options.width).eval(),
+            tokenizer,
+            ref=options.family,
+            weights="untrained",
+        )
         blocks = make_blocks(str(source), tokenizer, BLOCK, 10**9)
-        schedule = Schedule("from_scratch", (), options.pretraining, 3e-3, 3e-4, options.pretraining // 20, weight_decay=0.1)
+        schedule = Schedule(
+            "from_scratch", (), options.pretraining, 3e-3, 3e-4, options.pretraining // 20, weight_decay=0.1
+        )
         setting = Setting(BATCH, BATCH, False, False, 0, 100, str(folder / "checkpoints"))
         trained = train(model.anatomy, blocks, schedule, setting)
         base = folder / f"{options.family}-trained"
@@ -94,7 +100,7 @@ def main() -> None:
             checkpoints=str(folder / "checkpoints"),
         )  # fmt: skip
         prompts = [tuple(row) for row in blocks.held_out[:16].tolist()]
-        loaded = replace_ref(str(base), options.family)
+        loaded = called(str(base), options.family)
         result = analysis.run(loaded, prompts, store=ActivationStore(Path(scratch) / "store"))
         if options.out:
             result.save(folder / f"{options.family}-report")
@@ -110,7 +116,7 @@ def main() -> None:
     sys.stdout.write(json.dumps(line) + "\n")
 
 
-def replace_ref(folder: str, name: str) -> NativeModel:
+def called(folder: str, name: str) -> NativeModel:
     """The model of `folder`, called by the name of its family in reports."""
     model = load_model(folder)
     assert isinstance(model, NativeModel)

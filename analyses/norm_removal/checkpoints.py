@@ -69,7 +69,9 @@ class Checkpoints:
             _restore_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
             _restore_switches(switches, record)
         except Exception as error:  # safetensors, json and torch each raise their own for a damaged file.
-            raise TrainingError(f"checkpoint {path} cannot be read ({error}); remove it to go on from the one before") from None
+            raise TrainingError(
+                f"checkpoint {path} cannot be read ({error}); remove it to go on from the one before"
+            ) from None
         return int(record["step"]), list(record["history"])
 
 

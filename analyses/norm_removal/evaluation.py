@@ -37,7 +37,9 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict(modules: Mapping[str, nn.Module], blocks: Tensor) -> tuple[dict[str, Predictions], dict[tuple[str, str], Array]]:
+def predict(
+    modules: Mapping[str, nn.Module], blocks: Tensor
+) -> tuple[dict[str, Predictions], dict[tuple[str, str], Array]]:
     """Predictions of several models on blocks [n, block], and each pair's Jensen-Shannon divergence per token, nats."""
     parts: dict[str, list[list[Tensor]]] = {name: [] for name in modules}
     apart: dict[tuple[str, str], list[Tensor]] = {pair: [] for pair in combinations(modules, 2)}
@@ -121,7 +123,15 @@ def divergence_table(apart: Mapping[tuple[str, str], Array], seed: int) -> pd.Da
     rows = []
     for (a, b), values in apart.items():
         found = cluster_bootstrap(values.ravel(), np.repeat(np.arange(len(values)), values.shape[1]), seed=seed)
-        rows.append({"variant_a": a, "variant_b": b, "divergence": found.mean[0], "ci_low": found.low[0], "ci_high": found.high[0]})
+        rows.append(
+            {
+                "variant_a": a,
+                "variant_b": b,
+                "divergence": found.mean[0],
+                "ci_low": found.low[0],
+                "ci_high": found.high[0],
+            }
+        )
     return pd.DataFrame(rows)
 
 

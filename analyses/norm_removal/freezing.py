@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import pandas as pd
@@ -13,6 +13,7 @@ from torch import Tensor
 from analyses.depth_use.blocks import Blocks, on_blocks
 from analyses.depth_use.columns import PerPrompt, interval
 from analyses.norm_removal.measured import Measured, Part
+from probes import lens
 from probes.models.base import Unembedding
 from probes.norms import NormSite, Scale, Switches
 from probes.progress import Progress
@@ -50,9 +51,7 @@ def together(switches: Switches) -> list[Frozen]:
     return [*groups, Frozen("all", None, switches.sites)]
 
 
-def mean_scales(
-    found: Mapping[NormSite, Sequence[Tensor]], source: Source, first: FirstScale
-) -> dict[NormSite, Scale]:
+def mean_scales(found: Mapping[NormSite, Sequence[Tensor]], source: Source, first: FirstScale) -> dict[NormSite, Scale]:
     """One scale a site from its scales [pos] on every prompt; sites of one norm are given the same numbers.
 
     Args:
@@ -125,27 +124,14 @@ class FreezeEffects:
         return self.measured.loss(end[part.counted], part.targets, unembedding)
 
     def _unembedding(self, scale: Scale, part: Part) -> Unembedding:
+        """The read-out of this part's counted rows, in their order, with the final norm's scale given."""
+        own = self.measured.unembedding
         parts = self.switches.norm(NormSite("final")).parts
         if scale.own:
-            return Unembedding(parts.own, *self._rest)
-        assert self.switches.rows is not None
+            return replace(own, norm=parts.own)
         each = scale.at(self.switches.rows)[part.counted.to(self.measured.model.device)]
-        used: Iterator[int] = iter(())
-
-        def norm(rows: Tensor) -> Tensor:
-            nonlocal start
-            out = parts.divided(rows, each[start : start + len(rows)])
-            start += len(rows)
-            return out
-
-        start = 0
-        del used
-        return Unembedding(norm, *self._rest)
-
-    @property
-    def _rest(self) -> tuple[Tensor, Tensor | None, float | None]:
-        own = self.measured.unembedding
-        return own.weight, own.bias, own.softcap
+        left = iter(each.split(lens.ROW_TILE))
+        return replace(own, norm=lambda rows: parts.divided(rows, next(left)))
 
     def tables(self, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
         """(`freeze_effect`, `freeze_together`), with 95 % intervals over prompts."""

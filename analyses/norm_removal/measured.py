@@ -15,7 +15,7 @@ from probes.activations import Activations
 from probes.models.base import Model, Unembedding
 from probes.models.blocks import module_of
 from probes.needs import Need
-from probes.norms import Kind, NormSite, Rows, Switches
+from probes.norms import Kind, NoNormError, NormSite, Rows, Switches
 from probes.points import Address
 from probes.prompts import Batch, batches
 
@@ -78,9 +78,7 @@ class Measured:
             self.anatomy = anatomy
         try:
             self.switches: Switches | None = Switches(anatomy, end)
-        except Exception as error:
-            if not _norm_free(error):
-                raise
+        except NoNormError:
             self.switches = None
         self.unembedding: Unembedding = self.model.unembedding()
 
@@ -159,10 +157,6 @@ class Measured:
         rows = Rows.of(torch.tensor([self.sequences[prompt]]), self.switches.end_of_text if self.switches else None)
         ends = rows.end_of_text[0] & ~rows.first[0]
         return dict(zip(POSITION_CLASSES, (rows.first[0], ends, ~rows.first[0] & ~ends), strict=True))
-
-
-def _norm_free(error: Exception) -> bool:
-    return "nothing to freeze" in str(error)
 
 
 def _padded(rows: Sequence[Tensor], batch: Batch) -> Tensor:

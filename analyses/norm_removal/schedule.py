@@ -95,7 +95,9 @@ class Schedule:
             return self.learning_rate * (step + 1) / self.warmup
         end = self.decay_steps or self.steps
         done = min(1.0, (step - self.warmup) / max(1, end - self.warmup))
-        return self.min_learning_rate + (self.learning_rate - self.min_learning_rate) * (1 + math.cos(math.pi * done)) / 2
+        return (
+            self.min_learning_rate + (self.learning_rate - self.min_learning_rate) * (1 + math.cos(math.pi * done)) / 2
+        )
 
     @property
     def control(self) -> Schedule:

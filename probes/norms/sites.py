@@ -32,6 +32,10 @@ _COMPONENT: dict[Kind, str] = {
 }
 
 
+class NoNormError(PointError):
+    """A model without norms whose scale depends on their input."""
+
+
 @dataclass(frozen=True, order=True)
 class NormSite:
     """One use of a norm; its text form is `qk.3`, or `final`."""
@@ -61,7 +65,8 @@ def norms_of(anatomy: Anatomy) -> tuple[Norm, ...]:
     """Every norm with a scale of its own, in the order in which they run.
 
     Raises:
-        PointError: the model normalises each sum, or has no norm whose scale could be frozen.
+        NoNormError: the model has no norm whose scale could be frozen.
+        PointError: the model normalises each sum, or has a norm of an unknown form.
     """
     if anatomy.kind == "post_norm":
         raise PointError(
@@ -74,7 +79,7 @@ def norms_of(anatomy: Anatomy) -> tuple[Norm, ...]:
             _enter(anatomy, NormSite(kind, layer), found)
     _enter(anatomy, NormSite("final"), found)
     if not found:
-        raise PointError(
+        raise NoNormError(
             f"{anatomy.map.architecture} has no norm whose scale depends on its input, so there is nothing to freeze; "
             "is it norm-free already?"
         )

@@ -47,6 +47,12 @@ class Switches:
         self._passed: dict[NormSite, Tensor] = {}
 
     @property
+    def rows(self) -> Rows:
+        """The positions that are running; `enter` or a forward of the module says which."""
+        assert self._rows is not None
+        return self._rows
+
+    @property
     def sites(self) -> tuple[NormSite, ...]:
         """Every site of the model, in the order in which they run."""
         return tuple(self._norm_of)
@@ -123,8 +129,7 @@ class Switches:
 
     def _on_norm(self, norm: Norm) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            assert self._rows is not None
-            rows, x, back = self._rows, *_shaped(args[0], self._rows.first)
+            rows, x, back = self.rows, *_shaped(args[0], self.rows.first)
             if module.training or norm.path in self.watches:
                 self._observe(norm, x, rows)
             frozen = [site for site in norm.sites if site in self.on]

@@ -43,7 +43,7 @@ def predict(
     """Predictions of several models on blocks [n, block], and each pair's Jensen-Shannon divergence per token, nats."""
     parts: dict[str, list[list[Tensor]]] = {name: [] for name in modules}
     apart: dict[tuple[str, str], list[Tensor]] = {pair: [] for pair in combinations(modules, 2)}
-    for rows in blocks.split(ROWS):
+    for rows in torch.split(blocks, ROWS):
         logprobs = {}
         for name, module in modules.items():
             device = next(module.parameters()).device
@@ -111,7 +111,7 @@ def loss_table(found: Mapping[str, Predictions], control: str, seed: int) -> pd.
     return pd.DataFrame(rows)
 
 
-def _gap(p: Predictions, control: Predictions | None, block: Array, seed: int) -> dict[str, float]:
+def _gap(p: Predictions, control: Predictions | None, block: NDArray[np.int64], seed: int) -> dict[str, float]:
     if control is None:
         return {}
     gap = cluster_bootstrap((p.loss - control.loss).ravel(), block, seed=seed)

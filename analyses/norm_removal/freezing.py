@@ -130,7 +130,7 @@ class FreezeEffects:
         if scale.own:
             return replace(own, norm=parts.own)
         each = scale.at(self.switches.rows)[part.counted.to(self.measured.model.device)]
-        left = iter(each.split(lens.ROW_TILE))
+        left = iter(torch.split(each, lens.ROW_TILE))
         return replace(own, norm=lambda rows: parts.divided(rows, next(left)))
 
     def tables(self, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -58,7 +58,7 @@ def rank(measured: Measured) -> Ranking:
     total = torch.zeros(len(written), dtype=torch.float64, device=written.device)
     squares = total.clone()
     vocabulary = measured.unembedding.weight
-    for tile in vocabulary.split(TILE):
+    for tile in torch.split(vocabulary, TILE):
         tokens = tile.float() * gain
         tokens = tokens - tokens.mean(-1, keepdim=True) if out.centred else tokens
         cosines = (direction @ torch.nn.functional.normalize(tokens, dim=-1).T).double()
@@ -162,7 +162,7 @@ def _held(measured: Measured, clean: Tensor) -> Unembedding:
 
     def norm(rows: Tensor) -> Tensor:
         if not left:
-            left.extend(scale.split(lens.ROW_TILE))
+            left.extend(torch.split(scale, lens.ROW_TILE))
         x = rows.float()
         x = x - x.mean(-1, keepdim=True) if out.centred else x
         return (x / left.pop(0) * gain + bias).to(rows.dtype)

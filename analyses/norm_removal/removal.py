@@ -141,7 +141,7 @@ def frozen_at_once(anatomy: Anatomy, blocks: Blocks, batch: int) -> Anatomy:
     switches.watches.update({path: lambda n, _, scale: sums[n.path].append(scale.mean()) for path in sums})
     device = next(found.map.module.parameters()).device
     with switches.attached():
-        for rows in blocks.training[:batch].split(8):
+        for rows in torch.split(blocks.training[:batch], 8):
             found.map.module(input_ids=rows.to(device), use_cache=False)
     for norm in switches.norms:
         switches.freeze(norm.sites, Scale(float(torch.stack(sums[norm.path]).mean())))

@@ -136,13 +136,13 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._together()
-        event = " ".join(names)
+        event_names = " ".join(names)
         frozen = len(self.switches.on)
         self.history.append(
-            {"step": self.step, "event": event, "loss": loss, "aux": aux, "learning_rate": rate, "grad_norm": norm, "frozen": frozen}
+            {"step": self.step, "event": event_names, "loss": loss, "aux": aux, "learning_rate": rate, "grad_norm": norm, "frozen": frozen}
         )  # fmt: skip
         self.step += 1
-        self._report(event, loss, progress)
+        self._report(event_names, loss, progress)
         if self.checkpoints and (self.step % self.setting.checkpoint_every == 0 or self.step == self.schedule.steps):
             if self.accelerator.is_main_process:
                 self.checkpoints.save(self.step, self.module, self.optimizer, self.switches, self.history)
@@ -174,7 +174,7 @@ class _Run:
         """The gradient of one step's batch, accumulated; (loss, penalty) averaged over it and over all processes."""
         rows = self.blocks.batch(self.step, self.setting.batch, self.setting.seed)
         rows = rows[self.accelerator.process_index :: self.accelerator.num_processes].to(self.accelerator.device)
-        parts = rows.split(self.setting.micro_batch)
+        parts = torch.split(rows, self.setting.micro_batch)
         losses, penalties = [], []
         for index, part in enumerate(parts):
             share = len(part) / len(rows)

@@ -9,6 +9,7 @@ from analyses.concept_depth import ConceptDepth
 from analyses.depth_use import DepthUse
 from analyses.latent_language import LatentLanguage
 from analyses.logit_lens import LogitLens
+from analyses.norm_removal import NormRemoval
 from analyses.voids import Voids
 from probes.errors import OptionError, unknown
 
@@ -20,6 +21,7 @@ ANALYSES: tuple[type[Analysis], ...] = (
     ConceptDepth,
     LatentLanguage,
     DepthUse,
+    NormRemoval,
 )
 """To add an analysis, add its class here."""
 

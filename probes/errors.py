@@ -34,6 +34,10 @@ class ProbeError(UserError):
     """Rows, labels or groups that no probe can be fitted to."""
 
 
+class TrainingError(UserError):
+    """A training that cannot start or go on; names the step and what was kept."""
+
+
 def unknown(kind: str, value: object, legal: Iterable[object]) -> str:
     """One line for an unknown name: the value, a did-you-mean, and the legal values."""
     names = [str(name) for name in legal]

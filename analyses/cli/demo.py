@@ -17,6 +17,7 @@ from analyses.concept_depth import ConceptDepth
 from analyses.depth_use import DepthUse
 from analyses.latent_language import LatentLanguage
 from analyses.logit_lens import LogitLens
+from analyses.norm_removal import NormRemoval
 from analyses.report import write_report
 from analyses.result import Result
 from analyses.voids import Voids
@@ -54,6 +55,7 @@ DEMO: tuple[Analysis, ...] = (
     ),
     CommunicationChannels(task_prompts=24, laundry_items=(2, 3, 4)),
     BackPatching(task="two_hop", pool=60, questions=8, step=3),
+    NormRemoval(split_paths=False, neurons=4),
 )
 """What the demo runs, with the options of its report."""
 

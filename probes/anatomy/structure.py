@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from probes.anatomy.constant_norm import is_constant
 from probes.anatomy.layouts import Layout
 from probes.anatomy.mapping import ArchitectureMap, map_of
 from probes.anatomy.views import Divisor, Gather, Heads, Site, View, Whole
@@ -190,6 +191,8 @@ def outputs(projection: nn.Module, n_inputs: int) -> int:
 def divisor_of(known: ArchitectureMap, path: str) -> Divisor:
     """The divisor of the norm at `path`, by the map's word on the kind of norm; checked when a model is loaded."""
     norm = known.module.get_submodule(path)
+    if is_constant(norm):
+        return Divisor(0.0, bool(getattr(norm, "centred", False)), constant=True)
     eps = next((getattr(norm, n) for n in ("eps", "variance_epsilon", "norm_eps") if hasattr(norm, n)), None)
     centred = str(known.sizes.normalization_type).startswith("LN")
     return Divisor(float(known.sizes.eps if eps is None else eps), centred)

@@ -63,9 +63,13 @@ class Divisor:
 
     eps: float
     centred: bool
+    constant: bool = False
+    """Whether the norm is a linear map, whose divisor is one."""
 
     def read(self, raw: Tensor) -> Tensor:
         x = raw.float()
+        if self.constant:
+            return x.new_ones(x.shape[:-1])
         if self.centred:
             x = x - x.mean(-1, keepdim=True)
         return (x.square().mean(-1) + self.eps).sqrt()

@@ -12,6 +12,7 @@ from torch import nn
 
 from probes.errors import ModelError
 from probes.models.quiet import quiet
+from probes.norms.large_eps import undo_large_eps
 
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
@@ -147,6 +148,7 @@ def load_module(folder: Path, config: Any, how: Loading) -> nn.Module:
             f"{folder} lacks {len(missing)} weight(s) of {type(module).__name__}, first {missing[0]!r}; nothing is guessed"
         )
     loaded: nn.Module = module.eval()
+    undo_large_eps(loaded)
     return loaded
 
 

@@ -1,0 +1,186 @@
+"""Norm removal: what each norm's scale does, and a model trained to do without."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pandas as pd
+
+from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
+from analyses.norm_removal.diagnose import Settings, diagnose
+from analyses.norm_removal.figures import FIGURES, PROFILES
+from analyses.norm_removal.freezing import FirstScale, Source
+from analyses.norm_removal.measured import needs
+from analyses.norm_removal.removal import Plan, remove
+from analyses.norm_removal.training import Setting
+from analyses.options import option, validate
+from analyses.result import FigureSpec, ProfileSpec, Result
+from probes.activations import Activations
+from probes.capture import capture
+from probes.errors import OptionError, PointError, PromptError
+from probes.models.base import Model
+from probes.models.blocks import module_of
+from probes.needs import Need
+from probes.norms import norms_of
+from probes.progress import QUIET, Progress
+from probes.prompts import FieldCheck, Prompt
+from probes.store import ActivationStore
+
+
+@dataclass(frozen=True)
+class NormRemoval(Analysis):
+    """What freezing each norm's scale does, without training; and with a schedule, the removal of all norms by fine-tuning."""
+
+    diagnose: bool = option(True, "Measure what the norms do: on the model and, after a schedule, on what was trained.")
+    scale_source: Source = option("mean", "What a frozen norm divides by: its mean scale, or one for each position.")
+    first_scale: FirstScale = option("own", "Whether position 0, whose norm is often massive, has a mean of its own.")
+    split_paths: bool = option(True, "Also freeze the queries' and keys' use of a norm apart from the values'.")
+    neurons: int = option(8, "Confidence neurons ablated, beside as many random ones; 0 leaves them out.", low=0)
+    sinks: bool = option(True, "Measure attention sinks, which captures attention patterns.")
+    first_token: bool = option(False, "Whether a prompt's first token counts in statistics of losses and attribution.")
+    schedule: str = option(
+        "", "Removes the norms: proportional, at_once, small, medium, large, xl, small_2024 or FILE.toml."
+    )
+    text: str = option("", "What to train on: a file, a folder, or a data set of the hub as owner/name[:split].")
+    steps: int = option(0, "Training steps; 0 takes the schedule's own.", low=0)
+    block: int = option(256, "Tokens of a training sequence.", low=2)
+    batch: int = option(16, "Sequences of a training step, over all processes.", low=1)
+    micro_batch: int = option(4, "Sequences of a forward pass in training.", low=1)
+    learning_rate: float = option(0.0, "Highest learning rate; 0 takes the schedule's own.", low=0)
+    aux_weight: float = option(-1.0, "Weight of the loss on the final norm's input scale; negative is the schedule's.")
+    special_first: bool = option(True, "Keep a scale of its own for position 0 until the schedule withdraws it.")
+    special_ends: bool = option(True, "Keep position 0's scale for values at end-of-text tokens until it is withdrawn.")
+    at_once: bool = option(False, "Also train with all norms frozen at the first step of the schedule.")
+    evaluated: int = option(256, "Held-out blocks on which the models are compared, at most.", low=1)
+    checkpoints: str = option(
+        "runs/norm_removal_checkpoints", "Folder of the checkpoints that a broken-off run goes on from."
+    )
+    checkpoint_every: int = option(50, "Training steps between checkpoints.", low=1)
+    export: str = option("", "Folder for the norm-free model, in a form that plain transformers loads.")
+    chat: bool = option(False, "Wrap each text as one user turn of the chat template.")
+    seed: int = option(0, "Seed of the training order, random neurons and intervals.")
+
+    name: ClassVar[str] = "norm_removal"
+    title: ClassVar[str] = "Norm removal: what norms do, and a model without them"
+    reference: ClassVar[str] = (
+        'Baroni et al. 2025, arXiv 2507.02559; Heimersheim 2024, "You can remove GPT2\'s LayerNorm by fine-tuning", arXiv 2409.13710'
+    )
+    prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {}
+    figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
+    profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if bool(self.schedule) != bool(self.text):
+            given, missing = ("schedule", "text") if self.schedule else ("text", "schedule")
+            raise OptionError(f"option {given} is given without {missing}: a removal needs both, diagnostics neither")
+        if self.export and not self.schedule:
+            raise OptionError(
+                "option export is given without schedule: only a model whose norms were removed is exported"
+            )
+        if self.export and (self._export_folder.is_file() or self._holds_other_things()):
+            raise OptionError(
+                f"export folder {self.export!r} holds something other than a model: give a new or empty folder"
+            )
+        if not self.schedule and not self.diagnose:
+            raise OptionError(
+                "option diagnose is false and there is no schedule, so there is nothing to do; give one of them"
+            )
+
+    @property
+    def _export_folder(self) -> Path:
+        return Path(self.export)
+
+    def _holds_other_things(self) -> bool:
+        folder = self._export_folder
+        return folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()
+
+    @property
+    def makes_prompts(self) -> bool:
+        """Without diagnostics, the training text is all it reads."""
+        return not self.diagnose
+
+    def needs(self, model: Model) -> list[Need]:
+        """Streams, norm divisors and heads' outputs; attention patterns and the last MLP's activations where asked for."""
+        return needs(model, self.sinks, self.neurons > 0) if self.diagnose else []
+
+    def run(
+        self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
+    ) -> Result:
+        """Tables `scales`, `freeze_effect`, `freeze_together`, `stream`, `attribution_error`, `attribution_total`, `sinks`,
+        `neurons`, and with a schedule `training`, `losses`, `divergence` and `export`.
+
+        Raises:
+            PointError: the model is not causal, has no norms, or normalises each sum.
+            PromptError: no prompt has a next token, or the training text cannot be read.
+            OptionError: a schedule that does not fit the model.
+            TrainingError: the loss is no longer a number.
+        """
+        clock, store = Clock(), store or ActivationStore()
+        _check_model(model, bool(self.schedule))
+        asked = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
+        if self.diagnose and all(len(prompt.tokens) < 2 for prompt in asked):
+            raise PromptError("no prompt has a second token, so there is no loss to measure; give longer prompts")
+        models: dict[str, Model] = {"original": model}
+        removal = remove(model, self._plan, progress) if self.schedule else None
+        if removal is not None:
+            models |= removal.models
+        tables, notes, activations = self._diagnosed(models, asked, store, progress)
+        notes += _conventions(model) if self.diagnose else []
+        if removal is not None:
+            tables |= removal.tables
+            notes += removal.notes
+        return make_result(self, model, asked, tables, activations, clock, notes)
+
+    def _diagnosed(
+        self, models: Mapping[str, Model], asked: list[Prompt], store: ActivationStore, progress: Progress
+    ) -> tuple[dict[str, pd.DataFrame], list[str], Activations | None]:
+        found: dict[str, list[pd.DataFrame]] = {}
+        notes: list[str] = []
+        first = None
+        for variant, model in models.items() if self.diagnose else ():
+            sequences = [prompt.tokens for prompt in asked]
+            activations = capture(model, sequences, self.needs(model), store, progress=progress)
+            first = first or activations
+            tables, more = diagnose(activations, variant, self._settings, progress)
+            notes += more
+            for name, table in tables.items():
+                found.setdefault(name, []).append(table)
+        return {name: pd.concat(tables, ignore_index=True) for name, tables in found.items()}, notes, first
+
+    @property
+    def _settings(self) -> Settings:
+        return Settings(**{name: getattr(self, name) for name in Settings.__dataclass_fields__})
+
+    @property
+    def _plan(self) -> Plan:
+        setting = Setting(
+            **{name: getattr(self, name) for name in Setting.__dataclass_fields__ if name != "folder"},
+            folder=self.checkpoints,
+        )
+        own = {name: getattr(self, name) for name in Plan.__dataclass_fields__ if name != "setting"}
+        return Plan(**own, setting=setting)
+
+
+def _conventions(model: Model) -> list[str]:
+    notes = [
+        "attribution and direct effect are of the next token's logit; a head's output is its values' mix through its output "
+        "weights, so it includes the value bias where there is one and never the output projection's bias"
+    ]
+    if model.unembedding().softcap is not None:
+        notes.append("attribution and direct effect are of the logit before the softcap")
+    return notes
+
+
+def _check_model(model: Model, trained: bool) -> None:
+    if not model.shape.causal:
+        raise PointError(
+            f"{model.ref} reads both ways, so it has no next-token loss; norm_removal needs a causal model"
+        )
+    model.unembedding()
+    if trained:
+        with module_of(model) as (_, anatomy):
+            norms_of(anatomy)

@@ -1,0 +1,85 @@
+"""Everything that is measured on one model without training, and the tables it makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from analyses.norm_removal.attribution import attribution_tables
+from analyses.norm_removal.freezing import FirstScale, FreezeEffects, Source, mean_scales, single, together
+from analyses.norm_removal.measured import Measured, has
+from analyses.norm_removal.neurons import Ablations, candidates, rank
+from analyses.norm_removal.profile import scale_table, sink_table, stream_table
+from probes.activations import Activations
+from probes.errors import PointError
+from probes.norms import NormSite, Scale
+from probes.progress import Progress
+
+Tables = dict[str, pd.DataFrame]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of `NormRemoval` that the diagnostics follow."""
+
+    scale_source: Source
+    first_scale: FirstScale
+    split_paths: bool
+    neurons: int
+    sinks: bool
+    first_token: bool
+    seed: int
+
+
+def diagnose(
+    activations: Activations, variant: str, settings: Settings, progress: Progress
+) -> tuple[Tables, list[str]]:
+    """All diagnostic tables of a model called `variant`, and what a reader must know; no forward but single blocks."""
+    measured = Measured(activations, settings.first_token)
+    notes: list[str] = []
+    tables: Tables = {}
+    if measured.switches is not None:
+        tables |= _frozen(measured, settings, progress, notes)
+    tables["stream"] = stream_table(measured, settings.seed)
+    if settings.sinks and has(measured.model, "pattern"):
+        tables["sinks"] = sink_table(measured, settings.seed)
+    if has(measured.model, "z"):
+        tables["attribution_error"], tables["attribution_total"] = attribution_tables(measured, settings.seed)
+    else:
+        notes.append(f"{variant}: no attribution error, because {measured.model.ref} has no point z")
+    if settings.neurons:
+        try:
+            tables["neurons"] = _neurons(measured, settings, progress)
+        except PointError as error:
+            notes.append(f"{variant}: no neuron ablation: {error}")
+    return {name: table.assign(variant=variant) for name, table in tables.items()}, notes
+
+
+def _frozen(measured: Measured, settings: Settings, progress: Progress, notes: list[str]) -> Tables:
+    assert measured.switches is not None
+    found = measured.scales(measured.switches.sites)
+    scales: dict[NormSite, Scale] = mean_scales(found, settings.scale_source, settings.first_scale)
+    wanted = [*single(measured.switches, settings.split_paths), *together(measured.switches)]
+    effects = FreezeEffects(measured, wanted, scales)
+    effects.measure(progress)
+    alone, joint = effects.tables(settings.seed)
+    most = f"by at most {effects.control:.1g} nat" if effects.control else "of no token"
+    notes.append(
+        f"freezing every norm at each row's own scale, the control, changes the loss {most}; "
+        f"the loss without freezing is {float(effects.clean.mean()[0]):.4f} nat"
+    )
+    return {
+        "scales": scale_table(measured, found, settings.seed),
+        "freeze_effect": alone,
+        "freeze_together": joint,
+    }
+
+
+def _neurons(measured: Measured, settings: Settings, progress: Progress) -> pd.DataFrame:
+    if not has(measured.model, f"mlp_post.{measured.n_layers - 1}".partition(".")[0]):
+        raise PointError(f"{measured.model.ref} has no point mlp_post")
+    ranking = rank(measured)
+    ablations = Ablations(measured, ranking, candidates(ranking, settings.neurons, settings.seed))
+    ablations.measure(progress)
+    return ablations.table(settings.seed)

@@ -1,0 +1,146 @@
+"""The loss when a norm's scale is frozen and nothing is trained, restarted from the stored stream that enters its block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analyses.depth_use.blocks import Blocks, on_blocks
+from analyses.depth_use.columns import PerPrompt, interval
+from analyses.norm_removal.measured import Measured, Part
+from probes import lens
+from probes.models.base import Unembedding
+from probes.norms import NormSite, Scale, Switches
+from probes.progress import Progress
+
+Source = Literal["mean", "per_position"]
+FirstScale = Literal["own", "shared"]
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Sites frozen together, and what they are called."""
+
+    site: str
+    layer: int | None
+    sites: tuple[NormSite, ...]
+
+
+def single(switches: Switches, split_paths: bool) -> list[Frozen]:
+    """Every norm by itself: the one before attention as a whole and, with `split_paths`, its two paths."""
+    found = []
+    for norm in switches.norms:
+        first = norm.sites[0]
+        joint = len(norm.sites) > 1
+        name = "attn" if {site.kind for site in norm.sites} == {"qk", "v"} else "block" if joint else first.kind
+        found.append(Frozen(name, first.layer, norm.sites))
+        if joint and split_paths:
+            found += [Frozen(site.kind, site.layer, (site,)) for site in norm.sites]
+    return found
+
+
+def together(switches: Switches) -> list[Frozen]:
+    """All sites of a kind, and all sites."""
+    kinds = dict.fromkeys(site.kind for site in switches.sites)
+    groups = [Frozen(f"all {k}", None, tuple(s for s in switches.sites if s.kind == k)) for k in kinds if k != "final"]
+    return [*groups, Frozen("all", None, switches.sites)]
+
+
+def mean_scales(found: Mapping[NormSite, Sequence[Tensor]], source: Source, first: FirstScale) -> dict[NormSite, Scale]:
+    """One scale a site from its scales [pos] on every prompt; sites of one norm are given the same numbers.
+
+    Args:
+        source: a mean over all positions, or over prompts for each position.
+        first: whether position 0, whose norm is often massive, has a mean of its own.
+    """
+    out = {}
+    for site, rows in found.items():
+        if source == "per_position":
+            longest = max(map(len, rows))
+            means = [torch.cat([r[p : p + 1] for r in rows if len(r) > p]).mean() for p in range(longest)]
+            out[site] = Scale(1.0, positions=torch.stack(means))
+            continue
+        start = torch.stack([row[0] for row in rows])
+        rest = torch.cat([row[1:] for row in rows])
+        if first == "own" and len(rest):
+            out[site] = Scale(float(rest.mean()), float(start.mean()))
+        else:
+            out[site] = Scale(float(torch.cat(list(rows)).mean()))
+    return out
+
+
+class FreezeEffects:
+    """Changes of loss per prompt, one column for each thing that is frozen."""
+
+    def __init__(self, measured: Measured, wanted: Sequence[Frozen], scales: Mapping[NormSite, Scale]) -> None:
+        assert measured.switches is not None
+        self.measured, self.wanted, self.switches = measured, list(wanted), measured.switches
+        # One object for a norm's sites, so that its output is divided once.
+        self.scales = {s: scales[self.switches.norm(s).sites[0]] for s in scales}
+        self.change: PerPrompt = measured.column(len(self.wanted))
+        self.clean: PerPrompt = measured.column()
+        self.control = 0.0
+        """Largest change of a token's loss when every row keeps its own scale at every site."""
+
+    def measure(self, progress: Progress) -> None:
+        """Every thing frozen, on all prompts."""
+        parts = list(self.measured.parts())
+        progress.start(len(parts) * (1 + len(self.wanted)), "frozen norm")
+        for part in parts:
+            if part.counted.any():
+                self._part(part, progress)
+
+    def _part(self, part: Part, progress: Progress) -> None:
+        clean = self.measured.loss(part.stream[-1][part.counted], part.targets)
+        self.clean.add(0, part.prompts, clean)
+
+        def work(blocks: Blocks) -> None:
+            self.switches.enter(part.batch.tokens.to(self.measured.model.device))
+            with self.switches.attached():
+                own = dict.fromkeys(self.switches.sites, Scale(1.0, own=True))
+                self.control = max(self.control, float((self._loss(blocks, part, own) - clean).abs().max()))
+                progress.advance()
+                for index, frozen in enumerate(self.wanted):
+                    loss = self._loss(blocks, part, {site: self.scales[site] for site in frozen.sites})
+                    self.change.add(index, part.prompts, loss - clean)
+                    progress.advance()
+
+        on_blocks(self.measured.model, part.batch.tokens, work)
+
+    def _loss(self, blocks: Blocks, part: Part, on: Mapping[NormSite, Scale]) -> Tensor:
+        layers = [site.layer for site in on if site.layer is not None]
+        self.switches.on.update(on)
+        try:
+            end = blocks.run(part.stream[min(layers)], min(layers))[-1] if layers else part.stream[-1]
+        finally:
+            self.switches.on.clear()
+        final = NormSite("final")
+        unembedding = self._unembedding(on[final], part) if final in on else None
+        return self.measured.loss(end[part.counted], part.targets, unembedding)
+
+    def _unembedding(self, scale: Scale, part: Part) -> Unembedding:
+        """The read-out of this part's counted rows, in their order, with the final norm's scale given."""
+        own = self.measured.unembedding
+        parts = self.switches.norm(NormSite("final")).parts
+        if scale.own:
+            return replace(own, norm=parts.own)
+        each = scale.at(self.switches.rows)[part.counted.to(self.measured.model.device)]
+        left = iter(torch.split(each, lens.ROW_TILE))
+        return replace(own, norm=lambda rows: parts.divided(rows, next(left)))
+
+    def tables(self, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """(`freeze_effect`, `freeze_together`), with 95 % intervals over prompts."""
+        mean, low, high = interval(self.change, seed)
+        rows = [
+            {"site": f.site, "layer": f.layer, "delta_ce": m, "ci_low": lo, "ci_high": hi, "tokens": int(n)}
+            for f, m, lo, hi, n in zip(self.wanted, mean, low, high, self.change.counts.sum(0).tolist(), strict=True)
+        ]
+        table = pd.DataFrame(rows)
+        joint = table["site"].str.startswith("all")
+        single_rows = table[~joint].assign(layer=table["layer"].fillna(self.measured.n_layers).astype(int))
+        return single_rows.reset_index(drop=True), table[joint].drop(columns="layer").reset_index(drop=True)

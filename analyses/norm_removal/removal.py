@@ -1,0 +1,198 @@
+"""Removal from start to end: trainings, exact norm-free models, the exported folder, and the comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from analyses.norm_removal.evaluation import divergence_table, loss_table, predict, training_table
+from analyses.norm_removal.schedule import Schedule, get_schedule
+from analyses.norm_removal.text import Blocks, make_blocks
+from analyses.norm_removal.training import Setting, Trained, copy_of, train
+from probes.anatomy import Anatomy
+from probes.errors import OptionError, TrainingError
+from probes.models.base import Model
+from probes.models.blocks import module_of
+from probes.models.digest import weights_digest
+from probes.models.native import NativeModel
+from probes.models.quiet import quiet
+from probes.norms import Scale, Switches, absorb, make_constant, make_large_eps
+from probes.progress import Progress
+
+EXPORT_TOLERANCE = 1e-5
+"""How far the exported folder's logits may be from the folded model's, relative to a row's largest."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `NormRemoval` was asked to train."""
+
+    schedule: str
+    steps: int
+    learning_rate: float
+    aux_weight: float
+    text: str
+    block: int
+    at_once: bool
+    evaluated: int
+    """Held-out blocks compared, at most."""
+    setting: Setting
+    export: str
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Removal:
+    """What a removal gave."""
+
+    models: Mapping[str, Model]
+    """The control and the norm-free model, by variant."""
+    tables: Mapping[str, pd.DataFrame]
+    notes: tuple[str, ...]
+
+
+def planned(plan: Plan, switches: Switches) -> Schedule:
+    """The schedule, with what the options set in place of its own.
+
+    Raises:
+        OptionError: an unknown schedule, or one that names a missing site or leaves one out.
+    """
+    schedule = get_schedule(plan.schedule, switches.sites, plan.steps)
+    if plan.learning_rate > 0:
+        least = plan.learning_rate * schedule.min_learning_rate / max(schedule.learning_rate, 1e-30)
+        schedule = replace(schedule, learning_rate=plan.learning_rate, min_learning_rate=least)
+    if plan.aux_weight >= 0:
+        schedule = replace(schedule, aux_weight=plan.aux_weight)
+    frozen = {site for event in schedule.events(switches.sites) for site in event.sites}
+    if left := [site for site in switches.sites if site not in frozen]:
+        raise OptionError(
+            f"schedule {schedule.name!r} leaves {len(left)} sites with their norms, first {left[0]}; a norm-free model needs all"
+        )
+    return schedule
+
+
+def remove(model: Model, plan: Plan, progress: Progress) -> Removal:
+    """Trains the removal and its control, makes the norm-free model exact, exports it and compares all of them.
+
+    Raises:
+        OptionError, PromptError, TrainingError: see `planned`, `make_blocks` and `train`.
+    """
+    with module_of(model) as (_, anatomy):
+        if plan.block > model.shape.n_ctx:
+            raise OptionError(
+                f"option block is {plan.block}, but the context window of {model.ref} is {model.shape.n_ctx}"
+            )
+        schedule = planned(plan, Switches(anatomy))
+        enough = (schedule.steps * plan.setting.batch + plan.evaluated) * plan.block * 10 // 9 + plan.block
+        blocks = make_blocks(plan.text, model.tokenizer, plan.block, enough)
+        runs = {"norm_free": train(anatomy, blocks, schedule, plan.setting, progress)}
+        runs["control"] = train(anatomy, blocks, schedule.control, plan.setting, progress)
+        if plan.at_once:
+            runs["at_once"] = train(anatomy, blocks, schedule.at_once, plan.setting, progress)
+        return _finish(model, anatomy, blocks, runs, plan)
+
+
+def _finish(model: Model, anatomy: Anatomy, blocks: Blocks, runs: Mapping[str, Trained], plan: Plan) -> Removal:
+    held_out = blocks.held_out[: plan.evaluated]
+    anatomies = {"original": anatomy} | {name: _constant(run) for name, run in runs.items()}
+    untrained = frozen_at_once(runs["control"].anatomy, blocks, plan.setting.batch)
+    modules = {name: a.map.module for name, a in anatomies.items()} | {"untrained": untrained.map.module}
+    predictions, apart = predict(modules, held_out)
+    folded = copy_of(anatomies["norm_free"])
+    notes, tables = (
+        [],
+        {
+            "training": training_table({name: run.history for name, run in runs.items()}),
+            "losses": loss_table(predictions, "control", plan.seed),
+            "divergence": divergence_table(apart, plan.seed),
+        },
+    )
+    notes.append(
+        "untrained is the control with all norms frozen at once at their measured scales and no training after; losses are on "
+        f"{len(held_out)} blocks that no training saw"
+    )
+    if plan.export:
+        tables["export"], note = _export(runs["norm_free"], folded, held_out[:4], plan.export, model)
+        notes.append(note)
+    models = {name: _loaded(anatomies[name], model, name) for name in ("control", "norm_free")}
+    return Removal(models, tables, tuple(notes))
+
+
+def _constant(run: Trained) -> Anatomy:
+    """The anatomy of a copy in which frozen norms are linear maps; the control's norms stay."""
+    anatomy = copy_of(run.anatomy)
+    if run.switches.on:
+        make_constant(anatomy, run.switches.on)
+    return anatomy
+
+
+@torch.no_grad()
+def frozen_at_once(anatomy: Anatomy, blocks: Blocks, batch: int) -> Anatomy:
+    """A copy of a model with every norm a linear map at its mean scale over `batch` training blocks, and no training after."""
+    found = copy_of(anatomy)
+    switches = Switches(found, blocks.end_of_text)
+    sums: dict[str, list[Tensor]] = {norm.path: [] for norm in switches.norms}
+    switches.watches.update({path: lambda n, _, scale: sums[n.path].append(scale.mean()) for path in sums})
+    device = next(found.map.module.parameters()).device
+    with switches.attached():
+        for rows in torch.split(blocks.training[:batch], 8):
+            found.map.module(input_ids=rows.to(device), use_cache=False)
+    for norm in switches.norms:
+        switches.freeze(norm.sites, Scale(float(torch.stack(sums[norm.path]).mean())))
+    make_constant(found, switches.on)
+    return found
+
+
+def _loaded(anatomy: Anatomy, model: Model, variant: str) -> Model:
+    module: nn.Module = anatomy.map.module.eval()
+    return NativeModel(module, model.tokenizer, ref=f"{model.ref} ({variant})", weights=weights_digest(module))
+
+
+def _export(run: Trained, folded: Anatomy, rows: Tensor, folder: str, model: Model) -> tuple[pd.DataFrame, str]:
+    """The exported folder, and how far its logits and those of the fully folded model are from each other."""
+    exported = copy_of(run.anatomy)
+    make_large_eps(exported, run.switches.on)
+    module: Any = exported.map.module
+    with quiet():
+        module.to(torch.float32).save_pretrained(folder)
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(folder)
+    try:
+        absorb(folded)
+        how = "folded into the next linear maps"
+    except Exception as error:
+        how = f"linear maps in the norms' places ({error})"
+    difference = largest_difference(Path(folder), folded.map.module.eval(), rows)
+    if not difference <= EXPORT_TOLERANCE:
+        raise TrainingError(
+            f"the model exported to {folder} differs from the folded one by {difference:.1e} of a row's largest logit, more than "
+            f"{EXPORT_TOLERANCE:.0e}: its stream is too large for the large-epsilon form; do not use the folder"
+        )
+    table = pd.DataFrame([{"folder": folder, "difference": difference, "rows": rows.numel(), "folded": how}])
+    return table, (
+        f"exported to {folder}: plain transformers gives the folded model's logits to {difference:.1e} of a row's largest; "
+        "load it in float32 or bfloat16, since its gains overflow float16"
+    )
+
+
+@torch.no_grad()
+def largest_difference(folder: Path, folded: nn.Module, tokens: Tensor) -> float:
+    """How far the logits of what plain transformers loads from `folder` are from another model's on tokens [batch, pos].
+
+    Returns:
+        The largest deviation in a row of logits, relative to the row's largest.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    device = next(folded.parameters()).device
+    found = loaded(input_ids=tokens.cpu(), use_cache=False).logits.float()
+    wanted = folded(input_ids=tokens.to(device), use_cache=False).logits.float().cpu()
+    return float(((found - wanted).abs().amax(-1) / wanted.abs().amax(-1)).max())

@@ -1,0 +1,40 @@
+"""What is left of a norm whose divisor is a constant: a linear map."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class ConstantNorm(nn.Module):
+    """(x - mean(x)) * weight + bias, or x * weight for a norm that does not subtract the mean.
+
+    The weight holds the norm's gain over its constant divisor, so the divisor left over is one. Parameters keep the
+    names they have in the norm whose place this takes.
+
+    Args:
+        gain: [width].
+        bias: [width], or None.
+        centred: whether the mean over the last axis is subtracted.
+    """
+
+    def __init__(self, gain: Tensor, bias: Tensor | None, centred: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(gain.detach().clone())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.centred = centred
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] to [..., width], computed in float32."""
+        rows = x.float()
+        if self.centred:
+            rows = rows - rows.mean(-1, keepdim=True)
+        out = rows * self.weight.float()
+        return (out if self.bias is None else out + self.bias.float()).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, centred={self.centred}"
+
+
+def is_constant(norm: nn.Module) -> bool:
+    """Whether a module in a norm's place divides by no function of its input."""
+    return isinstance(norm, ConstantNorm | nn.Identity)

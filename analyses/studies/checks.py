@@ -33,13 +33,13 @@ def check_names(study: Study) -> None:
     for kind, specs in (("model", study.models), ("prompts", study.prompts), ("analysis", study.analyses)):
         _check_once(kind, specs)
     for model in study.models:
-        for key, value, legal in (
-            ("backend", model.backend, BACKENDS),
+        for key, value, known in (
+            ("backend", model.backend, tuple(BACKENDS)),
             ("dtype", model.dtype, DTYPES),
             ("attention", model.attention, ATTENTIONS),
         ):
-            if value not in legal:
-                raise fault(unknown(key, value, legal), model.origin, key)
+            if value not in known:
+                raise fault(unknown(key, value, known), model.origin, key)
     models, prompts = [m.label for m in study.models], [p.label for p in study.prompts]
     for spec in study.analyses:
         with located(spec.origin, "analysis"):

@@ -88,8 +88,8 @@ def table(found: Sequence[UnitCost], done: int) -> list[str]:
     rows = [["cell", "forwards", "captured", "seconds", "peak memory", ""]]
     for unit in found:
         for one in unit.cells:
-            alone = [f"{one.forwards:,}", human(one.bytes), f"{one.seconds:.1f}", human(one.peak_bytes)]
-            rows.append([one.cell.label, *alone, one.note])
+            said = [f"{one.forwards:,}", human(one.bytes), f"{one.seconds:.1f}", human(one.peak_bytes)]
+            rows.append([one.cell.label, *said, one.note])
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 5)), row[5]]).rstrip()

@@ -38,7 +38,7 @@ class Table:
             raise fault(f"{key!r} is missing: write {key} = {example}", self.origin)
         return str(self.values[key])
 
-    def list(self, key: str, kind: type[Kind]) -> tuple[Kind, ...] | None:
+    def values_of(self, key: str, kind: type[Kind]) -> tuple[Kind, ...] | None:
         """A list of values of one type, or None where the key is left out."""
         self._known.add(key)
         if key not in self.values:

@@ -111,8 +111,9 @@ def summary(curve: pd.DataFrame) -> pd.DataFrame:
     """A line per curve: where along relative depth it peaks and how high, with that layer's interval, and its mean."""
     lines = []
     for key, one in curve.groupby(CURVE, sort=False, dropna=False):
-        if one["value"].notna().any():
-            peak = one.loc[one["value"].idxmax()]
+        one = one.dropna(subset=["value"])
+        if len(one):
+            peak = one.iloc[int(one["value"].to_numpy().argmax())]
             named = dict(zip(CURVE, key, strict=True))
             lines.append({
                 **named, "layers": peak["layers"], "n_seeds": peak["n_seeds"], "peak_layer": peak["layer"],

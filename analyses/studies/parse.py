@@ -25,9 +25,9 @@ def read_study(path: str | Path) -> Study:
         StudyError: a fault, with file and line.
     """
     pages = list(_pages(Path(path), (), set()))
-    own, seeds = pages[-1], (0,)
+    own, seeds = pages[-1], tuple[int, ...]((0,))
     for page in pages:
-        given = page.list("seeds", int)
+        given = page.values_of("seeds", int)
         if given is not None:
             seeds = _seeds(page, given)
     title = [page.get("title", "") for page in pages if page.get("title", "")]
@@ -53,7 +53,7 @@ def _pages(path: Path, chain: tuple[Path, ...], seen: set[Path], named: Origin |
         return
     seen.add(real)
     page = _page(path, named)
-    for i, other in enumerate(page.list("include", str) or ()):
+    for i, other in enumerate(page.values_of("include", str) or ()):
         yield from _pages(path.parent / other, (*chain, real), seen, page.origin.child("include", i))
     yield page
 
@@ -105,7 +105,7 @@ def _model(table: Table) -> ModelSpec:
 
 def _prompts(table: Table) -> PromptSet:
     name, file = table.required("name", '"mine"'), table.get("file", "")
-    texts, ids, limit = table.list("texts", str), _token_lists(table), table.get("limit", 0)
+    texts, ids, limit = table.values_of("texts", str), _token_lists(table), table.get("limit", 0)
     if bool(file) == bool(texts or ids):
         raise fault(f"prompts {name!r} need either file or texts or tokens", table.origin)
     if limit < 0:
@@ -141,8 +141,8 @@ def _analysis(table: Table) -> AnalysisSpec:
         name=table.get("name", ""),
         options=table.table("options"),
         vary={key: tuple(values) for key, values in vary.items()},
-        models=table.list("models", str),
-        prompts=table.list("prompts", str),
+        models=table.values_of("models", str),
+        prompts=table.values_of("prompts", str),
         origin=table.origin,
     )
     table.close()

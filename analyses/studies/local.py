@@ -6,8 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -18,7 +17,7 @@ from analyses.studies.units import Unit, take
 from analyses.studies.work import Event, Loaded, Outcome, Started, run_unit
 from probes.store import ActivationStore
 
-SPAWN = multiprocessing.get_context("spawn")
+FORKSERVER = multiprocessing.get_context("forkserver")
 
 
 @dataclass(frozen=True)
@@ -107,10 +106,11 @@ class _Worker:
         """Hands a unit to the process, a new one where there is none or the old one has died while it waited."""
         if self._process is None or not self._process.is_alive():
             self.stop()
-            self.connection, far = SPAWN.Pipe()
-            self._process = SPAWN.Process(target=_serve, args=(far, *self._arguments), daemon=True)
-            with _environment(_bounds(self._arguments[1])):
-                self._process.start()
+            # The libraries are imported once, by the process that the workers are forked from.
+            FORKSERVER.set_forkserver_preload(["analyses.studies.work"])
+            self.connection, far = FORKSERVER.Pipe()
+            self._process = FORKSERVER.Process(target=_serve, args=(far, *self._arguments), daemon=True)
+            self._process.start()
             far.close()
         self.unit, self.model, self._ended, self._running = unit, unit.model, set(), None
         self.connection.send(unit)
@@ -158,35 +158,17 @@ def _reason(exitcode: int | None, before_any: bool) -> str:
     return f"the worker process ended by {ended} while {while_doing}{memory}"
 
 
-def _bounds(threads: int) -> dict[str, str]:
-    """What keeps the numerical libraries of a worker to its share of the processors."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LOKY_MAX_CPU_COUNT")
-    return {name: str(threads) for name in names} | {"TOKENIZERS_PARALLELISM": "false"}
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """These variables set for processes started inside."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def _serve(connection: Connection, device: str, threads: int, folder: StudyFolder, store: Path) -> None:
     """The life of a worker process."""
     import torch
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     # Ctrl-C reaches the whole group; the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    os.environ |= {"LOKY_MAX_CPU_COUNT": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    threadpool_limits(threads)
     loaded, held = Loaded(device), ActivationStore(store)
     while True:
         try:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-
-import tomlkit
-from tomlkit.items import Table
+from typing import Any
 
 from probes.errors import UserError
 
 Key = str | int
-_MARK = "@@ bathyscope is looking for this line @@"
 
 
 class StudyError(UserError):
@@ -49,21 +47,57 @@ def fault(message: str, origin: Origin | None, *more: Key) -> StudyError:
 
 
 def _line(text: str, path: tuple[Key, ...]) -> int | None:
-    """The line of the value at `path`.
+    """The line at which the value at `path` begins, or None where it is not written.
 
-    tomlkit gives no positions but writes a document back as it was, so what is changed can be found in what it writes.
+    The standard parser gives no positions, but the value is in what it reads of the lines up to there and not before.
     """
-    document = tomlkit.parse(text)
-    node, (*parents, last) = document, path
-    try:
-        for key in parents:
-            node = node[key]  # type: ignore[index, assignment]
-        item = node[last]  # type: ignore[index]
-        if isinstance(item, Table):
-            item.comment(_MARK)
-        else:
-            node[last] = _MARK  # type: ignore[index]
-    except (KeyError, IndexError, TypeError):
+    lines = text.split("\n")
+    if not _has(_parsed(lines, len(lines)), path):
         return None
-    before, mark, _ = tomlkit.dumps(document).partition(_MARK)
-    return before.count("\n") + 1 if mark else None
+    low, high = 0, len(lines)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _has(_parsed(lines, middle), path):
+            high = middle
+        else:
+            low = middle
+    # A statement over several lines is read only with its last one; it begins after the one before it.
+    begin = _whole(lines, high - 1)
+    if isinstance(path[-1], int):
+        begin = next((n - 1 for n in range(begin + 1, high) if _has(_closed(lines, n), path)), high - 1)
+    while begin < high - 1 and not lines[begin].split("#")[0].strip():
+        begin += 1
+    return begin + 1
+
+
+def _whole(lines: list[str], n: int) -> int:
+    """The most lines, at most `n`, that end with a statement."""
+    while n and _read("\n".join(lines[:n])) is None:
+        n -= 1
+    return n
+
+
+def _parsed(lines: list[str], n: int) -> Any:
+    """What the whole statements among the first `n` lines say."""
+    return _read("\n".join(lines[: _whole(lines, n)]))
+
+
+def _closed(lines: list[str], n: int) -> Any:
+    """What the first `n` lines say with the list that they leave open closed; None where that is no statement."""
+    return _read("\n".join([*lines[:n], "]"]))
+
+
+def _read(text: str) -> Any:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        return None
+
+
+def _has(node: Any, path: tuple[Key, ...]) -> bool:
+    for key in path:
+        try:
+            node = node[key]
+        except (KeyError, IndexError, TypeError):
+            return False
+    return True

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import tomlkit
-from tomlkit.exceptions import ParseError
 
 from analyses.studies.fields import Table
 from analyses.studies.origin import Origin, StudyError, fault
@@ -61,10 +60,11 @@ def _pages(path: Path, chain: tuple[Path, ...], seen: set[Path], named: Origin |
 def _page(path: Path, named: Origin | None) -> Table:
     try:
         text = path.read_text(encoding="utf-8")
-        values: Any = tomlkit.parse(text).unwrap()
-    except ParseError as error:
-        reason = str(error).partition(" at line")[0]
-        raise StudyError(f"{path}:{error.line}: not TOML: {reason}") from None
+        values: Any = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r" \(at line (\d+), ", str(error))
+        line = int(found[1]) if found else text.count("\n") + 1
+        raise StudyError(f"{path}:{line}: not TOML: {str(error).partition(' (at ')[0]}") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise fault(f"study file {str(path)!r} cannot be read: {reason}", named) from None

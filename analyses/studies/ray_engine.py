@@ -19,6 +19,7 @@ from analyses.studies.work import Captured, Event, Outcome, failed
 from probes.errors import OptionError
 from probes.store import ActivationStore
 
+LOG = logging.getLogger("analyses.studies")
 MOST_CPUS = 8
 """Processors of one actor or task, at most; a small model gains nothing from more."""
 RETRIES = 3
@@ -33,6 +34,8 @@ class Resources:
     gpus: int
     copies: int
     """How many of them the cluster can hold at a time."""
+    memory: int
+    """Bytes of the smallest node, beyond which an actor would wait for ever."""
 
     def asked(self) -> dict[str, Any]:
         """As Ray takes it; a task on a GPU counts no processor beside it."""
@@ -100,11 +103,11 @@ def _cluster(address: str | None) -> Iterator[Any]:
 def _resources(ray: Any, unit: Unit) -> Resources:
     """A GPU each where the cluster has any, else processors of its smallest node."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    gpus, memory = int(sum(node.get("GPU", 0) for node in nodes)), int(min(node["memory"] for node in nodes))
     if gpus and unit.model.device != "cpu":
-        return Resources(0, 1, gpus)
+        return Resources(0, 1, gpus, memory)
     cpus = max(1, min(MOST_CPUS, *(int(node["CPU"]) for node in nodes)))
-    return Resources(cpus, 0, max(1, sum(int(node["CPU"]) // cpus for node in nodes)))
+    return Resources(cpus, 0, max(1, sum(int(node["CPU"]) // cpus for node in nodes)), memory)
 
 
 def _plan(
@@ -128,10 +131,14 @@ def _capture(ray: Any, unit: Unit, planned: Batches, store: Path, needed: Resour
         CaptureActor,
         fn_constructor_args=(unit.model, planned.features, store),
         compute=ray.data.ActorPoolStrategy(size=min(needed.copies, len(rows))),
-        memory=planned.memory,
+        memory=min(planned.memory, needed.memory),
         **needed.asked(),
     )
-    done = data.take_all()
+    try:
+        done = data.take_all()
+    except ray.exceptions.RayError as error:
+        LOG.warning("%s: the shared capture broke off (%s); its cells capture what is missing", unit.label, error)
+        done = []
     # Opening the store indexes the shards that the actors left.
     ActivationStore(store)
     return Captured(sum(row["forwards"] for row in done), sum(row["bytes"] for row in done))

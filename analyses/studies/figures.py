@@ -21,12 +21,13 @@ def overlay(curve: pd.DataFrame, models: list[str]) -> go.Figure:
     Args:
         models: every model of the study, so that each keeps its colour in all figures.
     """
-    panels = list(curve.groupby(["prompts", "options"], sort=False, dropna=False))[:PANELS]
-    columns = min(COLUMNS, len(panels))
+    prompts, options = list(curve["prompts"].unique()), list(curve["options"].unique())
+    found = curve.groupby(["prompts", "options"], sort=False, dropna=False)
+    panels = sorted(found, key=lambda panel: (prompts.index(panel[0][0]), options.index(panel[0][1])))[:PANELS]
+    columns = min(COLUMNS, len(panels), len(options) if len(prompts) > 1 else len(panels))
     rows = math.ceil(len(panels) / columns)
-    several = curve["prompts"].nunique() > 1
     figure = make_subplots(
-        rows=rows, cols=columns, shared_xaxes="all", shared_yaxes="all", subplot_titles=[_title(k, several) for k, _ in panels],
+        rows=rows, cols=columns, shared_xaxes="all", shared_yaxes="all", subplot_titles=[_title(k, len(prompts) > 1) for k, _ in panels],
         vertical_spacing=min(0.12, 0.3 / rows), horizontal_spacing=0.05,
     )  # fmt: skip
     seen: set[str] = set()

@@ -18,6 +18,8 @@ from analyses.studies.work import Event, Loaded, Outcome, Started, run_unit
 from probes.store import ActivationStore
 
 FORKSERVER = multiprocessing.get_context("forkserver")
+PRELOADED = ("analyses.studies.work", "probes.models.native", "transformers.models.auto.modeling_auto")
+"""Imported once, by the process that workers are forked from; it touches no device."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,7 @@ class _Worker:
         """Hands a unit to the process, a new one where there is none or the old one has died while it waited."""
         if self._process is None or not self._process.is_alive():
             self.stop()
-            # The libraries are imported once, by the process that the workers are forked from.
-            FORKSERVER.set_forkserver_preload(["analyses.studies.work"])
+            FORKSERVER.set_forkserver_preload(list(PRELOADED))
             self.connection, far = FORKSERVER.Pipe()
             self._process = FORKSERVER.Process(target=_serve, args=(far, *self._arguments), daemon=True)
             self._process.start()

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import f1_score, log_loss, roc_auc_score
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
@@ -103,7 +103,7 @@ def probe_layers(
     Args:
         layers: rows [n, d] of each layer, read one by one as work proceeds.
         groups: [n], rows that must not be divided between training and test, such as statements on one city.
-        jobs: layers fitted at a time; as many as there are processors unless given.
+        jobs: layers fitted at a time; as many as torch has threads unless given.
 
     Raises:
         ProbeError: labels, groups or rows that cannot be probed; the first fault, by name.
@@ -116,7 +116,7 @@ def probe_layers(
         values, _ = _checked(task[1], wanted, recipe, f"layer {task[0]}")
         return _evaluate(values, wanted, plans, recipe)
 
-    return in_order(enumerate(layers), work, jobs or os.cpu_count() or 1)
+    return in_order(enumerate(layers), work, jobs or torch.get_num_threads())
 
 
 def in_order(tasks: Iterable[Task], work: Callable[[Task], Done], jobs: int) -> Iterator[Done]:

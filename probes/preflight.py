@@ -63,8 +63,8 @@ def measured_speed(model: Model, seconds: float = 0.3) -> float:
     return done * left.numel() * model.shape.d_mlp / elapsed
 
 
-def estimate(model: Model, plans: Sequence[CapturePlan]) -> Estimate:
-    """The cost of `plans` on this model and this machine."""
+def estimate(model: Model, plans: Sequence[CapturePlan], speed: float | None = None) -> Estimate:
+    """The cost of `plans` on this model and this machine; `speed` as measured before, or None to measure it."""
     width, size, shape = axis_sizes(model), row_size(model), model.shape
     tokens, captured = sum(plan.tokens for plan in plans), sum(plan.bytes(width, size) for plan in plans)
     block = block_parameters(shape)
@@ -78,6 +78,6 @@ def estimate(model: Model, plans: Sequence[CapturePlan]) -> Estimate:
         rows=sum(plan.rows for plan in plans),
         bytes=captured,
         held=sum(plan.held for plan in plans),
-        seconds=tokens * shape.n_layers * block / measured_speed(model) if tokens else 0.0,
+        seconds=tokens * shape.n_layers * block / (speed or measured_speed(model)) if tokens else 0.0,
         peak_bytes=weights + activations + min(captured, 3 * PACKET_BYTES),
     )

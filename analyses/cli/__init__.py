@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from analyses.cli import capture, models, run, store
+from analyses.cli.batch import batch
 from analyses.cli.bench import bench
 from analyses.cli.console import warn
 from analyses.cli.demo import demo
@@ -46,6 +47,7 @@ app.add_typer(models.group, name="models")
 app.command("capture")(capture.capture)
 app.command("check")(models.check)
 app.command("demo")(demo)
+app.command("batch")(batch)
 app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 
 

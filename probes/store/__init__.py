@@ -2,6 +2,7 @@
 
 from probes.store.layout import PROTOCOL
 from probes.store.maintenance import GcReport, VerifyReport
+from probes.store.outbox import Outbox
 from probes.store.store import ActivationStore, default_root
 from probes.store.values import Context, DamagedShard, MissingRows, Packet, Put, Ragged
 
@@ -12,6 +13,7 @@ __all__ = [
     "DamagedShard",
     "GcReport",
     "MissingRows",
+    "Outbox",
     "Packet",
     "Put",
     "Ragged",

@@ -1,0 +1,25 @@
+"""Studies: models x prompt sets x analyses x options x seeds, run once each, on one machine or on a cluster."""
+
+from analyses.studies.cells import Cell, expand
+from analyses.studies.folder import StudyFolder
+from analyses.studies.local import run_local
+from analyses.studies.origin import StudyError
+from analyses.studies.parse import read_study
+from analyses.studies.run import StudyRun, run_study
+from analyses.studies.study import AnalysisSpec, ModelSpec, Override, PromptSet, Study
+
+__all__ = [
+    "AnalysisSpec",
+    "Cell",
+    "ModelSpec",
+    "Override",
+    "PromptSet",
+    "Study",
+    "StudyError",
+    "StudyFolder",
+    "StudyRun",
+    "expand",
+    "read_study",
+    "run_local",
+    "run_study",
+]

@@ -1,0 +1,57 @@
+"""What a model, a prompt set or a file is, without loading a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from analyses.studies.study import ModelSpec
+from probes.models.sources import Located, locate
+from probes.prompts import PromptLine
+
+
+def digest(value: Any) -> str:
+    """xxh3_128 of the JSON of a value, 32 hex digits."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def of_lines(lines: Sequence[PromptLine]) -> str:
+    """What prompts say, whatever file they came from."""
+    return digest([[line.text, line.tokens, dict(line.fields)] for line in lines])
+
+
+def of_path(path: Path) -> str:
+    """A file or folder by names, sizes and modification times: a copy counts as another."""
+    files = sorted(found for found in path.rglob("*") if found.is_file()) if path.is_dir() else [path]
+    return digest([[str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
+
+
+def of_model(spec: ModelSpec, found: Located) -> dict[str, str]:
+    """A model and what decides its numbers: the commit or pinned digest, or the files of a folder."""
+    weights = found.revision or of_path(found.folder)
+    return {"weights": weights, "backend": spec.backend, "dtype": spec.dtype, "attention": spec.attention}
+
+
+def find(spec: ModelSpec) -> Located:
+    """The model's folder; what is not on this machine is fetched.
+
+    Raises:
+        ModelError: no such model; the message says what is at hand.
+    """
+    return locate(spec.ref, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+
+
+def weight_bytes(found: Located) -> int:
+    """Bytes of the weights on disk, by which models are ordered."""
+    return sum(file.stat().st_size for file in found.folder.glob("*.safetensors"))
+
+
+def of_named_files(options: Iterable[tuple[str, Any]]) -> dict[str, str]:
+    """The files and folders that text options name, so that a changed one is another cell."""
+    named = [(name, Path(value).expanduser()) for name, value in options if isinstance(value, str) and value]
+    return {name: of_path(path) for name, path in named if path.exists()}

@@ -1,0 +1,117 @@
+"""The folder of a study: a result per cell, what failed and why, and who is at work on what."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from analyses.studies.cells import Cell
+from analyses.studies.study import Study
+from probes.errors import OptionError
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """Paths of a study's folder, which several processes may share.
+
+    `study.json`, `cells/NAME/` (results), `failed/NAME.json`, `locks/`, and once finished `index.parquet`,
+    `profiles.parquet`, `tables/` and `report.html`.
+    """
+
+    root: Path
+
+    @property
+    def record(self) -> Path:
+        return self.root / "study.json"
+
+    @property
+    def index(self) -> Path:
+        return self.root / "index.parquet"
+
+    @property
+    def profiles(self) -> Path:
+        return self.root / "profiles.parquet"
+
+    @property
+    def tables(self) -> Path:
+        return self.root / "tables"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    def cell(self, name: str) -> Path:
+        """The folder of a cell's result."""
+        return self.root / "cells" / name
+
+    def failure(self, name: str) -> Path:
+        """The file that says why a cell failed."""
+        return self.root / "failed" / f"{name}.json"
+
+    def done(self, name: str) -> bool:
+        """Whether the cell's result is there, whole."""
+        return (self.cell(name) / "result.json").is_file()
+
+    def check(self) -> None:
+        """Refuses a folder that holds something other than a study.
+
+        Raises:
+            OptionError: it is a file, or holds other things.
+        """
+        if self.root.is_file():
+            raise OptionError(f"--out {str(self.root)!r} is a file: give a folder")
+        if self.root.is_dir() and any(self.root.iterdir()) and not self.record.is_file():
+            raise OptionError(f"--out {str(self.root)!r} holds files that are not a study: give a new or empty folder")
+
+    def prepare(self, study: Study, cells: Sequence[Cell]) -> bool:
+        """Writes down what the study is; returns whether that has changed."""
+        for name in ("cells", "failed", "locks"):
+            (self.root / name).mkdir(parents=True, exist_ok=True)
+        described = {"name": study.name, "title": study.title, "cells": {cell.name: cell.label for cell in cells}}
+        text = json.dumps(described, indent=2, ensure_ascii=False)
+        if self.record.is_file() and self.record.read_text(encoding="utf-8") == text:
+            return False
+        write(self.record, text)
+        return True
+
+    def fail(self, name: str, error: str, kind: str, trace: str = "") -> None:
+        """Records why a cell failed."""
+        said = {"error": error, "kind": kind, "traceback": trace}
+        write(self.failure(name), json.dumps(said, indent=2, ensure_ascii=False))
+
+    def why(self, name: str) -> dict[str, Any] | None:
+        """The recorded failure of a cell, or None."""
+        path = self.failure(name)
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    @contextmanager
+    def claim(self, name: str) -> Iterator[bool]:
+        """Whether this process may run the cell: False while another one does."""
+        lock = FileLock(self.root / "locks" / f"{name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            # Drafts of a process that was killed while it saved; nobody else writes them under this lock.
+            for draft in (self.root / "cells").glob(f".{name}-*"):
+                shutil.rmtree(draft, ignore_errors=True)
+            yield True
+        finally:
+            lock.release()
+
+
+def write(path: Path, text: str) -> None:
+    """A file that is whole or not there, whatever moment the process is killed at."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)

@@ -1,0 +1,105 @@
+"""What runs on the nodes of a Ray cluster: planning a unit, capturing a batch, running a cell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+from analyses.studies.cells import Cell
+from analyses.studies.folder import StudyFolder
+from analyses.studies.sharing import plans, wants
+from analyses.studies.study import ModelSpec
+from analyses.studies.work import Event, Loaded, failed, load, run_cell
+from probes.capture import BATCH_TOKENS, axis_sizes, capture, row_size
+from probes.needs import Feature, Need
+from probes.preflight import block_parameters
+from probes.prompts import batches
+from probes.store import ActivationStore, Outbox
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The captures that the cells of a unit share, cut into batches of one forward each."""
+
+    features: tuple[tuple[Feature, ...], ...]
+    """Of each kind of batch."""
+    rows: tuple[tuple[int, tuple[Tokens, ...]], ...]
+    """(kind, sequences) of each batch."""
+    memory: int
+    """Bytes an actor needs: weights and working space."""
+
+
+@cache
+def _here() -> Loaded:
+    """The model of this worker process; Ray hands a process one task at a time."""
+    return Loaded()
+
+
+def plan_unit(cells: Sequence[Cell], store: Path) -> Batches:
+    """The forwards that the cells of one model and prompt set lack.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+    """
+    model = _here()(cells[0].model)
+    held = ActivationStore(store)
+    kinds: list[tuple[Feature, ...]] = []
+    rows = []
+    size = 0
+    for plan in plans(model, wants(cells, model), held):
+        size += plan.bytes(axis_sizes(model), row_size(model))
+        for work in plan.work:
+            for batch in batches(work.sequences, BATCH_TOKENS):
+                rows.append((len(kinds), tuple(work.sequences[i] for i in batch.indices)))
+            kinds.append(work.features)
+    held.check_space(size)
+    shape = model.shape
+    weights = (shape.n_layers * block_parameters(shape) + 2 * shape.d_vocab * shape.d_model) * row_size(model)
+    working = BATCH_TOKENS * row_size(model) * (4 * shape.d_model + 3 * shape.d_mlp)
+    return Batches(tuple(kinds), tuple(rows), weights + working)
+
+
+def pack_rows(planned: Batches) -> list[dict[str, Any]]:
+    """The batches as rows of a data set: ids one after the other, and where each sequence ends."""
+    return [
+        {"kind": kind, "ids": [t for s in sequences for t in s], "lengths": [len(s) for s in sequences]}
+        for kind, sequences in planned.rows
+    ]
+
+
+class CaptureActor:
+    """Holds a model and captures batches into shards; what writes them twice leaves them once."""
+
+    def __init__(self, spec: ModelSpec, features: tuple[tuple[Feature, ...], ...], store: Path) -> None:
+        self.model, self.store = load(spec), Outbox(store)
+        self.needs = [[Need((str(f.address),), f.reducer) for f in kind] for kind in features]
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, int]:
+        """Forwards and bytes of one batch; none where it failed, which its cells then meet themselves."""
+        ends = [0, *accumulate(int(n) for n in row["lengths"])]
+        sequences = [tuple(int(t) for t in row["ids"][a:b]) for a, b in pairwise(ends)]
+        try:
+            done = capture(self.model, sequences, self.needs[int(row["kind"])], self.store).done
+        except Exception:
+            return {"forwards": 0, "bytes": 0}
+        return {"forwards": done.forwards, "bytes": done.bytes_written}
+
+
+def run_one(cell: Cell, folder: StudyFolder, store: Path) -> list[Event]:
+    """What happened to one cell."""
+    return list(_run(cell, folder, store))
+
+
+def _run(cell: Cell, folder: StudyFolder, store: Path) -> Iterator[Event]:
+    try:
+        model = _here()(cell.model)
+    except Exception as error:
+        yield failed(cell, folder, error)
+        return
+    yield from run_cell(cell, model, ActivationStore(store), folder)

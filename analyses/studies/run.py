@@ -1,0 +1,117 @@
+"""Running a study: what is missing, by an engine, then its index, tables and report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from analyses.studies.cells import Cell, expand
+from analyses.studies.export import write_tables
+from analyses.studies.folder import StudyFolder, write
+from analyses.studies.index import build, curves
+from analyses.studies.report import render
+from analyses.studies.study import Study
+from analyses.studies.units import Unit, units
+from analyses.studies.work import Captured, Event, Outcome
+from probes.progress import QUIET, Progress
+
+Engine = Callable[[Sequence[Unit], StudyFolder], Iterable[tuple[Unit, Event]]]
+"""Runs units and yields what happens."""
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """What one run of a study did."""
+
+    folder: StudyFolder
+    cells: int
+    """Cells of the study."""
+    ran: tuple[str, ...]
+    """Cells that were run and are done, by name."""
+    failed: tuple[str, ...]
+    elsewhere: tuple[str, ...]
+    """Cells that another process was running."""
+    forwards: int
+    """Sequences run through a model to capture them, by shared captures and by cells."""
+
+
+def run_study(
+    study: Study, out: str | Path, engine: Engine, *, unit: int | None = None, progress: Progress = QUIET
+) -> StudyRun:
+    """Runs the cells that have no result yet, and writes the study's tables and report.
+
+    Args:
+        unit: run only the cells of this unit, counted from 0 as `units` orders them, and write no report.
+
+    Raises:
+        StudyError: a fault of the study, before anything runs.
+        OptionError: `out` holds something other than a study.
+    """
+    folder = StudyFolder(Path(out))
+    folder.check()
+    cells = expand(study)
+    renamed = folder.prepare(study, cells)
+    chosen = cells if unit is None else units(cells)[unit].cells
+    missing = [cell for cell in chosen if not folder.done(cell.name)]
+    run = StudyRun(folder, len(cells), (), (), (), 0)
+    if missing:
+        run = _go(run, missing, engine, progress)
+    if unit is None and (missing or renamed or _stale(folder, cells)):
+        finish(study, cells, folder)
+    return run
+
+
+def _go(run: StudyRun, missing: Sequence[Cell], engine: Engine, progress: Progress) -> StudyRun:
+    progress.note(f"{len(missing):,} of {run.cells:,} cells to run")
+    progress.start(len(missing), "cell")
+    labels = {cell.name: cell.label for cell in missing}
+    ended: dict[str, list[str]] = {"done": [], "failed": [], "elsewhere": []}
+    forwards = 0
+    for line, event in _told(engine(units(missing), run.folder), labels):
+        forwards += 0 if isinstance(event, Outcome) and event.state != "done" else getattr(event, "forwards", 0)
+        if isinstance(event, Outcome):
+            ended[event.state].append(event.cell)
+            progress.advance()
+        if line:
+            progress.note(line)
+    return StudyRun(
+        run.folder, run.cells, tuple(ended["done"]), tuple(ended["failed"]), tuple(ended["elsewhere"]), forwards
+    )
+
+
+def _told(events: Iterable[tuple[Unit, Event]], labels: dict[str, str]) -> Iterator[tuple[str, Event]]:
+    """Each event with the line that tells a user of it."""
+    for unit, event in events:
+        line = ""
+        if isinstance(event, Captured) and event.forwards:
+            line = f"{unit.label}: {event.forwards:,} forward passes that its cells share"
+        elif isinstance(event, Outcome) and event.state == "done":
+            line = f"{labels[event.cell]}: done, {event.forwards:,} forward passes, {event.seconds:.1f} s"
+        elif isinstance(event, Outcome):
+            line = f"{labels[event.cell]}: {event.error or 'another process is running it'}"
+        yield line, event
+
+
+def finish(study: Study, cells: Sequence[Cell], folder: StudyFolder) -> None:
+    """Writes index, profiles, tables and report from the results that are there."""
+    index, profiles = build(cells, folder)
+    curve = curves(profiles)
+    write_tables(folder.tables, index, profiles, curve)
+    write(folder.report, render(study, cells, index, curve))
+    # The index comes last: where it says that a cell is done, everything else does too.
+    for table, path in ((profiles, folder.profiles), (index, folder.index)):
+        draft = path.with_name(f".{path.name}")
+        table.to_parquet(draft, index=False)
+        draft.replace(path)
+
+
+def _stale(folder: StudyFolder, cells: Sequence[Cell]) -> bool:
+    """Whether the index says something other than the folder."""
+    if not (folder.index.is_file() and folder.report.is_file()):
+        return True
+    index = pd.read_parquet(folder.index, columns=["cell", "state"])
+    known = dict(zip(index["cell"], index["state"], strict=True))
+    return any((known.get(cell.name) == "done") != folder.done(cell.name) for cell in cells)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from probes.capture import BATCH_TOKENS, PACKET_BYTES, axis_sizes, row_size
+from probes.capture import PACKET_BYTES, axis_sizes, batch_tokens_of, row_size
 from probes.models.base import Model, Shape
 from probes.needs import CapturePlan
 
@@ -69,7 +69,7 @@ def estimate(model: Model, plans: Sequence[CapturePlan]) -> Estimate:
     tokens, captured = sum(plan.tokens for plan in plans), sum(plan.bytes(width, size) for plan in plans)
     block = block_parameters(shape)
     weights = (shape.n_layers * block + 2 * shape.d_vocab * shape.d_model) * size
-    activations = BATCH_TOKENS * size * (4 * shape.d_model + 3 * shape.d_mlp)
+    activations = batch_tokens_of(model) * size * (4 * shape.d_model + 3 * shape.d_mlp)
     return Estimate(
         forwards=sum(plan.forwards for plan in plans),
         tokens=tokens,

@@ -125,7 +125,10 @@ def test_rows_go_to_the_offset_and_never_past_the_end(offset: int) -> None:
 
 
 def test_zero_rows_and_zero_predecessors_have_cosine_zero() -> None:
-    rows, before = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    rows, before = (
+        torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]]),
+        torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]),
+    )
     for kernels in ("eager", "fused"):
         out = torch.full((3, 2), 77.0)
         with forced(kernels):

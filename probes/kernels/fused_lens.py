@@ -7,6 +7,8 @@ Milakov & Gimelshein (2018, "Online normalizer calculation for softmax"); a seco
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -135,7 +137,7 @@ def tiles_for(n: int, top_k: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float32:
         return Tiles(16, 64, 32, 4, 2) if n <= 16 else Tiles(64, 64, 16, 8, 2)
     if n <= 16:
-        return Tiles(16, 128, 128, 4, 3)
+        return Tiles(16, 128, 64, 4, 4)
     if n <= 256:
         return Tiles(64, 128, 64, 8, 3)
     return Tiles(128, 64 if top_k else 128, 64, 8, 3)
@@ -152,7 +154,7 @@ def lens_rows(
     share = triton.cdiv(triton.cdiv(vocab, parts), tiles.tokens) * tiles.tokens
     parts = triton.cdiv(vocab, share)
     n_ids = 0 if ids is None else len(ids)
-    make = {"device": hidden.device, "dtype": torch.float32}
+    make: dict[str, Any] = {"device": hidden.device, "dtype": torch.float32}
     high, mass, above = (torch.empty(parts, n, **make) for _ in range(3))
     wanted = torch.empty(n, n_ids, **make)
     top = torch.empty(parts, n, top_k, **make)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -71,7 +73,8 @@ def _lens_rows(
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, ids: Tensor | None, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n, make = hidden.shape[0], {"device": hidden.device, "dtype": torch.float32}
+    n = hidden.shape[0]
+    make: dict[str, Any] = {"device": hidden.device, "dtype": torch.float32}
     wanted = torch.empty(n, 0 if ids is None else ids.shape[0], **make)
     top = torch.empty(n, top_k, **make)
     return torch.empty(n, **make), torch.empty(n, **make), wanted, top, top.long()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,10 +14,19 @@ from probes.models.base import Model
 from probes.needs import ROWS, Feature, Reducer
 from probes.prompts import Batch, select
 from probes.transport import Parcel, Transport
-from probes.writer import Writer
 
 LENS_ROWS = 1024
 """Residual rows that wait for one pass through the unembedding; with fewer, reading its weights costs most."""
+
+
+class Receiver(Protocol):
+    """Who takes what an outbox sends: the store's writer, or anything else that reads parcels and gives them back."""
+
+    def put_parcels(
+        self, sequences: tuple[tuple[int, ...], ...], features: Mapping[str, tuple[Parcel, tuple[int, ...]]]
+    ) -> None:
+        """Takes parcels by feature key, each with its number of rows per sequence; must not wait for them."""
+        ...
 
 
 def reduced(model: Model, tensor: Tensor, batch: Batch, feature: Feature) -> tuple[Tensor, tuple[int, ...]]:
@@ -48,10 +58,15 @@ class Outbox:
     """
 
     def __init__(
-        self, model: Model, batch: Batch, sequences: tuple[tuple[int, ...], ...], transport: Transport, writer: Writer
+        self,
+        model: Model,
+        batch: Batch,
+        sequences: tuple[tuple[int, ...], ...],
+        transport: Transport,
+        receiver: Receiver,
     ) -> None:
         self.model, self.batch, self.sequences = model, batch, sequences
-        self.transport, self.writer = transport, writer
+        self.transport, self.receiver = transport, receiver
         self._indices: dict[tuple[object, torch.device], Tensor] = {}
         self._lens: dict[Reducer, list[tuple[Feature, Tensor]]] = {}
         self._ready: dict[str, tuple[Parcel, tuple[int, ...]]] = {}
@@ -103,7 +118,7 @@ class Outbox:
     def _hand_over(self) -> None:
         ready, self._ready = self._ready, {}
         if ready:
-            self.writer.put_parcels(self.sequences, ready)
+            self.receiver.put_parcels(self.sequences, ready)
 
     def _set_aside(self, feature: Feature, rows: Tensor) -> None:
         key = replace(feature.reducer, positions="all")

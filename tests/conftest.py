@@ -25,6 +25,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dry runs measure the device for a moment only."""
+    monkeypatch.setattr("probes.preflight.PROBE_SECONDS", 0.1)
+
+
 @pytest.fixture
 def tiny() -> NativeModel:
     """A tiny random Llama of 3 layers."""

@@ -48,7 +48,9 @@ def stress(lane: Lane, n: int, slow_reader: float = 0.0) -> int:
         results = []
         for number, values in packets(n):
             scratch = values.clone()
-            bunch.append((number, len(values), lane.send(values.shape, values.dtype, lambda out, s=scratch: out.copy_(s))))
+            bunch.append(
+                (number, len(values), lane.send(values.shape, values.dtype, lambda out, s=scratch: out.copy_(s)))
+            )
             scratch.fill_(-1)
             if len(bunch) == 3:
                 draw.shuffle(bunch)
@@ -224,7 +226,9 @@ def test_the_asynchronous_path_stores_what_the_reference_stores(
     assert copied > 50
     features = [feature for need in NEEDS for feature in need.features(3)]
     for feature in features:
-        pairs = zip(found.get(feature.address, feature.reducer), expected.get(feature.address, feature.reducer), strict=True)
+        pairs = zip(
+            found.get(feature.address, feature.reducer), expected.get(feature.address, feature.reducer), strict=True
+        )
         for got, wanted in pairs:
             torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5, msg=feature.key)
     assert len(asynchronous) == 1

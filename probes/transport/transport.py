@@ -13,6 +13,8 @@ from probes.transport.ring import aligned
 
 RING_BYTES = 512 * 2**20
 """Host ring of a device, unless one tensor asks for more."""
+DEVICE_BYTES = 256 * 2**20
+"""Ring on a device, unless two of the largest tensor ask for more."""
 SHARE = 4
 """A ring holds at least this many of the largest tensor."""
 
@@ -37,7 +39,7 @@ class Transport:
         make_engine: Callable[[torch.device], Engine] = engine_for,
     ) -> None:
         self.ring_bytes = max(aligned(ring_bytes), SHARE * aligned(largest))
-        self.poison = poison
+        self.poison, self._largest = poison, aligned(largest)
         self._make_engine = make_engine
         self._lanes: dict[torch.device, Lane] = {}
         self._error: BaseException | None = None
@@ -54,8 +56,8 @@ class Transport:
         if self._error is not None:
             raise self._error
         if device not in self._lanes:
-            # Two of the largest on the device: one is copied while the next is made.
-            device_bytes = self.ring_bytes // 2
+            # On the device one tensor is copied while the next is made; more would only take the model's memory.
+            device_bytes = min(self.ring_bytes // 2, max(DEVICE_BYTES, 2 * self._largest))
             self._lanes[device] = Lane(self._make_engine(device), device_bytes, self.ring_bytes, self.poison)
         return self._lanes[device].send(shape, dtype, fill)
 

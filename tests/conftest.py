@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+
+# Triton decides at its import; the fused kernels are interpreted wherever the tests do not insist on a GPU.
+if not os.environ.get("REQUIRE_GPU"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +23,12 @@ from probes.store import ActivationStore
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dry runs measure the device for a moment only."""
+    monkeypatch.setattr("probes.preflight.PROBE_SECONDS", 0.1)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import PROMPTS, native
 
-from probes import capture as capture_module
+from probes import forward as forward_module
 from probes.capture import capture, context_of, plan_capture
 from probes.edits import NormGate
 from probes.errors import ModelError, PointError, StoreError
@@ -301,7 +301,7 @@ def test_refused_points_are_named_with_their_reason(store: ActivationStore) -> N
 def test_packets_are_bounded(
     tiny: NativeModel, store: ActivationStore, monkeypatch: pytest.MonkeyPatch, count_forwards: Any
 ) -> None:
-    monkeypatch.setattr(capture_module, "PACKET_BYTES", 32 * 4 * 3 * 8)
+    monkeypatch.setattr(forward_module, "PACKET_BYTES", 32 * 4 * 3 * 8)
     seen = count_forwards(tiny)
     capture(tiny, [(i, i + 1, i + 2, i + 3) for i in range(1, 9)], [Need("resid_post.*")], store)
     assert seen == [2, 2, 2, 2]

@@ -9,7 +9,8 @@ from analyses.registry import get_analysis
 from analyses.studies.origin import Key, Origin, StudyError, fault
 from analyses.studies.study import AnalysisSpec, ModelSpec, PromptSet, Study
 from probes.errors import PromptError, UserError, unknown
-from probes.models.load import ATTENTIONS, BACKENDS, DTYPES
+from probes.models.handover import BACKENDS
+from probes.models.load import ATTENTIONS, DTYPES
 from probes.prompts import FieldCheck, PromptLine
 
 

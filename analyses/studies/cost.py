@@ -9,11 +9,11 @@ from analyses.studies.cells import Cell
 from analyses.studies.sharing import Want, plans, want, writes
 from analyses.studies.units import Unit
 from analyses.studies.work import Loaded
-from probes.capture import axis_sizes, row_size
 from probes.errors import UserError
+from probes.forward import axis_sizes, row_size
 from probes.models.base import Model
 from probes.needs import CapturePlan
-from probes.preflight import estimate, human, measured_speed
+from probes.preflight import PROBE_SECONDS, DeviceSpeed, estimate, human, measured_speed
 from probes.store import ActivationStore
 
 
@@ -47,7 +47,7 @@ class UnitCost:
 
 def costs(units: Sequence[Unit], store: ActivationStore) -> Iterator[UnitCost]:
     """The cost of each unit; loads every model, one at a time, and runs none."""
-    loaded, speeds = Loaded(), dict[str, float]()
+    loaded, speeds = Loaded(), dict[str, DeviceSpeed]()
     for unit in units:
         try:
             model = loaded(unit.model)
@@ -55,11 +55,11 @@ def costs(units: Sequence[Unit], store: ActivationStore) -> Iterator[UnitCost]:
             yield UnitCost(unit.label, tuple(CellCost(cell, note=str(error)) for cell in unit.cells), 0, 0, 0.0)
             continue
         if model.ref not in speeds:
-            speeds[model.ref] = measured_speed(model)
+            speeds[model.ref] = measured_speed(model, PROBE_SECONDS)
         yield _unit(unit, model, store, speeds[model.ref])
 
 
-def _unit(unit: Unit, model: Model, store: ActivationStore, speed: float) -> UnitCost:
+def _unit(unit: Unit, model: Model, store: ActivationStore, speed: DeviceSpeed) -> UnitCost:
     found: list[Want] = []
     lines = []
     for cell in unit.cells:
@@ -76,7 +76,7 @@ def _unit(unit: Unit, model: Model, store: ActivationStore, speed: float) -> Uni
     return UnitCost(unit.label, tuple(lines), whole.forwards, whole.bytes, whole.seconds)
 
 
-def _cell(cell: Cell, plan: CapturePlan, prompts: int, model: Model, speed: float) -> CellCost:
+def _cell(cell: Cell, plan: CapturePlan, prompts: int, model: Model, speed: DeviceSpeed) -> CellCost:
     alone = estimate(model, [plan], speed)
     note = f"and up to {cell.analysis.max_new_tokens} new tokens for each of {prompts} prompts" if writes(cell) else ""
     size = plan.bytes(axis_sizes(model), row_size(model))

@@ -14,7 +14,8 @@ from analyses.studies.folder import StudyFolder
 from analyses.studies.sharing import plans, wants
 from analyses.studies.study import ModelSpec
 from analyses.studies.work import Event, Loaded, failed, load, run_cell
-from probes.capture import BATCH_TOKENS, axis_sizes, capture, row_size
+from probes.capture import capture
+from probes.forward import axis_sizes, batch_tokens_of, row_size
 from probes.needs import Feature, Need
 from probes.preflight import block_parameters
 from probes.prompts import batches
@@ -55,13 +56,13 @@ def plan_unit(cells: Sequence[Cell], store: Path) -> Batches:
     for plan in plans(model, wants(cells, model), held):
         size += plan.bytes(axis_sizes(model), row_size(model))
         for work in plan.work:
-            for batch in batches(work.sequences, BATCH_TOKENS):
+            for batch in batches(work.sequences, batch_tokens_of(model)):
                 rows.append((len(kinds), tuple(work.sequences[i] for i in batch.indices)))
             kinds.append(work.features)
     held.check_space(size)
     shape = model.shape
     weights = (shape.n_layers * block_parameters(shape) + 2 * shape.d_vocab * shape.d_model) * row_size(model)
-    working = BATCH_TOKENS * row_size(model) * (4 * shape.d_model + 3 * shape.d_mlp)
+    working = batch_tokens_of(model) * row_size(model) * (4 * shape.d_model + 3 * shape.d_mlp)
     return Batches(tuple(kinds), tuple(rows), weights + working)
 
 

@@ -1,5 +1,48 @@
-"""Reducers of captured tensors."""
+"""Reducers of captured tensors: the reference in plain torch, and fused ones in Triton, chosen by the tensor's device."""
 
-from probes.kernels.eager import reduce_rows
+from __future__ import annotations
 
-__all__ = ["reduce_rows"]
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from probes.kernels import eager
+from probes.kernels.choice import forced, has_triton, kernels_for
+from probes.kernels.operators import capture_rows, lens_rows, sequence_means
+from probes.kernels.outputs import LensOutputs, RowOutputs, reduced_shape
+from probes.models.base import Unembedding
+from probes.needs import Reducer
+
+
+def reduce_rows(
+    tensor: Tensor,
+    index: Tensor,
+    counts: Sequence[int],
+    reducer: Reducer,
+    unembedding: Callable[[], Unembedding] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Rows of `tensor` reduced, packed sequence by sequence, and written into `out` where it is given.
+
+    See `probes.kernels.eager.reduce_rows`, whose numbers the fused kernels reproduce to float32 rounding.
+    """
+    if kernels_for(tensor) == "fused":
+        from probes.kernels import fused
+
+        return fused.reduce_rows(tensor, index, counts, reducer, unembedding, out)
+    found = eager.reduce_rows(tensor, index, counts, reducer, unembedding)
+    return found if out is None else out.copy_(found)
+
+
+__all__ = [
+    "LensOutputs",
+    "RowOutputs",
+    "capture_rows",
+    "forced",
+    "has_triton",
+    "kernels_for",
+    "lens_rows",
+    "reduce_rows",
+    "reduced_shape",
+    "sequence_means",
+]

@@ -1,4 +1,4 @@
-"""The reference reducers: gather the wanted rows, then reduce them in float32."""
+"""The reference kernels, in plain torch: gather the wanted rows, then measure or reduce them in float32."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from probes import lens
+from probes.kernels.outputs import LEVELS, LensOutputs, RowOutputs, check
 from probes.models.base import Unembedding
 from probes.needs import Reducer
 
@@ -51,3 +52,93 @@ def _lens(rows: Tensor, reducer: Reducer, unembedding: Unembedding) -> Tensor:
         return lens.read(rows, unembedding, ids=torch.tensor(reducer.ids)).logprobs
     top = lens.read(rows, unembedding, top_k=reducer.top_k)
     return torch.stack([top.top_logprobs, top.top_ids.float()], dim=-1)
+
+
+def capture_rows(
+    tensor: Tensor,
+    index: Tensor,
+    out: RowOutputs,
+    previous: Tensor | None = None,
+    basis: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> None:
+    """The wanted rows packed and measured, written into `out`; the wanted row i at `offset + i`.
+
+    Args:
+        tensor: [rows, ...], of any strides; a row's values are all its trailing axes.
+        index: [wanted] int64, which rows; a negative one masks the row, which then reads as zeros.
+        previous: [wanted, width], the same rows of the tensor captured before, for `out.change`.
+        basis: [k, width] float32, for `out.coordinates`.
+        offset: one int64 number on the tensor's device, 0 when left out; not read by the host.
+
+    Raises:
+        ValueError: operands that do not fit together.
+    """
+    check(tensor, index, out, previous, basis, offset)
+    flat = tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]
+    rows = flat.index_select(0, index.clamp_min(0)).masked_fill((index < 0)[:, None], 0)
+    at = torch.arange(len(index), device=index.device) + (0 if offset is None else offset)
+    before = None if previous is None else previous[: len(index)].float().masked_fill((index < 0)[:, None], 0)
+    for target, values in _measured(rows, out, before, basis):
+        fits = (at >= 0) & (at < len(target))
+        target[at[fits]] = values[fits].to(target.dtype)
+
+
+def _measured(
+    rows: Tensor, out: RowOutputs, before: Tensor | None, basis: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    """(output, its values) for every output wanted of rows [n, width]."""
+    wide, found = rows.float(), list[tuple[Tensor, Tensor]]()
+    if out.packed is not None and out.scale is not None and out.error is not None:
+        codes, scale, error = quantised(wide)
+        found += [(out.packed, codes), (out.scale, scale), (out.error, error)]
+    elif out.packed is not None:
+        found.append((out.packed, rows))
+    if out.norm is not None:
+        found.append((out.norm, wide.norm(dim=-1)))
+    if out.moments is not None:
+        found.append(
+            (out.moments, torch.stack([wide.mean(-1), wide.var(-1, correction=0), wide.abs().amax(-1)], dim=-1))
+        )
+    if out.change is not None and before is not None:
+        lengths = wide.norm(dim=-1) * before.norm(dim=-1)
+        cosine = torch.where(lengths > 0, (wide * before).sum(-1) / lengths.where(lengths > 0, 1), 0)
+        found.append((out.change, torch.stack([(wide - before).norm(dim=-1), cosine], dim=-1)))
+    if out.coordinates is not None and basis is not None:
+        found.append((out.coordinates, wide @ basis.float().T))
+    return found
+
+
+def quantised(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes [n, width] int8, scale [n], error [n]) of float32 rows: codes * scale differs from a row by at most error."""
+    scale = rows.abs().amax(-1) / LEVELS
+    divisor = scale.where(scale > 0, 1)[:, None]
+    codes = (rows / divisor + 0.5).floor().clamp(-LEVELS, LEVELS)
+    return codes.to(torch.int8), scale, (rows - codes * scale[:, None]).abs().amax(-1)
+
+
+def sequence_means(tensor: Tensor, index: Tensor, starts: Tensor, out: Tensor) -> None:
+    """Means [sequences, width] of rows of `tensor` [rows, width], written into `out`; NaN for a sequence without rows.
+
+    Args:
+        index: [wanted], the rows sequence by sequence.
+        starts: [sequences + 1], where each sequence begins in `index`, and the end of the last.
+    """
+    rows = tensor.index_select(0, index).float()
+    for i, part in enumerate(torch.split(rows, starts.diff().tolist())):
+        out[i] = part.mean(dim=0)
+
+
+def lens_rows(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, ids: Tensor | None, top_k: int
+) -> LensOutputs:
+    """Lens read-outs of normalised rows.
+
+    Args:
+        hidden: [n, d_model], after the final norm.
+        weight: [d_vocab, d_model], the unembedding; `bias` [d_vocab]; logits become softcap * tanh(logits / softcap).
+        ids: [m], tokens whose log-probability is wanted.
+    """
+    unembedding = Unembedding(lambda rows: rows, weight, bias, softcap)
+    found = lens.read(hidden, unembedding, ids=ids, top_k=top_k)
+    return LensOutputs(found.log_z, found.entropy_bits, found.logprobs, found.top_logprobs, found.top_ids)

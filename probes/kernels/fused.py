@@ -1,0 +1,62 @@
+"""The reducers on top of the operators: as `probes.kernels.eager.reduce_rows`, with one launch a captured tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from probes.kernels.operators import capture_rows, lens_rows, sequence_means
+from probes.kernels.outputs import RowOutputs, reduced_shape
+from probes.models.base import Unembedding
+from probes.needs import Reducer
+
+
+def reduce_rows(
+    tensor: Tensor,
+    index: Tensor,
+    counts: Sequence[int],
+    reducer: Reducer,
+    unembedding: Callable[[], Unembedding] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `probes.kernels.eager.reduce_rows`; written into `out` where it is given, without waiting for the device."""
+    index = index.to(tensor.device, non_blocking=True)
+    if out is None:
+        shape, dtype = reduced_shape(tensor.shape, tensor.dtype, len(index), counts, reducer)
+        out = torch.empty(shape, dtype=dtype, device=tensor.device)
+    if reducer.kind in ("lens_ids", "lens_top"):
+        if unembedding is None:
+            raise ValueError("lens reducers need an unembedding")
+        return out.copy_(read_lens(gathered(tensor, index), reducer, unembedding()))
+    if reducer.kind == "mean":
+        starts = torch.tensor([0, *accumulate(counts)]).to(tensor.device, non_blocking=True)
+        sequence_means(tensor.flatten(1), index, starts, out.view(len(counts), -1))
+    elif reducer.basis is not None:
+        basis = reducer.basis.to(tensor.device, torch.float32).contiguous()
+        capture_rows(tensor, index, RowOutputs(coordinates=out), basis=basis)
+    elif reducer.kind == "rows":
+        capture_rows(tensor, index, RowOutputs(packed=out.view(len(index), tensor.shape[1:].numel())))
+    else:
+        capture_rows(tensor, index, RowOutputs(norm=out) if reducer.kind == "norm" else RowOutputs(moments=out))
+    return out
+
+
+def gathered(tensor: Tensor, index: Tensor) -> Tensor:
+    """A copy of the wanted rows [n, ...]."""
+    rows = torch.empty(len(index), *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+    capture_rows(tensor, index, RowOutputs(packed=rows.view(len(index), tensor.shape[1:].numel())))
+    return rows
+
+
+def read_lens(rows: Tensor, reducer: Reducer, unembedding: Unembedding) -> Tensor:
+    """The lens reducers on residual rows [n, d_model], through the model's own final norm."""
+    weight = unembedding.weight
+    hidden = unembedding.norm(rows.to(weight.device, weight.dtype)).contiguous()
+    ids = torch.tensor(reducer.ids).to(weight.device, non_blocking=True) if reducer.ids else None
+    found = lens_rows(hidden, weight, unembedding.bias, unembedding.softcap, ids, reducer.top_k)
+    if reducer.kind == "lens_ids":
+        return found.wanted
+    return torch.stack([found.top_logprobs, found.top_ids.float()], dim=-1)

@@ -1,0 +1,159 @@
+"""The kernels as torch operators, so that a compiled model keeps them in its graph; each call picks the kernels itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probes.kernels import eager
+from probes.kernels.choice import kernels_for
+from probes.kernels.outputs import LensOutputs, RowOutputs, check
+
+_ROW_OUTPUTS = ("packed", "scale", "error", "norm", "moments", "change", "coordinates")
+_ROWS = ", ".join(f"Tensor({chr(ord('a') + i)}!)? {name}" for i, name in enumerate(_ROW_OUTPUTS))
+
+
+@torch.library.custom_op(
+    "bathyscope::capture_rows",
+    mutates_args=_ROW_OUTPUTS,
+    schema=f"(Tensor tensor, Tensor index, {_ROWS}, Tensor? previous, Tensor? basis, Tensor? offset) -> ()",
+)
+def _capture_rows(
+    tensor: Tensor,
+    index: Tensor,
+    packed: Tensor | None,
+    scale: Tensor | None,
+    error: Tensor | None,
+    norm: Tensor | None,
+    moments: Tensor | None,
+    change: Tensor | None,
+    coordinates: Tensor | None,
+    previous: Tensor | None,
+    basis: Tensor | None,
+    offset: Tensor | None,
+) -> None:
+    out = RowOutputs(packed, scale, error, norm, moments, change, coordinates)
+    _rows(tensor, index, out, previous, basis, offset)
+
+
+@_capture_rows.register_fake
+def _(*_: Tensor | None) -> None:
+    return None
+
+
+@torch.library.custom_op(
+    "bathyscope::sequence_means",
+    mutates_args=("out",),
+    schema="(Tensor tensor, Tensor index, Tensor starts, Tensor(a!) out) -> ()",
+)
+def _sequence_means(tensor: Tensor, index: Tensor, starts: Tensor, out: Tensor) -> None:
+    _means(tensor, index, starts, out)
+
+
+@_sequence_means.register_fake
+def _(*_: Tensor) -> None:
+    return None
+
+
+@torch.library.custom_op(
+    "bathyscope::lens_rows",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, float? softcap, Tensor? ids, int top_k) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _lens_rows(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, ids: Tensor | None, top_k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _parts(_lens(hidden, weight, bias, softcap, ids, top_k))
+
+
+@_lens_rows.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, ids: Tensor | None, top_k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n = hidden.shape[0]
+    make: dict[str, Any] = {"device": hidden.device, "dtype": torch.float32}
+    wanted = torch.empty(n, 0 if ids is None else ids.shape[0], **make)
+    top = torch.empty(n, top_k, **make)
+    return torch.empty(n, **make), torch.empty(n, **make), wanted, top, top.long()
+
+
+def capture_rows(
+    tensor: Tensor,
+    index: Tensor,
+    out: RowOutputs,
+    previous: Tensor | None = None,
+    basis: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> None:
+    """See `probes.kernels.eager.capture_rows`; on CUDA one launch that reads each wanted row from memory once.
+
+    The launch can be recorded in a CUDA graph: the host neither waits nor reads anything back, and the replays write
+    where `offset` then says.
+    """
+    check(tensor, index, out, previous, basis, offset)
+    if torch.compiler.is_compiling():
+        wanted = (out.packed, out.scale, out.error, out.norm, out.moments, out.change, out.coordinates)
+        _capture_rows(tensor, index, *wanted, previous, basis, offset)
+    else:
+        _rows(tensor, index, out, previous, basis, offset)
+
+
+def sequence_means(tensor: Tensor, index: Tensor, starts: Tensor, out: Tensor) -> None:
+    """See `probes.kernels.eager.sequence_means`."""
+    (_sequence_means if torch.compiler.is_compiling() else _means)(tensor, index, starts, out)
+
+
+def lens_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    ids: Tensor | None = None,
+    top_k: int = 0,
+) -> LensOutputs:
+    """See `probes.kernels.eager.lens_rows`; on CUDA the logits never leave registers."""
+    if torch.compiler.is_compiling():
+        return LensOutputs(*_lens_rows(hidden, weight, bias, softcap, ids, top_k))
+    return _lens(hidden, weight, bias, softcap, ids, top_k)
+
+
+def _rows(
+    tensor: Tensor,
+    index: Tensor,
+    out: RowOutputs,
+    previous: Tensor | None,
+    basis: Tensor | None,
+    offset: Tensor | None,
+) -> None:
+    if kernels_for(tensor) == "eager":
+        return eager.capture_rows(tensor, index, out, previous, basis, offset)
+    from probes.kernels.fused_rows import capture_rows as fused
+
+    return fused(tensor, index, out, previous, basis, offset)
+
+
+def _means(tensor: Tensor, index: Tensor, starts: Tensor, out: Tensor) -> None:
+    if kernels_for(tensor) == "eager":
+        return eager.sequence_means(tensor, index, starts, out)
+    from probes.kernels.fused_means import sequence_means as fused
+
+    return fused(tensor, index, starts, out)
+
+
+def _lens(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, ids: Tensor | None, top_k: int
+) -> LensOutputs:
+    if kernels_for(hidden) == "fused":
+        from probes.kernels.fused_lens import MAX_TOP
+        from probes.kernels.fused_lens import lens_rows as fused
+
+        if top_k <= MAX_TOP:
+            return fused(hidden, weight, bias, softcap, ids, top_k)
+    return eager.lens_rows(hidden, weight, bias, softcap, ids, top_k)
+
+
+def _parts(found: LensOutputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return found.log_z, found.entropy_bits, found.wanted, found.top_logprobs, found.top_ids.long()

@@ -1,0 +1,98 @@
+"""What the kernels leave behind: packed rows, their statistics, coordinates on a basis, lens read-outs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from probes.needs import Reducer
+
+STORAGE = (torch.bfloat16, torch.float16, torch.float32, torch.int8)
+"""Types that rows can be packed into; int8 with a scale and an error per row."""
+LEVELS = 127
+"""int8 codes run from -LEVELS to LEVELS."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowOutputs:
+    """Preallocated outputs of one pass over n wanted rows of a given width; None leaves a quantity out.
+
+    The result of wanted row i is written at `offset + i`; rows that would fall behind the end of an output are dropped.
+    """
+
+    packed: Tensor | None = None
+    """[capacity, width], the rows in the storage type."""
+    scale: Tensor | None = None
+    """[capacity] float32, with int8 rows: a row is its codes times its scale."""
+    error: Tensor | None = None
+    """[capacity] float32, with int8 rows: the largest |row - codes * scale|."""
+    norm: Tensor | None = None
+    """[capacity] float32, L2 norms."""
+    moments: Tensor | None = None
+    """[capacity, 3] float32: mean, variance (divided by the width) and max|x|."""
+    change: Tensor | None = None
+    """[capacity, 2] float32, against `previous`: the norm of the difference, and the cosine (0 for a zero row)."""
+    coordinates: Tensor | None = None
+    """[capacity, k] float32, on `basis`."""
+
+    def filled(self) -> tuple[Tensor, ...]:
+        """The outputs that are wanted."""
+        found = (self.packed, self.scale, self.error, self.norm, self.moments, self.change, self.coordinates)
+        return tuple(tensor for tensor in found if tensor is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class LensOutputs:
+    """Lens read-outs of n rows: log-probabilities in nats and entropy in bits, float32."""
+
+    log_z: Tensor
+    """[n], the log-sum-exp of the logits."""
+    entropy_bits: Tensor
+    """[n]."""
+    wanted: Tensor
+    """[n, m], log-probabilities of the tokens asked for."""
+    top_logprobs: Tensor
+    """[n, top_k], most probable first."""
+    top_ids: Tensor
+    """[n, top_k]."""
+
+
+def reduced_shape(
+    shape: Sequence[int], dtype: torch.dtype, n: int, counts: Sequence[int], reducer: Reducer
+) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and type of n wanted rows of a tensor of `shape` [rows, ...] after a reducer."""
+    if reducer.kind == "rows":
+        return (n, *shape[1:]), dtype
+    if reducer.kind == "mean":
+        return (len(counts), *shape[1:]), torch.float32
+    tails = {"norm": (), "moments": (3,), "lens_ids": (len(reducer.ids),), "lens_top": (reducer.top_k, 2)}
+    if reducer.basis is not None:
+        tails["project"] = (len(reducer.basis),)
+    return (n, *tails[reducer.kind]), torch.float32
+
+
+def check(
+    tensor: Tensor, index: Tensor, out: RowOutputs, previous: Tensor | None, basis: Tensor | None, offset: Tensor | None
+) -> None:
+    """Raises ValueError for operands that do not fit together."""
+    width = tensor.shape[1:].numel()
+    sizes = {"packed": (out.packed, width), "moments": (out.moments, 3), "change": (out.change, 2)}
+    sizes["previous"], sizes["basis"] = (previous, width), (basis, width)
+    sizes["coordinates"] = (out.coordinates, 0 if basis is None else len(basis))
+    for name, (given, wanted) in sizes.items():
+        if given is not None and (given.ndim != 2 or given.shape[1] != wanted):
+            raise ValueError(f"{name} has shape {tuple(given.shape)}; it must be [rows, {wanted}]")
+    if out.packed is not None and out.packed.dtype not in STORAGE:
+        raise ValueError(f"rows cannot be packed as {out.packed.dtype}; legal are {', '.join(map(str, STORAGE))}")
+    coded = out.packed is not None and out.packed.dtype == torch.int8
+    if coded != (out.scale is not None) or coded != (out.error is not None):
+        raise ValueError("int8 rows come with a scale and an error, other types with neither")
+    if (out.change is None) != (previous is None) or (out.coordinates is None) != (basis is None):
+        raise ValueError("change needs previous rows, coordinates need a basis, and neither is given without the other")
+    if previous is not None and len(previous) < len(index):
+        raise ValueError(f"{len(previous)} previous rows for {len(index)} wanted ones")
+    if offset is not None and (offset.numel() != 1 or offset.dtype != torch.int64):
+        raise ValueError("the offset is one int64 number")

@@ -17,10 +17,11 @@ LOCAL = "localhost"
 SETTINGS = {
     "browser.gatherUsageStats": "false",
     "client.toolbarMode": "minimal",
+    "runner.magicEnabled": "false",
     "server.fileWatcherType": "none",
     "server.maxUploadSize": "20",
     "theme.light.primaryColor": "#0072B2",
-    "theme.dark.primaryColor": "#56B4E9",
+    "theme.dark.primaryColor": "#1F83C4",
 }
 """Options of Streamlit: nothing is sent home, uploads are small, colours are those of the figures."""
 

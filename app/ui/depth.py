@@ -83,5 +83,5 @@ def _axes(figure: go.Figure, panels: Sequence[Panel], n_layers: int, mode: str) 
         figure.update_xaxes(title={"text": unit, "font": {"size": 11}, "standoff": 6}, row=1, col=number)
     figure.update_annotations(font={"size": 12, "color": INK[mode]})
     figure.update_layout(
-        bargap=0.14, margin={"t": 76, "b": 70, "l": 56, "r": 12}, legend={"y": -0.16, "yanchor": "top"}, dragmode="select"
+        bargap=0.14, margin={"t": 76, "b": 70, "l": 56, "r": 12}, legend={"y": -0.16, "yanchor": "top"}
     )

@@ -12,7 +12,7 @@ from app.selection import Selection, current, narrowed, select
 from app.ui import selector
 from app.ui.depth import Panel, depth_figure
 from app.ui.takeaway import figure_downloads, table_downloads
-from app.ui.theme import colour_of, mode
+from app.ui.theme import colour_of, mode, restyled
 
 MOST = 12
 """Panels drawn beside each other."""
@@ -126,7 +126,7 @@ def _figure(profiles: list[Profile], n_layers: int, selection: Selection) -> Non
         points = st.session_state["home:depth"]["selection"]["points"]
         select(layers=sorted({int(point["y"]) for point in points if "y" in point}))
 
-    figure = depth_figure(panels, n_layers, layers, mode())
+    figure = restyled(depth_figure(panels, n_layers, layers, mode()), mode())
     words = ", ".join(p.title for p in profiles)
     st.plotly_chart(
         figure, key="home:depth", on_select=chosen, selection_mode=("points", "box"), config={"displaylogo": False},
@@ -135,7 +135,7 @@ def _figure(profiles: list[Profile], n_layers: int, selection: Selection) -> Non
     left, right = st.columns([1, 5])
     with left:
         figure_downloads(lambda: depth_figure(panels, n_layers, layers, "light"), "depth", "home")
-    right.caption("Click a layer or a point, or draw a box, to select layers on every page. Bands are 95 % intervals where a run has them.")
+    right.caption("Click a layer or a point to select it on every page; with Shift, several. Bands are 95 % intervals where a run has them.")
 
 
 def _explain(profiles: list[Profile], runs: list[Run]) -> None:

@@ -12,7 +12,7 @@ from app.selection import current
 from app.ui import selector
 from app.ui.depth import Panel, depth_figure
 from app.ui.takeaway import figure_downloads
-from app.ui.theme import mode
+from app.ui.theme import mode, restyled
 from probes.errors import UserError
 
 A, B = "#0072B2", "#D55E00"
@@ -127,7 +127,7 @@ def _overlay(first: Run, second: Run) -> None:
     selector.offer(selector.Offer(first.layers))
     layers = [layer for layer in current().layers if layer < first.layers]
     st.markdown("**Layer by layer**")
-    figure = depth_figure(panels, first.layers, layers, mode(), legend=True)
+    figure = restyled(depth_figure(panels, first.layers, layers, mode(), legend=True), mode())
     st.plotly_chart(figure, key="compare:depth", config={"displaylogo": False}, alt=f"Profiles of {first.name} and {second.name}")
     figure_downloads(lambda: depth_figure(panels, first.layers, layers, "light", legend=True), "compared", "compare")
 

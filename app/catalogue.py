@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from analyses.base import Analysis
 
 _LOADING = threading.Lock()
+IMPORTER = "import-analyses"
+DELAY = 4.0
+"""Seconds."""
 
 
 @cache
@@ -50,10 +53,12 @@ def load() -> None:
         import analyses.registry  # noqa: F401
 
 
-def load_in_background() -> None:
-    """Begins to import the analyses, unless somebody does already."""
-    if not ready() and not _LOADING.locked():
-        threading.Thread(target=load, name="import-analyses", daemon=True).start()
+def load_soon() -> None:
+    """Imports the analyses in the background, a little later: the browser first draws the page it has."""
+    if not ready() and not any(thread.name == IMPORTER for thread in threading.enumerate()):
+        timer = threading.Timer(DELAY, load)
+        timer.name, timer.daemon = IMPORTER, True
+        timer.start()
 
 
 def get(name: str) -> type[Analysis]:

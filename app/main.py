@@ -93,7 +93,7 @@ def main() -> None:
         _working()
         selector.draw()
     _address()
-    catalogue.load_in_background()
+    catalogue.load_soon()
 
 
 def _address() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import streamlit as st
@@ -66,13 +67,21 @@ def current() -> Selection:
     return found
 
 
-def select(**kinds: Iterable[int] | Iterable[str]) -> None:
+def select(
+    *,
+    layers: Iterable[int] | None = None,
+    prompts: Iterable[int] | None = None,
+    tokens: Iterable[int] | None = None,
+    heads: Iterable[str] | None = None,
+) -> None:
     """Replaces the given kinds of this session's selection, keeping the others."""
-    chosen = {kind: tuple(dict.fromkeys(values)) for kind, values in kinds.items()}
-    sorted_ = {kind: tuple(sorted(values)) if kind != "heads" else values for kind, values in chosen.items()}
-    st.session_state[KEY] = replace(current(), **sorted_)
-    for kind in chosen:
-        st.session_state.pop(f"choose:{kind}", None)
+    now = current()
+    st.session_state[KEY] = Selection(
+        now.layers if layers is None else tuple(sorted(set(layers))),
+        now.prompts if prompts is None else tuple(sorted(set(prompts))),
+        now.tokens if tokens is None else tuple(sorted(set(tokens))),
+        now.heads if heads is None else tuple(dict.fromkeys(heads)),
+    )
 
 
 def clear() -> None:
@@ -99,9 +108,9 @@ def _head_names(table: pd.DataFrame, pair: tuple[str, str]) -> pd.Series:
     return table[pair[0]].astype(str) + "." + table[pair[1]].astype(str)
 
 
-def named_by(rows: pd.DataFrame) -> dict[str, list[int] | list[str]]:
+def named_by(rows: pd.DataFrame) -> dict[str, Any]:
     """What chosen rows of a table name, by kind."""
-    found: dict[str, list[int] | list[str]] = {}
+    found: dict[str, Any] = {}
     columns = {"layers": [c for c in LAYERS if c in rows], "prompts": ["prompt"], "tokens": ["position"]}
     for kind, names in columns.items():
         whole = [c for c in names if c in rows and pd.api.types.is_integer_dtype(rows[c])]

@@ -47,7 +47,9 @@ def serve(runs: Path, store: Path, log: Path) -> Iterator[Server]:
     flags = ["app", "--port", str(port), "--no-browser", "--runs", str(runs), "--store", str(store)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with log.open("wb") as out:
-        process = subprocess.Popen([sys.executable, "-c", code, *flags], stdout=out, stderr=out, env=env, cwd=log.parent)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *flags], stdout=out, stderr=out, env=env, cwd=log.parent
+        )
         try:
             _wait(f"http://localhost:{port}/_stcore/health", process, log)
             yield Server(f"http://localhost:{port}", runs, process)

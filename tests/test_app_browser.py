@@ -20,11 +20,15 @@ from analyses.result import Result
 REQUIRED = os.environ.get("REQUIRE_BROWSER") == "1"
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM.is_file() and not REQUIRED, reason="no Chromium; REQUIRE_BROWSER=1 makes this fail"),
+    pytest.mark.skipif(
+        not CHROMIUM.is_file() and not REQUIRED, reason="no Chromium; REQUIRE_BROWSER=1 makes this fail"
+    ),
 ]
 PATIENCE = 90_000
 """Milliseconds; the first run imports torch twice."""
-PROMPTS = [{"tokens": ids, "targets": {"en": [11, 12], "zh": [21, 22]}} for ids in ([5, 6, 7, 8], [9, 10, 31], [33, 34])]
+PROMPTS = [
+    {"tokens": ids, "targets": {"en": [11, 12], "zh": [21, 22]}} for ids in ([5, 6, 7, 8], [9, 10, 31], [33, 34])
+]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +73,9 @@ def visit(browser: Any, server: Server) -> Iterator[Callable[..., Any]]:
 def settle(page: Any) -> None:
     """Waits until the page's script has run; nothing it drew may be a traceback."""
     page.wait_for_timeout(200)  # what was done reaches the server
-    page.wait_for_function("document.querySelector('[data-testid=stApp]')?.getAttribute('data-test-script-state') === 'notRunning'")
+    page.wait_for_function(
+        "document.querySelector('[data-testid=stApp]')?.getAttribute('data-test-script-state') === 'notRunning'"
+    )
     page.get_by_role("button", name="Clear the selection").wait_for()  # drawn last
     assert [found.inner_text() for found in page.query_selector_all("[data-testid=stException]")] == []
 
@@ -201,7 +207,11 @@ def test_bad_input_is_refused_with_its_place(visit: Callable[..., Any], server: 
     field(page, "Name of the run", "nowhere")
     choose(page, "Model", "no-such-model")
     press(page, "Run")
-    page.get_by_text(re.compile("no such model or folder: 'no-such-model'|unknown model 'no-such-model'|model 'no-such-model' is not")).wait_for()
+    page.get_by_text(
+        re.compile(
+            "no such model or folder: 'no-such-model'|unknown model 'no-such-model'|model 'no-such-model' is not"
+        )
+    ).wait_for()
     page.get_by_text("Uploaded", exact=True).click()
     settle(page)
     long = "".join(json.dumps({"tokens": [5, 6]}) + "\n" for _ in range(100_000)).encode()
@@ -224,7 +234,10 @@ def test_two_sessions_do_not_disturb_each_other(visit: Callable[..., Any], serve
         set_up(page, model, PROMPTS, "same")
     press(first, "Run")
     press(second, "Run")
-    said = first.get_by_text(re.compile("Done in|named 'same' is")), second.get_by_text(re.compile("Done in|named 'same' is"))
+    said = (
+        first.get_by_text(re.compile("Done in|named 'same' is")),
+        second.get_by_text(re.compile("Done in|named 'same' is")),
+    )
     for words in said:
         words.first.wait_for()
     texts = [words.first.inner_text() for words in said]

@@ -56,7 +56,9 @@ def test_an_address_and_a_selection_say_the_same() -> None:
 
 
 def test_rows_are_kept_by_every_column_that_can_tell() -> None:
-    pairs = pd.DataFrame({"source_layer": [0, 0, 1], "source_head": [1, 2, 1], "target_layer": [2, 1, 2], "target_head": [0, 0, 3]})
+    pairs = pd.DataFrame(
+        {"source_layer": [0, 0, 1], "source_head": [1, 2, 1], "target_layer": [2, 1, 2], "target_head": [0, 0, 3]}
+    )
     assert narrowed(pairs, Selection(layers=(1,))).index.tolist() == [1, 2]
     assert narrowed(pairs, Selection(heads=("0.1",))).index.tolist() == [0]
     assert narrowed(pairs, Selection(heads=("2.3",))).index.tolist() == [2]
@@ -155,7 +157,9 @@ def test_the_shipped_sets_can_be_read() -> None:
 # Saved runs
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../x", "/etc", "a/b", "a\\b", ".hidden", "x" * 200, "a.", "a\n", "-flag"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "/etc", "a/b", "a\\b", ".hidden", "x" * 200, "a.", "a\n", "-flag"]
+)
 def test_run_names_stay_in_their_folder(name: str) -> None:
     with pytest.raises(OptionError, match="run name"):
         places.run_folder(name)
@@ -212,7 +216,15 @@ def test_profiles_are_read_without_the_tables(result: Result, tmp_path: Path, mo
 
 def request(folder: Path, tmp_path: Path, **changes: object) -> Request:
     prompts = prompt_sets.typed('{"tokens": [5, 6, 7]}\n{"tokens": [8, 9]}', {}).save()
-    base = Request("run", {"model": str(folder)}, "voids", {"alpha": [0.5]}, str(prompts), str(tmp_path / "store"), str(tmp_path / "runs" / "a"))
+    base = Request(
+        "run",
+        {"model": str(folder)},
+        "voids",
+        {"alpha": [0.5]},
+        str(prompts),
+        str(tmp_path / "store"),
+        str(tmp_path / "runs" / "a"),
+    )
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
@@ -261,7 +273,9 @@ def test_a_check_tells_the_identities(llama_folder: Path, tmp_path: Path) -> Non
         ({"prompts": "/nowhere.jsonl"}, "does not exist"),
     ],
 )
-def test_bad_input_is_refused_in_a_line(llama_folder: Path, tmp_path: Path, changes: dict[str, object], said: str) -> None:
+def test_bad_input_is_refused_in_a_line(
+    llama_folder: Path, tmp_path: Path, changes: dict[str, object], said: str
+) -> None:
     status = did(tmp_path / "j", request(llama_folder, tmp_path, **changes))
     assert status.state == "refused"
     assert said in status.message
@@ -275,7 +289,9 @@ def test_other_peoples_folders_are_not_overwritten(llama_folder: Path, tmp_path:
     assert (tmp_path / "runs" / "a" / "thesis.tex").read_text() == "x"
 
 
-def test_a_cancelled_job_keeps_what_was_captured(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cancelled_job_keeps_what_was_captured(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     many = "\n".join(json.dumps({"tokens": [3 + i % 90] * (i // 90 + 2)}) for i in range(540))
     prompts = str(prompt_sets.typed(many, {}).save())
     advance = JobProgress.advance
@@ -286,7 +302,9 @@ def test_a_cancelled_job_keeps_what_was_captured(llama_folder: Path, tmp_path: P
 
     with monkeypatch.context() as patch:
         patch.setattr(JobProgress, "advance", cancel_once)
-        status = did(tmp_path / "j1", request(llama_folder, tmp_path, prompts=prompts, analysis="logit_lens", options={}))
+        status = did(
+            tmp_path / "j1", request(llama_folder, tmp_path, prompts=prompts, analysis="logit_lens", options={})
+        )
     assert (status.state, status.what) == ("cancelled", "") or status.state == "cancelled"
     assert not (tmp_path / "runs" / "a").exists()
     assert ActivationStore(tmp_path / "store").bytes_held() > 0

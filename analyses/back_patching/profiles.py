@@ -13,7 +13,7 @@ ROWS = ["prompt", "position_name"]
 def _gain(tables: Tables, layer: str) -> pd.DataFrame:
     grid = tables["grid"]
     gained = grid.assign(gain=grid["answer_logprob"] - grid["baseline_logprob"])
-    return mean_by_layer(gained, "gain", ROWS, layer)
+    return mean_by_layer(gained[gained[layer] >= 0], "gain", ROWS, layer)  # -1 is the embedding
 
 
 def target_gain(tables: Tables) -> pd.DataFrame:

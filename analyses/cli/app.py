@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import runpy
+import sys
+import threading
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
@@ -62,10 +66,16 @@ def open_app(
         os.environ["BATHYSCOPE_STORE"] = str(store.expanduser().absolute())
     settings = {**SETTINGS, "server.address": address, "server.port": str(port), "server.headless": str(not browser)}
     say(f"dashboard: http://{address}:{port}   runs: {os.environ['BATHYSCOPE_RUNS']}   Ctrl-C ends it")
-    from streamlit.web import cli
-
+    threading.Thread(target=_warm, daemon=True).start()
     flags = [f"--{name}={value}" for name, value in settings.items()]
-    cli.main(args=["run", str(script), *flags], standalone_mode=False)
+    sys.argv = ["streamlit", "run", str(script), *flags]
+    runpy.run_module("streamlit", run_name="__main__", alter_sys=True)
+
+
+def _warm() -> None:
+    """Imports what the first page needs while the browser starts."""
+    for name in ("pandas", "pyarrow", "plotly.graph_objects", "plotly.subplots", "analyses.result"):
+        importlib.import_module(name)
 
 
 alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)

@@ -15,7 +15,16 @@ from pathlib import Path
 
 import streamlit as st
 
-from app.jobs.protocol import Request, Status, ask_to_cancel, cancel_asked, read_request, read_status, write_request, write_status
+from app.jobs.protocol import (
+    Request,
+    Status,
+    ask_to_cancel,
+    cancel_asked,
+    read_request,
+    read_status,
+    write_request,
+    write_status,
+)
 from probes.errors import OptionError
 
 KEPT = 30
@@ -46,7 +55,9 @@ class JobQueue:
         """
         with self._lock:
             if request.kind == "run" and any(self.request(name).out == request.out for name in self.active()):
-                raise OptionError(f"a run named {Path(request.out).name!r} is under way: wait for it, or take another name")
+                raise OptionError(
+                    f"a run named {Path(request.out).name!r} is under way: wait for it, or take another name"
+                )
             self._count += 1
             name = f"{self._count:06d}"
             write_request(self.folder / name, request)

@@ -30,7 +30,9 @@ def work(folder: Path, closing: threading.Event) -> None:
         answer = do(read_request(folder), progress)
         ended = replace(progress.status, state="done", answer=answer)
     except KeyboardInterrupt:
-        ended = Status("cancelled", message="Cancelled. What was captured stays in the store: the same run goes on from there.")
+        ended = Status(
+            "cancelled", message="Cancelled. What was captured stays in the store: the same run goes on from there."
+        )
     except UserError as error:
         ended = Status("refused", message=str(error))
     except MemoryError:

@@ -27,7 +27,9 @@ class Panel:
     """(name, colour, profile)."""
 
 
-def depth_figure(panels: Sequence[Panel], n_layers: int, layers: Sequence[int], mode: str, legend: bool = False) -> go.Figure:
+def depth_figure(
+    panels: Sequence[Panel], n_layers: int, layers: Sequence[int], mode: str, legend: bool = False
+) -> go.Figure:
     """Layer 0 at the bottom; `layers` are marked across all panels."""
     titles = ["layers", *("<br>".join(textwrap.wrap(panel.title, 17)) for panel in panels)]
     widths = [0.42, *[1.0] * len(panels)]
@@ -42,7 +44,9 @@ def depth_figure(panels: Sequence[Panel], n_layers: int, layers: Sequence[int], 
     finish(figure, x="", y="", height=max(430, 17 * n_layers + 190))
     _axes(figure, panels, n_layers, mode)
     for layer in layers:
-        figure.add_hrect(y0=layer - 0.5, y1=layer + 0.5, fillcolor=SELECTED[mode], line_width=0, layer="below", row=1, col="all")
+        figure.add_hrect(
+            y0=layer - 0.5, y1=layer + 0.5, fillcolor=SELECTED[mode], line_width=0, layer="below", row=1, col="all"
+        )
     return figure
 
 
@@ -74,7 +78,9 @@ def _curve(figure: go.Figure, column: int, name: str, colour: str, profile: Prof
 
 
 def _axes(figure: go.Figure, panels: Sequence[Panel], n_layers: int, mode: str) -> None:
-    figure.update_yaxes(range=[-0.7, n_layers - 0.3], dtick=1 if n_layers <= 16 else 5, gridcolor=LINE[mode], zeroline=False)
+    figure.update_yaxes(
+        range=[-0.7, n_layers - 0.3], dtick=1 if n_layers <= 16 else 5, gridcolor=LINE[mode], zeroline=False
+    )
     figure.update_yaxes(title="layer", row=1, col=1)
     figure.update_xaxes(gridcolor=LINE[mode], zerolinecolor=LINE[mode], nticks=4, tickfont={"size": 10}, tickangle=0)
     figure.update_xaxes(visible=False, row=1, col=1)

@@ -21,8 +21,10 @@ def drawn(result: Result, name: str, selection: Selection, band: str) -> tuple[g
     figure, said = None, ""
     if part:
         figure = _from_part(result, name, part)
-        said = f"Drawn from {part.text()} where the tables tell them apart." if figure else (
-            f"Nothing of this figure is told apart by {part.text()}: it shows everything."
+        said = (
+            f"Drawn from {part.text()} where the tables tell them apart."
+            if figure
+            else (f"Nothing of this figure is told apart by {part.text()}: it shows everything.")
         )
     figure = figure or result.figure(name)
     if selection.layers and mark(figure, selection.layers, band, _is_depth):
@@ -59,7 +61,9 @@ def mark(figure: go.Figure, places: tuple[int, ...], colour: str, wanted: Any) -
     axes = {axis.plotly_name: axis for axis in (*figure.select_xaxes(), *figure.select_yaxes())}
     titled = {name for name, axis in axes.items() if axis.title.text and wanted(axis.title.text)}
     refs = {name.replace("axis", ""): name for name in axes}
-    found = {name for name, axis in axes.items() if name in titled or (axis.matches and refs.get(axis.matches) in titled)}
+    found = {
+        name for name, axis in axes.items() if name in titled or (axis.matches and refs.get(axis.matches) in titled)
+    }
     for name in found:
         along, ref = name[0], name.replace("axis", "")
         across = "y" if along == "x" else "x"
@@ -94,7 +98,12 @@ def _trace(trace: Any) -> pd.DataFrame:
         x = list(trace.x) if trace.x is not None else list(range(z.shape[1]))
         y = list(trace.y) if trace.y is not None else list(range(z.shape[0]))
         return pd.DataFrame(
-            {"trace": name, "x": np.tile(np.asarray(x, dtype=object), len(y)), "y": np.repeat(np.asarray(y, dtype=object), len(x)), "z": z.ravel()}
+            {
+                "trace": name,
+                "x": np.tile(np.asarray(x, dtype=object), len(y)),
+                "y": np.repeat(np.asarray(y, dtype=object), len(x)),
+                "z": z.ravel(),
+            }
         ).astype({"x": str, "y": str})
     if getattr(trace, "x", None) is None or getattr(trace, "y", None) is None or trace.hoverinfo == "skip":
         return pd.DataFrame()

@@ -49,7 +49,9 @@ def set_options(cls: type[Analysis], options: typing.Mapping[str, Any]) -> None:
         st.session_state[key_of(cls, name)] = _shown(types[name], value)
 
 
-def _rows(cls: type[Analysis], fields: typing.Sequence[Any], types: typing.Mapping[str, Any], texts: dict[str, Any]) -> None:
+def _rows(
+    cls: type[Analysis], fields: typing.Sequence[Any], types: typing.Mapping[str, Any], texts: dict[str, Any]
+) -> None:
     columns = st.columns(3)
     for i, field in enumerate(fields):
         with columns[i % 3]:

@@ -28,7 +28,12 @@ def _watch(name: str) -> None:
     if status.ended:
         st.rerun()
     draw_progress(title_of(queue().request(name)), status)
-    if st.button("Cancel", key=f"cancel:{name}", icon=":material/stop_circle:", help="Stops at the next batch; what is captured stays."):
+    if st.button(
+        "Cancel",
+        key=f"cancel:{name}",
+        icon=":material/stop_circle:",
+        help="Stops at the next batch; what is captured stays.",
+    ):
         queue().cancel(name)
         st.toast("Stopping at the next batch.")
 

@@ -28,7 +28,7 @@ def draw_prompts(cls: type[Analysis]) -> PromptSet | None:
     )  # fmt: skip
     fields = ", ".join(f"`{name}`" for name in cls.prompt_fields)
     if fields:
-        st.caption(f"A line may also carry {fields}, written as JSON: `{{\"text\": …, …}}`.")
+        st.caption(f'A line may also carry {fields}, written as JSON: `{{"text": …, …}}`.')
     if how == TYPED:
         text = st.text_area(
             "One prompt a line", key="keep:prompts:text", height=120,

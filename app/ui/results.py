@@ -18,14 +18,20 @@ from app.ui.theme import SELECTED, mode, restyled
 
 def draw_result(run: Run, result: Result, key: str) -> None:
     """Everything a saved run has, one figure and one table at a time."""
-    selector.offer(selector.offer_of(result))
+    selector.offer(_offer(str(run.folder), run.stamp, result))
     draw_facts(run)
     for note in result.notes:
         st.caption(f":material/info: {note}")
     if result.figures:
         _figures(run, result, key)
     st.subheader("Tables", anchor=False)
-    name = st.pills("Table", list(result.tables), default=next(iter(result.tables)), key=f"table-of:{key}", label_visibility="collapsed")
+    name = st.pills(
+        "Table",
+        list(result.tables),
+        default=next(iter(result.tables)),
+        key=f"table-of:{key}",
+        label_visibility="collapsed",
+    )
     if name:
         draw_table(result.tables[name], current(), f"{result.analysis}-{name}", f"{key}:{name}:{run.name}")
     rebuild(run, result)
@@ -35,7 +41,11 @@ def draw_facts(run: Run) -> None:
     """Model, prompts, cost and faithfulness in a line."""
     made, counts = run.provenance, run.provenance["counts"]
     stamp = made["faithfulness"]
-    held = f":green-badge[{len(stamp['identities'])} identities hold]" if stamp["holds"] else ":red-badge[identities FAIL: see Model]"
+    held = (
+        f":green-badge[{len(stamp['identities'])} identities hold]"
+        if stamp["holds"]
+        else ":red-badge[identities FAIL: see Model]"
+    )
     facts = [
         f":blue-badge[{run.model} · {run.layers} layers]",
         f":gray-badge[{counts.get('prompts', 0):,} prompts, {counts.get('tokens', 0):,} tokens]",
@@ -84,14 +94,27 @@ def draw_figure(run: Run, result: Result, name: str, key: str) -> None:
     st.caption(f"Method: {get_analysis(result.analysis).reference}")
     left, right = st.columns([1, 5])
     with left:
-        figure_downloads(lambda: made_figure(str(run.folder), run.stamp, name, selection, "light", result)[0], f"{result.analysis}-{name}", widget)
+        figure_downloads(
+            lambda: made_figure(str(run.folder), run.stamp, name, selection, "light", result)[0],
+            f"{result.analysis}-{name}",
+            widget,
+        )
     with right.expander("The numbers of this figure", key=f"numbers:{widget}", on_change="rerun") as numbers:
         if numbers.open:
-            st.dataframe(data_of(figure), hide_index=True, height=260, key=f"data:{widget}", alt=f"Numbers of {spec.title}")
+            st.dataframe(
+                data_of(figure), hide_index=True, height=260, key=f"data:{widget}", alt=f"Numbers of {spec.title}"
+            )
 
 
 @st.cache_resource(max_entries=32, ttl=1800, show_spinner="Drawing …")
-def made_figure(folder: str, stamp: int, name: str, selection: Selection, kind: str, _result: Result) -> tuple[go.Figure, str]:
+def made_figure(
+    folder: str, stamp: int, name: str, selection: Selection, kind: str, _result: Result
+) -> tuple[go.Figure, str]:
     """(figure, what it leaves out), drawn once for each run, selection and theme; not to be changed."""
     figure, said = drawn(_result, name, selection, SELECTED[kind])
     return restyled(figure, kind), said
+
+
+@st.cache_resource(max_entries=32, ttl=1800, show_spinner=False)
+def _offer(folder: str, stamp: int, _result: Result) -> selector.Offer:
+    return selector.offer_of(_result)

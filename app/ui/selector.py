@@ -72,7 +72,9 @@ def draw() -> None:
     _choose("prompts", list(found.prompts), found.prompts)
     _choose("tokens", range(found.tokens))
     _choose("heads", found.heads)
-    st.button("Clear the selection", on_click=clear, disabled=not current(), width="stretch", icon=":material/filter_alt_off:")
+    st.button(
+        "Clear the selection", on_click=clear, disabled=not current(), width="stretch", icon=":material/filter_alt_off:"
+    )
 
 
 def _choose(kind: str, options: Sequence[int] | Sequence[str] | range, words: dict[int, str] | None = None) -> None:

@@ -15,7 +15,11 @@ SHOWN = 1000
 def draw_table(table: pd.DataFrame, selection: Selection, stem: str, key: str) -> None:
     """A table with its downloads; chosen rows can become the selection."""
     cut = narrowed(table, selection)
-    said = f"{len(cut):,} of {len(table):,} rows follow the selection." if len(cut) < len(table) else f"{len(table):,} rows."
+    said = (
+        f"{len(cut):,} of {len(table):,} rows follow the selection."
+        if len(cut) < len(table)
+        else f"{len(table):,} rows."
+    )
     if len(cut) > SHOWN:
         said += f" The first {SHOWN:,} are shown; downloads have all."
     st.caption(said)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -26,9 +27,11 @@ def figure_downloads(make: Callable[[], go.Figure], stem: str, key: str) -> None
     with st.popover("Download", icon=":material/download:", key=f"popover:{key}"):
         images = importlib.util.find_spec("kaleido") is not None
         for kind in ("svg", "png") if images else ():
-            _button(kind.upper(), f"{stem}.{kind}", MIME[kind], lambda kind=kind: _image(make(), kind), key)
+            _button(kind.upper(), f"{stem}.{kind}", MIME[kind], partial(_image, make, kind), key)
         if not images:
-            st.caption("SVG and PNG from here need kaleido: `pip install 'bathyscope[images]'`. The camera above a figure saves SVG without it.")
+            st.caption(
+                "SVG and PNG from here need kaleido: `pip install 'bathyscope[images]'`. The camera above a figure saves SVG without it."
+            )
         _button("HTML", f"{stem}.html", MIME["html"], lambda: _page(make()), key)
         _button("CSV", f"{stem}.csv", MIME["csv"], lambda: data_of(make()).to_csv(index=False).encode(), key)
         _button("Parquet", f"{stem}.parquet", None, lambda: parquet(data_of(make())), key)
@@ -58,8 +61,8 @@ def _page(figure: go.Figure) -> bytes:
     return str(figure.to_html(include_plotlyjs=True)).encode()
 
 
-def _image(figure: go.Figure, kind: str) -> bytes:
-    return bytes(figure.to_image(format=kind, scale=2 if kind == "png" else 1, width=1100))
+def _image(make: Callable[[], go.Figure], kind: str) -> bytes:
+    return bytes(make().to_image(format=kind, scale=2 if kind == "png" else 1, width=1100))
 
 
 def rebuild(run: Run, result: Result) -> None:
@@ -73,6 +76,9 @@ def rebuild(run: Run, result: Result) -> None:
         st.code(text.command(result, folder, store_root()), language="bash", wrap_lines=True)
         st.code(text.python(result, folder, store_root()), language="python", wrap_lines=True)
         keys = list(result.provenance.get("store_keys", []))
-        st.caption(f"It read {len(keys):,} shards of the activation store." + ("" if keys else " It worked on weights or on interventions alone."))
+        st.caption(
+            f"It read {len(keys):,} shards of the activation store."
+            + ("" if keys else " It worked on weights or on interventions alone.")
+        )
         if keys:
             st.code("\n".join(keys[:KEYS_SHOWN]), language=None, height=140)

@@ -24,8 +24,16 @@ def draw(name: str) -> None:
     st.markdown((cls.__doc__ or "").strip().split("\n")[0])
     job = _job(name)
     runs = [run for run in saved_runs() if run.analysis == name]
-    with st.expander("New run", expanded=not runs and job is None, icon=":material/play_circle:", key=f"keep:new:{name}"):
-        draw_setup(cls, runs)
+    form = st.expander(
+        "New run",
+        expanded=not runs and job is None,
+        icon=":material/play_circle:",
+        key=f"keep:new:{name}",
+        on_change="rerun",
+    )
+    if form.open:
+        with form:
+            draw_setup(cls, runs)
     if job is not None:
         _follow(name, job)
     _saved(cls, runs)
@@ -51,12 +59,17 @@ def _follow(name: str, job: str) -> None:
         counts = status.answer.get("counts", {})
         ran = int(counts.get("forwards", 0))
         words = f"{ran:,} forward passes" if ran else "no forward pass: the store held everything"
-        st.success(f"Done in {status.answer.get('seconds', 0):.1f} s, {words}. Saved in `{request.out}`.", icon=":material/check_circle:")
+        st.success(
+            f"Done in {status.answer.get('seconds', 0):.1f} s, {words}. Saved in `{request.out}`.",
+            icon=":material/check_circle:",
+        )
 
 
 def _saved(cls: type[Analysis], runs: list[Run]) -> None:
     if not runs:
-        st.info("No saved run of this analysis yet. Set one up above and press **Run**.", icon=":material/arrow_upward:")
+        st.info(
+            "No saved run of this analysis yet. Set one up above and press **Run**.", icon=":material/arrow_upward:"
+        )
         return
     by_name = {run.name: run for run in runs}
     key = f"keep:run:{cls.name}"

@@ -135,20 +135,29 @@ def _figure(profiles: list[Profile], n_layers: int, selection: Selection) -> Non
     left, right = st.columns([1, 5])
     with left:
         figure_downloads(lambda: depth_figure(panels, n_layers, layers, "light"), "depth", "home")
-    right.caption("Click a layer or a point to select it on every page; with Shift, several. Bands are 95 % intervals where a run has them.")
+    right.caption(
+        "Click a layer or a point to select it on every page; with Shift, several. Bands are 95 % intervals where a run has them."
+    )
 
 
 def _explain(profiles: list[Profile], runs: list[Run]) -> None:
     with st.expander("What am I looking at?", icon=":material/help:"):
         for profile in profiles:
-            st.markdown(f"**{profile.title}** ({catalogue.label(profile.analysis)}, run `{profile.run}`). {profile.caption}")
+            st.markdown(
+                f"**{profile.title}** ({catalogue.label(profile.analysis)}, run `{profile.run}`). {profile.caption}"
+            )
         worst = [run.name for run in runs if not run.provenance.get("faithfulness", {}).get("holds", True)]
         if worst:
-            st.warning(f"The model's identities did not all hold in {', '.join(worst)}: see the Model page.", icon=":material/warning:")
+            st.warning(
+                f"The model's identities did not all hold in {', '.join(worst)}: see the Model page.",
+                icon=":material/warning:",
+            )
 
 
 def _at_layers(profiles: list[Profile], selection: Selection) -> None:
-    tables = [p.table.assign(analysis=catalogue.label(p.analysis), profile=p.title, unit=p.unit, run=p.run) for p in profiles]
+    tables = [
+        p.table.assign(analysis=catalogue.label(p.analysis), profile=p.title, unit=p.unit, run=p.run) for p in profiles
+    ]
     columns = ["layer", "analysis", "profile", "value", "ci_low", "ci_high", "unit", "run"]
     table = pd.concat(tables, ignore_index=True).reindex(columns=columns)
     cut = table[table["layer"].isin(selection.layers)] if selection.layers else table

@@ -30,7 +30,12 @@ def draw() -> None:
         "logits. Every result carries this stamp."
     )
     loading = draw_model()
-    if st.button("Load and check", type="primary", key="model:check", help="Loads the model in the worker process; seconds to minutes."):
+    if st.button(
+        "Load and check",
+        type="primary",
+        key="model:check",
+        help="Loads the model in the worker process; seconds to minutes.",
+    ):
         try:
             st.session_state[JOB] = queue().submit(Request("check", loading))
         except UserError as error:
@@ -51,7 +56,18 @@ def draw() -> None:
 
 def _stamp(found: dict[str, Any]) -> None:
     st.subheader(str(found["ref"]), anchor=False)
-    names = ("architecture", "layers", "heads", "d_model", "vocabulary", "window", "backend", "dtype", "attention", "weights")
+    names = (
+        "architecture",
+        "layers",
+        "heads",
+        "d_model",
+        "vocabulary",
+        "window",
+        "backend",
+        "dtype",
+        "attention",
+        "weights",
+    )
     facts = pd.DataFrame([(name, str(found[name])) for name in names], columns=["what", "value"])
     left, right = st.columns([1, 2])
     left.dataframe(facts, hide_index=True, key="model:facts", alt="Sizes and settings of the model")
@@ -64,9 +80,17 @@ def _stamp(found: dict[str, Any]) -> None:
 
 def draw_identities(identities: list[dict[str, Any]], key: str) -> None:
     """The identities with their errors."""
-    rows = [{"holds": "✓ holds" if i["holds"] else "✗ FAILS", **{k: i[k] for k in ("name", "error", "tolerance")}} for i in identities]
-    config = {name: st.column_config.NumberColumn(name, format="%.1e", help="Relative to the largest value") for name in ("error", "tolerance")}
-    st.dataframe(pd.DataFrame(rows), hide_index=True, key=key, column_config=config, alt="Identities and their relative errors")
+    rows = [
+        {"holds": "✓ holds" if i["holds"] else "✗ FAILS", **{k: i[k] for k in ("name", "error", "tolerance")}}
+        for i in identities
+    ]
+    config = {
+        name: st.column_config.NumberColumn(name, format="%.1e", help="Relative to the largest value")
+        for name in ("error", "tolerance")
+    }
+    st.dataframe(
+        pd.DataFrame(rows), hide_index=True, key=key, column_config=config, alt="Identities and their relative errors"
+    )
 
 
 def _refused(refused: dict[str, str]) -> None:

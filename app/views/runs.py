@@ -25,7 +25,10 @@ def draw() -> None:
     runs = saved_runs()
     st.caption(f"Folder of runs: `{runs_root()}`")
     if not runs:
-        st.info("No saved run yet. Run an analysis, here or with `bathyscope run` into this folder.", icon=":material/water:")
+        st.info(
+            "No saved run yet. Run an analysis, here or with `bathyscope run` into this folder.",
+            icon=":material/water:",
+        )
         return
     st.dataframe(_table(runs), hide_index=True, key="runs:list", alt="Saved runs, newest first")
     opened, compared, deleted = st.tabs(["Open", "Compare two", "Delete"], key="runs:tab", on_change="rerun")
@@ -128,7 +131,9 @@ def _overlay(first: Run, second: Run) -> None:
     layers = [layer for layer in current().layers if layer < first.layers]
     st.markdown("**Layer by layer**")
     figure = restyled(depth_figure(panels, first.layers, layers, mode(), legend=True), mode())
-    st.plotly_chart(figure, key="compare:depth", config={"displaylogo": False}, alt=f"Profiles of {first.name} and {second.name}")
+    st.plotly_chart(
+        figure, key="compare:depth", config={"displaylogo": False}, alt=f"Profiles of {first.name} and {second.name}"
+    )
     figure_downloads(lambda: depth_figure(panels, first.layers, layers, "light", legend=True), "compared", "compare")
 
 
@@ -151,7 +156,12 @@ def _side_by_side(first: Run, second: Run) -> None:
                 st.error(str(error), icon=":material/broken_image:")
                 continue
             if specs:
-                name = st.selectbox("Figure", list(specs), key=f"compare:figure:{side}:{run.analysis}", format_func=lambda n, s=specs: s[n].title)
+                name = st.selectbox(
+                    "Figure",
+                    list(specs),
+                    key=f"compare:figure:{side}:{run.analysis}",
+                    format_func=lambda n, s=specs: s[n].title,
+                )
                 draw_figure(run, result, name, f"compare-{side}")
 
 

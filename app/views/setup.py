@@ -54,10 +54,20 @@ def draw_model() -> dict[str, Any]:
     with st.expander("How the model is loaded", key="keep:loading"):
         columns = st.columns(4)
         backend = columns[0].selectbox("Backend", list(BACKENDS), key="keep:backend", help="What runs the model.")
-        dtype = columns[1].selectbox("Precision", DTYPES, key="keep:dtype", help="auto: float32 on a CPU, the checkpoint's own on CUDA.")
-        attention = columns[2].selectbox("Attention", ATTENTIONS, key="keep:attention", help="The implementation of attention.")
+        dtype = columns[1].selectbox(
+            "Precision", DTYPES, key="keep:dtype", help="auto: float32 on a CPU, the checkpoint's own on CUDA."
+        )
+        attention = columns[2].selectbox(
+            "Attention", ATTENTIONS, key="keep:attention", help="The implementation of attention."
+        )
         device = columns[3].text_input("Device", "auto", key="keep:device", help="auto, cpu, cuda or cuda:N.")
-    return {"model": str(ref or "").strip(), "backend": backend, "dtype": dtype, "attention": attention, "device": device}
+    return {
+        "model": str(ref or "").strip(),
+        "backend": backend,
+        "dtype": dtype,
+        "attention": attention,
+        "device": device,
+    }
 
 
 def _copy(cls: type[Analysis], runs: list[Run]) -> None:
@@ -69,16 +79,26 @@ def _copy(cls: type[Analysis], runs: list[Run]) -> None:
         set_options(cls, names[st.session_state[f"copy:{cls.name}"]].record["options"])
 
     left, right = st.columns([3, 1], vertical_alignment="bottom")
-    left.selectbox("Start from the options of", list(names), key=f"copy:{cls.name}", help="A saved run of this analysis.")
+    left.selectbox(
+        "Start from the options of", list(names), key=f"copy:{cls.name}", help="A saved run of this analysis."
+    )
     right.button("Take its options", key=f"take:{cls.name}", on_click=take, width="stretch")
 
 
-def _start(cls: type[Analysis], loading: dict[str, Any], prompts: PromptSet | None, options: dict[str, Any], problem: str | None) -> None:
+def _start(
+    cls: type[Analysis],
+    loading: dict[str, Any],
+    prompts: PromptSet | None,
+    options: dict[str, Any],
+    problem: str | None,
+) -> None:
     key = f"keep:name:{cls.name}"
     if key not in st.session_state:
         st.session_state[key] = _free(cls.name)
     left, right = st.columns([2, 1], vertical_alignment="bottom")
-    name = left.text_input("Name of the run", key=key, help="Its folder inside the folder of runs, as `--out` on the command line.")
+    name = left.text_input(
+        "Name of the run", key=key, help="Its folder inside the folder of runs, as `--out` on the command line."
+    )
     replace = right.toggle("Replace a run of that name", key=f"replace:{cls.name}")
     run, cost, _ = st.columns([1, 1, 3])
     pressed = run.button("Run", type="primary", key=f"run:{cls.name}", disabled=problem is not None, width="stretch")
@@ -90,7 +110,13 @@ def _start(cls: type[Analysis], loading: dict[str, Any], prompts: PromptSet | No
         return
     try:
         request = Request(
-            "run" if pressed else "estimate", loading, cls.name, options, _file(cls, options, prompts), str(store_root()), _out(name, replace)
+            "run" if pressed else "estimate",
+            loading,
+            cls.name,
+            options,
+            _file(cls, options, prompts),
+            str(store_root()),
+            _out(name, replace),
         )
         st.session_state[f"job:{cls.name}"] = queue().submit(request)
     except UserError as error:

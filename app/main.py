@@ -14,10 +14,7 @@ import streamlit as st  # noqa: E402
 
 from app import catalogue  # noqa: E402
 from app.selection import KEY, KINDS, current, params_of  # noqa: E402
-from app.ui import selector  # noqa: E402
-
-# Widget keys that begin so outlive a change of page.
-KEEP = "keep:"
+from app.ui import keep, selector  # noqa: E402
 
 
 def pages() -> dict[str, list[object]]:
@@ -84,8 +81,7 @@ def main() -> None:
     """Draws the page that the address names, then the side bar, which may follow what the page offers."""
     st.set_page_config(page_title="Bathyscope", page_icon="🔭", layout="wide")
     st.html("<style>.stMainBlockContainer {padding-top: 3rem; padding-bottom: 4rem;}</style>")
-    for name in [str(name) for name in st.session_state if str(name).startswith(KEEP)]:
-        st.session_state[name] = st.session_state[name]
+    keep.keep()
     current()
     page = st.navigation(pages())
     page.run()

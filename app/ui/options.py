@@ -10,6 +10,7 @@ import streamlit as st
 
 from analyses.base import Analysis
 from analyses.options import choices, defaults_of, types_of
+from app.ui.keep import begin
 from probes.errors import OptionError
 
 FIRST = 6
@@ -76,8 +77,7 @@ def _shown(kind: Any, value: Any) -> Any:
 def _widget(cls: type[Analysis], field: dataclasses.Field[Any], kind: Any) -> Any:
     key, label, help_ = key_of(cls, field.name), field.name.replace("_", " "), field.metadata.get("help", "")
     start, legal = _shown(kind, field.default), choices(kind)
-    if key not in st.session_state:
-        st.session_state[key] = start
+    begin(key, start)
     low, high = field.metadata.get("low"), field.metadata.get("high")
     if typing.get_origin(kind) is tuple and legal:
         return st.multiselect(label, legal, key=key, help=help_)

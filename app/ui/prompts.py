@@ -8,6 +8,7 @@ import streamlit as st
 
 from analyses.base import Analysis
 from app.prompt_sets import MAX_LINES, PromptSet, check, shipped, typed, uploaded
+from app.ui.keep import begin
 from probes.errors import PromptError
 
 TYPED, UPLOADED, SHIPPED, NONE = "Typed", "Uploaded", "Shipped", "Made by the analysis"
@@ -20,10 +21,8 @@ def draw_prompts(cls: type[Analysis]) -> PromptSet | None:
     Raises:
         PromptError: a fault, with its line.
     """
-    if "keep:prompts:text" not in st.session_state:
-        st.session_state["keep:prompts:text"] = EXAMPLE
     how = st.segmented_control(
-        "Prompts", [TYPED, UPLOADED, SHIPPED, NONE], default=TYPED, key="keep:prompts:how",
+        "Prompts", [TYPED, UPLOADED, SHIPPED, NONE], key=begin("keep:prompts:how", TYPED),
         help="The same prompts are offered on every page, so that a second analysis finds their rows in the store.",
     )  # fmt: skip
     fields = ", ".join(f"`{name}`" for name in cls.prompt_fields)
@@ -31,7 +30,7 @@ def draw_prompts(cls: type[Analysis]) -> PromptSet | None:
         st.caption(f'A line may also carry {fields}, written as JSON: `{{"text": …, …}}`.')
     if how == TYPED:
         text = st.text_area(
-            "One prompt a line", key="keep:prompts:text", height=120,
+            "One prompt a line", key=begin("keep:prompts:text", EXAMPLE), height=120,
             help='Plain text, or JSON objects such as {"text": "…"} or {"tokens": [5, 6]} for token ids as they are.',
         )  # fmt: skip
         found = typed(text, cls.prompt_fields)

@@ -12,6 +12,7 @@ from app.jobs.queue import queue
 from app.places import run_folder, store_root
 from app.prompt_sets import PromptSet
 from app.saved import Run, saved_runs
+from app.ui.keep import begin, forget
 from app.ui.options import draw_options, set_options
 from app.ui.prompts import draw_prompts
 from probes.errors import OptionError, UserError
@@ -60,7 +61,7 @@ def draw_model() -> dict[str, Any]:
         attention = columns[2].selectbox(
             "Attention", ATTENTIONS, key="keep:attention", help="The implementation of attention."
         )
-        device = columns[3].text_input("Device", "auto", key="keep:device", help="auto, cpu, cuda or cuda:N.")
+        device = columns[3].text_input("Device", key=begin("keep:device", "auto"), help="auto, cpu, cuda or cuda:N.")
     return {
         "model": str(ref or "").strip(),
         "backend": backend,
@@ -92,9 +93,7 @@ def _start(
     options: dict[str, Any],
     problem: str | None,
 ) -> None:
-    key = f"keep:name:{cls.name}"
-    if key not in st.session_state:
-        st.session_state[key] = _free(cls.name)
+    key = begin(f"keep:name:{cls.name}", _free(cls.name))
     left, right = st.columns([2, 1], vertical_alignment="bottom")
     name = left.text_input(
         "Name of the run", key=key, help="Its folder inside the folder of runs, as `--out` on the command line."
@@ -123,7 +122,7 @@ def _start(
         st.error(str(error), icon=":material/block:")
         return
     if pressed:
-        st.session_state.pop(key, None)
+        forget(key)
         st.session_state[f"follow:{cls.name}"] = name
     st.rerun()
 

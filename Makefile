@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 FETCHED := $(VENV)/.fetched-$(MODEL)
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo app test lint bench clean
 
 setup: $(FETCHED)
 
@@ -30,6 +30,13 @@ $(FETCHED): $(INSTALLED)
 demo: $(FETCHED)
 	$(BIN)/bathyscope demo --out runs/demo
 
+runs/demo/report.html: | $(FETCHED)
+	$(BIN)/bathyscope demo --out runs/demo
+
+# Opens on the demo's saved runs, which are made once; APP='--no-browser --port 8600' passes flags.
+app: $(FETCHED) runs/demo/report.html
+	$(BIN)/bathyscope app --runs runs $(APP)
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -45,4 +52,4 @@ bench: $(INSTALLED)
 
 clean:
 	rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find probes analyses tests -name __pycache__ -prune -exec rm -rf {} +
+	find probes analyses app tests -name __pycache__ -prune -exec rm -rf {} +

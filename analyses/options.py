@@ -30,6 +30,11 @@ def types_of(cls: type) -> Mapping[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
+def defaults_of(cls: type) -> dict[str, Any]:
+    """The default of each option."""
+    return {field.name: field.default for field in dataclasses.fields(cls)}
+
+
 def validate(instance: Any) -> None:
     """Checks every option against its type's legal values and its range.
 

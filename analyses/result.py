@@ -51,7 +51,7 @@ class ProfileSpec:
 class Result:
     """What an analysis found.
 
-    On disk: `result.json`, `tables/*.parquet`, `figures/*.json`, `report.html`.
+    On disk: `result.json`, `tables/*.parquet`, `figures/*.json`, `profiles.json`, `report.html`.
     """
 
     analysis: str
@@ -127,6 +127,8 @@ class Result:
             table.to_parquet(folder / "tables" / f"{name}.parquet", index=False)
         for name in self.figures:
             (folder / "figures" / f"{name}.json").write_text(str(self.figure(name).to_json()), encoding="utf-8")
+        profiles = {name: _profile_record(spec, self.profile(name)) for name, spec in self.profiles.items()}
+        (folder / "profiles.json").write_text(json.dumps(profiles), encoding="utf-8")
         record = {
             "format": FORMAT,
             "analysis": self.analysis,
@@ -159,6 +161,11 @@ class Result:
         figures = ", ".join(self.figures)
         model = self.provenance["model"]["ref"]
         return f"<b>{self.analysis}</b> on {model}<ul>{rows}</ul>figures: {figures}"
+
+
+def _profile_record(spec: ProfileSpec, table: pd.DataFrame) -> dict[str, Any]:
+    said = {"title": spec.title, "unit": spec.unit, "caption": spec.caption}
+    return {**said, "columns": {str(name): table[name].tolist() for name in table}}
 
 
 def check_output(folder: Path) -> None:

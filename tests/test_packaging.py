@@ -44,6 +44,13 @@ def test_every_source_file_and_datum_of_the_packages_is_in_the_wheel(shipped: zi
     assert expected <= set(shipped.namelist())
 
 
+def test_the_dashboard_travels_as_data(shipped: zipfile.ZipFile) -> None:
+    own = {path.relative_to(ROOT).as_posix() for path in (ROOT / "app").rglob("*.py")}
+    carried = {name.removeprefix("analyses/data/dashboard/") for name in shipped.namelist() if "/dashboard/" in name}
+    assert "app/main.py" in own
+    assert carried == own
+
+
 def test_no_test_no_cache_no_pickle_is_shipped(shipped: zipfile.ZipFile) -> None:
     names = shipped.namelist()
     assert not [name for name in names if "test" in Path(name).name or "__pycache__" in name]
@@ -59,7 +66,7 @@ def test_the_command_and_the_extras(shipped: zipfile.ZipFile) -> None:
     scripts.read_string(about(shipped, "entry_points.txt").decode())
     assert dict(scripts["console_scripts"]) == {"bathyscope": "analyses.cli:main"}
     metadata = message_from_bytes(about(shipped, "METADATA"))
-    extras = {"app", "ray", "triton", "notebooks", "nnsight", "bench", "dev"}
+    extras = {"app", "bench", "datasets", "dev", "images", "nnsight", "notebooks", "ray", "triton"}
     assert set(metadata.get_all("Provides-Extra") or ()) == extras
     required = [line for line in metadata.get_all("Requires-Dist") or () if "extra ==" not in line]
     assert next(line for line in required if line.startswith("torch")) == "torch<2.14,>=2.8"

@@ -24,10 +24,11 @@ from analyses.back_patching.cases import (
 )
 from analyses.back_patching.figures import FIGURES
 from analyses.back_patching.grid import Cell, Held, Patched, Variant, cells_of, frame, mirrored, noise_like
+from analyses.back_patching.profiles import PROFILES
 from analyses.back_patching.stages import Patchscope, critical_layers, projections, resolutions, stages
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.options import option, validate
-from analyses.result import FigureSpec, Result
+from analyses.result import FigureSpec, ProfileSpec, Result
 from analyses.tasks.two_hop import sample
 from probes.activations import Activations
 from probes.capture import capture
@@ -75,6 +76,7 @@ class BackPatching(Analysis):
         "entity": check_text, "positions": check_ints, **dict.fromkeys(HOPS, check_text),
     }  # fmt: skip
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
+    profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
 
     def __post_init__(self) -> None:
         validate(self)

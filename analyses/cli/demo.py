@@ -18,6 +18,7 @@ from analyses.depth_use import DepthUse
 from analyses.latent_language import LatentLanguage
 from analyses.logit_lens import LogitLens
 from analyses.norm_removal import NormRemoval
+from analyses.rebuild import with_source
 from analyses.report import write_report
 from analyses.result import Result
 from analyses.voids import Voids
@@ -73,7 +74,7 @@ def demo(
         say(f"{analysis.title}: {len(lines)} prompts on {model.ref}")
         progress = ConsoleProgress()
         try:
-            result = analysis.run(model, lines, store=activations, progress=progress)
+            result = with_source(analysis.run(model, lines, store=activations, progress=progress), DEMO_PROMPTS)
         finally:
             progress.stop()
         result.save(out / analysis.name)

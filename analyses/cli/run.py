@@ -13,6 +13,7 @@ import typer
 from analyses.base import Analysis
 from analyses.cli.console import ConsoleProgress, say
 from analyses.cli.options import build, flags
+from analyses.rebuild import with_source
 from analyses.registry import ANALYSES
 from analyses.result import check_output
 from probes.capture import plan_capture
@@ -136,7 +137,7 @@ def run_analysis(
     analysis: Analysis, loading: Loading, prompts: Path | None, store: Path | None, out: Path | None, dry_run: bool
 ) -> None:
     """Checks everything that needs no model, then runs (or, dry, prints the cost) and saves."""
-    lines = _lines(analysis, prompts)
+    lines = lines_of(analysis, prompts)
     out = out or Path("runs") / analysis.name
     check_output(out)
     activations = ActivationStore(store)
@@ -144,14 +145,10 @@ def run_analysis(
     model = loading.load()
     try:
         if dry_run:
-            asked = analysis.collect(model, lines)
-            plan = plan_capture(model, [prompt.tokens for prompt in asked], analysis.needs(model), activations)
-            for line in estimate(model, [plan]).lines():
+            for line in cost(analysis, model, lines, activations):
                 say(line)
-            if analysis.max_new_tokens:
-                say(f"and up to {analysis.max_new_tokens} new tokens for each of {len(asked)} prompts")
             return
-        result = analysis.run(model, lines, store=activations, progress=progress)
+        result = with_source(analysis.run(model, lines, store=activations, progress=progress), prompts)
     finally:
         progress.stop()
     folder = result.save(out)
@@ -160,7 +157,21 @@ def run_analysis(
     say(f"report: {folder / 'report.html'}")
 
 
-def _lines(analysis: Analysis, prompts: Path | None) -> list[PromptLine]:
+def cost(analysis: Analysis, model: Model, lines: list[PromptLine], store: ActivationStore) -> list[str]:
+    """What a run would capture and take, line by line."""
+    asked = analysis.collect(model, lines)
+    plan = plan_capture(model, [prompt.tokens for prompt in asked], analysis.needs(model), store)
+    more = f"and up to {analysis.max_new_tokens} new tokens for each of {len(asked)} prompts"
+    return [*estimate(model, [plan]).lines(), *([more] if analysis.max_new_tokens else [])]
+
+
+def lines_of(analysis: Analysis, prompts: Path | None) -> list[PromptLine]:
+    """The validated lines of the prompt file, or none where the analysis makes its own.
+
+    Raises:
+        OptionError: it makes none, and no file was given.
+        PromptError: a fault in the file.
+    """
     if prompts is not None:
         return read_prompts(prompts, analysis.prompt_fields)
     if not analysis.makes_prompts:

@@ -22,6 +22,7 @@ from analyses.communication_channels.edits import (
     standard_changes,
 )
 from analyses.communication_channels.figures import FIGURES
+from analyses.communication_channels.profiles import PROFILES
 from analyses.communication_channels.scan import (
     PAIR,
     Null,
@@ -33,7 +34,7 @@ from analyses.communication_channels.scan import (
     scan,
 )
 from analyses.options import option, validate
-from analyses.result import FigureSpec, Result
+from analyses.result import FigureSpec, ProfileSpec, Result
 from analyses.statistics import cluster_bootstrap, wilson
 from analyses.tasks import ioi as tasks_ioi
 from analyses.tasks import laundry as tasks_laundry
@@ -80,6 +81,7 @@ class CommunicationChannels(Analysis):
     reference: ClassVar[str] = 'Merullo, Eickhoff and Pavlick 2024, "Talking Heads", arXiv 2406.09519'
     prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {}
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
+    profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
 
     def __post_init__(self) -> None:
         validate(self)

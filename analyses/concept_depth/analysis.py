@@ -23,9 +23,10 @@ from analyses.concept_depth.probing import (
     recipe_of,
     scores_table,
 )
+from analyses.concept_depth.profiles import PROFILES
 from analyses.concept_depth.prompts import FIELDS, LabelledSet, labelled_sets, noisy
 from analyses.options import option, validate
-from analyses.result import FigureSpec, Result
+from analyses.result import FigureSpec, ProfileSpec, Result
 from probes.activations import Activations
 from probes.capture import capture
 from probes.errors import OptionError, PromptError
@@ -79,6 +80,7 @@ class ConceptDepth(Analysis):
     reference: ClassVar[str] = 'Jin et al. 2024, "Exploring Concept Depth", arXiv 2404.07066'
     prompt_fields: ClassVar[Mapping[str, FieldCheck]] = FIELDS
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
+    profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
 
     def __post_init__(self) -> None:
         validate(self)

@@ -14,10 +14,11 @@ from analyses.depth_use.blocks import Part
 from analyses.depth_use.figures import FIGURES
 from analyses.depth_use.greedy import Distance
 from analyses.depth_use.maps import check_pair, map_table
+from analyses.depth_use.profiles import PROFILES
 from analyses.depth_use.study import Settings, run_study
 from analyses.depth_use.tokens import Rule, check_answer_from
 from analyses.options import option, validate
-from analyses.result import FigureSpec, Result
+from analyses.result import FigureSpec, ProfileSpec, Result
 from probes.activations import Activations
 from probes.capture import capture
 from probes.errors import PointError, PromptError
@@ -82,6 +83,7 @@ class DepthUse(Analysis):
         "label": check_label,
     }
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
+    profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
 
     def __post_init__(self) -> None:
         validate(self)

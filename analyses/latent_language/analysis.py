@@ -18,12 +18,13 @@ from analyses.latent_language.extras import EXTRAS, Extra, fitted_lens
 from analyses.latent_language.figures import FIGURES
 from analyses.latent_language.ids import Collide, Rule, SetRule
 from analyses.latent_language.items import Dropped, Item, check_targets, given_items, task_items, with_controls
+from analyses.latent_language.profiles import PROFILES
 from analyses.latent_language.prompts import Form, Framing, Task, queries
 from analyses.latent_language.read import LAST, Reader, Reading, prefixes
 from analyses.latent_language.settings import Settings
 from analyses.latent_language.words import read_words, shipped_words
 from analyses.options import option, validate
-from analyses.result import FigureSpec, Result
+from analyses.result import FigureSpec, ProfileSpec, Result
 from probes.errors import OptionError, PromptError
 from probes.models.base import Model
 from probes.needs import Need
@@ -91,6 +92,7 @@ class LatentLanguage(Analysis):
     )
     prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {"targets": check_targets}
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
+    profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
 
     def __post_init__(self) -> None:
         validate(self)

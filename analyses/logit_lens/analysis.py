@@ -13,8 +13,9 @@ from torch import Tensor
 
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result, token_text
 from analyses.logit_lens.figures import FIGURES
+from analyses.logit_lens.profiles import PROFILES
 from analyses.options import option, validate
-from analyses.result import FigureSpec, Result
+from analyses.result import FigureSpec, ProfileSpec, Result
 from probes import lens
 from probes.activations import Activations
 from probes.capture import capture
@@ -45,6 +46,7 @@ class LogitLens(Analysis):
     reference: ClassVar[str] = 'nostalgebraist 2020, "interpreting GPT: the logit lens"'
     prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {}
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
+    profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
 
     def __post_init__(self) -> None:
         validate(self)

@@ -14,10 +14,11 @@ from torch import Tensor
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.generation import Decoding, respond
 from analyses.options import option, validate
-from analyses.result import FigureSpec, Result
+from analyses.result import FigureSpec, ProfileSpec, Result
 from analyses.scoring import check_answer, check_choices, score_choices
 from analyses.voids import tables as voids_tables
 from analyses.voids.figures import FIGURES
+from analyses.voids.profiles import PROFILES
 from analyses.voids.readout import LAST, Reader, Tokens, gated_trace
 from analyses.voids.trace import Item, Trace, apply_rule, batch_threshold, token_frame
 from probes.activations import Activations
@@ -73,6 +74,7 @@ class Voids(Analysis):
     reference: ClassVar[str] = 'Shemiranifar 2025, "Void in Language Models", arXiv 2505.14467'
     prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {"choices": check_choices, "answer": check_answer}
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
+    profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
 
     def __post_init__(self) -> None:
         validate(self)

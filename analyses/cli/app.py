@@ -1,0 +1,83 @@
+"""`bathyscope app`: the dashboard in a browser. Imports nothing heavy, so that it opens at once."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import runpy
+import sys
+import threading
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from analyses.cli.console import say
+from probes.errors import OptionError
+
+LOCAL = "localhost"
+SETTINGS = {
+    "browser.gatherUsageStats": "false",
+    "client.toolbarMode": "minimal",
+    "runner.magicEnabled": "false",
+    "server.fileWatcherType": "none",
+    "server.maxUploadSize": "20",
+    "theme.light.primaryColor": "#0072B2",
+    "theme.dark.primaryColor": "#1F83C4",
+}
+"""Options of Streamlit: nothing is sent home, uploads are small, colours are those of the figures."""
+
+
+def main_script() -> Path:
+    """The dashboard's entry: that of the source checkout, else the one that the wheel carries as data.
+
+    Raises:
+        OptionError: neither is there.
+    """
+    checkout = Path(__file__).resolve().parents[2]
+    carried = Path(str(files("analyses").joinpath("data", "dashboard")))
+    for root in (checkout, carried):
+        if (root / "app" / "main.py").is_file():
+            return root / "app" / "main.py"
+    raise OptionError("the dashboard is not in this installation: install the wheel, or run from a source checkout")
+
+
+def open_app(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8501,
+    address: Annotated[
+        str, typer.Option(help="Address to listen on. Anyone who reaches it can run models and delete runs here.")
+    ] = LOCAL,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser window.")] = True,
+    runs: Annotated[Path, typer.Option("--runs", help="Folder of saved runs.")] = Path("runs"),
+    store: Annotated[
+        Path | None, typer.Option("--store", help="The activation store's folder; default in the user cache.")
+    ] = None,
+) -> None:
+    """Open the dashboard on the saved runs of a folder; runs nothing by itself."""
+    if importlib.util.find_spec("streamlit") is None:
+        raise OptionError("the dashboard needs Streamlit: pip install 'bathyscope[app]'")
+    if runs.is_file():
+        raise OptionError(f"--runs {str(runs)!r} is a file: give a folder")
+    script = main_script()
+    os.environ["BATHYSCOPE_RUNS"] = str(runs.expanduser().absolute())
+    if store is not None:
+        os.environ["BATHYSCOPE_STORE"] = str(store.expanduser().absolute())
+    settings = {**SETTINGS, "server.address": address, "server.port": str(port), "server.headless": str(not browser)}
+    say(f"dashboard: http://{address}:{port}   runs: {os.environ['BATHYSCOPE_RUNS']}   Ctrl-C ends it")
+    threading.Thread(target=_warm, daemon=True).start()
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    sys.argv = ["streamlit", "run", str(script), *flags]
+    runpy.run_module("streamlit", run_name="__main__", alter_sys=True)
+
+
+def _warm() -> None:
+    """Imports what the first page needs while the browser starts."""
+    for name in ("pandas", "pyarrow", "plotly.graph_objects", "plotly.subplots", "analyses.result"):
+        importlib.import_module(name)
+
+
+alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+"""The one command by itself."""
+alone.command("app")(open_app)

@@ -1,0 +1,54 @@
+"""Progress of a job: written for the dashboard to read, and stopped where it asks for that."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from app.jobs.protocol import Status, cancel_asked, write_status
+from probes.progress import Progress
+
+PAUSE = 0.1
+"""Seconds between two rewrites of a status."""
+NOTES = 12
+"""Lines kept of what is said."""
+
+
+class Cancelled(KeyboardInterrupt):
+    """A user wants the job to stop; what was committed stays, as after Ctrl-C on the command line."""
+
+
+class JobProgress(Progress):
+    """Writes how far a job is, and stops it where somebody asked for that."""
+
+    def __init__(self, folder: Path, closing: threading.Event) -> None:
+        self.folder, self.closing = folder, closing
+        self.status = Status("running", "starting", began=time.time())
+        self._written = 0.0
+        self.publish()
+
+    def start(self, total: int, what: str) -> None:
+        self.status = replace(self.status, what=what, done=0, total=total, began=time.time())
+        self.publish()
+
+    def advance(self, done: int = 1) -> None:
+        self.status = replace(self.status, done=self.status.done + done)
+        if time.time() - self._written >= PAUSE:
+            self.publish()
+        self._check()
+
+    def note(self, line: str) -> None:
+        self.status = replace(self.status, notes=(*self.status.notes, line)[-NOTES:])
+        self.publish()
+
+    def publish(self) -> None:
+        """Writes the status, then stops where that was asked for."""
+        self._written = time.time()
+        write_status(self.folder, self.status)
+        self._check()
+
+    def _check(self) -> None:
+        if self.closing.is_set() or cancel_asked(self.folder):
+            raise Cancelled

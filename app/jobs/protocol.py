@@ -1,0 +1,104 @@
+"""What dashboard and worker say to each other: one folder a job, with a request, a status and perhaps a wish to cancel.
+
+The dashboard writes `request.json` and then the job's name as a line to the worker's standard input. The worker rewrites
+`status.json` (whole, by rename) while it works. A file `cancel` asks it to stop at the next batch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Kind = Literal["run", "estimate", "check"]
+State = Literal["queued", "running", "done", "refused", "failed", "cancelled"]
+ENDED = ("done", "refused", "failed", "cancelled")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the worker is asked to do."""
+
+    kind: Kind
+    model: dict[str, Any]
+    """Keyword arguments of `analyses.cli.run.Loading`."""
+    analysis: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    prompts: str | None = None
+    """The prompt file, or None where the analysis makes its own."""
+    store: str = ""
+    out: str = ""
+    """Folder of the result."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a job is."""
+
+    state: State = "queued"
+    what: str = ""
+    """What is being counted, for instance `forward`; or what is being done."""
+    done: int = 0
+    total: int = 0
+    began: float = 0.0
+    """When this count began, in seconds of the clock."""
+    notes: tuple[str, ...] = ()
+    message: str = ""
+    """Why it ended, where it did not end well."""
+    lines: tuple[str, ...] = ()
+    """The cost, as a user reads it."""
+    answer: dict[str, Any] = field(default_factory=dict)
+    """What a check found, or counts of a run."""
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
+
+    def remaining(self, now: float | None = None) -> float | None:
+        """Seconds this count will still take, by its pace so far; None where nothing is known."""
+        if not self.done or not self.total or self.done >= self.total:
+            return None
+        elapsed = (time.time() if now is None else now) - self.began
+        return elapsed * (self.total - self.done) / self.done
+
+
+def write_request(folder: Path, request: Request) -> None:
+    """Puts a new job into `folder`."""
+    folder.mkdir(parents=True)
+    _write(folder / "request.json", asdict(request))
+    write_status(folder, Status())
+
+
+def read_request(folder: Path) -> Request:
+    """The request of a job."""
+    return Request(**json.loads((folder / "request.json").read_text(encoding="utf-8")))
+
+
+def write_status(folder: Path, status: Status) -> None:
+    """Replaces the job's status as a whole."""
+    _write(folder / "status.json", asdict(status))
+
+
+def read_status(folder: Path) -> Status:
+    """The job's status."""
+    record = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+    return Status(**{**record, "notes": tuple(record["notes"]), "lines": tuple(record["lines"])})
+
+
+def ask_to_cancel(folder: Path) -> None:
+    """Asks the worker to stop this job."""
+    (folder / "cancel").touch()
+
+
+def cancel_asked(folder: Path) -> bool:
+    """Whether somebody wants this job to stop."""
+    return (folder / "cancel").exists()
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(record, default=str), encoding="utf-8")
+    os.replace(draft, path)

@@ -1,0 +1,156 @@
+"""The dashboard's side of the worker: one process, one line of jobs, shared by all sessions."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import streamlit as st
+
+from app.jobs.protocol import (
+    Request,
+    Status,
+    ask_to_cancel,
+    cancel_asked,
+    read_request,
+    read_status,
+    write_request,
+    write_status,
+)
+from probes.errors import OptionError
+
+KEPT = 30
+"""Ended jobs whose folders are kept."""
+GRACE = 15.0
+"""Seconds after which a job that does not stop when asked is stopped with its process."""
+ROOT = Path(__file__).resolve().parents[2]
+"""The folder that holds `app`."""
+
+
+class JobQueue:
+    """Hands jobs to the worker and reads how far they are."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="bathyscope-jobs-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self._lock = threading.RLock()
+        self._worker: subprocess.Popen[str] | None = None
+        self._names: list[str] = []
+        self._ended: dict[str, Status] = {}
+        self._count = 0
+
+    def submit(self, request: Request) -> str:
+        """Adds a job to the line; returns its name.
+
+        Raises:
+            OptionError: another job in the line writes to the same folder.
+        """
+        with self._lock:
+            if request.kind == "run" and any(self.request(name).out == request.out for name in self.active()):
+                raise OptionError(
+                    f"a run named {Path(request.out).name!r} is under way: wait for it, or take another name"
+                )
+            self._count += 1
+            name = f"{self._count:06d}"
+            write_request(self.folder / name, request)
+            self._names.append(name)
+            self._tell(name)
+            self._forget()
+            return name
+
+    def request(self, name: str) -> Request:
+        """What a job was asked to do."""
+        return read_request(self.folder / name)
+
+    def knows(self, name: str | None) -> bool:
+        """Whether the job is still remembered."""
+        return name in self._names
+
+    def active(self) -> list[str]:
+        """Jobs that wait or run, in order."""
+        return [name for name in list(self._names) if not self.status(name).ended]
+
+    def status(self, name: str) -> Status:
+        """How far a job is; one whose worker died has failed."""
+        with self._lock:
+            if name in self._ended:
+                return self._ended[name]
+            status = read_status(self.folder / name)
+            if not status.ended:
+                status = self._overdue(name, status)
+            if status.ended:
+                self._ended[name] = status
+            return status
+
+    def cancel(self, name: str) -> None:
+        """Asks a job to stop; one that only waits never starts."""
+        ask_to_cancel(self.folder / name)
+
+    def close(self) -> None:
+        """Ends the worker."""
+        with self._lock:
+            if self._worker is not None:
+                self._worker.kill()
+                self._worker.wait()
+                self._worker = None
+
+    def _overdue(self, name: str, status: Status) -> Status:
+        code = self._worker.poll() if self._worker is not None else -1
+        folder = self.folder / name
+        if code is not None:
+            why = f"The worker process ended (exit code {code}), perhaps for want of memory. What was captured stays; run it again."
+            ended = replace(status, state="failed", message=why)
+        elif cancel_asked(folder) and time.time() - (folder / "cancel").stat().st_mtime > GRACE:
+            self.close()
+            why = "Stopped with its process, since it did not stop by itself. What was captured stays in the store."
+            ended = replace(status, state="cancelled", message=why)
+        else:
+            return status
+        write_status(folder, ended)
+        self._resume(name)
+        return ended
+
+    def _resume(self, name: str) -> None:
+        """Gives the jobs behind `name` to a new worker."""
+        behind = self._names[self._names.index(name) + 1 :]
+        waiting = [other for other in behind if not read_status(self.folder / other).ended]
+        self._worker = None
+        for other in waiting:
+            self._tell(other)
+
+    def _tell(self, name: str) -> None:
+        if self._worker is None or self._worker.poll() is not None:
+            self._worker = self._start()
+        assert self._worker.stdin is not None
+        self._worker.stdin.write(name + "\n")
+        self._worker.stdin.flush()
+
+    def _start(self) -> subprocess.Popen[str]:
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "app.jobs.worker", str(self.folder)],
+            stdin=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,
+        )
+
+    def _forget(self) -> None:
+        for name in [name for name in self._names if name in self._ended][:-KEPT]:
+            self._names.remove(name)
+            self._ended.pop(name)
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+@st.cache_resource(max_entries=1, show_spinner=False)
+def queue() -> JobQueue:
+    """The one queue of this server."""
+    return JobQueue()

@@ -1,0 +1,105 @@
+"""The dashboard's entry: `streamlit run app/main.py`, or `bathyscope app`."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+ROOT = str(Path(__file__).resolve().parents[1])
+if sys.path[0] != ROOT:
+    sys.path.insert(0, ROOT)
+
+import streamlit as st  # noqa: E402
+
+from app import catalogue  # noqa: E402
+from app.selection import KEY, KINDS, current, params_of  # noqa: E402
+from app.ui import keep, selector  # noqa: E402
+
+
+def pages() -> dict[str, list[object]]:
+    """Every page: home, one for each registered analysis, and what belongs to all of them."""
+    return {
+        "": [st.Page(_home, title="Home", icon=":material/water:", default=True)],
+        "Analyses": [
+            st.Page(partial(_analysis, name), title=catalogue.label(name), url_path=name, icon=":material/layers:")
+            for name in catalogue.names()
+        ],
+        "Kept": [
+            st.Page(_runs, title="Runs", url_path="runs", icon=":material/folder_open:"),
+            st.Page(_store, title="Store", url_path="store", icon=":material/database:"),
+            st.Page(_model, title="Model", url_path="model", icon=":material/fact_check:"),
+        ],
+    }
+
+
+def _home() -> None:
+    from app.views import home
+
+    home.draw()
+
+
+def _analysis(name: str) -> None:
+    if not catalogue.ready():
+        with st.spinner("Importing the analyses; this takes a few seconds, once."):
+            catalogue.load()
+    from app.views import analysis
+
+    analysis.draw(name)
+
+
+def _runs() -> None:
+    from app.views import runs
+
+    runs.draw()
+
+
+def _store() -> None:
+    from app.views import store
+
+    store.draw()
+
+
+def _model() -> None:
+    from app.views import model
+
+    model.draw()
+
+
+def _working() -> None:
+    """Jobs under way, whoever started them."""
+    from app.jobs.queue import queue
+    from app.ui import progress
+
+    mine = {value for name, value in st.session_state.items() if str(name).startswith("job:")}
+    for name in queue().active():
+        if name not in mine:
+            st.caption(f":material/hourglass_top: In another window: {progress.title_of(queue().request(name))}")
+
+
+def main() -> None:
+    """Draws the page that the address names, then the side bar, which may follow what the page offers."""
+    st.set_page_config(page_title="Bathyscope", page_icon="🔭", layout="wide")
+    st.html("<style>.stMainBlockContainer {padding-top: 3rem; padding-bottom: 4rem;}</style>")
+    keep.keep()
+    current()
+    page = st.navigation(pages())
+    page.run()
+    with st.sidebar:
+        _working()
+        selector.draw()
+    _address()
+    catalogue.load_soon()
+
+
+def _address() -> None:
+    """Keeps the selection in the address, so that it can be sent to somebody."""
+    wanted = params_of(st.session_state[KEY])
+    for kind in KINDS:
+        if kind in wanted and st.query_params.get(kind) != wanted[kind]:
+            st.query_params[kind] = wanted[kind]
+        elif kind not in wanted and kind in st.query_params:
+            del st.query_params[kind]
+
+
+main()

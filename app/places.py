@@ -1,0 +1,41 @@
+"""Where the dashboard reads and writes."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from probes.errors import OptionError
+from probes.paths import cache_root
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
+"""What a run may be called: no separators, so that it stays in the folder of runs."""
+
+
+def runs_root() -> Path:
+    """The folder of saved runs: `$BATHYSCOPE_RUNS`, or `runs` where the dashboard was started."""
+    return Path(os.environ.get("BATHYSCOPE_RUNS") or "runs").expanduser().absolute()
+
+
+def store_root() -> Path:
+    """The activation store's folder, as every command finds it."""
+    return Path(os.environ.get("BATHYSCOPE_STORE") or cache_root() / "store").expanduser().absolute()
+
+
+def prompts_root() -> Path:
+    """Where prompt files of runs started here are kept, named by their content."""
+    return runs_root() / ".prompts"
+
+
+def run_folder(name: str) -> Path:
+    """The folder of a new run of that name.
+
+    Raises:
+        OptionError: a name that is not a plain folder name.
+    """
+    if not NAME.fullmatch(name) or name.endswith("."):
+        raise OptionError(
+            f"run name {name!r}: use letters, digits, dots, dashes and underscores, beginning with a letter or digit"
+        )
+    return runs_root() / name

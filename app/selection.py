@@ -1,0 +1,123 @@
+"""What is selected: layers, prompts, tokens and heads. Chosen anywhere, kept for the session and in the address, followed everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+KEY = "selection"
+KINDS = ("layers", "prompts", "tokens", "heads")
+LAYERS = ("layer", "source_layer", "target_layer", "skipped", "affected", "start")
+"""Columns that hold a layer."""
+HEADS = (("source_layer", "source_head"), ("target_layer", "target_head"), ("layer", "head"))
+"""Pairs of columns that together hold a head."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Empty means everything."""
+
+    layers: tuple[int, ...] = ()
+    prompts: tuple[int, ...] = ()
+    """Indices of prompts."""
+    tokens: tuple[int, ...] = ()
+    """Positions within a prompt."""
+    heads: tuple[str, ...] = ()
+    """Each `layer.head`, both from 0."""
+
+    def __bool__(self) -> bool:
+        return any(getattr(self, kind) for kind in KINDS)
+
+    def text(self) -> str:
+        """What is selected, in words."""
+        parts = [f"{kind} {', '.join(map(str, getattr(self, kind)))}" for kind in KINDS if getattr(self, kind)]
+        return "; ".join(parts) or "everything"
+
+
+def parse(params: Mapping[str, str]) -> Selection:
+    """The selection that an address names; what is not a number is passed over."""
+    numbers = {kind: _numbers(params.get(kind, "")) for kind in KINDS[:3]}
+    heads = [part.strip() for part in params.get("heads", "").split(",")]
+    return Selection(**numbers, heads=tuple(dict.fromkeys(h for h in heads if _is_head(h))))
+
+
+def params_of(selection: Selection) -> dict[str, str]:
+    """The address's part for a selection."""
+    return {kind: ",".join(map(str, getattr(selection, kind))) for kind in KINDS if getattr(selection, kind)}
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(sorted({int(part) for part in text.split(",") if part.strip().isdecimal() and len(part) < 8}))
+
+
+def _is_head(text: str) -> bool:
+    layer, dot, head = text.partition(".")
+    return bool(dot) and layer.isdecimal() and head.isdecimal()
+
+
+def current() -> Selection:
+    """This session's selection, at first the one the address names."""
+    if KEY not in st.session_state:
+        st.session_state[KEY] = parse(st.query_params.to_dict())
+    found: Selection = st.session_state[KEY]
+    return found
+
+
+def select(
+    *,
+    layers: Iterable[int] | None = None,
+    prompts: Iterable[int] | None = None,
+    tokens: Iterable[int] | None = None,
+    heads: Iterable[str] | None = None,
+) -> None:
+    """Replaces the given kinds of this session's selection, keeping the others."""
+    now = current()
+    st.session_state[KEY] = Selection(
+        now.layers if layers is None else tuple(sorted(set(layers))),
+        now.prompts if prompts is None else tuple(sorted(set(prompts))),
+        now.tokens if tokens is None else tuple(sorted(set(tokens))),
+        now.heads if heads is None else tuple(dict.fromkeys(heads)),
+    )
+
+
+def clear() -> None:
+    """Selects everything again."""
+    select(layers=(), prompts=(), tokens=(), heads=())
+
+
+def narrowed(table: pd.DataFrame, selection: Selection) -> pd.DataFrame:
+    """The rows of a table that the selection names, as far as its columns say."""
+    keep = pd.Series(True, index=table.index)
+    if selection.layers and (columns := [c for c in LAYERS if c in table]):
+        keep &= table[columns].isin(selection.layers).any(axis=1)
+    if selection.prompts and "prompt" in table:
+        keep &= table["prompt"].isin(selection.prompts)
+    if selection.tokens and "position" in table and pd.api.types.is_integer_dtype(table["position"]):
+        keep &= table["position"].isin(selection.tokens)
+    pairs = [pair for pair in HEADS if set(pair) <= set(table)]
+    if selection.heads and pairs:
+        keep &= pd.concat([_head_names(table, pair).isin(selection.heads) for pair in pairs], axis=1).any(axis=1)
+    return table[keep]
+
+
+def _head_names(table: pd.DataFrame, pair: tuple[str, str]) -> pd.Series:
+    return table[pair[0]].astype(str) + "." + table[pair[1]].astype(str)
+
+
+def named_by(rows: pd.DataFrame) -> dict[str, Any]:
+    """What chosen rows of a table name, by kind."""
+    found: dict[str, Any] = {}
+    columns = {"layers": [c for c in LAYERS if c in rows], "prompts": ["prompt"], "tokens": ["position"]}
+    for kind, names in columns.items():
+        whole = [c for c in names if c in rows and pd.api.types.is_integer_dtype(rows[c])]
+        values = sorted({int(v) for c in whole for v in rows[c]})
+        if values:
+            found[kind] = values
+    heads = [name for pair in HEADS if set(pair) <= set(rows) for name in _head_names(rows, pair)]
+    if heads:
+        found["heads"] = list(dict.fromkeys(heads))
+    return found

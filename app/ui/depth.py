@@ -1,0 +1,93 @@
+"""The depth figure: the model as a column of layers, and every profile beside it on the same axis."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from analyses.theme import band, finish
+from app.saved import Profile
+from app.ui.theme import INK, LINE, SELECTED
+
+COLUMN = "#9fb3c4"
+CHOSEN = "#E69F00"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One profile, or several laid over one another."""
+
+    title: str
+    unit: str
+    curves: tuple[tuple[str, str, Profile], ...]
+    """(name, colour, profile)."""
+
+
+def depth_figure(
+    panels: Sequence[Panel], n_layers: int, layers: Sequence[int], mode: str, legend: bool = False
+) -> go.Figure:
+    """Layer 0 at the bottom; `layers` are marked across all panels."""
+    titles = ["layers", *("<br>".join(textwrap.wrap(panel.title, 17)) for panel in panels)]
+    widths = [0.42, *[1.0] * len(panels)]
+    figure = make_subplots(
+        rows=1, cols=len(widths), shared_yaxes=True, column_widths=widths, subplot_titles=titles,
+        horizontal_spacing=min(0.014, 0.3 / len(widths)),
+    )  # fmt: skip
+    _column(figure, n_layers, layers)
+    for number, panel in enumerate(panels, 2):
+        for name, colour, profile in panel.curves:
+            _curve(figure, number, name, colour, profile, legend and number == 2)
+    finish(figure, x="", y="", height=max(430, 17 * n_layers + 190))
+    _axes(figure, panels, n_layers, mode)
+    for layer in layers:
+        figure.add_hrect(
+            y0=layer - 0.5, y1=layer + 0.5, fillcolor=SELECTED[mode], line_width=0, layer="below", row=1, col="all"
+        )
+    return figure
+
+
+def _column(figure: go.Figure, n_layers: int, layers: Sequence[int]) -> None:
+    every = list(range(n_layers))
+    figure.add_bar(
+        y=every, x=[1] * n_layers, orientation="h", name="layer", showlegend=False, row=1, col=1, text=every,
+        textposition="inside", insidetextanchor="middle", textangle=0, textfont={"size": 10, "color": "#101820"},
+        marker={"color": [CHOSEN if layer in layers else COLUMN for layer in every], "line": {"width": 0}},
+        hovertemplate="layer %{y}: click to select<extra></extra>",
+    )  # fmt: skip
+
+
+def _curve(figure: go.Figure, column: int, name: str, colour: str, profile: Profile, legend: bool) -> None:
+    table = profile.table
+    if {"ci_low", "ci_high"} <= set(table):
+        shade = go.Figure()
+        # A band between two curves over the same depth: x and y change places.
+        band(shade, table["layer"], table["ci_low"], table["ci_high"], colour)
+        for trace in shade.data:
+            trace.x, trace.y = trace.y, trace.x
+            trace.update(fill="tonextx" if trace.fill else None)
+            figure.add_trace(trace, row=1, col=column)
+    figure.add_scatter(
+        x=table["value"], y=table["layer"], mode="lines+markers", name=name, line={"color": colour, "width": 1.6},
+        marker={"size": 5}, showlegend=legend, row=1, col=column,
+        hovertemplate=f"{profile.title}<br>layer %{{y}}: %{{x:.4g}} {profile.unit}<br>{name}<extra></extra>",
+    )  # fmt: skip
+
+
+def _axes(figure: go.Figure, panels: Sequence[Panel], n_layers: int, mode: str) -> None:
+    figure.update_yaxes(
+        range=[-0.7, n_layers - 0.3], dtick=1 if n_layers <= 16 else 5, gridcolor=LINE[mode], zeroline=False
+    )
+    figure.update_yaxes(title="layer", row=1, col=1)
+    figure.update_xaxes(gridcolor=LINE[mode], zerolinecolor=LINE[mode], nticks=4, tickfont={"size": 10}, tickangle=0)
+    figure.update_xaxes(visible=False, row=1, col=1)
+    for number, panel in enumerate(panels, 2):
+        unit = "<br>".join(textwrap.wrap(panel.unit, 18))
+        figure.update_xaxes(title={"text": unit, "font": {"size": 11}, "standoff": 6}, row=1, col=number)
+    figure.update_annotations(font={"size": 12, "color": INK[mode]})
+    figure.update_layout(
+        bargap=0.14, margin={"t": 76, "b": 70, "l": 56, "r": 12}, legend={"y": -0.16, "yanchor": "top"}
+    )

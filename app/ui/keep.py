@@ -1,0 +1,41 @@
+"""Widget values that outlive a change of page: those whose key begins with `keep:`.
+
+Streamlit forgets a widget that a run did not draw; a copy of its value beside the widgets brings it back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import streamlit as st
+
+PREFIX = "keep:"
+_COPY = "kept"
+
+
+def keep() -> None:
+    """Copies what widgets hold, and gives back what they forgot; call it before any is drawn."""
+    kept = _copy()
+    kept.update({str(name): value for name, value in st.session_state.items() if str(name).startswith(PREFIX)})
+    for name, value in kept.items():
+        st.session_state[name] = value
+
+
+def begin(name: str, value: Any) -> str:
+    """Gives a widget its first value, unless it has one; returns its key."""
+    if name not in st.session_state:
+        st.session_state[name] = value
+    return name
+
+
+def forget(name: str) -> None:
+    """Lets a widget begin anew."""
+    _copy().pop(name, None)
+    st.session_state.pop(name, None)
+
+
+def _copy() -> dict[str, Any]:
+    if _COPY not in st.session_state:
+        st.session_state[_COPY] = {}
+    found: dict[str, Any] = st.session_state[_COPY]
+    return found

@@ -1,0 +1,120 @@
+"""A saved run: its facts, its figures and its tables."""
+
+from __future__ import annotations
+
+import plotly.graph_objects as go
+import streamlit as st
+
+from analyses.registry import get_analysis
+from analyses.result import Result
+from app.saved import Run
+from app.selection import Selection, current, select
+from app.ui import selector
+from app.ui.figures import clicked_layers, data_of, drawn
+from app.ui.tables import draw_table
+from app.ui.takeaway import figure_downloads, rebuild
+from app.ui.theme import SELECTED, mode, restyled
+
+
+def draw_result(run: Run, result: Result, key: str) -> None:
+    """Everything a saved run has, one figure and one table at a time."""
+    selector.offer(_offer(str(run.folder), run.stamp, result))
+    draw_facts(run)
+    for note in result.notes:
+        st.caption(f":material/info: {note}")
+    if result.figures:
+        _figures(run, result, key)
+    st.subheader("Tables", anchor=False)
+    name = st.pills(
+        "Table",
+        list(result.tables),
+        default=next(iter(result.tables)),
+        key=f"table-of:{key}",
+        label_visibility="collapsed",
+    )
+    if name:
+        draw_table(result.tables[name], current(), f"{result.analysis}-{name}", f"{key}:{name}:{run.name}")
+    rebuild(run, result)
+
+
+def draw_facts(run: Run) -> None:
+    """Model, prompts, cost and faithfulness in a line."""
+    made, counts = run.provenance, run.provenance["counts"]
+    stamp = made["faithfulness"]
+    held = (
+        f":green-badge[{len(stamp['identities'])} identities hold]"
+        if stamp["holds"]
+        else ":red-badge[identities FAIL: see Model]"
+    )
+    facts = [
+        f":blue-badge[{run.model} · {run.layers} layers]",
+        f":gray-badge[{counts.get('prompts', 0):,} prompts, {counts.get('tokens', 0):,} tokens]",
+        f":gray-badge[{counts.get('forwards', 0):,} forward passes]",
+        f":gray-badge[{made['backend']} · {made['dtype']} · {made['attention']} · {made['device']}]",
+        f":gray-badge[{made.get('seconds', 0):.1f} s · {run.created[:16].replace('T', ' ')}]",
+        held,
+    ]
+    st.markdown(" ".join(facts))
+
+
+def _figures(run: Run, result: Result, key: str) -> None:
+    specs = result.figures
+    name = st.pills(
+        "Figure", list(specs), default=next(iter(specs)), key=f"figure-of:{key}", label_visibility="collapsed",
+        format_func=lambda n: specs[n].title,
+    )  # fmt: skip
+    if not name:
+        st.info("Choose a figure above.", icon=":material/arrow_upward:")
+        return
+    draw_figure(run, result, name, key)
+
+
+def draw_figure(run: Run, result: Result, name: str, key: str) -> None:
+    """One figure with what it says, its numbers and its downloads."""
+    spec, selection = result.figures[name], current()
+    figure, said = made_figure(str(run.folder), run.stamp, name, selection, mode(), result)
+    st.subheader(spec.title, anchor=False)
+    widget = f"figure:{key}:{name}"
+
+    def chosen() -> None:
+        points = [dict(point) for point in st.session_state[widget]["selection"]["points"]]
+        layers = clicked_layers(figure, points)
+        if layers is not None:
+            select(layers=layers)
+
+    st.plotly_chart(
+        figure, key=widget, on_select=chosen, selection_mode=("points", "box"),
+        width="content" if figure.layout.width else "stretch",
+        config={"displaylogo": False, "toImageButtonOptions": {"format": "svg", "filename": f"{result.analysis}-{name}"}},
+        alt=f"{spec.title}. {spec.caption}",
+    )  # fmt: skip
+    if said:
+        st.caption(f":material/filter_alt: {said}")
+    st.markdown(f"**What am I looking at?** {spec.caption}")
+    st.caption(f"Method: {get_analysis(result.analysis).reference}")
+    left, right = st.columns([1, 5])
+    with left:
+        figure_downloads(
+            lambda: made_figure(str(run.folder), run.stamp, name, selection, "light", result)[0],
+            f"{result.analysis}-{name}",
+            widget,
+        )
+    with right.expander("The numbers of this figure", key=f"numbers:{widget}", on_change="rerun") as numbers:
+        if numbers.open:
+            st.dataframe(
+                data_of(figure), hide_index=True, height=260, key=f"data:{widget}", alt=f"Numbers of {spec.title}"
+            )
+
+
+@st.cache_resource(max_entries=32, ttl=1800, show_spinner="Drawing …")
+def made_figure(
+    folder: str, stamp: int, name: str, selection: Selection, kind: str, _result: Result
+) -> tuple[go.Figure, str]:
+    """(figure, what it leaves out), drawn once for each run, selection and theme; not to be changed."""
+    figure, said = drawn(_result, name, selection, SELECTED[kind])
+    return restyled(figure, kind), said
+
+
+@st.cache_resource(max_entries=32, ttl=1800, show_spinner=False)
+def _offer(folder: str, stamp: int, _result: Result) -> selector.Offer:
+    return selector.offer_of(_result)

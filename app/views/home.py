@@ -1,0 +1,167 @@
+"""The first page: the model as a column of layers, and what every saved run says of each."""
+
+from __future__ import annotations
+
+import pandas as pd
+import streamlit as st
+
+from app import catalogue
+from app.places import runs_root
+from app.saved import Profile, Run, open_run, profiles_of, saved_runs
+from app.selection import Selection, current, narrowed, select
+from app.ui import selector
+from app.ui.depth import Panel, depth_figure
+from app.ui.takeaway import figure_downloads, table_downloads
+from app.ui.theme import colour_of, mode, restyled
+
+MOST = 12
+"""Panels drawn beside each other."""
+
+
+def draw() -> None:
+    """The page."""
+    runs = saved_runs()
+    st.title("Where in the depth does it happen?", anchor=False)
+    if not runs:
+        _empty()
+        return
+    models = list(dict.fromkeys(f"{run.model} · {run.layers} layers" for run in runs))
+    left, right = st.columns([1, 2])
+    model = left.selectbox("Model", models, key="keep:home:model", help="Runs on one model share one layer axis.")
+    mine = [run for run in runs if f"{run.model} · {run.layers} layers" == model]
+    newest = {run.analysis: run.name for run in reversed(mine)}
+    order = [name for name in catalogue.names() if name in newest] + [n for n in newest if n not in catalogue.names()]
+    chosen = right.multiselect(
+        "Saved runs", [run.name for run in mine], default=[newest[name] for name in order], key=f"home:runs:{model}",
+        help="The newest run of each analysis, unless you choose others.",
+    )  # fmt: skip
+    shown = [run for name in chosen for run in mine if run.name == name]
+    if not shown:
+        st.info("Choose a saved run above to see its layers.", icon=":material/arrow_upward:")
+        return
+    selector.offer(_offer(shown))
+    _profiles(shown)
+
+
+def _empty() -> None:
+    st.info(
+        f"No saved run in `{runs_root()}` yet. Open an analysis in the side bar and press **Run**, or start with "
+        "`bathyscope demo --out runs/demo`, which fills this page.",
+        icon=":material/water:",
+    )
+
+
+def _offer(runs: list[Run]) -> selector.Offer:
+    prompts = max((int(run.provenance["counts"].get("prompts", 0)) for run in runs), default=0)
+    seen: selector.Offer = st.session_state.get("offer", selector.Offer())
+    named = seen.prompts or dict.fromkeys(range(prompts), "")
+    return selector.Offer(runs[0].layers, named, seen.tokens, seen.heads)
+
+
+def _profiles(runs: list[Run]) -> None:
+    selection = current()
+    found = [profile for run in runs for profile in profiles_of(run)]
+    if not found:
+        st.info("These runs say nothing of single layers. Open them under Runs.", icon=":material/info:")
+        return
+    labels = {_label(profile, runs): profile for profile in found}
+    first = {profile.run: label for label, profile in reversed(labels.items())}
+    default = [label for label in labels if label in first.values()][:MOST]
+    wanted = st.pills(
+        "Profiles", list(labels), selection_mode="multi", default=default, key=f"home:profiles:{','.join(r.name for r in runs)}",
+        help="What is drawn for each layer. Up to twelve are drawn beside each other.",
+    )  # fmt: skip
+    profiles = [labels[label] for label in wanted][:MOST]
+    if not profiles:
+        st.info("Choose at least one profile.", icon=":material/arrow_upward:")
+        return
+    followed, said = _followed(profiles, runs, selection)
+    _figure(followed, runs[0].layers, selection)
+    if said:
+        st.caption(said)
+    _explain(followed, runs)
+    _at_layers(followed, selection)
+
+
+def _label(profile: Profile, runs: list[Run]) -> str:
+    several = sum(run.analysis == profile.analysis for run in runs) > 1
+    return f"{profile.title} ({profile.run})" if several else profile.title
+
+
+def _followed(profiles: list[Profile], runs: list[Run], selection: Selection) -> tuple[list[Profile], str]:
+    """The profiles of the selected prompts, tokens and heads, where a run's tables tell them apart."""
+    part = Selection(prompts=selection.prompts, tokens=selection.tokens, heads=selection.heads)
+    if not part:
+        return profiles, ""
+    made, whole = [], []
+    by_name = {run.name: run for run in runs}
+    for profile in profiles:
+        cut = _cut(profile, by_name[profile.run], part)
+        made.append(cut or profile)
+        whole += [] if cut else [profile.title]
+    said = f"Drawn from {part.text()}."
+    return made, said + (f" Not told apart, so over everything: {', '.join(whole)}." if whole else "")
+
+
+def _cut(profile: Profile, run: Run, part: Selection) -> Profile | None:
+    result = open_run(run)
+    tables = {name: narrowed(table, part) for name, table in result.tables.items()}
+    tables = {name: table if len(table) else result.tables[name] for name, table in tables.items()}
+    catalogue.load()
+    try:
+        table = result.profiles[profile.name].read(tables)
+    except (KeyError, ValueError, IndexError):
+        return None
+    if table["value"].to_numpy().tolist() == profile.table["value"].to_numpy().tolist():
+        return None
+    return Profile(profile.run, profile.analysis, profile.name, profile.title, profile.unit, profile.caption, table)
+
+
+def _figure(profiles: list[Profile], n_layers: int, selection: Selection) -> None:
+    order = list(catalogue.names())
+    panels = [Panel(p.title, p.unit, ((p.run, colour_of(p.analysis, order), p),)) for p in profiles]
+    layers = [layer for layer in selection.layers if layer < n_layers]
+
+    def chosen() -> None:
+        points = st.session_state["home:depth"]["selection"]["points"]
+        select(layers=sorted({int(point["y"]) for point in points if "y" in point}))
+
+    figure = restyled(depth_figure(panels, n_layers, layers, mode()), mode())
+    words = ", ".join(p.title for p in profiles)
+    st.plotly_chart(
+        figure, key="home:depth", on_select=chosen, selection_mode=("points", "box"), config={"displaylogo": False},
+        alt=f"One panel for each of {words}; layer 0 at the bottom of {n_layers}. The numbers are in the table below.",
+    )  # fmt: skip
+    left, right = st.columns([1, 5])
+    with left:
+        figure_downloads(lambda: depth_figure(panels, n_layers, layers, "light"), "depth", "home")
+    right.caption(
+        "Click a layer or a point to select it on every page; with Shift, several. Bands are 95 % intervals where a run has them."
+    )
+
+
+def _explain(profiles: list[Profile], runs: list[Run]) -> None:
+    with st.expander("What am I looking at?", icon=":material/help:"):
+        for profile in profiles:
+            st.markdown(
+                f"**{profile.title}** ({catalogue.label(profile.analysis)}, run `{profile.run}`). {profile.caption}"
+            )
+        worst = [run.name for run in runs if not run.provenance.get("faithfulness", {}).get("holds", True)]
+        if worst:
+            st.warning(
+                f"The model's identities did not all hold in {', '.join(worst)}: see the Model page.",
+                icon=":material/warning:",
+            )
+
+
+def _at_layers(profiles: list[Profile], selection: Selection) -> None:
+    tables = [
+        p.table.assign(analysis=catalogue.label(p.analysis), profile=p.title, unit=p.unit, run=p.run) for p in profiles
+    ]
+    columns = ["layer", "analysis", "profile", "value", "ci_low", "ci_high", "unit", "run"]
+    table = pd.concat(tables, ignore_index=True).reindex(columns=columns)
+    cut = table[table["layer"].isin(selection.layers)] if selection.layers else table
+    where = f"layers {', '.join(map(str, selection.layers))}" if selection.layers else "every layer"
+    st.subheader(f"The numbers at {where}", anchor=False)
+    st.dataframe(cut, hide_index=True, height=300, key="home:numbers", alt=f"Profile values at {where}")
+    table_downloads(cut, "profiles", "home-table")

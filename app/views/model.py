@@ -1,0 +1,119 @@
+"""The model: what it is, the identities it keeps, and the points it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+from app import catalogue
+from app.jobs.protocol import Request
+from app.jobs.queue import queue
+from app.saved import saved_runs
+from app.ui import progress
+from probes.errors import UserError
+
+JOB = "job:check"
+
+
+def draw() -> None:
+    """The page."""
+    if not catalogue.ready():
+        with st.spinner("Importing the analyses; this takes a few seconds, once."):
+            catalogue.load()
+    from app.views.setup import draw_model
+
+    st.title("Model", anchor=False)
+    st.caption(
+        "Loading a model checks, on a real forward pass, that the tensors read from it add up: streams to streams, the last lens to the "
+        "logits. Every result carries this stamp."
+    )
+    loading = draw_model()
+    if st.button(
+        "Load and check",
+        type="primary",
+        key="model:check",
+        help="Loads the model in the worker process; seconds to minutes.",
+    ):
+        try:
+            st.session_state[JOB] = queue().submit(Request("check", loading))
+        except UserError as error:
+            st.error(str(error), icon=":material/block:")
+        else:
+            st.rerun()
+    job = st.session_state.get(JOB)
+    if queue().knows(job):
+        status = queue().status(job)
+        if not status.ended:
+            progress.watch(job)
+        elif status.state == "done":
+            _stamp(status.answer)
+        else:
+            progress.ending(status)
+    _saved()
+
+
+def _stamp(found: dict[str, Any]) -> None:
+    st.subheader(str(found["ref"]), anchor=False)
+    names = (
+        "architecture",
+        "layers",
+        "heads",
+        "d_model",
+        "vocabulary",
+        "window",
+        "backend",
+        "dtype",
+        "attention",
+        "weights",
+    )
+    facts = pd.DataFrame([(name, str(found[name])) for name in names], columns=["what", "value"])
+    left, right = st.columns([1, 2])
+    left.dataframe(facts, hide_index=True, key="model:facts", alt="Sizes and settings of the model")
+    with right:
+        draw_identities(found["identities"], "model:identities")
+    _refused(found["refused"])
+    if not found["tokenizer"]:
+        st.info("This model came without a tokenizer: give prompts as token ids.", icon=":material/info:")
+
+
+def draw_identities(identities: list[dict[str, Any]], key: str) -> None:
+    """The identities with their errors."""
+    rows = [
+        {"holds": "✓ holds" if i["holds"] else "✗ FAILS", **{k: i[k] for k in ("name", "error", "tolerance")}}
+        for i in identities
+    ]
+    config = {
+        name: st.column_config.NumberColumn(name, format="%.1e", help="Relative to the largest value")
+        for name in ("error", "tolerance")
+    }
+    st.dataframe(
+        pd.DataFrame(rows), hide_index=True, key=key, column_config=config, alt="Identities and their relative errors"
+    )
+
+
+def _refused(refused: dict[str, str]) -> None:
+    if refused:
+        st.markdown("**Points this model does not have**")
+        table = pd.DataFrame(refused.items(), columns=["point", "reason"])
+        st.dataframe(table, hide_index=True, key="model:refused", alt="Points that are refused, with the reason")
+
+
+def _saved() -> None:
+    st.subheader("Models of the saved runs", anchor=False)
+    seen: dict[tuple[str, ...], Any] = {}
+    for run in saved_runs():
+        made = run.provenance
+        seen.setdefault((made["model"]["weights"], made["backend"], made["dtype"], made["attention"]), run)
+    if not seen:
+        st.info("No saved run yet.", icon=":material/water:")
+        return
+    for number, run in enumerate(list(seen.values())[:20]):
+        made, stamp = run.provenance, run.provenance["faithfulness"]
+        verdict = "all identities hold" if stamp["holds"] else "SOME IDENTITIES FAIL"
+        head = f"{run.model} · {made['model']['architecture']} · {run.layers} layers · {made['backend']} · {made['dtype']} · {verdict}"
+        with st.expander(head, expanded=number == 0, key=f"model:saved:{number}"):
+            draw_identities(stamp["identities"], f"model:saved-identities:{number}")
+            for point, reason in stamp["refused"].items():
+                st.caption(f"refused: `{point}`: {reason}")

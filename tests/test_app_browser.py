@@ -1,0 +1,275 @@
+"""The dashboard in a real browser: the journeys of a researcher who has never read the code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from app_server import CHROMIUM, Server, chromium, serve
+from families import make
+
+from analyses.result import Result
+
+REQUIRED = os.environ.get("REQUIRE_BROWSER") == "1"
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        not CHROMIUM.is_file() and not REQUIRED, reason="no Chromium; REQUIRE_BROWSER=1 makes this fail"
+    ),
+]
+PATIENCE = 90_000
+"""Milliseconds; the first run imports torch twice."""
+PROMPTS = [
+    {"tokens": ids, "targets": {"en": [11, 12], "zh": [21, 22]}} for ids in ([5, 6, 7, 8], [9, 10, 31], [33, 34])
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    make("llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("app")
+    with serve(folder / "runs", folder / "store", folder / "log.txt") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture
+def visit(browser: Any, server: Server) -> Iterator[Callable[..., Any]]:
+    """Opens a page of the dashboard in a session of its own."""
+    contexts = []
+
+    def open_page(path: str = "", ready: str = "h1") -> Any:
+        context = browser.new_context(viewport={"width": 1440, "height": 1400}, accept_downloads=True)
+        context.set_default_timeout(PATIENCE)
+        contexts.append(context)
+        page = context.new_page()
+        page.goto(f"{server.url}/{path}")
+        page.wait_for_selector(ready)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+def settle(page: Any) -> None:
+    """Waits until the page's script has run; nothing it drew may be a traceback."""
+    page.wait_for_timeout(200)  # what was done reaches the server
+    page.wait_for_function(
+        "document.querySelector('[data-testid=stApp]')?.getAttribute('data-test-script-state') === 'notRunning'"
+    )
+    page.get_by_role("button", name="Clear the selection").wait_for()  # drawn last
+    assert [found.inner_text() for found in page.query_selector_all("[data-testid=stException]")] == []
+
+
+def go(page: Any, name: str) -> None:
+    before = page.inner_text("h1")
+    page.get_by_test_id("stSidebarNav").get_by_role("link", name=name, exact=True).click()
+    page.wait_for_function("old => ![old, undefined].includes(document.querySelector('h1')?.innerText)", arg=before)
+    settle(page)
+
+
+def field(page: Any, label: str, text: str) -> None:
+    box = page.get_by_label(label, exact=True)
+    box.fill(text)
+    box.press("Control+Enter" if "prompt a line" in label else "Enter")
+    settle(page)
+
+
+def choose(page: Any, label: str, value: str) -> None:
+    """Types into a select box that takes what is not listed."""
+    box = page.get_by_role("combobox", name=re.compile(f"{label}$"))
+    box.click()
+    box.fill(value)
+    box.press("Enter")
+    settle(page)
+
+
+def unfold(page: Any, title: str) -> None:
+    """Opens an expander, unless it is open."""
+    box = page.locator("details", has=page.locator("summary", has_text=title)).last
+    box.wait_for()
+    if box.get_attribute("open") is None:
+        box.locator("summary").click()
+        settle(page)
+
+
+def set_up(page: Any, model: Path, prompts: list[dict[str, Any]], name: str) -> None:
+    """Fills the form of a new run."""
+    unfold(page, "New run")
+    choose(page, "Model", str(model))
+    field(page, "One prompt a line", "\n".join(map(json.dumps, prompts)))
+    field(page, "Name of the run", name)
+
+
+def click_layer(page: Any, layer: int) -> None:
+    """Clicks a layer in the column of layers; the figure answers to a pointer that rests on it."""
+    page.wait_for_selector(".bars .point")
+    page.wait_for_timeout(500)
+    box = page.locator(".bars .point").nth(layer).locator("path").bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 3, y)
+    page.mouse.move(x, y)
+    page.wait_for_timeout(300)
+    page.mouse.click(x, y)
+
+
+def press(page: Any, name: str) -> None:
+    page.get_by_role("button", name=name, exact=True).click()
+
+
+def test_from_first_start_to_a_download(visit: Callable[..., Any], server: Server, model: Path, tmp_path: Path) -> None:
+    page = visit()
+    page.get_by_text("No saved run in").wait_for()
+    go(page, "Voids")
+    set_up(page, model, PROMPTS, "first")
+    press(page, "Run")
+    page.get_by_text(re.compile(r"Done in .* 3 forward passes")).wait_for()
+    settle(page)
+
+    # The run is the one that the command line would have saved, and says how to make it again.
+    result = Result.load(server.runs / "first")
+    assert result.provenance["counts"]["forwards"] == 3
+    unfold(page, "Make this run again")
+    assert "bathyscope run voids" in page.inner_text("[data-testid=stCode]")
+
+    # A layer clicked on the home page is selected everywhere, and in the address.
+    go(page, "Home")
+    click_layer(page, 1)
+    page.wait_for_url("**layers=1**")
+    settle(page)
+    page.get_by_text("The numbers at layers 1").wait_for()
+
+    # The same prompts serve the next analysis without another forward pass.
+    go(page, "Latent language")
+    assert json.loads(page.get_by_label("One prompt a line", exact=True).input_value().splitlines()[0]) == PROMPTS[0]
+    press(page, "Run")
+    page.get_by_text("no forward pass: the store held everything").wait_for()
+    settle(page)
+    page.get_by_text("Marked: layers 1").wait_for()
+
+    for kind in ("CSV", "HTML", "SVG"):
+        page.get_by_test_id("stPopoverButton").first.click()
+        with page.expect_download() as waiting:
+            page.get_by_test_id("stPopoverBody").get_by_role("button", name=kind).click()
+        path = tmp_path / waiting.value.suggested_filename
+        waiting.value.save_as(path)
+        if kind == "CSV":
+            assert {"trace", "x", "y"} <= set(pd.read_csv(path).columns)
+        else:
+            assert ("<svg" if kind == "SVG" else "<html") in path.read_text()[:200]
+        page.keyboard.press("Escape")
+
+
+def test_a_cancelled_run_stops_and_goes_on_where_it_was(visit: Callable[..., Any], server: Server, model: Path) -> None:
+    page = visit("voids")
+    settle(page)
+    many = [{"tokens": [3 + i % 90, 4 + i // 90, 5]} for i in range(600)]
+    set_up(page, model, many, "long")
+    unfold(page, "more options")
+    field(page, "max new tokens", "60")
+    press(page, "Run")
+    page.get_by_text(re.compile(r"response: [1-9]\d* of 600")).wait_for()
+    press(page, "Cancel")
+    page.get_by_text("What was captured stays in the store").wait_for()
+    assert not (server.runs / "long").exists()
+    field(page, "max new tokens", "0")
+    field(page, "Name of the run", "short")
+    press(page, "Run")
+    page.get_by_text(re.compile(r"Done in")).wait_for()
+    assert Result.load(server.runs / "short").provenance["counts"]["prompts"] == 600
+
+
+def test_bad_input_is_refused_with_its_place(visit: Callable[..., Any], server: Server, model: Path) -> None:
+    page = visit("logit_lens")
+    settle(page)
+    set_up(page, model, PROMPTS, "../../escaped")
+    press(page, "Run")
+    page.get_by_text("run name '../../escaped'").wait_for()
+    field(page, "Name of the run", "nowhere")
+    choose(page, "Model", "no-such-model")
+    press(page, "Run")
+    page.get_by_text(
+        re.compile(
+            "no such model or folder: 'no-such-model'|unknown model 'no-such-model'|model 'no-such-model' is not"
+        )
+    ).wait_for()
+    page.get_by_text("Uploaded", exact=True).click()
+    settle(page)
+    long = "".join(json.dumps({"tokens": [5, 6]}) + "\n" for _ in range(100_000)).encode()
+    for name, data, said in (
+        ("broken.jsonl", b'{"tokens": [5]}\n{"tokens": [6\n', "broken.jsonl:2: not JSON"),
+        ("../../long.jsonl", long, "long.jsonl:10001: 100,000 lines"),
+    ):
+        page.set_input_files("input[type=file]", {"name": name, "mimeType": "application/json", "buffer": data})
+        page.get_by_text(said).wait_for()
+        assert page.get_by_role("button", name="Run", exact=True).is_disabled()
+    inside = {path.name for path in server.runs.parent.iterdir()}
+    assert inside <= {"runs", "store", "log.txt"}
+    assert not any("nowhere" in path.name or "escaped" in path.name for path in server.runs.rglob("*"))
+
+
+def test_two_sessions_do_not_disturb_each_other(visit: Callable[..., Any], server: Server, model: Path) -> None:
+    first, second = visit("logit_lens"), visit("logit_lens")
+    for page in (first, second):
+        settle(page)
+        set_up(page, model, PROMPTS, "same")
+    press(first, "Run")
+    press(second, "Run")
+    said = (
+        first.get_by_text(re.compile("Done in|named 'same' is")),
+        second.get_by_text(re.compile("Done in|named 'same' is")),
+    )
+    for words in said:
+        words.first.wait_for()
+    texts = [words.first.inner_text() for words in said]
+    assert sum("Done in" in text for text in texts) == 1, texts
+    assert Result.load(server.runs / "same").provenance["counts"]["prompts"] == 3
+    loser = first if "named" in texts[0] else second
+    field(loser, "Name of the run", "other")
+    press(loser, "Run")
+    loser.get_by_text(re.compile("Done in")).wait_for()
+    assert Result.load(server.runs / "other").tables["top"].equals(Result.load(server.runs / "same").tables["top"])
+    settle(first)
+    assert "layers=" not in first.url + second.url
+
+
+def test_a_saved_run_needs_no_model(visit: Callable[..., Any], server: Server, tmp_path: Path) -> None:
+    shutil.copytree(_saved(tmp_path), server.runs / "alone")
+    page = visit("runs?run=alone&layers=2")
+    settle(page)
+    page.get_by_text("Top token by layer and position".lower()).or_(page.get_by_text("Lens table")).first.wait_for()
+    page.wait_for_selector(".heatmaplayer image, .heatmaplayer .hm")
+    page.get_by_text("Marked: layers 2").wait_for()
+    page.get_by_role("tab", name="Delete").click()
+    settle(page)
+    assert page.get_by_role("button", name="Delete", exact=True).is_disabled()
+
+
+def _saved(folder: Path) -> Path:
+    """A saved run whose model is gone."""
+    from tiny import PROMPTS as IDS
+    from tiny import native
+
+    from analyses.logit_lens import LogitLens
+    from probes.store import ActivationStore
+
+    return LogitLens().run(native(), IDS, store=ActivationStore(folder / "store")).save(folder / "run")

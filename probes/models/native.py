@@ -17,6 +17,7 @@ from probes.errors import OptionError, PointError, PromptError
 from probes.models.attention import Attended, Watch, watched
 from probes.models.base import Context, Read, Shape, Unembedding, Write
 from probes.models.blocks import block_outputs
+from probes.models.display import Displayed
 from probes.models.identities import verify
 from probes.models.readout import unembedding_of
 from probes.models.recording import attention_layers
@@ -26,7 +27,7 @@ from probes.points import POINTS, Address
 _ORDER = {name: index for index, name in enumerate(POINTS)}
 
 
-class NativeModel:
+class NativeModel(Displayed):
     """A loaded transformers module behind the `Model` protocol; the module is never moved, cast or rewired.
 
     Args:

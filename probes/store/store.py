@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from probes.display import Fold, card, size
 from probes.errors import StoreError
 from probes.paths import cache_root
 from probes.store import maintenance, room
@@ -65,6 +66,18 @@ class ActivationStore:
         limit = "" if self.max_bytes is None else f" of {self.max_bytes:,}"
         index = self._index
         return f"ActivationStore({str(self.root)!r}: {index.nbytes():,}{limit} bytes in {len(index.shards())} shards)"
+
+    def _repr_html_(self) -> str:
+        shards = self._index.shards()
+        limit = "no limit but the disk" if self.max_bytes is None else f"at most {size(self.max_bytes)}"
+        listing = self.ls()
+        columns = ("weights", "backend", "dtype", "attention", "edits", "sequences", "features", "bytes")
+        rows = [
+            [f"{line[name]:,}" if name == "bytes" else line[name] for name in columns]
+            for line in listing.to_dict("records")
+        ]
+        facts = {"holds": f"{size(self.bytes_held())} in {len(shards):,} shards, {limit}"}
+        return card("ActivationStore", str(self.root), facts, [Fold(f"Contexts ({len(rows)})", columns, rows)])
 
     def __reduce__(self) -> tuple[type[ActivationStore], tuple[Path, int | None]]:
         return ActivationStore, (self.root, self.max_bytes)

@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 FETCHED := $(VENV)/.fetched-$(MODEL)
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo notebooks test lint bench clean
 
 setup: $(FETCHED)
 
@@ -29,6 +29,11 @@ $(FETCHED): $(INSTALLED)
 
 demo: $(FETCHED)
 	$(BIN)/bathyscope demo --out runs/demo
+
+notebooks: $(FETCHED)
+	mkdir -p runs/notebooks
+	PYTHONWARNINGS='ignore:IProgress not found' $(BIN)/jupyter-execute notebooks/*.ipynb --output '../runs/notebooks/{notebook_name}'
+	@echo 'with outputs, for any Jupyter front end or editor:' && ls runs/notebooks/*.ipynb
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -22,7 +22,7 @@ class Fold:
 
 def card(title: str, about: str, facts: Mapping[str, object], folds: Sequence[Fold] = ()) -> str:
     """HTML of a titled box: a line about the thing, its facts, and tables folded away. All text is escaped."""
-    lines = "".join(f"<tr><th style='{_CELL}'>{_text(k)}</th><td style='{_CELL}'>{_text(v)}</td></tr>" for k, v in facts.items())  # fmt: skip
+    lines = "".join(f"<tr><th style='{_CELL};white-space:nowrap'>{_text(k)}</th><td style='{_CELL}'>{_text(v)}</td></tr>" for k, v in facts.items())  # fmt: skip
     body = f"<div><b>{_text(title)}</b> <span style='opacity:.75'>{_text(about)}</span></div>"
     body += f"<table style='margin:4px 0'><tbody>{lines}</tbody></table>" if facts else ""
     body += "".join(_fold(fold) for fold in folds if fold.rows)

@@ -68,16 +68,13 @@ class ActivationStore:
         return f"ActivationStore({str(self.root)!r}: {index.nbytes():,}{limit} bytes in {len(index.shards())} shards)"
 
     def _repr_html_(self) -> str:
-        shards = self._index.shards()
+        n_shards = len(self._index.shards())
+        shards = "1 shard" if n_shards == 1 else f"{n_shards:,} shards"
         limit = "no limit but the disk" if self.max_bytes is None else f"at most {size(self.max_bytes)}"
-        listing = self.ls()
-        columns = ("weights", "backend", "dtype", "attention", "edits", "sequences", "features", "bytes")
-        rows = [
-            [f"{line[name]:,}" if name == "bytes" else line[name] for name in columns]
-            for line in listing.to_dict("records")
-        ]
-        facts = {"holds": f"{size(self.bytes_held())} in {len(shards):,} shards, {limit}"}
-        return card("ActivationStore", str(self.root), facts, [Fold(f"Contexts ({len(rows)})", columns, rows)])
+        listing = self.ls().drop(columns="last_used").to_dict("split")
+        folds = [Fold(f"Contexts ({len(listing['data'])})", listing["columns"], listing["data"])]
+        facts = {"holds": f"{size(self.bytes_held())} in {shards}, {limit}"}
+        return card("ActivationStore", str(self.root), facts, folds)
 
     def __reduce__(self) -> tuple[type[ActivationStore], tuple[Path, int | None]]:
         return ActivationStore, (self.root, self.max_bytes)

@@ -36,9 +36,9 @@ def band(figure: go.Figure, x: object, low: object, high: object, colour: str) -
     )
 
 
-def whiskers(mean: pd.Series, low: pd.Series, high: pd.Series, width: int = 0) -> dict[str, object]:
+def whiskers(mean: pd.Series, low: pd.Series, high: pd.Series, width: int = 0, **style: object) -> dict[str, object]:
     """The error bar of an interval around `mean`; `width` is that of its caps, in pixels."""
-    return {"type": "data", "array": high - mean, "arrayminus": mean - low, "thickness": 1, "width": width}
+    return {"type": "data", "array": high - mean, "arrayminus": mean - low, "thickness": 1, "width": width, **style}
 
 
 def menu(figure: go.Figure, labels: list[str], widths: list[int] | None = None) -> None:

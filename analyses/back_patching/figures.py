@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analyses.result import FigureSpec, Tables
-from analyses.theme import COLOURS, SCALE, finish
+from analyses.theme import COLOURS, SCALE, finish, whiskers
 
 POSITIONS = {"t1": "t1: the entity's last token", "t2": "t2: the prompt's last token"}
 STAGES = {
@@ -66,11 +66,10 @@ def rates(tables: Tables) -> go.Figure:
         for control in ("forward", "other_query", "noise", "wrong_answer"):
             for found in other[other["variant"] == control].itertuples():
                 bars.append((VARIANTS[control], found.oracle_rate, found.oracle_low, found.oracle_high))
-        names, values, lows, highs = zip(*bars, strict=True)
+        drawn = pd.DataFrame(bars, columns=["name", "rate", "low", "high"])
         figure.add_bar(
-            x=names, y=values, name=f"{POSITIONS.get(position, position)} (n = {row['n']})", marker_color=colour,
-            error_y={"type": "data", "array": [h - v for h, v in zip(highs, values, strict=True)],
-                     "arrayminus": [v - low for v, low in zip(values, lows, strict=True)], "thickness": 1, "width": 3},
+            x=drawn["name"], y=drawn["rate"], name=f"{POSITIONS.get(position, position)} (n = {row['n']})",
+            marker_color=colour, error_y=whiskers(drawn["rate"], drawn["low"], drawn["high"], 3),
         )  # fmt: skip
     finish(figure, x="", y=f"share of {chosen} questions")
     figure.update_yaxes(range=[0, 1.02], tickformat=".0%")

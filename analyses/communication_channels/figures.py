@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analyses.result import FigureSpec, Tables
-from analyses.theme import COLOURS, SCALE, band, finish
+from analyses.theme import COLOURS, SCALE, band, finish, whiskers
 
 PAIR = ["kind", "source_layer", "source_head", "target_layer", "target_head"]
 KIND = {"q": "into queries", "k": "into keys", "v": "into values"}
@@ -79,8 +79,7 @@ def score_against_effect(tables: Tables) -> go.Figure:
         figure.add_scatter(
             x=group["score"], y=group["change"], mode="markers", text=group["component"], showlegend=False,
             marker={"color": [COLOURS[1] if s else COLOURS[0] for s in strongest], "size": 7},
-            error_y={"type": "data", "array": group["ci_high"] - group["change"],
-                     "arrayminus": group["change"] - group["ci_low"], "thickness": 1, "width": 0},
+            error_y=whiskers(group["change"], group["ci_low"], group["ci_high"]),
             hovertemplate="component %{text}: CS %{x:.3f}, change %{y:.4f}<extra></extra>", row=1, col=column,
         )  # fmt: skip
     finish(figure, x="component score CS", y="change of attention (total variation)")
@@ -141,8 +140,7 @@ def laundry(tables: Tables) -> go.Figure:
         figure.add_scatter(
             x=mine["n_items"], y=mine["accuracy"], name=variant, mode="lines+markers",
             line={"color": COLOURS[colours[variant]], "dash": dash},
-            error_y={"type": "data", "array": mine["ci_high"] - mine["accuracy"],
-                     "arrayminus": mine["accuracy"] - mine["ci_low"], "thickness": 1, "width": 2},
+            error_y=whiskers(mine["accuracy"], mine["ci_low"], mine["ci_high"], 2),
         )  # fmt: skip
     lengths = sorted(set(table["n_items"]))
     figure.add_scatter(

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analyses.result import FigureSpec, Tables
-from analyses.theme import COLOURS, band, finish
+from analyses.theme import COLOURS, band, finish, whiskers
 
 GREY = "#777777"
 STATISTICS = {
@@ -112,8 +112,7 @@ def depths(tables: Tables) -> go.Figure:
         figure.add_scatter(
             x=table[name], y=[i + 0.14 * (2 - place) for i in range(len(table))], name=title, mode="markers",
             marker={"symbol": mark, "size": 11, "color": COLOURS[place], "line": {"width": 2, "color": COLOURS[place]}},
-            error_x={"type": "data", "array": table[f"{name}_high"] - table[name],
-                     "arrayminus": table[name] - table[f"{name}_low"], "thickness": 1, "width": 0, "color": COLOURS[place]},
+            error_x=whiskers(table[name], table[f"{name}_low"], table[f"{name}_high"], color=COLOURS[place]),
             customdata=labels, hovertemplate=f"%{{customdata}}<br>{title}: %{{x:.2f}}<extra></extra>",
         )  # fmt: skip
     finish(figure, x="relative depth", y="", height=140 + 90 * len(table))
@@ -136,7 +135,7 @@ def causal(tables: Tables) -> go.Figure:
             figure.add_scatter(
                 x=one["layer"] + shift, y=one[mean], name=f"{direction} direction", legendgroup=str(direction), showlegend=panel == 0,
                 mode="markers", marker={"color": colour, "size": 9},
-                error_y={"type": "data", "array": one[high] - one[mean], "arrayminus": one[mean] - one[low], "thickness": 1, "width": 4},
+                error_y=whiskers(one[mean], one[low], one[high], 4),
                 **_place(panel),
             )  # fmt: skip
     title = "change of margin (nats)" if answered else "KL (nats)"

@@ -8,7 +8,7 @@ from plotly.subplots import make_subplots
 
 from analyses.depth_use.figures_proxies import PROXY_FIGURES
 from analyses.result import FigureSpec, Tables
-from analyses.theme import COLOURS, SCALE, finish, visible, whiskers
+from analyses.theme import COLOURS, SCALE, finish, menu, visible, whiskers
 
 PART_NAMES = {"block": "whole block", "attn": "attention", "mlp": "MLP"}
 _VARIANT_NAMES = {
@@ -63,7 +63,7 @@ def skip_maps(tables: Tables) -> go.Figure:
             hovertemplate="block %{y} left out<br>block %{x} changes by %{z:.3f} (largest %{customdata:.2f})<extra></extra>",
         )  # fmt: skip
         labels.append(f"{PART_NAMES[key[1]]}, {_VARIANT_NAMES[key[0]]}")
-    _menu(figure, labels)
+    menu(figure, labels)
     finish(figure, x="later block whose contribution changes", y="block left out", height=660)
     figure.update_layout(margin={"t": 90})
     return figure
@@ -127,8 +127,8 @@ def erased_tokens(tables: Tables) -> go.Figure:
 def attributed_tokens(tables: Tables) -> go.Figure:
     """Layer by token: integrated gradients of the answer's probability; one prompt and part at a time."""
     table = tables["attribution"]
-    menu = [f"prompt {i}, {PART_NAMES[p]}" for i, p in zip(table["prompt"], table["part"], strict=True)]
-    return _token_map(table.assign(menu=menu), "attribution", "attribution (probability)", "RdBu", zmid=0)
+    named = [f"prompt {i}, {PART_NAMES[p]}" for i, p in zip(table["prompt"], table["part"], strict=True)]
+    return _token_map(table.assign(menu=named), "attribution", "attribution (probability)", "RdBu", zmid=0)
 
 
 def _token_map(table: pd.DataFrame, value: str, title: str, scale: str, **limits: float) -> go.Figure:
@@ -142,7 +142,7 @@ def _token_map(table: pd.DataFrame, value: str, title: str, scale: str, **limits
             hovertemplate="token %{x}<br>layer %{y}<br>" + title + " %{z:.4f}<extra></extra>",
         )  # fmt: skip
         labels.append(str(label))
-    _menu(figure, labels)
+    menu(figure, labels)
     finish(figure, x="position and token", y="layer", height=600)
     figure.update_xaxes(tickangle=-60)
     figure.update_layout(margin={"t": 90, "b": 110})
@@ -188,16 +188,6 @@ def linear_maps(tables: Tables) -> go.Figure:
     )  # fmt: skip
     figure.add_scatter(x=best, y=best.index, mode="markers", marker={"color": "white", "size": 7, "line": {"width": 1}}, name="best source layer")  # fmt: skip
     return finish(figure, x="source layer", y="target layer", height=620)
-
-
-def _menu(figure: go.Figure, labels: list[str]) -> None:
-    if len(labels) < 2:
-        return
-    buttons = [
-        {"label": label, "method": "update", "args": [{"visible": [i == shown for i in range(len(labels))]}]}
-        for shown, label in enumerate(labels)
-    ]
-    figure.update_layout(updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.03, "yanchor": "bottom"}])
 
 
 FIGURES = {

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analyses.result import FigureSpec, Tables
-from analyses.theme import COLOURS, SCALE, band, finish
+from analyses.theme import COLOURS, SCALE, band, finish, whiskers
 
 TARGETS = {
     "delta_ce_block": "loss without the block",
@@ -108,8 +108,7 @@ def foretelling(tables: Tables) -> go.Figure:
                 x=some["spearman"], y=[label(proxy) for proxy in some["proxy_a"]], mode="markers", name=name, visible=shown == 0,
                 marker={"color": colour, "size": 9, "line": {"width": 1, "color": "#555"}},
                 customdata=some[["ci_low", "ci_high", "p_value", "n"]],
-                error_x={"type": "data", "array": some["ci_high"] - some["spearman"], "thickness": 1, "width": 3,
-                         "arrayminus": some["spearman"] - some["ci_low"], "color": "#555"},
+                error_x=whiskers(some["spearman"], some["ci_low"], some["ci_high"], 3, color="#555"),
                 hovertemplate="%{y}: %{x:.2f} (%{customdata[0]:.2f} to %{customdata[1]:.2f})<br>p %{customdata[2]:.4f}, "
                               "%{customdata[3]} layers<extra></extra>",
             )  # fmt: skip
@@ -175,8 +174,7 @@ def measured_loss(tables: Tables) -> go.Figure:
         rows = table[(table["proxy"] == name) & (table["mean"] > 0)]
         figure.add_scatter(
             x=rows["mean"], y=rows["layer"], name=label(name), mode="lines+markers", line={"color": colour}, marker={"size": 5},
-            error_x={"type": "data", "array": rows["ci_high"] - rows["mean"], "thickness": 1, "width": 0,
-                     "arrayminus": rows["mean"] - rows["ci_low"].clip(lower=rows["mean"] / 10)},
+            error_x=whiskers(rows["mean"], rows["ci_low"].clip(lower=rows["mean"] / 10), rows["ci_high"]),
         )  # fmt: skip
     finish(figure, x="rise of the loss (nats per token, logarithmic)", y="layer", height=640)
     top = float(table.loc[table["proxy"].isin(shown), "ci_high"].max())
@@ -213,8 +211,7 @@ def windows(tables: Tables) -> go.Figure:
             figure.add_scatter(
                 x=rows[name], y=rows["start"], name=f"{width} blocks", mode="lines+markers", line={"color": colour},
                 legendgroup=str(width), showlegend=column == 1, marker={"size": 5}, row=1, col=column,
-                error_x={"type": "data", "array": rows[f"{name}_high"] - rows[name], "thickness": 1, "width": 0,
-                         "arrayminus": rows[name] - rows[f"{name}_low"]},
+                error_x=whiskers(rows[name], rows[f"{name}_low"], rows[f"{name}_high"]),
             )  # fmt: skip
     finish(figure, x="", y="first block of the window", height=560)
     figure.update_xaxes(title="relative error", rangemode="tozero", row=1, col=1)

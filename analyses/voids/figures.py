@@ -93,14 +93,8 @@ def against_alpha(tables: Tables) -> go.Figure:
     figure = make_subplots(rows=1, cols=len(panels), subplot_titles=panels)
     for number, curve in enumerate(curves):
         points, panel = curve.points.sort_values("alpha"), panels.index(curve.panel)
-        error = {
-            "type": "data",
-            "array": points["high"] - points["y"],
-            "arrayminus": points["y"] - points["low"],
-            "thickness": 1,
-        }
         figure.add_scatter(
-            x=points["alpha"], y=points["y"], error_y=error, name=curve.name, mode="lines+markers",
+            x=points["alpha"], y=points["y"], error_y=whiskers(points["y"], points["low"], points["high"], 3), name=curve.name, mode="lines+markers",
             line={"color": COLOURS[number % len(COLOURS)]}, row=1, col=panel + 1,
         )  # fmt: skip
     finish(figure, x="alpha", y="share", height=460)

@@ -147,8 +147,11 @@ def verify(module: nn.Module, guess: Anatomy, call: Call, ref: str, dtype: torch
     if not torch.isfinite(logits).all():
         raise ModelError(f"{ref}: the logits of a forward pass hold NaN or infinite values; try dtype float32")
     anatomy, seen, errors = _fitting(module, guess, call, tokens, ref, tolerance)
-    errors["logits of a hooked forward == logits"] = deviation(seen.need(Address("logits")), logits)
     last = seen.need(Address("resid_post", anatomy.n_layers - 1))
+    if anatomy.map.bare:
+        errors["last hidden state == resid_post"] = deviation(last, logits)
+    else:
+        errors["logits of a hooked forward == logits"] = deviation(seen.need(Address("logits")), logits)
     causal = deviation(last[1, :-1], last[0, :-1]) <= tolerance
     attended = attention_of(module, anatomy, call, tokens)
     anatomy, further = refusals(anatomy, seen, attended, causal, tolerance)

@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 FETCHED := $(VENV)/.fetched-$(MODEL)
 
-.PHONY: setup demo app test lint bench clean
+.PHONY: setup demo app notebooks test lint bench clean
 
 setup: $(FETCHED)
 
@@ -36,6 +36,11 @@ runs/demo/report.html: | $(FETCHED)
 # Opens on the demo's saved runs, which are made once; APP='--no-browser --port 8600' passes flags.
 app: $(FETCHED) runs/demo/report.html
 	$(BIN)/bathyscope app --runs runs $(APP)
+
+notebooks: $(FETCHED)
+	mkdir -p runs/notebooks
+	PYTHONWARNINGS='ignore:IProgress not found' $(BIN)/jupyter-execute notebooks/*.ipynb --output '../runs/notebooks/{notebook_name}'
+	@echo 'with outputs, for any Jupyter front end or editor:' && ls runs/notebooks/*.ipynb
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

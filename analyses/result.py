@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from probes.display import Fold, card
 from probes.errors import OptionError, unknown
 
 FORMAT = 1
@@ -156,11 +157,37 @@ class Result:
         except (OSError, ValueError, KeyError) as error:
             raise OptionError(f"{folder} holds no readable result ({error}); give a folder that a run wrote") from None
 
+    def __repr__(self) -> str:
+        tables = ", ".join(f"{name} ({len(table):,} rows)" for name, table in self.tables.items())
+        return f"Result({self.analysis} on {self._model}; tables {tables or 'none'}; figures {self._figure_names})"
+
     def _repr_html_(self) -> str:
-        rows = "".join(f"<li><b>{name}</b>: {len(t):,} rows</li>" for name, t in self.tables.items())
-        figures = ", ".join(self.figures)
-        model = self.provenance["model"]["ref"]
-        return f"<b>{self.analysis}</b> on {model}<ul>{rows}</ul>figures: {figures}"
+        provenance = self.provenance
+        counts = provenance.get("counts", {})
+        work = f"{counts.get('forwards', 0):,} forward passes, {counts.get('held_before', 0):,} features held before, {provenance.get('seconds', 0):.1f} s"
+        facts = {
+            "figures": self._figure_names,
+            "work": work,
+            **{f"note {i}": note for i, note in enumerate(self.notes, 1)},
+        }
+        tables = [(name, f"{len(table):,}", ", ".join(map(str, table.columns))) for name, table in self.tables.items()]
+        options = list(self.options.items())
+        folds = [
+            Fold(f"Tables ({len(tables)})", ("table", "rows", "columns"), tables),
+            Fold("Options", ("option", "value"), options),
+        ]
+        return card(self.analysis, f"on {self._model}", facts, folds)
+
+    @property
+    def _figure_names(self) -> str:
+        try:
+            return ", ".join(self.figures) or "none"
+        except OptionError:
+            return "none that this version can draw"
+
+    @property
+    def _model(self) -> str:
+        return str(self.provenance.get("model", {}).get("ref", "no model"))
 
 
 def _profile_record(spec: ProfileSpec, table: pd.DataFrame) -> dict[str, Any]:

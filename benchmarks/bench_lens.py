@@ -3,7 +3,8 @@
     bathyscope bench lens --sequences 4 --length 128
 
 Both read the same stored rows of every layer (log-sum-exp, entropy, top token, log-probability of the last layer's top
-token); each runs in a process of its own, so that its peak memory is its own. The numbers are compared before the times.
+token); each runs in a process of its own, so that its peak memory is its own. The numbers are compared before the times:
+with each other, and each with the same read-out in float64, since two float32 results differ by the errors of both.
 """
 
 from __future__ import annotations
@@ -70,6 +71,41 @@ def naive(rows: Tensor, model: Model, ids: Tensor) -> dict[str, np.ndarray]:
 
 
 WAYS = {"tiled": tiled, "naive": naive}
+COLUMNS = ("log_z", "entropy", "logprob")
+
+
+@torch.inference_mode()
+def float64(rows: Tensor, model: Model, ids: Tensor) -> dict[str, np.ndarray]:
+    """The same numbers with logits, their exponentials and all sums in float64, from the same float32 normalised rows."""
+    unembedding = model.unembedding()
+    weight, parts = unembedding.weight.double(), []
+    for few, wanted in zip(lens.normalized(rows, unembedding).split(128), ids.split(128), strict=True):
+        logits = few.double() @ weight.T
+        if unembedding.softcap is not None:
+            logits = torch.tanh(logits / unembedding.softcap) * unembedding.softcap
+        logprobs = logits.log_softmax(-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1) / lens.LOG2
+        parts.append((logits.logsumexp(-1), entropy, logprobs.gather(1, wanted[:, None])[:, 0]))
+    return {name: torch.cat(column).numpy() for name, column in zip(COLUMNS, zip(*parts, strict=True), strict=True)}
+
+
+def compare(ours: Measured, theirs: Measured, exact: dict[str, np.ndarray], chosen: np.ndarray) -> str:
+    """Markdown: largest differences, relative where a number exceeds 1, of both ways with float64 and with each other."""
+
+    def apart(a: np.ndarray, b: np.ndarray) -> float:
+        return float((np.abs(a - b) / np.maximum(1, np.abs(b))).max())
+
+    lines = ["| | tiled and float64 | naive and float64 | tiled and naive |", "|---|---|---|---|"]
+    for name in COLUMNS:
+        a, b = ours.found[name], theirs.found[name]
+        errors = (apart(a[chosen], exact[name]), apart(b[chosen], exact[name]), apart(a, b))
+        lines.append(f"| {name} | " + " | ".join(f"{error:.1e}" for error in errors) + " |")
+    p = {name: np.exp(found["logprob"]) for name, found in (("a", ours.found), ("b", theirs.found), ("exact", exact))}
+    errors = [
+        np.abs(x - y).max() for x, y in ((p["a"][chosen], p["exact"]), (p["b"][chosen], p["exact"]), (p["a"], p["b"]))
+    ]
+    lines.append("| probability | " + " | ".join(f"{error:.1e}" for error in errors) + " |")
+    return "\n".join(lines)
 
 
 def resident() -> int:
@@ -142,6 +178,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--length", type=int, nargs="+", default=[128])
+    parser.add_argument("--reference-rows", type=int, default=4096, help="rows, evenly spread, read in float64 too")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     flags = parser.parse_args()
     fetch_model(flags.model, accept_license=True)
@@ -149,13 +186,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             n_rows, n_layers = write_rows(flags.model, flags.sequences, length, Path(name))
             ours, theirs = (measure(way, flags.model, name, flags.threads) for way in WAYS)
+            held = torch.load(Path(name) / "rows.pt", weights_only=True)
+        chosen = np.unique(np.linspace(0, n_rows - 1, min(n_rows, flags.reference_rows)).astype(np.int64))
+        exact = float64(held["rows"][chosen], load_model(flags.model), held["ids"][chosen])
         print(f"\n{flags.model}, {n_layers} layers x {flags.sequences} x {length} tokens = {n_rows:,} rows")
-        for column in ("log_z", "entropy", "logprob"):
-            a, b = ours.found[column], theirs.found[column]
-            apart = (np.abs(a - b) / np.maximum(1, np.abs(b))).max()
-            print(f"largest difference of {column}, relative where it exceeds 1: {apart:.1e}")
-        apart = np.abs(np.exp(ours.found["logprob"]) - np.exp(theirs.found["logprob"])).max()
-        print(f"largest difference of a probability: {apart:.1e}")
+        print(f"largest differences (with float64 on {len(chosen):,} rows), relative where a number exceeds 1:")
+        print(compare(ours, theirs, exact, chosen))
         print(f"same top token: {(ours.found['top'] == theirs.found['top']).mean():.4%}")
         print("| way | seconds | peak above the rows, MiB |\n|---|---|---|")
         for way in (ours, theirs):

@@ -93,8 +93,8 @@ def read(
             expected = normalized(reference[first : first + ROW_TILE], unembedding)
             _read_block(rows, block, unembedding, sums, _Reference(expected, target[block] - first), tile)
     kl = sums.kl if reference is not None else sums.kl[:0]
-    log_z = sums.log_z[:, None]
-    return LensRead(sums.log_z, sums.entropy_bits, sums.top_logits - log_z, sums.top_ids, sums.wanted - log_z, kl)
+    top, wanted = sums.logprobs(sums.top_logits), sums.logprobs(sums.wanted)
+    return LensRead(sums.log_z, sums.entropy_bits, top, sums.top_ids, wanted, kl)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
@@ -153,6 +153,11 @@ class _Sums:
     @property
     def log_z(self) -> Tensor:
         return self.high + self.mass.log()
+
+    def logprobs(self, logits: Tensor) -> Tensor:
+        """Log-probabilities of tokens with these logits, [n, m]."""
+        # The maximum goes first, so that log_z, which is large, is never rounded.
+        return (logits - self.high[:, None]) - self.mass.log()[:, None]
 
     @property
     def entropy_bits(self) -> Tensor:

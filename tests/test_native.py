@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from reference import REFUSED
 from torch import Tensor, nn
 
 from probes.errors import PointError
+from probes.models import fetch_model, load_model
 from probes.models.base import Model
 from probes.models.native import NativeModel
 from probes.points import POINTS, Address
@@ -135,6 +137,37 @@ def test_a_model_spread_by_accelerate_reads_the_same() -> None:
     for name in POINTS:
         address = Address(name, 1 if POINTS[name].layered else None)
         close(one(model, address, prompt()), one(plain, address, prompt()))
+
+
+def test_a_bert_without_its_head_is_read_as_with_it_and_has_no_logits() -> None:
+    module: Any = shared("bert")
+    whole, bare = native(module), native(module.bert)
+    assert bare.shape == dataclasses.replace(whole.shape, architecture="BertModel")
+    assert bare.faithfulness.holds
+    assert "last hidden state == resid_post" in {identity.name for identity in bare.faithfulness.identities}
+    layered = [Address(name, layer) for name, point in POINTS.items() if point.layered for layer in range(3)]
+    assert [bare.refusal(address) is None for address in layered] == [
+        whole.refusal(address) is None for address in layered
+    ]
+    shared_points = [Address("embed"), *(address for address in layered if whole.refusal(address) is None)]
+    assert len(shared_points) > 20
+    for address in shared_points:
+        close(one(bare, address, prompt()), one(whole, address, prompt()))
+    assert {"logits", "lens"} <= set(bare.faithfulness.refused)
+    with pytest.raises(PointError, match="BertModel has no language-model head"):
+        one(bare, Address("logits"), prompt())
+    with pytest.raises(PointError, match="BertModel has no unembedding"):
+        bare.unembedding()
+
+
+@pytest.mark.download
+def test_the_sentence_encoder_loads_and_refuses_the_lens() -> None:
+    fetch_model("minilm-l6")
+    model = load_model("minilm-l6")
+    assert model.faithfulness.holds
+    assert not model.shape.causal
+    with pytest.raises(PointError, match="no unembedding"):
+        model.unembedding()
 
 
 def test_bert_does_not_write() -> None:

@@ -97,7 +97,7 @@ def energy(tables: Tables) -> go.Figure:
     first = profile[profile["pair"] == profile["pair"].iloc[0]]
     for column, name in (("energy_isotropic", "a latent without direction"), ("energy_greatest", "greatest possible")):
         _line(figure, first["layer"], first[column], name, CONTROL, dash="dash" if "iso" in column else "dot")
-    figure.update_yaxes(rangemode="tozero")
+    figure.update_yaxes(type="log")
     return finish(figure, x="layer", y="token energy")
 
 
@@ -125,7 +125,10 @@ def lead(tables: Tables) -> go.Figure:
             dash="dot",
         )
     figure.add_hline(y=0, line={"color": CONTROL, "width": 1})
-    return finish(figure, x="layer", y="difference of probability")
+    finish(figure, x="layer", y="difference of probability")
+    # Names are long: under the axis they leave the toolbar free.
+    figure.update_layout(legend={"y": -0.2, "yanchor": "top"}, height=440 + 22 * table["pair"].nunique())
+    return figure
 
 
 def heatmap(tables: Tables) -> go.Figure:
@@ -177,7 +180,8 @@ def culture(tables: Tables) -> go.Figure:
         band(shaded, part["layer"], part["ci_low"], part["ci_high"], colour)
         for trace in shaded.data:
             figure.add_trace(trace, **place)
-        _line(figure, part["layer"], part["mean"], f"{culture_}'s answer in {language}", colour, dash=dash, **place)
+        name = f"{'American' if culture_ == 'us' else 'Japanese'} answer, in {language}"
+        _line(figure, part["layer"], part["mean"], name, colour, dash=dash, **place)
         _line(figure, part["layer"], part["control_mean"], "shuffled answers", CONTROL, dash="dot", **place)
     finish(figure, x="layer", y="probability", height=330 * len(groups) + 90)
     figure.update_layout(legend={"y": 1.07}, margin={"t": 90})
@@ -190,17 +194,20 @@ def similarity(tables: Tables) -> go.Figure:
     figure = make_subplots(
         rows=1, cols=2, subplot_titles=["aligned less unaligned cosine", "share whose nearest is the translation"]
     )
-    for colour, (pair, group) in zip(COLOURS * 4, table.groupby("pair", sort=False), strict=False):
+    styles = [(colour, dash) for dash in ("solid", "dash", "dot", "dashdot") for colour in COLOURS]
+    for (colour, dash), (pair, group) in zip(styles, table.groupby("pair", sort=False), strict=False):
         shaded = go.Figure()
         band(shaded, group["layer"], group["ci_low"], group["ci_high"], colour)
         for trace in shaded.data:
             figure.add_trace(trace, row=1, col=1)
-        _line(figure, group["layer"], group["gap"], str(pair), colour, row=1, col=1)
-        _line(figure, group["layer"], group["retrieval"], str(pair), colour, row=1, col=2)
+        _line(figure, group["layer"], group["gap"], str(pair), colour, dash=dash, row=1, col=1)
+        _line(figure, group["layer"], group["retrieval"], str(pair), colour, dash=dash, row=1, col=2)
     one = table[table["pair"] == table["pair"].iloc[0]]
     _line(figure, one["layer"], one["chance"], "chance", CONTROL, dash="dot", row=1, col=2)
     finish(figure, x="layer", y="", height=470)
-    figure.update_layout(legend={"y": 1.12}, margin={"t": 110})
+    figure.update_yaxes(title="difference of cosines", row=1, col=1)
+    figure.update_yaxes(title="share", row=1, col=2)
+    figure.update_layout(legend={"y": -0.2, "yanchor": "top"})
     return figure
 
 
@@ -233,7 +240,7 @@ def swap(tables: Tables) -> go.Figure:
             )
     finish(figure, x="dimensions swapped (%)", y="", height=460)
     figure.update_yaxes(title="share of tested words", row=1, col=1)
-    figure.update_xaxes(type="log")
+    figure.update_xaxes(type="log", tickvals=sorted(set(table.loc[table["variant"] == "top", "percent"])))
     figure.update_layout(legend={"y": 1.13}, margin={"t": 120})
     return figure
 
@@ -279,7 +286,7 @@ FIGURES = {
     "energy": FigureSpec(
         "Token energy",
         "How much of the latent lies in directions that tokens are read from: the root mean square of its cosine with the rows of the unembedding, "
-        "relative to that of the rows among themselves. The dashed line is what a latent of random direction would have.",
+        "relative to that of the rows among themselves (logarithmic). The dashed line is what a latent of random direction would have, the dotted one the most that any could.",
         energy,
     ),
     "culture": FigureSpec(

@@ -17,6 +17,8 @@ _LAYERED = (
     *("ln1", "ln1_post", "attn", "attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o", "attn.q_norm", "attn.k_norm"),
     *("ln2", "ln2_post", "mlp", "mlp.in", "mlp.gate", "mlp.out"),
 )
+_BARE = {"BertModel": "BertForMaskedLM"}
+"""Classes without a head that are read by the map of the class that has one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +35,18 @@ class ArchitectureMap:
         """The map's configuration: `d_model`, `n_heads`, `d_head`, `n_ctx` and others as attributes."""
         return self.adapter.cfg
 
+    @property
+    def bare(self) -> bool:
+        """Whether the module has no language-model head, so that what it returns are no logits."""
+        return self.architecture in _BARE
+
     @cached_property
     def n_layers(self) -> int:
-        return len(list(self.module.get_submodule(self.adapter.component_mapping["blocks"].name).children()))
+        return len(list(self.module.get_submodule(self._own(self.adapter.component_mapping["blocks"].name)).children()))
+
+    def _own(self, path: str) -> str:
+        """A path of the map as this module names it: a bare one is what the map's class calls its base."""
+        return path.removeprefix(f"{self.module.base_model_prefix}.") if self.bare else path
 
     def path(self, component: str, layer: int | None = None) -> str | None:
         """Dotted path of a component such as `ln_final`, `block` or `attn.o`, or None where the model has none."""
@@ -47,7 +58,7 @@ class ArchitectureMap:
     def _find(self, component: str, layer: int | None) -> str | None:
         name = component if layer is None else f"blocks.{layer}" + ("" if component == "block" else f".{component}")
         try:
-            path: str = self.adapter.translate_transformer_lens_path(name)
+            path = self._own(self.adapter.translate_transformer_lens_path(name))
             found = self.module.get_submodule(path)
         except (ValueError, AttributeError):
             return None
@@ -95,9 +106,10 @@ def map_of(module: nn.Module) -> ArchitectureMap:
     if config is None:
         raise ModelError(f"{architecture} has no Hugging Face config: give a transformers model")
     dtype = next((p.dtype for p in module.parameters()), torch.float32)
+    mapped = _BARE.get(architecture, architecture)
     try:
         adapter = ArchitectureAdapterFactory.select_architecture_adapter(
-            build_bridge_config_from_hf(config, architecture, architecture, dtype)
+            build_bridge_config_from_hf(config, mapped, mapped, dtype)
         )
         adapter.component_mapping["blocks"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:

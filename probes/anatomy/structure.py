@@ -96,6 +96,8 @@ class Anatomy:
         if point in self.refused:
             raise PointError(self.refused[point])
         if point == "logits":
+            if self.map.bare:
+                raise PointError(f"{self.map.architecture} has no language-model head, so it gives no logits")
             return Site(("",), "output")
         if point in _OUTPUT_OF:
             return Site((self._path(_OUTPUT_OF[point], address),), "output")

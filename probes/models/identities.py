@@ -148,8 +148,11 @@ def verify(
     if not torch.isfinite(logits).all():
         raise ModelError(f"{ref}: the logits of a forward pass hold NaN or infinite values; try dtype float32")
     anatomy, seen, errors = _fitting(guess, evidence.raw, ref, tolerance)
-    errors[HOOKED] = deviation(seen.need(Address("logits")), logits)
     last = seen.need(Address("resid_post", anatomy.n_layers - 1))
+    if anatomy.map.bare:
+        errors["last hidden state == resid_post"] = deviation(last, logits)
+    else:
+        errors[HOOKED] = deviation(seen.need(Address("logits")), logits)
     causal = deviation(last[1, :-1], last[0, :-1]) <= tolerance
     anatomy, further = refusals(anatomy, seen, evidence.attended, causal, tolerance)
     lens, against = _lens(anatomy, seen, logits, tolerance)

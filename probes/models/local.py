@@ -16,6 +16,7 @@ from probes.anatomy.views import Divisor
 from probes.errors import OptionError, PointError, PromptError
 from probes.models.attention import Attended, Watch, watched
 from probes.models.base import Context, Model, Read, Shape, Unembedding, Write
+from probes.models.display import Displayed
 from probes.models.handover import copied, from_hf
 from probes.models.identities import verify
 from probes.models.placement import main_device
@@ -27,7 +28,7 @@ from probes.points import POINTS, Address
 _ORDER = {name: index for index, name in enumerate(POINTS)}
 
 
-class LocalModel(Model):
+class LocalModel(Displayed, Model):
     """A transformers module behind the `Model` protocol; a backend says only how taps reach its tensors (`_call`).
 
     Args:

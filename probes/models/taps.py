@@ -24,10 +24,10 @@ class Stop(Exception):
 
 
 def tensor_of(output: Any) -> Tensor:
-    """The tensor that carries the stream in a module's output: bare, first of a tuple, or a model output's logits."""
+    """The tensor that carries the stream in a module's output: bare, a model output's logits, or the first there is."""
     if isinstance(output, Tensor):
         return output
-    found: Tensor = output["logits"] if isinstance(output, Mapping) else output[0]
+    found: Tensor = output["logits"] if isinstance(output, Mapping) and "logits" in output else output[0]
     return found
 
 

@@ -1,0 +1,181 @@
+"""The rules by which an operation passes on the relevant part of its input.
+
+Contextual decomposition (Murdoch, Liu, Yu 2018; for transformers Hsu et al. 2024, arXiv 2407.00886) splits every
+activation x into a relevant and an irrelevant part whose sum is x. Here x itself, the total, is the model's own and is
+held once; a rule takes the relevant part, and the irrelevant part is what remains. Relevant parts carry a leading axis
+of source sets, [source, pos, ...]; totals do not, [pos, ...].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Literal, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from probes.errors import OptionError, unknown
+
+RELEASED_EPS = 1e-8
+"""What the released code adds to the denominators of bias shares, and puts in place of a norm's own epsilon."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How each kind of operation splits what it computes.
+
+    Raises:
+        OptionError: a switch with an unknown setting, with the legal ones.
+    """
+
+    bias: Literal["shared", "irrelevant"] = "irrelevant"
+    """Where a bias goes: shared between the parts in proportion to their magnitudes, or to the irrelevant part."""
+    normalise: Literal["on", "off"] = "off"
+    """Whether, around an MLP, the larger of two parts of opposite sign takes the whole sum."""
+    attention: Literal["joint", "frozen"] = "frozen"
+    """Whether the relevant part has an attention pattern of its own, from its own queries and keys, or the model's."""
+    activation: Literal["cd", "shapley"] = "cd"
+    """f(total) - f(irrelevant), or the mean of that and f(relevant) - f(0)."""
+    gate: Literal["joint", "frozen"] = "joint"
+    """Whether act(gate) * up is one function of both, or the gate is taken as a constant."""
+    eps: Literal["model", "released"] = "model"
+    """The model's own epsilon in norms and none in bias shares, or the released code's 1e-8 in both."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            legal = get_args(hints[field.name])
+            if getattr(self, field.name) not in legal:
+                raise OptionError(unknown(f"rule for {field.name}", getattr(self, field.name), legal))
+
+
+PRESETS: dict[str, Rules] = {
+    "paper": Rules("shared", "on", "joint", "cd"),
+    "faithful": Rules("irrelevant", "off", "frozen", "cd"),
+}
+"""`paper` follows the conventions of the authors' code; `faithful` is the better on trained weights."""
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """x W + b."""
+
+    weight: Tensor
+    """[inputs, outputs]."""
+    bias: Tensor | None = None
+
+    def total(self, x: Tensor) -> Tensor:
+        out = x @ self.weight
+        return out if self.bias is None else out + self.bias
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """(x - mean) / scale * gain + bias over the last axis; the mean is left out where it is not centred."""
+
+    gain: Tensor | None
+    bias: Tensor | None
+    eps: float
+    centred: bool
+
+    def scale(self, x: Tensor, eps: float | None = None) -> Tensor:
+        """The divisor [..., 1] of inputs [..., width]."""
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        return (x.square().mean(-1, keepdim=True) + (self.eps if eps is None else eps)).sqrt()
+
+    def divided(self, x: Tensor, scale: Tensor) -> Tensor:
+        """`x` after a fixed divisor and the gain, without the bias: linear in x."""
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        return x / scale if self.gain is None else x / scale * self.gain
+
+    def total(self, x: Tensor) -> Tensor:
+        out = self.divided(x, self.scale(x))
+        return out if self.bias is None else out + self.bias
+
+
+def share(rel: Tensor, total: Tensor, rules: Rules) -> Tensor:
+    """|rel| / (|rel| + |irr|) with irr = total - rel, elementwise; 0 where both are 0."""
+    irr = total - rel
+    # What rounding leaves of a part that is zero must not attract a bias.
+    noise = 64 * torch.finfo(total.dtype).eps * total.abs().amax(-1, keepdim=True)
+    irr = torch.where(irr.abs() <= noise, 0.0, irr)
+    both = rel.abs() + irr.abs()
+    both = both + RELEASED_EPS if rules.eps == "released" else both.clamp_min(torch.finfo(both.dtype).tiny)
+    return rel.abs() / both
+
+
+def linear(rel: Tensor, linear: Linear, total_in: Tensor, rules: Rules) -> Tensor:
+    """The relevant part of x W + b."""
+    out = rel @ linear.weight
+    if linear.bias is None or rules.bias == "irrelevant":
+        return out
+    return out + linear.bias * share(out, total_in @ linear.weight, rules)
+
+
+def norm(rel: Tensor, norm: Norm, total_in: Tensor, rules: Rules) -> Tensor:
+    """The relevant part of a norm, whose divisor comes from the total."""
+    out = norm.divided(rel, norm.scale(total_in, RELEASED_EPS if rules.eps == "released" else None))
+    if norm.bias is None or rules.bias == "irrelevant":
+        return out
+    return out + norm.bias * share(rel, total_in, rules)
+
+
+def function(
+    f: Callable[..., Tensor], rels: tuple[Tensor, ...], totals: tuple[Tensor, ...], rules: Rules, out: Tensor
+) -> Tensor:
+    """The relevant part of f(*totals), which is `out`, for a function of one or more inputs."""
+    without = out - f(*(total - rel for rel, total in zip(rels, totals, strict=True)))
+    if rules.activation == "cd":
+        return without
+    alone = f(*rels) - f(*(torch.zeros_like(total) for total in totals))
+    return (without + alone) / 2
+
+
+def dominate(rel: Tensor, total: Tensor, rules: Rules) -> Tensor:
+    """Where the parts have opposite signs, the larger one takes the whole sum and the other becomes 0."""
+    if rules.normalise == "off":
+        return rel
+    irr = total - rel
+    winner = torch.where(rel.abs() > irr.abs(), total.expand_as(rel), torch.zeros_like(rel))
+    return torch.where(rel * irr < 0, winner, rel)
+
+
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """How attention turns queries and keys into probabilities."""
+
+    scale: float
+    softcap: float | None
+    bias: Tensor
+    """[head or 1, query, key]: position biases, and minus infinity where a query may not look."""
+    sinks: Tensor | None = None
+    """[head], a score that takes probability and gives nothing."""
+
+    def pattern(self, queries: Tensor, keys: Tensor, at: slice | Tensor = slice(None)) -> Tensor:
+        """Probabilities [..., head, query, key] of queries [..., query, head, d_head] and keys [..., key, kv_head, d_head].
+
+        Args:
+            at: which positions the queries stand at; the keys stand at the last positions, those before them are zero.
+        """
+        q, k = queries.transpose(-3, -2), keys.transpose(-3, -2)
+        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3)
+        scores = q @ k.transpose(-1, -2) * self.scale
+        bias = self.bias[:, at]
+        missing = bias.shape[-1] - scores.shape[-1]
+        if missing:
+            scores = torch.nn.functional.pad(scores, (missing, 0))
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        scores = scores + bias
+        if self.sinks is not None:
+            sink = self.sinks[:, None, None].expand(*scores.shape[:-1], 1)
+            return torch.cat((scores, sink), -1).softmax(-1)[..., missing:-1]
+        return scores.softmax(-1)[..., missing:]
+
+
+def mix(pattern: Tensor, values: Tensor) -> Tensor:
+    """Attention-weighted values [..., query, head, d_head] of values [..., key, kv_head, d_head]."""
+    v = values.transpose(-3, -2)
+    v = v.repeat_interleave(pattern.shape[-3] // v.shape[-3], dim=-3)
+    return (pattern @ v).transpose(-3, -2)

@@ -89,9 +89,7 @@ def case_of(model: Model, index: int, prompt: Prompt, item: Item) -> Case:
     references = tuple(p.tokens for p in tokenize(list(item.references), model))
     if any(len(tokens) != len(prompt.tokens) for tokens in references):
         raise PromptError(f"prompt {index}: a reference has another number of tokens than the prompt")
-    return Case(
-        index, prompt.tokens, answers, distractors, references, tuple(range(len(prompt.tokens))), item.group
-    )
+    return Case(index, prompt.tokens, answers, distractors, references, tuple(range(len(prompt.tokens))), item.group)
 
 
 def given_cases(
@@ -179,6 +177,7 @@ def baseline_of(model: Model, references: Sequence[Sequence[int]]) -> Baseline:
         tokens = torch.tensor([list(row) for row in distinct[start : start + BATCH]])
         model.run(tokens, {address: add(address) for address in addresses})
     tables = [
-        torch.stack([sums[Address(point, layer)] / len(distinct) for layer in range(shape.n_layers)]) for point in points
+        torch.stack([sums[Address(point, layer)] / len(distinct) for layer in range(shape.n_layers)])
+        for point in points
     ]
     return Baseline(*(table.clone() for table in tables))

@@ -5,6 +5,16 @@ from probes.decomposition.rules import PRESETS, Rules
 from probes.decomposition.sources import Baseline, Node, Source, head, mlp, token
 
 __all__ = [
-    *("PRESETS", "Baseline", "Decomposer", "Node", "Parts", "Rules", "Source", "decompose", "head", "mlp", "rules_of"),
+    "PRESETS",
+    "Baseline",
+    "Decomposer",
+    "Node",
+    "Parts",
+    "Rules",
+    "Source",
+    "decompose",
+    "head",
+    "mlp",
+    "rules_of",
     "token",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,9 +62,7 @@ class _Calls(TorchFunctionMode):
             causal = bool(given.get("is_causal", False))
             scale = given.get("scale") or query.shape[-1] ** -0.5
             arguments = {"scaling": scale, "is_causal": causal}
-            self.found[self.layer] = Attended(
-                query, key, value, query.new_zeros(0), given.get("attn_mask"), arguments
-            )
+            self.found[self.layer] = Attended(query, key, value, query.new_zeros(0), given.get("attn_mask"), arguments)
         return func(*args, **kwargs)
 
 
@@ -102,12 +100,13 @@ class Rotation:
         return x @ getattr(self, which)[at]
 
 
-Replace = Mapping[nn.Module, Any]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments of a module."""
 
 
 @torch.no_grad()
 def rotation_of(
-    module: nn.Module, anatomy: Anatomy, layer: int, call: tuple[tuple[Any, ...], dict[str, Any]], sizes: tuple[int, int]
+    module: nn.Module, anatomy: Anatomy, layer: int, call: Call, sizes: tuple[int, int], dtype: torch.dtype
 ) -> Rotation:
     """The map measured: every unit vector is put in place of each projection, and what attention receives is read.
 
@@ -133,14 +132,14 @@ def rotation_of(
             stack.callback(hook.remove)
         _call(attention, hidden, call)
     attended = found[layer]
-    return Rotation(*(t[:, 0].transpose(0, 1).clone() for t in (attended.query, attended.key)))
+    return Rotation(*(t[:, 0].transpose(0, 1).to(dtype, copy=True) for t in (attended.query, attended.key)))
 
 
 def _stop(*_: Any) -> None:
     raise Stop
 
 
-def _call(attention: nn.Module, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+def _call(attention: nn.Module, hidden: Tensor, call: Call) -> None:
     args, kwargs = call
     try:
         if args:
@@ -151,7 +150,7 @@ def _call(attention: nn.Module, hidden: Tensor, call: tuple[tuple[Any, ...], dic
         return
 
 
-def _first(call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+def _first(call: Call) -> Tensor:
     args, kwargs = call
     found: Tensor = args[0] if args else kwargs["hidden_states"]
     return found

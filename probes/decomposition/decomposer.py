@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from probes.decomposition.attention import Rotation, rotation_of, scoring_of
+from probes.decomposition.attention import rotation_of, scoring_of
+from probes.decomposition.operators import tolerance
 from probes.decomposition.readout import Readout, readout_of
-from probes.decomposition.rules import PRESETS, Rules
+from probes.decomposition.rules import PRESETS, Attending, Rules, by_heads, mix
 from probes.decomposition.sources import Baseline, Source, check, groups
 from probes.decomposition.structure import Structure, structure_of
-from probes.decomposition.trace import Trace, trace
+from probes.decomposition.trace import trace
 from probes.decomposition.walk import Prepared, Visit, Walk, head_normed
 from probes.errors import OptionError, PointError, unknown
 from probes.models.base import Model
@@ -99,45 +99,42 @@ class Decomposer:
         Raises:
             PointError: attention that the rules do not reproduce, by block.
         """
-        seen = trace(self.model, tokens)
-        patterns, scorings, rotations = [], [], []
+        seen, shape = trace(self.model, tokens), self.structure
+        patterns, scorings, entering, received, rotations = [], [], [], [], []
         with module_of(self.model) as (module, anatomy):
             for layer in range(anatomy.n_layers):
-                attended = seen.attended[layer]
-                scoring = scoring_of(anatomy.component("attn", layer), attended, self.structure.causal)
+                block, attended = shape.blocks[layer], seen.attended[layer]
+                scoring = scoring_of(anatomy.component("attn", layer), attended, shape.causal)
                 q, k = (t[0].transpose(0, 1).to(seen.logits.dtype) for t in (attended.query, attended.key))
-                patterns.append(scoring.pattern(q, k))
+                k = k[:, :: k.shape[1] // shape.n_kv_heads]
+                unnormed = shape.kind == "post_norm" or block.ln1 is None
+                entering.append(seen.get("block", "in", layer) if unnormed else seen.get("ln1", "out", layer))
+                values = by_heads(block.v.total(entering[-1]), shape.d_head)
+                received.append(Attending(q, k, values))
+                patterns.append(scoring.probabilities(scoring.scores(q, k)))
                 scorings.append(scoring)
                 if joint:
                     sizes = (len(tokens), self.model.shape.d_model)
-                    found = rotation_of(module, anatomy, layer, seen.calls[layer], sizes)
-                    rotations.append(Rotation(found.query.to(q.dtype), found.key.to(q.dtype)))
-        prepared = Prepared(seen, tuple(patterns), tuple(scorings), tuple(rotations))
+                    rotations.append(rotation_of(module, anatomy, layer, seen.calls[layer], sizes, q.dtype))
+        prepared = Prepared(seen, tuple(patterns), tuple(scorings), tuple(entering), tuple(received), tuple(rotations))
         for layer in range(len(patterns)):
             self._check(prepared, layer)
         return prepared
 
     def _check(self, prepared: Prepared, layer: int) -> None:
         """The pattern times the values is z; rotated queries are those that attention received."""
-        seen, block, shape = prepared.trace, self.structure.blocks[layer], self.structure
-        post = shape.kind == "post_norm" or block.ln1 is None
-        entering = seen.get("block", "in", layer) if post else seen.get("ln1", "out", layer)
-        bound = 1e-2 if self.model.context.dtype in ("float16", "bfloat16") else 1e-4
-        values = block.v.total(entering).unflatten(-1, (shape.n_kv_heads, shape.d_head))
-        z = (prepared.patterns[layer].to(values) @ values.transpose(0, 1).repeat_interleave(
-            shape.n_heads // shape.n_kv_heads, dim=0)).transpose(0, 1)  # fmt: skip
-        errors = {"attention probabilities": deviation(z.flatten(-2), seen.get("attn.o", "in", layer))}
+        block, received = self.structure.blocks[layer], prepared.received[layer]
+        bound = tolerance(getattr(torch, self.model.context.dtype))
+        z = mix(prepared.patterns[layer], received.value).flatten(-2)
+        errors = {"attention probabilities": deviation(z, prepared.trace.get("attn.o", "in", layer))}
         if prepared.rotations:
-            attended, rotation = seen.attended[layer], prepared.rotations[layer]
-            sides = (("query", block.q, block.q_norm, attended.query), ("key", block.k, block.k_norm, attended.key))
-            for name, linear, norm, received in sides:
-                flat = linear.total(entering)
-                states = flat.unflatten(-1, (-1, shape.d_head))
+            for name, linear, norm in (("query", block.q, block.q_norm), ("key", block.k, block.k_norm)):
+                flat = linear.total(prepared.entering[layer])
+                states = by_heads(flat, self.structure.d_head)
                 if norm is not None:
                     states = head_normed(states, norm, flat, lambda x, _, norm=norm: norm.total(x))  # type: ignore[misc]
-                turned = rotation.turned(states, name, slice(None))
-                step = received.shape[1] // turned.shape[1]
-                errors[f"{name} states"] = deviation(turned, received[0, ::step].transpose(0, 1))
+                turned = prepared.rotations[layer].turned(states, name, slice(None))
+                errors[f"{name} states"] = deviation(turned, getattr(received, name))
         for name, error in errors.items():
             if error > bound:
                 raise PointError(
@@ -166,12 +163,12 @@ class Decomposer:
             restart: begin each batch at its earliest layer and position.
 
         Raises:
-            PointError: a node that the model or prompt does not have, or joint attention of a prompt prepared without.
+            PointError: a node that the model or prompt does not have, or split attention of a prompt prepared without.
         """
         chosen = rules_of(rules)
         n = len(prompt.trace.tokens)
         check(sources, len(self.structure.blocks), self.structure.n_heads, n)
-        if chosen.attention == "joint" and not prompt.rotations:
+        if chosen.attention != "frozen" and not prompt.rotations:
             raise PointError("this prompt was prepared for frozen attention only; prepare it with joint=True")
         for indices in groups(sources, n, rows, self.structure.causal):
             visits, end = visit(indices)
@@ -233,7 +230,7 @@ def decompose(
     addresses = [a if isinstance(a, Address) else Address.parse(a) for a in points]
     if bad := [a for a in addresses if a.point not in POINTS]:
         raise PointError(unknown("point of a decomposition", bad[0], POINTS))
-    prompt = decomposer.prepare(tokens, joint=chosen.attention == "joint")
+    prompt = decomposer.prepare(tokens, joint=chosen.attention != "frozen")
     n, found = len(tokens), dict[str, Parts]()
     ids = torch.tensor(list(logits), dtype=torch.long, device=decomposer.model.device)
 

@@ -87,4 +87,6 @@ def _read(part: nn.Module, path: str, x: Tensor, y: Tensor) -> Step:
     if not list(part.parameters()) and deviation(part(x), y) <= tolerance(x.dtype):
         activation: Callable[[Tensor], Tensor] = part
         return activation
-    raise PointError(f"{path}: {type(part).__name__} is no projection, norm or activation, so logits cannot be decomposed")
+    raise PointError(
+        f"{path}: {type(part).__name__} is no projection, norm or activation, so logits cannot be decomposed"
+    )

@@ -33,8 +33,9 @@ class Rules:
     """Where a bias goes: shared between the parts in proportion to their magnitudes, or to the irrelevant part."""
     normalise: Literal["on", "off"] = "off"
     """Whether, around an MLP, the larger of two parts of opposite sign takes the whole sum."""
-    attention: Literal["joint", "frozen"] = "frozen"
-    """Whether the relevant part has an attention pattern of its own, from its own queries and keys, or the model's."""
+    attention: Literal["joint", "frozen", "function"] = "function"
+    """The relevant part's values are weighed by the pattern of its own queries and keys, or by the model's; or attention
+    is one function of queries, keys and values, split as an activation is: f(total) - f(irrelevant)."""
     activation: Literal["cd", "shapley"] = "cd"
     """f(total) - f(irrelevant), or the mean of that and f(relevant) - f(0)."""
     gate: Literal["joint", "frozen"] = "joint"
@@ -52,7 +53,7 @@ class Rules:
 
 PRESETS: dict[str, Rules] = {
     "paper": Rules("shared", "on", "joint", "cd"),
-    "faithful": Rules("irrelevant", "off", "frozen", "cd"),
+    "faithful": Rules("irrelevant", "off", "function", "cd"),
 }
 """`paper` follows the conventions of the authors' code; `faithful` is the better on trained weights."""
 
@@ -152,26 +153,65 @@ class Scoring:
     sinks: Tensor | None = None
     """[head], a score that takes probability and gives nothing."""
 
-    def pattern(self, queries: Tensor, keys: Tensor, at: slice | Tensor = slice(None)) -> Tensor:
-        """Probabilities [..., head, query, key] of queries [..., query, head, d_head] and keys [..., key, kv_head, d_head].
-
-        Args:
-            at: which positions the queries stand at; the keys stand at the last positions, those before them are zero.
-        """
+    def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Scaled products [..., head, query, key] of queries [..., query, head, d_head] and keys [..., key, kv_head, d_head]."""
         q, k = queries.transpose(-3, -2), keys.transpose(-3, -2)
         k = k.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3)
-        scores = q @ k.transpose(-1, -2) * self.scale
-        bias = self.bias[:, at]
-        missing = bias.shape[-1] - scores.shape[-1]
-        if missing:
-            scores = torch.nn.functional.pad(scores, (missing, 0))
+        return q @ k.transpose(-1, -2) * self.scale
+
+    def probabilities(self, scores: Tensor, at: slice | Tensor = slice(None)) -> Tensor:
+        """The pattern [..., head, query, key] of scores whose queries stand at positions `at`."""
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
-        scores = scores + bias
+        scores = scores + self.bias[:, at]
         if self.sinks is not None:
-            sink = self.sinks[:, None, None].expand(*scores.shape[:-1], 1)
-            return torch.cat((scores, sink), -1).softmax(-1)[..., missing:-1]
-        return scores.softmax(-1)[..., missing:]
+            sink = self.sinks[:, None, None].to(scores).expand(*scores.shape[:-1], 1)
+            return torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
+        return scores.softmax(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Attending:
+    """Queries [..., query, head, d_head], keys and values [..., key, kv_head, d_head], as attention receives them."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+def own_pattern(scoring: Scoring, rel: Attending, at: Tensor) -> Tensor:
+    """The pattern of the relevant queries and keys alone, over the keys that are given: the last positions.
+
+    Earlier keys have no relevant part, but a score of 0, so they take their share of the probability.
+    """
+    scores = scoring.scores(rel.query, rel.key)
+    missing = scoring.bias.shape[-1] - scores.shape[-1]
+    return scoring.probabilities(torch.nn.functional.pad(scores, (missing, 0)), at)[..., missing:]
+
+
+def attention(scoring: Scoring, pattern: Tensor, rel: Attending, total: Attending, at: Tensor) -> Tensor:
+    """The relevant part of attention as one function f of queries, keys and values: f(total) - f(irrelevant).
+
+    Args:
+        pattern: the model's own [head, query, key] at the queries.
+        rel: the relevant part, of queries at positions `at` and of keys and values at the last positions.
+        total: the model's own, at every position.
+        at: [query].
+    """
+    missing = len(total.key) - rel.key.shape[1]
+    key, value = (torch.nn.functional.pad(t, (0, 0, 0, 0, missing, 0)) for t in (rel.key, rel.value))
+    query = total.query[at]
+    # The product's own parts, so that it is exactly 0 where nothing is relevant.
+    part = scoring.scores(rel.query, total.key) + scoring.scores(query - rel.query, key)
+    part = part.masked_fill(torch.isinf(scoring.bias[:, at]), 0.0)
+    without = scoring.probabilities(scoring.scores(query, total.key) - part, at)
+    change = torch.where((part == 0).all(-1, keepdim=True), torch.zeros_like(without), pattern - without)
+    return mix(pattern, value) + mix(change, total.value - value)
+
+
+def by_heads(x: Tensor, d_head: int) -> Tensor:
+    """[..., head * d_head] as [..., head, d_head]."""
+    return x.reshape(*x.shape[:-1], -1, d_head)
 
 
 def mix(pattern: Tensor, values: Tensor) -> Tensor:

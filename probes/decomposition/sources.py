@@ -33,7 +33,9 @@ class Node:
             raise OptionError(f"a node of kind {self.kind!r} has {'a' if self.kind == 'head' else 'no'} head")
 
     def __str__(self) -> str:
-        name = {"head": f"{self.layer}.{self.head}", "mlp": f"mlp {self.layer}", "token": f"token {self.layer}"}[self.kind]
+        name = {"head": f"{self.layer}.{self.head}", "mlp": f"mlp {self.layer}", "token": f"token {self.layer}"}[
+            self.kind
+        ]
         return name if self.position < 0 else f"{name}@{self.position}"
 
 

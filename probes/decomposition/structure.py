@@ -54,7 +54,7 @@ def _routed(router: nn.Module, routed: Any, at: Tensor, n: int, sources: int) ->
         # Kept as [pos, ...] or [1, pos, ...]; given back for every source in the same form.
         flat = value if value.shape[0] == n else value[0]
         out = flat[at].repeat(sources, *[1] * (flat.dim() - 1))
-        return out if value.shape[0] == n else out.unflatten(0, (sources, len(at)))
+        return out if value.shape[0] == n else out.reshape(sources, len(at), *out.shape[1:])
 
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         if isinstance(routed, Tensor):
@@ -117,7 +117,10 @@ class _Reader:
         self.d_model = int(anatomy.map.sizes.d_model)
 
     def block(self, layer: int) -> Block:
-        norms = {name: self._norm(name, layer) for name in ("ln1", "ln1_post", "ln2", "ln2_post", "attn.q_norm", "attn.k_norm")}
+        norms = {
+            name: self._norm(name, layer)
+            for name in ("ln1", "ln1_post", "ln2", "ln2_post", "attn.q_norm", "attn.k_norm")
+        }
         q, k, v = self._projections(layer)
         return Block(
             **{name.removeprefix("attn."): norm for name, norm in norms.items()},
@@ -192,7 +195,9 @@ class _Reader:
         x, y = (self.seen.get("mlp", side, layer) for side in ("in", "out"))
         routed = self.seen.routed.get(layer)
         if routed is None:
-            raise PointError(f"block {layer}: the router of the mixture of experts did not run, so it cannot be held fixed")
+            raise PointError(
+                f"block {layer}: the router of the mixture of experts did not run, so it cannot be held fixed"
+            )
         error = deviation(mixture.apply(x[None], routed, torch.arange(len(x)), len(x))[0], y)
         if error > tolerance(next(mixture.module.parameters()).dtype):
             raise PointError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
-from probes.decomposition.attention import heard
+from probes.decomposition.attention import Call, heard
 from probes.decomposition.operators import working
 from probes.errors import PointError, PromptError
 from probes.models.attention import Attended
@@ -23,7 +23,6 @@ _PARTS = (
     *("block", "ln1", "ln1_post", "ln2", "ln2_post", "attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o"),
     *("attn.q_norm", "attn.k_norm", "mlp", "mlp.in", "mlp.gate", "mlp.out"),
 )
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,18 +132,14 @@ def trace(model: Model, tokens: Sequence[int]) -> Trace:
         _hooked(recorder, module, anatomy, stack)
         layers = tuple(range(anatomy.n_layers))
         stack.enter_context(heard(module, anatomy, found, layers))
-        output = module(
-            input_ids=torch.tensor([list(tokens)], device=model.device), **_plain(model)
-        )
+        output = module(input_ids=torch.tensor([list(tokens)], device=model.device), **_plain(model))
         missing = [layer for layer in layers if layer not in found]
         if missing:
             raise PointError(
                 f"{model.ref}: attention of block {missing[0]} cannot be read ({anatomy.refused.get('pattern', 'not heard')})"
             )
         logits = recorder.copy(tensor_of(output))
-    return Trace(
-        tuple(tokens), recorder.raw, recorder.routed, found, recorder.calls, tuple(recorder.tail), logits
-    )
+    return Trace(tuple(tokens), recorder.raw, recorder.routed, found, recorder.calls, tuple(recorder.tail), logits)
 
 
 def _plain(model: Model) -> dict[str, Any]:
@@ -155,7 +150,11 @@ def _admit(model: Model, tokens: Sequence[int]) -> None:
     if not tokens:
         raise PromptError("an empty prompt has no positions to decompose; give at least one token")
     if len(tokens) > model.shape.n_ctx:
-        raise PromptError(f"{len(tokens)} positions exceed the context window of {model.ref}, {model.shape.n_ctx} tokens")
+        raise PromptError(
+            f"{len(tokens)} positions exceed the context window of {model.ref}, {model.shape.n_ctx} tokens"
+        )
     bad = [token for token in tokens if not 0 <= token < model.shape.d_vocab]
     if bad:
-        raise PromptError(f"token id {bad[0]} is outside the vocabulary of {model.ref}: legal are 0 to {model.shape.d_vocab - 1}")
+        raise PromptError(
+            f"token id {bad[0]} is outside the vocabulary of {model.ref}: legal are 0 to {model.shape.d_vocab - 1}"
+        )

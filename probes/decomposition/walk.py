@@ -10,7 +10,7 @@ from torch import Tensor
 
 from probes.decomposition import rules as rule
 from probes.decomposition.attention import Rotation
-from probes.decomposition.rules import Linear, Norm, Rules, Scoring
+from probes.decomposition.rules import Attending, Linear, Norm, Rules, Scoring
 from probes.decomposition.sources import Baseline, Kind, Placing, Source, first_layer, first_position, placings
 from probes.decomposition.structure import Block, Dense, Structure
 from probes.decomposition.trace import Trace
@@ -28,8 +28,12 @@ class Prepared:
     patterns: Sequence[Tensor]
     """Per layer, [head, query, key]."""
     scorings: Sequence[Scoring]
+    entering: Sequence[Tensor]
+    """Per layer, the input [pos, d_model] of the query, key and value projections."""
+    received: Sequence[Attending]
+    """Per layer, queries, keys and values as attention received them."""
     rotations: Sequence[Rotation]
-    """Per layer; empty where attention is frozen."""
+    """Per layer; empty where the prompt was prepared for frozen attention only."""
 
 
 class Walk:
@@ -148,54 +152,59 @@ class Walk:
         return added
 
     def _z_total(self, layer: int) -> Tensor:
-        return self.total("attn.o", "in", layer).unflatten(-1, (self.structure.n_heads, self.structure.d_head))
+        return rule.by_heads(self.total("attn.o", "in", layer), self.structure.d_head)
 
     def _z(self, block: Block, layer: int, rel: Tensor) -> Tensor:
         """The relevant part of the weighted values [source, pos, head, d_head], before sources are declared."""
         keys = self.at
         queries = self.keep if layer == self.last and self.keep is not None else keys
-        if layer == self.first and (("token", layer) not in self.placed) and not self._wanted(layer, "attn_in", "q", "k", "v"):
+        if (
+            layer == self.first
+            and (("token", layer) not in self.placed)
+            and not self._wanted(layer, "attn_in", "q", "k", "v")
+        ):
             # Nothing is relevant yet where the walk begins at heads or an MLP.
             self.at = queries
             return rel.new_zeros(rel.shape[0], len(queries), self.structure.n_heads, self.structure.d_head)
-        post = self.structure.kind == "post_norm"
-        total = self.total("block", "in", layer)
-        h = rel if post or block.ln1 is None else self._norm("ln1", block.ln1, layer, rel)
-        total = total if post or block.ln1 is None else self.total("ln1", "out", layer)
+        normed = self.structure.kind != "post_norm"
+        h = self._norm("ln1", block.ln1, layer, rel) if normed else rel
+        total = self.prompt.entering[layer][keys]
         self._visit("attn_in", layer, h, lambda: total)
         values = self._projected("v", block.v, layer, h, total)
-        pattern = self.prompt.patterns[layer][:, queries][:, :, keys]
-        if self.rules.attention == "joint" or self._wanted(layer, "q", "k"):
+        own = self.prompt.patterns[layer][:, queries]
+        if self.rules.attention != "frozen" or self._wanted(layer, "q", "k"):
             q = self._projected("q", block.q, layer, h, total)
             k = self._projected("k", block.k, layer, h, total)
-            if self.rules.attention == "joint":
-                pattern = self._pattern(block, layer, q, k, queries)
         self.at = queries
-        return rule.mix(pattern, values)
+        if self.rules.attention == "frozen":
+            return rule.mix(own[:, :, keys], values)
+        turned_q, turned_k = self._turned(block, layer, q, k, keys)
+        relevant = Attending(turned_q[:, queries - keys[0]], turned_k, values)
+        scoring = self.prompt.scorings[layer]
+        if self.rules.attention == "joint":
+            return rule.mix(rule.own_pattern(scoring, relevant, queries), values)
+        return rule.attention(scoring, own, relevant, self.prompt.received[layer], queries)
 
     def _projected(self, name: str, linear: Linear, layer: int, h: Tensor, total: Tensor) -> Tensor:
-        heads = self.structure.n_heads if name == "q" else self.structure.n_kv_heads
-        out = self._linear(h, linear, total).unflatten(-1, (heads, self.structure.d_head))
-        self._visit(name, layer, out, lambda: linear.total(total).unflatten(-1, (heads, self.structure.d_head)))
+        d_head = self.structure.d_head
+        out = rule.by_heads(self._linear(h, linear, total), d_head)
+        self._visit(name, layer, out, lambda: rule.by_heads(linear.total(total), d_head))
         return out
 
-    def _pattern(self, block: Block, layer: int, q: Tensor, k: Tensor, queries: Tensor) -> Tensor:
-        """Attention probabilities of the relevant queries and keys [source, head, query, key]."""
-        rotation = self.prompt.rotations[layer]
+    def _turned(self, block: Block, layer: int, q: Tensor, k: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """The relevant queries and keys [source, pos, head, d_head] as attention receives them."""
+        rotation, entering = self.prompt.rotations[layer], self.prompt.entering[layer][at]
         turned = []
         for states, name, norm, linear in ((q, "query", block.q_norm, block.q), (k, "key", block.k_norm, block.k)):
             if norm is not None:
-                states = self._head_norm(states, norm, linear, layer)
-            turned.append(rotation.turned(states, name, self.at))
-        chosen = turned[0][:, queries - self.at[0]]
-        return self.prompt.scorings[layer].pattern(chosen, turned[1], queries)
-
-    def _head_norm(self, states: Tensor, norm: Norm, linear: Linear, layer: int) -> Tensor:
-        """The norm of queries or keys, over each head or over all of them, as wide as its gain."""
-        block = self.structure.blocks[layer]
-        known = self.structure.kind != "post_norm" and block.ln1 is not None
-        total = linear.total(self.total("ln1", "out", layer) if known else self.total("block", "in", layer))
-        return head_normed(states, norm, total, lambda x, t: rule.norm(x, norm, t, self.rules))
+                states = head_normed(
+                    states,
+                    norm,
+                    linear.total(entering),
+                    lambda x, t, norm=norm: rule.norm(x, norm, t, self.rules),  # type: ignore[misc]
+                )
+            turned.append(rotation.turned(states, name, at))
+        return turned[0], turned[1]
 
     def _mlp(self, block: Block, layer: int, rel: Tensor) -> Tensor:
         """What the MLP adds [source, pos, d_model]."""
@@ -230,7 +239,8 @@ class Walk:
         maps = (mlp.up,) if mlp.gate is None else (mlp.gate, mlp.up)
         totals = tuple(self.total(name, "out", layer) for name in names)
         rels = tuple(
-            rule.dominate(self._linear(rel, linear, total), t, self.rules) for linear, t in zip(maps, totals, strict=True)
+            rule.dominate(self._linear(rel, linear, total), t, self.rules)
+            for linear, t in zip(maps, totals, strict=True)
         )
         if mlp.gate is not None and self.rules.gate == "frozen":
             return mlp.activation(totals[0]) * rels[1]
@@ -241,8 +251,8 @@ def head_normed(states: Tensor, norm: Norm, total: Tensor, apply: Callable[[Tens
     """A norm of queries or keys applied to states [..., pos, head, d_head], given totals [pos, head * d_head]."""
     width = states.shape[-1] if norm.gain is None else norm.gain.shape[-1]
     if width == states.shape[-1]:
-        return apply(states, total.unflatten(-1, (-1, width)))
-    return apply(states.flatten(-2), total).unflatten(-1, states.shape[-2:])
+        return apply(states, rule.by_heads(total, width))
+    return rule.by_heads(apply(states.flatten(-2), total), states.shape[-1])
 
 
 def _moved(placing: Placing, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -225,11 +225,14 @@ def decompose(
     Raises:
         PointError: a point or node that this model does not have, or an operation that the rules do not know.
     """
-    decomposer = model if isinstance(model, Decomposer) else Decomposer(model, tokens)
     chosen = rules_of(rules)
     addresses = [a if isinstance(a, Address) else Address.parse(a) for a in points]
     if bad := [a for a in addresses if a.point not in POINTS]:
         raise PointError(unknown("point of a decomposition", bad[0], POINTS))
+    decomposer = model if isinstance(model, Decomposer) else Decomposer(model, tokens)
+    for address in addresses:
+        if reason := decomposer.model.refusal(address):
+            raise PointError(f"{decomposer.model.ref} has no point {str(address)!r}: {reason}")
     prompt = decomposer.prepare(tokens, joint=chosen.attention != "frozen")
     n, found = len(tokens), dict[str, Parts]()
     ids = torch.tensor(list(logits), dtype=torch.long, device=decomposer.model.device)

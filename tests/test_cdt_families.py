@@ -101,7 +101,14 @@ def test_with_every_token_relevant_nothing_is_left_and_with_none_nothing_appears
 @pytest.mark.parametrize(("family", "rules"), CASES, ids=label)
 def test_restart_batch_and_causality(family: str, rules: Rules) -> None:
     model = opened(family).model
-    sources = [(head(1, 0, 3),), (head(2, 1, 5),), (mlp(0, 2),), (head(1, 3, 4), head(2, 0, 7)), (token(6),), (head(0, 1),)]
+    sources = [
+        (head(1, 0, 3),),
+        (head(2, 1, 5),),
+        (mlp(0, 2),),
+        (head(1, 3, 4), head(2, 0, 7)),
+        (token(6),),
+        (head(0, 1),),
+    ]
     points = [a for a in points_of(model) if a.split(".")[0] in ("resid_post", "z", "mlp_out", "k")]  # type: ignore[arg-type]
     settings = {"points": points, "logits": IDS, "rules": rules}
     whole = decompose(opened(family), TOKENS, sources, restart=False, **settings)  # type: ignore[arg-type]

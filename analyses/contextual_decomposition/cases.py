@@ -62,7 +62,9 @@ def made(model: Model, task: str, n: int, references: int, seed: int) -> list[tu
         raise PromptError(f"task {task!r} needs a tokenizer, and {model.ref} has none: give prompts of token ids")
 
     def keeps(word: str) -> bool:
-        return len(_ids(model, " " + word)) == 1
+        # A name may also open a sentence, where no space precedes it.
+        forms = (" " + word, word) if word[0].isupper() else (" " + word,)
+        return all(len(_ids(model, form)) == 1 for form in forms)
 
     extra: dict[str, Any] = {}
     if task == "greater_than":

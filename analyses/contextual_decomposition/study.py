@@ -27,6 +27,7 @@ from analyses.contextual_decomposition.scores import (
     to_metric,
 )
 from probes.decomposition import Baseline, Decomposer, Node, Rules, Source
+from probes.errors import OptionError
 from probes.models.base import Model
 from probes.progress import Progress
 
@@ -54,7 +55,13 @@ class Study:
         progress.start(len(self.opened), "prompt")
         out = []
         for one in self.opened:
-            out.append(to_metric(self.decomposer, one, sources, rules).numpy())
+            found = to_metric(self.decomposer, one, sources, rules).numpy()
+            if lost := int((~np.isfinite(found)).sum()):
+                raise OptionError(
+                    f"prompt {one.case.index}: under these rules the relevant part of {lost} of {len(found)} sources outgrows "
+                    "the model's numbers; give --attention function (the faithful preset's) or --gate frozen"
+                )
+            out.append(found)
             progress.advance()
         return np.stack(out)
 

@@ -32,7 +32,7 @@ SOME = [
     PRESETS["paper"],
     PRESETS["faithful"],
     Rules(bias="shared", attention="frozen", activation="shapley", gate="frozen"),
-    Rules(bias="shared", normalise="on", attention="function", activation="shapley"),
+    Rules(bias="shared", normalise="on", attention="function", activation="shapley", gate="joint"),
 ]
 CASES = [(family, rules) for family in FAMILIES for rules in SOME]
 CASES += [("gpt2", rules) for rules in GRID if rules not in SOME and rules.gate == "joint"]

@@ -27,7 +27,11 @@ from probes.progress import QUIET, Progress
 from probes.prompts import FieldCheck, Prompt, read_prompts
 from probes.store import ActivationStore
 
-_SWITCHES = ("bias", "normalise", "attention", "activation", "gate", "eps")
+_SWITCHES = {
+    "bias": "bias", "normalise": "normalise", "attention_rule": "attention", "activation": "activation", "gate": "gate",
+    "eps": "eps",
+}  # fmt: skip
+"""Options that override a rule of the preset, and the rule's name."""
 
 
 def check_ids(value: Any) -> str | None:
@@ -64,7 +68,7 @@ class ContextualDecomposition(Analysis):
     normalise: Literal["preset", "on", "off"] = option(
         "preset", "Whether around an MLP the larger of two parts of opposite sign takes the whole sum."
     )
-    attention: Literal["preset", "joint", "frozen", "function"] = option(
+    attention_rule: Literal["preset", "joint", "frozen", "function"] = option(
         "preset", "The pattern of the relevant part's own queries and keys, the model's, or attention as one function."
     )
     activation: Literal["preset", "cd", "shapley"] = option("preset", "How an activation function is split.")
@@ -117,7 +121,7 @@ class ContextualDecomposition(Analysis):
     @property
     def rules(self) -> Rules:
         """The rules of the preset, with the switches that were given."""
-        given = {name: getattr(self, name) for name in _SWITCHES if getattr(self, name) != "preset"}
+        given = {rule: getattr(self, name) for name, rule in _SWITCHES.items() if getattr(self, name) != "preset"}
         return replace(PRESETS[self.preset], **given)
 
     def collect(self, model: Model, prompts: PromptsLike = ()) -> list[Prompt]:

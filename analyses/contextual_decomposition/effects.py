@@ -28,7 +28,8 @@ class Ablation:
 
     def __init__(self, model: Model, case: Case, baseline: Baseline | None) -> None:
         self.model, self.case, self.baseline = model, case, baseline
-        self.held = Resumable(model, case.tokens, 0) if model.shape.causal else None
+        readable = model.shape.causal and "lens" not in model.faithfulness.refused
+        self.held = Resumable(model, case.tokens, 0) if readable else None
         self.forwards = 1
 
     @torch.no_grad()

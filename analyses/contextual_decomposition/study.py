@@ -59,7 +59,7 @@ class Study:
             if lost := int((~np.isfinite(found)).sum()):
                 raise OptionError(
                     f"prompt {one.case.index}: under these rules the relevant part of {lost} of {len(found)} sources outgrows "
-                    "the model's numbers; give --attention function (the faithful preset's) or --gate frozen"
+                    "the model's numbers; give --gate frozen, as the faithful preset does"
                 )
             out.append(found)
             progress.advance()

@@ -38,8 +38,9 @@ class Rules:
     is one function of queries, keys and values, split as an activation is: f(total) - f(irrelevant)."""
     activation: Literal["cd", "shapley"] = "cd"
     """f(total) - f(irrelevant), or the mean of that and f(relevant) - f(0)."""
-    gate: Literal["joint", "frozen"] = "joint"
-    """Whether act(gate) * up is one function of both, or the gate is taken as a constant."""
+    gate: Literal["joint", "frozen"] = "frozen"
+    """Whether act(gate) * up is one function of both, or the gate is taken as a constant. As a function of both, parts
+    much larger than the total can grow with the square from block to block."""
     eps: Literal["model", "released"] = "model"
     """The model's own epsilon in norms and none in bias shares, or the released code's 1e-8 in both."""
 
@@ -52,8 +53,8 @@ class Rules:
 
 
 PRESETS: dict[str, Rules] = {
-    "paper": Rules("shared", "on", "joint", "cd"),
-    "faithful": Rules("irrelevant", "off", "function", "cd"),
+    "paper": Rules("shared", "on", "joint", "cd", "joint"),
+    "faithful": Rules("irrelevant", "off", "function", "cd", "frozen"),
 }
 """`paper` follows the conventions of the authors' code; `faithful` is the better on trained weights."""
 

@@ -10,9 +10,12 @@ from typing import Any
 from probes.errors import OptionError, unknown
 
 
-def option(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:
-    """A field with a help text, and the closed range of a number (or of each number of a tuple)."""
-    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
+def option(default: Any, help: str, *, low: float | None = None, high: float | None = None, flag: str = "") -> Any:
+    """A field with a help text, and the closed range of a number (or of each number of a tuple).
+
+    `flag` names it on the command line where that is not the field's own name.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "flag": flag})
 
 
 def choices(annotation: Any) -> tuple[str, ...] | None:

@@ -6,6 +6,7 @@ from analyses.back_patching import BackPatching
 from analyses.base import Analysis
 from analyses.communication_channels import CommunicationChannels
 from analyses.concept_depth import ConceptDepth
+from analyses.contextual_decomposition import ContextualDecomposition
 from analyses.depth_use import DepthUse
 from analyses.latent_language import LatentLanguage
 from analyses.logit_lens import LogitLens
@@ -22,6 +23,7 @@ ANALYSES: tuple[type[Analysis], ...] = (
     LatentLanguage,
     DepthUse,
     NormRemoval,
+    ContextualDecomposition,
 )
 """To add an analysis, add its class here."""
 

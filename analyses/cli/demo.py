@@ -14,6 +14,7 @@ from analyses.cli.console import ConsoleProgress, say
 from analyses.cli.run import StoreDir
 from analyses.communication_channels import CommunicationChannels
 from analyses.concept_depth import ConceptDepth
+from analyses.contextual_decomposition import ContextualDecomposition
 from analyses.depth_use import DepthUse
 from analyses.latent_language import LatentLanguage
 from analyses.logit_lens import LogitLens
@@ -57,6 +58,9 @@ DEMO: tuple[Analysis, ...] = (
     CommunicationChannels(task_prompts=24, laundry_items=(2, 3, 4)),
     BackPatching(task="two_hop", pool=60, questions=8, step=3),
     NormRemoval(split_paths=False, neurons=4),
+    ContextualDecomposition(
+        task="ioi", n_prompts=3, n_references=6, search_steps=2, shares=(0.02, 0.1, 0.3), random_circuits=4, mlps=False
+    ),
 )
 """What the demo runs, with the options of its report."""
 

@@ -33,7 +33,8 @@ def flags(analysis: type[Analysis]) -> list[inspect.Parameter]:
         elif kind is bool:
             annotation, default = Annotated[Truth, typer.Option(help=text)], str(default).lower()
         else:
-            annotation = Annotated[kind, typer.Option(help=text)]
+            named = [f"--{field.metadata['flag']}"] if field.metadata.get("flag") else []
+            annotation = Annotated[kind, typer.Option(*named, help=text)]
         made.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         )

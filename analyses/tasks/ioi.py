@@ -5,10 +5,12 @@ The task of Wang et al. 2022, "Interpretability in the Wild"; templates, names, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from analyses.tasks.item import Item, Keeps
 
 NAMES = (
     "Mary", "John", "Tom", "Anna", "Paul", "Lisa", "Mark", "Kate", "Peter", "Laura", "James", "Emma", "David", "Sarah",
@@ -35,22 +37,53 @@ class Ioi:
     subject: str
     """The name that comes twice."""
     indirect_first: bool
+    template: str = ""
+    place: str = ""
+    thing: str = ""
 
 
-def sample(n: int, seed: int = 0, keeps: Callable[[str], bool] = lambda name: True) -> list[Ioi]:
+def sample(
+    n: int,
+    seed: int = 0,
+    keeps: Callable[[str], bool] = lambda name: True,
+    words: tuple[Sequence[str], Sequence[str]] | None = None,
+) -> list[Ioi]:
     """`n` prompts; templates and both orders of the names in turn.
 
     Args:
         keeps: which names may be used, for instance those that are one token.
+        words: places and objects instead of all.
     """
     rng = np.random.default_rng(seed)
     names = [name for name in NAMES if keeps(name)]
+    places, things = words or (PLACES, OBJECTS)
     found = []
     for i in range(n):
         io, s = (names[int(j)] for j in rng.choice(len(names), 2, replace=False))
         first = (i // len(TEMPLATES)) % 2 == 0
         a, b = (io, s) if first else (s, io)
-        place, thing = PLACES[int(rng.integers(len(PLACES)))], OBJECTS[int(rng.integers(len(OBJECTS)))]
+        place, thing = places[int(rng.integers(len(places)))], things[int(rng.integers(len(things)))]
         text = TEMPLATES[i % len(TEMPLATES)].format(a=a, b=b, s=s, place=place, thing=thing)
-        found.append(Ioi(text, io, s, first))
+        found.append(Ioi(text, io, s, first, TEMPLATES[i % len(TEMPLATES)], place, thing))
+    return found
+
+
+def items(n: int, references: int, seed: int = 0, keeps: Keeps = lambda word: True) -> list[Item]:
+    """`n` questions, each with `references` prompts of the same template in which three names come once each.
+
+    Args:
+        keeps: which words are one token after a space; places, objects and names are drawn from those alone.
+    """
+    rng = np.random.default_rng(seed)
+    places, things = ([word for word in words if keeps(word)] for words in (PLACES, OBJECTS))
+    names = [name for name in NAMES if keeps(name)]
+    found = []
+    for prompt in sample(n, seed, keeps, (places, things)):
+        texts = []
+        for _ in range(references):
+            a, b, s = (names[int(j)] for j in rng.choice(len(names), 3, replace=False))
+            place, thing = (words[int(rng.integers(len(words)))] for words in (places, things))
+            texts.append(prompt.template.format(a=a, b=b, s=s, place=place, thing=thing))
+        answers, distractors = (" " + prompt.indirect,), (" " + prompt.subject,)
+        found.append(Item(prompt.text, answers, distractors, tuple(texts), prompt.template))
     return found

@@ -10,7 +10,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,10 @@ class Attended:
     """[batch, kv_head, key, d_value]."""
     pattern: Tensor
     """[batch, head, query, key], float32."""
+    mask: Tensor | None = None
+    """Boolean (True attends) or additive, as the attention function received it."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """The attention function's other arguments, such as scaling and softcap."""
 
 
 Watch = Callable[[Attended], None]
@@ -160,7 +164,7 @@ def watched(
         else:
             result = original(module, query, key, value, attention_mask, **kwargs)
         if layer in watch:
-            watch[layer](Attended(query, key, value, pattern))
+            watch[layer](Attended(query, key, value, pattern, attention_mask, kwargs))
         return result
 
     with _named(attend, config):

@@ -161,7 +161,8 @@ def attention_of(
 
     def keep(layer: int) -> Callable[[Attended], None]:
         def copy(a: Attended) -> None:
-            seen[layer] = Attended(*(t.detach().to("cpu", copy=True) for t in (a.query, a.key, a.value, a.pattern)))
+            query, key, value, pattern = (t.detach().to("cpu", copy=True) for t in (a.query, a.key, a.value, a.pattern))
+            seen[layer] = Attended(query, key, value, pattern)
 
         return copy
 

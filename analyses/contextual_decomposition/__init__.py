@@ -1,0 +1,5 @@
+"""Contextual decomposition: what of a model's answer comes from each head, MLP or word, and the circuit that makes it."""
+
+from analyses.contextual_decomposition.analysis import ContextualDecomposition
+
+__all__ = ["ContextualDecomposition"]

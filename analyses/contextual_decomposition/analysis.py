@@ -1,0 +1,263 @@
+"""Contextual decomposition: what of a model's answer comes from each head, MLP or word, and the circuit that makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pandas as pd
+
+from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
+from analyses.contextual_decomposition import study as steps
+from analyses.contextual_decomposition import tables as tabulate
+from analyses.contextual_decomposition.cases import Case, case_of, given_cases, made
+from analyses.contextual_decomposition.circuit import Search
+from analyses.contextual_decomposition.faithfulness import faithfulness_table
+from analyses.contextual_decomposition.figures import FIGURES, PROFILES
+from analyses.contextual_decomposition.words import words_table
+from analyses.options import option, validate
+from analyses.result import FigureSpec, ProfileSpec, Result
+from probes.decomposition import PRESETS, Rules
+from probes.errors import PromptError
+from probes.models.base import Model
+from probes.needs import Need
+from probes.progress import QUIET, Progress
+from probes.prompts import FieldCheck, Prompt, read_prompts
+from probes.store import ActivationStore
+
+_SWITCHES = {
+    "bias": "bias", "normalise": "normalise", "attention_rule": "attention", "activation": "activation", "gate": "gate",
+    "eps": "eps",
+}  # fmt: skip
+"""Options that override a rule of the preset, and the rule's name."""
+
+
+def check_ids(value: Any) -> str | None:
+    """What is wrong with a field of token ids, or None."""
+    if not isinstance(value, list) or not value or any(isinstance(v, bool) or not isinstance(v, int) for v in value):
+        return "must be a list of token ids that is not empty, such as [262]"
+    return None
+
+
+def check_positions(value: Any) -> str | None:
+    """What is wrong with a `positions` field, or None."""
+    if not isinstance(value, list) or not value or any(isinstance(v, bool) or not isinstance(v, int) for v in value):
+        return "must be a list of positions, such as [0, -1] (-1 is the last)"
+    return None
+
+
+@dataclass(frozen=True)
+class ContextualDecomposition(Analysis):
+    """CD-T: contextual decomposition for transformers (Hsu et al. 2024, arXiv 2407.00886)."""
+
+    task: Literal["prompts", "ioi", "greater_than", "docstring"] = option(
+        "prompts", "prompts: the prompt file's; otherwise generated questions of that task."
+    )
+    n_prompts: int = option(12, "Generated questions.", low=1)
+    n_references: int = option(8, "Generated reference prompts for each question.", low=1)
+    reference_prompts: str = option(
+        "", "A prompt file of references, to whose mean activations heads are compared.", flag="reference"
+    )
+    mode: Literal["mean", "zero"] = option("mean", "Whether a node is compared to its mean over references or to zero.")
+    preset: Literal["faithful", "paper"] = option(
+        "faithful", "Rules: those nearer to measured ablation effects, or the conventions of the authors' code."
+    )
+    bias: Literal["preset", "shared", "irrelevant"] = option("preset", "Where biases go.")
+    normalise: Literal["preset", "on", "off"] = option(
+        "preset", "Whether around an MLP the larger of two parts of opposite sign takes the whole sum."
+    )
+    attention_rule: Literal["preset", "joint", "frozen", "function"] = option(
+        "preset", "The pattern of the relevant part's own queries and keys, the model's, or attention as one function."
+    )
+    activation: Literal["preset", "cd", "shapley"] = option("preset", "How an activation function is split.")
+    gate: Literal["preset", "joint", "frozen"] = option("preset", "Whether an MLP's gate is split or a constant.")
+    eps: Literal["preset", "model", "released"] = option("preset", "The model's own epsilons, or the authors' code's.")
+    granularity: Literal["head", "position"] = option(
+        "head", "Nodes of the circuit: whole heads, or heads at single positions of prompts of one form."
+    )
+    top: int = option(2, "Nodes that each step of the search keeps.", low=1)
+    search_steps: int = option(
+        6, "Steps of the search from the metric towards block 0; 0 leaves the search out.", low=0
+    )
+    target_at: Literal["z", "q", "k", "v"] = option("z", "Where a target head's relevance is read.")
+    target_score: Literal["dot", "ratio"] = option("dot", "Along the target's own change, or a ratio of magnitudes.")
+    layer_normalise: bool = option(False, "Rank scores divided by their layer's sum of magnitudes.")
+    prune: bool = option(False, "Delete nodes from the circuit while that raises the metric.")
+    ablation: bool = option(True, "Measure the mean ablation of every head, and how scores agree with it.")
+    other_preset: bool = option(False, "Also score heads by the other preset, to see how each agrees with ablation.")
+    shares: tuple[float, ...] = option(
+        (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7), "Sizes of circuits, as shares of all heads.", low=0, high=1
+    )
+    random_circuits: int = option(10, "Random circuits of each size; 0 leaves faithfulness out.", low=0)
+    mlps: bool = option(True, "Also score MLPs.")
+    words: Literal["none", "token", "head"] = option(
+        "token", "Also score words, by their rows of the first stream or by the heads of block 0 there."
+    )
+    seed: int = option(0, "Seed of generated prompts, random circuits and intervals.")
+
+    name: ClassVar[str] = "contextual_decomposition"
+    title: ClassVar[str] = "Contextual decomposition: heads, words and circuits"
+    reference: ClassVar[str] = (
+        'Hsu et al. 2024, "Efficient Automated Circuit Discovery in Transformers using Contextual Decomposition", arXiv 2407.00886'
+    )
+    prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {
+        "answer_tokens": check_ids,
+        "distractor_tokens": check_ids,
+        "positions": check_positions,
+    }
+    figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
+    profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    @property
+    def makes_prompts(self) -> bool:
+        """With a task."""
+        return self.task != "prompts"
+
+    @property
+    def rules(self) -> Rules:
+        """The rules of the preset, with the switches that were given."""
+        given = {rule: getattr(self, name) for name, rule in _SWITCHES.items() if getattr(self, name) != "preset"}
+        return replace(PRESETS[self.preset], **given)
+
+    def collect(self, model: Model, prompts: PromptsLike = ()) -> list[Prompt]:
+        """The generated questions, or the prompts given."""
+        if self.makes_prompts:
+            return [prompt for prompt, _ in made(model, self.task, self.n_prompts, self.n_references, self.seed)]
+        return as_prompts(prompts, model, self.prompt_fields)
+
+    def needs(self, model: Model) -> list[Need]:
+        """Nothing: what is decomposed is read and used prompt by prompt, and never stored."""
+        return []
+
+    def run(
+        self,
+        model: Model,
+        prompts: PromptsLike = (),
+        *,
+        store: ActivationStore | None = None,
+        progress: Progress = QUIET,
+    ) -> Result:
+        """Tables `cases`, `relevance`, `heads`, and as asked for `agreement`, `edges`, `circuit`, `faithfulness`, `words`.
+
+        Raises:
+            PointError: an operation of the model that the rules do not know, by name.
+            PromptError: a prompt without an answer, or without a reference of its length.
+        """
+        clock = Clock()
+        asked, cases, notes = self._cases(model, prompts)
+        study = steps.open_study(model, cases, self._joint, progress)
+        heads = study.heads
+        scores = {"cdt": study.scores([(node,) for node in heads], self.rules, progress)}
+        scored = [steps.Scored(heads, scores["cdt"], list(range(len(cases))))]
+        if self.granularity == "position":
+            scored.append(steps.positioned(study, self.rules, progress))
+            notes.append(_form_note(study, scored[-1]))
+        tables = {"cases": steps.cases_table(study, [_text(model, prompt) for prompt in asked])}
+        notes += _span_notes(tables["cases"])
+        tables |= self._compared(study, heads, scores, progress)
+        relevance = [*scored, *([steps.mlps(study, self.rules, progress)] if self.mlps else [])]
+        tables["relevance"] = pd.concat(
+            [tabulate.relevance_table(s.nodes, s.scores, [cases[i].index for i in s.prompts]) for s in relevance],
+            ignore_index=True,
+        )
+        tables |= self._circuits(study, scored[-1], heads, scores)
+        if self.words != "none":
+            tables["words"] = words_table(model, study.decomposer, study.opened, self.rules, self.words, self.mode)
+        forwards = study.forwards + sum(ablation.forwards for ablation in study.ablations)
+        counts = {"forwards": forwards, "decomposed": len(cases) * len(heads)}
+        return make_result(self, model, asked, tables, None, clock, notes, counts)
+
+    @property
+    def _joint(self) -> bool:
+        others = [PRESETS[name] for name in PRESETS] if self.other_preset else []
+        return any(rules.attention != "frozen" for rules in (self.rules, *others))
+
+    def _cases(self, model: Model, prompts: PromptsLike) -> tuple[list[Prompt], list[Case], list[str]]:
+        if self.makes_prompts:
+            pairs = made(model, self.task, self.n_prompts, self.n_references, self.seed)
+            cases, dropped = [], 0
+            for index, (prompt, item) in enumerate(pairs):
+                try:
+                    cases.append(case_of(model, index, prompt, item))
+                except PromptError as error:
+                    dropped, reason = dropped + 1, str(error)
+            if not cases:
+                raise PromptError(f"task {self.task!r} gives no usable question on {model.ref}; {reason}")
+            notes = [f"{dropped} generated questions were left out; the last: {reason}."] if dropped else []
+            if self.mode == "zero":
+                cases = [replace(case, references=()) for case in cases]
+            return [prompt for prompt, _ in pairs], cases, notes
+        asked = as_prompts(prompts, model, self.prompt_fields)
+        references = (
+            as_prompts(read_prompts(self.reference_prompts, self.prompt_fields), model, self.prompt_fields)
+            if self.reference_prompts
+            else []
+        )
+        cases, notes = given_cases(model, asked, references, self.mode)
+        return asked, cases, notes
+
+    def _compared(
+        self, study: steps.Study, heads: list[Any], scores: dict[str, Any], progress: Progress
+    ) -> dict[str, pd.DataFrame]:
+        """Tables of heads and of agreement; fills in the other methods' scores."""
+        scores["attribution"] = study.attributions()
+        direct = study.direct()
+        if direct is not None:
+            scores["direct"] = direct
+        if self.other_preset:
+            other = next(name for name in PRESETS if name != self.preset)
+            scores[f"cdt_{other}"] = study.scores([(node,) for node in heads], PRESETS[other], progress)
+        if not self.ablation:
+            return {"heads": tabulate.heads_table(heads, scores, self.seed)}
+        effects = study.effects(progress)
+        agreement = tabulate.agreement_table(scores, effects, self.seed)
+        scores["ablation"] = effects
+        return {"heads": tabulate.heads_table(heads, scores, self.seed), "agreement": agreement}
+
+    def _circuits(
+        self, study: steps.Study, scored: steps.Scored, heads: list[Any], scores: dict[str, Any]
+    ) -> dict[str, pd.DataFrame]:
+        tables: dict[str, pd.DataFrame] = {}
+        kept: list[Any] = []
+        if self.search_steps:
+            how = Search(
+                self.top, self.search_steps, self.target_at, self.target_score, self.layer_normalise, self.rules
+            )
+            circuit, kept, edges = steps.find_circuit(study, scored, how, self.prune)
+            tables["edges"] = tabulate.edges_table(edges, study.model.shape.n_layers)
+            tables["circuit"] = tabulate.circuit_table(circuit, kept, edges)
+        if self.random_circuits:
+            orders = {name: steps.order_of(heads, values) for name, values in scores.items()}
+            tables["faithfulness"] = faithfulness_table(
+                [study.ablations[i] for i in scored.prompts], orders, kept, self.shares, self.random_circuits, self.seed
+            )
+        return tables
+
+
+def _text(model: Model, prompt: Prompt) -> str:
+    if prompt.text is not None:
+        return prompt.text
+    return " ".join(map(str, prompt.tokens)) if model.tokenizer is None else str(model.tokenizer.decode(prompt.tokens))
+
+
+def _form_note(study: steps.Study, scored: steps.Scored) -> str:
+    return (
+        f"Positions mean the same only in prompts of one form and length: heads at single positions, the circuit and its "
+        f"faithfulness use {len(scored.prompts)} of {len(study.opened)} prompts."
+    )
+
+
+def _span_notes(cases: pd.DataFrame) -> list[str]:
+    span = float(np.mean(cases["metric"] - cases["metric_ablated"]))
+    size = float(np.mean(np.abs(cases["metric"])))
+    if abs(span) < 0.1 * size or span < 0:
+        return [
+            f"Ablating every head moves the metric from {cases['metric'].mean():.2f} to {cases['metric_ablated'].mean():.2f} "
+            "on average: with so small or negative a span, faithfulness says little."
+        ]
+    return []

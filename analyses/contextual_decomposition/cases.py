@@ -1,0 +1,185 @@
+"""Prompts with the answer and the distractors whose logits are compared, and what their nodes are compared to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from analyses.tasks import docstring, greater_than, ioi
+from analyses.tasks.item import Item
+from probes.decomposition import Baseline
+from probes.errors import PromptError
+from probes.models.base import Model
+from probes.points import Address
+from probes.prompts import Prompt, tokenize
+
+BATCH = 16
+"""Reference prompts of one forward."""
+TASKS: dict[str, Callable[..., list[Item]]] = {
+    "ioi": ioi.items,
+    "greater_than": greater_than.items,
+    "docstring": docstring.items,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt, and the metric on it: mean logit of its answers less mean logit of its distractors, at its end."""
+
+    index: int
+    tokens: tuple[int, ...]
+    answers: tuple[int, ...]
+    distractors: tuple[int, ...]
+    references: tuple[tuple[int, ...], ...]
+    """Prompts of the same length; empty where nodes are compared to zero."""
+    positions: tuple[int, ...]
+    """Positions whose nodes may be sources."""
+    group: str
+    """Cases of one group share their references."""
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Tokens whose logits are wanted, answers first."""
+        return (*self.answers, *self.distractors)
+
+    def metric(self, logits: Tensor) -> Tensor:
+        """The metric [...] of logits [..., ids]."""
+        n = len(self.answers)
+        return logits[..., :n].mean(-1) - logits[..., n:].mean(-1)
+
+
+def made(model: Model, task: str, n: int, references: int, seed: int) -> list[tuple[Prompt, Item]]:
+    """Generated questions as the model's tokenizer sees them; those that do not line up with their references are left out.
+
+    Raises:
+        PromptError: the model has no tokenizer.
+    """
+    if model.tokenizer is None:
+        raise PromptError(f"task {task!r} needs a tokenizer, and {model.ref} has none: give prompts of token ids")
+
+    def keeps(word: str) -> bool:
+        # A name may also open a sentence, where no space precedes it.
+        forms = (" " + word, word) if word[0].isupper() else (" " + word,)
+        return all(len(_ids(model, form)) == 1 for form in forms)
+
+    extra: dict[str, Any] = {}
+    if task == "greater_than":
+        extra["pairs"] = _ids(model, "1741")[-1:] == _ids(model, "41")
+    found = TASKS[task](n, references, seed, keeps, **extra)
+    return list(zip(tokenize([item.text for item in found], model), found, strict=True))
+
+
+def _ids(model: Model, text: str) -> list[int]:
+    return list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def case_of(model: Model, index: int, prompt: Prompt, item: Item) -> Case:
+    """A generated question as a case.
+
+    Raises:
+        PromptError: an answer that begins as a distractor does, or references of another length.
+    """
+    answers, distractors = (
+        tuple(dict.fromkeys(_ids(model, text)[0] for text in texts)) for texts in (item.answers, item.distractors)
+    )
+    if set(answers) & set(distractors):
+        raise PromptError(f"prompt {index}: an answer and a distractor begin with the same token")
+    references = tuple(p.tokens for p in tokenize(list(item.references), model))
+    if any(len(tokens) != len(prompt.tokens) for tokens in references):
+        raise PromptError(f"prompt {index}: a reference has another number of tokens than the prompt")
+    return Case(index, prompt.tokens, answers, distractors, references, tuple(range(len(prompt.tokens))), item.group)
+
+
+def given_cases(
+    model: Model, prompts: Sequence[Prompt], references: Sequence[Prompt], mode: str
+) -> tuple[list[Case], list[str]]:
+    """Cases of prompts that carry answers, and notes on what was filled in.
+
+    Raises:
+        PromptError: a prompt without an answer, or without a reference of its length in mean mode.
+    """
+    by_length: dict[int, list[tuple[int, ...]]] = {}
+    for prompt in references or prompts:
+        by_length.setdefault(len(prompt.tokens), []).append(prompt.tokens)
+    found, filled = [], 0
+    for index, prompt in enumerate(prompts):
+        answers = tuple(prompt.fields.get("answer_tokens", ()))
+        if not answers:
+            raise PromptError(f'prompt {index}: give "answer_tokens", the token ids of right next tokens')
+        distractors = tuple(prompt.fields.get("distractor_tokens", ()))
+        if not distractors:
+            distractors, filled = (_rival(model, prompt.tokens, answers),), filled + 1
+        _check_ids(model, index, answers, distractors)
+        same = tuple(by_length.get(len(prompt.tokens), ()))
+        if mode == "mean" and (not same or (not references and len(same) < 2)):
+            raise PromptError(
+                f"prompt {index}: no {'reference' if references else 'other prompt'} has its {len(prompt.tokens)} tokens, "
+                f"so its heads have no mean to be compared to; give --reference FILE with prompts of that length, or --mode zero"
+            )
+        n = len(prompt.tokens)
+        positions = tuple(_inside(index, p, n) for p in prompt.fields.get("positions", range(n)))
+        group = f"length {n}"
+        found.append(Case(index, prompt.tokens, answers, distractors, same if mode == "mean" else (), positions, group))
+    notes = []
+    if filled:
+        notes.append(f"{filled} prompts name no distractor_tokens: the model's likeliest other token stands for them.")
+    if mode == "mean" and not references:
+        notes.append(
+            "No reference prompts were given, so heads are compared to their mean over the prompts themselves, "
+            "which keeps what all prompts share."
+        )
+    return found, notes
+
+
+def _inside(index: int, position: int, n: int) -> int:
+    if not -n <= position < n:
+        raise PromptError(f"prompt {index}: position {position} is outside its {n} tokens: legal are {-n} to {n - 1}")
+    return position % n
+
+
+def _check_ids(model: Model, index: int, answers: tuple[int, ...], distractors: tuple[int, ...]) -> None:
+    for token in (*answers, *distractors):
+        if not 0 <= token < model.shape.d_vocab:
+            raise PromptError(
+                f"prompt {index}: token id {token} is outside the vocabulary: legal are 0 to {model.shape.d_vocab - 1}"
+            )
+    if set(answers) & set(distractors):
+        raise PromptError(f"prompt {index}: token {min(set(answers) & set(distractors))} is both answer and distractor")
+
+
+def _rival(model: Model, tokens: Sequence[int], answers: tuple[int, ...]) -> int:
+    found: list[Tensor] = []
+    model.run(torch.tensor([list(tokens)]), {Address("logits"): lambda t: found.append(t[0, -1].float().clone())})
+    logits = found[0].cpu()
+    logits[list(answers)] = -torch.inf
+    return int(logits.argmax())
+
+
+@torch.no_grad()
+def baseline_of(model: Model, references: Sequence[Sequence[int]]) -> Baseline:
+    """Mean activations over reference prompts of one length, position by position."""
+    shape = model.shape
+    sums: dict[Address, Tensor] = {}
+
+    def add(address: Address) -> Callable[[Tensor], None]:
+        def read(tensor: Tensor) -> None:
+            total = tensor.sum(0, dtype=torch.promote_types(tensor.dtype, torch.float32))
+            sums[address] = sums[address] + total if address in sums else total.clone()
+
+        return read
+
+    points = ("z", "mlp_out", "resid_pre")
+    addresses = [Address(point, layer) for point in points for layer in range(shape.n_layers)]
+    distinct = sorted(set(map(tuple, references)))
+    for start in range(0, len(distinct), BATCH):
+        tokens = torch.tensor([list(row) for row in distinct[start : start + BATCH]])
+        model.run(tokens, {address: add(address) for address in addresses})
+    tables = [
+        torch.stack([sums[Address(point, layer)] / len(distinct) for layer in range(shape.n_layers)])
+        for point in points
+    ]
+    return Baseline(*(table.clone() for table in tables))

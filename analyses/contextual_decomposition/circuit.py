@@ -1,0 +1,106 @@
+"""The search for a circuit: from the metric back to the heads that feed it, and what can be left out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from analyses.contextual_decomposition.scores import At, How, Opened, to_nodes
+from probes.decomposition import Decomposer, Node, Rules
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What of a target comes from a source; the target is None where it is the metric."""
+
+    source: Node
+    target: Node | None
+    score: float
+    step: int
+
+
+@dataclass(frozen=True)
+class Search:
+    """How the search goes.
+
+    `top` nodes are kept in each of at most `steps` steps; scores of a layer may first be divided by their sum of
+    magnitudes, since relevance grows with depth.
+    """
+
+    top: int
+    steps: int
+    at: At
+    how: How
+    layer_normalise: bool
+    rules: Rules
+
+
+def ranked(nodes: Sequence[Node], scores: Tensor, layer_normalise: bool) -> list[int]:
+    """Indices of nodes by the magnitude of their scores [node], largest first."""
+    values = scores.abs().clone()
+    if layer_normalise:
+        for layer in {node.layer for node in nodes}:
+            mine = torch.tensor([node.layer == layer for node in nodes])
+            values[mine] = values[mine] / values[mine].sum().clamp_min(1e-30)
+    order = sorted(range(len(nodes)), key=lambda i: (-float(values[i]), i))
+    return [i for i in order if float(values[i]) > 0]
+
+
+def search(
+    decomposer: Decomposer, opened: Sequence[Opened], nodes: Sequence[Node], to_metric: Tensor, how: Search
+) -> tuple[list[Node], list[Edge]]:
+    """The circuit's nodes in the order they were found, and its edges.
+
+    Hsu et al. 2024, section 3: the nodes that score highest on the logits become targets, those that score highest on
+    these the next targets, until all chosen nodes are in block 0 or the steps are spent.
+
+    Args:
+        to_metric: scores of `nodes` on the metric [node], averaged over prompts.
+    """
+    chosen = [nodes[i] for i in ranked(nodes, to_metric, how.layer_normalise)[: how.top]]
+    value = {node: float(score) for node, score in zip(nodes, to_metric, strict=True)}
+    edges = [Edge(node, None, value[node], 0) for node in chosen]
+    circuit, targets = list(chosen), [node for node in chosen if node.layer > 0]
+    for step in range(1, how.steps + 1):
+        deepest = max((node.layer for node in targets), default=0)
+        left = [node for node in nodes if node.layer < deepest and node not in circuit]
+        if not left:
+            break
+        sources = [(node,) for node in left]
+        found = [to_nodes(decomposer, one, sources, targets, how.rules, how.at, how.how) for one in opened]
+        scores = torch.stack(found).mean(0)
+        best = ranked(left, scores.sum(1), how.layer_normalise)[: how.top]
+        for i in best:
+            edges += [
+                Edge(left[i], target, float(scores[i, column]), step)
+                for column, target in enumerate(targets)
+                if float(scores[i, column]) != 0
+            ]
+        circuit += [left[i] for i in best]
+        targets = [left[i] for i in best if left[i].layer > 0]
+    return circuit, edges
+
+
+def pruned(
+    circuit: Sequence[Node], protected: Sequence[Node], value: Callable[[list[list[Node]]], Tensor]
+) -> list[Node]:
+    """The circuit without the nodes whose deletion raises the metric, the one that raises it most first.
+
+    Args:
+        value: the mean metric [circuit] of circuits under ablation of everything else.
+    """
+    kept = list(circuit)
+    current = float(value([kept])[0])
+    while True:
+        candidates = [node for node in kept if node not in protected]
+        if not candidates:
+            return kept
+        without = [[node for node in kept if node != gone] for gone in candidates]
+        values = value(without)
+        best = int(values.argmax())
+        if float(values[best]) <= current:
+            return kept
+        kept, current = without[best], float(values[best])

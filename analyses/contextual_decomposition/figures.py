@@ -1,0 +1,212 @@
+"""Figures of contextual decomposition."""
+
+from __future__ import annotations
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from analyses.contextual_decomposition.figures_circuit import circuit, faithfulness
+from analyses.contextual_decomposition.tables import layer_profile
+from analyses.result import FigureSpec, ProfileSpec, Tables
+from analyses.theme import COLOURS, finish, menu, shorten, visible, whiskers
+
+METHODS = {
+    "cdt": "CD-T", "cdt_paper": "CD-T, paper rules", "cdt_faithful": "CD-T, faithful rules",
+    "attribution": "attribution patching", "direct": "direct logit attribution", "ablation": "mean ablation",
+}  # fmt: skip
+DIVERGING = "RdBu"
+
+
+def _bound(values: np.ndarray) -> float:
+    found = np.nanmax(np.abs(values)) if values.size else 1.0
+    return float(found) or 1.0
+
+
+def head_maps(tables: Tables) -> go.Figure:
+    """Layer by head: relevance beside the measured effect of ablation."""
+    heads = tables["heads"]
+    shown = [("score", "CD-T relevance")]
+    if "ablation" in heads:
+        shown.append(("ablation", "fall of the metric on ablation"))
+    figure = make_subplots(
+        rows=1,
+        cols=len(shown),
+        subplot_titles=[title for _, title in shown],
+        shared_yaxes=True,
+        horizontal_spacing=0.06,
+    )
+    top = _bound(heads[[column for column, _ in shown]].to_numpy())
+    for at, (column, _) in enumerate(shown, 1):
+        grid = heads.pivot_table(index="layer", columns="head", values=column)
+        figure.add_heatmap(
+            x=grid.columns, y=grid.index, z=grid.to_numpy(), colorscale=DIVERGING, zmid=0, zmin=-top, zmax=top,
+            reversescale=False, showscale=at == len(shown), colorbar={"title": "logits"},
+            hovertemplate="head %{y}.%{x}: %{z:.3f}<extra></extra>", row=1, col=at,
+        )  # fmt: skip
+    finish(figure, x="head", y="", height=max(360, 15 * heads["layer"].nunique() + 140))
+    figure.update_yaxes(title="layer", row=1, col=1)
+    figure.update_xaxes(dtick=1 if heads["head"].nunique() <= 16 else 4)
+    return figure
+
+
+def position_maps(tables: Tables) -> go.Figure:
+    """Layer by head at one position, with a menu of positions."""
+    table = tables["relevance"].query("kind == 'head' and position >= 0")
+    means = table.groupby(["position", "layer", "head"])["score"].mean()
+    top = _bound(means.to_numpy())
+    sizes = means.abs().groupby(level="position").sum()
+    positions = [int(p) for p in sizes.sort_values(ascending=False).index]
+    figure = go.Figure()
+    for number, position in enumerate(positions):
+        grid = means.loc[position].unstack("head")
+        figure.add_heatmap(
+            x=grid.columns, y=grid.index, z=grid.to_numpy(), colorscale=DIVERGING, zmid=0, zmin=-top, zmax=top,
+            visible=number == 0, colorbar={"title": "logits"},
+            hovertemplate=f"head %{{y}}.%{{x}} at position {position}: %{{z:.3f}}<extra></extra>",
+        )  # fmt: skip
+    finish(figure, x="head", y="layer", height=max(380, 15 * table["layer"].nunique() + 160))
+    menu(figure, [f"position {p} (Σ|score| {sizes[p]:.2f})" for p in positions])
+    return figure
+
+
+def scatter(tables: Tables) -> go.Figure:
+    """Each head's score against the measured effect, a panel a method."""
+    heads = tables["heads"]
+    methods = [name for name in METHODS if name != "ablation" and (name in heads or name == "cdt")]
+    agreement = tables["agreement"].set_index("method")
+    titles = [f"{METHODS[m]}: r = {float(r):.2f}" for m, r in agreement["pearson"].reindex(methods).items()]
+    figure = make_subplots(rows=1, cols=len(methods), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.05)
+    labels = [f"{int(layer)}.{int(head)}" for layer, head in heads[["layer", "head"]].to_numpy()]
+    for column, (colour, method) in enumerate(zip(COLOURS, methods, strict=False), 1):
+        x = heads["score" if method == "cdt" else method]
+        figure.add_scatter(
+            x=x, y=heads["ablation"], mode="markers", text=labels, showlegend=False,
+            marker={"size": 6, "color": colour, "opacity": 0.65},
+            hovertemplate="head %{text}: score %{x:.3f}, effect %{y:.3f}<extra></extra>", row=1, col=column,
+        )  # fmt: skip
+        span = [float(heads["ablation"].min()), float(heads["ablation"].max())]
+        figure.add_scatter(
+            x=span, y=span, mode="lines", line={"color": "#888", "dash": "dot", "width": 1}, showlegend=False,
+            hoverinfo="skip", row=1, col=column,
+        )  # fmt: skip
+    finish(figure, x="score (logits)", y="", height=400)
+    figure.update_yaxes(title="fall of the metric on ablation (logits)", row=1, col=1)
+    return figure
+
+
+def agreement(tables: Tables) -> go.Figure:
+    """Correlation of each method's scores with measured effects, with its interval."""
+    table = tables["agreement"].iloc[::-1]
+    names = [METHODS[m] for m in table["method"]]
+    figure = go.Figure()
+    colours = [COLOURS[list(METHODS).index(m)] for m in table["method"]]
+    figure.add_scatter(
+        x=table["pearson"], y=names, mode="markers", marker={"size": 11, "color": colours}, showlegend=False,
+        error_x=whiskers(table["pearson"], table["ci_low"], table["ci_high"], 4),
+        hovertemplate="%{y}: r = %{x:.3f}<extra></extra>",
+    )  # fmt: skip
+    finish(figure, x="Pearson correlation with mean ablation over all heads", y="", height=160 + 45 * len(table))
+    figure.update_xaxes(
+        range=[
+            min(0.0, float(table["ci_low"].min(skipna=True)) - 0.05) if table["ci_low"].notna().any() else -0.05,
+            1.02,
+        ]
+    )
+    return figure
+
+
+def words(tables: Tables) -> go.Figure:
+    """The words of each prompt, coloured by the relevance of each, as a line of text."""
+    table = tables["words"]
+    figure = go.Figure()
+    prompts = list(dict.fromkeys(table["prompt"]))[:24]
+    kept = table[table["prompt"].isin(prompts)]
+    width = int(kept["word"].max()) + 1
+    z, text, hover = (np.full((len(prompts), width), fill, dtype=object) for fill in (None, "", ""))
+    for prompt, word, piece, score, share in kept[["prompt", "word", "text", "relevance", "share"]].to_numpy():
+        at = prompts.index(prompt), int(word)
+        z[at], text[at] = share, shorten(visible(piece).strip("·"), 12)
+        hover[at] = f"{visible(piece)}: {score:+.3f} logits, {share:+.0%} of the metric"
+    top = _bound(kept.loc[kept["first_position"] > 0, "share"].to_numpy())
+    figure.add_heatmap(
+        z=z, x=list(range(width)), y=[f"prompt {p}" for p in prompts], text=text, texttemplate="%{text}",
+        hovertext=hover, hovertemplate="%{hovertext}<extra></extra>", colorscale=DIVERGING, zmid=0, zmin=-top, zmax=top,
+        xgap=1, ygap=3, colorbar={"title": "share", "tickformat": ".0%"}, textfont={"size": 12},
+    )  # fmt: skip
+    finish(figure, x="word", y="", height=150 + 34 * len(prompts))
+    figure.update_yaxes(autorange="reversed")
+    figure.update_layout(width=max(700, 78 * width + 180), plot_bgcolor="#f4f4f4")
+    figure.update_xaxes(showgrid=False)
+    figure.update_yaxes(showgrid=False)
+    return figure
+
+
+def _positioned(tables: Tables) -> bool:
+    return bool((tables["relevance"].query("kind == 'head'")["position"] >= 0).any())
+
+
+FIGURES = {
+    "heads": FigureSpec(
+        "Which heads the answer comes from",
+        "Left: the part of the metric (mean logit of the answers less that of the distractors, at the prompt's end) that "
+        "contextual decomposition traces to each head, averaged over prompts; blue heads push towards the answer, red ones "
+        "against it. Right: how far the metric really falls when that head alone is set to its mean over the reference "
+        "prompts. Where the two maps agree, the decomposition can be trusted.",
+        head_maps,
+    ),
+    "positions": FigureSpec(
+        "Heads at single positions",
+        "The part of the metric traced to each head at one position, averaged over the prompts of one form; the menu "
+        "orders positions by how much relevance they hold in all.",
+        position_maps,
+        _positioned,
+    ),
+    "agreement": FigureSpec(
+        "How well each method foretells ablation",
+        "Correlation over all heads between a method's score and the measured effect of mean ablation; 95 % intervals "
+        "resample prompts. Attribution patching costs one backward pass a prompt, ablation one forward a head: where the "
+        "cheap method lies highest, use it.",
+        agreement,
+        lambda tables: "agreement" in tables,
+    ),
+    "scatter": FigureSpec(
+        "Scores against measured effects",
+        "Each point is a head. On the dotted line the score equals the fall of the metric on ablating the head.",
+        scatter,
+        lambda tables: "agreement" in tables,
+    ),
+    "circuit": FigureSpec(
+        "The circuit",
+        "Heads found by searching back from the metric: the strongest sources of the metric become targets, then the "
+        "strongest sources of those. Layer 0 is at the bottom, the metric at the top. An edge's width is the size of its "
+        "score, blue for positive, red for negative; faint heads are those that pruning took out.",
+        circuit,
+        lambda tables: "edges" in tables and not tables["edges"].empty,
+    ),
+    "faithfulness": FigureSpec(
+        "How much of the metric a circuit keeps",
+        "Heads are kept in the order of each method's score while all others are at their means. 1 is the whole model, 0 is "
+        "every head ablated. The grey band spans 5 to 95 % of random circuits of the same size. Values above 1 mean that the "
+        "heads left out work against the answer.",
+        faithfulness,
+        lambda tables: "faithfulness" in tables,
+    ),
+    "words": FigureSpec(
+        "Which words the answer comes from",
+        "The part of the metric traced to each word, as a share of the metric's size: blue towards the answer, red against "
+        "it. A word of several tokens is one source; table `words` holds the interaction of its tokens. Colours saturate at "
+        "the largest share after the first word, which often stands for all the rest.",
+        words,
+        lambda tables: "words" in tables,
+    ),
+}
+PROFILES = {
+    "relevance": ProfileSpec(
+        "Relevance of heads by contextual decomposition",
+        "logits",
+        "Sum over a layer's heads of the size of each head's relevance to the answer's logits; mean over prompts with a "
+        "95 % interval.",
+        layer_profile,
+    ),
+}

@@ -1,0 +1,46 @@
+"""Spans of years: "The war lasted from the year 1741 to the year 17" continues with a later year.
+
+The task of Hanna, Liu, Variengien 2023, "How does GPT-2 compute greater-than?"; sentences and events are our own.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from analyses.tasks.item import Item, Keeps
+
+EVENTS = (
+    "war", "reign", "siege", "drought", "voyage", "festival", "strike", "exile", "truce", "famine", "journey", "trial",
+    "plague", "alliance", "rebellion", "project",
+)  # fmt: skip
+TEXT = "The {event} lasted from the year {century}{year:02d} to the year {century}"
+
+
+def items(n: int, references: int, seed: int = 0, keeps: Keeps = lambda word: True, pairs: bool = True) -> list[Item]:
+    """`n` questions, each with references whose span begins in year 01, which nothing but 00 precedes.
+
+    Args:
+        keeps: which events are one token after a space.
+        pairs: whether the tokenizer has one token for two digits; otherwise the next digit decides, and the first
+            digit of the starting year, which may begin an earlier or a later one, counts for neither.
+    """
+    rng = np.random.default_rng(seed)
+    events = [event for event in EVENTS if keeps(event)]
+    found = []
+    for _ in range(n):
+        century = int(rng.integers(11, 18))
+        year = int(rng.integers(12, 88))
+        event = events[int(rng.integers(len(events)))]
+        texts = [
+            TEXT.format(event=events[int(rng.integers(len(events)))], century=int(rng.integers(11, 18)), year=1)
+            for _ in range(references)
+        ]
+        if pairs:
+            later = tuple(f"{y:02d}" for y in range(year + 1, 100))
+            earlier = tuple(f"{y:02d}" for y in range(2, year + 1))
+        else:
+            later = tuple(str(d) for d in range(year // 10 + 1, 10))
+            earlier = tuple(str(d) for d in range(year // 10))
+        text = TEXT.format(event=event, century=century, year=year)
+        found.append(Item(text, later, earlier, tuple(texts), TEXT))
+    return found

@@ -1,0 +1,147 @@
+"""A two-layer model trained here to continue repeated sequences: the search must find its induction circuit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+from analyses.contextual_decomposition.cases import Case, baseline_of
+from analyses.contextual_decomposition.circuit import Search, search
+from analyses.contextual_decomposition.effects import Ablation, attribution_patching, head_ablation
+from analyses.contextual_decomposition.scores import Opened, head_sources, position_sources, to_metric, to_nodes
+from probes.decomposition import PRESETS, Decomposer, head
+from probes.models.native import NativeModel
+from probes.points import Address
+
+VOCAB, WIDTH = 16, 22
+
+
+def repeated(rows: int, period: int, generator: torch.Generator) -> Tensor:
+    """Sequences [rows, WIDTH] that repeat `period` distinct tokens."""
+    once = torch.rand(rows, VOCAB, generator=generator).argsort(-1)[:, :period]
+    return once.repeat(1, WIDTH // period + 1)[:, :WIDTH]
+
+
+@pytest.fixture(scope="module")
+def trained() -> NativeModel:
+    """Attention only, two layers of two heads; a few seconds of training on repeated sequences of varying period."""
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    module = hf.AutoModelForCausalLM.from_config(config)
+    for layer in module.model.layers:
+        layer.mlp.requires_grad_(False)
+        nn.init.zeros_(layer.mlp.down_proj.weight)
+    generator = torch.Generator().manual_seed(0)
+    optimiser = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.01)
+    for _ in range(600):
+        period = int(torch.randint(4, 11, (1,), generator=generator))
+        tokens = repeated(64, period, generator)
+        logits = module(tokens, use_cache=False).logits[:, period:-1]
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, period + 1 :].flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        if float(loss.detach()) < 0.02:
+            break
+    assert float(loss.detach()) < 0.1, "the model did not learn to continue"
+    return NativeModel(module.eval().requires_grad_(False), ref="induction", weights="trained")
+
+
+def patterns(model: NativeModel, tokens: tuple[int, ...]) -> Tensor:
+    """[layer, head, query, key]."""
+    found: list[Tensor] = []
+    reads = {Address("pattern", layer): lambda t: found.append(t[0].clone()) for layer in range(2)}
+    model.run(torch.tensor([tokens]), reads)
+    return torch.stack(found)
+
+
+PERIOD = 9
+
+
+def cases() -> list[Case]:
+    """Prompts that end at the token whose successor stood one period earlier; references repeat nothing."""
+    generator = torch.Generator().manual_seed(7)
+    found = []
+    references = tuple(
+        tuple(torch.randint(0, VOCAB, (14,), generator=generator).tolist()) for _ in range(32)
+    )  # fmt: skip
+    for index in range(6):
+        tokens = repeated(1, PERIOD, generator)[0, :14].tolist()
+        answer = tokens[14 - PERIOD]
+        others = tuple(t for t in tokens[:PERIOD] if t != answer)
+        found.append(Case(index, tuple(tokens), (answer,), others, references, tuple(range(14)), "repeated"))
+    return found
+
+
+@pytest.mark.parametrize("preset", ["faithful", "paper"])
+def test_the_search_returns_previous_token_head_to_induction_head_at_the_right_positions(
+    trained: NativeModel, preset: str
+) -> None:
+    every = cases()
+    attention = torch.stack([patterns(trained, case.tokens) for case in every]).mean(0)
+    successor, before = 14 - PERIOD, 13 - PERIOD
+    # By what they attend to: in block 0 the head that looks back one token at the successor, in block 1 the head
+    # that looks from the end to the successor.
+    previous = int(attention[0, :, successor, before].argmax())
+    induction = int(attention[1, :, -1, successor].argmax())
+    assert attention[0, previous, successor, before] > 0.5
+    assert attention[1, induction, -1, successor] > 0.3
+    decomposer = Decomposer(trained, every[0].tokens)
+    baseline = baseline_of(trained, every[0].references)
+    opened = [Opened(case, decomposer.prepare(case.tokens), baseline) for case in every]
+    rules = PRESETS[preset]
+    sources = position_sources(2, 2, range(14))
+    scores = torch.stack([to_metric(decomposer, one, sources, rules) for one in opened]).mean(0)
+    nodes = [source[0] for source in sources]
+    best = nodes[int(scores.argmax())]
+    assert (best.layer, best.head, best.position) == (1, induction, 13)
+    how = Search(top=1, steps=3, at="z", how="dot", layer_normalise=False, rules=rules)
+    if preset == "faithful":
+        circuit, edges = search(decomposer, opened, nodes, scores, how)
+        assert [edge.source for edge in edges if edge.target is None] == [head(1, induction, 13)]
+        assert circuit[1] == head(0, previous, successor)
+        assert edges[1].target == circuit[0]
+
+
+def test_the_faithful_scores_follow_the_measured_effects(trained: NativeModel) -> None:
+    every = cases()
+    baseline = baseline_of(trained, every[0].references)
+    decomposer = Decomposer(trained, every[0].tokens)
+    opened = [Opened(case, decomposer.prepare(case.tokens), baseline) for case in every]
+    sources = head_sources(2, 2)
+    effects = torch.stack([head_ablation(Ablation(trained, case, baseline)).flatten() for case in every])
+    scores = torch.stack([to_metric(decomposer, one, sources, PRESETS["faithful"]) for one in opened]).float()
+    assert float(torch.corrcoef(torch.stack([scores.flatten(), effects.flatten()]))[0, 1]) > 0.8
+    assert int(effects.mean(0).argmax()) == int(scores.mean(0).argmax())
+
+
+def test_attribution_patching_is_the_first_order_effect(trained: NativeModel) -> None:
+    """Towards a baseline very near the activation itself, the change of the metric is the attribution."""
+    case = cases()[0]
+    baseline = baseline_of(trained, case.references)
+    held: dict[int, Tensor] = {}
+    reads = {Address("z", layer): lambda t, at=layer: held.__setitem__(at, t[0].clone()) for layer in range(2)}
+    trained.run(torch.tensor([case.tokens]), reads)
+    own = torch.stack([held[layer] for layer in range(2)])
+    near = type(baseline)(own + 0.01 * (baseline.z - own), baseline.mlp_out, baseline.stream)
+    attribution = attribution_patching(trained, case, near).sum(1)
+    effects = head_ablation(Ablation(trained, case, near))
+    assert float(effects.abs().max()) > 1e-3
+    assert torch.allclose(attribution, effects, atol=0.1 * float(effects.abs().max()))
+
+
+def test_target_scores_of_a_heads_own_source_are_all_of_it(trained: NativeModel) -> None:
+    case = cases()[0]
+    decomposer = Decomposer(trained, case.tokens)
+    one = Opened(case, decomposer.prepare(case.tokens), baseline_of(trained, case.references))
+    rules = PRESETS["faithful"]
+    found = to_nodes(decomposer, one, [(head(1, 0),), (head(1, 1),)], [head(1, 0), head(1, 1)], rules)
+    assert torch.allclose(found, torch.eye(2, dtype=torch.float64), atol=1e-5)
+    zero = Opened(case, one.prompt, None)
+    ratio = to_nodes(decomposer, zero, [(head(1, 0),), (head(1, 1),)], [head(1, 0)], rules, how="ratio")
+    assert torch.allclose(ratio[:, 0], torch.tensor([1.0, 0.0], dtype=torch.float64), atol=1e-6)

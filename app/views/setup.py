@@ -17,7 +17,8 @@ from app.ui.options import draw_options, set_options
 from app.ui.prompts import draw_prompts
 from probes.errors import OptionError, UserError
 from probes.models import list_models
-from probes.models.load import ATTENTIONS, BACKENDS, DTYPES
+from probes.models.handover import BACKENDS
+from probes.models.load import ATTENTIONS, DTYPES
 
 DEFAULT = "smollm2-135m"
 

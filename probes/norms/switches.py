@@ -129,10 +129,15 @@ class Switches:
 
     def _on_norm(self, norm: Norm) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            rows, x, back = self.rows, *_shaped(args[0], self.rows.first)
-            if module.training or norm.path in self.watches:
-                self._observe(norm, x, rows)
             frozen = [site for site in norm.sites if site in self.on]
+            seen = module.training or norm.path in self.watches
+            if not frozen and not seen:
+                return None
+            rows, x, back = self.rows, *_shaped(args[0], self.rows.first)
+            if seen:
+                self._observe(norm, x, rows)
+            if not frozen:
+                return None
             made: dict[int, Tensor] = {}
             for site in frozen:
                 scale = self.on[site]

@@ -17,6 +17,7 @@ from analyses.cli.run import (
     Loading,
     ModelRef,
     PromptFile,
+    Remote,
     Revision,
     StoreDir,
     Trust,
@@ -42,6 +43,7 @@ def capture(
     attention: Attention = "sdpa",
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    remote: Remote = False,
     dry_run: DryRun = False,
 ) -> None:
     """Capture points of every prompt into the store; only what is missing is run."""
@@ -49,7 +51,7 @@ def capture(
     reducer = Reducer.parse(reduce)
     lines = read_prompts(prompts)
     held = ActivationStore(store)
-    loaded = Loading(model, backend, device, dtype, attention, revision, trust_remote_code).load()
+    loaded = Loading(model, backend, device, dtype, attention, revision, trust_remote_code, remote).load()
     sequences = [prompt.tokens for prompt in as_prompts(lines, loaded, {})]
     need = Need(tuple(str(address) for address in expand(patterns, loaded.shape.n_layers)), reducer)
     if dry_run:

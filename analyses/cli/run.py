@@ -38,6 +38,10 @@ DType = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or 
 Attention = Annotated[str, typer.Option("--attention", help="The attention implementation.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+Remote = Annotated[
+    bool,
+    typer.Option("--remote", help="With --backend nnsight: run the model on an NDIF server (key in NDIF_API_KEY)."),
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print what would be captured and what it would cost, and stop.")
 ]
@@ -58,6 +62,7 @@ class Loading:
     attention: str = "sdpa"
     revision: str | None = None
     trust_remote_code: bool = False
+    remote: bool = False
 
     def load(self) -> Model:
         """The loaded model."""
@@ -69,6 +74,7 @@ class Loading:
             attention=self.attention,
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
+            remote=self.remote,
         )
 
 
@@ -83,6 +89,7 @@ def _shared(
     attention: Attention = "sdpa",
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    remote: Remote = False,
     dry_run: DryRun = False,
 ) -> None:
     """The flags every analysis has; only its signature is used."""

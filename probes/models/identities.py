@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from probes.anatomy import Anatomy, Kind
 from probes.errors import ModelError, PointError
+from probes.models.attention import Attended
 from probes.models.base import Faithfulness, Identity
 from probes.models.readout import apply, logits_of, unembedding_of
-from probes.models.recording import Call, Recording, attention_of, deviation, record
+from probes.models.recording import Call, Recording, deviation, record
 from probes.models.refusals import refusals
 from probes.points import POINTS, Address
 
@@ -130,13 +131,23 @@ def _lens(anatomy: Anatomy, seen: Recording, logits: Tensor, tolerance: float) -
 
 
 @torch.inference_mode()
-def verify(module: nn.Module, guess: Anatomy, call: Call, ref: str, dtype: torch.dtype, pad: int | None) -> Verified:
+def verify(
+    guess: Anatomy,
+    call: Call,
+    attend: Callable[[Anatomy, Tensor], Mapping[int, Attended] | str],
+    ref: str,
+    dtype: torch.dtype,
+    pad: int | None,
+) -> Verified:
     """Check the identities on every layer, and settle what the map leaves open.
+
+    Args:
+        attend: What the attention functions receive in a forward over tokens [batch, pos], or why it cannot be had.
 
     Raises:
         ModelError: weights or logits that are not finite, or a map no kind of block makes true.
     """
-    check_weights(module, ref)
+    check_weights(guess.map.module, ref)
     tolerance = TOLERANCE.get(dtype, 1e-2)
     sizes = guess.map.sizes
     tokens = probe_tokens(int(sizes.d_vocab), int(sizes.n_ctx), pad)
@@ -147,7 +158,7 @@ def verify(module: nn.Module, guess: Anatomy, call: Call, ref: str, dtype: torch
     errors["logits of a hooked forward == logits"] = deviation(seen.need(Address("logits")), logits)
     last = seen.need(Address("resid_post", anatomy.n_layers - 1))
     causal = deviation(last[1, :-1], last[0, :-1]) <= tolerance
-    attended = {} if anatomy.patterns else attention_of(module, anatomy, call, tokens)
+    attended = {} if anatomy.patterns else attend(anatomy, tokens)
     anatomy, further = refusals(anatomy, seen, attended, causal, tolerance)
     lens, against = _lens(anatomy, seen, logits, tolerance)
     identities = [Identity(name, error, tolerance) for name, error in (errors | further).items()]

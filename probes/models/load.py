@@ -26,6 +26,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     offline: bool = False,
+    remote: bool = False,
     progress: Progress | None = None,
 ) -> Model:
     """Loads a model, ready to be read; its identities are checked on the way.
@@ -39,6 +40,7 @@ def load_model(
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run code that comes with the checkpoint.
         offline: ask no network; what is not on this machine is refused.
+        remote: run the model on an NDIF server through nnsight; the key is read from the environment alone.
         progress: receives a line per step of a first fetch.
 
     Raises:
@@ -47,11 +49,21 @@ def load_model(
     """
     build = backend_class(backend)
     how = _loading(device, dtype, attention, trust_remote_code)
+    if remote:
+        return _remote(ref, backend, offline, attention=attention, revision=revision, trust=trust_remote_code)
     found = locate(ref, revision=revision, offline=offline, trust_remote_code=trust_remote_code, progress=progress)
     config = read_config(found.folder, trust_remote_code=trust_remote_code)
     module = load_module(found.folder, config, how)
     tokenizer = load_tokenizer(found.folder, trust_remote_code=trust_remote_code)
     return cast(Model, build(module, tokenizer, ref=ref, weights=weights_digest(module), revision=found.revision))
+
+
+def _remote(ref: str, backend: str, offline: bool, *, attention: str, revision: str | None, trust: bool) -> Model:
+    if backend != "nnsight" or offline:
+        raise OptionError("remote execution goes through nnsight and the network: give backend nnsight, not offline")
+    from probes.models.remote import load_remote
+
+    return load_remote(ref, attention=attention, revision=revision, trust_remote_code=trust)
 
 
 def _loading(device: str, dtype: str, attention: str, trust_remote_code: bool) -> Loading:

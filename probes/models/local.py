@@ -18,7 +18,7 @@ from probes.models.base import Context, Model, Read, Shape, Unembedding, Write
 from probes.models.handover import copied, from_hf
 from probes.models.identities import verify
 from probes.models.readout import unembedding_of
-from probes.models.recording import attention_layers
+from probes.models.recording import attention_layers, attention_of
 from probes.models.taps import Stop, Taps, tensor_of
 from probes.points import POINTS, Address
 
@@ -57,16 +57,25 @@ class LocalModel(Model):
         self._lock = threading.RLock()
         guess = anatomy or anatomy_of(module)
         entry = next(guess.component("embed").parameters())
-        self.device: torch.device = module.device if entry.is_meta else entry.device  # type: ignore[assignment]
+        self.device, dtype = self._place(entry)
         pad = getattr(self._config, "pad_token_id", None)
         with evaluating(module):
-            verified = verify(module, guess, self._logits, ref, entry.dtype, pad)
+            verified = verify(guess, self._logits, self._attended, ref, dtype, pad)
         self.anatomy: Anatomy = verified.anatomy
         self.faithfulness = verified.faithfulness
         self.shape = _shape(self.anatomy, verified.causal, verified.d_mlp)
         attention = str(self._config._attn_implementation)
-        self.context = Context(weights, self.backend, str(entry.dtype).removeprefix("torch."), attention)
+        self.context = Context(weights, self.backend, str(dtype).removeprefix("torch."), attention)
         self._layers = attention_layers(module, self.anatomy)
+
+    def _place(self, entry: Tensor) -> tuple[torch.device, torch.dtype]:
+        """Where tokens go and what the model computes in, told by the embedding's weights."""
+        device: torch.device = self.module.device if entry.is_meta else entry.device  # type: ignore[assignment]
+        return device, entry.dtype
+
+    def _attended(self, anatomy: Anatomy, tokens: Tensor) -> Mapping[int, Attended] | str:
+        """What each layer's attention function receives, or the reason it cannot be had."""
+        return attention_of(self.module, anatomy, self._logits, tokens)
 
     def _call(self, taps: Taps, tokens: Tensor, **kwargs: Any) -> Any:
         """The module's own output for `tokens` [batch, pos] and further arguments, with the taps visited on the way."""

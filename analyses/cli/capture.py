@@ -20,6 +20,7 @@ from analyses.cli.run import (
     ModelRef,
     Offload,
     PromptFile,
+    Remote,
     Revision,
     Spread,
     StoreDir,
@@ -51,6 +52,7 @@ def capture(
     device_map: Spread = None,
     max_memory: MaxMemory = None,
     offload: Offload = None,
+    remote: Remote = False,
     dry_run: DryRun = False,
 ) -> None:
     """Capture points of every prompt into the store; only what is missing is run."""
@@ -59,7 +61,7 @@ def capture(
     lines = read_prompts(prompts)
     held = ActivationStore(store)
     how = Loading(model, backend, device, dtype, attention, revision, trust_remote_code, streamed, device_map)
-    loaded = replace(how, max_memory=max_memory, offload=offload).load()
+    loaded = replace(how, max_memory=max_memory, offload=offload, remote=remote).load()
     sequences = [prompt.tokens for prompt in as_prompts(lines, loaded, {})]
     need = Need(tuple(str(address) for address in expand(patterns, loaded.shape.n_layers)), reducer)
     if dry_run:

@@ -53,6 +53,10 @@ MaxMemory = Annotated[
     str | None, typer.Option("--max-memory", help="What each device may hold, such as 0=20GiB,cpu=60GiB.")
 ]
 Offload = Annotated[Path | None, typer.Option("--offload", help="Folder for weights that fit on no device of the map.")]
+Remote = Annotated[
+    bool,
+    typer.Option("--remote", help="With --backend nnsight: run the model on an NDIF server (key in NDIF_API_KEY)."),
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print what would be captured and what it would cost, and stop.")
 ]
@@ -77,6 +81,7 @@ class Loading:
     device_map: str | None = None
     max_memory: str | None = None
     offload: Path | None = None
+    remote: bool = False
 
     def load(self) -> Model:
         """The loaded model."""
@@ -92,6 +97,7 @@ class Loading:
             device_map=self.device_map,
             max_memory=None if self.max_memory is None else parse_max_memory(self.max_memory),
             offload=self.offload,
+            remote=self.remote,
         )
 
 
@@ -110,6 +116,7 @@ def _shared(
     device_map: Spread = None,
     max_memory: MaxMemory = None,
     offload: Offload = None,
+    remote: Remote = False,
     dry_run: DryRun = False,
 ) -> None:
     """The flags every analysis has; only its signature is used."""

@@ -75,7 +75,7 @@ def scatter(tables: Tables) -> go.Figure:
     heads = tables["heads"]
     methods = [name for name in METHODS if name != "ablation" and (name in heads or name == "cdt")]
     agreement = tables["agreement"].set_index("method")
-    titles = [f"{METHODS[m]}: r = {float(agreement['pearson'][m]):.2f}" for m in methods]
+    titles = [f"{METHODS[m]}: r = {float(agreement['pearson'].get(m, float('nan'))):.2f}" for m in methods]
     figure = make_subplots(rows=1, cols=len(methods), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.05)
     labels = [f"{int(layer)}.{int(head)}" for layer, head in heads[["layer", "head"]].to_numpy()]
     for column, (colour, method) in enumerate(zip(COLOURS, methods, strict=False), 1):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from probes.anatomy import Anatomy, Kind
 from probes.errors import ModelError, PointError
@@ -124,7 +124,6 @@ def _lens(anatomy: Anatomy, seen: Recording, logits: Tensor, tolerance: float) -
 
 @torch.inference_mode()
 def verify(
-    module: nn.Module,
     guess: Anatomy,
     gather: Callable[[Tensor], Evidence],
     ref: str,
@@ -139,7 +138,7 @@ def verify(
     Raises:
         ModelError: weights or logits that are not finite, or a map no kind of block makes true.
     """
-    check_weights(module, ref)
+    check_weights(guess.map.module, ref)
     tolerance = TOLERANCE.get(dtype, 1e-2)
     sizes = guess.map.sizes
     tokens = probe_tokens(int(sizes.d_vocab), int(sizes.n_ctx), pad)

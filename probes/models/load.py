@@ -34,6 +34,7 @@ def load_model(
     max_memory: MaxMemory | None = None,
     offload: str | Path | None = None,
     streamed: bool = False,
+    remote: bool = False,
     progress: Progress | None = None,
 ) -> Model:
     """Loads a model, ready to be read; its identities are checked on the way.
@@ -53,6 +54,7 @@ def load_model(
         offload: folder for weights put on `disk` that cannot be read from the checkpoint as they are.
         streamed: for a model larger than memory: blocks stay on disk and are read one at a time, each for all prompts
             of a capture. Rows and their store keys are those of an ordinary load.
+        remote: run the model on an NDIF server through nnsight; the key is read from the environment alone.
         progress: receives a line per step of a first fetch.
 
     Raises:
@@ -61,6 +63,8 @@ def load_model(
     """
     build = backend_class(backend)
     how = _loading(device, dtype, attention, trust_remote_code)
+    if remote:
+        return _remote(ref, backend, offline, attention=attention, revision=revision, trust=trust_remote_code)
     how = replace(how, **spread(device, device_map, max_memory, offload))
     if streamed and (backend != "native" or device_map is not None):
         raise OptionError("a streamed model runs on backend native, without a device map: it holds one block at a time")
@@ -74,6 +78,14 @@ def load_model(
     tokenizer = load_tokenizer(found.folder, trust_remote_code=trust_remote_code)
     weights = weights_digest(module, partial(fetch_offloaded, module, ref=ref))
     return cast(Model, build(module, tokenizer, ref=ref, weights=weights, revision=found.revision))
+
+
+def _remote(ref: str, backend: str, offline: bool, *, attention: str, revision: str | None, trust: bool) -> Model:
+    if backend != "nnsight" or offline:
+        raise OptionError("remote execution goes through nnsight and the network: give backend nnsight, not offline")
+    from probes.models.remote import load_remote
+
+    return load_remote(ref, attention=attention, revision=revision, trust_remote_code=trust)
 
 
 def _loading(device: str, dtype: str, attention: str, trust_remote_code: bool) -> Loading:

@@ -21,7 +21,7 @@ from probes.models.handover import copied, from_hf
 from probes.models.identities import verify
 from probes.models.placement import main_device
 from probes.models.readout import unembedding_of
-from probes.models.recording import Evidence, attention_layers, evidence_of
+from probes.models.recording import Evidence, attention_layers, attention_of, evidence_of
 from probes.models.taps import Stop, Taps, tensor_of
 from probes.points import POINTS, Address
 
@@ -60,16 +60,24 @@ class LocalModel(Displayed, Model):
         self._lock = threading.RLock()
         guess = anatomy or anatomy_of(module)
         entry = next(guess.component("embed").parameters())
-        self.device: torch.device = main_device(module) if entry.is_meta else entry.device
+        self.device, dtype = self._place(entry)
         pad = getattr(self._config, "pad_token_id", None)
         with evaluating(module):
-            verified = verify(module, guess, partial(self._evidence, guess), ref, entry.dtype, pad)
+            verified = verify(guess, partial(self._evidence, guess), ref, dtype, pad)
         self.anatomy: Anatomy = verified.anatomy
         self.faithfulness = verified.faithfulness
         self.shape = _shape(self.anatomy, verified.causal, verified.d_mlp)
         attention = str(self._config._attn_implementation)
-        self.context = Context(weights, self.backend, str(entry.dtype).removeprefix("torch."), attention)
+        self.context = Context(weights, self.backend, str(dtype).removeprefix("torch."), attention)
         self._layers = attention_layers(module, self.anatomy)
+
+    def _place(self, entry: Tensor) -> tuple[torch.device, torch.dtype]:
+        """Where tokens go and what the model computes in, told by the embedding's weights."""
+        return main_device(self.module) if entry.is_meta else entry.device, entry.dtype
+
+    def _attended(self, anatomy: Anatomy, tokens: Tensor) -> Mapping[int, Attended] | str:
+        """What each layer's attention function receives, or the reason it cannot be had."""
+        return attention_of(self.module, anatomy, self._logits, tokens)
 
     def _call(self, taps: Taps, tokens: Tensor, **kwargs: Any) -> Any:
         """The module's own output for `tokens` [batch, pos] and further arguments, with the taps visited on the way."""
@@ -243,7 +251,8 @@ class LocalModel(Displayed, Model):
             return tensor_of(self._call(taps, tokens.to(self.device)))
 
     def _evidence(self, guess: Anatomy, tokens: Tensor) -> Evidence:
-        return evidence_of(self.module, guess, self._logits, tokens)
+        attended = {} if guess.patterns else self._attended(guess, tokens)
+        return evidence_of(guess, self._logits, attended, tokens)
 
     def _ends(self) -> set[int]:
         for holder in (getattr(self.module, "generation_config", None), self._config):

@@ -36,6 +36,8 @@ def unembedding_of(anatomy: Anatomy) -> Unembedding:
             f"the unembedding of {known.architecture} has weights {shape}, which do not take the residual stream "
             f"of width {known.sizes.d_model}"
         )
+    if weight.is_meta:
+        raise PointError(f"the unembedding of {known.architecture} has no weights here")
     bias = data_of(unembed, "bias")
     cap = float(known.sizes.output_logits_soft_cap)
     norm = anatomy.component("ln_final") if known.path("ln_final") else nn.Identity()

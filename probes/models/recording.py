@@ -94,11 +94,9 @@ class Evidence:
     """What each layer's attention function received, or the reason it cannot be had."""
 
 
-def evidence_of(module: nn.Module, guess: Anatomy, call: Call, tokens: Tensor) -> Evidence:
+def evidence_of(guess: Anatomy, call: Call, attended: Mapping[int, Attended] | str, tokens: Tensor) -> Evidence:
     """What forwards over `tokens` [batch, pos] show of a model in memory."""
-    logits = call(tokens).cpu()
-    attended = {} if guess.patterns else attention_of(module, guess, call, tokens)
-    return Evidence(logits, record(wanted_sites(guess), call, tokens), attended)
+    return Evidence(call(tokens).cpu(), record(wanted_sites(guess), call, tokens), attended)
 
 
 def wanted_sites(guess: Anatomy) -> dict[tuple[str, str], Site]:

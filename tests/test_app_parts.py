@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shlex
-import threading
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,16 +11,11 @@ import plotly.graph_objects as go
 import pytest
 from tiny import PROMPTS
 
-from analyses import rebuild
-from analyses.cli import main
 from analyses.logit_lens import LogitLens
 from analyses.registry import ANALYSES
 from analyses.result import Result
 from analyses.voids import Voids
 from app import catalogue, places, prompt_sets, saved
-from app.jobs import worker
-from app.jobs.progress import Cancelled, JobProgress
-from app.jobs.protocol import Request, Status, ask_to_cancel, read_status, write_request
 from app.selection import Selection, named_by, narrowed, params_of, parse
 from app.ui.figures import clicked_layers, data_of, drawn, mark
 from probes.errors import OptionError, PromptError
@@ -209,160 +202,3 @@ def test_profiles_are_read_without_the_tables(result: Result, tmp_path: Path, mo
     (run.folder / "profiles.json").unlink()
     older = saved.profiles_of(replace(run, stamp=run.stamp + 1))
     assert [p.table.to_dict() for p in older] == [p.table.to_dict() for p in written]
-
-
-# Jobs
-
-
-def request(folder: Path, tmp_path: Path, **changes: object) -> Request:
-    prompts = prompt_sets.typed('{"tokens": [5, 6, 7]}\n{"tokens": [8, 9]}', {}).save()
-    base = Request(
-        "run",
-        {"model": str(folder)},
-        "voids",
-        {"alpha": [0.5]},
-        str(prompts),
-        str(tmp_path / "store"),
-        str(tmp_path / "runs" / "a"),
-    )
-    return replace(base, **changes)  # type: ignore[arg-type]
-
-
-def did(folder: Path, wanted: Request, closing: threading.Event | None = None) -> Status:
-    write_request(folder, wanted)
-    worker.work(folder, closing or threading.Event())
-    return read_status(folder)
-
-
-def test_a_job_saves_what_the_command_line_would(llama_folder: Path, tmp_path: Path) -> None:
-    wanted = request(llama_folder, tmp_path)
-    status = did(tmp_path / "j1", wanted)
-    assert (status.state, status.answer["counts"]["forwards"]) == ("done", 2)
-    assert any(line.startswith("forwards") for line in status.lines)
-    flags = ["--model", str(llama_folder), "--prompts", str(wanted.prompts), "--store", str(tmp_path / "store")]
-    assert main(["run", "voids", *flags, "--alpha", "0.5", "--out", str(tmp_path / "cli")]) == 0
-    ours, theirs = Result.load(tmp_path / "runs" / "a"), Result.load(tmp_path / "cli")
-    assert ours.options == theirs.options
-    for name, table in ours.tables.items():
-        pd.testing.assert_frame_equal(table, theirs.tables[name])
-    assert ours.provenance["prompts_file"] == theirs.provenance["prompts_file"] == wanted.prompts
-    assert theirs.provenance["counts"]["forwards"] == 0
-
-
-def test_a_cost_is_told_and_nothing_is_run(llama_folder: Path, tmp_path: Path) -> None:
-    status = did(tmp_path / "j", request(llama_folder, tmp_path, kind="estimate"))
-    assert status.state == "done"
-    assert status.lines[0].split()[1:3] == ["2", "prompts,"]
-    assert not (tmp_path / "runs" / "a").exists()
-    assert ActivationStore(tmp_path / "store").bytes_held() == 0
-
-
-def test_a_check_tells_the_identities(llama_folder: Path, tmp_path: Path) -> None:
-    status = did(tmp_path / "j", request(llama_folder, tmp_path, kind="check"))
-    assert status.answer["layers"] == 3
-    assert all(identity["holds"] for identity in status.answer["identities"])
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"model": {"model": "nowhere/at all"}}, "no such model"),
-        ({"options": {"alpha": [7.0]}}, "option alpha is 7.0"),
-        ({"analysis": "viods"}, "Did you mean 'voids'"),
-        ({"prompts": None}, "needs prompts"),
-        ({"prompts": "/nowhere.jsonl"}, "does not exist"),
-    ],
-)
-def test_bad_input_is_refused_in_a_line(
-    llama_folder: Path, tmp_path: Path, changes: dict[str, object], said: str
-) -> None:
-    status = did(tmp_path / "j", request(llama_folder, tmp_path, **changes))
-    assert status.state == "refused"
-    assert said in status.message
-    assert not (tmp_path / "runs" / "a").exists()
-
-
-def test_other_peoples_folders_are_not_overwritten(llama_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "runs" / "a").mkdir(parents=True)
-    (tmp_path / "runs" / "a" / "thesis.tex").write_text("x")
-    assert did(tmp_path / "j", request(llama_folder, tmp_path)).state == "refused"
-    assert (tmp_path / "runs" / "a" / "thesis.tex").read_text() == "x"
-
-
-def test_a_cancelled_job_keeps_what_was_captured(
-    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    many = "\n".join(json.dumps({"tokens": [3 + i % 90] * (i // 90 + 2)}) for i in range(540))
-    prompts = str(prompt_sets.typed(many, {}).save())
-    advance = JobProgress.advance
-
-    def cancel_once(self: JobProgress, done: int = 1) -> None:
-        ask_to_cancel(self.folder)
-        advance(self, done)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(JobProgress, "advance", cancel_once)
-        status = did(
-            tmp_path / "j1", request(llama_folder, tmp_path, prompts=prompts, analysis="logit_lens", options={})
-        )
-    assert (status.state, status.what) == ("cancelled", "") or status.state == "cancelled"
-    assert not (tmp_path / "runs" / "a").exists()
-    assert ActivationStore(tmp_path / "store").bytes_held() > 0
-    again = did(tmp_path / "j2", request(llama_folder, tmp_path, prompts=prompts, analysis="logit_lens", options={}))
-    assert again.state == "done"
-    assert 0 < again.answer["counts"]["forwards"] < 540
-
-
-def test_a_job_cancelled_while_it_waits_never_starts(llama_folder: Path, tmp_path: Path) -> None:
-    write_request(tmp_path / "j", request(llama_folder, tmp_path, model={"model": "nowhere/at all"}))
-    ask_to_cancel(tmp_path / "j")
-    worker.work(tmp_path / "j", threading.Event())
-    assert read_status(tmp_path / "j").state == "cancelled"
-
-
-def test_progress_stops_when_the_dashboard_is_gone(tmp_path: Path) -> None:
-    closing = threading.Event()
-    write_request(tmp_path / "j", Request("check", {}))
-    progress = JobProgress(tmp_path / "j", closing)
-    progress.start(4, "forward")
-    progress.advance(2)
-    closing.set()
-    with pytest.raises(Cancelled):
-        progress.advance()
-
-
-def test_what_remains_follows_from_the_pace() -> None:
-    status = Status("running", "forward", done=5, total=20, began=100.0)
-    assert status.remaining(now=110.0) == pytest.approx(30.0)
-    assert replace(status, done=0).remaining() is None
-    assert asdict(status)["notes"] == ()
-
-
-# Making a run again
-
-
-@pytest.mark.parametrize("text", ["command", "python"])
-def test_a_run_can_be_made_again_from_its_text(llama_folder: Path, tmp_path: Path, text: str) -> None:
-    wanted = request(llama_folder, tmp_path, options={"alpha": [0.5, 0.25], "include_bos": False, "semantics": "trace"})
-    assert did(tmp_path / "j", wanted).state == "done"
-    result, store = Result.load(tmp_path / "runs" / "a"), tmp_path / "store"
-    made = getattr(rebuild, text)(result, tmp_path / "again", store)
-    if text == "command":
-        assert main(shlex.split(made)[1:]) == 0
-    else:
-        exec(compile(made, "made", "exec"), {})
-    again = Result.load(tmp_path / "again")
-    assert again.options == result.options
-    assert again.provenance["counts"]["forwards"] == 0
-    for name, table in result.tables.items():
-        pd.testing.assert_frame_equal(again.tables[name], table)
-
-
-def test_a_text_says_only_what_differs_from_the_defaults(result: Result) -> None:
-    line = rebuild.command(result, "runs/x")
-    assert line.startswith("bathyscope run logit_lens --model tiny-llama --prompts PROMPTS.jsonl")
-    assert "--top-k" not in line
-    named = rebuild.with_source(result, Path("p.jsonl"))
-    assert str(Path("p.jsonl").absolute()) in rebuild.command(named, "runs/x")
-    negative = replace(result, options={**result.options, "top_k": -1})
-    assert "--top-k=-1" in rebuild.command(negative, "runs/x")

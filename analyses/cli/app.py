@@ -66,6 +66,7 @@ def open_app(
         os.environ["BATHYSCOPE_STORE"] = str(store.expanduser().absolute())
     settings = {**SETTINGS, "server.address": address, "server.port": str(port), "server.headless": str(not browser)}
     say(f"dashboard: http://{address}:{port}   runs: {os.environ['BATHYSCOPE_RUNS']}   Ctrl-C ends it")
+    importlib.import_module("streamlit.web.cli")
     threading.Thread(target=_warm, daemon=True).start()
     flags = [f"--{name}={value}" for name, value in settings.items()]
     sys.argv = ["streamlit", "run", str(script), *flags]
@@ -73,7 +74,7 @@ def open_app(
 
 
 def _warm() -> None:
-    """Imports what the first page needs while the browser starts."""
+    """Imports what the first page needs while the browser starts; Streamlit must be whole by then, which looks at pandas."""
     for name in ("pandas", "pyarrow", "plotly.graph_objects", "plotly.subplots", "analyses.result"):
         importlib.import_module(name)
 

@@ -41,7 +41,7 @@ def draw_prompts(cls: type[Analysis]) -> PromptSet | None:
     else:
         st.caption("The analysis makes its own prompts, from its options, or works on weights alone.")
         return None
-    st.caption(f"{found.count:,} prompts")
+    st.caption(f"{found.count:,} prompt{'s' * (found.count != 1)}")
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import pandas as pd
 import streamlit as st
 
 from analyses.result import Result
@@ -38,7 +39,7 @@ def offer_of(result: Result) -> Offer:
     for table in result.tables.values():
         if "prompt" in table and len(table):
             words = _words(table)
-            prompts |= {int(p): words.get(int(p), prompts.get(int(p), "")) for p in table["prompt"].unique()}
+            prompts |= {int(p): prompts.get(int(p)) or words.get(int(p), "") for p in table["prompt"].unique()}
         if "position" in table and table["position"].dtype.kind == "i" and len(table):
             tokens = max(tokens, int(table["position"].max()) + 1)
         for layer, head in HEADS:
@@ -48,11 +49,12 @@ def offer_of(result: Result) -> Offer:
     return Offer(int(result.provenance["model"]["layers"]), dict(sorted(prompts.items())), tokens, named)
 
 
-def _words(table) -> dict[int, str]:  # type: ignore[no-untyped-def]
+def _words(table: pd.DataFrame) -> dict[int, str]:
     """The beginning of each prompt, where the table has its text or its tokens."""
     if "text" in table:
         return dict(table.groupby("prompt")["text"].first().astype(str))
-    column = next((c for c in ("input_token", "token") if c in table), None)
+    own = ("input_token",) if "input_token" in table else ("token",) if "token_class" in table else ()
+    column = next((c for c in own if c in table), None)  # other tables' tokens are predictions
     if column is None or "position" not in table or table["position"].dtype.kind != "i":
         return {}
     first = table.drop_duplicates(["prompt", "position"]).sort_values(["prompt", "position"])

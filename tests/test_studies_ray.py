@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import signal
 import threading
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+import torch
 from study_makers import BASE, model_folder, prompt_file, study_file
 
 from analyses.cli import main
@@ -21,8 +24,11 @@ from probes.store import ActivationStore
 pytestmark = pytest.mark.xdist_group("ray")
 ray = pytest.importorskip("ray")
 
+DRAW = random.Random(0)
+PROMPTS = [[DRAW.randrange(3, 97) for _ in range(50 + i % 10)] for i in range(240)]
+"""Seven batches, so that an actor can be killed between the first and the last."""
 CELLS = (
-    '[[analyses]]\nanalysis = "voids"\noptions.readout_positions = "all"\n[[analyses]]\nanalysis = "logit_lens"\n'
+    '[[analyses]]\nanalysis = "voids"\noptions.semantics = "trace"\n[[analyses]]\nanalysis = "logit_lens"\n'
     'options.positions = "last"\n'
 )
 
@@ -44,8 +50,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of two models and its run by the local engine, in `local`."""
     folder = tmp_path_factory.mktemp("ray")
-    model_folder(folder / "model", layers=12)
-    prompt_file(folder / "ids.jsonl", [[3 + (7 * i + j) % 90 for j in range(20 + i % 30)] for i in range(900)])
+    model_folder(folder / "model", layers=6)
+    prompt_file(folder / "ids.jsonl", PROMPTS)
     study_file(folder, BASE + CELLS)
     assert batch(folder, "local", "--workers", "0") == 0
     return folder
@@ -68,13 +74,12 @@ def same_rows(one: Path, other: Path) -> None:
     left, right = rows(one), rows(other)
     assert len(left) == len(set(left)) == len(right)
     assert set(left) == set(right)
-    numbers = []
-    for root in (one, other):
-        store = ActivationStore(root)
-        assert store.verify().damaged == ()
-        (file,) = store.export(root.parent / f"{root.name}-export", "parquet", features="resid_post.11/rows@all")[:1]
-        numbers.append(pd.read_parquet(file).sort_values(["sequence", "position"]).reset_index(drop=True))
-    pd.testing.assert_frame_equal(*numbers, rtol=1e-4, atol=1e-5)
+    stores = [ActivationStore(root) for root in (one, other)]
+    assert [store.verify().damaged for store in stores] == [(), ()]
+    (context,) = stores[0]._backing.catalogue.contexts()
+    for feature in sorted({feature for _, feature in left}):
+        ours, theirs = (torch.cat(store.read(json.loads(context), PROMPTS, feature)) for store in stores)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def same_tables(one: Path, other: Path) -> None:
@@ -108,7 +113,7 @@ def test_two_nodes_leave_the_rows_and_tables_of_the_local_engine_though_an_actor
     assert batch(folder, "ray", "--engine", "ray", "--address", cluster) == 0
     thread.join(1)
     said = capsys.readouterr()
-    assert "2 cells run, 900 forward passes" in said.out
+    assert f"2 cells run, {len(PROMPTS)} forward passes" in said.out
     assert killed
     assert killed[0][1] < len(list(shards.glob("*/*"))), "the actor was killed in the middle"
     assert not psutil.pid_exists(killed[0][0])

@@ -264,7 +264,9 @@ def test_later_years_are_answers_and_earlier_ones_distractors() -> None:
 def test_the_docstrings_next_parameter_is_the_answer_and_references_do_not_hold_it() -> None:
     for item in docstring.items(8, 3, seed=2):
         names = item.text.split("(self, ")[1].split(")")[0].split(", ")
-        described = [line.split()[1] for line in item.text.splitlines() if line.strip().startswith(":param ")]
+        described = [
+            line.split()[1].rstrip(":") for line in item.text.splitlines() if line.strip().startswith(":param ")
+        ]
         following = names[names.index(described[-1]) + 1]
         assert item.answers == (f" {following}",)
         assert set(item.distractors) == {f" {name}" for name in names if name != following}

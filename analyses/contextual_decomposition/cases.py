@@ -111,9 +111,9 @@ def given_cases(
         if not answers:
             raise PromptError(f'prompt {index}: give "answer_tokens", the token ids of right next tokens')
         distractors = tuple(prompt.fields.get("distractor_tokens", ()))
+        _check_ids(model, index, answers, distractors)
         if not distractors:
             distractors, filled = (_rival(model, prompt.tokens, answers),), filled + 1
-        _check_ids(model, index, answers, distractors)
         same = tuple(by_length.get(len(prompt.tokens), ()))
         if mode == "mean" and (not same or (not references and len(same) < 2)):
             raise PromptError(
@@ -154,7 +154,7 @@ def _check_ids(model: Model, index: int, answers: tuple[int, ...], distractors: 
 def _rival(model: Model, tokens: Sequence[int], answers: tuple[int, ...]) -> int:
     found: list[Tensor] = []
     model.run(torch.tensor([list(tokens)]), {Address("logits"): lambda t: found.append(t[0, -1].float().clone())})
-    logits = found[0].cpu()
+    logits = found[0].cpu().clone()  # outside the forward, so that it may be written to
     logits[list(answers)] = -torch.inf
     return int(logits.argmax())
 

@@ -19,6 +19,7 @@ from analyses.cli import main
 from analyses.concept_depth import ConceptDepth
 from analyses.logit_lens import LogitLens
 from analyses.voids import Voids
+from probes import forward as sizing
 from probes import layer_major as scheduling
 from probes.capture import capture
 from probes.edits import Scale
@@ -146,7 +147,7 @@ def test_never_more_than_two_blocks_are_in_memory(llama: str, monkeypatch: Any) 
 
     monkeypatch.setattr(streamed.blocks, "read", watched)
     streamed.run(prompt(), {Address("logits"): lambda _: None})
-    assert most == [1, 2, 2]
+    assert max(most) <= 2
     assert alive == set()
 
 
@@ -205,7 +206,8 @@ def test_a_small_spill_file_means_more_sweeps_not_other_rows(llama: str, tmp_pat
 
 def test_packets_are_written_while_the_sweep_goes_on(llama: str, store: ActivationStore, monkeypatch: Any) -> None:
     model, streamed = both(llama)
-    monkeypatch.setattr(scheduling, "PACKET_BYTES", 1)
+    for module in (scheduling, sizing):
+        monkeypatch.setattr(module, "PACKET_BYTES", 1)
     capture(streamed, PROMPTS, [Need("resid_post.*")], store)
     assert int(store.ls()["shards"].sum()) >= 3 * len(PROMPTS)
     assert capture(model, PROMPTS, [Need("resid_post.*")], store).done.forwards == 0
@@ -213,7 +215,8 @@ def test_packets_are_written_while_the_sweep_goes_on(llama: str, store: Activati
 
 def test_after_a_break_the_committed_rows_stay(llama: str, store: ActivationStore, monkeypatch: Any) -> None:
     _, streamed = both(llama)
-    monkeypatch.setattr(scheduling, "PACKET_BYTES", 1)
+    for module in (scheduling, sizing):
+        monkeypatch.setattr(module, "PACKET_BYTES", 1)
     sweep = streamed.blocks.sweep
 
     def breaks(layers: Any):  # type: ignore[no-untyped-def]

@@ -76,7 +76,7 @@ def settle(page: Any) -> None:
     page.wait_for_function(
         "document.querySelector('[data-testid=stApp]')?.getAttribute('data-test-script-state') === 'notRunning'"
     )
-    page.get_by_role("button", name="Clear the selection").wait_for()  # drawn last
+    page.locator("button", has_text="Clear the selection").wait_for()  # drawn last
     assert [found.inner_text() for found in page.query_selector_all("[data-testid=stException]")] == []
 
 

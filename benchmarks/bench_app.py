@@ -152,13 +152,13 @@ def act(page: Any, model: Path, step: int, chance: random.Random) -> None:
     ):
         page.get_by_test_id("stSidebarNav").get_by_role("link", name=name, exact=True).click()
     idle(page)
-    box = page.get_by_role("combobox", name="Layers")
+    box = page.get_by_role("combobox", name="Layers").last
     if box.is_enabled():
         box.fill(str(chance.randrange(3)))
         box.press("Enter")
-        box.press("Escape")
+        page.locator("h1").click()  # closes the list, where the layer was chosen already
         idle(page)
-    clear = page.get_by_role("button", name="Clear the selection")
+    clear = page.locator("button", has_text="Clear the selection").last
     if step % 3 == 0 and clear.is_enabled():
         clear.click()
         idle(page)
@@ -202,9 +202,9 @@ def run(page: Any, model: Path, step: int, name: str, chance: random.Random) -> 
 
 def idle(page: Any) -> None:
     """Waits until the page's script has run."""
-    page.wait_for_timeout(150)
+    page.wait_for_timeout(300)
     page.wait_for_function(IDLE)
-    page.get_by_role("button", name="Clear the selection").wait_for()
+    page.locator("button", has_text="Clear the selection").last.wait_for()
 
 
 if __name__ == "__main__":

@@ -72,11 +72,11 @@ def visit(browser: Any, server: Server) -> Iterator[Callable[..., Any]]:
 
 def settle(page: Any) -> None:
     """Waits until the page's script has run; nothing it drew may be a traceback."""
-    page.wait_for_timeout(200)  # what was done reaches the server
+    page.wait_for_timeout(300)  # what was done reaches the server
     page.wait_for_function(
         "document.querySelector('[data-testid=stApp]')?.getAttribute('data-test-script-state') === 'notRunning'"
     )
-    page.get_by_role("button", name="Clear the selection").wait_for()  # drawn last
+    page.locator("button", has_text="Clear the selection").last.wait_for()  # drawn last
     assert [found.inner_text() for found in page.query_selector_all("[data-testid=stException]")] == []
 
 

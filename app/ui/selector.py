@@ -39,7 +39,8 @@ def offer_of(result: Result) -> Offer:
     for table in result.tables.values():
         if "prompt" in table and len(table):
             words = _words(table)
-            prompts |= {int(p): prompts.get(int(p)) or words.get(int(p), "") for p in table["prompt"].unique()}
+            asked = table["prompt"].astype(int).unique().tolist()
+            prompts |= {p: prompts.get(p) or words.get(p, "") for p in asked}
         if "position" in table and table["position"].dtype.kind == "i" and len(table):
             tokens = max(tokens, int(table["position"].max()) + 1)
         for layer, head in HEADS:
@@ -58,7 +59,7 @@ def _words(table: pd.DataFrame) -> dict[int, str]:
     if column is None or "position" not in table or table["position"].dtype.kind != "i":
         return {}
     first = table.drop_duplicates(["prompt", "position"]).sort_values(["prompt", "position"])
-    return {int(p): "".join(group[column].astype(str))[:48] for p, group in first.groupby("prompt")}
+    return {p: "".join(group[column].astype(str))[:48] for p, group in first.groupby(first["prompt"].astype(int))}
 
 
 def offer(found: Offer) -> None:

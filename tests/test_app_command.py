@@ -1,0 +1,82 @@
+"""`bathyscope app`: bound to this machine unless told otherwise, and open before torch is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from analyses.cli import main
+from analyses.cli.app import main_script
+from probes.errors import OptionError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The command lines that Streamlit was given, in place of starting it."""
+    found: list[list[str]] = []
+    monkeypatch.setattr("analyses.cli.app.runpy.run_module", lambda *_, **__: found.append(list(sys.argv)))
+    monkeypatch.setattr("analyses.cli.app.importlib.import_module", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.setenv("BATHYSCOPE_RUNS", "elsewhere")
+    monkeypatch.setenv("BATHYSCOPE_STORE", "elsewhere")
+    return found
+
+
+def test_it_listens_on_this_machine_only_unless_told_otherwise(started: list[list[str]], tmp_path: Path) -> None:
+    assert main(["app", "--no-browser", "--runs", str(tmp_path), "--store", str(tmp_path / "s")]) == 0
+    assert main(["app", "--port", "9000", "--address", "0.0.0.0"]) == 0
+    first, second = started
+    assert first[1:3] == ["run", str(ROOT / "app" / "main.py")]
+    assert {"--server.address=localhost", "--server.port=8501", "--server.headless=True"} <= set(first)
+    assert {"--server.address=0.0.0.0", "--server.port=9000", "--server.headless=False"} <= set(second)
+    assert "--browser.gatherUsageStats=false" in first
+
+
+def test_folders_reach_the_dashboard(started: list[list[str]], tmp_path: Path) -> None:
+    assert main(["app", "--runs", str(tmp_path), "--store", str(tmp_path / "s")]) == 0
+    assert (os.environ["BATHYSCOPE_RUNS"], os.environ["BATHYSCOPE_STORE"]) == (str(tmp_path), str(tmp_path / "s"))
+
+
+@pytest.mark.parametrize(
+    "flags", [["--port", "0"], ["--port", "99999"], ["--port", "x"], ["--runs", __file__], ["--nothing"]]
+)
+def test_bad_flags_are_refused(started: list[list[str]], flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["app", *flags]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert not started
+
+
+def test_without_streamlit_it_says_what_to_install(
+    started: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("analyses.cli.app.importlib.util.find_spec", lambda name: None)
+    assert main(["app"]) == 2
+    assert "pip install 'bathyscope[app]'" in capsys.readouterr().err
+
+
+def test_the_dashboard_that_a_wheel_carries_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("analyses.cli.app.__file__", str(tmp_path / "site" / "analyses" / "cli" / "app.py"))
+    monkeypatch.setattr("analyses.cli.app.files", lambda package: tmp_path / package)
+    with pytest.raises(OptionError, match="not in this installation"):
+        main_script()
+    carried = tmp_path / "analyses" / "data" / "dashboard" / "app"
+    carried.mkdir(parents=True)
+    (carried / "main.py").touch()
+    assert main_script() == carried / "main.py"
+
+
+def test_the_command_and_the_home_page_import_no_torch() -> None:
+    code = (
+        "import sys, analyses.cli, analyses.cli.app, app.views.home, app.catalogue, app.ui.selector, app.jobs.queue;"
+        "app.catalogue.names(); print('torch' in sys.modules, 'analyses.registry' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

@@ -22,7 +22,7 @@ from analyses.cli import main
 from probes.capture import capture
 from probes.errors import ModelError, OptionError, PointError
 from probes.models import load_model
-from probes.models.remote import RemoteModel
+from probes.models.remote import RemoteModel, server_client
 from probes.needs import Need, Reducer
 from probes.points import POINTS, Address
 from probes.store import ActivationStore
@@ -140,19 +140,32 @@ def test_refusals_and_outages_are_clear_errors(
 
 
 def test_a_store_goes_on_after_an_outage(llama: RemoteModel, server: Server, store: ActivationStore) -> None:
-    sequences = [tuple(prompt(length, seed=length)[0].tolist()) for length in (5, 9, 20, 40, 60)]
+    sequences = [tuple(prompt(length, seed=length)[0].tolist()) for length in (3, 4, 5, 6, 7)]
     need = [Need(("resid_post.1",), Reducer("rows"))]
-    store_of: Callable[[], int] = lambda: capture(llama, sequences, need, store).done.forwards  # noqa: E731
-    server.failing = {server.requests + 2: httpx.ReadTimeout("too slow")}
-    try:
-        store_of()
-    except ModelError as error:
-        assert "goes on from there" in str(error)  # noqa: PT017
+
+    def fill() -> int:
+        return capture(llama, sequences, need, store, batch_tokens=1).done.forwards
+
+    server.failing = {server.requests + 4: httpx.ReadTimeout("too slow")}
+    with pytest.raises(ModelError, match="goes on from there"):
+        fill()
     server.failing = {}
-    store_of()
     before = server.requests
-    assert store_of() == 0
-    assert server.requests == before
+    assert fill() == 2, "three prompts came before the outage"
+    assert server.requests == before + 2
+    assert fill() == 0
+
+
+def test_nnsight_s_own_client_carries_the_key_and_says_when_nobody_answers(
+    llama: RemoteModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NDIF_HOST", "http://127.0.0.1:9")
+    monkeypatch.setattr(type(llama.traced), "to_model_key", lambda self: "some.Class:key")
+    client = server_client("from the environment")
+    assert client(llama.traced).api_key == "from the environment"
+    monkeypatch.setattr(llama, "client", client)
+    with pytest.raises(ModelError, match=r"cannot be reached .*NDIF_HOST"):
+        one(llama, Address("logits"), prompt())
 
 
 def test_the_key_comes_from_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,10 +226,12 @@ def load_remote(
         raise ModelError(
             f"{ref}: its configuration and tokenizer cannot be had from the hub: {_line(error)}"
         ) from error
-    return RemoteModel(traced, _server(key), ref=ref, revision=revision)
+    return RemoteModel(traced, server_client(key), ref=ref, revision=revision)
 
 
-def _server(key: str) -> Client:
+def server_client(key: str) -> Client:
+    """nnsight's own client, with a key; the server is nnsight's default or the one the environment names."""
+
     def client(traced: Any) -> Any:
         from nnsight.intervention.backends.display import StatusDisplay
         from nnsight.intervention.backends.remote import RemoteBackend

@@ -73,7 +73,8 @@ def scatter(tables: Tables) -> go.Figure:
     heads = tables["heads"]
     methods = [name for name in NAMES if name != "ablation" and (name in heads or name == "cdt")]
     agreement = tables["agreement"].set_index("method")
-    titles = [f"{NAMES[m]}: r = {float(r):.2f}" for m, r in agreement["pearson"].reindex(methods).items()]
+    found = agreement["pearson"].reindex(methods).tolist()
+    titles = [f"{NAMES[method]}: r = {r:.2f}" for method, r in zip(methods, found, strict=True)]
     figure = make_subplots(rows=1, cols=len(methods), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.05)
     labels = [f"{int(layer)}.{int(head)}" for layer, head in heads[["layer", "head"]].to_numpy()]
     for column, method in enumerate(methods, 1):

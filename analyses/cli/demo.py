@@ -59,7 +59,7 @@ DEMO: tuple[Analysis, ...] = (
     BackPatching(task="two_hop", pool=60, questions=8, step=3),
     NormRemoval(split_paths=False, neurons=4),
     ContextualDecomposition(
-        task="ioi", n_prompts=3, n_references=6, search_steps=2, shares=(0.02, 0.1, 0.3), random_circuits=4, mlps=False
+        task="ioi", n_prompts=2, n_references=6, search_steps=2, shares=(0.02, 0.1, 0.3), random_circuits=4, mlps=False
     ),
 )
 """What the demo runs, with the options of its report."""

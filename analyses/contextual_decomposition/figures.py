@@ -7,14 +7,11 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analyses.contextual_decomposition.figures_circuit import circuit, faithfulness
+from analyses.contextual_decomposition.methods import COLOUR, NAMES
 from analyses.contextual_decomposition.tables import layer_profile
 from analyses.result import FigureSpec, ProfileSpec, Tables
-from analyses.theme import COLOURS, finish, menu, shorten, visible, whiskers
+from analyses.theme import finish, menu, shorten, visible, whiskers
 
-METHODS = {
-    "cdt": "CD-T", "cdt_paper": "CD-T, paper rules", "cdt_faithful": "CD-T, faithful rules",
-    "attribution": "attribution patching", "direct": "direct logit attribution", "ablation": "mean ablation",
-}  # fmt: skip
 DIVERGING = "RdBu"
 
 
@@ -46,6 +43,7 @@ def head_maps(tables: Tables) -> go.Figure:
         )  # fmt: skip
     finish(figure, x="head", y="", height=max(360, 15 * heads["layer"].nunique() + 140))
     figure.update_yaxes(title="layer", row=1, col=1)
+    figure.update_yaxes(dtick=1 if heads["layer"].nunique() <= 16 else 5)
     figure.update_xaxes(dtick=1 if heads["head"].nunique() <= 16 else 4)
     return figure
 
@@ -73,16 +71,17 @@ def position_maps(tables: Tables) -> go.Figure:
 def scatter(tables: Tables) -> go.Figure:
     """Each head's score against the measured effect, a panel a method."""
     heads = tables["heads"]
-    methods = [name for name in METHODS if name != "ablation" and (name in heads or name == "cdt")]
+    methods = [name for name in NAMES if name != "ablation" and (name in heads or name == "cdt")]
     agreement = tables["agreement"].set_index("method")
-    titles = [f"{METHODS[m]}: r = {float(agreement['pearson'].get(m, float('nan'))):.2f}" for m in methods]
+    found = agreement["pearson"].reindex(methods).tolist()
+    titles = [f"{NAMES[method]}: r = {r:.2f}" for method, r in zip(methods, found, strict=True)]
     figure = make_subplots(rows=1, cols=len(methods), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.05)
     labels = [f"{int(layer)}.{int(head)}" for layer, head in heads[["layer", "head"]].to_numpy()]
-    for column, (colour, method) in enumerate(zip(COLOURS, methods, strict=False), 1):
+    for column, method in enumerate(methods, 1):
         x = heads["score" if method == "cdt" else method]
         figure.add_scatter(
             x=x, y=heads["ablation"], mode="markers", text=labels, showlegend=False,
-            marker={"size": 6, "color": colour, "opacity": 0.65},
+            marker={"size": 6, "color": COLOUR[method], "opacity": 0.65},
             hovertemplate="head %{text}: score %{x:.3f}, effect %{y:.3f}<extra></extra>", row=1, col=column,
         )  # fmt: skip
         span = [float(heads["ablation"].min()), float(heads["ablation"].max())]
@@ -98,9 +97,9 @@ def scatter(tables: Tables) -> go.Figure:
 def agreement(tables: Tables) -> go.Figure:
     """Correlation of each method's scores with measured effects, with its interval."""
     table = tables["agreement"].iloc[::-1]
-    names = [METHODS[m] for m in table["method"]]
+    names = [NAMES[m] for m in table["method"]]
     figure = go.Figure()
-    colours = [COLOURS[list(METHODS).index(m)] for m in table["method"]]
+    colours = [COLOUR[m] for m in table["method"]]
     figure.add_scatter(
         x=table["pearson"], y=names, mode="markers", marker={"size": 11, "color": colours}, showlegend=False,
         error_x=whiskers(table["pearson"], table["ci_low"], table["ci_high"], 4),

@@ -6,14 +6,10 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.contextual_decomposition.methods import COLOUR, NAMES
 from analyses.result import Tables
 from analyses.theme import COLOURS, finish
 
-ORDER = ("cdt", "attribution", "direct", "ablation", "cdt_paper", "cdt_faithful")
-NAMES = {
-    "cdt": "CD-T", "cdt_paper": "CD-T, paper rules", "cdt_faithful": "CD-T, faithful rules",
-    "attribution": "attribution patching", "direct": "direct attribution", "ablation": "mean ablation",
-}  # fmt: skip
 BLUE, RED = "33,102,172", "178,24,43"
 
 
@@ -60,7 +56,7 @@ def circuit(tables: Tables) -> go.Figure:
     finish(figure, x="", y="layer", height=max(420, 17 * top + 160))
     width = max(abs(x) for x, _ in places.values()) + 1.2
     figure.update_xaxes(visible=False, range=[-width, width])
-    figure.update_yaxes(range=[-1, top + 1], zeroline=False)
+    figure.update_yaxes(range=[-0.8, top + 0.8], zeroline=False, dtick=1 if top <= 16 else 5)
     return figure
 
 
@@ -81,18 +77,18 @@ def faithfulness(tables: Tables) -> go.Figure:
     band = curves.drop_duplicates("size").sort_values("size")
     figure = go.Figure()
     figure.add_scatter(
-        x=[*band["size"], *band["size"][::-1]], y=[*band["random_high"], *band["random_low"][::-1]], fill="toself",
+        x=[*band["size"], *band["size"][::-1]], y=[*band["random_high"], *band["random_low"][::-1]], fill="toself", mode="lines",
         line={"width": 0}, fillcolor="rgba(120,120,120,0.25)", name="random circuits, 5–95 %", hoverinfo="skip",
     )  # fmt: skip
-    for method in ORDER:
+    for method, name in NAMES.items():
         mine = curves[curves["method"] == method].sort_values("size")
         if mine.empty:
             continue
         figure.add_scatter(
-            x=mine["size"], y=mine["faithfulness"], mode="lines+markers", name=NAMES[method],
-            line={"color": COLOURS[ORDER.index(method)], "width": 3 if method == "cdt" else 1.6},
+            x=mine["size"], y=mine["faithfulness"], mode="lines+markers", name=name,
+            line={"color": COLOUR[method], "width": 3 if method == "cdt" else 1.6},
             marker={"size": 6}, customdata=np.stack([mine["random_share_beaten"]], -1),
-            hovertemplate="%{x} heads: %{y:.2f}, beats %{customdata[0]:.0%} of random circuits<extra>" + NAMES[method] + "</extra>",
+            hovertemplate="%{x} heads: %{y:.2f}, beats %{customdata[0]:.0%} of random circuits<extra>" + name + "</extra>",
         )  # fmt: skip
     found = table[table["method"] == "circuit"]
     figure.add_scatter(

@@ -130,12 +130,14 @@ def test_voids(execute: Execute) -> None:
         used="{f'{a} {p}': v for (a, p), v in usage.mean().items()}",
         late="{f'{a} {p}': v for (a, p), v in (usage.loc[20:].mean() - usage.loc[2:19].mean()).items()}",
         kl="{f'{a} {v}': [row.kl_to_full, row.kl_low, row.kl_high] for (a, v), row in controls.iterrows()}",
+        phases="strict.loc[[21, 24], 'difference'].tolist()",
         skipping="result.tables['controls'].groupby('alpha')['layers_used'].nunique().tolist()",
     ).facts
     for phase in ("prompt", "response"):
         assert 0 < done["used"][f"0.8 {phase}"] < done["used"][f"0.2 {phase}"] < 1
         assert done["late"][f"0.8 {phase}"] > 0.15
     assert abs(done["late"]["0.8 prompt"] - done["late"]["0.8 response"]) < 0.1
+    assert min(done["phases"]) > 0.15
     rule, dealt, fixed = (done["kl"][f"0.8 {name}"] for name in ("voids", "shuffled_exit", "fixed_exit"))
     assert rule[0] < fixed[0]
     assert rule[1] < dealt[0] < rule[2]

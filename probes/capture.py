@@ -129,12 +129,17 @@ def batch_tokens_of(model: Model) -> int:
 def _sized(
     model: Model, sequences: Sequence[tuple[int, ...]], features: Sequence[Feature], limit: int | None
 ) -> Iterator[Batch]:
-    width, size = axis_sizes(model), row_size(model)
+    width, size = axis_sizes(model), _number_size(model)
     longest = max(len(sequence) for sequence in sequences)
     kept = [feature.row_values(width, longest) * size for feature in features]
     # A GPU's rows leave tensor by tensor, so there the largest tensor bounds the batch instead of their sum.
     most = PARCEL_BYTES // max(*kept, 1) if _asynchronous(model) else PACKET_BYTES // max(sum(kept), 1)
     return batches(sequences, max(1, min(limit or batch_tokens_of(model), most * longest)))
+
+
+def _number_size(model: Model) -> int:
+    """Bytes of one number at most, on its way to the host: rows keep the model's type, the rest is float32."""
+    return max(row_size(model), 4) if _asynchronous(model) else row_size(model)
 
 
 def _asynchronous(model: Model) -> bool:
@@ -147,10 +152,11 @@ def _transport(model: Model, plan: CapturePlan, written: Writer) -> Iterator[Tra
     if not plan.work or not _asynchronous(model):
         yield None
         return
-    width, size = axis_sizes(model), max(row_size(model), 4)
+    width, size = axis_sizes(model), _number_size(model)
     alone = max(f.row_values(width, max(map(len, w.sequences))) * size for w in plan.work for f in w.features)
+    largest = max(alone, min(PARCEL_BYTES, plan.bytes(width, size)))
     poison = os.environ.get("BATHYSCOPE_POISON", "0") not in ("", "0")
-    transport = Transport(max(alone, PARCEL_BYTES), poison=poison)
+    transport = Transport(largest, poison=poison)
     written.failed = transport.fail
     try:
         yield transport

@@ -13,7 +13,7 @@ import torch
 from probes.activations import Activations, Done
 from probes.edits import Edit, altered, resolve, writes_of
 from probes.errors import ModelError, PointError
-from probes.forward import PARCEL_BYTES, asynchronous, axis_sizes, forward, out_of_memory, row_size, sized
+from probes.forward import PARCEL_BYTES, asynchronous, axis_sizes, forward, number_size, out_of_memory, row_size, sized
 from probes.layer_major import layer_major
 from probes.lookup import Lookup
 from probes.models.base import Context, LayerMajor, Model
@@ -126,10 +126,11 @@ def _transport(model: Model, plan: CapturePlan, written: Writer) -> Iterator[Tra
     if not plan.work or not asynchronous(model) or isinstance(model, LayerMajor):
         yield None
         return
-    width, size = axis_sizes(model), max(row_size(model), 4)
+    width, size = axis_sizes(model), number_size(model)
     alone = max(f.row_values(width, max(map(len, w.sequences))) * size for w in plan.work for f in w.features)
+    largest = max(alone, min(PARCEL_BYTES, plan.bytes(width, size)))
     poison = os.environ.get("BATHYSCOPE_POISON", "0") not in ("", "0")
-    transport = Transport(max(alone, PARCEL_BYTES), poison=poison)
+    transport = Transport(largest, poison=poison)
     written.failed = transport.fail
     try:
         yield transport

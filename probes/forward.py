@@ -32,7 +32,7 @@ def sized(
     model: Model, sequences: Sequence[tuple[int, ...]], features: Sequence[Feature], limit: int | None
 ) -> Iterator[Batch]:
     """Batches of `sequences` whose captured rows and padded tokens stay within bounds."""
-    width, size = axis_sizes(model), row_size(model)
+    width, size = axis_sizes(model), number_size(model)
     longest = max(len(sequence) for sequence in sequences)
     kept = [feature.row_values(width, longest) * size for feature in features]
     # A GPU's rows leave tensor by tensor, so there the largest tensor bounds the batch instead of their sum.
@@ -97,6 +97,11 @@ def axis_sizes(model: Model) -> dict[str, int]:
     """The size of each axis name of the point table."""
     names = ("d_model", "head", "kv_head", "d_head", "d_mlp", "d_vocab")
     return {name: model.shape.width(name) for name in names}
+
+
+def number_size(model: Model) -> int:
+    """Bytes of one number at most, on its way to the host: rows keep the model's type, the rest is float32."""
+    return max(row_size(model), 4) if asynchronous(model) else row_size(model)
 
 
 def row_size(model: Model) -> int:

@@ -52,6 +52,15 @@ def row_variants() -> Iterator[Variant]:
     for width, flat in ((577, True), (16384, True), (4096, False)):
         yield row_variant("everything", torch.bfloat16, torch.bfloat16, width, flat)
         yield row_variant("int8", torch.float32, torch.float32, width, flat)
+    yield single_variant()
+
+
+def single_variant() -> Variant:
+    """The row kernel as at a launch on rows of one value, where every number is a constant 1."""
+    label, kernel, signature, constants, options = row_variant("everything", torch.float32, torch.float32, 1, False)
+    ones = [name for name, kind in signature.items() if kind == "i32"]
+    signature = {name: "constexpr" if name in ones else kind for name, kind in signature.items()}
+    return label, kernel, signature, constants | dict.fromkeys(ones, 1), options
 
 
 def row_variant(name: str, dtype: torch.dtype, storage: torch.dtype, width: int, flat: bool) -> Variant:
@@ -74,13 +83,16 @@ def lens_variants() -> Iterator[Variant]:
     floats = ("high_out", "mass_out", "above_out", "wanted_out", "top_out")
     for dtype in (torch.bfloat16, torch.float32):
         for n in (8, 64, 8192):
-            for top in (0, 10):
+            for top in (0, 1, 32) if n == 64 else (0, 10):
                 tiles, pointer = tiles_for(n, top, dtype), f"*{NAMES[dtype]}"
-                signature = {"hidden": pointer, "weight": pointer, "bias": "constexpr", "ids": "*i64"}
+                plain = top in (0, 1)
+                signature = {"hidden": pointer, "weight": pointer}
+                signature |= {"bias": "constexpr", "ids": "*i64"} if plain else {"bias": pointer, "ids": "constexpr"}
                 signature |= dict.fromkeys(floats, "*fp32") | {"top_ids_out": "*i32"}
                 signature |= dict.fromkeys(sizes, "size") | dict.fromkeys(("n", "vocab", "n_ids"), "i32")
                 signature |= {"softcap": "fp32"}
-                constants = {"bias": None, "CAPPED": top > 0, "TOP": top, "TOP_PADDED": 16 if top else 1}
+                constants = {"bias": None} if plain else {"ids": None}
+                constants |= {"CAPPED": not plain, "TOP": top, "TOP_PADDED": triton.next_power_of_2(max(1, top))}
                 constants |= {"EXACT": dtype == torch.float32}
                 constants |= {"ROWS": tiles.rows, "TOKENS": tiles.tokens, "DEPTH": tiles.depth}
                 options = {"num_warps": tiles.warps, "num_stages": tiles.stages}

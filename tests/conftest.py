@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import os
-
-# Triton decides at its import; the fused kernels are interpreted wherever the tests do not insist on a GPU.
-if not os.environ.get("REQUIRE_GPU"):
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +18,9 @@ from probes.store import ActivationStore
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # Without a GPU the fused kernels are interpreted; Triton decides that when a test first imports it.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -133,6 +133,33 @@ def test_making_a_tensor_may_fail_without_losing_room() -> None:
     assert lane.send((200,), torch.float32, lambda out: out.fill_(3)).read().eq(3).all()
 
 
+def test_a_tensor_too_large_for_the_rings_goes_by_itself() -> None:
+    transport = Transport(256, poison=True, make_engine=lambda _: ThreadEngine(delay=0.01))
+    large = transport.send(torch.device("cpu"), (5000,), torch.float32, lambda out: out.fill_(5))
+    small = transport.send(torch.device("cpu"), (50,), torch.float32, lambda out: out.fill_(6))
+    assert large.nbytes == 0
+    assert large.read().eq(5).all()
+    assert small.read().eq(6).all()
+    large.release()
+    with pytest.raises(RuntimeError, match="after its memory was given back"):
+        large.read()
+
+
+def test_each_device_has_its_own_rings() -> None:
+    made: list[torch.device] = []
+
+    def make(device: torch.device) -> ThreadEngine:
+        made.append(device)
+        return ThreadEngine()
+
+    transport = Transport(256, make_engine=make)
+    devices = [torch.device("cuda", i % 2) for i in range(6)]
+    parcels = [transport.send(d, (64,), torch.float32, lambda out, i=i: out.fill_(i)) for i, d in enumerate(devices)]
+    assert made == devices[:2]
+    assert [float(parcel.read()[0]) for parcel in parcels] == [0, 1, 2, 3, 4, 5]
+    transport.close()
+
+
 def test_what_never_fits_is_refused_at_once() -> None:
     for ring in (HostRing(HostEngine(), 512), StreamRing(HostEngine(), 512)):
         with pytest.raises(ValueError, match="600 bytes do not fit a ring of 512"):

@@ -94,7 +94,7 @@ def lens_kernel(
         if CAPPED:
             logits = (2.0 * tl.sigmoid(2.0 * logits / softcap) - 1.0) * softcap
         logits = tl.where((ids_here < end)[None, :], logits, float("-inf"))
-        if n_ids > 0:
+        if ids is not None:
             for k in range(0, n_ids):
                 asked = tl.load(ids + k).to(tl.int32)
                 if (asked >= first) & (asked < tl.minimum(first + TOKENS, end)):

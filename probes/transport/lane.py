@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 
 import torch
 from torch import Tensor
 
 from probes.transport.engine import Engine, Event
-from probes.transport.ring import HostRing, Region, StreamRing
+from probes.transport.ring import HostRing, StreamRing
 
 
 class Parcel:
     """A tensor on its way to the host. Its memory belongs to the reader from `read` until `release`."""
 
-    def __init__(self, ring: HostRing, region: Region, values: Tensor, arrived: Event) -> None:
-        self.nbytes = region.stop - region.start
-        self._ring, self._region, self._values, self._arrived = ring, region, values, arrived
+    def __init__(self, values: Tensor, arrived: Event, nbytes: int, give_back: Callable[[], None]) -> None:
+        self.nbytes = nbytes
+        """Bytes of the ring that it takes."""
+        self._values, self._arrived, self._give_back = values, arrived, give_back
+        self._released = False
 
     def read(self) -> Tensor:
         """The read barrier: waits until the copy has ended, then gives the tensor in page-locked host memory.
@@ -25,17 +28,18 @@ class Parcel:
         There is no other way to the values, so nobody can see a row that has not arrived. The tensor is a view of
         the ring: it must not be used after `release`.
         """
-        if self._region.released:
+        if self._released:
             raise RuntimeError("a parcel cannot be read after its memory was given back")
         self._arrived.wait()
         return self._values
 
     def release(self) -> None:
         """Gives the memory back to the ring; once."""
-        if not self._region.released:
+        if not self._released:
+            self._released = True
             # The copy may still be writing where a reader gave up early.
             self._arrived.wait()
-            self._ring.release(self._region)
+            self._give_back()
 
 
 class Lane:
@@ -74,7 +78,19 @@ class Lane:
         except BaseException:
             self._host.release(region)
             raise
-        return Parcel(self._host, region, host.view(dtype).view(shape), tenant.event)
+        values = host.view(dtype).view(shape)
+        return Parcel(values, tenant.event, region.stop - region.start, partial(self._host.release, region))
+
+    def send_alone(self, shape: tuple[int, ...], dtype: torch.dtype, fill: Callable[[Tensor], object]) -> Parcel:
+        """As `send`, for a tensor too large for the rings: in memory of its own, which it frees when given back."""
+        size = prod(shape) * dtype.itemsize
+        with torch.inference_mode(False):
+            buffers = [self.engine.device_buffer(size), self.engine.host_buffer(size)]
+        device, host = buffers
+        fill(device.view(dtype).view(shape))
+        arrived = self.engine.copy(device, host, self.engine.mark())
+        # The device's buffer lives until the copy has read it.
+        return Parcel(host.view(dtype).view(shape), arrived, 0, buffers.clear)
 
     def fail(self, error: BaseException) -> None:
         """Makes a waiting or later `send` raise `error`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 import torch
 from torch import Tensor
@@ -11,12 +12,8 @@ from probes.transport.engine import Engine, engine_for
 from probes.transport.lane import Lane, Parcel
 from probes.transport.ring import aligned
 
-RING_BYTES = 512 * 2**20
-"""Host ring of a device, unless one tensor asks for more."""
-DEVICE_BYTES = 256 * 2**20
-"""Ring on a device, unless two of the largest tensor ask for more."""
 SHARE = 4
-"""A ring holds at least this many of the largest tensor."""
+"""A host ring holds this many of the largest tensor, a device's ring half as many."""
 
 
 class Transport:
@@ -27,14 +24,16 @@ class Transport:
     ones of less than a quarter when another is asked for, there is always a free stretch once all others are back.
 
     Args:
-        largest: bytes of the largest tensor that will be sent.
+        largest: bytes of the largest tensor that goes through the rings; a larger one goes by itself, in memory of its
+            own.
+        ring_bytes: a host ring larger than four of them.
         poison: debug mode; see `Lane`.
     """
 
     def __init__(
         self,
         largest: int,
-        ring_bytes: int = RING_BYTES,
+        ring_bytes: int = 0,
         poison: bool = False,
         make_engine: Callable[[torch.device], Engine] = engine_for,
     ) -> None:
@@ -57,9 +56,11 @@ class Transport:
             raise self._error
         if device not in self._lanes:
             # On the device one tensor is copied while the next is made; more would only take the model's memory.
-            device_bytes = min(self.ring_bytes // 2, max(DEVICE_BYTES, 2 * self._largest))
+            device_bytes = SHARE // 2 * self._largest
             self._lanes[device] = Lane(self._make_engine(device), device_bytes, self.ring_bytes, self.poison)
-        return self._lanes[device].send(shape, dtype, fill)
+        lane = self._lanes[device]
+        alone = prod(shape) * dtype.itemsize > self._largest
+        return lane.send_alone(shape, dtype, fill) if alone else lane.send(shape, dtype, fill)
 
     def fail(self, error: BaseException) -> None:
         """Makes a waiting or later `send` raise `error`, so that a reader's fault stops the forward."""

@@ -85,7 +85,10 @@ def test_a_freeze_effect_is_that_of_whole_forwards(family: str, store: Activatio
                     frozen = model.module(tokens).logits
                     switches.on.clear()
             start = 1 if tokens.shape[1] > 2 else 0
-            pair = [torch.nn.functional.cross_entropy(x[0, start:-1], tokens[0, start + 1 :], reduction="none") for x in (clean, frozen)]
+            pair = [
+                torch.nn.functional.cross_entropy(x[0, start:-1], tokens[0, start + 1 :], reduction="none")
+                for x in (clean, frozen)
+            ]
             changes.append(pair[1] - pair[0])
         found = table["freeze_effect"].query("site == @site and layer == @layer")["delta_ce"].item()
         assert found == pytest.approx(torch.cat(changes).mean().item(), abs=2e-5), name
@@ -99,12 +102,16 @@ def test_the_own_scale_control_changes_nothing(store: ActivationStore) -> None:
 
 
 def test_scales_by_position_take_away_all_that_one_prompt_varies(store: ActivationStore) -> None:
-    found = NormRemoval(neurons=0, sinks=False, scale_source="per_position").run(native("llama"), LONG[2:3], store=store)
+    found = NormRemoval(neurons=0, sinks=False, scale_source="per_position").run(
+        native("llama"), LONG[2:3], store=store
+    )
     assert found.tables["freeze_effect"]["delta_ce"].abs().max() < 1e-5
     assert found.tables["freeze_together"]["delta_ce"].abs().max() < 1e-5
 
 
-def test_stored_rows_are_enough(tiny: NativeModel, store: ActivationStore, count_forwards: Callable[[Model], list[int]]) -> None:
+def test_stored_rows_are_enough(
+    tiny: NativeModel, store: ActivationStore, count_forwards: Callable[[Model], list[int]]
+) -> None:
     seen = count_forwards(tiny)
     first = NormRemoval(neurons=2).run(tiny, LONG, store=store)
     assert sum(seen) == len(LONG)
@@ -150,7 +157,9 @@ def test_the_direct_effect_is_that_of_a_stream_without_the_head(store: Activatio
     with torch.no_grad():
         for row, target in enumerate(targets):
             for head in range(4):
-                pair = [own.norm(x.float()) @ own.weight[target] for x in (stream[row], stream[row] - written[row, head])]
+                pair = [
+                    own.norm(x.float()) @ own.weight[target] for x in (stream[row], stream[row] - written[row, head])
+                ]
                 assert found[row, head].item() == pytest.approx((pair[0] - pair[1]).item(), abs=1e-4)
 
 
@@ -200,14 +209,18 @@ def test_ablating_a_neuron_is_what_a_whole_forward_does(store: ActivationStore) 
         losses: list[Tensor] = []
         for on in (False, True):
 
-            def write(hidden: Tensor, on: bool = on) -> Tensor:
+            def write(hidden: Tensor, on: bool = on, mean: Tensor = ablations.mean) -> Tensor:
                 out = hidden.clone()
                 if on:
-                    out[..., 5] = ablations.mean[5]
+                    out[..., 5] = mean[5]
                 return out
 
             seen: list[Tensor] = []
-            model.run(tokens, {Address("logits"): lambda t, seen=seen: seen.append(t.clone())}, {Address("mlp_post", 2): write})
+            model.run(
+                tokens,
+                {Address("logits"): lambda t, seen=seen: seen.append(t.clone())},
+                {Address("mlp_post", 2): write},
+            )
             losses.append(torch.nn.functional.cross_entropy(seen[0][0, 1:-1], tokens[0, 2:], reduction="none"))
         expected = (losses[1] - losses[0]).mean().item()
         assert ablations.table(0)["delta_ce"].item() == pytest.approx(expected, abs=2e-5)
@@ -247,25 +260,45 @@ def test_position_classes_tell_the_first_position_and_ends_of_text(store: Activa
 def test_the_command_line(llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"tokens": [3, 4, 5, 6, 7]}\n{"tokens": [8, 9, 10]}\n')
-    common = ["run", "norm_removal", "--model", str(llama_folder), "--prompts", str(prompts), "--store", str(tmp_path / "store")]
+    common = [
+        "run",
+        "norm_removal",
+        "--model",
+        str(llama_folder),
+        "--prompts",
+        str(prompts),
+        "--store",
+        str(tmp_path / "store"),
+    ]
     assert main([*common, "--out", str(tmp_path / "out"), "--neurons", "1", "--diagnose", "true"]) == 0
     assert "freeze_effect: 13 rows" in capsys.readouterr().out
     loaded = Result.load(tmp_path / "out")
     assert np.isfinite(loaded.tables["freeze_effect"]["delta_ce"]).all()
     text = tmp_path / "t.jsonl"
     text.write_text('{"tokens": [3, 4, 5]}\n')
-    training = ["--schedule", "proportional", "--steps", "30", "--text", str(text), "--block", "8", "--checkpoints", str(tmp_path / "kept")]
+    training = [
+        "--schedule",
+        "proportional",
+        "--steps",
+        "30",
+        "--text",
+        str(text),
+        "--block",
+        "8",
+        "--checkpoints",
+        str(tmp_path / "kept"),
+    ]
     assert main([*common, "--out", str(tmp_path / "out2"), *training]) == 2
     error = capsys.readouterr().err
     assert "fewer than two blocks of 8" in error
     assert "Traceback" not in error
-    assert main([*common, "--out", str(tmp_path / "out3"), "--schedule", "smal", "--text", str(text)]) == 2
+    assert main([*common, "--out", str(tmp_path / "out3"), "--schedule", "smal", "--text", str(text), "--block", "8"]) == 2
     assert "Did you mean 'small'" in capsys.readouterr().err
 
 
 @pytest.mark.real
 def test_the_default_model_has_61_norms_and_a_spike(real: Model, store: ActivationStore) -> None:
-    prompts = ["The capital of France is Paris.", "Water freezes at zero degrees."]
+    prompts = ["The capital of France"]
     analysis = NormRemoval(neurons=0, sinks=False, split_paths=False)
     tables = analysis.run(real, prompts, store=store).tables
     assert len(tables["freeze_effect"]) == 61

@@ -124,7 +124,10 @@ def test_plain_transformers_and_this_loader_agree_with_the_frozen_model(family: 
     assert isinstance(model, NativeModel)
     assert off(logits(model.module), expected) < 1e-5
     seen: dict[str, Tensor] = {}
-    reads = {a: lambda t, a=a: seen.__setitem__(str(a), t.clone()) for a in (Address("attn_scale", 1), Address("final_scale"))}
+    reads = {
+        a: lambda t, a=a: seen.__setitem__(str(a), t.clone())
+        for a in (Address("attn_scale", 1), Address("final_scale"))
+    }
     model.run(TOKENS, reads)
     assert all(torch.equal(s, torch.ones(2, 9)) for s in seen.values())
     assert model.faithfulness.holds

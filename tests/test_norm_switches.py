@@ -12,10 +12,22 @@ from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
 from probes.errors import OptionError, PointError
-from probes.norms import NormSite, NoNormError, Rows, RunningScale, Scale, Switches, choose, make_constant, parts_of
+from probes.norms import NoNormError, NormSite, Rows, RunningScale, Scale, Switches, choose, make_constant, parts_of
 from probes.points import Address
 
-FREEZABLE = ("gpt2", "llama", "qwen3", "gemma2", "gemma3", "gpt_neox", "phi", "opt", "falcon_grouped", "olmo2", "mixtral")
+FREEZABLE = (
+    "gpt2",
+    "llama",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "gpt_neox",
+    "phi",
+    "opt",
+    "falcon_grouped",
+    "olmo2",
+    "mixtral",
+)
 TOKENS = prompt(9, rows=2)
 
 
@@ -178,7 +190,9 @@ def test_the_running_scale_converges_as_one_minus_a_power() -> None:
 
 def test_running_scales_move_once_a_training_forward_and_never_in_evaluation() -> None:
     module = make("gpt2")
-    switches = Switches(replace(native("gpt2").anatomy, map=replace(native("gpt2").anatomy.map, module=module, _paths={})))
+    switches = Switches(
+        replace(native("gpt2").anatomy, map=replace(native("gpt2").anatomy.map, module=module, _paths={}))
+    )
     seen: list[Tensor] = []
     norm = switches.norm(NormSite("qk", 1))
     switches.watches[norm.path] = lambda n, x, scale: seen.append(scale.detach())

@@ -53,7 +53,7 @@ def test_released_schedules_have_the_published_step_numbers(name: str) -> None:
     events = schedule.events(sites)
     gap = RELEASED[name].gaps[0]
     assert [e.step for e in events if e.name.startswith("mlp")] == [steps[0] + gap * n for n in range(n_layers)]
-    assert [e.name for e in events if e.step == steps[1]][0] == "qk.0"
+    assert next(e.name for e in events if e.step == steps[1]) == "qk.0"
     assert sorted(s for e in events for s in e.sites) == sorted(sites)
 
 
@@ -61,7 +61,7 @@ def test_a_proportional_schedule_ends_where_the_small_run_ends() -> None:
     sites = gpt2_sites(4)
     events = proportional(sites, 600).events(sites)
     assert events[-1].step == 2 * 116
-    assert [e for e in events if e.name == "final"][0].step == 2 * 104
+    assert next(e for e in events if e.name == "final").step == 2 * 104
     short = proportional(sites, 40)
     assert short.events(sites)[-1].step < 20
     assert sorted(s for e in short.events(sites) for s in e.sites) == sorted(sites)
@@ -85,9 +85,9 @@ def test_schedules_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         replace(base, phases=(Phase("mlp.7", 0),)).events(sites)
     with pytest.raises(OptionError, match=r"freezes mlp\.0 twice"):
         replace(base, phases=(Phase("mlp", 0), Phase("mlp.0", 3))).events(sites)
-    with pytest.raises(OptionError, match="unknown schedule 'smal'. Did you mean 'small'"):
+    with pytest.raises(OptionError, match=r"unknown schedule 'smal'\. Did you mean 'small'"):
         get_schedule("smal", sites)
-    with pytest.raises(OptionError, match="mlp.10 comes at step 40, but the training has 40 steps"):
+    with pytest.raises(OptionError, match=r"mlp\.10 comes at step 40, but the training has 40 steps"):
         get_schedule("small", gpt2_sites(12), steps=40)
     with pytest.raises(OptionError, match="learning_rate is nan"):
         replace(base, learning_rate=math.nan)
@@ -97,7 +97,7 @@ def test_schedules_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     )
     assert [(e.step, e.name) for e in get_schedule(str(file), sites).events(sites)] == [(2, "mlp.0"), (5, "mlp.1")]
     file.write_text("stepz = 9\n")
-    with pytest.raises(OptionError, match="unknown field 'stepz'. Did you mean 'steps'"):
+    with pytest.raises(OptionError, match=r"unknown field 'stepz'\. Did you mean 'steps'"):
         get_schedule(str(file), sites)
     file.write_text("steps = \n")
     with pytest.raises(OptionError, match="cannot be read"):

@@ -17,6 +17,7 @@ from tiny import PROMPTS
 from torch import Tensor, nn
 
 from probes import capture as capture_module
+from probes import forward as forward_module
 from probes.capture import capture
 from probes.kernels import RowOutputs, capture_rows, forced, lens_rows, sequence_means
 from probes.kernels import eager as reference
@@ -184,7 +185,8 @@ def test_capture_stores_what_the_reference_stores(
     assert model.context.attention == "sdpa"
     found = capture(model, PROMPTS, NEEDS, ActivationStore(tmp_path / "a"))
     with monkeypatch.context() as patch, forced("eager"):
-        patch.setattr(capture_module, "_asynchronous", lambda _: False)
+        for module in (capture_module, forward_module):
+            patch.setattr(module, "asynchronous", lambda _: False)
         expected = capture(model, PROMPTS, NEEDS, ActivationStore(tmp_path / "b"))
     for feature in (feature for need in NEEDS for feature in need.features(3)):
         got, wanted = (c.get(feature.address, feature.reducer) for c in (found, expected))

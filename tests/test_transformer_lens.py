@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import pytest
 from conformance import Conformance
-from families import FAMILIES
+from families import FAMILIES, make
 from torch import nn
 
 from probes.models.base import Model
-from probes.models.transformer_lens import TransformerLensModel
+from probes.models.transformer_lens import BridgedMap, TransformerLensModel
+from probes.points import Address
 
 
 class TestTransformerLens(Conformance):
@@ -18,3 +20,15 @@ class TestTransformerLens(Conformance):
 
     def load(self, module: nn.Module, family: str) -> Model:
         return TransformerLensModel(module, ref=family, weights="digest")
+
+    def test_a_point_the_bridge_gives_otherwise_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The planted wrong place: the bridge's queries stand where the model's keys do."""
+        plain = BridgedMap._find
+
+        def wrong(self: BridgedMap, component: str, layer: int | None) -> str | None:
+            return plain(self, "attn.q" if component == "attn.k" else component, layer)
+
+        monkeypatch.setattr(BridgedMap, "_find", wrong)
+        model = self.load(make("llama", num_key_value_heads=4), "llama")
+        assert "another tensor than the model itself" in str(model.refusal(Address("k", 1)))
+        assert model.refusal(Address("q", 1)) is None

@@ -244,6 +244,7 @@ def test_two_sessions_do_not_disturb_each_other(visit: Callable[..., Any], serve
     assert sum("Done in" in text for text in texts) == 1, texts
     assert Result.load(server.runs / "same").provenance["counts"]["prompts"] == 3
     loser = first if "named" in texts[0] else second
+    settle(loser)  # the refusal is said before the rest of the page is drawn
     field(loser, "Name of the run", "other")
     press(loser, "Run")
     loser.get_by_text(re.compile("Done in")).wait_for()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -20,9 +21,7 @@ ROOT = Path(__file__).parents[1]
 def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The command lines that Streamlit was given, in place of starting it."""
     found: list[list[str]] = []
-    monkeypatch.setattr("analyses.cli.app.runpy.run_module", lambda *_, **__: found.append(list(sys.argv)))
-    monkeypatch.setattr("analyses.cli.app.importlib.import_module", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.setattr("analyses.cli.app.serve", found.append)
     monkeypatch.setenv("BATHYSCOPE_RUNS", "elsewhere")
     monkeypatch.setenv("BATHYSCOPE_STORE", "elsewhere")
     return found
@@ -32,7 +31,7 @@ def test_it_listens_on_this_machine_only_unless_told_otherwise(started: list[lis
     assert main(["app", "--no-browser", "--runs", str(tmp_path), "--store", str(tmp_path / "s")]) == 0
     assert main(["app", "--port", "9000", "--address", "0.0.0.0"]) == 0
     first, second = started
-    assert first[1:3] == ["run", str(ROOT / "app" / "main.py")]
+    assert first[:2] == ["run", str(ROOT / "app" / "main.py")]
     assert {"--server.address=localhost", "--server.port=8501", "--server.headless=True"} <= set(first)
     assert {"--server.address=0.0.0.0", "--server.port=9000", "--server.headless=False"} <= set(second)
     assert "--browser.gatherUsageStats=false" in first
@@ -57,7 +56,10 @@ def test_bad_flags_are_refused(started: list[list[str]], flags: list[str], capsy
 def test_without_streamlit_it_says_what_to_install(
     started: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("analyses.cli.app.importlib.util.find_spec", lambda name: None)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "streamlit" else real(name, *rest)
+    )
     assert main(["app"]) == 2
     assert "pip install 'bathyscope[app]'" in capsys.readouterr().err
 

@@ -66,10 +66,14 @@ def open_app(
         os.environ["BATHYSCOPE_STORE"] = str(store.expanduser().absolute())
     settings = {**SETTINGS, "server.address": address, "server.port": str(port), "server.headless": str(not browser)}
     say(f"dashboard: http://{address}:{port}   runs: {os.environ['BATHYSCOPE_RUNS']}   Ctrl-C ends it")
+    serve(["run", str(script), *(f"--{name}={value}" for name, value in settings.items())])
+
+
+def serve(args: list[str]) -> None:
+    """Runs Streamlit in this process, until it is ended."""
     importlib.import_module("streamlit.web.cli")
     threading.Thread(target=_warm, daemon=True).start()
-    flags = [f"--{name}={value}" for name, value in settings.items()]
-    sys.argv = ["streamlit", "run", str(script), *flags]
+    sys.argv = ["streamlit", *args]
     runpy.run_module("streamlit", run_name="__main__", alter_sys=True)
 
 

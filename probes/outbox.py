@@ -127,6 +127,7 @@ class Outbox:
         if sum(len(part) for _, part in waiting) >= LENS_ROWS:
             self._read_lens(key)
 
+    @torch.inference_mode()
     def _read_lens(self, reducer: Reducer) -> None:
         waiting = self._lens.pop(reducer)
         home = waiting[0][1].device

@@ -17,10 +17,12 @@ from analyses.communication_channels import CommunicationChannels
 from analyses.communication_channels.profiles import readers, writers
 from analyses.concept_depth import ConceptDepth
 from analyses.concept_depth.profiles import selectivity
+from analyses.contextual_decomposition import ContextualDecomposition
 from analyses.depth_use import DepthUse
 from analyses.latent_language import LatentLanguage
 from analyses.logit_lens import LogitLens
 from analyses.logit_lens.profiles import agreement
+from analyses.norm_removal import NormRemoval
 from analyses.profiles import counts, mean_by_layer
 from analyses.registry import ANALYSES, get_analysis
 from analyses.result import Result
@@ -125,6 +127,11 @@ SMALL: dict[str, tuple[Analysis, list[Prompt]]] = {
             windows=(2,),
         ),
         [line((5, 6, 7, 8)), line((9, 5, 6, 7))],
+    ),
+    "norm_removal": (NormRemoval(split_paths=False, neurons=0), [line((5, 6, 7, 8)), line((9, 5, 6, 7))]),
+    "contextual_decomposition": (
+        ContextualDecomposition(mode="zero", random_circuits=0, mlps=False),
+        [line((5, 6, 7), answer_tokens=[8], distractor_tokens=[9]), line((9, 5, 6), answer_tokens=[4], distractor_tokens=[3])],
     ),
 }  # fmt: skip
 """One small run of each analysis."""

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from analyses.base import Analysis
@@ -32,6 +33,8 @@ class Prompts:
     label: str
     lines: tuple[PromptLine, ...]
     digest: str
+    file: Path | None = None
+    """The prompt file whose lines these are, all of them."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class _Models:
 def _read(spec: PromptSet) -> Prompts:
     with located(spec.origin, "file" if spec.file else "name"):
         lines = spec.read()
-    return Prompts(spec.label, lines, fingerprint.of_lines(lines))
+    return Prompts(spec.label, lines, fingerprint.of_lines(lines), None if spec.limit else spec.file)
 
 
 def _cells_of(study: Study, spec: AnalysisSpec, models: _Models, prompts: Mapping[str, Prompts]) -> Iterator[Cell]:

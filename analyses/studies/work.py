@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from analyses.rebuild import with_source
 from analyses.studies.cells import Cell
 from analyses.studies.folder import StudyFolder
 from analyses.studies.sharing import groups, wants, writes
@@ -122,7 +123,8 @@ def run_cell(cell: Cell, model: Model, store: ActivationStore, folder: StudyFold
         if not folder.done(cell.name):
             try:
                 result = cell.analysis.run(model, cell.prompts.lines if cell.prompts else (), store=store)
-                result.save(folder.cell(cell.name))
+                named = with_source(result, cell.prompts.file if cell.prompts else None)
+                named.save(folder.cell(cell.name))
             except Exception as error:
                 yield failed(cell, folder, error)
                 return

@@ -64,6 +64,8 @@ def position_maps(tables: Tables) -> go.Figure:
             hovertemplate=f"head %{{y}}.%{{x}} at position {position}: %{{z:.3f}}<extra></extra>",
         )  # fmt: skip
     finish(figure, x="head", y="layer", height=max(380, 15 * table["layer"].nunique() + 160))
+    figure.update_xaxes(dtick=1 if table["head"].nunique() <= 16 else 4)
+    figure.update_yaxes(dtick=1 if table["layer"].nunique() <= 16 else 5)
     menu(figure, [f"position {p} (Σ|score| {sizes[p]:.2f})" for p in positions])
     return figure
 
@@ -89,7 +91,8 @@ def scatter(tables: Tables) -> go.Figure:
             x=span, y=span, mode="lines", line={"color": "#888", "dash": "dot", "width": 1}, showlegend=False,
             hoverinfo="skip", row=1, col=column,
         )  # fmt: skip
-    finish(figure, x="score (logits)", y="", height=400)
+    finish(figure, x="score (logits)", y="", height=430)
+    figure.update_layout(margin_t=80)
     figure.update_yaxes(title="fall of the metric on ablation (logits)", row=1, col=1)
     return figure
 

@@ -100,5 +100,6 @@ def faithfulness(tables: Tables) -> go.Figure:
     for level in (0, 1):
         figure.add_hline(y=level, line={"color": "#888", "width": 1, "dash": "dot"})
     finish(figure, x="heads kept (logarithmic)", y="faithfulness", height=460)
+    figure.update_layout(margin_t=90)
     figure.update_xaxes(type="log", dtick="D2")
     return figure

@@ -60,8 +60,8 @@ PRESETS: dict[str, Rules] = {
 
 On five indirect-object prompts of SmolLM2-135M, the correlation over all 270 heads between scores and the effect of
 mean ablation is on average 0.81 under `faithful` (95 % interval 0.61 to 0.93, resampling prompts) and 0.46 (0.29 to
-0.62) under `paper`; attribution patching has 0.70 (0.25 to 0.95). Sharing biases hardly matters there, frozen
-attention costs about 0.2, the normalise step most. With `gate="joint"` some scores overflow on gated MLPs.
+0.62) under `paper`; attribution patching has 0.70 (0.25 to 0.95). That model has no biases; on its first two prompts frozen
+attention costs about 0.2, and the normalise step most. With `gate="joint"` some scores overflow on gated MLPs.
 """
 
 

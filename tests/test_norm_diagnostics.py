@@ -292,7 +292,9 @@ def test_the_command_line(llama_folder: Path, tmp_path: Path, capsys: pytest.Cap
     error = capsys.readouterr().err
     assert "fewer than two blocks of 8" in error
     assert "Traceback" not in error
-    assert main([*common, "--out", str(tmp_path / "out3"), "--schedule", "smal", "--text", str(text), "--block", "8"]) == 2
+    assert (
+        main([*common, "--out", str(tmp_path / "out3"), "--schedule", "smal", "--text", str(text), "--block", "8"]) == 2
+    )
     assert "Did you mean 'small'" in capsys.readouterr().err
 
 

@@ -40,7 +40,7 @@ def diagnose(
     notes: list[str] = []
     tables: Tables = {}
     if measured.switches is not None:
-        tables |= _frozen(measured, settings, progress, notes)
+        tables |= _frozen(measured, variant, settings, progress, notes)
     tables["stream"] = stream_table(measured, settings.seed)
     if settings.sinks and has(measured.model, "pattern"):
         tables["sinks"] = sink_table(measured, settings.seed)
@@ -56,7 +56,7 @@ def diagnose(
     return {name: table.assign(variant=variant) for name, table in tables.items()}, notes
 
 
-def _frozen(measured: Measured, settings: Settings, progress: Progress, notes: list[str]) -> Tables:
+def _frozen(measured: Measured, variant: str, settings: Settings, progress: Progress, notes: list[str]) -> Tables:
     assert measured.switches is not None
     found = measured.scales(measured.switches.sites)
     scales: dict[NormSite, Scale] = mean_scales(found, settings.scale_source, settings.first_scale)
@@ -66,7 +66,7 @@ def _frozen(measured: Measured, settings: Settings, progress: Progress, notes: l
     alone, joint = effects.tables(settings.seed)
     most = f"by at most {effects.control:.1g} nat" if effects.control else "of no token"
     notes.append(
-        f"freezing every norm at each row's own scale, the control, changes the loss {most}; "
+        f"{variant}: freezing every norm at each row's own scale, the control, changes the loss {most}; "
         f"the loss without freezing is {float(effects.clean.mean()[0]):.4f} nat"
     )
     return {

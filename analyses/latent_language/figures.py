@@ -97,7 +97,7 @@ def energy(tables: Tables) -> go.Figure:
     first = profile[profile["pair"] == profile["pair"].iloc[0]]
     for column, name in (("energy_isotropic", "a latent without direction"), ("energy_greatest", "greatest possible")):
         _line(figure, first["layer"], first[column], name, CONTROL, dash="dash" if "iso" in column else "dot")
-    figure.update_yaxes(type="log")
+    figure.update_yaxes(type="log", dtick=1)
     return finish(figure, x="layer", y="token energy")
 
 
@@ -207,7 +207,7 @@ def similarity(tables: Tables) -> go.Figure:
     finish(figure, x="layer", y="", height=470)
     figure.update_yaxes(title="difference of cosines", row=1, col=1)
     figure.update_yaxes(title="share", row=1, col=2)
-    figure.update_layout(legend={"y": -0.2, "yanchor": "top"})
+    figure.update_layout(legend={"y": -0.2, "yanchor": "top"}, margin={"t": 70})
     return figure
 
 

@@ -65,7 +65,7 @@ def scales(tables: Tables) -> go.Figure:
                     error_x=whiskers(group["scale"], group["ci_low"], group["ci_high"]),
                 )  # fmt: skip
     finish(figure, x="divisor", y="", height=600)
-    figure.update_xaxes(type="log", dtick="D2")
+    figure.update_xaxes(type="log")
     figure.update_yaxes(title="layer", row=1, col=1)
     figure.update_layout(legend={"y": 1.06}, margin={"t": 80})
     return figure

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from analyses.cli import main
 from analyses.norm_removal import NormRemoval
+from analyses.norm_removal import diagnose as diagnose_module
 from analyses.norm_removal.attribution import HeadOutputs, read_out
 from analyses.norm_removal.measured import Measured, needs
 from analyses.norm_removal.neurons import Ablations, rank
@@ -23,7 +24,7 @@ from probes.capture import capture
 from probes.models import Model
 from probes.models.native import NativeModel
 from probes.needs import Need
-from probes.norms import Scale, Switches, choose
+from probes.norms import NormSite, Scale, Switches, choose
 from probes.points import Address
 from probes.progress import QUIET
 from probes.store import ActivationStore
@@ -93,6 +94,23 @@ def test_a_freeze_effect_is_that_of_whole_forwards(family: str, store: Activatio
         found = table["freeze_effect"].query("site == @site and layer == @layer")["delta_ce"].item()
         assert found == pytest.approx(torch.cat(changes).mean().item(), abs=2e-5), name
         assert abs(found) > 1e-4, name
+
+
+def test_a_loss_that_overflows_is_infinite_and_said(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tiny_scales(found: dict[NormSite, list[Tensor]], *_: object) -> dict[NormSite, Scale]:
+        return {site: Scale(1e-30 if site.kind == "mlp" else float(rows[0].mean())) for site, rows in found.items()}
+
+    monkeypatch.setattr(diagnose_module, "mean_scales", tiny_scales)
+    result = NormRemoval(neurons=0, sinks=False).run(native("llama"), LONG, store=store)
+    table = result.tables["freeze_effect"]
+    broken = table["site"] == "mlp"
+    assert (table.loc[broken, "delta_ce"] == np.inf).all()
+    assert (table.loc[broken, "diverged"] > 0).all()
+    assert np.isfinite(table.loc[~broken, "delta_ce"]).all()
+    assert table["tokens"].nunique() == 1
+    assert any("freezing mlp of layer 1 leaves" in note for note in result.notes)
+    assert any("infinite" in str(note.text) for note in result.figure("freeze_effect").layout.annotations)
+    assert len(result.profile("freeze_attn")) == 3
 
 
 def test_the_own_scale_control_changes_nothing(store: ActivationStore) -> None:

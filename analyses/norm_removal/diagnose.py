@@ -69,6 +69,14 @@ def _frozen(measured: Measured, variant: str, settings: Settings, progress: Prog
         f"{variant}: freezing every norm at each row's own scale, the control, changes the loss {most}; "
         f"the loss without freezing is {float(effects.clean.mean()[0]):.4f} nat"
     )
+    for table in (alone, joint.assign(layer=-1)):
+        lost = table[table["diverged"] > 0]
+        for site, layer, share in zip(lost["site"], lost["layer"].astype(int), lost["diverged"], strict=True):
+            where = "" if layer < 0 else f" of layer {layer}"
+            notes.append(
+                f"{variant}: freezing {site}{where} leaves {share:.0%} of tokens without a finite loss (float32 overflows), "
+                "so its change of loss is infinite"
+            )
     return {
         "scales": scale_table(measured, found, settings.seed),
         "freeze_effect": alone,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -24,6 +25,7 @@ def _first_variant(table: pd.DataFrame) -> pd.DataFrame:
 def freeze_effect(tables: Tables) -> go.Figure:
     """Change of loss by layer, one line a kind of site; and of sites frozen together."""
     table, joint = _first_variant(tables["freeze_effect"]), _first_variant(tables["freeze_together"])
+    table = table[np.isfinite(table["delta_ce"])]
     figure = make_subplots(
         rows=1,
         cols=2,
@@ -37,10 +39,17 @@ def freeze_effect(tables: Tables) -> go.Figure:
             marker={"size": 5}, error_x=whiskers(group["delta_ce"], group["ci_low"], group["ci_high"]), row=1, col=1,
         )  # fmt: skip
     labels = [str(site).replace("all ", "every ") if site != "all" else "all norms" for site in joint["site"]]
+    joint = joint.replace({"delta_ce": np.inf, "ci_low": np.inf, "ci_high": np.inf}, np.nan)
+    figure.update_yaxes(categoryorder="array", categoryarray=labels, row=1, col=2)
     figure.add_scatter(
         x=joint["delta_ce"], y=labels, mode="markers", showlegend=False, marker={"color": COLOURS[6], "size": 9},
         error_x=whiskers(joint["delta_ce"], joint["ci_low"], joint["ci_high"]), row=1, col=2,
     )  # fmt: skip
+    for site, share in joint.loc[joint["diverged"] > 0, ["site", "diverged"]].itertuples(index=False):
+        label = str(site).replace("all ", "every ") if site != "all" else "all norms"
+        figure.add_annotation(
+            x=1, xref="x2 domain", xanchor="right", y=label, yref="y2", showarrow=False, text=f"infinite: overflows for {share:.0%} of tokens"
+        )  # fmt: skip
     finish(figure, x="change of loss (nats)", y="", height=620)
     figure.update_yaxes(title="layer (the final norm on top)", row=1, col=1)
     figure.update_xaxes(zeroline=True, zerolinecolor="#444")
@@ -65,7 +74,7 @@ def scales(tables: Tables) -> go.Figure:
                     error_x=whiskers(group["scale"], group["ci_low"], group["ci_high"]),
                 )  # fmt: skip
     finish(figure, x="divisor", y="", height=600)
-    figure.update_xaxes(type="log", dtick="D2")
+    figure.update_xaxes(type="log")
     figure.update_yaxes(title="layer", row=1, col=1)
     figure.update_layout(legend={"y": 1.06}, margin={"t": 80})
     return figure
@@ -162,7 +171,7 @@ FIGURES: dict[str, FigureSpec] = {
         "What freezing a norm's scale costs, without training",
         "Change of the next-token loss when a norm divides every token by one number, its mean scale on these prompts (the first position has a number of its "
         "own unless asked otherwise), instead of by the token's own scale. Left: one norm at a time, by layer; a single norm is often nearly free. Right: every norm of "
-        "a kind, and all norms, at once. Whiskers are 95 % intervals over prompts; the whole line right of zero means that the model relies on that scale.",
+        "a kind, and all norms, at once. Whiskers are 95 % intervals over prompts; the whole line right of zero means that the model relies on that scale. Changes that are infinite are left out of the lines and named in the notes.",
         freeze_effect,
         lambda tables: "freeze_effect" in tables,
     ),
@@ -210,6 +219,7 @@ def _freeze_profile(site: str) -> ProfileSpec:
 
     def read(tables: Tables) -> pd.DataFrame:
         table = _first_variant(tables["freeze_effect"])
+        table = table[np.isfinite(table["delta_ce"])]
         found = table[table["site"] == site].rename(columns={"delta_ce": "value"})
         return found[["layer", "value", "ci_low", "ci_high"]].reset_index(drop=True)
 

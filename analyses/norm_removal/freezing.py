@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -83,6 +84,8 @@ class FreezeEffects:
         # One object for a norm's sites, so that its output is divided once.
         self.scales = {s: scales[self.switches.norm(s).sites[0]] for s in scales}
         self.change: PerPrompt = measured.column(len(self.wanted))
+        self.diverged: PerPrompt = measured.column(len(self.wanted))
+        """Tokens whose loss was no finite number: a gated MLP whose norm is frozen can grow without bound."""
         self.clean: PerPrompt = measured.column()
         self.control = 0.0
         """Largest change of a token's loss when every row keeps its own scale at every site."""
@@ -108,6 +111,7 @@ class FreezeEffects:
                 for index, frozen in enumerate(self.wanted):
                     loss = self._loss(blocks, part, {site: self.scales[site] for site in frozen.sites})
                     self.change.add(index, part.prompts, loss - clean)
+                    self.diverged.add(index, part.prompts, (~loss.isfinite()).double())
                     progress.advance()
 
         on_blocks(self.measured.model, part.batch.tokens, work)
@@ -134,13 +138,21 @@ class FreezeEffects:
         return replace(own, norm=lambda rows: parts.divided(rows, next(left)))
 
     def tables(self, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """(`freeze_effect`, `freeze_together`), with 95 % intervals over prompts."""
-        mean, low, high = interval(self.change, seed)
-        rows = [
-            {"site": f.site, "layer": f.layer, "delta_ce": m, "ci_low": lo, "ci_high": hi, "tokens": int(n)}
-            for f, m, lo, hi, n in zip(self.wanted, mean, low, high, self.change.counts.sum(0).tolist(), strict=True)
-        ]
-        table = pd.DataFrame(rows)
+        """(`freeze_effect`, `freeze_together`), with 95 % intervals over prompts; infinite where any token's loss is."""
+        share = self.diverged.mean().numpy()
+        # A mean over the tokens that stayed finite would make the worst cases look harmless.
+        mean, low, high = (np.where(share > 0, np.inf, values) for values in interval(self.change, seed))
+        table = pd.DataFrame(
+            {
+                "site": [frozen.site for frozen in self.wanted],
+                "layer": [frozen.layer for frozen in self.wanted],
+                "delta_ce": mean,
+                "ci_low": low,
+                "ci_high": high,
+                "diverged": share,
+                "tokens": self.diverged.counts.sum(0).long().numpy(),
+            }
+        )
         joint = table["site"].str.startswith("all")
         single_rows = table[~joint].assign(layer=table["layer"].fillna(self.measured.n_layers).astype(int))
         return single_rows.reset_index(drop=True), table[joint].drop(columns="layer").reset_index(drop=True)

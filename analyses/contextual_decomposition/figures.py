@@ -181,7 +181,7 @@ FIGURES = {
     "circuit": FigureSpec(
         "The circuit",
         "Heads found by searching back from the metric: the strongest sources of the metric become targets, then the "
-        "strongest sources of those. Layer 0 is at the bottom, the metric at the top. An edge's width is the size of its "
+        "strongest sources of those. Early layers are at the bottom, the metric at the top. An edge's width is the size of its "
         "score, blue for positive, red for negative; faint heads are those that pruning took out.",
         circuit,
         lambda tables: "edges" in tables and not tables["edges"].empty,

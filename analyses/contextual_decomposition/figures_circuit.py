@@ -53,10 +53,10 @@ def circuit(tables: Tables) -> go.Figure:
         x=[0], y=[top], mode="markers+text", text=["metric"], textposition="middle right", showlegend=False,
         marker={"size": 15, "color": COLOURS[1], "symbol": "diamond"}, hoverinfo="skip",
     )  # fmt: skip
-    finish(figure, x="", y="layer", height=max(420, 17 * top + 160))
+    finish(figure, x="", y="layer", height=max(420, 17 * (top - int(nodes["layer"].min())) + 160))
     width = max(abs(x) for x, _ in places.values()) + 1.2
     figure.update_xaxes(visible=False, range=[-width, width])
-    figure.update_yaxes(range=[-0.8, top + 0.8], zeroline=False, dtick=1 if top <= 16 else 5)
+    figure.update_yaxes(range=[int(nodes["layer"].min()) - 0.8, top + 0.8], zeroline=False, dtick=1 if top <= 16 else 5)
     return figure
 
 

@@ -13,6 +13,8 @@ from analyses.theme import COLOURS, finish
 PANELS = 24
 """Most panels of one figure."""
 COLUMNS = 3
+PAGE = 1100
+"""Width of the report's column, in pixels."""
 
 
 def overlay(curve: pd.DataFrame, models: list[str]) -> go.Figure:
@@ -42,7 +44,9 @@ def overlay(curve: pd.DataFrame, models: list[str]) -> go.Figure:
     figure.update_yaxes(title="relative depth", range=[-0.02, 1.02], col=1)
     figure.update_xaxes(showticklabels=True)
     return figure.update_layout(
-        legend={"y": 1 + 50 / (340 * rows)}, margin={"t": 90}, width=420 * columns + 120 if columns > 1 else 640
+        legend={"y": 1 + 50 / (340 * rows)},
+        margin={"t": 90},
+        width=min(PAGE, 420 * columns + 120) if columns > 1 else 640,
     )
 
 

@@ -13,7 +13,7 @@ from conformance import addresses, close, read
 from families import FAMILIES, make, prompt
 from safetensors.torch import load_file, save_file
 from tiny import PROMPTS
-from torch import Tensor
+from torch import Tensor, nn
 
 from analyses.cli import main
 from analyses.concept_depth import ConceptDepth
@@ -141,12 +141,16 @@ def test_never_more_than_two_blocks_are_in_memory(llama: str, monkeypatch: Any) 
     def watched(layer: int) -> dict[str, Tensor]:
         alive.add(layer)
         most.append(len(alive))
-        tensors = plain(layer)
-        weakref.finalize(tensors[f"model.layers.{layer}.mlp.down_proj.weight"].untyped_storage(), alive.discard, layer)
+        # A parameter is put in place as it is, so it lives as long as the block's weights do.
+        tensors: dict[str, Tensor] = {
+            name: nn.Parameter(tensor, requires_grad=False) for name, tensor in plain(layer).items()
+        }
+        weakref.finalize(tensors[f"model.layers.{layer}.mlp.down_proj.weight"], alive.discard, layer)
         return tensors
 
     monkeypatch.setattr(streamed.blocks, "read", watched)
     streamed.run(prompt(), {Address("logits"): lambda _: None})
+    assert len(most) == 3
     assert max(most) <= 2
     assert alive == set()
 

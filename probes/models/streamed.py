@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from itertools import chain
 from typing import Any, NoReturn
@@ -126,13 +126,15 @@ class StreamedModel(NativeModel):
         """The given forwards through every stage up to the last that one of them has an address in."""
         n_layers = self.anatomy.n_layers
         ends = {i: steps(forwards[i], n_layers) for i in part}
-        for layer in self.blocks.sweep(range(min(max(ends.values()), n_layers))):
-            for slot, index in enumerate(part):
-                if layer < ends[index]:
-                    leaving = self._stage(forwards[index], layer, spill.read(slot) if layer else None)
-                    if layer + 1 < ends[index]:
-                        spill.write(slot, leaving)
-                    yield index
+        # Closed at once where a read fails, so that no block's weights stay behind.
+        with closing(self.blocks.sweep(range(min(max(ends.values()), n_layers)))) as sweep:
+            for layer in sweep:
+                for slot, index in enumerate(part):
+                    if layer < ends[index]:
+                        leaving = self._stage(forwards[index], layer, spill.read(slot) if layer else None)
+                        if layer + 1 < ends[index]:
+                            spill.write(slot, leaving)
+                        yield index
         for slot, index in enumerate(part):
             if ends[index] > n_layers:
                 self._stage(forwards[index], n_layers, spill.read(slot))

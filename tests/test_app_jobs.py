@@ -73,7 +73,8 @@ def test_a_job_saves_what_the_command_line_would(llama_folder: Path, tmp_path: P
 def test_a_cost_is_told_and_nothing_is_run(llama_folder: Path, tmp_path: Path) -> None:
     status = did(tmp_path / "j", request(llama_folder, tmp_path, kind="estimate"))
     assert status.state == "done"
-    assert status.lines[0].split()[1:3] == ["2", "prompts,"]
+    assert status.lines[0].startswith("measured device")
+    assert status.lines[1].split()[1:3] == ["2", "prompts,"]
     assert not (tmp_path / "runs" / "a").exists()
     assert ActivationStore(tmp_path / "store").bytes_held() == 0
 

@@ -259,3 +259,40 @@ def test_depth_use(execute: Execute) -> None:
     assert done["first"] > 5
     assert done["rest"] < 0.5
     assert done["foretold"] > 0.7
+
+
+@pytest.mark.real
+def test_norm_removal(execute: Execute) -> None:
+    done = execute(
+        "norm_removal",
+        sites="len(effect)",
+        alone="effect['diverged'].max()",
+        mlps="together.set_index('site')['diverged']['all mlp']",
+        spike="spike",
+        sinks="[sinks['rate'], sinks['uniform']]",
+        error="total[['ci_low', 'nmae', 'ci_high']].iloc[0].tolist()",
+    ).facts
+    assert done["sites"] == 61
+    assert done["alone"] == 0
+    assert done["mlps"] > 0.5
+    assert done["spike"] > 20
+    assert done["sinks"][0] > 2 * done["sinks"][1]
+    low, error, high = done["error"]
+    assert 0.1 < low <= error <= high < 1
+
+
+@pytest.mark.real
+def test_contextual_decomposition(execute: Execute) -> None:
+    done = execute(
+        "contextual_decomposition",
+        n="len(heads)",
+        best="heads.iloc[0][['score', 'ablation']].tolist()",
+        pearson="agreement['pearson'].to_dict()",
+        kept="faithfulness.set_index('method').query('size < 10')[['faithfulness', 'random_high']].to_numpy().tolist()",
+    ).facts
+    assert done["n"] == 270
+    score, ablation = done["best"]
+    assert score * ablation > 0
+    assert done["pearson"]["cdt"] > done["pearson"]["direct"]
+    assert done["pearson"]["cdt"] > 0.7
+    assert any(faithfulness > control for faithfulness, control in done["kept"])

@@ -32,7 +32,10 @@ from probes.store import ActivationStore
 
 @dataclass(frozen=True)
 class NormRemoval(Analysis):
-    """What freezing each norm's scale does, without training; and with a schedule, the removal of all norms by fine-tuning."""
+    """What freezing each norm's scale does, without training; and with a schedule, the removal of all norms by fine-tuning.
+
+    Baroni et al. 2025, arXiv 2507.02559; Heimersheim 2024, arXiv 2409.13710.
+    """
 
     diagnose: bool = option(True, "Measure what the norms do: on the model and, after a schedule, on what was trained.")
     scale_source: Source = option("mean", "What a frozen norm divides by: its mean scale, or one for each position.")

@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 from conformance import Conformance
 from families import FAMILIES, make
+from reference import REFUSED
 from torch import nn
 
 from probes.models.base import Model
@@ -20,6 +21,11 @@ class TestTransformerLens(Conformance):
 
     def load(self, module: nn.Module, family: str) -> Model:
         return TransformerLensModel(module, ref=family, weights="digest")
+
+    @pytest.mark.parametrize("family", families)
+    def test_nothing_more_is_refused_than_a_family_lacks(self, family: str) -> None:
+        lens = {"lens"} if family in ("bert", "opt_post_norm") else set()
+        assert set(self.model(family).faithfulness.refused) == REFUSED.get(family, set()) | lens
 
     def test_a_point_the_bridge_gives_otherwise_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The planted wrong place: the bridge's queries stand where the model's keys do."""

@@ -189,7 +189,7 @@ def alternatives(cls: type[Analysis]) -> dict[str, Any]:
         else:
             with pytest.raises(UserError):
                 cls(**{**found, field.name: other_values(kind, field)[0]})
-    assert len(found) >= len(dataclasses.fields(cls)) - 3  # type: ignore[arg-type]
+    assert len(found) >= len(dataclasses.fields(cls)) - 4  # type: ignore[arg-type]
     return found
 
 

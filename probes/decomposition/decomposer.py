@@ -22,8 +22,8 @@ from probes.models.blocks import module_of
 from probes.models.recording import deviation
 from probes.points import Address
 
-ROWS = 1024
-"""Rows (sources times positions) carried at once."""
+ROWS = 256
+"""Rows (sources times positions) carried at once: few enough for the hidden units of an MLP to stay in the cache."""
 POINTS = (
     *("resid_pre", "resid_mid", "resid_post", "attn_in", "attn_out", "q", "k", "v", "z"),
     *("mlp_in", "mlp_post", "mlp_out"),

@@ -104,13 +104,13 @@ class Norm:
 
 def share(rel: Tensor, total: Tensor, rules: Rules) -> Tensor:
     """|rel| / (|rel| + |irr|) with irr = total - rel, elementwise; 0 where both are 0."""
-    irr = total - rel
+    both = (total - rel).abs_()
     # What rounding leaves of a part that is zero must not attract a bias.
-    noise = 64 * torch.finfo(total.dtype).eps * total.abs().amax(-1, keepdim=True)
-    irr = torch.where(irr.abs() <= noise, 0.0, irr)
-    both = rel.abs() + irr.abs()
-    both = both + RELEASED_EPS if rules.eps == "released" else both.clamp_min(torch.finfo(both.dtype).tiny)
-    return rel.abs() / both
+    both *= both > 64 * torch.finfo(total.dtype).eps * total.abs().amax(-1, keepdim=True)
+    part = rel.abs()
+    both += part
+    both = both.add_(RELEASED_EPS) if rules.eps == "released" else both.clamp_min_(torch.finfo(both.dtype).tiny)
+    return part.div_(both)
 
 
 def linear(rel: Tensor, linear: Linear, total_in: Tensor, rules: Rules) -> Tensor:
@@ -118,7 +118,7 @@ def linear(rel: Tensor, linear: Linear, total_in: Tensor, rules: Rules) -> Tenso
     out = rel @ linear.weight
     if linear.bias is None or rules.bias == "irrelevant":
         return out
-    return out + linear.bias * share(out, total_in @ linear.weight, rules)
+    return share(out, total_in @ linear.weight, rules).mul_(linear.bias).add_(out)
 
 
 def norm(rel: Tensor, norm: Norm, total_in: Tensor, rules: Rules) -> Tensor:
@@ -126,7 +126,7 @@ def norm(rel: Tensor, norm: Norm, total_in: Tensor, rules: Rules) -> Tensor:
     out = norm.divided(rel, norm.scale(total_in, RELEASED_EPS if rules.eps == "released" else None))
     if norm.bias is None or rules.bias == "irrelevant":
         return out
-    return out + norm.bias * share(rel, total_in, rules)
+    return share(rel, total_in, rules).mul_(norm.bias).add_(out)
 
 
 def function(
@@ -137,16 +137,15 @@ def function(
     if rules.activation == "cd":
         return without
     alone = f(*rels) - f(*(torch.zeros_like(total) for total in totals))
-    return (without + alone) / 2
+    return without.add_(alone).div_(2)
 
 
 def dominate(rel: Tensor, total: Tensor, rules: Rules) -> Tensor:
     """Where the parts have opposite signs, the larger one takes the whole sum and the other becomes 0."""
     if rules.normalise == "off":
         return rel
-    irr = total - rel
-    winner = torch.where(rel.abs() > irr.abs(), total.expand_as(rel), torch.zeros_like(rel))
-    return torch.where(rel * irr < 0, winner, rel)
+    # A part outside the range from 0 to the total has the other part against it, and is the larger where it lies beyond the total.
+    return torch.clamp(rel, total.clamp(max=0), total.clamp(min=0))
 
 
 @dataclass(frozen=True, eq=False)

@@ -83,7 +83,7 @@ def main() -> None:
     st.html("<style>.stMainBlockContainer {padding-top: 3rem; padding-bottom: 4rem;}</style>")
     keep.keep()
     current()
-    page = st.navigation(pages())
+    page = st.navigation(pages(), expanded=True)
     page.run()
     with st.sidebar:
         _working()

@@ -3,8 +3,9 @@
     bathyscope bench app --runs runs/demo            medians of starts and of page switches
     bathyscope bench app --soak 200                  runs, switches and selections; resident memory of the dashboard's process
 
-Starts are measured from the command to the depth figure on the screen; a switch from the click to the page's figure or
-table. The soak needs no saved runs: it makes its own on a tiny random model.
+Starts are measured from the command, in a browser that has never seen the dashboard: to the words that say at which layer
+each profile is largest, and to the depth figure, which waits for plotly's own code; a switch from the click to the page's
+figure or table. The soak needs no saved runs: it makes its own on a tiny random model.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 from app_server import Server, chromium, serve
 
 IDLE = "document.querySelector('[data-testid=stApp]')?.getAttribute('data-test-script-state') === 'notRunning'"
+VIEW = {"width": 1440, "height": 1200}
 SHOWN = "[data-testid=stMain] .main-svg, [data-testid=stMain] [data-testid=stDataFrame] canvas"
 """A drawn figure or table."""
 PAGES = (
@@ -34,6 +37,8 @@ PAGES = (
     "Concept depth",
     "Latent language",
     "Depth use",
+    "Norm removal",
+    "Contextual decomposition",
     "Runs",
     "Store",
     "Model",
@@ -52,17 +57,16 @@ def main() -> None:
         if given.soak:
             soak(browser, Path(folder), given.soak)
         else:
-            clock(browser, given.runs, Path(folder), given.starts, given.rounds)
+            clock(browser, given.runs.resolve(), Path(folder), given.starts, given.rounds)
 
 
 def clock(browser: Any, runs: Path, folder: Path, starts: int, rounds: int) -> None:
     """Medians of the first page and of page switches."""
     if not any(runs.rglob("result.json")):
         raise SystemExit(f"{runs} holds no saved run: make one with `bathyscope demo --out {runs}`")
-    first = [start(browser, runs, folder) for _ in range(starts)]
-    print(
-        f"first page after the command: median {statistics.median(first):.2f} s of {', '.join(f'{s:.2f}' for s in sorted(first))}"
-    )
+    words, figures = zip(*(start(browser, runs, folder) for _ in range(starts)), strict=True)
+    print(f"first page after the command: {spread(words)}")
+    print(f"depth figure after the command: {spread(figures)}")
     with serve(runs, folder / "store", folder / "log.txt") as server:
         page = opened(browser, server)
         for name in PAGES:  # imports, and figures drawn for the first time
@@ -72,31 +76,35 @@ def clock(browser: Any, runs: Path, folder: Path, starts: int, rounds: int) -> N
             for name in (*PAGES, "Home"):
                 taken.setdefault(name, []).append(switch(page, name))
         for name, seconds in taken.items():
-            print(
-                f"switch to {name}: median {statistics.median(seconds):.2f} s of {', '.join(f'{s:.2f}' for s in sorted(seconds))}"
-            )
+            print(f"switch to {name}: {spread(seconds)}")
         every = [seconds for values in taken.values() for seconds in values]
         print(
             f"all switches: median {statistics.median(every):.2f} s, slowest {max(every):.2f} s; process {server.memory() / 2**20:.0f} MiB"
         )
 
 
-def spread(seconds: list[float]) -> str:
-    """All values, smallest first."""
-    return ", ".join(f"{value:.2f}" for value in sorted(seconds))
+def spread(seconds: Sequence[float]) -> str:
+    """The median, and all values, smallest first."""
+    return f"median {statistics.median(seconds):.2f} s of {', '.join(f'{value:.2f}' for value in sorted(seconds))}"
 
 
-def start(browser: Any, runs: Path, folder: Path) -> float:
-    """Seconds from the command to the first figure."""
+def start(browser: Any, runs: Path, folder: Path) -> tuple[float, float]:
+    """Seconds from the command to what the home page says of the runs, and to its figure."""
     began = time.perf_counter()
     with serve(runs, folder / "store", folder / "log.txt") as server:
-        opened(browser, server)
-        return time.perf_counter() - began
+        page = browser.new_page(viewport=VIEW)
+        page.goto(server.url, wait_until="commit")
+        page.get_by_text("Layer at which each is largest").wait_for(timeout=120_000)
+        words = time.perf_counter() - began
+        page.wait_for_selector(SHOWN, timeout=120_000)
+        figure = time.perf_counter() - began
+        page.close()
+        return words, figure
 
 
 def opened(browser: Any, server: Server) -> Any:
     """A new session on the home page, with its figure drawn."""
-    page = browser.new_page(viewport={"width": 1440, "height": 1200})
+    page = browser.new_page(viewport=VIEW)
     page.set_default_timeout(120_000)
     page.goto(server.url, wait_until="commit")
     page.wait_for_selector(SHOWN)
@@ -125,7 +133,7 @@ def soak(browser: Any, folder: Path, steps: int) -> None:
     make("llama").save_pretrained(folder / "model")
     chance = random.Random(0)
     with serve(folder / "runs", folder / "store", folder / "log.txt") as server:
-        page = browser.new_page(viewport={"width": 1440, "height": 1200})
+        page = browser.new_page(viewport=VIEW)
         page.set_default_timeout(120_000)
         page.goto(server.url)
         page.wait_for_selector("h1")

@@ -14,8 +14,11 @@ import pandas as pd
 import pytest
 from app_server import CHROMIUM, Server, chromium, serve
 from families import make
+from small import SMALL
+from tiny import native
 
 from analyses.result import Result
+from probes.store import ActivationStore
 
 REQUIRED = os.environ.get("REQUIRE_BROWSER") == "1"
 pytestmark = [
@@ -166,14 +169,17 @@ def test_from_first_start_to_a_download(visit: Callable[..., Any], server: Serve
     settle(page)
     page.get_by_text("Marked: layers 1").wait_for()
 
-    for kind in ("CSV", "HTML", "SVG"):
+    for kind in ("CSV", "Parquet", "HTML", "SVG", "PNG"):
         page.get_by_test_id("stPopoverButton").first.click()
         with page.expect_download() as waiting:
             page.get_by_test_id("stPopoverBody").get_by_role("button", name=kind).click()
         path = tmp_path / waiting.value.suggested_filename
         waiting.value.save_as(path)
-        if kind == "CSV":
-            assert {"trace", "x", "y"} <= set(pd.read_csv(path).columns)
+        if kind in ("CSV", "Parquet"):
+            table = pd.read_csv(path) if kind == "CSV" else pd.read_parquet(path)
+            assert {"trace", "x", "y"} <= set(table.columns)
+        elif kind == "PNG":
+            assert path.read_bytes().startswith(b"\x89PNG")
         else:
             assert ("<svg" if kind == "SVG" else "<html") in path.read_text()[:200]
         page.keyboard.press("Escape")
@@ -265,12 +271,49 @@ def test_a_saved_run_needs_no_model(visit: Callable[..., Any], server: Server, t
     assert page.get_by_role("button", name="Delete", exact=True).is_disabled()
 
 
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A dashboard on one saved run of each analysis."""
+    folder = tmp_path_factory.mktemp("filled")
+    store = ActivationStore(folder / "store")
+    for name, (analysis, prompts) in SMALL.items():
+        analysis.run(native(), prompts, store=store).save(folder / "runs" / name)
+    with serve(folder / "runs", folder / "store", folder / "log.txt") as running:
+        yield running
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_page_is_drawn_and_fits(theme: str, browser: Any, filled: Server, tmp_path: Path) -> None:
+    """Pictures of all pages stay in the folder that SCREENSHOTS names."""
+    folder = Path(os.environ.get("SCREENSHOTS") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    context = browser.new_context(viewport={"width": 1440, "height": 1800}, color_scheme=theme)
+    context.set_default_timeout(PATIENCE)
+    page = context.new_page()
+    page.goto(filled.url)
+    page.get_by_text("Layer at which each is largest").wait_for()
+    settle(page)
+    links = page.get_by_test_id("stSidebarNav").get_by_role("link").all_inner_texts()
+    names = [link.splitlines()[-1] for link in links]  # an icon's name comes first
+    assert len(names) == len(SMALL) + 4
+    for name in names:
+        if name != "Home":
+            go(page, name)
+        if name not in ("Store", "Model"):
+            page.wait_for_selector("[data-testid=stMain] .main-svg")
+        page.mouse.move(0, 0)
+        page.wait_for_timeout(400)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 1440, name
+        background = page.evaluate("getComputedStyle(document.querySelector('[data-testid=stApp]')).backgroundColor")
+        assert (sum(map(int, re.findall(r"\d+", background)[:3])) > 380) == (theme == "light")
+        page.screenshot(path=folder / f"{name.lower().replace(' ', '-')}-{theme}.png")
+    context.close()
+
+
 def _saved(folder: Path) -> Path:
     """A saved run whose model is gone."""
     from tiny import PROMPTS as IDS
-    from tiny import native
 
     from analyses.logit_lens import LogitLens
-    from probes.store import ActivationStore
 
     return LogitLens().run(native(), IDS, store=ActivationStore(folder / "store")).save(folder / "run")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,9 +20,11 @@ from analyses.cli import main
 from analyses.logit_lens import LogitLens
 from analyses.result import Result
 from app import prompt_sets
+from app.jobs import queue as queue_module
 from app.jobs import worker
 from app.jobs.progress import Cancelled, JobProgress
 from app.jobs.protocol import Request, Status, ask_to_cancel, read_status, write_request
+from app.jobs.queue import JobQueue
 from probes.models.native import NativeModel
 from probes.store import ActivationStore
 
@@ -140,6 +145,53 @@ def test_a_job_cancelled_while_it_waits_never_starts(llama_folder: Path, tmp_pat
     ask_to_cancel(tmp_path / "j")
     worker.work(tmp_path / "j", threading.Event())
     assert read_status(tmp_path / "j").state == "cancelled"
+
+
+@pytest.fixture
+def line(monkeypatch: pytest.MonkeyPatch) -> Iterator[JobQueue]:
+    """A queue whose workers never answer."""
+
+    def start(self: JobQueue) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE, text=True
+        )
+
+    monkeypatch.setattr(JobQueue, "_start", start)
+    made = JobQueue()
+    yield made
+    made.close()
+
+
+def test_a_job_that_does_not_stop_when_asked_is_stopped_with_its_process(
+    line: JobQueue, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck = line.submit(request(llama_folder, tmp_path))
+    behind = line.submit(request(llama_folder, tmp_path, out=str(tmp_path / "runs" / "b")))
+    first = line._worker
+    line.cancel(stuck)
+    assert not line.status(stuck).ended
+    monkeypatch.setattr(queue_module, "GRACE", -1.0)
+    status = line.status(stuck)
+    assert (status.state, "Stopped with its process" in status.message) == ("cancelled", True)
+    assert first is not None
+    assert first.poll() is not None
+    assert line._worker is not None
+    assert line._worker is not first
+    assert line.active() == [behind]
+
+
+def test_a_job_whose_worker_died_has_failed_and_the_next_goes_on(
+    line: JobQueue, llama_folder: Path, tmp_path: Path
+) -> None:
+    lost = line.submit(request(llama_folder, tmp_path))
+    behind = line.submit(request(llama_folder, tmp_path, out=str(tmp_path / "runs" / "b")))
+    first = line._worker
+    assert first is not None
+    first.kill()
+    first.wait()
+    assert (line.status(lost).state, "exit code -9" in line.status(lost).message) == ("failed", True)
+    assert line.active() == [behind]
+    assert line._worker is not first
 
 
 def test_progress_stops_when_the_dashboard_is_gone(tmp_path: Path) -> None:

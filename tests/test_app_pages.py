@@ -17,6 +17,7 @@ from analyses.base import Analysis
 from analyses.logit_lens import LogitLens
 from analyses.options import choices, types_of
 from analyses.registry import ANALYSES, get_analysis
+from analyses.result import Result
 from analyses.voids import Voids
 from app.jobs.protocol import Request, Status
 from app.ui.options import key_of
@@ -135,6 +136,9 @@ def test_home_draws_the_newest_run_of_each_analysis_and_follows_the_selection(ru
     fine(at.run())
     assert set(at.multiselect[0].value) == {"voids", "lens-3"}
     assert "The numbers at layers 1" in words(at)
+    read = Result.load(runs / "lens-3").profile("agreement")
+    peak = read.loc[read["value"].idxmax(), "layer"]
+    assert f"Agreement with the output **{peak}**" in words(at)
     numbers = at.dataframe[0].value
     assert set(numbers["layer"]) == {1}
     assert set(numbers["profile"]) == {"Active tokens", "Agreement with the output"}

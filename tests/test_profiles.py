@@ -8,27 +8,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from small import SMALL
 from tiny import native
 
-from analyses.back_patching import BackPatching
 from analyses.back_patching.profiles import source_gain, target_gain
 from analyses.base import Analysis
-from analyses.communication_channels import CommunicationChannels
 from analyses.communication_channels.profiles import readers, writers
-from analyses.concept_depth import ConceptDepth
 from analyses.concept_depth.profiles import selectivity
-from analyses.contextual_decomposition import ContextualDecomposition
-from analyses.depth_use import DepthUse
-from analyses.latent_language import LatentLanguage
 from analyses.logit_lens import LogitLens
 from analyses.logit_lens.profiles import agreement
-from analyses.norm_removal import NormRemoval
 from analyses.profiles import counts, mean_by_layer
 from analyses.registry import ANALYSES, get_analysis
 from analyses.result import Result
 from analyses.voids import Voids
 from probes.errors import OptionError
-from probes.prompts import Prompt
 from probes.store import ActivationStore
 
 
@@ -105,36 +98,6 @@ def test_independent_sets_combine_their_intervals() -> None:
     found = selectivity({"scores": scores}).iloc[0]
     assert (found["value"], found["ci_high"] - found["value"]) == pytest.approx((0.3, 0.25))
     assert np.isclose(found["value"] - found["ci_low"], 0.25)
-
-
-def line(tokens: tuple[int, ...], **fields: object) -> Prompt:
-    return Prompt(tokens, None, fields)
-
-
-LABELLED = [line((5 + i, 6 + i % 7, 9), label=i % 2, group=str(i // 2)) for i in range(24)]
-SMALL: dict[str, tuple[Analysis, list[Prompt]]] = {
-    "voids": (Voids(), [line((5, 6, 7)), line((8, 9))]),
-    "logit_lens": (LogitLens(), [line((5, 6, 7)), line((8, 9))]),
-    "back_patching": (BackPatching(stages=False), [line((5, 6, 7), answer_tokens=[8]), line((9, 5, 6), answer_tokens=[4])]),
-    "communication_channels": (CommunicationChannels(task="none"), []),
-    "concept_depth": (ConceptDepth(causal_layers=0, splits=1, jobs=1), LABELLED),
-    "latent_language": (
-        LatentLanguage(), [line((5, 6), targets={"zh": [8], "en": [9]}), line((7, 6), targets={"zh": [4], "en": [3]})],
-    ),
-    "depth_use": (
-        DepthUse(
-            parts=("block",), skip_prompts=0, erasure_prompts=0, gradient_prompts=0, greedy_steps=0, drop_blocks=0, bits=(8,),
-            windows=(2,),
-        ),
-        [line((5, 6, 7, 8)), line((9, 5, 6, 7))],
-    ),
-    "norm_removal": (NormRemoval(split_paths=False, neurons=0), [line((5, 6, 7, 8)), line((9, 5, 6, 7))]),
-    "contextual_decomposition": (
-        ContextualDecomposition(mode="zero", random_circuits=0, mlps=False),
-        [line((5, 6, 7), answer_tokens=[8], distractor_tokens=[9]), line((9, 5, 6), answer_tokens=[4], distractor_tokens=[3])],
-    ),
-}  # fmt: skip
-"""One small run of each analysis."""
 
 
 @pytest.mark.parametrize("name", list(SMALL))

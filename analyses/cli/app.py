@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import runpy
 import sys
-import threading
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
@@ -71,16 +69,8 @@ def open_app(
 
 def serve(args: list[str]) -> None:
     """Runs Streamlit in this process, until it is ended."""
-    importlib.import_module("streamlit.web.cli")
-    threading.Thread(target=_warm, daemon=True).start()
     sys.argv = ["streamlit", *args]
     runpy.run_module("streamlit", run_name="__main__", alter_sys=True)
-
-
-def _warm() -> None:
-    """Imports what the first page needs while the browser starts; Streamlit must be whole by then, which looks at pandas."""
-    for name in ("pandas", "pyarrow", "plotly.graph_objects", "plotly.subplots", "analyses.result"):
-        importlib.import_module(name)
 
 
 alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)

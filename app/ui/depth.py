@@ -31,7 +31,7 @@ def depth_figure(
     panels: Sequence[Panel], n_layers: int, layers: Sequence[int], mode: str, legend: bool = False
 ) -> go.Figure:
     """Layer 0 at the bottom; `layers` are marked across all panels."""
-    titles = ["layers", *("<br>".join(textwrap.wrap(panel.title, 17)) for panel in panels)]
+    titles = ["layers", *(wrapped(panel.title, len(panels)) for panel in panels)]
     widths = [0.42, *[1.0] * len(panels)]
     figure = make_subplots(
         rows=1, cols=len(widths), shared_yaxes=True, column_widths=widths, subplot_titles=titles,
@@ -48,6 +48,11 @@ def depth_figure(
             y0=layer - 0.5, y1=layer + 0.5, fillcolor=SELECTED[mode], line_width=0, layer="below", row=1, col="all"
         )
     return figure
+
+
+def wrapped(text: str, panels: int) -> str:
+    """`text` in lines that fit above or below one of that many panels."""
+    return "<br>".join(textwrap.wrap(text, min(20, max(9, 120 // panels)), break_long_words=False))
 
 
 def _column(figure: go.Figure, n_layers: int, layers: Sequence[int]) -> None:
@@ -84,10 +89,12 @@ def _axes(figure: go.Figure, panels: Sequence[Panel], n_layers: int, mode: str) 
     figure.update_yaxes(title="layer", row=1, col=1)
     figure.update_xaxes(gridcolor=LINE[mode], zerolinecolor=LINE[mode], nticks=4, tickfont={"size": 10}, tickangle=0)
     figure.update_xaxes(visible=False, row=1, col=1)
+    size = 12 if len(panels) <= 6 else 11
     for number, panel in enumerate(panels, 2):
-        unit = "<br>".join(textwrap.wrap(panel.unit, 18))
-        figure.update_xaxes(title={"text": unit, "font": {"size": 11}, "standoff": 6}, row=1, col=number)
-    figure.update_annotations(font={"size": 12, "color": INK[mode]})
+        unit = wrapped(panel.unit, len(panels))
+        figure.update_xaxes(title={"text": unit, "font": {"size": size - 1}, "standoff": 6}, row=1, col=number)
+    figure.update_annotations(font={"size": size, "color": INK[mode]})
+    lines = max(wrapped(panel.title, len(panels)).count("<br>") for panel in panels) + 1
     figure.update_layout(
-        bargap=0.14, margin={"t": 76, "b": 70, "l": 56, "r": 12}, legend={"y": -0.16, "yanchor": "top"}
+        bargap=0.14, margin={"t": 24 + 17 * lines, "b": 84, "l": 56, "r": 12}, legend={"y": -0.16, "yanchor": "top"}
     )

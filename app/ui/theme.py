@@ -11,6 +11,8 @@ from analyses.theme import COLOURS
 
 DARK = {"#000000": "#d0d0d0", "#e8e8e8": "#3a4048", "#8c8c8c": "#a8a8a8", "#444": "#bbbbbb", "#0072B2": "#3d9be0"}
 """Colours that would vanish on a dark page, and what takes their place."""
+MORE = ("#882255", "#44AA99", "#999933")
+"""Three hues of Tol's muted palette, after those of the figures."""
 SELECTED = {"light": "rgba(230,159,0,0.25)", "dark": "rgba(230,159,0,0.33)"}
 """What marks selected layers."""
 INK = {"light": "#1b2733", "dark": "#e6e6e6"}
@@ -42,5 +44,5 @@ def _swap(value: Any) -> Any:
 
 def colour_of(analysis: str, order: list[str]) -> str:
     """The colour of an analysis, the same on every page; black is left for what is not one."""
-    usable = [colour for colour in COLOURS if colour not in ("#000000", "#F0E442")]
+    usable = [colour for colour in (*COLOURS, *MORE) if colour not in ("#000000", "#F0E442")]
     return usable[order.index(analysis) % len(usable)] if analysis in order else "#8c8c8c"

@@ -76,11 +76,23 @@ def _profiles(runs: list[Run]) -> None:
         st.info("Choose at least one profile.", icon=":material/arrow_upward:")
         return
     followed, said = _followed(profiles, runs, selection)
+    _peaks(followed)
     _figure(followed, runs[0].layers, selection)
     if said:
         st.caption(said)
     _explain(followed, runs)
     _at_layers(followed, selection)
+
+
+def _peaks(profiles: list[Profile]) -> None:
+    """Where each profile is largest, in words: read before the figure is drawn, and without seeing it."""
+    found = []
+    for profile in profiles:
+        table = profile.table.dropna(subset="value")
+        if len(table):
+            top = table.loc[table["value"].idxmax()]
+            found.append(f"{profile.title} **{int(top['layer'])}**")
+    st.caption("Layer at which each is largest: " + " · ".join(found))
 
 
 def _label(profile: Profile, runs: list[Run]) -> str:

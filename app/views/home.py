@@ -90,8 +90,7 @@ def _peaks(profiles: list[Profile]) -> None:
     for profile in profiles:
         table = profile.table.dropna(subset="value")
         if len(table):
-            top = table.loc[table["value"].idxmax()]
-            found.append(f"{profile.title} **{int(top['layer'])}**")
+            found.append(f"{profile.title} **{int(table['layer'].iloc[int(table['value'].argmax())])}**")
     st.caption("Layer at which each is largest: " + " · ".join(found))
 
 

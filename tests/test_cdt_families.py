@@ -126,6 +126,40 @@ def test_restart_batch_and_causality(family: str, rules: Rules) -> None:
     assert largest(whole["resid_post.2"].relevant[0]) > 1e-6
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("gate", ["joint", "frozen"])
+def test_a_gated_mlp_splits_both_factors_or_one(gate: str) -> None:
+    model, points = opened("llama").model, ["mlp_in.1", "mlp_post.1"]
+    rules = replace(PRESETS["faithful"], gate=gate)  # type: ignore[arg-type]
+    found = decompose(opened("llama"), TOKENS, [(head(0, 1),)], points=points, rules=rules)
+    mlp_of = model.module.get_submodule("model.layers.1.mlp")  # type: ignore[attr-defined]
+    entering, units = found["mlp_in.1"], found["mlp_post.1"]
+
+    def gated(x: Tensor) -> Tensor:
+        return mlp_of.act_fn(mlp_of.gate_proj(x))
+
+    if gate == "joint":
+        expected = units.total - gated(entering.irrelevant) * mlp_of.up_proj(entering.irrelevant)
+    else:
+        expected = gated(entering.total) * mlp_of.up_proj(entering.relevant)
+    assert largest(units.relevant - expected) <= EXACT
+    assert largest(units.relevant) > 1e-6
+
+
+def test_positions_that_are_kept_are_those_of_the_whole_walk() -> None:
+    decomposer = opened("gpt2")
+    prompt = decomposer.prepare(TOKENS)
+    ends: dict[bool, Tensor] = {}
+    for some in (False, True):
+
+        def end(rel: Tensor, at: Tensor, some: bool = some) -> None:
+            assert at.tolist() == ([3, 6] if some else list(range(2, len(TOKENS))))
+            ends[some] = rel
+
+        decomposer.walk(prompt, [(head(0, 1, 2),)], lambda _, end=end: ({}, end), keep=(3, 6, 0) if some else None)  # type: ignore[misc]
+    assert largest(ends[True] - ends[False][:, [1, 4]]) <= EXACT
+
+
 def test_biases_go_to_the_irrelevant_part_and_nothing_else_does() -> None:
     model = double("gpt2")
     decomposer = Decomposer(model, TOKENS)

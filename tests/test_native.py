@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +46,18 @@ class TestNative(Conformance):
         assert isinstance(model, Model)
         assert model.context.backend == "native"
         assert (model.context.dtype, model.context.attention) == ("float32", "sdpa")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_model_of_every_family_loads_by_default(family: str, tmp_path: Path) -> None:
+    module = shared(family)
+    module.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    fused = type(module)._supports_sdpa  # type: ignore[attr-defined]
+    assert model.context.attention == ("sdpa" if fused else "eager")
+    assert fused == (family != "gemma2")
+    if "lens" not in model.faithfulness.refused:
+        close(one(model, Address("logits"), prompt()), one(native(module), Address("logits"), prompt()))
 
 
 def test_a_reader_sees_what_the_caller_s_own_hook_made() -> None:

@@ -120,7 +120,7 @@ def test_plain_transformers_and_this_loader_agree_with_the_frozen_model(family: 
     plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert off(logits(plain), expected) < 1e-5
     assert any("Norm" in type(m).__name__ for m in plain.modules())
-    model = load_model(str(tmp_path), attention="eager" if family == "gemma2" else "sdpa")
+    model = load_model(str(tmp_path))
     assert isinstance(model, NativeModel)
     assert off(logits(model.module), expected) < 1e-5
     seen: dict[str, Tensor] = {}

@@ -121,13 +121,14 @@ def load_module(folder: Path, config: Any, how: Loading) -> nn.Module:
     import torch
 
     dtype: Any = "auto" if how.dtype == "auto" else getattr(torch, how.dtype)
+    known = model_class(config)
     try:
         with quiet():
-            module, info = model_class(config).from_pretrained(
+            module, info = known.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
-                attn_implementation=how.attention,
+                attn_implementation=attention_for(known, how.attention),
                 trust_remote_code=how.trust_remote_code,
                 **_placement(how),
                 local_files_only=True,
@@ -150,6 +151,11 @@ def load_module(folder: Path, config: Any, how: Loading) -> nn.Module:
     loaded: nn.Module = module.eval()
     undo_large_eps(loaded)
     return loaded
+
+
+def attention_for(known: Any, wanted: str) -> str:
+    """`wanted`, or `eager` where that is the default and the class has no fused attention (Gemma 2, GPT-J, BLOOM)."""
+    return "eager" if wanted == "sdpa" and not getattr(known, "_supports_sdpa", True) else wanted
 
 
 def _placement(how: Loading) -> dict[str, Any]:

@@ -16,14 +16,19 @@ from probes.points import POINTS, Address, expand
 Positions = str | tuple[int, ...]
 """`all`, `last`, `after_first`, or positions (negative from the end)."""
 
-KINDS = ("rows", "mean", "norm", "moments", "project", "lens_ids", "lens_top")
+KINDS = ("rows", "int8", "mean", "norm", "moments", "project", "lens_ids", "lens_top")
+NAMED = ("rows", "int8", "mean", "norm", "moments")
+"""Those that a command line asks for by name alone."""
+TAIL = 8
+"""Bytes behind the codes of an int8 row: its scale and its error, float32 each."""
 
 
 @dataclass(frozen=True)
 class Reducer:
-    """What is kept of a captured tensor [pos, ...]; everything but `rows` is float32.
+    """What is kept of a captured tensor [pos, ...]; everything but `rows` and `int8` is float32.
 
-    `rows` keeps the rows as captured; `mean` their average over the positions; `norm` the L2 norm of each row [pos];
+    `rows` keeps the rows as captured; `int8` as codes with a scale and an error each [pos, width + 8], which
+    `probes.kernels.unpacked` reads; `mean` their average over the positions; `norm` the L2 norm of each row [pos];
     `moments` mean, variance and max|x| [pos, 3]; `project` coordinates on a basis [pos, k]; `lens_ids` log-probabilities
     of given tokens through the final norm and unembedding [pos, n_ids]; `lens_top` the most probable tokens
     [pos, k, 2] as (log-probability, token id).
@@ -68,7 +73,7 @@ class Reducer:
 
     @classmethod
     def parse(cls, text: str) -> Reducer:
-        """The reducer named on a command line: rows, last, mean, norm, moments, at:0,-1 or lens:10."""
+        """The reducer named on a command line: rows, int8, last, mean, norm, moments, at:0,-1 or lens:10."""
         name, _, detail = text.partition(":")
         try:
             if name == "at":
@@ -79,10 +84,8 @@ class Reducer:
             raise PointError(f"reducer {text!r}: write at:0,-1 or lens:10") from None
         if name == "last":
             return cls(positions="last")
-        if name not in ("rows", "mean", "norm", "moments"):
-            raise PointError(
-                unknown("reducer", text, ("rows", "last", "mean", "norm", "moments", "at:0,-1", "lens:10"))
-            )
+        if name not in NAMED:
+            raise PointError(unknown("reducer", text, (*NAMED, "last", "at:0,-1", "lens:10")))
         return cls(name)
 
     def count(self, length: int) -> int:
@@ -129,11 +132,12 @@ class Feature:
         dims = POINTS[self.address.point].dims
         if self.address.point == "pattern":
             return width["head"] * rows * length
-        per_row = {"rows": 0, "mean": 0, "norm": 1, "moments": 3}.get(self.reducer.kind)
+        per_row = {"rows": 0, "int8": 0, "mean": 0, "norm": 1, "moments": 3}.get(self.reducer.kind)
         if per_row is None:
             basis = self.reducer.basis
             per_row = len(self.reducer.ids) + 2 * self.reducer.top_k + (0 if basis is None else basis.shape[0])
-        return rows * (per_row or int(np.prod([width[d] for d in dims if d != "pos"], dtype=int)))
+        extra = TAIL if self.reducer.kind == "int8" else 0
+        return rows * (per_row or int(np.prod([width[d] for d in dims if d != "pos"], dtype=int)) + extra)
 
 
 @dataclass(frozen=True)
@@ -204,9 +208,9 @@ class CapturePlan:
 
     def bytes(self, width: Mapping[str, int], row_size: int) -> int:
         """Bytes of the tensors to be captured; `row_size` is the size of one captured number."""
-        size = {True: row_size, False: 4}
+        size = {"rows": row_size, "int8": 1}
         return sum(
-            feature.row_values(width, len(sequence)) * size[feature.reducer.kind == "rows"]
+            feature.row_values(width, len(sequence)) * size.get(feature.reducer.kind, 4)
             for work in self.work
             for sequence in work.sequences
             for feature in work.features

@@ -13,7 +13,7 @@ from probes import forward as forward_module
 from probes.capture import capture, context_of, plan_capture
 from probes.edits import NormGate
 from probes.errors import ModelError, PointError, StoreError
-from probes.kernels import reduce_rows
+from probes.kernels import reduce_rows, unpacked
 from probes.models.native import NativeModel
 from probes.needs import Need, Reducer
 from probes.points import Address
@@ -84,6 +84,35 @@ def test_reduced_at_the_source_equals_derived_from_rows(tiny: NativeModel, tmp_p
     for made, derived in zip(source.get("resid_post.1", reducer), rows.get("resid_post.1", reducer), strict=True):
         assert made.shape == derived.shape
         torch.testing.assert_close(made, derived, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("point", ["resid_post.1", "z.0"])
+def test_rows_kept_as_codes_are_within_their_own_error_and_follow_from_rows(
+    tiny: NativeModel, tmp_path: Path, point: str
+) -> None:
+    coded = Reducer("int8")
+    small, store = ActivationStore(tmp_path / "a"), ActivationStore(tmp_path / "b")
+    packed = capture(tiny, PROMPTS, [Need(point, coded)], small).packed(point, coded)
+    rows = capture(tiny, PROMPTS, [Need(point)], store).packed(point).flatten(1)
+    found = unpacked(packed)
+    off = (found.rows - rows).abs().amax(-1)
+    assert (off <= found.error * (1 + 1e-4)).all()
+    torch.testing.assert_close(off, found.error, rtol=1e-3, atol=1e-6)
+    assert (found.error <= found.scale * 0.501).all()
+    again = capture(tiny, PROMPTS, [Need(point, coded)], store)
+    assert again.done.forwards == 0
+    assert unpacked(again.packed(point, coded)).rows.sub(found.rows).abs().max() <= found.scale.max()
+    assert capture(tiny, PROMPTS, [Need(point, Reducer("norm"))], small).done.forwards == len(PROMPTS)
+
+
+def test_codes_by_hand() -> None:
+    rows = torch.tensor([[127.0, -63.4, 0.0], [0.0, 0.0, 0.0]])
+    packed = reduce_rows(rows, torch.arange(2), [2], Reducer("int8"))
+    assert (packed.dtype, packed.shape) == (torch.int8, (2, 3 + 8))
+    found = unpacked(packed)
+    assert found.codes.tolist() == [[127, -63, 0], [0, 0, 0]]
+    assert found.scale.tolist() == [1.0, 0.0]
+    assert found.error.tolist() == pytest.approx([0.4, 0.0], abs=1e-5)
 
 
 def test_reducers_by_hand() -> None:

@@ -13,7 +13,7 @@ from doubled import double, float64
 from families import FAMILIES, prompt
 from torch import Tensor
 
-from probes.decomposition import PRESETS, Decomposer, Rules, decompose, head, mlp, token
+from probes.decomposition import PRESETS, Baseline, Decomposer, Rules, decompose, head, mlp, token
 from probes.decomposition.decomposer import POINTS
 from probes.errors import PointError
 from probes.models.native import NativeModel
@@ -70,6 +70,13 @@ def own(family: str) -> dict[str, Tensor]:
     return found
 
 
+def baseline_of(model: NativeModel) -> Baseline:
+    """Tables that differ between positions."""
+    shape, n, draw = model.shape, len(TOKENS), torch.Generator().manual_seed(3)
+    sizes = ((shape.n_heads, shape.d_head), (shape.d_model,), (shape.d_model,))
+    return Baseline(*(0.1 * torch.randn(shape.n_layers, n, *size, generator=draw).double() for size in sizes))
+
+
 def largest(x: Tensor) -> float:
     return float(x.abs().max())
 
@@ -110,7 +117,7 @@ def test_restart_batch_and_causality(family: str, rules: Rules) -> None:
         (head(0, 1),),
     ]
     points = [a for a in points_of(model) if a.split(".")[0] in ("resid_post", "z", "mlp_out", "k")]  # type: ignore[arg-type]
-    settings = {"points": points, "logits": IDS, "rules": rules}
+    settings = {"points": points, "logits": IDS, "rules": rules, "baseline": baseline_of(model)}  # type: ignore[arg-type]
     whole = decompose(opened(family), TOKENS, sources, restart=False, **settings)  # type: ignore[arg-type]
     quick = decompose(opened(family), TOKENS, sources, **settings)  # type: ignore[arg-type]
     for index, source in enumerate(sources):
@@ -124,6 +131,8 @@ def test_restart_batch_and_causality(family: str, rules: Rules) -> None:
             if model.shape.causal and start > 0:
                 assert largest(parts.relevant[index, :start]) == 0
     assert largest(whole["resid_post.2"].relevant[0]) > 1e-6
+    lean = decompose(opened(family), TOKENS, sources, **{**settings, "points": []})  # type: ignore[arg-type]
+    assert largest(lean["logits"].relevant - whole["logits"].relevant) <= EXACT * largest(whole["logits"].relevant)
 
 
 @torch.no_grad()
@@ -230,6 +239,15 @@ def test_the_function_rules_leave_what_the_model_computes_without_the_source_whe
     model.run(torch.tensor([TOKENS]), {Address("resid_post", 2): lambda t: seen.append(t[0].clone())}, writes)
     assert largest(found.relevant) > 1e-3
     assert largest(found.irrelevant[0] - seen[0]) <= 1e-9
+
+
+def test_attention_that_the_rules_do_not_reproduce_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import probes.decomposition.decomposer as module
+
+    right = module.scoring_of
+    monkeypatch.setattr(module, "scoring_of", lambda *a: replace(right(*a), scale=0.9 * right(*a).scale))
+    with pytest.raises(PointError, match="the attention probabilities of block 0 are not what the rules compute"):
+        opened("llama").prepare(TOKENS)
 
 
 def test_what_cannot_be_decomposed_is_refused_by_name() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from probes import capture as capture_module
 from probes import forward as forward_module
 from probes.capture import capture
-from probes.kernels import RowOutputs, capture_rows, forced, lens_rows, sequence_means
+from probes.kernels import RowOutputs, capture_rows, forced, lens_rows, sequence_means, unpacked
 from probes.kernels import eager as reference
 from probes.models.native import NativeModel
 from probes.needs import Need, Reducer
@@ -166,6 +166,7 @@ def test_poison_shows_a_copy_that_is_read_too_early(cuda: torch.device) -> None:
 BASIS = torch.randn(2, 32, generator=torch.Generator().manual_seed(1))
 NEEDS = [
     Need(("resid_pre.0", "resid_mid.*", "z.1", "k.1", "pattern.1")),
+    Need("resid_post.*", Reducer("int8")),
     Need("resid_post.*", Reducer("norm")),
     Need("resid_post.*", Reducer("moments", "last")),
     Need("resid_post.*", Reducer("mean")),
@@ -192,6 +193,8 @@ def test_capture_stores_what_the_reference_stores(
         got, wanted = (c.get(feature.address, feature.reducer) for c in (found, expected))
         for a, b in zip(got, wanted, strict=True):
             assert a.dtype == b.dtype
+            if feature.reducer.kind == "int8":
+                a, b = unpacked(a).rows, unpacked(b).rows
             torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3, msg=feature.key)
 
 

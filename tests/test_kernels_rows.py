@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from probes.kernels import RowOutputs, capture_rows, forced, kernels_for, reduce_rows
+from probes.kernels import RowOutputs, capture_rows, forced, kernels_for, reduce_rows, unpacked
 from probes.kernels import eager as reference
 from probes.kernels.fused_rows import MAX_BLOCK, as_rows
 from probes.needs import Reducer
@@ -170,6 +170,7 @@ def test_numbers_that_are_not_finite_are_not_hidden(kernels: str) -> None:
 
 REDUCERS = [
     Reducer(),
+    Reducer("int8"),
     Reducer("norm"),
     Reducer("moments"),
     Reducer("mean"),
@@ -187,6 +188,8 @@ def test_reducers(reducer: Reducer, dtype: torch.dtype) -> None:
         into = torch.empty_like(expected)
         assert reduce_rows(tensor, index, counts, reducer, out=into) is into
     assert found.dtype == expected.dtype
+    if reducer.kind == "int8":
+        found, into, expected = (unpacked(packed).rows for packed in (found, into, expected))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(into, expected, atol=1e-5, rtol=1e-5)
 

@@ -65,6 +65,7 @@ def test_reducers_have_one_text_and_equal_by_it() -> None:
     assert str(Reducer("lens_ids", ids=(3, 4))) == "lens_ids:3,4@all"
     assert Reducer("project", basis=basis) == Reducer("project", basis=basis.clone())
     assert Reducer("project", basis=basis) != Reducer("project", basis=2 * basis)
+    assert Reducer.parse("int8") == Reducer("int8")
     assert Reducer.parse("last") == Reducer(positions="last")
     assert Reducer.parse("at:0,-1") == Reducer(positions=(0, -1))
     assert Reducer.parse("lens:10") == Reducer("lens_top", top_k=10)
@@ -82,6 +83,11 @@ def test_reducers_have_one_text_and_equal_by_it() -> None:
 def test_illegal_reducers_are_refused(text: str, message: str) -> None:
     with pytest.raises(PointError, match=message):
         Reducer.parse(text)
+
+
+def test_codes_take_a_byte_each_and_eight_a_row() -> None:
+    plan = make_plan([(1, 2, 3)], [Need("resid_post.0", Reducer("int8"))], 3, holding())
+    assert plan.bytes({"d_model": 32}, 4) == 3 * (32 + 8)
 
 
 def test_pattern_keeps_rows_only() -> None:

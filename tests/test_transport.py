@@ -233,6 +233,7 @@ BASIS = torch.randn(2, 32, generator=torch.Generator().manual_seed(1))
 NEEDS = [
     Need(("resid_pre.0", "resid_mid.*", "z.1")),
     Need("pattern.*"),
+    Need("resid_post.*", Reducer("int8")),
     Need("resid_post.*", Reducer("norm")),
     Need("resid_post.*", Reducer("moments", "last")),
     Need("resid_post.*", Reducer("mean")),

@@ -40,7 +40,7 @@ def capture(
     model: ModelRef,
     prompts: PromptFile,
     points: Annotated[str, typer.Option(help="What to capture: patterns such as 'resid_post.*,z.0-3,final_norm'.")],
-    reduce: Annotated[str, typer.Option(help="rows, last, mean, norm, moments, at:0,-1 or lens:10.")] = "rows",
+    reduce: Annotated[str, typer.Option(help="rows, int8, last, mean, norm, moments, at:0,-1 or lens:10.")] = "rows",
     store: StoreDir = None,
     backend: Backend = "native",
     device: Device = "auto",

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from probes.kernels import eager
 from probes.kernels.choice import forced, has_triton, kernels_for
+from probes.kernels.codes import Codes, unpacked
 from probes.kernels.operators import capture_rows, lens_rows, sequence_means
 from probes.kernels.outputs import LensOutputs, RowOutputs, reduced_shape
 from probes.models.base import Unembedding
@@ -35,6 +36,7 @@ def reduce_rows(
 
 
 __all__ = [
+    "Codes",
     "LensOutputs",
     "RowOutputs",
     "capture_rows",
@@ -45,4 +47,5 @@ __all__ = [
     "reduce_rows",
     "reduced_shape",
     "sequence_means",
+    "unpacked",
 ]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from probes import lens
-from probes.kernels.outputs import LEVELS, LensOutputs, RowOutputs, check
+from probes.kernels.codes import encoded
+from probes.kernels.outputs import LensOutputs, RowOutputs, check
 from probes.models.base import Unembedding
 from probes.needs import Reducer
 
@@ -39,6 +40,8 @@ def reduce_rows(
             raise ValueError("lens reducers need an unembedding")
         return _lens(rows, reducer, unembedding())
     flat = rows.float().flatten(1) if rows.ndim > 1 else rows.float()[:, None]
+    if reducer.kind == "int8":
+        return encoded(flat).packed
     if reducer.kind == "norm":
         return torch.linalg.vector_norm(flat, dim=-1)
     if reducer.kind == "moments":
@@ -90,8 +93,8 @@ def _measured(
     """(output, its values) for every output wanted of rows [n, width]."""
     wide, found = rows.float(), list[tuple[Tensor, Tensor]]()
     if out.packed is not None and out.scale is not None and out.error is not None:
-        codes, scale, error = quantised(wide)
-        found += [(out.packed, codes), (out.scale, scale), (out.error, error)]
+        coded = encoded(wide)
+        found += [(out.packed, coded.codes), (out.scale, coded.scale), (out.error, coded.error)]
     elif out.packed is not None:
         found.append((out.packed, rows))
     if out.norm is not None:
@@ -107,14 +110,6 @@ def _measured(
     if out.coordinates is not None and basis is not None:
         found.append((out.coordinates, wide @ basis.float().T))
     return found
-
-
-def quantised(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes [n, width] int8, scale [n], error [n]) of float32 rows: codes * scale differs from a row by at most error."""
-    scale = rows.abs().amax(-1) / LEVELS
-    divisor = scale.where(scale > 0, 1)[:, None]
-    codes = (rows / divisor + 0.5).floor().clamp(-LEVELS, LEVELS)
-    return codes.to(torch.int8), scale, (rows - codes * scale[:, None]).abs().amax(-1)
 
 
 def sequence_means(tensor: Tensor, index: Tensor, starts: Tensor, out: Tensor) -> None:

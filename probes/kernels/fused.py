@@ -8,6 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from probes.kernels.codes import Codes
 from probes.kernels.operators import capture_rows, lens_rows, sequence_means
 from probes.kernels.outputs import RowOutputs, reduced_shape
 from probes.models.base import Unembedding
@@ -39,6 +40,8 @@ def reduce_rows(
         capture_rows(tensor, index, RowOutputs(coordinates=out), basis=basis)
     elif reducer.kind == "rows":
         capture_rows(tensor, index, RowOutputs(packed=out.view(len(index), tensor.shape[1:].numel())))
+    elif reducer.kind == "int8":
+        out.copy_(coded(tensor, index).packed)
     else:
         capture_rows(tensor, index, RowOutputs(norm=out) if reducer.kind == "norm" else RowOutputs(moments=out))
     return out
@@ -49,6 +52,15 @@ def gathered(tensor: Tensor, index: Tensor) -> Tensor:
     rows = torch.empty(len(index), *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
     capture_rows(tensor, index, RowOutputs(packed=rows.view(len(index), tensor.shape[1:].numel())))
     return rows
+
+
+def coded(tensor: Tensor, index: Tensor) -> Codes:
+    """The wanted rows as codes, in one pass over them."""
+    n, device = len(index), tensor.device
+    codes = torch.empty(n, tensor.shape[1:].numel(), dtype=torch.int8, device=device)
+    found = Codes(codes, torch.empty(n, device=device), torch.empty(n, device=device))
+    capture_rows(tensor, index, RowOutputs(packed=found.codes, scale=found.scale, error=found.error))
+    return found
 
 
 def read_lens(rows: Tensor, reducer: Reducer, unembedding: Unembedding) -> Tensor:

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from probes.kernels.outputs import LEVELS, RowOutputs
+from probes.kernels.codes import LEVELS
+from probes.kernels.outputs import RowOutputs
 
 MAX_BLOCK = 8192
 """Row values held in registers at once; a wider row is read in parts."""

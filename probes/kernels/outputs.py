@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from probes.needs import Reducer
+from probes.needs import TAIL, Reducer
 
 STORAGE = (torch.bfloat16, torch.float16, torch.float32, torch.int8)
 """Types that rows can be packed into; int8 with a scale and an error per row."""
-LEVELS = 127
-"""int8 codes run from -LEVELS to LEVELS."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +67,8 @@ def reduced_shape(
         return (n, *shape[1:]), dtype
     if reducer.kind == "mean":
         return (len(counts), *shape[1:]), torch.float32
+    if reducer.kind == "int8":
+        return (n, math.prod(shape[1:]) + TAIL), torch.int8
     tails = {"norm": (), "moments": (3,), "lens_ids": (len(reducer.ids),), "lens_top": (reducer.top_k, 2)}
     if reducer.basis is not None:
         tails["project"] = (len(reducer.basis),)

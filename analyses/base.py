@@ -47,6 +47,11 @@ class Analysis(Protocol):
         """Whether it runs without prompts being given, on ones it makes or on weights alone."""
         return False
 
+    @property
+    def intervenes(self) -> bool:
+        """Whether it also runs forwards in which something is changed; a plan of what to capture does not count them."""
+        return False
+
     def collect(self, model: Model, prompts: PromptsLike) -> list[Prompt]:
         """The prompts it will read: those given, and those it makes."""
         return as_prompts(prompts, model, self.prompt_fields, chat=self.chat)

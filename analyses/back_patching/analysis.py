@@ -86,6 +86,11 @@ class BackPatching(Analysis):
         """With the task `two_hop`."""
         return self.task == "two_hop"
 
+    @property
+    def intervenes(self) -> bool:
+        """Yes: every cell of the grid."""
+        return True
+
     def collect(self, model: Model, prompts: PromptsLike = ()) -> list[Prompt]:
         """The questions asked: generated ones, or those of the prompts."""
         if self.task == "two_hop":

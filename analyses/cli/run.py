@@ -168,8 +168,12 @@ def cost(analysis: Analysis, model: Model, lines: list[PromptLine], store: Activ
     """What a run would capture and take, line by line."""
     asked = analysis.collect(model, lines)
     plan = plan_capture(model, [prompt.tokens for prompt in asked], analysis.needs(model), store)
-    more = f"and up to {analysis.max_new_tokens} new tokens for each of {len(asked)} prompts"
-    return [*estimate(model, [plan]).lines(), *([more] if analysis.max_new_tokens else [])]
+    more = []
+    if analysis.max_new_tokens:
+        more.append(f"and up to {analysis.max_new_tokens} new tokens for each of {len(asked)} prompts")
+    if analysis.intervenes:
+        more.append("and forwards with interventions, not counted above: they follow from what is found")
+    return [*estimate(model, [plan]).lines(), *more]
 
 
 def lines_of(analysis: Analysis, prompts: Path | None) -> list[PromptLine]:

@@ -91,6 +91,11 @@ class CommunicationChannels(Analysis):
         """Yes: the scan is of weights, and the edits make their own."""
         return True
 
+    @property
+    def intervenes(self) -> bool:
+        """With a task, on whose prompts channels are edited."""
+        return self.task != "none"
+
     def collect(self, model: Model, prompts: PromptsLike) -> list[Prompt]:
         """None of those given: the scan is of weights alone."""
         return []

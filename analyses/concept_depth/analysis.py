@@ -97,6 +97,11 @@ class ConceptDepth(Analysis):
             return Reducer("mean")
         return Reducer(positions="last" if self.pooling == "last" else (self.position,))
 
+    @property
+    def intervenes(self) -> bool:
+        """With a causal check."""
+        return self.causal_layers > 0
+
     def needs(self, model: Model) -> list[Need]:
         """One row of every layer."""
         return [Need(f"{self.representation}.*", self._reducer)]

@@ -126,6 +126,11 @@ class ContextualDecomposition(Analysis):
         given = {rule: getattr(self, name) for name, rule in _SWITCHES.items() if getattr(self, name) != "preset"}
         return replace(PRESETS[self.preset], **given)
 
+    @property
+    def intervenes(self) -> bool:
+        """With ablations or circuits to check."""
+        return self.ablation or self.random_circuits > 0
+
     def collect(self, model: Model, prompts: PromptsLike = ()) -> list[Prompt]:
         """The generated questions, or the prompts given."""
         if self.makes_prompts:

@@ -88,6 +88,11 @@ class DepthUse(Analysis):
     def __post_init__(self) -> None:
         validate(self)
 
+    @property
+    def intervenes(self) -> bool:
+        """Yes: blocks are left out, skipped and replaced."""
+        return True
+
     def needs(self, model: Model) -> list[Need]:
         """Rows of the stream entering and leaving every block, and of what attention adds."""
         return [Need(("resid_pre.0", "resid_post.*", "attn_out.*"))]

@@ -114,6 +114,11 @@ class LatentLanguage(Analysis):
         sources = self.source * (n // len(self.source)) if self.task == "translation" else targets
         return tuple(dict.fromkeys(zip(sources, targets, strict=True)))
 
+    @property
+    def intervenes(self) -> bool:
+        """With the extra `swap`."""
+        return "swap" in self.extras
+
     def needs(self, model: Model) -> list[Need]:
         """The last row of every layer, and of the stream's end, which says what the model answers."""
         return [Need((f"{POINT[self.lens]}.*", f"resid_post.{model.shape.n_layers - 1}"), LAST)]

@@ -106,6 +106,11 @@ class NormRemoval(Analysis):
         """Without diagnostics, the training text is all it reads."""
         return not self.diagnose
 
+    @property
+    def intervenes(self) -> bool:
+        """Yes: norms are frozen one at a time, or trained away."""
+        return True
+
     def needs(self, model: Model) -> list[Need]:
         """Streams, norm divisors and heads' outputs; attention patterns and the last MLP's activations where asked for."""
         return needs(model, self.sinks, self.neurons > 0) if self.diagnose else []

@@ -85,6 +85,11 @@ class Voids(Analysis):
                 "semantics mask judges blocks while they run: batch_lambda0 and norm_dtype bfloat16 need trace or readout"
             )
 
+    @property
+    def intervenes(self) -> bool:
+        """Under `mask`, which leaves void blocks out."""
+        return self.semantics == "mask"
+
     def needs(self, model: Model) -> list[Need]:
         """Norms of the stream for the rule; rows where the step or the read-out needs them."""
         if self.delta in ("norm_of_diff", "cosine"):

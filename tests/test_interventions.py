@@ -1,0 +1,43 @@
+"""What a dry run says of each analysis is what its run does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from small import SMALL
+from tiny import native
+
+from analyses.base import Analysis
+from analyses.cli.run import cost
+from probes.capture import plan_capture
+from probes.prompts import PromptLine
+from probes.store import ActivationStore
+
+MORE: list[Analysis] = [
+    replace(SMALL["voids"][0], semantics="mask"),
+    replace(SMALL["concept_depth"][0], causal_layers=1),
+]  # type: ignore[type-var]
+RUNS = [*SMALL.values(), *((analysis, SMALL[analysis.name][1]) for analysis in MORE)]
+
+
+@pytest.mark.parametrize(("analysis", "prompts"), RUNS, ids=lambda value: getattr(value, "name", ""))
+def test_an_analysis_says_whether_it_runs_more_than_it_captures(
+    analysis: Analysis, prompts: list[Any], store: ActivationStore
+) -> None:
+    model = native()
+    asked = analysis.collect(model, prompts)
+    planned = plan_capture(model, [prompt.tokens for prompt in asked], analysis.needs(model), store).forwards
+    passed: list[int] = []
+    model.module.get_submodule("model.layers.2").register_forward_hook(lambda _, args, __: passed.append(len(args[0])))
+    analysis.run(model, prompts, store=store)
+    assert (sum(passed) > planned) == analysis.intervenes
+
+
+@pytest.mark.parametrize("name", ["logit_lens", "contextual_decomposition"])
+def test_a_dry_run_owns_up_to_what_it_does_not_count(name: str, store: ActivationStore) -> None:
+    analysis, prompts = SMALL[name]
+    lines = [PromptLine(f"line {i}", None, prompt.tokens, prompt.fields) for i, prompt in enumerate(prompts)]
+    said = "\n".join(cost(analysis, native(), lines, store))
+    assert ("forwards with interventions, not counted above" in said) == (name != "logit_lens")

@@ -30,8 +30,12 @@ def test_an_analysis_says_whether_it_runs_more_than_it_captures(
     asked = analysis.collect(model, prompts)
     planned = plan_capture(model, [prompt.tokens for prompt in asked], analysis.needs(model), store).forwards
     passed: list[int] = []
-    model.module.get_submodule("model.layers.2").register_forward_hook(lambda _, args, __: passed.append(len(args[0])))
-    analysis.run(model, prompts, store=store)
+    last = model.module.get_submodule("model.layers.2")
+    hook = last.register_forward_hook(lambda _, args, __: passed.append(len(args[0])))
+    try:
+        analysis.run(model, prompts, store=store)
+    finally:
+        hook.remove()  # other tests share the module
     assert (sum(passed) > planned) == analysis.intervenes
 
 

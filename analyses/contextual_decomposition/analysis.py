@@ -63,7 +63,7 @@ class ContextualDecomposition(Analysis):
     mode: Literal["mean", "zero"] = option("mean", "Whether a node is compared to its mean over references or to zero.")
     preset: Literal["faithful", "paper"] = option(
         "faithful",
-        "Rules: those nearer to measured ablation effects (mean correlation 0.81 against 0.46 over the heads of smollm2-135m), "
+        "Rules: those nearer to measured ablation effects (correlation 0.92 against 0.37 over the heads of smollm2-135m), "
         "or the conventions of the authors' code.",
     )
     bias: Literal["preset", "shared", "irrelevant"] = option("preset", "Where biases go.")

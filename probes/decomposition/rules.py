@@ -58,10 +58,12 @@ PRESETS: dict[str, Rules] = {
 }
 """`paper` follows the conventions of the authors' code. `faithful` is nearer to measured effects on trained weights.
 
-On five indirect-object prompts of SmolLM2-135M, the correlation over all 270 heads between scores and the effect of
-mean ablation is on average 0.81 under `faithful` (95 % interval 0.61 to 0.93, resampling prompts) and 0.46 (0.29 to
-0.62) under `paper`; attribution patching has 0.70 (0.25 to 0.95). That model has no biases; on its first two prompts frozen
-attention costs about 0.2, and the normalise step most. With `gate="joint"` some scores overflow on gated MLPs.
+On 24 indirect-object prompts of SmolLM2-135M (`bathyscope run contextual_decomposition --model smollm2-135m --task ioi
+--n-prompts 24 --other-preset true`), over all 270 heads and with 95 % intervals from resampling prompts, mean scores
+correlate with the mean effect of mean ablation at 0.92 (0.79 to 0.96) under `faithful`, with slope 0.99, and at 0.37 (0.29
+to 0.46) under `paper`; attribution patching has 0.92 (0.88 to 0.94), and ranks the many small effects better (Spearman 0.90
+against 0.52). That model has no biases; on two prompts frozen attention costs about 0.2, and the normalise step most. With
+`gate="joint"` some scores overflow on gated MLPs.
 """
 
 

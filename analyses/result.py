@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -32,6 +32,8 @@ class FigureSpec:
     """What is measured, on what, and how to read it; in plain sentences."""
     draw: Callable[[Tables], go.Figure]
     applies: Callable[[Tables], bool] = field(default=lambda tables: True)
+    data: Literal["prompts", "weights", "own"] = "prompts"
+    """Drawn from the run's prompts, from weights alone, or from other text, which the caption names."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from small import SMALL
 from tiny import PROMPTS
 
 from analyses.registry import ANALYSES, get_analysis
@@ -93,6 +94,14 @@ def test_unknown_figures_and_analyses_are_named(result: Result) -> None:
         result.figure("rastre")
     with pytest.raises(OptionError, match="Did you mean 'voids'"):
         get_analysis("viods")
+
+
+def test_a_caption_says_what_a_figure_was_drawn_from(result: Result, tiny: NativeModel, store: ActivationStore) -> None:
+    assert f"Measured on {len(PROMPTS)} prompts" in render([result])
+    analysis, _ = SMALL["communication_channels"]
+    scan = render([analysis.run(tiny, [], store=store)])
+    assert "Computed from the weights of" in scan
+    assert "Measured on" not in scan
 
 
 def test_the_report_needs_nothing_from_outside(result: Result) -> None:

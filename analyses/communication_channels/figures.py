@@ -180,12 +180,14 @@ FIGURES = {
         "For every pair of layers, the pair of heads with the most outstanding component. A writing head's output matrix is split into singular components; "
         "the colour is the robust z of the best one's composition score among its own head's components. Hover for the heads. From weights alone.",
         pair_heatmap,
+        data="weights",
     ),
     "components": FigureSpec(
         "Component scores of the strongest pairs",
         "One bar is one singular component of the writing head: how much of its write direction the reading head's matrix passes on. The grey band is three "
         "standard deviations around what a random direction scores; the dotted line is the score of the whole head, in which one component is averaged away.",
         component_bars,
+        data="weights",
     ),
     "effect": FigureSpec(
         "Scores from weights against measured effect",
@@ -208,11 +210,13 @@ FIGURES = {
         "point is right, and so grows with the grid. `Random` steers random directions of the same heads. Whiskers are 95 % Wilson intervals.",
         laundry,
         lambda tables: "laundry" in tables,
+        data="own",
     ),
     "steering": FigureSpec(
         "The steered space",
         "Each point is one setting of the three coefficients; its colour is the place in the list of the item chosen most often there, its size how often. Longest lists only.",
         steering,
         lambda tables: "steering" in tables,
+        data="own",
     ),
 }

@@ -57,6 +57,7 @@ TRAINING_FIGURES: dict[str, FigureSpec] = {
         "frozen at once. Diamonds mark the schedule's events. Lines are running means over a sixtieth of the training.",
         training,
         lambda tables: "training" in tables,
+        data="own",
     ),
     "losses": FigureSpec(
         "Loss on held-out text",
@@ -64,5 +65,6 @@ TRAINING_FIGURES: dict[str, FigureSpec] = {
         "few catastrophic tokens: the table also has the median and the 99.9 % quantile.",
         losses,
         lambda tables: "losses" in tables,
+        data="own",
     ),
 }

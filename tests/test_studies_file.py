@@ -9,6 +9,7 @@ import pytest
 from study_makers import BASE, line_of, model_folder, prompt_file, study_file
 
 from analyses.cli import main
+from analyses.registry import ANALYSES
 from analyses.studies import AnalysisSpec, ModelSpec, Override, PromptSet, Study, StudyError, expand, read_study
 from analyses.studies.cells import MAX_CELLS, Cell
 
@@ -47,6 +48,11 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         return said, path
 
     return run
+
+
+def test_the_shipped_study_runs_every_registered_analysis() -> None:
+    cells = expand(read_study(Path(__file__).parents[1] / "studies" / "depth.toml"))
+    assert {cell.analysis.name for cell in cells} == {analysis.name for analysis in ANALYSES}
 
 
 def test_every_combination_is_a_cell(folder: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.axes import whole_layers
 from probes.display import Fold, card
 from probes.errors import OptionError, unknown
 
@@ -34,6 +35,10 @@ class FigureSpec:
     applies: Callable[[Tables], bool] = field(default=lambda tables: True)
     data: Literal["prompts", "weights", "own"] = "prompts"
     """Drawn from the run's prompts, from weights alone, or from other text, which the caption names."""
+
+    def drawn(self, tables: Tables) -> go.Figure:
+        """The figure of these tables, as every page shows it."""
+        return whole_layers(self.draw(tables))
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Result:
         specs = self.figures
         if name not in specs:
             raise OptionError(unknown("figure", name, specs))
-        return specs[name].draw(self.tables)
+        return specs[name].drawn(self.tables)
 
     @property
     def profiles(self) -> dict[str, ProfileSpec]:

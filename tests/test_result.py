@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 from small import SMALL
 from tiny import PROMPTS
 
+from analyses.axes import whole_layers
 from analyses.registry import ANALYSES, get_analysis
 from analyses.report import render
 from analyses.result import Result
@@ -94,6 +96,20 @@ def test_unknown_figures_and_analyses_are_named(result: Result) -> None:
         result.figure("rastre")
     with pytest.raises(OptionError, match="Did you mean 'voids'"):
         get_analysis("viods")
+
+
+def test_few_layers_get_a_tick_each_and_nothing_between(result: Result) -> None:
+    figure = result.figure("raster")
+    assert (figure.layout.yaxis.title.text, figure.layout.yaxis.dtick) == ("layer", 1)
+    assert figure.layout.xaxis.dtick is None
+    for values, tick in (([0, 1, 7], 1), ([0.0, float("nan"), 8], None), (["a", "b"], None)):
+        made = go.Figure(go.Scatter(x=[0, 0.5, 1][: len(values)], y=values)).update_layout(
+            xaxis_title="relative depth (layer / number of layers)", yaxis_title="layer"
+        )
+        assert whole_layers(made).layout.yaxis.dtick == tick
+        assert made.layout.xaxis.dtick is None
+    square = go.Figure(go.Heatmap(z=[[1, 2], [3, 4]])).update_layout(xaxis_title="layer", yaxis_title="source block")
+    assert [whole_layers(square).layout[axis].dtick for axis in ("xaxis", "yaxis")] == [1, 1]
 
 
 def test_a_caption_says_what_a_figure_was_drawn_from(result: Result, tiny: NativeModel, store: ActivationStore) -> None:

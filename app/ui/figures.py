@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.axes import axes_of, is_depth, is_position, reference
 from analyses.result import Result
 from app.selection import Selection, narrowed
 
@@ -27,9 +28,9 @@ def drawn(result: Result, name: str, selection: Selection, band: str) -> tuple[g
             else (f"Nothing of this figure is told apart by {part.text()}: it shows everything.")
         )
     figure = figure or result.figure(name)
-    if selection.layers and mark(figure, selection.layers, band, _is_depth):
+    if selection.layers and mark(figure, selection.layers, band, is_depth):
         said += f" Marked: layers {', '.join(map(str, selection.layers))}."
-    if selection.tokens and mark(figure, selection.tokens, band, _is_position):
+    if selection.tokens and mark(figure, selection.tokens, band, is_position):
         said += f" Marked: tokens {', '.join(map(str, selection.tokens))}."
     return figure, said.strip()
 
@@ -40,34 +41,18 @@ def _from_part(result: Result, name: str, part: Selection) -> go.Figure | None:
         return None
     tables = {table: rows if len(rows) else result.tables[table] for table, rows in cut.items()}
     try:
-        return result.figures[name].draw(tables)
+        return result.figures[name].drawn(tables)
     except (KeyError, ValueError, IndexError, ZeroDivisionError):
         return None  # the figure needs rows that are not selected
 
 
-def _is_depth(title: str) -> bool:
-    words = title.lower()
-    return ("layer" in words or "block" in words) and not any(
-        other in words for other in ("share", "relative", "removed", "for which", "score")
-    )
-
-
-def _is_position(title: str) -> bool:
-    return title.lower().startswith("position")
-
-
 def mark(figure: go.Figure, places: tuple[int, ...], colour: str, wanted: Any) -> bool:
     """Puts a band behind each place on every axis whose title is `wanted`; says whether there was one."""
-    axes = {axis.plotly_name: axis for axis in (*figure.select_xaxes(), *figure.select_yaxes())}
-    titled = {name for name, axis in axes.items() if axis.title.text and wanted(axis.title.text)}
-    refs = {name.replace("axis", ""): name for name in axes}
-    found = {
-        name for name, axis in axes.items() if name in titled or (axis.matches and refs.get(axis.matches) in titled)
-    }
-    for name in found:
-        along, ref = name[0], name.replace("axis", "")
+    found = axes_of(figure, wanted)
+    for name, axis in found.items():
+        along, ref = name[0], reference(name)
         across = "y" if along == "x" else "x"
-        other = (axes[name].anchor or across) if axes[name].anchor != "free" else across
+        other = (axis.anchor or across) if axis.anchor != "free" else across
         for place in places:
             ends = {f"{along}0": place - 0.5, f"{along}1": place + 0.5, f"{across}0": 0, f"{across}1": 1}
             refs_of = {f"{along}ref": ref, f"{across}ref": f"{other} domain"}
@@ -78,7 +63,7 @@ def mark(figure: go.Figure, places: tuple[int, ...], colour: str, wanted: Any) -
 def clicked_layers(figure: go.Figure, points: list[dict[str, Any]]) -> tuple[int, ...] | None:
     """The layers of points chosen in a figure, or None where its axes are not depth."""
     axes = {axis.plotly_name: (axis.title.text or "") for axis in (*figure.select_xaxes(), *figure.select_yaxes())}
-    along = "y" if _is_depth(axes.get("yaxis", "")) else "x" if _is_depth(axes.get("xaxis", "")) else None
+    along = "y" if is_depth(axes.get("yaxis", "")) else "x" if is_depth(axes.get("xaxis", "")) else None
     values = [point.get(along) for point in points] if along else None
     if values is None or not all(isinstance(v, int | float) and float(v).is_integer() for v in values):
         return None

@@ -9,7 +9,14 @@ import streamlit as st
 
 from analyses.theme import COLOURS
 
-DARK = {"#000000": "#d0d0d0", "#e8e8e8": "#3a4048", "#8c8c8c": "#a8a8a8", "#444": "#bbbbbb", "#0072B2": "#3d9be0"}
+DARK = {
+    "#000000": "#d0d0d0",
+    "#e8e8e8": "#3a4048",
+    "#8c8c8c": "#a8a8a8",
+    "#444": "#bbbbbb",
+    "#0072B2": "#3d9be0",
+    "#882255": "#c4527f",
+}
 """Colours that would vanish on a dark page, and what takes their place."""
 MORE = ("#882255", "#44AA99", "#999933")
 """Three hues of Tol's muted palette, after those of the figures."""

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, select_autoescape
-from markupsafe import Markup, escape
-from plotly.offline import get_plotlyjs
 
+from analyses.page import page
 from analyses.registry import get_analysis
 from analyses.result import Result
 
@@ -29,17 +26,9 @@ def write_report(results: Sequence[Result], path: str | Path, title: str | None 
 
 def render(results: Sequence[Result], title: str | None = None) -> str:
     """The page as text."""
-    environment = Environment(loader=PackageLoader("analyses"), autoescape=select_autoescape())
-    environment.filters["inline"] = _inline
     sections = [_section(number, result) for number, result in enumerate(results)]
     heading = title or " · ".join(section["title"] for section in sections)
-    template = environment.get_template("report.html")
-    return template.render(title=heading, sections=sections, plotlyjs=get_plotlyjs())
-
-
-def _inline(text: str) -> Markup:
-    """Plain text with `code` in backticks."""
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+    return page("report.html", title=heading, sections=sections)
 
 
 def _section(number: int, result: Result) -> dict[str, Any]:

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, select_autoescape
-from plotly.offline import get_plotlyjs
 
+from analyses.page import page
 from analyses.registry import get_analysis
 from analyses.studies.cells import Cell
 from analyses.studies.figures import PANELS, overlay
@@ -32,13 +31,12 @@ SHOWN = (
 
 def render(study: Study, cells: Sequence[Cell], index: pd.DataFrame, curve: pd.DataFrame) -> str:
     """The page as text, self-contained apart from the links to its cells."""
-    environment = Environment(loader=PackageLoader("analyses"), autoescape=select_autoescape())
     labels = {cell.name: cell.label for cell in cells}
     states = index["state"].value_counts()
     lines = [_line(labels, row) for _, row in index.iterrows()]
-    return environment.get_template("study.html").render(
+    return page(
+        "study.html",
         title=study.title or study.name,
-        plotlyjs=get_plotlyjs(),
         total=len(index),
         done=int(states.get("done", 0)),
         failed=[line for line in lines if line["state"] == "failed"],

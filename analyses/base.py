@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+from analyses.interventions import Interventions
 from analyses.provenance import describe
 from analyses.result import FigureSpec, ProfileSpec, Result, Tables
 from probes.activations import Activations
@@ -47,10 +48,9 @@ class Analysis(Protocol):
         """Whether it runs without prompts being given, on ones it makes or on weights alone."""
         return False
 
-    @property
-    def intervenes(self) -> bool:
-        """Whether it also runs forwards in which something is changed; a plan of what to capture does not count them."""
-        return False
+    def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
+        """The forwards it runs beside those that capture, on the prompts that `collect` gave."""
+        return Interventions()
 
     def collect(self, model: Model, prompts: PromptsLike) -> list[Prompt]:
         """The prompts it will read: those given, and those it makes."""
@@ -97,8 +97,14 @@ def make_result(
     clock: Clock,
     notes: Sequence[str] = (),
     counts: Mapping[str, int] | None = None,
+    interventions: int = 0,
 ) -> Result:
-    """The result of `analysis`, with its provenance; `activations` is None where nothing was captured."""
+    """The result of `analysis`, with its provenance.
+
+    Args:
+        activations: None where nothing was captured.
+        interventions: forwards that were run with something changed, as `Analysis.interventions` counts them.
+    """
     options = json.loads(json.dumps(dataclasses.asdict(analysis)))
     done = None if activations is None else activations.done
     counted = {
@@ -107,6 +113,7 @@ def make_result(
         "forwards": done.forwards if done else 0,
         "rows_captured": done.plan.rows if done else 0,
         "held_before": done.plan.held if done else 0,
+        "intervention_forwards": interventions,
         **(counts or {}),
     }
     keys = [] if activations is None else activations.keys()

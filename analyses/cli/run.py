@@ -171,8 +171,8 @@ def cost(analysis: Analysis, model: Model, lines: list[PromptLine], store: Activ
     more = []
     if analysis.max_new_tokens:
         more.append(f"and up to {analysis.max_new_tokens} new tokens for each of {len(asked)} prompts")
-    if analysis.intervenes:
-        more.append("and forwards with interventions, not counted above: they follow from what is found")
+    if line := analysis.interventions(model, asked).line():
+        more.append(line)
     return [*estimate(model, [plan]).lines(), *more]
 
 

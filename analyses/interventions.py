@@ -1,0 +1,44 @@
+"""How many forwards an analysis runs in which something is changed, said before they run and counted after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from probes.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Interventions:
+    """Forwards in which something is changed, beside those that capture.
+
+    One forward is one sequence through the model or through its last blocks; of a decoding, one written token.
+    """
+
+    forwards: Mapping[str, int] = field(default_factory=dict)
+    """What is done (`block removals`, `knock-outs`) to its forwards."""
+    exact: bool = True
+    """False where what is found decides how many: then the numbers are the most there can be."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.forwards.values())
+
+    def line(self) -> str | None:
+        """The count as a dry run prints it; None where nothing is changed."""
+        if not self.total:
+            return None
+        parts = ", ".join(f"{count:,} {name}" for name, count in self.forwards.items() if count)
+        return f"and {'' if self.exact else 'up to '}{self.total:,} forwards with interventions ({parts})"
+
+
+def swept(n: int, chosen: Sequence[int], stride: int, name: str = "layer") -> list[int]:
+    """The indices of a sweep over `range(n)`: those chosen, or every `stride`-th where none is.
+
+    Raises:
+        OptionError: a chosen index outside the range, with the legal ones.
+    """
+    for index in chosen:
+        if not 0 <= index < n:
+            raise OptionError(f"{name} {index} does not exist: legal are 0 to {n - 1}")
+    return sorted(set(chosen)) if chosen else list(range(0, n, stride))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from probes.errors import StoreError
+from probes.errors import ModelError, StoreError
 from probes.kernels import reduce_rows
 from probes.lookup import Lookup
 from probes.models.base import Model
@@ -42,12 +42,13 @@ class Activations:
         sequences: list[tuple[int, ...]],
         lookup: Lookup,
         done: Done,
+        live: Callable[[], dict[str, str]],
         recapture: Callable[[], Done],
         pinned: ExitStack,
     ) -> None:
         weakref.finalize(self, pinned.close)
         self.model, self.sequences, self.done = model, sequences, done
-        self._lookup, self._recapture = lookup, recapture
+        self._lookup, self._live, self._recapture = lookup, live, recapture
         self._read: dict[tuple[str, tuple[int, ...]], None] = {}
 
     def get(self, address: Address | str, reducer: Reducer = ROWS) -> list[Tensor]:
@@ -55,6 +56,7 @@ class Activations:
 
         Raises:
             StoreError: the rows were never captured.
+            ModelError: they need the model once more (a lens, or damage), and it is no longer the one that made them.
         """
         address = Address.parse(address) if isinstance(address, str) else address
         wanted = Feature(address.canonical, reducer)
@@ -62,6 +64,7 @@ class Activations:
             return self._get(wanted)
         except DamagedShard:
             # The store has set the shard aside; its rows are captured again, once.
+            self._check_unchanged()
             self.done = replace(self.done, forwards=self.done.forwards + self._recapture().forwards)
             return self._get(wanted)
 
@@ -88,7 +91,17 @@ class Activations:
             return [self._shape_pattern(value, sequence, feature, reducer) for value, sequence in pairs]
         if feature.reducer == reducer:
             return values
+        if reducer.kind.startswith("lens"):
+            self._check_unchanged()
         return [self._derive(value, sequence, feature, reducer) for value, sequence in pairs]
+
+    def _check_unchanged(self) -> None:
+        """Raises ModelError where the model is no longer the one that made these rows."""
+        if self._live() != dict(self._lookup.context):
+            raise ModelError(
+                f"{self.model.ref} has been changed since these rows were captured, so they cannot be captured again or read "
+                "through its unembedding: put it back as it was, or capture anew"
+            )
 
     def packed(self, address: Address | str, reducer: Reducer = ROWS) -> Tensor:
         """The rows of all prompts one after the other."""

@@ -11,53 +11,62 @@ from functools import partial
 import torch
 
 from probes.activations import Activations, Done
+from probes.canary import check_canary, put_canary
 from probes.edits import Edit, altered, resolve, writes_of
 from probes.errors import ModelError, PointError
 from probes.forward import PARCEL_BYTES, asynchronous, axis_sizes, forward, number_size, out_of_memory, row_size, sized
 from probes.layer_major import layer_major
-from probes.lookup import Lookup
-from probes.models.base import Context, LayerMajor, Model
+from probes.lookup import Lookup, Tokens
+from probes.models.base import LayerMajor, Model
 from probes.needs import CapturePlan, Feature, Need, make_plan
 from probes.outbox import Outbox
 from probes.progress import QUIET, Progress
-from probes.prompts import Batch, batches
+from probes.prompts import Batch, batches, token_ids
 from probes.store import ActivationStore
 from probes.transport import Transport
 from probes.writer import Writer
 
+Sequences = Sequence[str | Sequence[int]]
+"""Texts, or token ids as given."""
+
 
 def context_of(model: Model, edits: Sequence[Edit] = ()) -> dict[str, str]:
-    """Everything but the tokens that decides a row's numbers, as the store keys it."""
+    """Everything but the tokens that decides a row's numbers now, as the store keys it.
+
+    Raises:
+        ModelError: no key can say what the model computes, as under a hook of somebody else.
+    """
     text = ";".join(edit.text() for edit in edits) or "none"
-    context: Context = replace(model.context, edits=text)
-    return asdict(context)
+    return asdict(replace(model.current(), edits=text))
 
 
 def plan_capture(
-    model: Model,
-    sequences: Sequence[tuple[int, ...]],
-    needs: Iterable[Need],
-    store: ActivationStore,
-    edits: Sequence[Edit] = (),
+    model: Model, sequences: Sequences, needs: Iterable[Need], store: ActivationStore, edits: Sequence[Edit] = ()
 ) -> CapturePlan:
     """The forwards that remain before every sequence has every need.
 
     Raises:
         PointError: a point this model refuses, with its reason.
+        PromptError: a sequence that cannot be run.
+        ModelError: rows that could not be told from another model's, or that the model does not reproduce.
     """
-    context = context_of(model, edits)
-    needs = list(needs)
+    lookup = Lookup(store, context_of(model, edits), model.shape.causal)
+    check_canary(model, lookup.context, store)
+    return _planned(model, token_ids(sequences, model), list(needs), lookup)
+
+
+def _planned(model: Model, sequences: Sequence[Tokens], needs: Sequence[Need], lookup: Lookup) -> CapturePlan:
     for need in needs:
         for feature in need.features(model.shape.n_layers):
             reason = model.refusal(feature.address)
             if reason:
                 raise PointError(f"{model.ref} has no point {str(feature.address)!r}: {reason}")
-    return make_plan(sequences, needs, model.shape.n_layers, Lookup(store, context, model.shape.causal).held)
+    return make_plan(sequences, needs, model.shape.n_layers, lookup.held)
 
 
 def capture(
     model: Model,
-    sequences: Sequence[tuple[int, ...]],
+    sequences: Sequences,
     needs: Iterable[Need],
     store: ActivationStore,
     *,
@@ -68,27 +77,36 @@ def capture(
 ) -> Activations:
     """Captures what the store lacks, then gives access to all of it.
 
+    What the model computes is looked at anew at every call: rows of a module that was changed in place go under a key of
+    their own, and stored rows are believed only where the model reproduces the store's canary.
+
     Rows are committed packet by packet: after an interruption the same call does only the rest.
 
     On CUDA, rows leave the device beside the forward (see `probes.outbox`); elsewhere each batch is captured in turn.
 
     Args:
+        sequences: texts, as the model's tokenizer encodes them, or token ids.
         prompt_lengths: of each sequence that is a prompt and its response, the tokens of the prompt; a later run on the
             prompt alone then finds its rows in these.
 
     Raises:
         PointError: a point this model refuses.
+        PromptError: a sequence that cannot be run.
+        ModelError: rows that could not be told from another model's, or that the model does not reproduce.
         StoreError: not enough space, before the run or during it.
     """
-    needs = list(needs)
+    needs, sequences = list(needs), token_ids(sequences, model)
     with ExitStack() as stack:
         stack.enter_context(store.pin())
-        plan = plan_capture(model, sequences, needs, store, edits)
+        lookup = Lookup(store, context_of(model, edits), model.shape.causal)
+        check_canary(model, lookup.context, store)
+        plan = _planned(model, sequences, needs, lookup)
         size = plan.bytes(axis_sizes(model), row_size(model))
         store.check_space(size)
         progress.note(plan.summary(size))
         progress.start(plan.forwards, "forward")
-        lookup = Lookup(store, context_of(model, edits), model.shape.causal)
+        if plan.work:
+            put_canary(model, lookup.context, store)
         lengths = dict(zip(sequences, prompt_lengths or map(len, sequences), strict=True))
         written = Writer(lookup, lengths)
         ready = resolve(model, edits) if plan.work else []
@@ -100,7 +118,8 @@ def capture(
                 _batch_major(model, plan, ready, batch_tokens, progress, transport, written)
         done = Done(plan, plan.forwards, written.bytes)
         again = partial(capture, model, sequences, needs, store, edits=edits, batch_tokens=batch_tokens)
-        return Activations(model, list(sequences), lookup, done, lambda: again().done, stack.pop_all())
+        live = partial(context_of, model, edits)
+        return Activations(model, sequences, lookup, done, live, lambda: again().done, stack.pop_all())
 
 
 def _batch_major(

@@ -176,6 +176,17 @@ def tokenize(lines: Sequence[PromptLine | str | Sequence[int]], model: Model, *,
     return [_tokenize(_as_line(line, i), model, chat) for i, line in enumerate(lines)]
 
 
+def token_ids(lines: Sequence[PromptLine | str | Sequence[int]], model: Model) -> list[tuple[int, ...]]:
+    """The token ids of texts, as `model`'s tokenizer encodes them, and of ids, as given.
+
+    Raises:
+        PromptError: as `tokenize`, or one text where a list of them belongs.
+    """
+    if isinstance(lines, str):
+        raise PromptError(f"one text {lines[:40]!r} where a list belongs: give [{lines[:40]!r}]")
+    return [prompt.tokens for prompt in tokenize(lines, model)]
+
+
 def _as_line(line: PromptLine | str | Sequence[int], index: int) -> PromptLine:
     if isinstance(line, PromptLine):
         return line

@@ -56,6 +56,18 @@ class Context:
     """Canonical text of the interventions applied, or `none`."""
 
 
+@dataclass(frozen=True, eq=False)
+class Canary:
+    """What a model computes on a fixed short input; whatever reproduces it is believed to be the same model."""
+
+    tokens: Tensor
+    """[rows, pos], without padding."""
+    values: Tensor
+    """[rows, pos, width], float32: some of the model's outputs at every position."""
+    tolerance: float
+    """Relative difference that another device or library may make."""
+
+
 @dataclass(frozen=True)
 class Identity:
     """One identity checked on a forward pass of the loaded model."""
@@ -124,6 +136,14 @@ class Model(Protocol):
     device: torch.device
     faithfulness: Faithfulness
     revision: str | None
+    canary: Canary
+
+    def current(self) -> Context:
+        """The context of the model as it is now, whatever was done to it since it was wrapped.
+
+        Raises ModelError where no key can say what it computes: a hook or a patched `forward` of somebody else, autocast.
+        """
+        ...
 
     def refusal(self, address: Address) -> str | None:
         """None where the address can be read, otherwise the reason it cannot."""

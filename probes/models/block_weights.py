@@ -68,6 +68,11 @@ class BlockWeights:
         self._groups = self._group()
         self._spare: dict[str, Tensor] = {}
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that blocks are read from."""
+        return tuple(sorted(set(self._files.values())))
+
     def read(self, layer: int) -> dict[str, Tensor]:
         """The parameters of block `layer` by their full name, on the device, in the shell's dtype.
 

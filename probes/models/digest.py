@@ -54,7 +54,7 @@ def weights_digest(module: nn.Module, fetch: Fetch | None = None) -> str:
     return str(digest.hexdigest())
 
 
-def canonical_config(module: nn.Module) -> str:
+def canonical_config(module: Any) -> str:
     """The fields of `module.config` that decide the computation, as JSON with sorted keys; `{}` without a config."""
     config = getattr(module, "config", None)
     fields = config.to_dict() if config is not None else {}

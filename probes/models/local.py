@@ -13,13 +13,17 @@ from torch import Tensor, nn
 
 from probes.anatomy import Anatomy, anatomy_of
 from probes.anatomy.views import Divisor
-from probes.errors import OptionError, PointError, PromptError
+from probes.errors import ModelError, OptionError, PointError, PromptError
 from probes.models.attention import Attended, Watch, watched
-from probes.models.base import Context, Model, Read, Shape, Unembedding, Write
+from probes.models.base import Canary, Context, Model, Read, Shape, Unembedding, Write
+from probes.models.canary import canary_of
+from probes.models.digest import weights_digest
 from probes.models.display import Displayed
+from probes.models.fingerprint import Fingerprint, fingerprint, keyed
+from probes.models.foreign_code import unkeyable
 from probes.models.handover import copied, from_hf
 from probes.models.identities import verify
-from probes.models.placement import main_device
+from probes.models.placement import fetch_offloaded, main_device
 from probes.models.readout import unembedding_of
 from probes.models.recording import Evidence, attention_layers, attention_of, evidence_of
 from probes.models.taps import Stop, Taps, tensor_of
@@ -58,18 +62,60 @@ class LocalModel(Displayed, Model):
         self.source = module if source is None else source
         self._config: Any = module.config.get_text_config()  # type: ignore[union-attr,operator]
         self._lock = threading.RLock()
-        guess = anatomy or anatomy_of(module)
-        entry = next(guess.component("embed").parameters())
-        self.device, dtype = self._place(entry)
+        self._examine(anatomy or anatomy_of(module), weights)
+        self._wrapped = (self._state, weights)
+
+    def _examine(self, guess: Anatomy, weights: str) -> None:
+        """Checks the module as it is, and takes up what it is: anatomy, shape, key and canary."""
+        seen: list[Canary] = []
+
+        def gather(tokens: Tensor) -> Evidence:
+            evidence = self._evidence(guess, tokens)
+            seen.append(canary_of(tokens, evidence.logits))
+            return evidence
+
+        device, dtype = self._place(next(guess.component("embed").parameters()))
+        self.device = device
         pad = getattr(self._config, "pad_token_id", None)
-        with evaluating(module):
-            verified = verify(guess, partial(self._evidence, guess), ref, dtype, pad)
+        with evaluating(self.module):
+            verified = verify(guess, gather, self.ref, dtype, pad)
+        self.canary = seen[-1]
         self.anatomy: Anatomy = verified.anatomy
         self.faithfulness = verified.faithfulness
         self.shape = _shape(self.anatomy, verified.causal, verified.d_mlp)
+        self._layers = attention_layers(self.module, self.anatomy)
+        self._state = self._fingerprint()
         attention = str(self._config._attn_implementation)
-        self.context = Context(weights, self.backend, str(dtype).removeprefix("torch."), attention)
-        self._layers = attention_layers(module, self.anatomy)
+        self.context = Context(self._key(weights), self.backend, str(dtype).removeprefix("torch."), attention)
+
+    def current(self) -> Context:
+        """The context of the module as it is now; where it was changed in place, its identities are checked anew.
+
+        Raises:
+            ModelError: no key can say what it computes (a hook or a patched `forward` of somebody else, autocast), or
+                its identities no longer hold.
+        """
+        with self._lock:
+            if reason := unkeyable(self.module):
+                raise ModelError(f"{self.ref}: its rows cannot be told from other rows: {reason}")
+            now = self._fingerprint()
+            if now != self._state:
+                self._follow(now)
+            return self.context
+
+    def _follow(self, now: Fingerprint | None) -> None:
+        """Takes up what the module has become."""
+        state, weights = self._wrapped
+        self._examine(anatomy_of(self.module), weights if now == state else self._digest())
+
+    def _digest(self) -> str:
+        return weights_digest(self.module, partial(fetch_offloaded, self.module, ref=self.ref))
+
+    def _fingerprint(self) -> Fingerprint | None:
+        return fingerprint(self.source)
+
+    def _key(self, weights: str) -> str:
+        return keyed(weights, self.source)
 
     def _place(self, entry: Tensor) -> tuple[torch.device, torch.dtype]:
         """Where tokens go and what the model computes in, told by the embedding's weights."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from probes.errors import ModelError
+from probes.models.fingerprint import Fingerprint
 from probes.models.local import LocalModel, evaluating
 from probes.models.taps import Taps, entered, entering, replaced, tensor_of
 
@@ -44,11 +45,20 @@ class NnsightModel(LocalModel):
         with evaluating(inner), torch.inference_mode():
             device = next(inner.parameters()).device
             self._order = execution_order(inner, torch.ones(1, 2, dtype=torch.long, device=device))
+        self._parts = set(inner.modules())
         super().__init__(inner, tokenizer, ref=ref, weights=weights, revision=revision)
 
     def as_nnsight(self) -> Any:
         """The nnsight model itself."""
         return self.traced
+
+    def _follow(self, now: Fingerprint | None) -> None:
+        if self._parts != set(self.module.modules()):
+            raise ModelError(
+                f"{self.ref}: parts of its module were exchanged since nnsight was put around it; wrap the module again "
+                "(Model.from_hf or Model.from_nnsight)"
+            )
+        super()._follow(now)
 
     def _call(self, taps: Taps, tokens: Tensor, **kwargs: Any) -> Any:
         taps.rows = (tokens.shape[0], tokens.shape[1])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from probes.anatomy import Anatomy, anatomy_of
 from probes.errors import ModelError, OptionError, PointError
-from probes.models.base import Unembedding
+from probes.models.base import Context, Unembedding
 from probes.models.digest import canonical_config
 from probes.models.hub import is_hub_id
 from probes.models.local import LocalModel
@@ -83,6 +83,16 @@ class RemoteModel(LocalModel):
     def as_nnsight(self) -> Any:
         """The nnsight model itself."""
         return self.traced
+
+    def current(self) -> Context:
+        """The context, which is the server's: nothing done here can change the model there."""
+        return self.context
+
+    def _fingerprint(self) -> None:
+        return None
+
+    def _key(self, weights: str) -> str:
+        return weights
 
     def _place(self, entry: Tensor) -> tuple[torch.device, torch.dtype]:
         return torch.device("cpu"), self._dtype

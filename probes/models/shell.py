@@ -16,6 +16,7 @@ from probes.models.block_weights import BlockWeights
 from probes.models.checkpoint import Loading, load_module, load_tokenizer
 from probes.models.digest import weights_digest
 from probes.models.finite import check_finite
+from probes.models.plain import compute_buffers
 from probes.models.sources import Located
 from probes.models.streamed import StreamedModel
 
@@ -47,7 +48,7 @@ def load_shell(folder: Path, config: Any, how: Loading) -> tuple[nn.Module, Bloc
     module = load_module(folder, config, replace(how, device_map={"": "meta"}))
     paths, device = block_paths(module), torch.device(how.device)
     _refuse_shared(module, paths)
-    _compute_buffers(module, device)
+    compute_buffers(module, device)
     blocks = BlockWeights(folder, module, paths, device)
     blocks.place_rest()
     module.tie_weights()  # type: ignore[operator]
@@ -76,18 +77,3 @@ def _refuse_shared(module: nn.Module, blocks: list[str]) -> None:
                 f"{type(module).__name__} shares the weight {name!r} between parts, so its blocks cannot be read one at "
                 "a time; load it without streaming"
             )
-
-
-def _compute_buffers(module: nn.Module, device: torch.device) -> None:
-    """Buffers that no checkpoint holds (frequencies, position tables) are computed by the model's own class."""
-    from transformers import PreTrainedModel
-
-    models = {name: part for name, part in module.named_modules() if isinstance(part, PreTrainedModel)}
-    for path, part in module.named_modules():
-        missing = [n for n in part._non_persistent_buffers_set if getattr(part._buffers.get(n), "is_meta", False)]
-        for name in missing:
-            part._buffers[name] = torch.empty_like(part._buffers[name], device=device)  # type: ignore[arg-type]
-        if missing:
-            nearest = max((n for n in models if not n or path == n or path.startswith(f"{n}.")), key=len)
-            # Its parameters are still on the meta device, where this does nothing.
-            models[nearest]._init_weights(part)

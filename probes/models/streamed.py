@@ -16,6 +16,8 @@ from probes.errors import ModelError, PointError
 from probes.models.attention import Attended
 from probes.models.base import Forward, Read, Write
 from probes.models.block_weights import BlockWeights
+from probes.models.digest import weights_digest
+from probes.models.fingerprint import Fingerprint, fingerprint
 from probes.models.gates import Gates, of_stage, steps
 from probes.models.identities import HOOKED
 from probes.models.native import NativeModel
@@ -108,6 +110,12 @@ class StreamedModel(NativeModel):
             "without streaming (with a device map, blocks that do not fit in memory are offloaded), or give the "
             "responses as part of the prompts"
         )
+
+    def _fingerprint(self) -> Fingerprint:
+        return fingerprint(self.module, self.blocks.files)
+
+    def _digest(self) -> str:
+        return weights_digest(self.module, self.blocks.tensor)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

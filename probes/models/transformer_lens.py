@@ -13,6 +13,7 @@ from probes.anatomy import Anatomy, ArchitectureMap, Site, anatomy_of
 from probes.errors import ModelError
 from probes.models.base import Unembedding
 from probes.models.digest import weights_digest
+from probes.models.fingerprint import Fingerprint
 from probes.models.handover import copied
 from probes.models.identities import TOLERANCE, absent, probe_tokens
 from probes.models.local import LocalModel, evaluating
@@ -78,6 +79,12 @@ class TransformerLensModel(LocalModel):
         anatomy = replace(anatomy, patterns=self._patterns(anatomy))
         super().__init__(
             wrapped, tokenizer, ref=ref, weights=weights, revision=revision, anatomy=anatomy, source=source
+        )
+
+    def _follow(self, now: Fingerprint | None) -> None:
+        raise ModelError(
+            f"{self.ref}: its module was changed in place since a TransformerBridge was put around it, and what the bridge "
+            "took over then no longer follows it; wrap the module again (Model.from_hf or Model.from_bridge)"
         )
 
     def _call(self, taps: Taps, tokens: Tensor, **kwargs: Any) -> Any:

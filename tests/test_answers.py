@@ -145,7 +145,9 @@ def test_tasks_are_made_for_every_tokenizer(kind: str, task: str) -> None:
             assert (kind, task) == ("wordpiece", "greater_than")  # its pieces cannot go on from half a year
             continue
         whole = encode(model.tokenizer, item.text + item.answers[0])
-        assert model.tokenizer.decode([*case.tokens, case.answers[0]]) == model.tokenizer.decode(list(whole[: len(case.tokens) + 1]))
+        assert model.tokenizer.decode([*case.tokens, case.answers[0]]) == model.tokenizer.decode(
+            list(whole[: len(case.tokens) + 1])
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -166,7 +168,9 @@ def test_a_task_whose_words_a_tokenizer_cuts_up_is_refused_in_one_line() -> None
     def none(word: str) -> bool:
         return False
 
-    with pytest.raises(PromptError, match="needs 2 names that are one token each, and under this tokenizer 0 of its 26 are"):
+    with pytest.raises(
+        PromptError, match="needs 2 names that are one token each, and under this tokenizer 0 of its 26 are"
+    ):
         ioi.sample(2, 0, none)
     for make_items in (ioi.items, docstring.items, greater_than.items):
         with pytest.raises(PromptError, match="one token each"):

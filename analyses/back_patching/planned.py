@@ -60,10 +60,10 @@ def rival(cases: Sequence[Case], index: int) -> Case | None:
 def planned(plan: Plan, cases: Sequence[Case], names: Sequence[Sequence[str]], questions: int) -> Interventions:
     """The forwards of all questions; of the dearest where verdicts decide which are chosen."""
     certain = len(cases) <= questions
-    counts = []
+    counts, opened = [], {case.prompt: set(own) for case, own in zip(cases, names, strict=True)}
     for index, case in enumerate(cases):
         other = rival(cases, index)
-        shared = [name for name in names[index] if not certain or (other and name in other.positions)]
+        shared = [name for name in names[index] if not certain or (other and name in opened[other.prompt])]
         counts.append(plan.of(case, names[index], shared))
     dearest = sorted(counts, key=lambda count: -sum(count.values()))[:questions]
     total = {name: sum(count[name] for count in dearest) for name in (dearest[0] if dearest else ())}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -35,7 +36,7 @@ def verdicts(summary: pd.DataFrame, controls: pd.DataFrame, cases: pd.DataFrame)
     return notes + [_verdict(row, controls) for row in summary.to_dict("records")]
 
 
-def _verdict(row: dict[str, Any], controls: pd.DataFrame) -> str:
+def _verdict(row: Mapping[Any, Any], controls: pd.DataFrame) -> str:
     where = f"{row['position']}, {row['set']} questions (n = {row['n']})"
     if not row["oracle_rate"]:
         return (

@@ -65,7 +65,7 @@ def stored(ref: str, n: int, n_layers: int, folder: Path) -> Data:
 def ours(data: Data, recipe: Recipe) -> Scores:
     """`probe_layers`, with both controls."""
     found = probe_layers(data.layers, data.labels, groups=data.groups, recipe=recipe)
-    return np.array([[e.accuracy, e.f1, e.auc, e.shuffled.mean(), e.grouped.mean()] for e in found])
+    return np.array([[e.accuracy, e.f1, e.auc, e.shuffled.mean(), np.nanmean(e.typed)] for e in found])
 
 
 def plain_released(data: Data, recipe: Recipe) -> Scores:

@@ -188,7 +188,7 @@ def test_pooling_reads_the_row_it_names(
     held = capture(model, sequences, [*analysis.needs(model), Need("resid_post.*")], store)
     whole = held.get(Address("resid_post", 1))
     wanted = [rows.mean(0) if pooling == "mean" else rows[position] for rows in whole]
-    found = layer_rows(held, labelled_sets(asked)[0], "resid_post", analysis._reducer, 1)
+    found = layer_rows(held, labelled_sets(asked)[0], "resid_post", analysis._reducer, 1, range(3))
     np.testing.assert_allclose(found, torch.stack(wanted).numpy(), rtol=1e-5, atol=1e-6)
 
 
@@ -200,11 +200,11 @@ def test_causal_check_is_the_projection_by_hand(model: NativeModel, store: Activ
 
     data, analysis = labelled_sets(prompts())[0], ConceptDepth()
     held = capture(model, [p.tokens for p in data.prompts], analysis.needs(model), store)
-    probed = probe_set(held, data, "plain", recipe_of("sound", "logistic", 1, 0), "resid_post", analysis._reducer, 1)
+    probed = probe_set(held, data, "plain", recipe_of("sound", "logistic", 1, 0), "resid_post", analysis._reducer, 1, range(3))
     rows = [layer_rows(held, data, "resid_post", analysis._reducer, layer) for layer in range(3)]
     check = Check(model, store, probed, "resid_post", "last", 10, 3, 0)
     top = len(rows) - 1
-    table, _ = causal_table(check, rows.__getitem__, QUIET)
+    table = causal_table(check, rows.__getitem__, QUIET).table
     found = table.query("layer == @top and direction == 'probe'").iloc[0]
     unit = torch.from_numpy(probed.layers[top].probes[0].direction).float()
     x = torch.from_numpy(rows[top][check.chosen])
@@ -219,7 +219,7 @@ def test_causal_check_is_the_projection_by_hand(model: NativeModel, store: Activ
     assert found["answer_accuracy_edited"] == pytest.approx(float((margins[1] > 0).float().mean()))
     logs = [part.log_softmax(-1) for part in logits]
     assert found["kl"] == pytest.approx(float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean()), abs=1e-4)
-    everywhere, _ = causal_table(replace(check, positions="all"), rows.__getitem__, QUIET)
+    everywhere = causal_table(replace(check, positions="all"), rows.__getitem__, QUIET).table
     same = np.isclose(everywhere["kl"], table["kl"], atol=1e-6)
     # At the top only the last row matters to the last prediction; at the bottom the others do as well.
     assert same.tolist() == (table["layer"] == top).tolist()

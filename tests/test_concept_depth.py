@@ -200,7 +200,9 @@ def test_causal_check_is_the_projection_by_hand(model: NativeModel, store: Activ
 
     data, analysis = labelled_sets(prompts())[0], ConceptDepth()
     held = capture(model, [p.tokens for p in data.prompts], analysis.needs(model), store)
-    probed = probe_set(held, data, "plain", recipe_of("sound", "logistic", 1, 0), "resid_post", analysis._reducer, 1, range(3))
+    probed = probe_set(
+        held, data, "plain", recipe_of("sound", "logistic", 1, 0), "resid_post", analysis._reducer, 1, range(3)
+    )
     rows = [layer_rows(held, data, "resid_post", analysis._reducer, layer) for layer in range(3)]
     check = Check(model, store, probed, "resid_post", "last", 10, 3, 0)
     top = len(rows) - 1

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 from families import make
 from real_tokenizers import tokenizer_of
+from small import LABELLED
 from tiny import native
 
 from analyses.back_patching import BackPatching
 from analyses.base import Analysis
+from analyses.concept_depth import ConceptDepth
+from analyses.latent_language import LatentLanguage
 from probes.models.native import NativeModel
 from probes.prompts import Prompt
 from probes.store import ActivationStore
@@ -34,6 +37,19 @@ TEXT_RUNS = [
     BackPatching(task="two_hop", pool=4, window=0),
     BackPatching(task="two_hop", pool=4, questions=2, mode="generate", max_new_tokens=2),
 ]
+SWAP = {"source": ("en",), "target": ("it",), "swap_to": "de", "n_items": 2, "n_shot": 1, "set_rule": "first_token"}
+WORD_RUNS = [
+    LatentLanguage(**SWAP, collide="keep", extras=("swap",), extra_items=3, layers=(0.0, 0.5, 1.0), shares=(1.0, 50.0)),
+    LatentLanguage(**SWAP, collide="keep", extras=("swap",), extra_items=2, layers=(1.0,)),
+    LatentLanguage(**{**SWAP, "swap_to": "it"}, collide="keep", extras=("swap",)),
+    LatentLanguage(**SWAP, collide="keep"),
+]
+LABELLED_RUNS = [
+    ConceptDepth(causal_layers=2, causal_prompts=4, splits=1, jobs=1),
+    ConceptDepth(causal_layers=0, variants=("plain", "int8"), splits=1, jobs=1, stride=2),
+    ConceptDepth(causal_layers=3, layers=(1,), splits=1, jobs=1, variants=("plain", "int4")),
+    ConceptDepth(causal_layers=0, splits=1, jobs=1),
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +65,22 @@ def check(analysis: Analysis, model: NativeModel, prompts: list[Any], store: Act
     done = counts["intervention_forwards"]
     assert done == foretold.total if foretold.exact else 0 < done <= foretold.total
     assert foretold.exact or not isinstance(analysis, BackPatching) or analysis.questions == 2
+    assert foretold.exact or not isinstance(analysis, LatentLanguage)
 
 
 @pytest.mark.parametrize("analysis", GIVEN_RUNS, ids=str)
 def test_on_given_ids(analysis: Analysis, store: ActivationStore) -> None:
     check(analysis, native(), GIVEN, store)
+
+
+@pytest.mark.parametrize("analysis", LABELLED_RUNS, ids=str)
+def test_on_labelled_prompts(analysis: Analysis, store: ActivationStore) -> None:
+    check(analysis, native(), LABELLED, store)
+
+
+@pytest.mark.parametrize("analysis", WORD_RUNS, ids=str)
+def test_on_words(analysis: Analysis, speaking: NativeModel, store: ActivationStore) -> None:
+    check(analysis, speaking, [], store)
 
 
 @pytest.mark.parametrize("analysis", TEXT_RUNS, ids=str)

@@ -37,7 +37,14 @@ TEXT_RUNS = [
     BackPatching(task="two_hop", pool=4, window=0),
     BackPatching(task="two_hop", pool=4, questions=2, mode="generate", max_new_tokens=2),
 ]
-SWAP = {"source": ("en",), "target": ("it",), "swap_to": "de", "n_items": 2, "n_shot": 1, "set_rule": "first_token"}
+SWAP: dict[str, Any] = {
+    "source": ("en",),
+    "target": ("it",),
+    "swap_to": "de",
+    "n_items": 2,
+    "n_shot": 1,
+    "set_rule": "first_token",
+}
 WORD_RUNS = [
     LatentLanguage(**SWAP, collide="keep", extras=("swap",), extra_items=3, layers=(0.0, 0.5, 1.0), shares=(1.0, 50.0)),
     LatentLanguage(**SWAP, collide="keep", extras=("swap",), extra_items=2, layers=(1.0,)),

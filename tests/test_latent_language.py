@@ -401,7 +401,13 @@ def test_as_many_items_are_kept_as_are_asked_for(speaking: NativeModel) -> None:
 
 
 def test_fewer_items_than_asked_for_are_said(speaking: NativeModel, store: ActivationStore) -> None:
-    options = {"source": ("en",), "target": ("it",), "n_shot": 0, "set_rule": "first_token", "answers": "first_token"}
+    options: dict[str, Any] = {
+        "source": ("en",),
+        "target": ("it",),
+        "n_shot": 0,
+        "set_rule": "first_token",
+        "answers": "first_token",
+    }
     every, _ = LatentLanguage(**options).items(speaking)
     result = LatentLanguage(**options, n_items=len(every) + 1).run(speaking, store=store)
     assert any(f"{len(every)} items instead of {len(every) + 1}" in note for note in result.notes)

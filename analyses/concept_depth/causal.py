@@ -108,7 +108,7 @@ def read_answers(check: Check, prompts: Sequence[Prompt], ids: Tensor | None, ed
     final = found.packed(address, LAST).float()
     answers = final.new_zeros(len(final), 0)
     if ids is not None:
-        distinct, where = ids.unique(return_inverse=True)
+        distinct, where = ids.unique(return_inverse=True)  # type: ignore[no-untyped-call]
         answers = lens.read(final, model.unembedding(), ids=distinct).logprobs.cpu().gather(1, where)
     return Reading(final, answers, found.done.forwards)
 

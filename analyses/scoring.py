@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from analyses.answers import Answer, answer_after
 from analyses.statistics import wilson
 from probes import lens
 from probes.errors import PromptError
@@ -38,6 +39,8 @@ def score_choices(
 ) -> dict[str, pd.DataFrame]:
     """Table `accuracy` over the prompts that carry choices and an answer; nothing where none does.
 
+    A choice's logit is that of its first token as it continues the prompt; `tokens_per_choice` says how many it has.
+
     Args:
         rows: the residual read after each prompt [d_model], by (alpha, prompt, variant).
         responses: (alpha, prompt, response tokens), where there was a response phase.
@@ -50,20 +53,21 @@ def score_choices(
         return {}
     if model.tokenizer is None:
         raise PromptError(f"choices need a tokenizer, and {model.ref} has none: leave out the field")
-    firsts = {i: _first_tokens(model, i, p) for i, p in asked.items()}
+    written = {i: _written(model, i, p) for i, p in asked.items()}
     unembedding = model.unembedding()
     verdicts: list[tuple[float, str, str, bool, bool]] = []
     for (alpha, i, variant), row in rows.items():
         if i in asked:
             hidden = lens.normalized(row[None], unembedding)
-            logits = lens.token_logits(hidden, unembedding, torch.tensor(firsts[i]))[0]
+            logits = lens.token_logits(hidden, unembedding, torch.tensor([choice.first for choice in written[i]]))[0]
             best = asked[i].fields["choices"][int(logits.argmax())]
             verdicts.append((alpha, variant, "choice_logit", best == asked[i].fields["answer"], True))
     for alpha, i, tokens in responses or ():
         if i in asked:
             said = parse_choice(model.tokenizer.decode(list(tokens)), asked[i].fields["choices"])
             verdicts.append((alpha, semantics, "response", said == asked[i].fields["answer"], said is not None))
-    return {"accuracy": _table(verdicts)}
+    n_tokens = float(np.mean([len(choice.tokens) for choices in written.values() for choice in choices]))
+    return {"accuracy": _table(verdicts).assign(tokens_per_choice=n_tokens)}
 
 
 def parse_choice(response: str, choices: Sequence[str]) -> str | None:
@@ -73,17 +77,17 @@ def parse_choice(response: str, choices: Sequence[str]) -> str | None:
     return min(named)[2] if named else None
 
 
-def _first_tokens(model: Model, index: int, prompt: Prompt) -> list[int]:
+def _written(model: Model, index: int, prompt: Prompt) -> list[Answer]:
+    """The choices as they continue the prompt."""
     choices, answer = prompt.fields["choices"], prompt.fields["answer"]
     if answer not in choices:
         raise PromptError(f"prompt {index}: answer {answer!r} is not among its choices {choices}")
-    spaced = [" " + choice.strip() for choice in choices]
-    tokens = [model.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in spaced]
-    if len(set(tokens)) < len(tokens):
+    answers = [answer_after(model, prompt, choice) for choice in choices]
+    if len({written.first for written in answers}) < len(answers):
         raise PromptError(
             f"prompt {index}: two of the choices {choices} start with the same token, so their logits cannot differ"
         )
-    return tokens
+    return answers
 
 
 def _table(verdicts: Sequence[tuple[float, str, str, bool, bool]]) -> pd.DataFrame:

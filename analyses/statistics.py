@@ -9,23 +9,34 @@ from numpy.typing import ArrayLike, NDArray
 
 RESAMPLES = 1000
 """Bootstrap resamples of a default interval."""
+LEVELS = (0.025, 0.975)
+"""Ends of every interval."""
+MIN_CLUSTERS = 6
+"""Groups (prompts) below which no interval is given: every bound is NaN.
+
+Percentile bounds lie within the range of the groups' means. Half of all groups lie on either side of the middle of a
+symmetric distribution, so that range misses it in 2^(1 - n) of all samples: 6 % for n = 5, 3 % for n = 6. With fewer
+than six groups nothing drawn from them can hold the truth 95 % of the time. A Wilson interval has no such bound.
+"""
+
+
+Bounds = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Means with 95 % intervals, one per column."""
+    """Means with 95 % intervals, one per column; NaN bounds where there is no interval."""
 
     mean: NDArray[np.float64]
     low: NDArray[np.float64]
     high: NDArray[np.float64]
 
 
-def cluster_bootstrap(
-    values: ArrayLike, groups: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES, level: float = 0.95
-) -> Interval:
+def cluster_bootstrap(values: ArrayLike, groups: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
     """Mean of rows with a percentile interval from resampling whole groups.
 
-    Tokens of one prompt are not independent, so prompts are what is resampled.
+    Tokens of one prompt are not independent, so prompts are what is resampled. From fewer than `MIN_CLUSTERS` groups
+    the mean comes without an interval: both bounds are NaN, so that tables hold NaN and figures draw no band.
 
     Args:
         values: [rows] or [rows, columns].
@@ -36,10 +47,36 @@ def cluster_bootstrap(
     if len(table) == 0:
         empty = np.full(table.shape[1], np.nan)
         return Interval(empty, empty, empty)
-    means = cluster_means(table, groups, seed=seed, resamples=resamples)
-    tail = (1 - level) / 2
-    low, high = np.quantile(means, [tail, 1 - tail], axis=0)
-    return Interval(table.mean(axis=0), low, high)
+    mean, clusters = table.mean(axis=0), len(np.unique(np.asarray(groups)))
+    draws = cluster_means(table, groups, seed=seed, resamples=resamples)
+    low, high = percentiles(draws, np.where(np.isfinite(mean), clusters, 0))
+    return Interval(mean, low, high)
+
+
+def percentiles(draws: ArrayLike, clusters: ArrayLike) -> tuple[Bounds, Bounds]:
+    """The bounds of the middle 95 % of resampled values [draws, ...]; the one rule of when there is an interval.
+
+    Args:
+        clusters: how many groups each column was resampled from, one number or [...]. Below `MIN_CLUSTERS` both bounds
+            are NaN.
+    """
+    enough = np.asarray(clusters) >= MIN_CLUSTERS
+    low, high = (np.where(enough, bound, np.nan) for bound in quantiles(draws))
+    return low, high
+
+
+def quantiles(draws: ArrayLike) -> tuple[Bounds, Bounds]:
+    """(2.5 %, 97.5 %) along the first axis [draws, ...], leaving out what is not finite; NaN where nothing is left."""
+    ordered = np.sort(np.asarray(draws, dtype=np.float64), axis=0)
+    known = np.isfinite(ordered).sum(axis=0)
+    last = np.maximum(known - 1, 0)
+    bounds = []
+    for level in LEVELS:
+        below = np.floor(level * last).astype(np.int64)
+        low, high = (np.take_along_axis(ordered, at[None], axis=0)[0] for at in (below, np.minimum(below + 1, last)))
+        with np.errstate(invalid="ignore"):
+            bounds.append(np.where(known > 0, low + (high - low) * (level * last - below), np.nan))
+    return bounds[0], bounds[1]
 
 
 def cluster_means(
@@ -53,7 +90,8 @@ def cluster_means(
     np.add.at(sums, group, table)
     counts = np.bincount(group, minlength=n).astype(np.float64)
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
-    return np.asarray((draws @ sums) / (draws @ counts)[:, None])
+    with np.errstate(invalid="ignore"):
+        return np.asarray((draws @ sums) / (draws @ counts)[:, None])
 
 
 def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:

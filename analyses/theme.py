@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from numpy.typing import ArrayLike
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 """Okabe and Ito's palette, in a fixed order."""
@@ -25,8 +27,17 @@ def finish(figure: go.Figure, *, x: str, y: str, height: int = 420) -> go.Figure
     return figure
 
 
-def band(figure: go.Figure, x: object, low: object, high: object, colour: str) -> None:
-    """A shaded interval between two curves over the same x."""
+def band(figure: go.Figure, x: ArrayLike, low: ArrayLike, high: ArrayLike, colour: str) -> None:
+    """A shaded interval between two curves over the same x; nothing where there is no interval (NaN bounds)."""
+    ends = [np.asarray(values) for values in (x, low, high)]
+    known = np.isfinite(ends[1].astype(float)) & np.isfinite(ends[2].astype(float))
+    # plotly fills across gaps, so each run of known bounds is a band of its own.
+    for run in np.split(np.arange(len(known)), np.flatnonzero(np.diff(known)) + 1):
+        if known[run].any():
+            _strip(figure, *(values[run] for values in ends), colour)
+
+
+def _strip(figure: go.Figure, x: ArrayLike, low: ArrayLike, high: ArrayLike, colour: str) -> None:
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     line = {"width": 0}
     figure.add_scatter(x=x, y=high, mode="lines", line=line, showlegend=False, hoverinfo="skip")

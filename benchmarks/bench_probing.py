@@ -25,25 +25,27 @@ from threadpoolctl import threadpool_limits
 
 from analyses.base import as_prompts
 from analyses.concept_depth.datasets import load_set
+from analyses.concept_depth.types import token_types
 from probes.capture import capture
 from probes.linear import RELEASED, SOUND, Recipe, probe_layers
-from probes.linear_splits import check_groups, group_split
+from probes.linear_splits import check_groups, group_split, type_labels
 from probes.models import load_model
 from probes.needs import Need, Reducer
 from probes.store import ActivationStore
 
 LAST = Reducer(positions="last")
 Scores = np.ndarray
-"""[layers, 5]: accuracy, F1, AUC, accuracy of the shuffled-label and of the group control."""
+"""[layers, 5]: accuracy, F1, AUC, accuracy of the shuffled-label control and of the control task."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """Stored rows of every layer, [n, d] each, with labels and groups [n]."""
+    """Stored rows of every layer, [n, d] each, with labels, groups and token types [n]."""
 
     layers: list[np.ndarray]
     labels: np.ndarray
     groups: np.ndarray
+    types: np.ndarray
 
 
 def stored(ref: str, n: int, n_layers: int, folder: Path) -> Data:
@@ -59,26 +61,31 @@ def stored(ref: str, n: int, n_layers: int, folder: Path) -> Data:
         f"{len(prompts)} rows x {len(rows)} layers x {rows[0].shape[1]}: read from the store in {time.perf_counter() - started:.2f} s"
     )
     groups = check_groups([prompt.fields["group"] for prompt in prompts], len(prompts))
-    return Data(rows, np.array([prompt.fields["label"] for prompt in prompts]), groups)
+    types = token_types([prompt.tokens for prompt in prompts], list(groups))
+    assert types is not None, "city statements share their countries"
+    labels = np.array([prompt.fields["label"] for prompt in prompts])
+    return Data(rows, labels, groups, check_groups(types.of, len(prompts)))
 
 
 def ours(data: Data, recipe: Recipe) -> Scores:
     """`probe_layers`, with both controls."""
-    found = probe_layers(data.layers, data.labels, groups=data.groups, recipe=recipe)
-    return np.array([[e.accuracy, e.f1, e.auc, e.shuffled.mean(), e.grouped.mean()] for e in found])
+    found = probe_layers(data.layers, data.labels, groups=data.groups, types=data.types, recipe=recipe)
+    return np.array([[e.accuracy, e.f1, e.auc, e.shuffled.mean(), np.nanmean(e.typed)] for e in found])
 
 
 def plain_released(data: Data, recipe: Recipe) -> Scores:
     """The released procedure as a loop over layers, and its two controls."""
     rng = np.random.default_rng(42)
-    control = rng.permutation(np.arange(data.groups.max() + 1) % 2)[data.groups]
+    control = type_labels(data.types, rng)
     tasks = (data.labels, rng.permutation(data.labels), control)
     table = []
     for rows in data.layers:
         row: list[float] = []
         for labels in tasks:
-            train, test, known, wanted = train_test_split(rows, labels, test_size=0.4, random_state=42)
-            row += scores(LogisticRegression().fit(train, known), test, wanted)
+            train, test = train_test_split(np.arange(len(rows)), test_size=0.4, random_state=42)
+            if labels is control:
+                test = test[np.isin(data.types[test], data.types[train])]
+            row += scores(LogisticRegression().fit(rows[train], labels[train]), rows[test], labels[test])
         table.append([*row[:3], row[3], row[6]])
     return np.array(table)
 
@@ -95,7 +102,7 @@ def plain_sound(data: Data, recipe: Recipe) -> Scores:
 def _plain_seed(rows: np.ndarray, data: Data, recipe: Recipe, seed: int) -> list[float]:
     split = group_split(data.labels, data.groups, seed)
     rng = np.random.default_rng(seed)
-    control = rng.permutation(np.arange(data.groups.max() + 1) % 2)[data.groups]
+    control = type_labels(data.types, rng)
     shuffled = rng.permutation(data.labels)
 
     def fitted(part: np.ndarray, labels: np.ndarray, cost: float) -> object:
@@ -111,7 +118,10 @@ def _plain_seed(rows: np.ndarray, data: Data, recipe: Recipe, seed: int) -> list
     best = recipe.costs[int(np.argmin(losses))]
     row: list[float] = []
     for labels in (data.labels, shuffled, control):
-        row += scores(fitted(split.fitted, labels, best), rows[split.test], labels[split.test])
+        test = split.test
+        if labels is control:
+            test = test[np.isin(data.types[test], data.types[split.fitted])]
+        row += scores(fitted(split.fitted, labels, best), rows[test], labels[test])
     return [*row[:3], row[3], row[6]]
 
 

@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from probes.errors import ProbeError
 from probes.linear_fit import RELEASED, SOUND, Fitter, Floats, Kind, Labels, LinearProbe, Recipe, unwarned
-from probes.linear_splits import Index, Split, check_groups, check_labels, group_split, row_split
+from probes.linear_splits import Index, Split, check_groups, check_labels, group_split, row_split, type_labels
 
 __all__ = [
     "RELEASED",
@@ -49,8 +49,11 @@ class Evaluation:
     """Whether the training part's majority class is right."""
     shuffled: Floats
     """Whether a probe fitted to shuffled labels gives the shuffled label."""
-    grouped: Floats
-    """Whether a probe fitted to one random label per group gives that label (a control task, Hewitt and Liang 2019)."""
+    typed: Floats
+    """Whether a probe fitted to one random label per type gives that label (a control task, Hewitt and Liang 2019); NaN
+    where no row it was fitted to has the type, so that nothing could be known."""
+    memorised: float
+    """Share of the shuffled labels that a probe gives back on the very rows it was fitted to."""
     probes: tuple[LinearProbe, ...]
     """One per seed."""
     n_train: int
@@ -95,6 +98,7 @@ def probe_layers(
     labels: ArrayLike,
     *,
     groups: ArrayLike | None = None,
+    types: ArrayLike | None = None,
     recipe: Recipe = SOUND,
     jobs: int | None = None,
 ) -> Iterator[Evaluation]:
@@ -103,6 +107,8 @@ def probe_layers(
     Args:
         layers: rows [n, d] of each layer, read one by one as work proceeds.
         groups: [n], rows that must not be divided between training and test, such as statements on one city.
+        types: [n], what the control task deals its random labels to, such as a token of the prompt; the groups unless
+            given. Only types that occur in training and in test say anything.
         jobs: layers fitted at a time; as many as torch has threads unless given.
 
     Raises:
@@ -110,7 +116,8 @@ def probe_layers(
     """
     wanted = check_labels(labels)
     of = check_groups(groups, len(wanted))
-    plans = [_plan(wanted, of, recipe, seed) for seed in recipe.seeds]
+    kinds = of if types is None else check_groups(types, len(wanted))
+    plans = [_plan(wanted, of, kinds, recipe, seed) for seed in recipe.seeds]
 
     def work(task: tuple[int, ArrayLike]) -> Evaluation:
         values, _ = _checked(task[1], wanted, recipe, f"layer {task[0]}")
@@ -139,15 +146,17 @@ class _Plan:
     seed: int
     split: Split
     shuffled: Labels
-    grouped: Labels
+    typed: Labels
+    known: NDArray[np.bool_]
+    """[tests], whether the type of a test row occurs among the fitted rows."""
 
 
-def _plan(labels: Labels, groups: Index, recipe: Recipe, seed: int) -> _Plan:
+def _plan(labels: Labels, groups: Index, types: Index, recipe: Recipe, seed: int) -> _Plan:
     split = row_split(labels, seed) if recipe.split == "rows" else group_split(labels, groups, seed)
     rng = np.random.default_rng(seed)
-    n_groups = int(groups.max()) + 1
-    per_group = rng.permutation(np.arange(n_groups) % 2)
-    return _Plan(seed, split, rng.permutation(labels), per_group[groups])
+    typed = type_labels(types, rng)
+    known = np.isin(types[split.test], types[split.fitted])
+    return _Plan(seed, split, rng.permutation(labels), typed, known)
 
 
 def _checked(rows: ArrayLike, labels: Labels, recipe: Recipe, what: str) -> tuple[Floats, Labels]:
@@ -164,34 +173,38 @@ def _checked(rows: ArrayLike, labels: Labels, recipe: Recipe, what: str) -> tupl
 
 
 def _evaluate(values: Floats, labels: Labels, plans: Sequence[_Plan], recipe: Recipe) -> Evaluation:
-    parts, probes = [], []
+    parts, probes, memorised = [], [], []
     for plan in plans:
         test, fitted = plan.split.test, plan.split.fitted
         cost = _choose_cost(values, labels, plan.split, recipe)
         fitter = Fitter(values[fitted], recipe)
         probe = fitter.fit(labels[fitted], cost)
         majority = float(labels[fitted].mean() > 0.5)
-        controls = [_control(fitter, values, wanted, plan.split, cost) for wanted in (plan.shuffled, plan.grouped)]
+        shuffled = _control(fitter, values, plan.shuffled, fitted, cost)
+        typed = np.full(len(test), np.nan)
+        if plan.known.any():
+            typed = np.where(plan.known, _control(fitter, values, plan.typed, fitted, cost)[test], np.nan)
+        memorised.append(float(shuffled[fitted].mean()))
         probes.append(probe)
         parts.append(
-            (test, np.full(len(test), plan.seed), labels[test], probe.decide(values[test]), labels[test] == majority, *controls)
+            (test, np.full(len(test), plan.seed), labels[test], probe.decide(values[test]), labels[test] == majority, shuffled[test], typed)
         )  # fmt: skip
-    row, seed, label, decision, majority_right, shuffled, grouped = (
+    row, seed, label, decision, majority_right, shuffled_right, typed_right = (
         np.concatenate(column) for column in zip(*parts, strict=True)
     )
     return Evaluation(
-        row, seed, label, decision, majority_right.astype(np.float64), shuffled, grouped, tuple(probes),
+        row, seed, label, decision, majority_right.astype(np.float64), shuffled_right, typed_right, float(np.mean(memorised)), tuple(probes),
         len(plans[0].split.fitted),
     )  # fmt: skip
 
 
-def _control(fitter: Fitter, values: Floats, labels: Labels, split: Split, cost: float) -> Floats:
-    """Whether a probe fitted to a control task's labels is right, [tests]; one class only is answered with that class."""
-    known = labels[split.fitted]
+def _control(fitter: Fitter, values: Floats, labels: Labels, fitted: Index, cost: float) -> Floats:
+    """Whether a probe fitted to a control task's labels is right, [n]; one class only is answered with that class."""
+    known = labels[fitted]
     if known.min() == known.max():
-        return (labels[split.test] == known[0]).astype(np.float64)
-    decided = fitter.fit(known, cost).decide(values[split.test]) > 0
-    return (decided == labels[split.test]).astype(np.float64)
+        return (labels == known[0]).astype(np.float64)
+    decided = fitter.fit(known, cost).decide(values) > 0
+    return (decided == labels).astype(np.float64)
 
 
 def _choose_cost(values: Floats, labels: Labels, split: Split, recipe: Recipe) -> float:

@@ -64,6 +64,19 @@ def check_groups(groups: ArrayLike | None, n: int) -> Index:
     return np.unique(found, return_inverse=True)[1]
 
 
+def type_labels(types: Index, rng: np.random.Generator) -> NDArray[np.int64]:
+    """One random label per type [rows], types from 0; of two types about as frequent one gets 0 and one 1, so that guessing
+    the commoner label gains little.
+    """
+    n = int(types.max()) + 1
+    drawn = rng.permutation(n)
+    order = drawn[np.argsort(-np.bincount(types, minlength=n)[drawn], kind="stable")]
+    pairs = np.stack([first := rng.integers(0, 2, size=-(-n // 2)), 1 - first], axis=1).ravel()[:n]
+    dealt = np.empty(n, dtype=np.int64)
+    dealt[order] = pairs
+    return dealt[types]
+
+
 def row_split(labels: NDArray[np.int64], seed: int) -> Split:
     """The released split: 60/40 over rows as they stand, without regard to class or group.
 

@@ -252,6 +252,9 @@ def test_the_analysis_finds_the_planted_hop(tmp_path: object) -> None:
     assert row["control_rate"] == 0.0
     rates = result.tables["control_rates"].set_index("variant")["oracle_rate"]
     assert rates["wrong_answer"] == rates["forward"] == 0.0
+    assert result.provenance["counts"]["intervention_forwards"] == analysis.interventions(model, prompts).total
+    assert cells_of(4, "upper", 2, False) == [(1, 0), (3, 0), (3, 2)]
+    assert cells_of(4, "upper", 1, False, (0, 3)) == [(3, 0)]
     assert cells_of(4, "upper", 1, False) == [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)]
     assert mirrored([(2, 0), (3, -1)], 4) == [(0, 2), (0, 3)]
 
@@ -263,3 +266,98 @@ def test_prompts_without_an_answer_are_refused(mode: str, tmp_path: object) -> N
 
     with pytest.raises(PromptError, match="no answer"):
         BackPatching(mode=mode).run(native(shared("llama")), [[5, 6]], store=ActivationStore(tmp_path))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("positions", "named"),
+    [
+        ([1], {"t1": 1}),
+        ([-1, 1], {"t1": 1, "t2": 3}),
+        ([2, -1, 0, 3], {"t1": 2, "t1.1": 0, "t2": 3}),
+        ([-1], {"t2": 3}),
+    ],
+)
+def test_every_inner_position_is_named_in_order_and_knocked_out(
+    positions: list[int], named: dict[str, int], tmp_path: object
+) -> None:
+    from analyses.back_patching import BackPatching
+    from probes.prompts import Prompt
+    from probes.store import ActivationStore
+
+    model = native(shared("llama"))
+    prompts = [Prompt((5, 6, 7, 8), None, {"answer_tokens": [9], "positions": positions})]
+    result = BackPatching(window=1).run(model, prompts, store=ActivationStore(tmp_path))  # type: ignore[arg-type]
+    grid_table, cut = result.tables["grid"], result.tables["knockout"]
+    assert dict(zip(grid_table["position_name"], grid_table["position"], strict=True)) == named
+    inside = [name for name in named if name != "t2"]
+    assert list(zip(cut["position_name"], cut["layer"], strict=True)) == list(itertools.product(inside, range(3)))
+
+
+def test_the_words_follow_from_intervals() -> None:
+    import pandas as pd
+
+    from analyses.back_patching.words import CONTROLS, names, verdicts
+    from analyses.statistics import wilson
+
+    def rate(hits: int, n: int) -> dict[str, float]:
+        low, high = wilson(hits, n)
+        return {"oracle_rate": hits / n, "oracle_low": low, "oracle_high": high}
+
+    def said(hits: int, controls: int, n: int) -> str:
+        summary = pd.DataFrame([{"position": "t2", "set": "incorrect", "n": n, "cells": 6, **rate(hits, n)}])
+        beside = [
+            {"position_name": "t2", "set": "incorrect", "variant": v, "n": n, **rate(controls, n)} for v in CONTROLS
+        ]
+        cases = pd.DataFrame({"composition": [False] * n, "set": ["incorrect"] * n})
+        return " ".join(verdicts(summary, pd.DataFrame(beside), cases))
+
+    assert "above every control" in said(30, 3, 40)
+    assert "not told apart from forward patches" in said(12, 8, 40)
+    assert "above" not in said(3, 0, 4)  # the intervals of four questions overlap whatever they say
+    assert "answers 0 of 40 questions right (95 % interval 0% to 9%)" in said(0, 0, 40)
+    assert "at most 9% of such questions" in said(0, 0, 40)
+    nothing = verdicts(
+        pd.DataFrame(), pd.DataFrame(), pd.DataFrame({"composition": [False, True], "set": ["other", "correct"]})
+    )
+    assert "nothing for back-patching to mend" in nothing[1]
+    assert names("it is 7, say", "7")
+    assert not names("it is 17", "7")
+    assert names("是书。", "书")
+
+
+def test_layers_that_leave_no_cell_are_refused(tmp_path: object) -> None:
+    from analyses.back_patching import BackPatching
+    from probes.errors import OptionError
+    from probes.prompts import Prompt
+    from probes.store import ActivationStore
+
+    prompts, store = [Prompt((5, 6), None, {"answer_tokens": [9]})], ActivationStore(tmp_path)  # type: ignore[arg-type]
+    for layers, message in (
+        ((1,), "leave no source above a target"),
+        ((0, 7), "layer 7 does not exist: legal are 0 to 2"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            BackPatching(layers=layers).run(native(shared("llama")), prompts, store=store)
+
+
+@pytest.mark.parametrize("kind", ["llama2", "metaspace_always", "byte_level", "unigram"])
+def test_the_answers_log_probability_is_that_of_its_own_token(kind: str, tmp_path: object) -> None:
+    from families import make
+    from real_tokenizers import tokenizer_of
+
+    from analyses.back_patching import BackPatching
+    from probes.prompts import Prompt
+    from probes.store import ActivationStore
+
+    tokenizer = tokenizer_of(kind)
+    model = NativeModel(make("llama", vocab_size=len(tokenizer)), tokenizer, ref=kind, weights=kind)
+    text = "The capital city of France is"
+    tokens = tuple(tokenizer(text)["input_ids"])
+    prompts = [Prompt(tokens, text, {"answer": word}) for word in ("Paris", "Rome")]
+    result = BackPatching(stages=False).run(model, prompts, store=ActivationStore(tmp_path))  # type: ignore[arg-type]
+    logprobs = model_logits(model, torch.tensor([tokens]))[0, -1].log_softmax(-1)
+    baseline = result.tables["grid"].groupby("prompt")["baseline_logprob"].first()
+    for index, word in enumerate(("Paris", "Rome")):
+        token = tokenizer(f"{text} {word}")["input_ids"][len(tokens)]
+        assert baseline[index] == pytest.approx(float(logprobs[token]), abs=1e-5)
+    assert result.tables["cases"]["answer_tokens"].tolist() == [1, 1]

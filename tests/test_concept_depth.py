@@ -17,6 +17,7 @@ from analyses.cli import main
 from analyses.concept_depth import ConceptDepth
 from analyses.concept_depth.prompts import FIELDS, labelled_sets, noisy
 from analyses.concept_depth.statistics import depth_statistics
+from analyses.concept_depth.types import token_types
 from analyses.result import Result
 from probes.errors import OptionError, ProbeError, PromptError
 from probes.models import weights_digest
@@ -122,7 +123,10 @@ def test_tables_hold_the_contract_and_every_control(result: Result) -> None:
     assert scores["majority"].between(0.4, 0.6).all()
     assert (scores["ci_low"] <= scores["accuracy"]).all()
     assert (scores["accuracy"] <= scores["ci_high"]).all()
-    np.testing.assert_allclose(scores["selectivity"], scores["accuracy"] - scores["group_control_accuracy"])
+    known = scores["type_control_rows"] == 3 * scores["n_test"]
+    assert known.any()
+    difference = scores["accuracy"] - scores["type_control_accuracy"]
+    np.testing.assert_allclose(scores["selectivity"][known], difference[known])
 
 
 def test_a_planted_concept_is_found_and_a_hidden_one_is_called_not_decodable(result: Result) -> None:
@@ -134,7 +138,7 @@ def test_a_planted_concept_is_found_and_a_hidden_one_is_called_not_decodable(res
     )
     assert decodable["planted"]
     assert not decodable["hidden"]
-    assert any("Not decodable" in note and "hidden" in note for note in result.notes)
+    assert any("Not shown to be decodable" in note and "hidden" in note for note in result.notes)
 
 
 def test_figures_draw_from_a_saved_result(result: Result, tmp_path: Path) -> None:
@@ -142,7 +146,9 @@ def test_figures_draw_from_a_saved_result(result: Result, tmp_path: Path) -> Non
     loaded = Result.load(tmp_path / "out")
     assert set(loaded.figures) == {"overlay", "curves", "depths", "changes", "causal"}
     panel = loaded.figure("curves")
-    assert {"shuffled labels", "majority class", "one random label per group"} <= {trace.name for trace in panel.data}
+    assert {"shuffled labels", "majority class", "one random label per token type"} <= {
+        trace.name for trace in panel.data
+    }
 
 
 def test_a_second_run_needs_no_forward_and_gives_the_same_numbers(model: NativeModel, store: ActivationStore) -> None:
@@ -182,7 +188,7 @@ def test_pooling_reads_the_row_it_names(
     held = capture(model, sequences, [*analysis.needs(model), Need("resid_post.*")], store)
     whole = held.get(Address("resid_post", 1))
     wanted = [rows.mean(0) if pooling == "mean" else rows[position] for rows in whole]
-    found = layer_rows(held, labelled_sets(asked)[0], "resid_post", analysis._reducer, 1)
+    found = layer_rows(held, labelled_sets(asked)[0], "resid_post", analysis._reducer, 1, range(3))
     np.testing.assert_allclose(found, torch.stack(wanted).numpy(), rtol=1e-5, atol=1e-6)
 
 
@@ -194,11 +200,13 @@ def test_causal_check_is_the_projection_by_hand(model: NativeModel, store: Activ
 
     data, analysis = labelled_sets(prompts())[0], ConceptDepth()
     held = capture(model, [p.tokens for p in data.prompts], analysis.needs(model), store)
-    probed = probe_set(held, data, "plain", recipe_of("sound", "logistic", 1, 0), "resid_post", analysis._reducer, 1)
+    probed = probe_set(
+        held, data, "plain", recipe_of("sound", "logistic", 1, 0), "resid_post", analysis._reducer, 1, range(3)
+    )
     rows = [layer_rows(held, data, "resid_post", analysis._reducer, layer) for layer in range(3)]
     check = Check(model, store, probed, "resid_post", "last", 10, 3, 0)
     top = len(rows) - 1
-    table, _ = causal_table(check, rows.__getitem__, QUIET)
+    table = causal_table(check, rows.__getitem__, QUIET).table
     found = table.query("layer == @top and direction == 'probe'").iloc[0]
     unit = torch.from_numpy(probed.layers[top].probes[0].direction).float()
     x = torch.from_numpy(rows[top][check.chosen])
@@ -213,7 +221,7 @@ def test_causal_check_is_the_projection_by_hand(model: NativeModel, store: Activ
     assert found["answer_accuracy_edited"] == pytest.approx(float((margins[1] > 0).float().mean()))
     logs = [part.log_softmax(-1) for part in logits]
     assert found["kl"] == pytest.approx(float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean()), abs=1e-4)
-    everywhere, _ = causal_table(replace(check, positions="all"), rows.__getitem__, QUIET)
+    everywhere = causal_table(replace(check, positions="all"), rows.__getitem__, QUIET).table
     same = np.isclose(everywhere["kl"], table["kl"], atol=1e-6)
     # At the top only the last row matters to the last prediction; at the bottom the others do as well.
     assert same.tolist() == (table["layer"] == top).tolist()
@@ -405,3 +413,60 @@ def test_command_line_runs_labelled_token_prompts_and_asks_for_data_where_there_
     assert "give --prompts FILE.jsonl or --sets NAME" in capsys.readouterr().err
     assert main([*base, "--sets", "coinflip", *options]) == 2
     assert "Did you mean 'coin_flip'" in capsys.readouterr().err
+
+
+def test_the_control_tasks_type_is_the_token_that_recurs_most_between_groups() -> None:
+    template = (1, 2)
+    rows = [(1, 10 + i % 6, 30 + i, 7) for i in range(24)]
+    groups = [i // 2 for i in range(24)]
+    found = token_types(rows, groups)
+    assert found is not None
+    assert (found.position, found.n) == (-3, 6)
+    assert found.of.tolist() == [row[-3] for row in rows]
+    assert token_types([(*template, 30 + i) for i in range(24)], groups) is None
+    assert token_types([(*template, 10 + i % 2) for i in range(24)], groups) is None
+    # A token that occurs twice in one group only does not recur.
+    assert token_types([(*template, 10 + i // 2) for i in range(24)], groups) is None
+    longer = [(1, 10 + i % 6, *([40] * (i % 3)), 30 + i, 7) for i in range(24)]
+    ragged = token_types(longer, groups)
+    assert ragged is not None
+    assert ragged.position == 1
+
+
+def test_without_a_recurring_token_selectivity_is_left_open(model: NativeModel, store: ActivationStore) -> None:
+    alone = [replace(p, tokens=(3, 4 + i % 3, 10 + i)) for i, p in enumerate(prompts())]
+    result = ConceptDepth(causal_layers=0, splits=1, jobs=1).run(model, alone, store=store)
+    assert result.tables["scores"]["selectivity"].isna().all()
+    assert any("no control task" in note for note in result.notes)
+    assert "one random label per token type" not in {trace.name for trace in result.figure("curves").data}
+
+
+def test_only_the_layers_chosen_are_probed_and_keep_their_depth(model: NativeModel, store: ActivationStore) -> None:
+    whole = ConceptDepth(causal_layers=1, splits=1, jobs=1).run(model, prompts(), store=store)
+    for options, layers in (({"layers": (2, 0)}, [0, 2]), ({"stride": 2}, [0, 2]), ({"layers": (1,)}, [1])):
+        part = ConceptDepth(causal_layers=1, splits=1, jobs=1, **options).run(model, prompts(), store=store)
+        scores, all_scores = part.tables["scores"], whole.tables["scores"]
+        assert scores["layer"].tolist() == layers
+        rows = all_scores[all_scores["layer"].isin(layers)].reset_index(drop=True)
+        assert scores.equals(rows)
+        assert set(part.tables["causal"]["layer"]) <= set(layers)
+        assert part.tables["depths"]["peak_layer"].isin(layers).all()
+    with pytest.raises(OptionError, match="layer 3 does not exist: legal are 0 to 2"):
+        ConceptDepth(layers=(3,)).run(model, prompts(), store=store)
+
+
+def test_statistics_of_a_strided_curve_are_told_in_the_models_depth() -> None:
+    curve = np.where(LAYER < 11, 0.5, 0.95)
+    found = {k: v[0] for k, v in depth_statistics(curve[::4], 0.5, list(LAYER[::4]), D).items()}
+    assert (found["jump"], found["depth_90"], found["peak_layer"]) == (12 / D, 12 / D, 12)
+    assert found["converging_stable"] == 12 / D
+
+
+def test_few_test_groups_give_no_interval_and_no_verdict(model: NativeModel, store: ActivationStore) -> None:
+    few = [replace(p, fields={**p.fields, "group": i % 10}) for i, p in enumerate(prompts())]
+    result = ConceptDepth(causal_layers=0, splits=1, jobs=1).run(model, few, store=store)
+    depths = result.tables["depths"].iloc[0]
+    assert np.isnan(depths["peak_accuracy_low"])
+    assert not depths["decodable"]
+    assert any("Too few test groups" in note for note in result.notes)
+    assert not any("Not shown" in note for note in result.notes)

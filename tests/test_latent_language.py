@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from analyses.latent_language import tables as tabled
 from analyses.latent_language.ids import prefix_free
 from analyses.latent_language.items import Item
 from analyses.latent_language.measures import area, crossover, norm_gain, token_energy
-from analyses.latent_language.read import Reader
+from analyses.latent_language.read import Reader, Reading
+from analyses.latent_language.verdicts import verdicts
 from analyses.result import Result
 from probes import lens
 from probes.capture import capture
@@ -126,12 +128,12 @@ def test_a_planted_crossover_is_found_at_its_layer(crossed: int, store: Activati
 
     items = [
         Item(i, str(i), "p", p, "", "fr", {"fr": ((60,),), "en": ((11,),)}, controls={"fr": ((1,),), "en": ((2,),)})
-        for i, p in enumerate(PROMPTS)
+        for i, p in enumerate([*PROMPTS, *PROMPTS])
     ]
     reading = Reader(model, store, QUIET, translate=plant).read(items)
-    curves = tabled.curve(reading, np.ones(4, dtype=bool), model, "bootstrap", 0)
+    curves = tabled.curve(reading, np.ones(8, dtype=bool), model, "bootstrap", 0)
     leads = tabled.lead(reading, "bootstrap", 0)
-    [row] = tabled.summary(curves, leads, {"p": (4, 4)}).to_dict("records")
+    [row] = tabled.summary(curves, leads, {"p": (8, 8)}).to_dict("records")
     assert row["crossover"] == crossed
     assert row["leads_at"] == tabled.spans(range(crossed))
     assert leads["dominance"].tolist() == [1.0] * crossed + [0.0] * (6 - crossed)
@@ -202,14 +204,15 @@ def test_renaming_the_tokens_changes_nothing(store: ActivationStore) -> None:
 def test_tables_keep_their_contract_and_controls_their_size(
     tiny: NativeModel, store: ActivationStore, tmp_path: Path
 ) -> None:
-    targets = [{"en": [i, i + 30], "fr": [i + 60]} for i in range(3, 7)]
-    result = LatentLanguage(target=("fr",)).run(tiny, lines(*targets), store=store)
+    targets = [{"en": [i, i + 30], "fr": [i + 60]} for i in range(3, 11)]
+    asked = lines(*targets, prompts=[(5, 6, i) for i in range(8)])
+    result = LatentLanguage(target=("fr",)).run(tiny, asked, store=store)
     tables = result.tables
     assert tables["probability"].columns[:4].tolist() == ["prompt", "layer", "language", "probability"]
     assert tables["geometry"].columns[:4].tolist() == ["prompt", "layer", "entropy_bits", "token_energy"]
     assert {"layer", "language", "mean", "ci_low", "ci_high", "n"} <= set(tables["curve"].columns)
     assert {"item", "reason"} <= set(tables["dropped"].columns)
-    assert len(tables["probability"]) == 4 * 3 * 2
+    assert len(tables["probability"]) == 8 * 3 * 2
     assert not tables["curve"].duplicated(["layer", "language"]).any()
     curve, rows = tables["curve"], tables["probability"]
     for language in ("en", "fr"):
@@ -338,3 +341,73 @@ def test_the_multilingual_model_translates(store: ActivationStore) -> None:
     assert row["n"] == 103
     assert row["accuracy"] > 0.8
     assert isinstance(result.tables["answers"], pd.DataFrame)
+
+
+def _summary(**changed: object) -> pd.DataFrame:
+    row = {
+        "pair": "fr→zh", "target": "zh", "latent": "en", "n": 12, "accuracy": 0.42, "accuracy_low": 0.19,
+        "accuracy_high": 0.68, "peak_layer": 4, "peak": 0.3, "peak_low": 0.2, "peak_high": 0.4, "peak_control": 0.0,
+        "target_at_peak": 0.1, "leads_at": "3-5", "leads_in_middle": "4",
+    }  # fmt: skip
+    return pd.DataFrame([row | changed])
+
+
+def test_what_is_said_of_a_pair_follows_from_its_intervals() -> None:
+    [open_] = verdicts(_summary())
+    assert "whether this model can do this pair is open" in open_
+    assert "cannot do" not in open_
+    assert "cannot do this pair" in verdicts(_summary(accuracy=0.1, accuracy_low=0.0, accuracy_high=0.4))[0]
+    able = verdicts(_summary(accuracy=0.9, accuracy_low=0.6, accuracy_high=1.0))[0]
+    assert "cannot" not in able
+    assert "open" not in able
+    few = verdicts(_summary(peak_low=np.nan, peak_high=np.nan, leads_at="", leads_in_middle=""))[0]
+    assert "too few items for an interval" in few
+    assert "leads zh by" not in few
+    assert "is not shown to lead" in verdicts(_summary(leads_at="", leads_in_middle=""))[0]
+
+
+@pytest.mark.parametrize(("ahead", "leads"), [(2e-5, False), (0.2, True)])
+def test_a_difference_next_to_nothing_is_no_lead(ahead: float, leads: bool) -> None:
+    n = 8
+    own = tuple(np.array([[0.1, 0.1 + ahead]]) for _ in range(n))
+    control = tuple(np.zeros((1, 2)) for _ in range(n))
+    items = tuple(Item(i, str(i), "p", (1,), "", "fr", {"fr": ((1,),), "en": ((2,),)}) for i in range(n))
+    reading = Reading(
+        items, (("fr", "en"),) * n, own, control, np.zeros((n, 1)), np.zeros((n, 1)), (0, 0, 0), np.zeros(n, int)
+    )
+    assert tabled.lead(reading, "bootstrap", 0)["leads"].tolist() == [leads]
+
+
+@pytest.mark.parametrize("ci", ["bootstrap", "gauss95"])
+def test_few_items_have_no_interval(ci: tabled.Ci) -> None:
+    values = np.arange(10.0).reshape(5, 2)
+    few, enough = tabled.interval(values, ci, 0), tabled.interval(np.tile(values, (2, 1)), ci, 0)
+    assert np.isnan([few.low, few.high]).all()
+    assert (enough.low < enough.mean).all()
+
+
+def test_as_many_items_are_kept_as_are_asked_for(speaking: NativeModel) -> None:
+    whole = LatentLanguage(source=("en",), target=("it",), n_shot=0, set_rule="first_token")
+    every, dropped = whole.items(speaking)
+    assert dropped, "some words cannot be measured under this tokenizer"
+    for n in (1, 3, len(every)):
+        some, _ = replace(whole, n_items=n).items(speaking)
+        assert len(some) == n
+        assert {item.name for item in some} <= {item.name for item in every}
+        assert [item.prompt for item in some] == list(range(n))
+    more = replace(whole, n_items=len(every) + 1)
+    some, lost = more.items(speaking)
+    assert (len(some), len(lost)) == (len(every), len(dropped))
+
+
+def test_fewer_items_than_asked_for_are_said(speaking: NativeModel, store: ActivationStore) -> None:
+    options: dict[str, Any] = {
+        "source": ("en",),
+        "target": ("it",),
+        "n_shot": 0,
+        "set_rule": "first_token",
+        "answers": "first_token",
+    }
+    every, _ = LatentLanguage(**options).items(speaking)
+    result = LatentLanguage(**options, n_items=len(every) + 1).run(speaking, store=store)
+    assert any(f"{len(every)} items instead of {len(every) + 1}" in note for note in result.notes)

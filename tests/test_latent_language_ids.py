@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from analyses.latent_language.ids import (
     Rule,
+    after_quote,
     collide,
-    continuation,
     prefix_free,
     resolve,
     shuffled_controls,
@@ -60,8 +60,8 @@ def test_special_tokens_never_say_a_word() -> None:
 
 
 def test_a_word_follows_the_quote_without_it() -> None:
-    assert continuation(FAKE, "dog") == (FAKE.id("dog"),)
-    assert continuation(FAKE, " dog") == (FAKE.id("▁dog"),)
+    assert after_quote(FAKE, "dog") == (FAKE.id("dog"),)
+    assert after_quote(FAKE, " dog") == (FAKE.id("▁dog"),)
     assert Rule(FAKE, "multi_token").sequences(["dot"]) == prefix_free(
         [(FAKE.id("do"), FIRST_BYTE + ord("t")), (FAKE.id("▁d"), FIRST_BYTE + ord("o"), FIRST_BYTE + ord("t"))]
     )
@@ -70,7 +70,7 @@ def test_a_word_follows_the_quote_without_it() -> None:
 
 def test_a_space_alone_says_no_word() -> None:
     spaced = (FAKE.id("▁"), *(FIRST_BYTE + b for b in "鱼".encode()))
-    assert continuation(FAKE, " 鱼") == spaced
+    assert after_quote(FAKE, " 鱼") == spaced
     assert spaced in Rule(FAKE, "multi_token").sequences(["鱼"])
     assert ids(Rule(FAKE, "first_token"), "鱼") == {FIRST_BYTE + "鱼".encode()[0]}
     assert FAKE.id("▁") not in ids(Rule(FAKE, "prefix"), "鱼")
@@ -139,7 +139,7 @@ def check_shipped(tokenizer: Any) -> None:
         assert ids(rule, word) == by_decoding(tokenizer, word)
     for word in ("书", "река", "œuf"):
         pieces = token_bytes(tokenizer)
-        written = continuation(tokenizer, word)
+        written = after_quote(tokenizer, word)
         assert b"".join(pieces[t] for t in written) == word.encode()
         assert written[0] in ids(rule, word)
         assert all(word.encode().startswith(pieces[t].removeprefix(b" ")) for t in ids(rule, word))

@@ -17,7 +17,7 @@ from sklearn.model_selection import train_test_split
 from analyses.concept_depth.statistics import depth_statistics
 from probes.errors import ProbeError
 from probes.linear import RELEASED, SOUND, Recipe, fit_probe, probe_layers
-from probes.linear_splits import check_groups, group_split, row_split
+from probes.linear_splits import check_groups, group_split, row_split, type_labels
 
 N, D, LAYERS, ONSET = 1500, 8, 6, 3
 DELTA = 2.0
@@ -65,10 +65,10 @@ def test_control_labels_are_not_learned_where_rows_are_independent() -> None:
     for evaluation in probe_layers(layers, labels, jobs=1):
         bound = 3 * np.sqrt(0.25 / len(evaluation.row) * len(SOUND.seeds))
         assert abs(evaluation.shuffled.mean() - 0.5) <= bound
-        assert abs(evaluation.grouped.mean() - 0.5) <= bound
+        assert np.isnan(evaluation.typed).all()  # no row shares its type with another
 
 
-def test_group_control_shows_the_leak_of_a_row_split_and_group_split_closes_it() -> None:
+def test_labels_dealt_to_groups_show_the_leak_of_a_row_split_and_say_nothing_where_no_group_recurs() -> None:
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(150), 4)
     rows = rng.normal(size=(150, 200))[groups] + 0.05 * rng.normal(size=(600, 200))
@@ -77,8 +77,47 @@ def test_group_control_shows_the_leak_of_a_row_split_and_group_split_closes_it()
         next(probe_layers([rows], labels, groups=groups, recipe=replace(SOUND, split=split, costs=(1.0,)), jobs=1))
         for split in ("rows", "groups")
     )
-    assert leaky.grouped.mean() > 0.95
-    assert closed.grouped.mean() < 0.6
+    assert np.nanmean(leaky.typed) > 0.95
+    assert np.isnan(closed.typed).all()
+
+
+@pytest.mark.parametrize("memorisable", [True, False])
+def test_the_control_task_is_high_where_rows_name_their_type_and_at_chance_where_they_do_not(memorisable: bool) -> None:
+    rng = np.random.default_rng(0)
+    n, n_types = 1200, 60
+    groups, types = np.repeat(np.arange(n // 2), 2), rng.integers(0, n_types, size=n)
+    labels = np.tile([0, 1], n // 2)
+    names = rng.normal(size=(n_types, 80))
+    rows = rng.normal(size=(n, 80)) * 0.1 + (names[types] if memorisable else 0)
+    rows[:, 0] += 3 * (2 * labels - 1)
+    found = next(probe_layers([rows], labels, groups=groups, types=types, jobs=1))
+    assert found.accuracy > 0.95
+    assert np.isfinite(found.typed).mean() > 0.95
+    # Under this split no group recurs: the same labels dealt to groups are unknowable whatever the rows hold.
+    assert np.isnan(next(probe_layers([rows], labels, groups=groups, jobs=1)).typed).all()
+    control = np.nanmean(found.typed)
+    if memorisable:
+        assert control > 0.95
+    else:
+        # Of 60 types with labels of their own, so that the types and not the rows are the trials.
+        assert abs(control - 0.5) <= 3 * np.sqrt(0.25 / n_types)
+
+
+def test_memorised_labels_fill_the_room_a_probe_has() -> None:
+    rng = np.random.default_rng(1)
+    labels = np.tile([0, 1], 60)
+    recipe = replace(SOUND, costs=(1e4,))
+    wide, narrow = (next(probe_layers([rng.normal(size=(120, d))], labels, recipe=recipe, jobs=1)) for d in (400, 1))
+    assert wide.memorised == 1.0
+    assert narrow.memorised < 0.7
+
+
+def test_labels_of_types_are_dealt_evenly_over_rows() -> None:
+    types = np.repeat(np.arange(7), [40, 39, 20, 20, 3, 2, 1])
+    for seed in range(20):
+        labels = type_labels(types, np.random.default_rng(seed))
+        assert all(len(set(labels[types == one])) == 1 for one in range(7))
+        assert abs(int(labels.sum()) * 2 - len(labels)) <= 1 + 0 + 1 + 1
 
 
 def test_rotation_changes_nothing_and_scaling_does() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from analyses.answers import clash_note
 from analyses.back_patching import tables as tabulate
 from analyses.back_patching.cases import (
     HOPS,
@@ -24,15 +25,18 @@ from analyses.back_patching.cases import (
 )
 from analyses.back_patching.figures import FIGURES
 from analyses.back_patching.grid import Cell, Held, Patched, Variant, cells_of, frame, mirrored, noise_like
+from analyses.back_patching.planned import Plan, planned, rival
 from analyses.back_patching.profiles import PROFILES
 from analyses.back_patching.stages import Patchscope, critical_layers, projections, resolutions, stages
+from analyses.back_patching.words import names, verdicts
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
+from analyses.interventions import Interventions, swept
 from analyses.options import option, validate
 from analyses.result import FigureSpec, ProfileSpec, Result
 from analyses.tasks.two_hop import sample
 from probes.activations import Activations
 from probes.capture import capture
-from probes.errors import PromptError
+from probes.errors import OptionError, PromptError
 from probes.models.base import Model
 from probes.needs import Need
 from probes.points import Address
@@ -54,7 +58,8 @@ class BackPatching(Analysis):
         ("t1", "t2"), "Where to patch: the entity's last token, the prompt's last token."
     )
     cells: Literal["upper", "full"] = option("upper", "upper: source above target; full: every pair of layers.")
-    step: int = option(1, "Every how many layers a source and a target stand.", low=1)
+    layers: tuple[int, ...] = option((), "Layers a source and a target stand at; all where none is named.", low=0)
+    stride: int = option(1, "Every how many layers a source and a target stand, where no layers are named.", low=1)
     include_embedding: bool = option(False, "Also patch what enters block 0, as target layer -1.")
     rescale: bool = option(False, "Bring the source to the norm of what it replaces.")
     mode: Literal["first_token", "generate"] = option(
@@ -86,10 +91,36 @@ class BackPatching(Analysis):
         """With the task `two_hop`."""
         return self.task == "two_hop"
 
-    @property
-    def intervenes(self) -> bool:
-        """Yes: every cell of the grid."""
-        return True
+    def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
+        """Every cell of the grid, its controls, and what the stages take."""
+        cases, _ = cases_of(model, prompts)
+        return planned(self._plan(model), cases, [self._names(case) for case in cases], self.questions)
+
+    def _plan(self, model: Model) -> Plan:
+        n, layers = model.shape.n_layers, self._swept(model)
+        named = self.stages and model.tokenizer is not None
+        knocked = self.stages and model.refusal(Address("pattern", 0)) is None
+        return Plan(
+            cells=self._cells(model), n_layers=n, controls=self.controls,
+            written=self.max_new_tokens if self.mode == "generate" else 0, top_cells=self.top_cells,
+            named=len(layers) * len(range(0, n, self.scope_step)) if named else 0, knocked_out=len(layers) if knocked else 0,
+        )  # fmt: skip
+
+    def _cells(self, model: Model) -> list[Cell]:
+        cells = cells_of(model.shape.n_layers, self.cells, self.stride, self.include_embedding, self.layers)
+        if not cells:
+            named = f"layers {', '.join(map(str, self.layers))}" if self.layers else f"stride {self.stride}"
+            raise OptionError(
+                f"{named} leave no source above a target among {model.shape.n_layers} layers: name two or more, or a smaller stride"
+            )
+        return cells
+
+    def _swept(self, model: Model) -> list[int]:
+        return swept(model.shape.n_layers, self.layers, self.stride)
+
+    def _names(self, case: Case) -> list[str]:
+        """The positions patched: those asked for, or all where the question has none of them."""
+        return [n for n in case.positions if n.split(".")[0] in self.positions] or list(case.positions)
 
     def collect(self, model: Model, prompts: PromptsLike = ()) -> list[Prompt]:
         """The questions asked: generated ones, or those of the prompts."""
@@ -124,10 +155,12 @@ class BackPatching(Analysis):
         chosen = _chosen(judged, self.questions)
         progress.start(len(chosen), "question")
         held = {case.prompt: self._open(model, case) for case in chosen}
-        grids = []
+        grids, forwards = [], 0
         for index, case in enumerate(chosen):
-            other = next((c for c in [*chosen[index + 1 :], *chosen[:index]] if not c.answers & case.answers), None)
-            grids.append(self._case(model, held[case.prompt], other, held[other.prompt] if other else {}))
+            other = rival(chosen, index)
+            patched, ran = self._case(model, held[case.prompt], other, held[other.prompt] if other else {})
+            grids.append(patched)
+            forwards += ran
             progress.advance()
         everything = pd.concat(grids, ignore_index=True)
         activations = capture(model, [case.tokens for case in chosen], self.needs(model), store, progress=progress)
@@ -140,22 +173,24 @@ class BackPatching(Analysis):
             "control_rates": controls,
         }
         if self.stages:
-            tables |= self._stages(model, chosen, held, activations)
+            made, ran = self._stages(model, chosen, held, activations)
+            tables |= made
+            forwards += ran
         counts = {
             "prompts": len(chosen), "tokens": sum(len(case.tokens) for case in chosen), "prompts_judged": len(judged),
             "patched_cells": len(everything), "dropped": len(dropped),
         }  # fmt: skip
-        return make_result(self, model, asked, tables, activations, clock, self._notes(judged, dropped), counts)
+        notes = (*verdicts(tables["summary"], controls, tables["cases"]), *self._notes(judged, chosen, dropped))
+        return make_result(self, model, asked, tables, activations, clock, notes, counts, interventions=forwards)
 
     def _open(self, model: Model, case: Case) -> dict[str, Held]:
-        names = [n for n in case.positions if n.split(".")[0] in self.positions] or list(case.positions)
-        return {name: Held.open(model, case, name) for name in names}
+        return {name: Held.open(model, case, name) for name in self._names(case)}
 
     def _case(
         self, model: Model, own: Mapping[str, Held], other: Case | None, others: Mapping[str, Held]
-    ) -> pd.DataFrame:
-        """The grid of one question at each position, and its controls."""
-        frames, cells = [], cells_of(model.shape.n_layers, self.cells, self.step, self.include_embedding)
+    ) -> tuple[pd.DataFrame, int]:
+        """(the grid of one question at each position, and its controls; the forwards it took)."""
+        frames, cells, forwards = [], self._cells(model), 0
         wrong = other.answers if other else frozenset()
         for name, held in own.items():
             alone, sources = held.baseline(), held.sources()
@@ -168,27 +203,30 @@ class BackPatching(Analysis):
                     tried["other_query"] = (cells, others[name].sources())
             for variant, (where, brought) in tried.items():
                 patched = held.patch(where, brought, wrong, self.rescale)
-                success = self._success(model, held, patched, brought)
+                success, written = self._success(model, held, patched, brought)
+                forwards += len(where) + written
                 made = frame(model, held, variant, patched, success, baseline)
                 frames.append(made.drop_duplicates(["source_layer", "target_layer"]).assign(baseline_success=started))
-        return pd.concat(frames, ignore_index=True)
+        return pd.concat(frames, ignore_index=True), forwards
 
-    def _success(self, model: Model, held: Held, patched: Patched, sources: Tensor) -> np.ndarray:
+    def _success(self, model: Model, held: Held, patched: Patched, sources: Tensor) -> tuple[np.ndarray, int]:
+        """([cells], whether the answer is given; forwards run to see it)."""
         if self.mode == "first_token" or not held.case.answer_texts:
-            return patched.success(held.case.answers)
+            return patched.success(held.case.answers), 0
         best = patched.logprob.argsort(descending=True)[: self.top_cells]
         cells = [patched.cells[int(i)] for i in best]
         written = held.continue_cells(cells, sources, patched.top[best], self.max_new_tokens, self.rescale)
         out = np.zeros(len(patched.cells), dtype=bool)
         for i, tokens in zip(best.tolist(), written, strict=True):
             said = str(model.tokenizer.decode(tokens)).lower()
-            out[i] = any(text.lower() in said for text in held.case.answer_texts if len(text) > 1)
-        return out
+            out[i] = any(names(said, text.lower()) for text in held.case.answer_texts)
+        return out, sum(map(len, written))
 
     def _stages(
         self, model: Model, cases: Sequence[Case], held: Mapping[int, Mapping[str, Held]], activations: Activations
-    ) -> dict[str, pd.DataFrame]:
-        layers = list(range(0, model.shape.n_layers, self.step))
+    ) -> tuple[dict[str, pd.DataFrame], int]:
+        """(the tables of the stages, the forwards they took)."""
+        layers, forwards = self._swept(model), 0
         resolved: list[tuple[int, str, str, str, float]] = []
         if model.tokenizer is not None:
             scope = Patchscope.open(model, self.scope_step)
@@ -197,21 +235,26 @@ class BackPatching(Analysis):
                 for c in cases
                 for row in resolutions(scope, c, {n: h.sources() for n, h in held[c.prompt].items()}, layers)
             ]
+            forwards += len(layers) * len(scope.targets) * sum(len(held[case.prompt]) for case in cases)
         resolution = pd.DataFrame(resolved, columns=["prompt", "set", "position", "entity", "layer"])
         knocked = []
         if model.refusal(Address("pattern", 0)) is None:
             knocked = [row for case in cases for row in critical_layers(model, case, layers, self.window)]
-        knockout = pd.DataFrame(knocked, columns=["prompt", "layer", "critical"]).astype({"critical": bool})
+        knockout = pd.DataFrame(knocked, columns=["prompt", "position_name", "layer", "critical"])
+        knockout = knockout.astype({"critical": bool})
         projection = projections(activations, cases)
         found = stages(cases, resolution, knockout, projection)
-        return {"stages": found, "resolution": resolution, "knockout": knockout, "projection": projection}
+        tables = {"stages": found, "resolution": resolution, "knockout": knockout, "projection": projection}
+        return tables, forwards + len(knocked)
 
-    def _notes(self, judged: Sequence[Case], dropped: Sequence[tuple[int, str]]) -> tuple[str, ...]:
-        notes = [
-            "The oracle rate takes the best of all cells per question: compare it with the controls, which have as many tries."
-        ]
+    def _notes(
+        self, judged: Sequence[Case], chosen: Sequence[Case], dropped: Sequence[tuple[int, str]]
+    ) -> tuple[str, ...]:
+        notes = []
         if self.mode == "first_token":
             notes.append("An answer counts as given when its first token is the most probable next token.")
+            if said := clash_note([answer for case in chosen for answer in case.written]):
+                notes.append(said)
         if not any(set(HOPS) & set(case.verdicts) for case in judged):
             notes.append("Questions without hops and shortcuts are sorted by their own answer alone.")
         if dropped:
@@ -228,7 +271,8 @@ def _case_table(prompts: Sequence[Prompt], cases: Sequence[Case], chosen: set[in
     rows = [
         {
             "prompt": case.prompt, "text": case.text, "set": case.set, "patched": case.prompt in chosen,
-            "answer": ", ".join(case.answer_texts), "bridge": prompts[case.prompt].fields.get("bridge"),
+            "answer": ", ".join(case.answer_texts), "answer_tokens": len(case.written[0].tokens) if case.written else None,
+            "bridge": prompts[case.prompt].fields.get("bridge"),
             **{name: case.verdicts.get(name) for name in ("composition", *HOPS)},
         }
         for case in cases

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
+from analyses.answers import Answer, answer_after
 from analyses.tasks.two_hop import TwoHop
 from probes import lens
 from probes.capture import capture
@@ -34,10 +35,16 @@ class Case:
     tokens: tuple[int, ...]
     answers: frozenset[int]
     """First tokens of the answer and its aliases; any of them is right."""
-    bridges: frozenset[int]
     answer_texts: tuple[str, ...]
     positions: Mapping[str, int]
-    """`t1`, the last token of the first hop's entity, and `t2`, the last token of the prompt."""
+    """`t1`, the last token of the first hop's entity, and `t2`, the last token of the prompt; further ones inside, `t1.1` and so on."""
+    bridge_texts: tuple[str, ...] = ()
+    bridges: frozenset[int] = frozenset()
+    """First tokens of the bridge, as it would follow the prompt."""
+    given: frozenset[int] = frozenset()
+    """Answer tokens that the prompt gives as ids."""
+    written: tuple[Answer, ...] = ()
+    """The answer and its aliases as they continue the prompt."""
     text: str | None = None
     verdicts: Mapping[str, bool] = field(default_factory=dict)
     """Whether the model answers the composition and each further prompt."""
@@ -91,20 +98,36 @@ def cases_of(model: Model, prompts: Sequence[Prompt]) -> tuple[list[Case], list[
 
 def _case(model: Model, index: int, prompt: Prompt) -> Case:
     fields = prompt.fields
-    texts = tuple(t for t in (fields.get("answer"), *fields.get("aliases", ())) if t)
-    answers = frozenset(fields.get("answer_tokens", ())) | first_tokens(model, texts)
-    if not answers:
+    given = frozenset(_vocabulary(model, index, fields.get("answer_tokens", ())))
+    texts = _texts(fields)
+    # Where ids are given and no tokenizer can write the texts, the ids say enough.
+    written = () if given and model.tokenizer is None else tuple(answer_after(model, prompt, text) for text in texts)
+    if not given and not written:
         raise PromptError(f"prompt {index} has no answer: give the field answer or answer_tokens")
-    bridges = first_tokens(model, [fields["bridge"]] if "bridge" in fields else [])
-    return Case(index, prompt.tokens, answers, bridges, texts, _positions(model, index, prompt), prompt.text)
+    bridge_texts = (fields["bridge"],) if "bridge" in fields and model.tokenizer is not None else ()
+    return Case(
+        index, prompt.tokens, given | {answer.first for answer in written}, texts, _positions(model, index, prompt),
+        bridge_texts, firsts(model, prompt, bridge_texts), given, written, prompt.text,
+    )  # fmt: skip
 
 
-def first_tokens(model: Model, texts: Sequence[str]) -> frozenset[int]:
-    """The first token of each text as it follows a word; empty texts and single letters are left out."""
-    if texts and model.tokenizer is None:
-        raise PromptError(f"{model.ref} has no tokenizer for {texts[0]!r}: give answer_tokens")
-    wanted = [t.strip() for t in texts if len(t.strip()) > 1]
-    return frozenset(model.tokenizer(" " + t, add_special_tokens=False)["input_ids"][0] for t in wanted)
+def _texts(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """The answer and its aliases; an alias of one letter would make every word with it right."""
+    answer = (fields["answer"].strip(),) if "answer" in fields else ()
+    return (*answer, *(alias.strip() for alias in fields.get("aliases", ()) if len(alias.strip()) > 1))
+
+
+def _vocabulary(model: Model, index: int, ids: Sequence[int]) -> Sequence[int]:
+    if bad := [token for token in ids if not 0 <= token < model.shape.d_vocab]:
+        raise PromptError(
+            f"prompt {index}: answer token {bad[0]} is outside the vocabulary: legal are 0 to {model.shape.d_vocab - 1}"
+        )
+    return ids
+
+
+def firsts(model: Model, prompt: Prompt, texts: Sequence[str]) -> frozenset[int]:
+    """The first token of each text as it continues `prompt`."""
+    return frozenset(answer_after(model, prompt, text).first for text in texts)
 
 
 def _positions(model: Model, index: int, prompt: Prompt) -> dict[str, int]:
@@ -113,7 +136,9 @@ def _positions(model: Model, index: int, prompt: Prompt) -> dict[str, int]:
         given = [int(p) for p in prompt.fields["positions"]]
         if bad := [p for p in given if not -n <= p < n]:
             raise PromptError(f"prompt {index}: position {bad[0]} is outside its {n} tokens")
-        return {"t2" if p % n == n - 1 else f"t1{'' if i == 0 else f'.{i}'}": p % n for i, p in enumerate(given)}
+        inside = [p for p in dict.fromkeys(p % n for p in given) if p != n - 1]
+        named = {f"t1{'' if i == 0 else f'.{i}'}": p for i, p in enumerate(inside)}
+        return named | ({"t2": n - 1} if any(p % n == n - 1 for p in given) else {})
     if "entity" not in prompt.fields:
         return {"t2": n - 1}
     last = _last_token(model, prompt, str(prompt.fields["entity"]))
@@ -141,12 +166,12 @@ def judge(
 ) -> list[Case]:
     """The cases with verdicts: whether the most probable next token starts the right answer."""
     asked: dict[tuple[int, ...], None] = dict.fromkeys(case.tokens for case in cases)
-    others: dict[tuple[int, str], tuple[int, ...]] = {}
+    others: dict[tuple[int, str], Prompt] = {}
     for case in cases:
         for hop in HOPS:
             if text := prompts[case.prompt].fields.get(hop):
-                others[case.prompt, hop] = tokenize([str(text)], model)[0].tokens
-    sequences = list(asked | dict.fromkeys(others.values()))
+                others[case.prompt, hop] = tokenize([str(text)], model)[0]
+    sequences = list(asked | dict.fromkeys(prompt.tokens for prompt in others.values()))
     address = Address("resid_post", model.shape.n_layers - 1)
     activations = capture(model, sequences, [Need(str(address), LAST)], store, progress=progress)
     rows = torch.cat(activations.get(address, LAST))
@@ -156,8 +181,14 @@ def judge(
     for case in cases:
         verdicts = {"composition": said[case.tokens] in case.answers}
         for hop in HOPS:
-            if (case.prompt, hop) in others:
-                right = case.bridges if hop == "first_hop" else case.answers
-                verdicts[hop] = said[others[case.prompt, hop]] in right
-        judged.append(Case(**{**vars(case), "verdicts": verdicts}))
+            if prompt := others.get((case.prompt, hop)):
+                verdicts[hop] = said[prompt.tokens] in _right(model, case, hop, prompt)
+        judged.append(replace(case, verdicts=verdicts))
     return judged
+
+
+def _right(model: Model, case: Case, hop: str, prompt: Prompt) -> frozenset[int]:
+    """The tokens that begin the right answer of a further prompt, as they continue that prompt."""
+    if hop == "first_hop":
+        return firsts(model, prompt, case.bridge_texts)
+    return case.given | firsts(model, prompt, case.answer_texts)

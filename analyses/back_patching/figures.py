@@ -129,7 +129,8 @@ def resolution(tables: Tables) -> go.Figure:
 def knockout(tables: Tables) -> go.Figure:
     """How often the next token changes when the last token cannot see the entity around a layer."""
     figure = go.Figure()
-    cut = tables["knockout"].merge(tables["stages"][["prompt", "set"]].drop_duplicates(), on="prompt")
+    first = tables["knockout"][tables["knockout"]["position_name"] == "t1"]
+    cut = first.merge(tables["stages"][["prompt", "set"]].drop_duplicates(), on="prompt")
     for colour, name in zip(COLOURS, ("correct", "incorrect", "other"), strict=False):
         mine = cut[cut["set"] == name].groupby("layer")["critical"].mean()
         if len(mine):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from analyses.back_patching.cases import Case
 from analyses.base import token_text
+from analyses.interventions import swept
 from probes import lens
 from probes.models.base import Model
 from probes.resume import ROWS, Resumable
@@ -23,10 +24,15 @@ Cell = tuple[int, int]
 Variant = Literal["back_patch", "forward", "other_query", "noise"]
 
 
-def cells_of(n_layers: int, which: str, step: int, include_embedding: bool) -> list[Cell]:
-    """Cells of the grid, every `step`-th layer: `upper` has source above target, `full` has all."""
-    sources = range(step - 1, n_layers, step)
-    targets = [*([-1] if include_embedding else []), *range(0, n_layers, step)]
+def cells_of(n_layers: int, which: str, stride: int, include_embedding: bool, layers: Sequence[int] = ()) -> list[Cell]:
+    """Cells of the grid, every `stride`-th layer or those of `layers`: `upper` has source above target, `full` has all.
+
+    Raises:
+        OptionError: a layer that the model has not.
+    """
+    # Strided sources end in the last layer, from which the most is brought back.
+    sources = swept(n_layers, layers, 1) if layers else range(stride - 1, n_layers, stride)
+    targets = [*([-1] if include_embedding else []), *swept(n_layers, layers, stride)]
     return [(s, t) for s in sources for t in targets if which == "full" or s > t]
 
 

@@ -10,13 +10,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analyses.back_patching.cases import LAST, Case
+from analyses.back_patching.cases import LAST, Case, firsts
 from probes import edits, lens
 from probes.activations import Activations
 from probes.edits import KnockOut
 from probes.models.base import Model
 from probes.points import Address
-from probes.prompts import tokenize
+from probes.prompts import Prompt, tokenize
 from probes.resume import Resumable
 
 PATCHSCOPE = "Syria: Syria\nLeonardo DiCaprio: Leonardo DiCaprio\nSamsung: Samsung\nx:"
@@ -29,14 +29,16 @@ STAGES = ("first_hop_resolved", "propagation", "second_hop_resolved", "predictio
 class Patchscope:
     """The naming prompt, held open at its placeholder."""
 
+    prompt: Prompt
     base: Resumable
     targets: tuple[int, ...]
 
     @classmethod
     def open(cls, model: Model, step: int) -> Patchscope:
         """With a target at every `step`-th block; the placeholder is the token before the last colon."""
-        tokens = tokenize([PATCHSCOPE], model)[0].tokens
-        return cls(Resumable(model, tokens, len(tokens) - 2), tuple(range(0, model.shape.n_layers, step)))
+        prompt = tokenize([PATCHSCOPE], model)[0]
+        held = Resumable(model, prompt.tokens, len(prompt.tokens) - 2)
+        return cls(prompt, held, tuple(range(0, model.shape.n_layers, step)))
 
     def names(self, sources: Tensor) -> Tensor:
         """[layer, target], the first token of the name that the prompt gives to each source row [layer, d_model]."""
@@ -59,24 +61,39 @@ def resolutions(
 ) -> list[tuple[int, str, str, str, float]]:
     """(prompt, set, position, entity, earliest layer or NaN) for the bridge and the answer at each position."""
     rows: list[tuple[int, str, str, str, float]] = []
+    model = scope.base.model
+    named_as = {
+        "bridge": firsts(model, scope.prompt, case.bridge_texts),
+        "answer": case.given | firsts(model, scope.prompt, case.answer_texts),
+    }
     for name, stream in sources.items():
         named = scope.names(stream[list(layers)])
-        for entity, ids in (("bridge", case.bridges), ("answer", case.answers)):
+        for entity, ids in named_as.items():
             hits = torch.isin(named, torch.tensor(sorted(ids), dtype=torch.long)).any(-1)
             rows.append((case.prompt, case.set, name, entity, _earliest(hits, layers)))
     return rows
 
 
-def critical_layers(model: Model, case: Case, layers: Sequence[int], half_window: int) -> list[tuple[int, int, bool]]:
-    """(prompt, layer, whether the next token changes) when the last token cannot see the entity around that layer."""
-    if "t1" not in case.positions:
+def inner(case: Case) -> dict[str, int]:
+    """The case's positions before the last."""
+    return {name: position for name, position in case.positions.items() if position < len(case.tokens) - 1}
+
+
+def critical_layers(
+    model: Model, case: Case, layers: Sequence[int], half_window: int
+) -> list[tuple[int, str, int, bool]]:
+    """(prompt, position name, layer, whether the next token changes) when the last token cannot see an inner position
+    around that layer.
+    """
+    if not inner(case):
         return []
     rows, tokens, n_layers = [], torch.tensor([case.tokens]), model.shape.n_layers
     plain = int(edits.logits(model, tokens)[0, -1].argmax())
-    for layer in layers:
-        window = tuple(range(max(0, layer - half_window), min(n_layers, layer + half_window + 1)))
-        cut = KnockOut(window, queries=(case.positions["t2"],), keys=(case.positions["t1"],))
-        rows.append((case.prompt, layer, int(edits.logits(model, tokens, [cut])[0, -1].argmax()) != plain))
+    for name, position in inner(case).items():
+        for layer in layers:
+            window = tuple(range(max(0, layer - half_window), min(n_layers, layer + half_window + 1)))
+            cut = KnockOut(window, queries=(len(case.tokens) - 1,), keys=(position,))
+            rows.append((case.prompt, name, layer, int(edits.logits(model, tokens, [cut])[0, -1].argmax()) != plain))
     return rows
 
 
@@ -106,7 +123,8 @@ def stages(
     for case in cases:
         resolved = resolution[resolution["prompt"] == case.prompt].set_index(["position", "entity"])["layer"]
         read = projection[projection["prompt"] == case.prompt]
-        cut = knockout[(knockout["prompt"] == case.prompt) & knockout["critical"]]["layer"]
+        seen = (knockout["prompt"] == case.prompt) & (knockout["position_name"] == "t1")
+        cut = knockout[seen & knockout["critical"]]["layer"]
         bridge = read[(read["part"] == "attn_out") & read["bridge_on_top"]]["layer"]
         moving = [cut.min(), bridge.min(), resolved.get(("t2", "bridge"), np.nan)]
         known = [float(m) for m in moving if m == m]

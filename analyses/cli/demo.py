@@ -56,7 +56,7 @@ DEMO: tuple[Analysis, ...] = (
         extras=("similarity",),
     ),
     CommunicationChannels(task_prompts=24, laundry_items=(2, 3, 4)),
-    BackPatching(task="two_hop", pool=60, questions=8, step=3),
+    BackPatching(task="two_hop", pool=60, questions=8, stride=3),
     NormRemoval(split_paths=False, neurons=4),
     ContextualDecomposition(
         task="ioi", n_prompts=2, n_references=6, search_steps=2, shares=(0.02, 0.1, 0.3), random_circuits=4, mlps=False

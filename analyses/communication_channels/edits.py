@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from analyses.answers import as_merged, forms
 from analyses.statistics import cluster_bootstrap
 from analyses.tasks.ioi import Ioi
 from probes import lens
@@ -63,14 +64,13 @@ def open_prompts(model: Model, prompts: Sequence[Ioi]) -> list[Names]:
 
 def name_token(model: Model, name: str) -> int | None:
     """The one token of a name after a space, or None."""
-    ids = model.tokenizer(" " + name, add_special_tokens=False)["input_ids"]
-    return int(ids[0]) if len(ids) == 1 else None
+    ids = as_merged(model.tokenizer, "a", f" {name}")
+    return ids[0] if ids is not None and len(ids) == 1 else None
 
 
 def name_forms(model: Model, name: str) -> set[int]:
     """The tokens that stand for a name inside a text or at its start."""
-    forms = (model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" " + name, name))
-    return {int(ids[0]) for ids in forms if len(ids) == 1}
+    return forms(model.tokenizer, name)
 
 
 def head_factors(w_o: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:

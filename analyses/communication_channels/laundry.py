@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analyses.answers import continuation
 from analyses.communication_channels.edits import head_factors, head_output
 from analyses.statistics import wilson
 from analyses.tasks.laundry import Laundry
@@ -48,7 +49,7 @@ def listed(model: Model, prompts: Sequence[Laundry]) -> list[Listed]:
     """Prompts whose items are one token each."""
     found = []
     for prompt in prompts:
-        ids = [model.tokenizer(" " + item, add_special_tokens=False)["input_ids"] for item in prompt.items]
+        ids = [continuation(model.tokenizer, prompt.text, f" {item}") for item in prompt.items]
         if all(len(i) == 1 for i in ids):
             tokens = tokenize([prompt.text], model)[0].tokens
             found.append(Listed(prompt, tokens, torch.tensor([i[0] for i in ids])))

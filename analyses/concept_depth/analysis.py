@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
+import numpy as np
 import pandas as pd
 
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
-from analyses.concept_depth.causal import Check, causal_table
+from analyses.concept_depth.causal import Causal, Check, causal_table
 from analyses.concept_depth.datasets import SETS, get_set, load_set
 from analyses.concept_depth.figures import FIGURES
 from analyses.concept_depth.probing import (
@@ -25,6 +26,7 @@ from analyses.concept_depth.probing import (
 )
 from analyses.concept_depth.profiles import PROFILES
 from analyses.concept_depth.prompts import FIELDS, LabelledSet, labelled_sets, noisy
+from analyses.interventions import Interventions, swept
 from analyses.options import option, validate
 from analyses.result import FigureSpec, ProfileSpec, Result
 from probes.activations import Activations
@@ -67,6 +69,8 @@ class ConceptDepth(Analysis):
         ("plain",),
         "The model as it is, with text noise in front of each example, or with block weights rounded to 8 or 4 bits.",
     )
+    layers: tuple[int, ...] = option((), "Layers to probe; all where none is named.", low=0)
+    stride: int = option(1, "Every how many layers one is probed, where no layers are named.", low=1)
     causal_layers: int = option(
         4, "Layers at which the probe's direction is projected out; 0 leaves the check out.", low=0
     )
@@ -97,14 +101,23 @@ class ConceptDepth(Analysis):
             return Reducer("mean")
         return Reducer(positions="last" if self.pooling == "last" else (self.position,))
 
-    @property
-    def intervenes(self) -> bool:
-        """With a causal check."""
-        return self.causal_layers > 0
+    def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
+        """At most those of the causal check, and of the variants beside the plain model."""
+        forwards = {f"forwards of {variant}": len(prompts) for variant in self.variants if variant != "plain"}
+        if self.causal_layers and "lens" not in model.faithfulness.refused:
+            layers = min(self.causal_layers + 1, len(self._swept(model)))
+            tested = 2 * max(1, self.causal_prompts // 2)
+            forwards["directions removed"] = sum(
+                2 * layers * min(tested, len(data.prompts)) for data in labelled_sets(prompts)
+            )
+        return Interventions(forwards, exact=not forwards)
+
+    def _swept(self, model: Model) -> list[int]:
+        return swept(model.shape.n_layers, self.layers, self.stride)
 
     def needs(self, model: Model) -> list[Need]:
-        """One row of every layer."""
-        return [Need(f"{self.representation}.*", self._reducer)]
+        """One row of every layer that is probed."""
+        return [Need(tuple(f"{self.representation}.{layer}" for layer in self._swept(model)), self._reducer)]
 
     @property
     def makes_prompts(self) -> bool:
@@ -153,9 +166,14 @@ class ConceptDepth(Analysis):
             "depths": depths_table(probed, self.seed),
             "sets": _sets_table(sets),
         }
+        notes, edited = list(self._notes(model, tables)), sum(counts.values())
         if self.causal_layers and "lens" not in model.faithfulness.refused:
-            tables["causal"], counts["forwards_causal"] = self._causal(plain, probed, store, progress)
-        return make_result(self, model, asked, tables, plain, clock, self._notes(model, tables), counts)
+            checks = self._causal(plain, probed, store, progress)
+            tables["causal"] = pd.concat([check.table for check in checks], ignore_index=True)
+            counts["forwards_causal"] = sum(check.forwards for check in checks)
+            edited += sum(check.edited for check in checks)
+            notes += [check.note for check in checks if check.note]
+        return make_result(self, model, asked, tables, plain, clock, notes, counts, interventions=edited)
 
     def _capture(
         self, model: Model, variant: Variant, prompts: list[Prompt], store: ActivationStore, progress: Progress
@@ -170,20 +188,22 @@ class ConceptDepth(Analysis):
         self, activations: Activations, sets: Sequence[LabelledSet], variant: Variant, progress: Progress
     ) -> list[Probed]:
         progress.start(len(sets) * len(self.probes), "data set probed")
-        probed = []
+        probed, numbers = [], self._swept(activations.model)
         for data in sets:
             for kind in dict.fromkeys(self.probes):
                 recipe = recipe_of(self.preset, kind, self.splits, self.seed)
                 probed.append(
-                    probe_set(activations, data, variant, recipe, self.representation, self._reducer, self.jobs)
+                    probe_set(
+                        activations, data, variant, recipe, self.representation, self._reducer, self.jobs, numbers
+                    )
                 )
                 progress.advance()
         return probed
 
     def _causal(
         self, activations: Activations, probed: Sequence[Probed], store: ActivationStore, progress: Progress
-    ) -> tuple[pd.DataFrame, int]:
-        tables, forwards = [], 0
+    ) -> list[Causal]:
+        checks = []
         where = {"last": "last", "mean": "all", "position": (self.position,)}[self.pooling]
         for one in probed:
             if (one.variant, one.kind) != ("plain", self.probes[0]):
@@ -199,22 +219,26 @@ class ConceptDepth(Analysis):
                 self.seed,
             )
             rows_of = partial(layer_rows, activations, one.data, self.representation, self._reducer)
-            table, ran = causal_table(check, rows_of, progress)
-            tables.append(table)
-            forwards += ran
-        return pd.concat(tables, ignore_index=True), forwards
+            checks.append(causal_table(check, rows_of, progress))
+        return checks
 
     def _notes(self, model: Model, tables: Mapping[str, pd.DataFrame]) -> tuple[str, ...]:
         scores, depths = tables["scores"], tables["depths"]
         notes = [
             "Probe accuracy says that a concept can be read from a layer, not that the model uses it; the causal check speaks to use."
         ]
-        blind = depths[~depths["decodable"]]
-        if len(blind):
-            names = ", ".join(f"{row.dataset} ({row.variant}, {row.probe})" for row in blind.itertuples())
+        few = depths["peak_accuracy_low"].isna()
+        if few.any():
             notes.append(
-                f"Not decodable anywhere (the best layer does not pass the best control layer): {names}; its depths mean nothing."
+                f"Too few test groups for an interval: {_named(depths[few])}; whether it is decodable cannot be said."
             )
+        blind = depths[~depths["decodable"] & ~few]
+        if len(blind):
+            notes.append(
+                f"Not shown to be decodable anywhere (the interval of the best layer reaches down to the best control layer): "
+                f"{_named(blind)}; its depths mean nothing."
+            )
+        notes += _control_notes(tables["sets"])
         early = int((~scores["converged"]).sum())
         if early:
             notes.append(
@@ -225,6 +249,26 @@ class ConceptDepth(Analysis):
         if self.causal_layers and "lens" in model.faithfulness.refused:
             notes.append(f"No causal check: {model.faithfulness.refused['lens']}")
         return tuple(notes)
+
+
+def _named(depths: pd.DataFrame) -> str:
+    return ", ".join(f"{row.dataset} ({row.variant}, {row.probe})" for row in depths.itertuples())
+
+
+def _control_notes(sets: pd.DataFrame) -> list[str]:
+    """What the control task of each data set deals its labels to."""
+    notes = []
+    for row in sets.to_dict("records"):
+        if np.isnan(row["control_position"]):
+            notes.append(
+                f"{row['dataset']}: no control task, since too few token types occur in several groups; selectivity is left open."
+            )
+        else:
+            notes.append(
+                f"{row['dataset']}: the control task deals one random label to each of {row['control_types']} token types at position "
+                f"{row['control_position']:.0f} of the prompts, which recur between groups."
+            )
+    return notes
 
 
 def _sets_table(sets: Sequence[LabelledSet]) -> pd.DataFrame:
@@ -239,6 +283,8 @@ def _sets_table(sets: Sequence[LabelledSet]) -> pd.DataFrame:
                 "n": len(data.prompts),
                 "n_label_1": sum(data.labels),
                 "n_groups": len(set(data.groups)),
+                "control_position": float(data.types.position) if data.types else np.nan,
+                "control_types": data.types.n if data.types else 0,
                 "example": str(data.prompts[0].text),
                 "level": known.level if known else "",
                 "label_0": known.labels[0] if known else "",

@@ -11,11 +11,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from analyses.answers import answer_after, clash_note
 from analyses.concept_depth.probing import Probed
 from analyses.statistics import cluster_bootstrap
 from probes import lens
 from probes.capture import capture
 from probes.edits import Edit, project_out
+from probes.errors import PromptError
 from probes.models.base import Model
 from probes.needs import Need, Reducer
 from probes.points import Address
@@ -63,34 +65,56 @@ class Check:
 
     @property
     def layers(self) -> list[int]:
-        """Layers spread evenly over depth, and the one where the probe is best."""
+        """Which of the layers probed: some spread evenly over depth, and the one where the probe is best."""
         n = len(self.probed.layers)
         spread = np.linspace(0, n - 1, min(self.n_layers, n) + 2)[1:-1].round().astype(int).tolist()
         return sorted({*spread, int(self.probed.curve.argmax())})
 
 
-def answer_ids(model: Model, answers: tuple[str, str] | None) -> list[int] | None:
-    """First tokens of the two answers; None without answers, without a tokenizer, or where they start alike."""
+@dataclass(frozen=True)
+class Causal:
+    """What a causal check found."""
+
+    table: pd.DataFrame
+    forwards: int
+    edited: int
+    """Forwards of those in which a direction was removed."""
+    note: str | None
+    """What is to be said of the answers."""
+
+
+def answer_ids(
+    model: Model, prompts: Sequence[Prompt], answers: tuple[str, str] | None
+) -> tuple[Tensor | None, str | None]:
+    """([prompts, 2], the first tokens of the two answers as they continue each prompt, or None; what to say of them)."""
     if answers is None or model.tokenizer is None:
-        return None
-    ids = [int(model.tokenizer(text, add_special_tokens=False)["input_ids"][0]) for text in answers]
-    return ids if ids[0] != ids[1] else None
+        return None, None
+    try:
+        written = [[answer_after(model, prompt, text) for text in answers] for prompt in prompts]
+        note = clash_note([answer for pair in written for answer in pair])
+    except PromptError as error:
+        return None, f"no margin of the answers: {error}"
+    if any(a.first == b.first for a, b in written):
+        return None, f"no margin of the answers: {answers[0]!r} and {answers[1]!r} begin with the same token"
+    return torch.tensor([[a.first, b.first] for a, b in written]), note
 
 
-def read_answers(check: Check, prompts: Sequence[Prompt], ids: list[int] | None, edits: Sequence[Edit] = ()) -> Reading:
+def read_answers(check: Check, prompts: Sequence[Prompt], ids: Tensor | None, edits: Sequence[Edit] = ()) -> Reading:
     """The last stream and the answers' log-probabilities, under the edits."""
     model = check.model
     address = Address("resid_post", model.shape.n_layers - 1)
     sequences = [prompt.tokens for prompt in prompts]
     found = capture(model, sequences, [Need(str(address), LAST)], check.store, edits=edits)
     final = found.packed(address, LAST).float()
-    empty = final.new_zeros(len(final), 0)
-    wanted = lens.read(final, model.unembedding(), ids=torch.tensor(ids)).logprobs.cpu() if ids else empty
-    return Reading(final, wanted, found.done.forwards)
+    answers = final.new_zeros(len(final), 0)
+    if ids is not None:
+        distinct, where = ids.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        answers = lens.read(final, model.unembedding(), ids=distinct).logprobs.cpu().gather(1, where)
+    return Reading(final, answers, found.done.forwards)
 
 
-def causal_table(check: Check, rows_of: Callable[[int], np.ndarray], progress: Progress) -> tuple[pd.DataFrame, int]:
-    """Effect of removing the probe's direction and a random one, by layer; and the forwards it took.
+def causal_table(check: Check, rows_of: Callable[[int], np.ndarray], progress: Progress) -> Causal:
+    """Effect of removing the probe's direction and a random one, by layer.
 
     `margin_change` is the change of log p(right answer) - log p(wrong answer), in nats; `kl` the divergence of the next
     token's distribution from the unedited one; `answer_accuracy` the share of prompts whose right answer is the more
@@ -103,28 +127,30 @@ def causal_table(check: Check, rows_of: Callable[[int], np.ndarray], progress: P
     prompts = [data.prompts[i] for i in chosen]
     labels = torch.tensor([data.labels[i] for i in chosen])
     groups = np.asarray(data.groups)[chosen]
-    ids = answer_ids(check.model, data.answers)
+    ids, note = answer_ids(check.model, prompts, data.answers)
     progress.start(2 * len(check.layers) * len(prompts), f"forward with a direction removed, {data.name}")
     plain = read_answers(check, prompts, ids)
-    forwards, found = plain.forwards, []
-    for layer in check.layers:
-        for name, direction in _directions(check, layer, rows_of(layer)).items():
+    edited_forwards, found = 0, []
+    for place in check.layers:
+        layer = check.probed.numbers[place]
+        for name, direction in _directions(check, place, rows_of(layer)).items():
             edit = project_out(Address(check.representation, layer), direction[None], positions=check.positions)
             edited = read_answers(check, prompts, ids, [edit])
             progress.advance(len(prompts))
-            forwards += edited.forwards
+            edited_forwards += edited.forwards
             row = {**check.probed.key, "layer": layer, "direction": name, "n": len(prompts)}
             found.append({**row, **_effect(check, plain, edited, labels, groups)})
-    return pd.DataFrame(found), forwards
+    said = f"{data.name}: {note}" if note else None
+    return Causal(pd.DataFrame(found), plain.forwards + edited_forwards, edited_forwards, said)
 
 
-def _directions(check: Check, layer: int, rows: np.ndarray) -> dict[str, Tensor]:
-    generator = np.random.default_rng((check.seed, layer))
+def _directions(check: Check, place: int, rows: np.ndarray) -> dict[str, Tensor]:
+    generator = np.random.default_rng((check.seed, check.probed.numbers[place]))
     centred = rows - rows.mean(axis=0)
     drawn = generator.normal(size=len(rows)) @ centred
     if not np.linalg.norm(drawn):
         drawn = generator.normal(size=rows.shape[1])
-    probe = check.probed.layers[layer].probes[0].weight
+    probe = check.probed.layers[place].probes[0].weight
     return {
         "probe": torch.from_numpy(np.asarray(probe, np.float32)),
         "random": torch.from_numpy(drawn.astype(np.float32)),

@@ -12,6 +12,8 @@ from analyses.result import FigureSpec, Tables
 from analyses.theme import COLOURS, band, finish, whiskers
 
 GREY = "#777777"
+CONTROL = COLOURS[4]
+"""The control task's."""
 STATISTICS = {
     "jump": "jump: first rise of 10 %",
     "converging_first": "converging, first",
@@ -47,7 +49,7 @@ def overlay(tables: Tables) -> go.Figure:
 
 
 def curves(tables: Tables) -> go.Figure:
-    """One panel a data set: the probes, the shuffled-label control, the group control and the majority class."""
+    """One panel a data set: the probes, the shuffled-label control, the control task and the majority class."""
     scores = _plain(tables["scores"])
     names = list(dict.fromkeys(scores["dataset"]))
     figure = _panels(names)
@@ -61,14 +63,13 @@ def curves(tables: Tables) -> go.Figure:
         _banded(
             figure, one, ("control_accuracy", "control_low", "control_high"), "shuffled labels", GREY, where, panel == 0
         )
-        for column, label, dash in (
-            ("group_control_accuracy", "one random label per group", "dash"),
-            ("majority", "majority class", "dot"),
-        ):
-            figure.add_scatter(
-                x=one["depth"], y=one[column], name=label, legendgroup=label, showlegend=panel == 0, mode="lines",
-                line={"color": "#000000" if dash == "dot" else GREY, "dash": dash, "width": 1}, **where,
-            )  # fmt: skip
+        if one["type_control_accuracy"].notna().any():
+            control = ("type_control_accuracy", "type_control_low", "type_control_high")
+            _banded(figure, one, control, "one random label per token type", CONTROL, where, panel == 0)
+        figure.add_scatter(
+            x=one["depth"], y=one["majority"], name="majority class", legendgroup="majority class", showlegend=panel == 0,
+            mode="lines", line={"color": "#000000", "dash": "dot", "width": 1}, **where,
+        )  # fmt: skip
     _finish_panels(figure, names, "test accuracy")
     return figure.update_yaxes(range=[0.3, 1.02])
 
@@ -211,8 +212,10 @@ FIGURES = {
     "curves": FigureSpec(
         "Each data set beside its controls",
         "The same curves, one panel a data set and one line a kind of probe. Grey with a band: a probe of the same kind fitted to shuffled "
-        "labels. Grey dashed: one random label for each group, which shows how much knowing the group alone could give under "
-        "this split. Black dotted: the majority class.",
+        "labels. Orange with a band: the control task of Hewitt and Liang, a probe of the same kind fitted to one random label per token "
+        "type, at a position whose tokens occur in training and in test alike. Where it is as high as the concept, the layer names the "
+        "token and the probe can look any label up; the distance between the two is the selectivity. It is not drawn where too few "
+        "tokens recur. Black dotted: the majority class.",
         curves,
     ),
     "depths": FigureSpec(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from analyses.concept_depth.prompts import LabelledSet
 from analyses.concept_depth.statistics import depth_row
-from analyses.statistics import RESAMPLES, cluster_bootstrap, cluster_means
+from analyses.statistics import RESAMPLES, cluster_bootstrap, cluster_means, percentiles
 from probes.activations import Activations
 from probes.errors import ProbeError
 from probes.linear import RELEASED, SOUND, Evaluation, Kind, Recipe, probe_layers
@@ -30,7 +30,12 @@ class Probed:
     data: LabelledSet
     variant: Variant
     kind: Kind
+    numbers: tuple[int, ...]
+    """The layers probed."""
+    n_layers: int
+    """How many the model has."""
     layers: tuple[Evaluation, ...]
+    """The evaluation of each layer probed."""
 
     @property
     def key(self) -> dict[str, str]:
@@ -76,19 +81,23 @@ def probe_set(
     representation: str,
     reducer: Reducer,
     jobs: int,
+    numbers: Sequence[int],
 ) -> Probed:
-    """Probes of every layer.
+    """Probes of the layers `numbers`.
 
     Raises:
         ProbeError: labels, groups or rows that cannot be probed; names the data set.
     """
-    n_layers = activations.model.shape.n_layers
-    rows = (layer_rows(activations, data, representation, reducer, layer) for layer in range(n_layers))
+    rows = (layer_rows(activations, data, representation, reducer, layer) for layer in numbers)
+    # Of a row that is a type of its own nothing can be known, so that without types the control task is empty.
+    types = data.types.of if data.types else np.arange(len(data.prompts))
     try:
-        found = tuple(probe_layers(rows, data.labels, groups=data.groups, recipe=recipe, jobs=jobs or None))
+        found = tuple(
+            probe_layers(rows, data.labels, groups=data.groups, types=types, recipe=recipe, jobs=jobs or None)
+        )
     except ProbeError as error:
         raise ProbeError(f"data set {data.name!r}: {error}") from None
-    return Probed(data, variant, recipe.kind, found)
+    return Probed(data, variant, recipe.kind, tuple(numbers), activations.model.shape.n_layers, found)
 
 
 def scores_table(probed: list[Probed], seed: int) -> pd.DataFrame:
@@ -97,15 +106,17 @@ def scores_table(probed: list[Probed], seed: int) -> pd.DataFrame:
 
 
 def _scores(one: Probed, seed: int) -> Iterator[dict[str, Any]]:
-    n_layers, groups = len(one.layers), one.test_groups
-    for layer, found in enumerate(one.layers):
-        columns = np.stack([found.correct, found.shuffled, found.grouped, found.correct - found.grouped], axis=1)
-        interval = cluster_bootstrap(columns, groups, seed=seed)
+    groups = one.test_groups
+    for layer, found in zip(one.numbers, one.layers, strict=True):
+        interval = cluster_bootstrap(np.stack([found.correct, found.shuffled], axis=1), groups, seed=seed)
+        typed = np.isfinite(found.typed)
+        control = np.stack([found.typed, found.correct - found.typed], axis=1)[typed]
+        selective = cluster_bootstrap(control, groups[typed], seed=seed)
         ones, n = int(found.label[found.seed == found.seed[0]].sum()), int((found.seed == found.seed[0]).sum())
         yield {
             **one.key,
             "layer": layer,
-            "depth": layer / n_layers,
+            "depth": layer / one.n_layers,
             "accuracy": found.accuracy,
             "f1": found.f1,
             "auc": found.auc,
@@ -114,10 +125,14 @@ def _scores(one: Probed, seed: int) -> Iterator[dict[str, Any]]:
             "control_accuracy": interval.mean[1],
             "control_low": interval.low[1],
             "control_high": interval.high[1],
-            "group_control_accuracy": interval.mean[2],
-            "selectivity": interval.mean[3],
-            "selectivity_low": interval.low[3],
-            "selectivity_high": interval.high[3],
+            "type_control_accuracy": selective.mean[0],
+            "type_control_low": selective.low[0],
+            "type_control_high": selective.high[0],
+            "type_control_rows": int(typed.sum()),
+            "selectivity": selective.mean[1],
+            "selectivity_low": selective.low[1],
+            "selectivity_high": selective.high[1],
+            "memorised": found.memorised,
             "majority": one.chance,
             "auc_null_half_width": 1.96 * np.sqrt((n + 1) / (12 * ones * (n - ones))),
             "n_train": found.n_train,
@@ -134,9 +149,10 @@ def depths_table(probed: list[Probed], seed: int) -> pd.DataFrame:
     for one in probed:
         correct = np.stack([evaluation.correct for evaluation in one.layers], axis=1)
         draws = cluster_means(correct, one.test_groups, seed=seed, resamples=RESAMPLES)
-        row = depth_row(one.curve, draws, one.chance)
-        peak = draws[:, int(one.curve.argmax())]
-        row["peak_accuracy_low"], row["peak_accuracy_high"] = np.quantile(peak, [0.025, 0.975])
+        clusters = len(np.unique(one.test_groups))
+        row = depth_row(one.curve, draws, one.chance, clusters, one.numbers, one.n_layers)
+        low, high = percentiles(draws[:, int(one.curve.argmax())], clusters)
+        row["peak_accuracy_low"], row["peak_accuracy_high"] = float(low), float(high)
         # The best of many layers looks good by chance; the control's best layer is what it has to pass.
         control = max(float(evaluation.shuffled.mean()) for evaluation in one.layers)
         row |= {"majority": one.chance, "best_control_accuracy": control}

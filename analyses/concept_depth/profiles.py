@@ -12,17 +12,18 @@ def _mean(tables: Tables, value: str, low: str, high: str) -> pd.DataFrame:
     """Mean over data sets, of the plain model and the first probe; their intervals combined as of independent sets."""
     scores = tables["scores"]
     mine = scores[(scores["variant"] == "plain") & (scores["probe"] == scores["probe"].iloc[0])]
+    mine = mine[mine[value].notna()]  # a data set without a control task says nothing of selectivity
     rows = []
     for layer, group in mine.groupby("layer"):
-        below = np.sqrt(((group[value] - group[low]) ** 2).sum()) / len(group)
-        above = np.sqrt(((group[high] - group[value]) ** 2).sum()) / len(group)
+        below = np.sqrt(((group[value] - group[low]) ** 2).sum(skipna=False)) / len(group)
+        above = np.sqrt(((group[high] - group[value]) ** 2).sum(skipna=False)) / len(group)
         mean = group[value].mean()
         rows.append((layer, mean, mean - below, mean + above))
     return pd.DataFrame(rows, columns=["layer", "value", "ci_low", "ci_high"])
 
 
 def selectivity(tables: Tables) -> pd.DataFrame:
-    """Accuracy of the probe minus that of the same probe on shuffled groups."""
+    """Accuracy of the probe minus that of the same probe on the control task."""
     return _mean(tables, "selectivity", "selectivity_low", "selectivity_high")
 
 
@@ -35,8 +36,9 @@ PROFILES = {
     "selectivity": ProfileSpec(
         "Probe over its control",
         "accuracy minus control",
-        "Test accuracy of a linear probe minus that of the same probe trained on labels dealt to groups at random, averaged over data sets: "
-        "above 0 the concept can be read from the layer, beyond what any labels would give.",
+        "Test accuracy of a linear probe minus that of the same probe trained on one random label per token type (the control task of "
+        "Hewitt and Liang), averaged over the data sets that have one. Near 0 the layer names the token, and any label could be looked up "
+        "from it; above 0 the concept itself is laid out along a direction.",
         selectivity,
     ),
     "accuracy": ProfileSpec(

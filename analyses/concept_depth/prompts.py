@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from analyses.base import as_prompts
+from analyses.concept_depth.types import TokenTypes, token_types
 from probes.errors import ProbeError, PromptError
 from probes.models.base import Model
 from probes.prompts import FieldCheck, Prompt, PromptLine
@@ -71,6 +73,11 @@ class LabelledSet:
     def groups(self) -> list[str]:
         """A prompt without a group is a group of its own, unless its tokens occur twice."""
         return [str(prompt.fields.get("group", f"tokens {prompt.tokens}")) for prompt in self.prompts]
+
+    @cached_property
+    def types(self) -> TokenTypes | None:
+        """What the control task deals its labels to; None where too few tokens recur between groups."""
+        return token_types([prompt.tokens for prompt in self.prompts], self.groups)
 
     @property
     def template(self) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from analyses.answers import as_merged, continuation, single
 from analyses.tasks import docstring, greater_than, ioi
 from analyses.tasks.item import Item
 from probes.decomposition import Baseline
@@ -56,25 +58,17 @@ def made(model: Model, task: str, n: int, references: int, seed: int) -> list[tu
     """Generated questions as the model's tokenizer sees them; those that do not line up with their references are left out.
 
     Raises:
-        PromptError: the model has no tokenizer.
+        PromptError: the model has no tokenizer, or one that has too few of the task's words.
     """
     if model.tokenizer is None:
         raise PromptError(f"task {task!r} needs a tokenizer, and {model.ref} has none: give prompts of token ids")
 
-    def keeps(word: str) -> bool:
-        # A name may also open a sentence, where no space precedes it.
-        forms = (" " + word, word) if word[0].isupper() else (" " + word,)
-        return all(len(_ids(model, form)) == 1 for form in forms)
-
     extra: dict[str, Any] = {}
     if task == "greater_than":
-        extra["pairs"] = _ids(model, "1741")[-1:] == _ids(model, "41")
-    found = TASKS[task](n, references, seed, keeps, **extra)
+        asked = greater_than.TEXT.format(event="war", century=17, year=41)
+        extra["pairs"] = len(as_merged(model.tokenizer, asked, "42") or ()) == 1
+    found = TASKS[task](n, references, seed, partial(single, model.tokenizer), **extra)
     return list(zip(tokenize([item.text for item in found], model), found, strict=True))
-
-
-def _ids(model: Model, text: str) -> list[int]:
-    return list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def case_of(model: Model, index: int, prompt: Prompt, item: Item) -> Case:
@@ -84,7 +78,8 @@ def case_of(model: Model, index: int, prompt: Prompt, item: Item) -> Case:
         PromptError: an answer that begins as a distractor does, or references of another length.
     """
     answers, distractors = (
-        tuple(dict.fromkeys(_ids(model, text)[0] for text in texts)) for texts in (item.answers, item.distractors)
+        tuple(dict.fromkeys(continuation(model.tokenizer, item.text, text)[0] for text in texts))
+        for texts in (item.answers, item.distractors)
     )
     if set(answers) & set(distractors):
         raise PromptError(f"prompt {index}: an answer and a distractor begin with the same token")

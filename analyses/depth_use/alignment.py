@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyses.depth_use.columns import quantiles
+from analyses.statistics import quantiles
 from probes.activations import Activations
 from probes.points import Address
 

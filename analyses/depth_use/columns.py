@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analyses.statistics import RESAMPLES, percentiles
+
 Array = NDArray[np.float64]
-RESAMPLES = 1000
-LEVELS = (0.025, 0.975)
 
 
 class PerPrompt:
@@ -32,6 +32,10 @@ class PerPrompt:
         """[columns], over all tokens; NaN where there are none."""
         return self.sums.sum(0) / self.counts.sum(0)
 
+    def prompts(self) -> NDArray[np.int64]:
+        """[columns], of how many prompts there are tokens."""
+        return np.asarray((self.counts > 0).sum(0).numpy())
+
 
 def resampled(column: PerPrompt, seed: int, resamples: int = RESAMPLES) -> Array:
     """[resamples, columns], means over prompts drawn with replacement; the same seed draws the same prompts."""
@@ -43,19 +47,5 @@ def resampled(column: PerPrompt, seed: int, resamples: int = RESAMPLES) -> Array
 
 
 def interval(column: PerPrompt, seed: int) -> tuple[Array, Array, Array]:
-    """(mean, low, high) per column, 95 % over resampled prompts; NaN where nothing was measured."""
-    return column.mean().numpy(), *quantiles(resampled(column, seed))
-
-
-def quantiles(draws: Array) -> tuple[Array, Array]:
-    """(2.5 %, 97.5 %) along the first axis [draws, ...], leaving out NaN draws; NaN where no draw is left."""
-    ordered = np.sort(draws, axis=0)
-    known = np.isfinite(ordered).sum(axis=0)
-    found = []
-    for level in LEVELS:
-        place = level * np.maximum(known - 1, 0)
-        below = np.floor(place).astype(np.int64)
-        above = np.minimum(below + 1, np.maximum(known - 1, 0))
-        low, high = (np.take_along_axis(ordered, at[None], axis=0)[0] for at in (below, above))
-        found.append(low + (high - low) * (place - below))
-    return found[0], found[1]
+    """(mean, low, high) per column, 95 % over resampled prompts; NaN where nothing, or too little for it, was measured."""
+    return column.mean().numpy(), *percentiles(resampled(column, seed), column.prompts())

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analyses.depth_use.columns import Array, PerPrompt, quantiles, resampled
+from analyses.depth_use.columns import Array, PerPrompt, interval, resampled
+from analyses.statistics import percentiles
 
 PERMUTATIONS = 4000
 """Draws of the null distribution of a rank correlation."""
@@ -26,8 +27,7 @@ def proxy_tables(measured: Mapping[str, PerPrompt], fixed: Mapping[str, Array], 
     n_layers = len(next(iter(means.values())))
     rows = []
     for name, mean in means.items():
-        draws = resampled(measured[name], seed) if name in measured else mean[None]
-        low, high = quantiles(draws)
+        low, high = interval(measured[name], seed)[1:] if name in measured else (np.full(n_layers, np.nan),) * 2
         rows += [(layer, name, mean[layer], low[layer], high[layer]) for layer in range(n_layers)]
     table = pd.DataFrame({"layer": np.arange(n_layers), **means})
     return {
@@ -66,7 +66,8 @@ def agreement_table(measured: Mapping[str, PerPrompt], fixed: Mapping[str, Array
         if n not in nulls:
             nulls[n] = np.sort(np.abs(null_correlations(n, seed)))
         rho = float(correlation(rank(a, both, False), rank(b, both, False))[0])
-        low, high = quantiles(correlation(rank(a, both, True), rank(b, both, True)))
+        prompts = min((int(measured[name].prompts()[both].min()) for name in (a, b) if name in measured), default=0)
+        low, high = percentiles(correlation(rank(a, both, True), rank(b, both, True)), prompts)
         beyond = PERMUTATIONS - int(np.searchsorted(nulls[n], abs(rho) - 1e-12))
         band = float(nulls[n][int(0.95 * PERMUTATIONS)])
         found[a, b] = found[b, a] = (rho, float(low), float(high), (1 + beyond) / (1 + PERMUTATIONS), band, n)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from analyses.depth_use.blocks import Blocks, Chunk, Part
-from analyses.depth_use.columns import RESAMPLES, Array, quantiles
+from analyses.depth_use.columns import Array
 from analyses.depth_use.outputs import Outputs
+from analyses.statistics import RESAMPLES, percentiles
 
 Variant = Literal["current", "future", "local"]
 POOLED = 2**22
@@ -132,7 +133,7 @@ def effect_table(effects: Effects, variant: Variant, part: Part, seed: int) -> p
     rows = []
     for skipped, affected in zip(*np.nonzero(~np.isnan(mean).all(axis=0)), strict=True):
         values = mean[:, skipped, affected]
-        low, high = quantiles(values[draws].mean(axis=1))
+        low, high = percentiles(values[draws].mean(axis=1), n)
         median = float(np.nanmedian(effects.median[used, skipped, affected]))
         highest = float(np.nanmax(effects.highest[used, skipped, affected]))
         rows.append((variant, part, skipped, affected, highest, float(values.mean()), median, low, high))
@@ -174,7 +175,8 @@ def depth_scores(effects: Effects, variant: Variant, part: Part, groups: Sequenc
         draws = np.random.default_rng(seed).choice(members, (RESAMPLES, len(members)))
         for by, values, pool in (("largest", effects.highest, np.max), ("mean", effects.mean, np.mean)):
             several = np.array_split(draws, max(1, draws.size * values[0].size // POOLED))
-            low, high = quantiles(np.concatenate([depth_score(pool(values[d], axis=1)) for d in several]))
+            scores = np.concatenate([depth_score(pool(values[d], axis=1)) for d in several])
+            low, high = percentiles(scores, len(members))
             score = depth_score(pool(values[members], axis=0))
             rows.append((variant, part, group, by, len(members), float(score), float(low), float(high)))
     names = ["variant", "part", "group", "by", "prompts", "score", "ci_low", "ci_high"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -12,7 +13,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
+from analyses.interventions import Interventions
 from analyses.latent_language import answers as own_answers
+from analyses.latent_language import swap
 from analyses.latent_language import tables as tabled
 from analyses.latent_language.extras import EXTRAS, Extra, fitted_lens
 from analyses.latent_language.figures import FIGURES
@@ -22,6 +25,7 @@ from analyses.latent_language.profiles import PROFILES
 from analyses.latent_language.prompts import Form, Framing, Task, queries
 from analyses.latent_language.read import LAST, Reader, Reading, prefixes
 from analyses.latent_language.settings import Settings
+from analyses.latent_language.verdicts import verdicts
 from analyses.latent_language.words import read_words, shipped_words
 from analyses.options import option, validate
 from analyses.result import FigureSpec, ProfileSpec, Result
@@ -35,8 +39,6 @@ from probes.store import ActivationStore
 Language = Literal["en", "fr", "de", "es", "it", "ru", "zh", "ja", "ar"]
 
 POINT = {"logit": "resid_post", "tuned": "resid_post", "attn": "attn_out", "mlp": "mlp_out"}
-CANNOT = 0.5
-"""Below this share of right answers a pair is called one the model cannot do."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class LatentLanguage(Analysis):
     synonyms: bool = option(True, "Whether synonyms of the list count.")
     words: str = option("", "A word file or folder in place of the shipped list, also in the papers' formats.")
     n_shot: int = option(-1, "Demonstrations per prompt; -1 for the papers' 4, and 2 for cloze.", low=-1, high=32)
-    n_items: int = option(0, "Words per pair, drawn by seed; 0 for all.", low=0)
+    n_items: int = option(0, "Words kept per pair, drawn by seed among those that can be measured; 0 for all.", low=0)
     lens: Literal["logit", "tuned", "attn", "mlp"] = option(
         "logit", "What is read: the stream, the stream through a tuned lens, or what attention or the MLP adds."
     )
@@ -114,10 +116,11 @@ class LatentLanguage(Analysis):
         sources = self.source * (n // len(self.source)) if self.task == "translation" else targets
         return tuple(dict.fromkeys(zip(sources, targets, strict=True)))
 
-    @property
-    def intervenes(self) -> bool:
-        """With the extra `swap`."""
-        return "swap" in self.extras
+    def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
+        """Those of the extra `swap`."""
+        if "swap" not in self.extras or model.tokenizer is None:
+            return Interventions()
+        return Interventions({"rows with swapped dimensions": swap.forwards(self._settings(()), model.shape.n_layers)})
 
     def needs(self, model: Model) -> list[Need]:
         """The last row of every layer, and of the stream's end, which says what the model answers."""
@@ -161,10 +164,12 @@ class LatentLanguage(Analysis):
         items: list[Item] = []
         dropped: list[Dropped] = []
         for source, target in self.pairs:
-            asked = queries(words, self.task, source, target, n_shot, self.n_items, self.seed, self.form)
+            asked = queries(words, self.task, source, target, n_shot, 0, self.seed, self.form)
             pair = f"{source}→{target}" if self.task == "translation" else f"{self.task} {target}"
             languages = tuple(dict.fromkeys((target, *self.latents)))
-            made, lost = task_items(asked, rule, model, pair, languages, self.collide, self.synonyms, len(items))
+            made, lost = task_items(
+                asked, rule, model, pair, languages, self.collide, self.synonyms, len(items), self.n_items, self.seed
+            )
             items, dropped = items + made, dropped + lost
             if not asked:
                 dropped.append((pair, "all", f"the word list has nothing for {self.task} from {source} to {target}"))
@@ -233,14 +238,19 @@ class LatentLanguage(Analysis):
             "forwards": sum(d.forwards for d in done), "rows_captured": sum(d.plan.rows for d in done),
             "held_before": sum(d.plan.held for d in done), "answers_written": written,
         }  # fmt: skip
-        notes = (*_verdicts(tables["summary"]), *self._notes(tables["dropped"], len(items)))
-        result = make_result(self, model, [], tables, reader.captures[0], clock, notes, counts)
+        notes = (*verdicts(tables["summary"]), *self._notes(tables["dropped"], items))
+        result = make_result(self, model, [], tables, reader.captures[0], clock, notes, counts, reader.patched)
         shards = [held.keys() for held in reader.captures]
         keys = list(dict.fromkeys(chain.from_iterable(shards)))
         return replace(result, provenance={**result.provenance, "store_keys": keys})
 
-    def _notes(self, dropped: pd.DataFrame, n_items: int) -> list[str]:
-        notes = []
+    def _notes(self, dropped: pd.DataFrame, items: Sequence[Item]) -> list[str]:
+        notes, n_items = [], len(items)
+        for pair, n in Counter(item.pair for item in items if not item.pair.startswith("given")).items():
+            if n < self.n_items:
+                notes.append(
+                    f"{pair}: {n} items instead of {self.n_items}, all that the word list and this tokenizer allow."
+                )
         lost = dropped[~dropped["pair"].str.startswith("culture")]
         if len(lost):
             common = lost["reason"].str.replace(r"\d+ tokens?", "tokens", regex=True).value_counts()
@@ -254,23 +264,3 @@ class LatentLanguage(Analysis):
                 "The logit lens is not calibrated in early layers; `lens=tuned` reads them through a fitted map."
             )
         return notes
-
-
-def _verdicts(summary: pd.DataFrame) -> list[str]:
-    """One sentence per pair and latent language: can the model do it, and does the latent lead."""
-    notes = []
-    for row in summary.to_dict("records"):
-        share = f"{row['accuracy']:.0%} of {row['n']} items answered right (95 % interval {row['accuracy_low']:.0%} to {row['accuracy_high']:.0%})"
-        if row["accuracy"] < CANNOT:
-            share += ": this model cannot do this pair, so its curves say little about translating"
-        peak = f"peak {row['peak']:.3f} at layer {row['peak_layer']}, where {row['target']} has {row['target_at_peak']:.3f} and the control {row['peak_control']:.3f}"
-        middle = (
-            f"{row['latent']} leads {row['target']} in middle layers {row['leads_in_middle']}"
-            if row["leads_in_middle"]
-            else f"{row['latent']} does not lead {row['target']} in the middle half of the layers"
-        )
-        elsewhere = (
-            f" (in all, at {row['leads_at']})" if row["leads_at"] and row["leads_at"] != row["leads_in_middle"] else ""
-        )
-        notes.append(f"{row['pair']}: {share}; {middle}{elsewhere}; {row['latent']}'s {peak}.")
-    return notes

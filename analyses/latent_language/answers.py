@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from analyses.base import token_text
 from analyses.generation import Decoding, respond
-from analyses.latent_language.ids import continuation
+from analyses.latent_language.ids import after_quote
 from analyses.latent_language.items import Item
 from analyses.latent_language.read import Reading
 from probes.models.base import Model
@@ -39,7 +39,7 @@ def said(
             continue
         start = token_text(model, int(reading.top_id[i]))
         if could_start(start, item):
-            longest = max(len(continuation(model.tokenizer, answer)) for answer in item.answers)
+            longest = max(len(after_quote(model.tokenizer, answer)) for answer in item.answers)
             by_length.setdefault(longest + 1, []).append(i)
         else:
             found[i] = f"{start.strip()}…"

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from analyses.answers import as_merged, encode
+
 Tokens = tuple[int, ...]
 Sets = Mapping[str, tuple[Tokens, ...]]
 """Language to the token sequences that say the word in it."""
@@ -63,16 +65,9 @@ def _byte_table() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def continuation(tokenizer: Any, text: str) -> Tokens:
+def after_quote(tokenizer: Any, text: str) -> Tokens:
     """The tokens of `text` where it follows an open quote."""
-    alone, both = _encode(tokenizer, _QUOTE), _encode(tokenizer, _QUOTE + text)
-    if both[: len(alone)] == alone and len(both) > len(alone):
-        return both[len(alone) :]
-    return _encode(tokenizer, text)
-
-
-def _encode(tokenizer: Any, text: str) -> Tokens:
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return as_merged(tokenizer, _QUOTE, text) or encode(tokenizer, text)
 
 
 def prefix_free(sequences: Iterable[Tokens]) -> tuple[Tokens, ...]:
@@ -137,7 +132,7 @@ class Rule:
         return [(number,) for form in forms for number in self._by_bytes.get(form, ())]
 
     def _written(self, word: str) -> list[Tokens]:
-        forms = [continuation(self.tokenizer, text) for text in ((word, " " + word) if self.spaces else (word,))]
+        forms = [after_quote(self.tokenizer, text) for text in ((word, " " + word) if self.spaces else (word,))]
         if self.kind == "multi_token":
             return forms
         return [form[:1] for form in forms if form and self._bytes.get(form[0], b"").removeprefix(b" ")]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from analyses.latent_language.ids import Collide, Rule, Sets, continuation, resolve, shuffled_controls
+import numpy as np
+
+from analyses.latent_language.ids import Collide, Rule, Sets, after_quote, resolve, shuffled_controls
 from analyses.latent_language.prompts import Framing, Query, culture_prompt
 from analyses.latent_language.words import CULTURE_LANGUAGES, CULTURES, Question
 from probes.errors import PromptError
@@ -109,17 +111,23 @@ def _given(found: Sequence[Any], rule: Rule | None, name: str, model: Model) -> 
 
 
 def task_items(
-    asked: Iterable[Query], rule: Rule, model: Model, pair: str, languages: Sequence[str], collide: Collide,
-    synonyms: bool, first: int,
+    asked: Sequence[Query], rule: Rule, model: Model, pair: str, languages: Sequence[str], collide: Collide,
+    synonyms: bool, first: int, n_items: int = 0, seed: int = 0,
 ) -> tuple[list[Item], list[Dropped]]:  # fmt: skip
     """Items of a task's prompts; the first of `languages` is the answer's.
 
     Args:
         first: the index of the first prompt.
+        n_items: how many to keep, tried in an order drawn by `seed`, in which those that cannot be measured are passed
+            over; 0 for all.
     """
-    items: list[Item] = []
+    order = np.random.default_rng(seed).permutation(len(asked)) if n_items else range(len(asked))
+    items: dict[int, Item] = {}
     dropped: list[Dropped] = []
-    for query in asked:
+    for place in map(int, order):
+        if len(items) == (n_items or len(asked)):
+            break
+        query = asked[place]
         forms = query.word.forms
         missing = [language for language in languages if language not in forms]
         reason = f"the word list has no word in {' and '.join(missing)}" if missing else None
@@ -134,8 +142,8 @@ def task_items(
             continue
         tokens = prompt_tokens(model, query.text)
         name, target = query.word.name, languages[0]
-        items.append(Item(first + len(items), name, pair, tokens, query.text, target, sets, forms[target]))
-    return items, dropped
+        items[place] = Item(0, name, pair, tokens, query.text, target, sets, forms[target])
+    return [replace(items[place], prompt=first + i) for i, place in enumerate(sorted(items))], dropped
 
 
 def _contained(query: Query, languages: Sequence[str]) -> str | None:
@@ -154,12 +162,17 @@ def culture_items(
 
     An answer written alike in both languages counts in both. Answers of unequal token length, or of which one starts
     the other, are dropped.
+
+    Args:
+        n_items: the first so many that are not dropped; 0 for all.
     """
     examples = [q for q in questions if q.kind == "example"]
     asked = [q for q in questions if q.kind != "example"]
     items: list[Item] = []
     dropped: list[Dropped] = []
-    for index, question in enumerate(asked[: n_items or None]):
+    for index, question in enumerate(asked):
+        if len(items) == (n_items or len(asked)):
+            break
         name = question.text["en"]
         sets = {
             f"{c}/{lang}": rule.sequences([question.answers[c, lang]]) for c in CULTURES for lang in CULTURE_LANGUAGES
@@ -178,7 +191,7 @@ def culture_items(
 def unequal_length(question: Question, tokenizer: Any) -> str | None:
     """Which language's two answers differ in tokens, or None."""
     for language in CULTURE_LANGUAGES:
-        counts = [len(continuation(tokenizer, question.answers[culture, language])) for culture in CULTURES]
+        counts = [len(after_quote(tokenizer, question.answers[culture, language])) for culture in CULTURES]
         if counts[0] != counts[1]:
             return f"the answers in {language} have {counts[0]} and {counts[1]} tokens"
     return None

@@ -63,6 +63,8 @@ class Reader:
 
     def __post_init__(self) -> None:
         self.captures: list[Activations] = []
+        self.patched = 0
+        """Forwards run with something changed."""
 
     def read(self, items: Sequence[Item]) -> Reading:
         """The reading of `items` at every layer."""

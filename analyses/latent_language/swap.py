@@ -24,6 +24,8 @@ from probes.points import Address
 from probes.resume import Resumable
 
 N_SHOT = 2
+FIXED = ("none", "shift", "whole")
+"""Variants beside those of each share."""
 MEASURES = ("switched", "meaning_kept", "meaning_moved")
 
 
@@ -60,12 +62,13 @@ def measure(reader: Reader, settings: Settings) -> tuple[dict[str, pd.DataFrame]
     say that the most probable word, in either language, is the prompt's own or the donor's.
     """
     source, target = settings.pairs[0]
-    other = settings.swap_to
-    words = read_words(settings.words) if settings.words else shipped_words()
-    words = [w for w in words if all(language in w.forms for language in (source, target, other))]
-    if other == target or len(words) < 2 * settings.extra_items + N_SHOT:
+    other, words = settings.swap_to, _words(settings)
+    if not words:
         reason = f"swap needs another language than {target} and {2 * settings.extra_items + N_SHOT} words in all three"
         return {}, [(f"{source}→{target}", "swap", reason)]
+    layers = _layers(settings, reader.model.shape.n_layers)
+    if not layers:
+        return {}, [(f"{source}→{target}", "swap", "nothing is swapped at the last layer, which no block follows")]
     n = 2 * settings.extra_items
     asked = {
         lang: queries(words, "translation", source, lang, N_SHOT, n, settings.seed, settings.form)
@@ -73,9 +76,6 @@ def measure(reader: Reader, settings: Settings) -> tuple[dict[str, pd.DataFrame]
     }
     shuffled = np.random.default_rng(settings.seed).permutation(n)
     test, train = shuffled[: n // 2], shuffled[n // 2 :]
-    layers = [
-        layer for layer in settings.layers(reader.model.shape.n_layers) if layer < reader.model.shape.n_layers - 1
-    ]
     rows = {lang: _rows(reader, asked[lang], layers) for lang in asked}
     sets = _sets(reader.model, [asked[target][i].word for i in test], target, other)
     parts = []
@@ -83,8 +83,27 @@ def measure(reader: Reader, settings: Settings) -> tuple[dict[str, pd.DataFrame]
         learned = Directions.learn(rows[target][layer][train], rows[other][layer][train])
         donors = rows[other][layer][np.roll(test, -1)]
         tested = [asked[target][i] for i in test]
-        parts.append(_layer(reader.model, tested, layer, donors, learned, sets, settings))
+        parts.append(_layer(reader, tested, layer, donors, learned, sets, settings))
     return {"swap": pd.concat(parts, ignore_index=True)}, []
+
+
+def _words(settings: Settings) -> list[Word]:
+    """The words written in all three languages; none where they are too few, or two of the languages are one."""
+    source, target = settings.pairs[0]
+    words = read_words(settings.words) if settings.words else shipped_words()
+    words = [w for w in words if all(lang in w.forms for lang in (source, target, settings.swap_to))]
+    enough = len(words) >= 2 * settings.extra_items + N_SHOT
+    return words if enough and settings.swap_to != target else []
+
+
+def _layers(settings: Settings, n_layers: int) -> list[int]:
+    return [layer for layer in settings.layers(n_layers) if layer < n_layers - 1]
+
+
+def forwards(settings: Settings, n_layers: int) -> int:
+    """How many edited rows are run: of each word tested, at each layer, every variant."""
+    variants = len(FIXED) + 2 * len(settings.shares)
+    return len(_layers(settings, n_layers)) * settings.extra_items * variants if _words(settings) else 0
 
 
 def _rows(reader: Reader, asked: Sequence[Query], layers: Sequence[int]) -> Mapping[int, Tensor]:
@@ -112,7 +131,8 @@ def _variants(
 ) -> list[tuple[str, float, int, Tensor]]:
     """(variant, percent, dimensions, edited row) of one prompt at one layer."""
     d_model = len(row)
-    made = [("none", 0.0, 0, row), ("shift", 100.0, d_model, row + learned.mean), ("whole", 100.0, d_model, donor)]
+    fixed = ((0.0, 0, row), (100.0, d_model, row + learned.mean), (100.0, d_model, donor))
+    made = [(name, *edit) for name, edit in zip(FIXED, fixed, strict=True)]
     drawn = torch.randperm(d_model, generator=torch.Generator().manual_seed(settings.seed))
     for percent in settings.shares:
         size = max(1, round(percent / 100 * d_model))
@@ -122,16 +142,17 @@ def _variants(
 
 
 def _layer(
-    model: Model, tested: Sequence[Query], layer: int, donors: Tensor, learned: Directions,
+    reader: Reader, tested: Sequence[Query], layer: int, donors: Tensor, learned: Directions,
     sets: Sequence[tuple[list[int], list[int]]], settings: Settings,
 ) -> pd.DataFrame:  # fmt: skip
-    scores, names = [], []
+    scores, names, model = [], [], reader.model
     for own, query in enumerate(tested):
         prompt = Resumable(model, prompt_tokens(model, query.text), -1)
         row = prompt.entering[layer + 1][-1]
         made = _variants(row, donors[own].to(row), learned, settings)
         hidden = torch.stack([edited.to(row) for *_, edited in made])[:, None]
         last = prompt.resume([layer + 1] * len(made), hidden).last
+        reader.patched += len(made)
         scores.append(_scores(model, last, sets, own, (own + 1) % len(tested)))
         names = [(variant, percent, size) for variant, percent, size, _ in made]
     values = np.stack(scores)

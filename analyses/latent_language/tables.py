@@ -13,18 +13,20 @@ from analyses.base import token_text
 from analyses.latent_language.items import Item
 from analyses.latent_language.measures import area, crossover
 from analyses.latent_language.read import Reading
-from analyses.statistics import Interval, cluster_bootstrap, wilson
+from analyses.statistics import MIN_CLUSTERS, Interval, cluster_bootstrap, wilson
 from probes.models.base import Model
 
 Ci = Literal["bootstrap", "gauss95"]
+LEAD = 0.01
+"""Least difference of probabilities that is called a lead; smaller ones may be certain, and are nothing."""
 Group = tuple[str, NDArray[np.int64], tuple[str, ...]]
 """(pair, items of it, its languages, the answer's first)."""
 
 
 def interval(values: NDArray[np.float64], ci: Ci, seed: int) -> Interval:
-    """Mean over items [item, column] with a 95 % interval; undefined bounds from a single item."""
+    """Mean over items [item, column] with a 95 % interval; undefined bounds where there are too few items for one."""
     n = len(values)
-    if n < 2:
+    if n < MIN_CLUSTERS:
         mean = values.mean(axis=0) if n else np.full(values.shape[1], np.nan)
         return Interval(mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan))
     if ci == "bootstrap":
@@ -114,8 +116,8 @@ def profile(reading: Reading, ci: Ci, seed: int) -> pd.DataFrame:
 def lead(reading: Reading, ci: Ci, seed: int) -> pd.DataFrame:
     """Per pair, latent language and layer: how far the latent is ahead of the target and of its own control.
 
-    `dominance` is the share of items for which the latent is more probable than the target. `leads` says that both
-    differences lie above zero with their whole interval.
+    `dominance` is the share of items for which the latent is more probable than the target. `leads` says that
+    the whole interval of the first lies above `LEAD`, and that of the second above zero.
     """
     parts = []
     for pair, mine, (target, *latents) in groups(reading):
@@ -130,7 +132,7 @@ def lead(reading: Reading, ci: Ci, seed: int) -> pd.DataFrame:
                 "difference": ahead.mean, "ci_low": ahead.low, "ci_high": ahead.high, "over_control": above.mean,
                 "over_control_low": above.low, "over_control_high": above.high, "dominance": wins / len(mine),
                 "dominance_low": bounds[:, 0], "dominance_high": bounds[:, 1],
-                "leads": (ahead.low > 0) & (above.low > 0), "n": len(mine),
+                "leads": (ahead.low > LEAD) & (above.low > 0), "n": len(mine),
             }  # fmt: skip
             parts.append(pd.DataFrame(part))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(_LEAD_COLUMNS))

@@ -14,8 +14,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analyses.depth_use.columns import PerPrompt, quantiles, resampled
+from analyses.depth_use.columns import PerPrompt, resampled
 from analyses.norm_removal.measured import Measured
+from analyses.statistics import percentiles
 from probes.anatomy.constant_norm import ConstantNorm
 from probes.edits.weights import matrix
 from probes.norms import NormParts, parts_of
@@ -172,7 +173,7 @@ def _tables(
     wrong: PerPrompt, size: PerPrompt, signed: PerPrompt, heads: int, seed: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     errors, sizes = resampled(wrong, seed), resampled(size, seed)
-    low, high = quantiles(errors / sizes)
+    low, high = percentiles(errors / sizes, wrong.prompts())
     table = pd.DataFrame(
         {
             "layer": np.repeat(np.arange(wrong.sums.shape[1] // heads), heads),
@@ -185,11 +186,11 @@ def _tables(
             "tokens": int(wrong.counts[:, 0].sum()),
         }
     )
-    total_low, total_high = quantiles((errors.sum(1) / sizes.sum(1))[:, None])
+    total_low, total_high = percentiles(errors.sum(1) / sizes.sum(1), wrong.prompts().max())
     total = {
         "nmae": float(wrong.mean().sum() / size.mean().sum()),
-        "ci_low": float(total_low[0]),
-        "ci_high": float(total_high[0]),
+        "ci_low": float(total_low),
+        "ci_high": float(total_high),
         "heads": len(table),
         "tokens": int(wrong.counts[:, 0].sum()),
     }

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from analyses.tasks.item import Item, Keeps
+from analyses.tasks.words import usable
 
 WORDS = (
     "files", "name", "size", "state", "shape", "option", "load", "page", "user", "index", "color", "title", "value",
@@ -32,9 +33,12 @@ def items(n: int, references: int, seed: int = 0, keeps: Keeps = lambda word: Tr
 
     Args:
         keeps: which names are one token after a space.
+
+    Raises:
+        PromptError: too few names may be used.
     """
     rng = np.random.default_rng(seed)
-    words = [word for word in WORDS if keeps(word)]
+    words = usable(WORDS, keeps, 2 * ARGUMENTS, "names")
     found = []
     for _ in range(n):
         names = [words[int(i)] for i in rng.choice(len(words), ARGUMENTS, replace=False)]

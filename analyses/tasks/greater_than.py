@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from analyses.tasks.item import Item, Keeps
+from analyses.tasks.words import usable
 
 EVENTS = (
     "war", "reign", "siege", "drought", "voyage", "festival", "strike", "exile", "truce", "famine", "journey", "trial",
@@ -23,9 +24,12 @@ def items(n: int, references: int, seed: int = 0, keeps: Keeps = lambda word: Tr
         keeps: which events are one token after a space.
         pairs: whether the tokenizer has one token for two digits; otherwise the next digit decides, and the first
             digit of the starting year, which may begin an earlier or a later one, counts for neither.
+
+    Raises:
+        PromptError: no event may be used.
     """
     rng = np.random.default_rng(seed)
-    events = [event for event in EVENTS if keeps(event)]
+    events = usable(EVENTS, keeps, 1, "events")
     found = []
     for _ in range(n):
         century = int(rng.integers(11, 18))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analyses.tasks.item import Item, Keeps
+from analyses.tasks.words import usable
 
 NAMES = (
     "Mary", "John", "Tom", "Anna", "Paul", "Lisa", "Mark", "Kate", "Peter", "Laura", "James", "Emma", "David", "Sarah",
@@ -53,9 +54,12 @@ def sample(
     Args:
         keeps: which names may be used, for instance those that are one token.
         words: places and objects instead of all.
+
+    Raises:
+        PromptError: fewer than two names may be used.
     """
     rng = np.random.default_rng(seed)
-    names = [name for name in NAMES if keeps(name)]
+    names = usable(NAMES, keeps, 2, "names")
     places, things = words or (PLACES, OBJECTS)
     found = []
     for i in range(n):
@@ -73,10 +77,13 @@ def items(n: int, references: int, seed: int = 0, keeps: Keeps = lambda word: Tr
 
     Args:
         keeps: which words are one token after a space; places, objects and names are drawn from those alone.
+
+    Raises:
+        PromptError: too few words may be used.
     """
     rng = np.random.default_rng(seed)
-    places, things = ([word for word in words if keeps(word)] for words in (PLACES, OBJECTS))
-    names = [name for name in NAMES if keeps(name)]
+    places, things = usable(PLACES, keeps, 1, "places"), usable(OBJECTS, keeps, 1, "objects")
+    names = usable(NAMES, keeps, 3, "names")
     found = []
     for prompt in sample(n, seed, keeps, (places, things)):
         texts = []

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from analyses.tasks.words import usable
+
 NAMES = ("Mary", "John", "Tom", "Anna", "Paul", "Lisa")
 ITEMS = (
     "apple", "book", "lamp", "chair", "phone", "ring", "cup", "ball", "shirt", "knife", "clock", "pen", "hat", "cake",
@@ -49,12 +51,15 @@ def sample(
         per_position: prompts per position of the answer.
         shuffled: whether the used-up items are named in another order than in the list.
         keeps: which items may be used, for instance those that are one token.
+
+    Raises:
+        PromptError: fewer than `n_items` may be used.
     """
     rng = np.random.default_rng((seed, n_items))
-    usable = [item for item in ITEMS if keeps(item)]
+    candidates = usable(ITEMS, keeps, n_items, "items")
     found = []
     for i in range(per_position * n_items):
-        items = tuple(usable[int(j)] for j in rng.choice(len(usable), n_items, replace=False))
+        items = tuple(candidates[int(j)] for j in rng.choice(len(candidates), n_items, replace=False))
         missing = i % n_items
         bought = [f"the {item}" for j, item in enumerate(items) if j != missing]
         if shuffled:

@@ -38,9 +38,24 @@ class TrainingError(UserError):
     """A training that cannot start or go on; names the step and what was kept."""
 
 
+SHOWN = 120
+"""Characters of a value that a message quotes."""
+
+
+def shown(value: object) -> str:
+    """A value as a message quotes it: its repr, the middle left out where it is long."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**SHOWN:
+        return f"an integer of {value.bit_length():,} bits"  # Python refuses to print the longest.
+    if isinstance(value, str) and len(value) > SHOWN:
+        value, left_out = value[: SHOWN // 2], value[SHOWN // 2 :]
+        return f"{value!r}… ({len(left_out):,} more characters)"
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]}…{text[-SHOWN // 4 :]}"
+
+
 def unknown(kind: str, value: object, legal: Iterable[object]) -> str:
     """One line for an unknown name: the value, a did-you-mean, and the legal values."""
     names = [str(name) for name in legal]
-    close = get_close_matches(str(value), names, n=1)
+    close = get_close_matches(str(value)[:SHOWN], names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"unknown {kind} {str(value)!r}.{hint} Legal: {', '.join(names)}."
+    return f"unknown {kind} {shown(str(value))}.{hint} Legal: {', '.join(names)}."

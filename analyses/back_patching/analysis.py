@@ -37,7 +37,7 @@ from probes.models.base import Model
 from probes.needs import Need
 from probes.points import Address
 from probes.progress import QUIET, Progress
-from probes.prompts import FieldCheck, Prompt
+from probes.prompts import FieldCheck, IdField, Prompt
 from probes.store import ActivationStore
 
 
@@ -72,7 +72,7 @@ class BackPatching(Analysis):
     title: ClassVar[str] = "Back-patching: hopping too late"
     reference: ClassVar[str] = 'Biran et al. 2024, "Hopping Too Late", arXiv 2406.12775'
     prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {
-        "answer": check_text, "answer_tokens": check_ints, "aliases": check_texts, "bridge": check_text,
+        "answer": check_text, "answer_tokens": IdField(), "aliases": check_texts, "bridge": check_text,
         "entity": check_text, "positions": check_ints, **dict.fromkeys(HOPS, check_text),
     }  # fmt: skip
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES

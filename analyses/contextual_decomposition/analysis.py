@@ -24,7 +24,7 @@ from probes.errors import PromptError
 from probes.models.base import Model
 from probes.needs import Need
 from probes.progress import QUIET, Progress
-from probes.prompts import FieldCheck, Prompt, read_prompts
+from probes.prompts import FieldCheck, IdField, Prompt, read_prompts
 from probes.store import ActivationStore
 
 _SWITCHES = {
@@ -32,13 +32,6 @@ _SWITCHES = {
     "eps": "eps",
 }  # fmt: skip
 """Options that override a rule of the preset, and the rule's name."""
-
-
-def check_ids(value: Any) -> str | None:
-    """What is wrong with a field of token ids, or None."""
-    if not isinstance(value, list) or not value or any(isinstance(v, bool) or not isinstance(v, int) for v in value):
-        return "must be a list of token ids that is not empty, such as [262]"
-    return None
 
 
 def check_positions(value: Any) -> str | None:
@@ -105,8 +98,8 @@ class ContextualDecomposition(Analysis):
         'Hsu et al. 2024, "Efficient Automated Circuit Discovery in Transformers using Contextual Decomposition", arXiv 2407.00886'
     )
     prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {
-        "answer_tokens": check_ids,
-        "distractor_tokens": check_ids,
+        "answer_tokens": IdField(),
+        "distractor_tokens": IdField(),
         "positions": check_positions,
     }
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES

@@ -17,7 +17,15 @@ from analyses.latent_language import tables as tabled
 from analyses.latent_language.extras import EXTRAS, Extra, fitted_lens
 from analyses.latent_language.figures import FIGURES
 from analyses.latent_language.ids import Collide, Rule, SetRule
-from analyses.latent_language.items import Dropped, Item, check_targets, given_items, task_items, with_controls
+from analyses.latent_language.items import (
+    Dropped,
+    Item,
+    check_targets,
+    given_items,
+    target_ids,
+    task_items,
+    with_controls,
+)
 from analyses.latent_language.profiles import PROFILES
 from analyses.latent_language.prompts import Form, Framing, Task, queries
 from analyses.latent_language.read import LAST, Reader, Reading, prefixes
@@ -29,7 +37,7 @@ from probes.errors import OptionError, PromptError
 from probes.models.base import Model
 from probes.needs import Need
 from probes.progress import QUIET, Progress
-from probes.prompts import FieldCheck, Prompt
+from probes.prompts import FieldCheck, IdField, Prompt
 from probes.store import ActivationStore
 
 Language = Literal["en", "fr", "de", "es", "it", "ru", "zh", "ja", "ar"]
@@ -90,7 +98,7 @@ class LatentLanguage(Analysis):
         'Wendler et al. 2024, "Do Llamas Work in English?", arXiv 2402.10588; Zhong et al. 2024, '
         '"Beyond English-Centric LLMs: What Language Do Multilingual Language Models Think in?", arXiv 2408.10811'
     )
-    prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {"targets": check_targets}
+    prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {"targets": IdField(check_targets, target_ids)}
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
     profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
 

@@ -59,3 +59,9 @@ def unknown(kind: str, value: object, legal: Iterable[object]) -> str:
     close = get_close_matches(str(value)[:SHOWN], names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"unknown {kind} {shown(str(value))}.{hint} Legal: {', '.join(names)}."
+
+
+def one_line(error: BaseException, limit: int = 240) -> str:
+    """An error's message on one line, cut to `limit` characters."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -17,6 +17,11 @@ MAX_DIGITS = 19
 class JsonFault(ValueError):
     """What is wrong with a text, in one line without its place."""
 
+    def __init__(self, message: str, path: tuple[str | int, ...] = ()) -> None:
+        super().__init__(message)
+        self.path = path
+        """The keys that lead to the value, where there is one."""
+
 
 def parse(text: str, *, infinite: bool = False) -> Any:
     """The value of a JSON text.
@@ -47,13 +52,18 @@ def check_tree(value: Any) -> None:
     Raises:
         JsonFault: as `parse`.
     """
-    for depth, leaf in _leaves(value):
-        if depth > MAX_DEPTH:
-            raise JsonFault(_too_deep())
-        if isinstance(leaf, str) and (problem := text_fault(leaf)):
-            raise JsonFault(problem)
-        if isinstance(leaf, int) and not -(2**63) <= leaf < 2**63:
-            raise JsonFault(f"the integer {shown(leaf)} does not fit 64 bits: give a smaller one")
+    for path, leaf in _leaves(value):
+        if problem := _leaf_fault(path, leaf):
+            raise JsonFault(problem, path[:MAX_DEPTH])
+
+
+def _leaf_fault(path: tuple[str | int, ...], leaf: Any) -> str | None:
+    if len(path) > MAX_DEPTH:
+        return _too_deep()
+    if isinstance(leaf, int) and not -(2**63) <= leaf < 2**63:
+        return f"the integer {shown(leaf)} does not fit 64 bits: give a smaller one"
+    texts = [part for part in (leaf, *path[-1:]) if isinstance(part, str)]
+    return next(filter(None, map(text_fault, texts)), None)
 
 
 def text_fault(text: str) -> str | None:
@@ -64,18 +74,16 @@ def text_fault(text: str) -> str | None:
     return f"half a character, the lone surrogate \\u{ord(lone):04x}: write the whole character, or leave it out"
 
 
-def _leaves(value: Any) -> Iterator[tuple[int, Any]]:
-    """(depth, value) of everything below a value, keys too; needs no recursion."""
-    waiting = [(0, value)]
+def _leaves(value: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """(keys that lead to it, value) of a value and of everything below it; needs no recursion."""
+    waiting: list[tuple[tuple[str | int, ...], Any]] = [((), value)]
     while waiting:
-        depth, node = waiting.pop()
-        yield depth, node
-        if depth > MAX_DEPTH:
-            continue
+        path, node = waiting.pop()
+        yield path, node
         if isinstance(node, dict):
-            waiting += [(depth + 1, part) for pair in node.items() for part in pair]
-        elif isinstance(node, list | tuple):
-            waiting += [(depth + 1, part) for part in node]
+            waiting += [((*path, key), part) for key, part in node.items()]
+        elif isinstance(node, list):
+            waiting += [((*path, i), part) for i, part in enumerate(node)]
 
 
 def _integer(text: str) -> int:

@@ -18,6 +18,7 @@ from analyses.registry import ANALYSES
 from analyses.result import check_output
 from probes.capture import plan_capture
 from probes.errors import OptionError
+from probes.input_files import make_folder
 from probes.models import Model, load_model
 from probes.models.placement import parse_max_memory
 from probes.preflight import estimate
@@ -147,6 +148,8 @@ def run_analysis(
     lines = lines_of(analysis, prompts)
     out = out or Path("runs") / analysis.name
     check_output(out)
+    if not dry_run:
+        make_folder(out.parent, "the folder of --out", OptionError)
     activations = ActivationStore(store)
     progress = ConsoleProgress()
     model = loading.load()

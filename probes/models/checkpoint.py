@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from probes.errors import ModelError, shown
+from probes.errors import ModelError, one_line, shown
 from probes.input_files import kind_of
 from probes.models.config_sizes import check_sizes
-from probes.models.quiet import one_line, quiet
+from probes.models.quiet import quiet
 from probes.models.tensor_files import read_object, tensor_shapes
 from probes.norms.large_eps import undo_large_eps
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from probes.errors import ModelError
+from probes.errors import ModelError, one_line
 from probes.models.cache import Source, install
 from probes.models.quiet import quiet
 
@@ -53,9 +53,9 @@ def convert_gguf(path: Path, folder: Path) -> None:
     except OSError as error:
         if error.errno is not None:
             raise
-        raise ModelError(f"cannot convert {path.name}: {_first_line(error)}") from error
+        raise ModelError(f"cannot convert {path.name}: {one_line(error)}") from error
     except (ValueError, KeyError, RuntimeError, NotImplementedError, ImportError, AttributeError, TypeError) as error:
-        raise ModelError(f"cannot convert {path.name}: {_first_line(error)}") from error
+        raise ModelError(f"cannot convert {path.name}: {one_line(error)}") from error
 
 
 def check_gguf(path: Path) -> frozenset[str]:
@@ -120,7 +120,3 @@ def _convert_tokenizer(path: Path, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True).save_pretrained(folder)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from probes.errors import ModelError
-from probes.models.quiet import one_line, quiet
+from probes.errors import ModelError, one_line
+from probes.models.quiet import quiet
 
 PROBE_SECONDS = 4.0
 """How long the hub may take to answer before the local cache is all there is."""

@@ -58,9 +58,3 @@ def _gguf_bar_off() -> Callable[[], None]:
 
     module.tqdm = silent
     return restore
-
-
-def one_line(error: BaseException, limit: int = 240) -> str:
-    """An error's message on one line, cut to `limit` characters."""
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -8,9 +8,8 @@ from typing import Any
 
 from safetensors import safe_open
 
-from probes.errors import ModelError, shown
+from probes.errors import ModelError, one_line, shown
 from probes.input_files import kind_of, read_text
-from probes.models.quiet import one_line
 from probes.strict_json import JsonFault, parse
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

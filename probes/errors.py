@@ -44,12 +44,13 @@ SHOWN = 120
 
 def shown(value: object) -> str:
     """A value as a message quotes it: its repr, the middle left out where it is long."""
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**SHOWN:
-        return f"an integer of {value.bit_length():,} bits"  # Python refuses to print the longest.
     if isinstance(value, str) and len(value) > SHOWN:
         value, left_out = value[: SHOWN // 2], value[SHOWN // 2 :]
         return f"{value!r}… ({len(left_out):,} more characters)"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of more digits, or a deeper nest, than Python prints
+        return f"a value of type {type(value).__name__} that is too long to print"
     return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]}…{text[-SHOWN // 4 :]}"
 
 

@@ -58,7 +58,7 @@ def check_tree(value: Any) -> None:
 
 
 def _leaf_fault(path: tuple[str | int, ...], leaf: Any) -> str | None:
-    if len(path) > MAX_DEPTH:
+    if len(path) >= MAX_DEPTH and isinstance(leaf, dict | list):
         return _too_deep()
     if isinstance(leaf, int) and not -(2**63) <= leaf < 2**63:
         return f"the integer {shown(leaf)} does not fit 64 bits: give a smaller one"

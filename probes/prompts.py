@@ -31,12 +31,14 @@ def check_ids(value: Any) -> str | None:
 
 
 @dataclass(frozen=True)
-class IdField:
-    """A check of a field that holds token ids, which are held against the vocabulary once a model is known."""
+class Field:
+    """A further field that a prompt line may carry; called with a value, it says what is wrong with it, or None."""
 
-    check: FieldCheck = check_ids
-    ids: Callable[[Any], Iterable[int]] = tuple
-    """The ids in a value that passes the check; by default it is a list of them."""
+    help: str
+    """What it means and what form it has, in a line."""
+    check: FieldCheck
+    ids: Callable[[Any], Iterable[int]] | None = None
+    """The token ids in a value that passes the check; they are held against the vocabulary once a model is known."""
 
     def __call__(self, value: Any) -> str | None:
         return self.check(value)
@@ -181,7 +183,7 @@ def check_fields(
             said = problem if problem.startswith("is ") else f"is {shown(value)}: {problem}"
             raise PromptError(f"{where}: field {name!r} {said}")
         check = checks[name]
-        if model is not None and isinstance(check, IdField):
+        if model is not None and isinstance(check, Field) and check.ids is not None:
             _check_vocabulary(check.ids(value), f"{where}: field {name!r}", model)
 
 

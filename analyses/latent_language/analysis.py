@@ -37,7 +37,7 @@ from probes.errors import OptionError, PromptError
 from probes.models.base import Model
 from probes.needs import Need
 from probes.progress import QUIET, Progress
-from probes.prompts import FieldCheck, IdField, Prompt
+from probes.prompts import Field, Prompt
 from probes.store import ActivationStore
 
 Language = Literal["en", "fr", "de", "es", "it", "ru", "zh", "ja", "ar"]
@@ -98,7 +98,13 @@ class LatentLanguage(Analysis):
         'Wendler et al. 2024, "Do Llamas Work in English?", arXiv 2402.10588; Zhong et al. 2024, '
         '"Beyond English-Centric LLMs: What Language Do Multilingual Language Models Think in?", arXiv 2408.10811'
     )
-    prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {"targets": IdField(check_targets, target_ids)}
+    prompt_fields: ClassVar[Mapping[str, Field]] = {
+        "targets": Field(
+            'What each language would say next: {"en": ["dog"], "fr": ["chien"]}, or token ids {"en": [262]}.',
+            check_targets,
+            ids=target_ids,
+        )
+    }
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
     profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
 

@@ -17,7 +17,7 @@ from probes.activations import Activations
 from probes.models.base import Model
 from probes.needs import Need
 from probes.progress import QUIET, Progress
-from probes.prompts import FieldCheck, Prompt, PromptLine, read_prompts, tokenize
+from probes.prompts import Field, FieldCheck, Prompt, PromptLine, as_line, check_fields, read_prompts, tokenize
 from probes.store import ActivationStore
 
 PromptsLike = str | Path | Sequence[Prompt | PromptLine | str | Sequence[int]]
@@ -34,7 +34,8 @@ class Analysis(Protocol):
     name: ClassVar[str]
     title: ClassVar[str]
     reference: ClassVar[str]
-    prompt_fields: ClassVar[Mapping[str, FieldCheck]]
+    prompt_fields: ClassVar[Mapping[str, Field]]
+    """What a prompt line may carry beside its text or tokens, by name."""
     figures: ClassVar[Mapping[str, FigureSpec]]
     profiles: ClassVar[Mapping[str, ProfileSpec]] = {}
     """What it says of each layer, for the depth axis all analyses share."""
@@ -70,10 +71,18 @@ class Analysis(Protocol):
 def as_prompts(
     prompts: PromptsLike, model: Model, fields: Mapping[str, FieldCheck], *, chat: bool = False
 ) -> list[Prompt]:
-    """Any accepted form of prompts, as `model` sees them."""
+    """Any accepted form of prompts, as `model` sees them.
+
+    Raises:
+        PromptError: as `tokenize`, or a field that is not what `fields` asks for.
+    """
     if isinstance(prompts, str | Path):
         prompts = read_prompts(prompts, fields)
-    return [p if isinstance(p, Prompt) else tokenize([p], model, chat=chat)[0] for p in prompts]
+    lines = [p if isinstance(p, Prompt) else as_line(p, i) for i, p in enumerate(prompts)]
+    for i, line in enumerate(lines):
+        where = line.where if isinstance(line, PromptLine) else f"prompt {i}"
+        check_fields(line.fields, where, fields, model)
+    return [line if isinstance(line, Prompt) else tokenize([line], model, chat=chat)[0] for line in lines]
 
 
 def token_text(model: Model, token: int) -> str:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any
 
-from probes.errors import OptionError, unknown
+from probes.errors import OptionError, shown, unknown
+from probes.strict_json import text_fault
+
+NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+"""The types an option or a key of a study may have, as messages call them."""
+LARGEST = 2**31 - 1
+"""The largest whole number that an option without a limit of its own takes."""
+LONGEST = 4096
+"""Characters of the longest text that an option takes."""
 
 
 def option(default: Any, help: str, *, low: float | None = None, high: float | None = None, flag: str = "") -> Any:
@@ -46,20 +55,43 @@ def validate(instance: Any) -> None:
     """
     types = types_of(type(instance))
     for field in dataclasses.fields(instance):
-        value = getattr(instance, field.name)
-        legal = choices(types[field.name])
-        for item in value if isinstance(value, tuple) else (value,):
-            if legal is not None and item not in legal:
-                raise OptionError(unknown(field.name, item, legal))
-            _check_range(field, item)
+        value, kind = getattr(instance, field.name), types[field.name]
+        many = typing.get_origin(kind) is tuple
+        if many and not isinstance(value, tuple):
+            raise OptionError(f"option {field.name} is {shown(value)}: give a tuple of values, ({shown(value)},)")
+        for item in value if many else (value,):
+            _check_value(field, item, typing.get_args(kind)[0] if many else kind)
         if value == () and field.default != ():
             raise OptionError(f"option {field.name} is empty: give at least one value")
 
 
-def _check_range(field: dataclasses.Field[Any], value: Any) -> None:
+def _check_value(field: dataclasses.Field[Any], value: Any, kind: Any) -> None:
+    legal = choices(kind)
+    if legal is not None:
+        if value not in legal:
+            raise OptionError(unknown(field.name, value, legal))
+    elif kind in NAMES and type(value) is not kind and not (kind is float and type(value) is int):
+        raise OptionError(f"option {field.name} is {shown(value)}: give {NAMES[kind]}")
+    elif kind in (int, float):
+        _check_range(field, value, kind)
+    elif kind is str:
+        _check_text(field, value)
+
+
+def _check_range(field: dataclasses.Field[Any], value: float, kind: type) -> None:
     low, high = field.metadata.get("low"), field.metadata.get("high")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return
-    if value != value or (low is not None and value < low) or (high is not None and value > high):
+    if kind is int:
+        # What draws at random takes no negative seed, and no count or seed of ours needs more than 31 bits.
+        low, high = (0 if field.name == "seed" else -LARGEST) if low is None else low, LARGEST if high is None else high
+    if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
         span = f"{'any' if low is None else low} to {'any' if high is None else high}"
-        raise OptionError(f"option {field.name} is {value}: legal values are {span}")
+        raise OptionError(f"option {field.name} is {shown(value)}: legal values are {span}")
+
+
+def _check_text(field: dataclasses.Field[Any], value: str) -> None:
+    if len(value) > LONGEST:
+        raise OptionError(f"option {field.name} has {len(value):,} characters: legal are at most {LONGEST:,}")
+    if "\0" in value or text_fault(value):
+        raise OptionError(
+            f"option {field.name} is {shown(value)}: {text_fault(value) or 'it holds a NUL'}; leave it out"
+        )

@@ -38,9 +38,31 @@ class TrainingError(UserError):
     """A training that cannot start or go on; names the step and what was kept."""
 
 
+SHOWN = 120
+"""Characters of a value that a message quotes."""
+
+
+def shown(value: object) -> str:
+    """A value as a message quotes it: its repr, the middle left out where it is long."""
+    if isinstance(value, str) and len(value) > SHOWN:
+        value, left_out = value[: SHOWN // 2], value[SHOWN // 2 :]
+        return f"{value!r}… ({len(left_out):,} more characters)"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of more digits, or a deeper nest, than Python prints
+        return f"a value of type {type(value).__name__} that is too long to print"
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]}…{text[-SHOWN // 4 :]}"
+
+
 def unknown(kind: str, value: object, legal: Iterable[object]) -> str:
     """One line for an unknown name: the value, a did-you-mean, and the legal values."""
     names = [str(name) for name in legal]
-    close = get_close_matches(str(value), names, n=1)
+    close = get_close_matches(str(value)[:SHOWN], names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"unknown {kind} {str(value)!r}.{hint} Legal: {', '.join(names)}."
+    return f"unknown {kind} {shown(str(value))}.{hint} Legal: {', '.join(names)}."
+
+
+def one_line(error: BaseException, limit: int = 240) -> str:
+    """An error's message on one line, cut to `limit` characters."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from probes.errors import PointError, unknown
+from probes.errors import PointError, shown, unknown
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ _GLOBAL = (
     ("logits", ("pos", "d_vocab"), "the model's own next-token logits"),
 )
 
+_LAYER = r"\d{1,9}"
+
 POINTS: dict[str, Point] = {
     **{name: Point(name, True, dims, meaning) for name, dims, meaning in _PER_LAYER},
     **{name: Point(name, False, dims, meaning) for name, dims, meaning in _GLOBAL},
@@ -80,8 +82,8 @@ class Address:
     def parse(cls, text: str) -> Address:
         """The address whose string form is `text`."""
         point, dot, layer = text.partition(".")
-        if dot and not re.fullmatch(r"\d+", layer):
-            raise PointError(f"address {text!r}: the part after the dot must be a layer number")
+        if dot and not re.fullmatch(_LAYER, layer):
+            raise PointError(f"address {shown(text)}: the part after the dot must be a layer number")
         return cls(point, int(layer) if dot else None)
 
     @property
@@ -102,19 +104,19 @@ def expand(patterns: str | Iterable[str], n_layers: int) -> tuple[Address, ...]:
     found: dict[Address, None] = {}
     for part in (p.strip() for p in parts):
         point, _, layers = part.partition(".")
-        span = re.fullmatch(r"(\d+)-(\d+)", layers)
+        span = re.fullmatch(f"({_LAYER})-({_LAYER})", layers)
         if layers == "*":
             wanted = [Address(point, layer) for layer in range(n_layers)]
         elif span:
-            wanted = [Address(point, layer) for layer in range(int(span[1]), int(span[2]) + 1)]
+            wanted = [Address(point, layer) for layer in range(int(span[1]), min(int(span[2]), n_layers) + 1)]
         else:
             wanted = [Address.parse(part)]
         if not wanted:
-            raise PointError(f"points {part!r} name no layer: write the lower layer first")
+            raise PointError(f"points {shown(part)} name no layer: write the lower layer first")
         for address in wanted:
             if address.layer is not None and address.layer >= n_layers:
                 raise PointError(
-                    f"layer {address.layer} of {part!r} is outside this model: legal layers are 0 to {n_layers - 1}"
+                    f"layer {address.layer} of {shown(part)} is outside this model: legal layers are 0 to {n_layers - 1}"
                 )
             found[address] = None
     return tuple(found)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probes.errors import PromptError
+from probes.errors import PromptError, shown
+from probes.input_files import opened
 from probes.models.base import Model
+from probes.strict_json import JsonFault, parse, text_fault
 
 MAX_PROMPTS = 1_000_000
 """The longest prompt file accepted, in lines."""
+MAX_LINE = 16 * 2**20
+"""The longest line accepted, in characters."""
 
 FieldCheck = Callable[[Any], str | None]
 """Returns what is wrong with a field's value, or None."""
+
+
+def check_ids(value: Any) -> str | None:
+    """What is wrong with a list of token ids, or None."""
+    good = isinstance(value, list | tuple) and value and all(type(v) is int and v >= 0 for v in value)
+    return None if good else "must be a list of token ids that is not empty, such as [262]"
+
+
+@dataclass(frozen=True)
+class Field:
+    """A further field that a prompt line may carry; called with a value, it says what is wrong with it, or None."""
+
+    help: str
+    """What it means and what form it has, in a line."""
+    check: FieldCheck
+    ids: Callable[[Any], Iterable[int]] | None = None
+    """The token ids in a value that passes the check; they are held against the vocabulary once a model is known."""
+
+    def __call__(self, value: Any) -> str | None:
+        return self.check(value)
 
 
 @dataclass(frozen=True)
@@ -115,21 +138,15 @@ def read_prompts(path: str | Path, checks: Mapping[str, FieldCheck] | None = Non
     Raises:
         PromptError: the first fault, with file and line.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise PromptError(
-            f'prompt file {str(path)!r} does not exist: give a file of JSON lines such as {{"text": "..."}}'
-        )
-    lines = []
-    try:
-        with path.open(encoding="utf-8") as handle:
-            for number, raw in enumerate(handle, 1):
-                if raw.strip():
-                    lines.append(_read_line(raw, f"{path}:{number}", checks or {}))
-                if len(lines) > MAX_PROMPTS:
-                    raise PromptError(f"{path}: more than {MAX_PROMPTS:,} prompts; split the file")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8 JSON lines") from None
+    lines: list[PromptLine] = []
+    with opened(path, "prompt file", PromptError) as handle:
+        for number, raw in enumerate(iter(lambda: handle.readline(MAX_LINE + 1), ""), 1):
+            if len(raw) > MAX_LINE:
+                raise PromptError(f"{path}:{number}: a line of more than {MAX_LINE:,} characters; one object per line")
+            if raw.strip():
+                lines.append(_read_line(raw, f"{path}:{number}", checks or {}))
+            if len(lines) > MAX_PROMPTS:
+                raise PromptError(f"{path}: more than {MAX_PROMPTS:,} prompts; split the file")
     if not lines:
         raise PromptError(f'{path}: holds no prompt; write one JSON object per line, such as {{"text": "..."}}')
     return lines
@@ -137,29 +154,62 @@ def read_prompts(path: str | Path, checks: Mapping[str, FieldCheck] | None = Non
 
 def _read_line(raw: str, where: str, checks: Mapping[str, FieldCheck]) -> PromptLine:
     try:
-        line = json.loads(raw)
-    except json.JSONDecodeError as error:
-        raise PromptError(f"{where}: not JSON ({error.msg} at column {error.colno}); one object per line") from None
+        line = parse(raw)
+    except JsonFault as error:
+        raise PromptError(f"{where}: {error}; one object per line") from None
     if not isinstance(line, dict) or ("text" in line) == ("tokens" in line):
         raise PromptError(f'{where}: a line is an object with either "text" or "tokens"')
-    text, tokens = line.pop("text", None), line.pop("tokens", None)
-    if text is not None and (not isinstance(text, str) or not text):
-        raise PromptError(f'{where}: "text" must be a string that is not empty')
-    if tokens is not None:
-        tokens = _token_ids(tokens, where)
-    for name, value in line.items():
-        problem = checks[name](value) if name in checks else None
-        if problem:
-            raise PromptError(f"{where}: field {name!r}: {problem}")
+    text, tokens = None, None
+    if "text" in line:
+        text = _text(line.pop("text"), where)
+    else:
+        tokens = _token_ids(line.pop("tokens"), where)
+    check_fields(line, where, checks)
     return PromptLine(where, text, tokens, line)
+
+
+def check_fields(
+    fields: Mapping[str, Any], where: str, checks: Mapping[str, FieldCheck], model: Model | None = None
+) -> None:
+    """Refuses fields that are not what an analysis asks for, or token ids that `model` does not have.
+
+    Raises:
+        PromptError: the first fault.
+    """
+    for name, value in fields.items():
+        if name not in checks:
+            continue
+        if problem := checks[name](value):
+            said = problem if problem.startswith("is ") else f"is {shown(value)}: {problem}"
+            raise PromptError(f"{where}: field {name!r} {said}")
+        check = checks[name]
+        if model is not None and isinstance(check, Field) and check.ids is not None:
+            _check_vocabulary(check.ids(value), f"{where}: field {name!r}", model)
+
+
+def _check_vocabulary(tokens: Iterable[int], where: str, model: Model) -> None:
+    for token in tokens:
+        if not 0 <= token < model.shape.d_vocab:
+            raise PromptError(
+                f"{where}: token id {shown(token)} is outside the vocabulary of {model.ref}: "
+                f"legal are 0 to {model.shape.d_vocab - 1}"
+            )
+
+
+def _text(text: Any, where: str) -> str:
+    if not isinstance(text, str) or not text:
+        raise PromptError(f'{where}: "text" is {shown(text)}: it must be a string that is not empty')
+    if problem := text_fault(text):
+        raise PromptError(f"{where}: {problem}")
+    return text
 
 
 def _token_ids(tokens: Any, where: str) -> tuple[int, ...]:
     if not isinstance(tokens, list) or not tokens:
-        raise PromptError(f'{where}: "tokens" must be a list of token ids that is not empty')
+        raise PromptError(f'{where}: "tokens" is {shown(tokens)}: it must be a list of token ids that is not empty')
     for token in tokens:
-        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-            raise PromptError(f"{where}: token id {token!r} is not an int from 0")
+        if type(token) is not int or token < 0:
+            raise PromptError(f"{where}: token id {shown(token)} is not a whole number from 0")
     return tuple(tokens)
 
 
@@ -173,7 +223,7 @@ def tokenize(lines: Sequence[PromptLine | str | Sequence[int]], model: Model, *,
     Raises:
         PromptError: no tokenizer for a text, an id outside the vocabulary, or a prompt past the context window.
     """
-    return [_tokenize(_as_line(line, i), model, chat) for i, line in enumerate(lines)]
+    return [_tokenize(as_line(line, i), model, chat) for i, line in enumerate(lines)]
 
 
 def token_ids(lines: Sequence[PromptLine | str | Sequence[int]], model: Model) -> list[tuple[int, ...]]:
@@ -187,14 +237,17 @@ def token_ids(lines: Sequence[PromptLine | str | Sequence[int]], model: Model) -
     return [prompt.tokens for prompt in tokenize(lines, model)]
 
 
-def _as_line(line: PromptLine | str | Sequence[int], index: int) -> PromptLine:
+def as_line(line: PromptLine | str | Sequence[int], index: int) -> PromptLine:
+    """A prompt in any of its forms as a line; `index` names it in messages.
+
+    Raises:
+        PromptError: an empty text, half a character, or ids that are none.
+    """
     if isinstance(line, PromptLine):
         return line
     where = f"prompt {index}"
     if isinstance(line, str):
-        if not line:
-            raise PromptError(f"{where}: the text is empty")
-        return PromptLine(where, line, None)
+        return PromptLine(where, _text(line, where), None)
     return PromptLine(where, None, _token_ids(list(line), where))
 
 
@@ -210,11 +263,7 @@ def _tokenize(line: PromptLine, model: Model, chat: bool) -> Prompt:
             tokens = tuple(model.tokenizer(line.text)["input_ids"])
     if not tokens:
         raise PromptError(f"{line.where}: the text has no tokens")
-    for token in tokens:
-        if token >= model.shape.d_vocab:
-            raise PromptError(
-                f"{line.where}: token id {token} is outside the vocabulary of {model.ref}: legal are 0 to {model.shape.d_vocab - 1}"
-            )
+    _check_vocabulary(tokens, line.where, model)
     if len(tokens) > model.shape.n_ctx:
         raise PromptError(
             f"{line.where}: {len(tokens)} tokens, but the context window of {model.ref} is {model.shape.n_ctx}; shorten the prompt"

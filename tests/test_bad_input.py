@@ -107,6 +107,9 @@ def test_commands(
         (["--semantics", "skip"], ["'skip'", "trace", "readout", "mask"]),
         (["--chat", "maybe"], ["'maybe'", "true", "false"]),
         (["--phases", "prompt,reply"], ["'reply'", "prompt, response"]),
+        (["--seed", "-1"], ["seed is -1", "0 to"]),
+        (["--seed", "9" * 30], ["seed is 999", "0 to"]),
+        (["--temperature", "inf"], ["temperature is inf"]),
         (["--max-new-tokens", "-3"], ["max_new_tokens is -3"]),
         (["--backend", "nativ"], ["unknown backend 'nativ'", "Did you mean 'native'"]),
         (["--dtype", "float8"], ["unknown dtype 'float8'", "bfloat16"]),
@@ -127,6 +130,10 @@ def test_options(
     ("line", "parts"),
     [
         ("{broken", ["p.jsonl:2", "not JSON"]),
+        ('{"tokens": null}', ["p.jsonl:2", "tokens", "None"]),
+        ('{"tokens": [' + "9" * 5000 + "]}", ["p.jsonl:2", "64 bits"]),
+        ('{"tokens": ' + "[" * 90_000 + "}", ["p.jsonl:2", "deep"]),
+        ('{"text": "\\ud800"}', ["p.jsonl:2", "surrogate"]),
         ('{"tokens": []}', ["p.jsonl:2", "not empty"]),
         ('{"text": ""}', ["p.jsonl:2", "not empty"]),
         ('{"tokens": [5, 97]}', ["p.jsonl:2", "token id 97", "0 to 96"]),
@@ -179,6 +186,42 @@ def test_a_point_this_model_lacks(tmp_path: Path, prompts: Path, capsys: pytest.
     make("phi").save_pretrained(tmp_path / "phi")
     args = ["capture", "--model", str(tmp_path / "phi"), "--prompts", str(prompts), "--points", "resid_mid.0"]
     assert "no point 'resid_mid.0'" in refused(args, capsys)
+
+
+@pytest.mark.usefixtures("no_forward")
+@pytest.mark.parametrize(
+    ("analysis", "field"),
+    [
+        ("back_patching", '"answer_tokens": [97]'),
+        ("contextual_decomposition", '"answer_tokens": [8], "distractor_tokens": [4, 97]'),
+        ("latent_language", '"targets": {"en": [97]}'),
+    ],
+)
+def test_ids_in_fields_outside_the_vocabulary(
+    analysis: str, field: str, llama_folder: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts.write_text(f"{GOOD[:-1]}, {field.replace('97', '7')}}}\n{GOOD[:-1]}, {field}}}\n")
+    message = refused(["run", analysis, *voids(llama_folder, prompts)[2:]], capsys)
+    assert "p.jsonl:2: field" in message
+    assert "token id 97 is outside the vocabulary" in message
+    prompts.write_text(f"{GOOD[:-1]}, {field.replace('97', str(10**30))}}}\n")
+    assert "p.jsonl:1" in refused(["run", analysis, *voids(llama_folder, prompts)[2:]], capsys)
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "p.jsonl/below/out", "/dev/null/below/out"], ids=range(3))
+def test_an_output_whose_parent_cannot_be_made(
+    path: str, prompts: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr("analyses.cli.run.load_model", refuse)
+    refused([*voids("x", prompts), "--out", str(prompts.parent / path)], capsys)
+
+
+def test_references_too_long_for_a_path(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no such model" in refused(voids("x" * 5000, prompts), capsys)
+    assert "prompt file" in refused(voids("x", prompts.parent / ("y" * 5000)), capsys)
 
 
 def test_folders_that_are_not_models(

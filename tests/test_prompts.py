@@ -52,7 +52,7 @@ def test_positions_outside_a_prompt_are_refused() -> None:
         ('{"tokens": []}', "not empty"),
         ('{"tokens": [1, -2]}', "token id -2"),
         ('{"tokens": [true]}', "token id True"),
-        ('{"text": "a", "label": 7}', "field 'label': must be 0 or 1"),
+        ('{"text": "a", "label": 7}', "field 'label' is 7: must be 0 or 1"),
     ],
 )
 def test_a_fault_names_its_file_and_line(tmp_path: Path, line: str, message: str) -> None:

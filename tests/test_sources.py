@@ -214,7 +214,7 @@ class TestGguf:
         path.write_text("hello")
         with pytest.raises(ModelError, match="not a GGUF file"):
             load_model(str(path))
-        with pytest.raises(ModelError, match="no such file"):
+        with pytest.raises(ModelError, match="no such model, file"):
             load_model(str(tmp_path / "none.gguf"))
 
     def test_a_weight_that_is_not_there_is_never_made_up(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

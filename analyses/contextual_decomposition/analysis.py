@@ -24,7 +24,7 @@ from probes.errors import PromptError
 from probes.models.base import Model
 from probes.needs import Need
 from probes.progress import QUIET, Progress
-from probes.prompts import FieldCheck, Prompt, read_prompts
+from probes.prompts import Field, Prompt, check_ids, read_prompts
 from probes.store import ActivationStore
 
 _SWITCHES = {
@@ -32,13 +32,6 @@ _SWITCHES = {
     "eps": "eps",
 }  # fmt: skip
 """Options that override a rule of the preset, and the rule's name."""
-
-
-def check_ids(value: Any) -> str | None:
-    """What is wrong with a field of token ids, or None."""
-    if not isinstance(value, list) or not value or any(isinstance(v, bool) or not isinstance(v, int) for v in value):
-        return "must be a list of token ids that is not empty, such as [262]"
-    return None
 
 
 def check_positions(value: Any) -> str | None:
@@ -104,10 +97,14 @@ class ContextualDecomposition(Analysis):
     reference: ClassVar[str] = (
         'Hsu et al. 2024, "Efficient Automated Circuit Discovery in Transformers using Contextual Decomposition", arXiv 2407.00886'
     )
-    prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {
-        "answer_tokens": check_ids,
-        "distractor_tokens": check_ids,
-        "positions": check_positions,
+    prompt_fields: ClassVar[Mapping[str, Field]] = {
+        "answer_tokens": Field(
+            "Ids whose mean logit counts for the metric: [262]. Every line needs them.", check_ids, ids=tuple
+        ),
+        "distractor_tokens": Field("Ids whose mean logit counts against it: [318].", check_ids, ids=tuple),
+        "positions": Field(
+            "Positions at which heads are scored by themselves; all where it is left out: [0, -1].", check_positions
+        ),
     }
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
     profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES

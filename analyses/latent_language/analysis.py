@@ -20,7 +20,15 @@ from analyses.latent_language import tables as tabled
 from analyses.latent_language.extras import EXTRAS, Extra, fitted_lens
 from analyses.latent_language.figures import FIGURES
 from analyses.latent_language.ids import Collide, Rule, SetRule
-from analyses.latent_language.items import Dropped, Item, check_targets, given_items, task_items, with_controls
+from analyses.latent_language.items import (
+    Dropped,
+    Item,
+    check_targets,
+    given_items,
+    target_ids,
+    task_items,
+    with_controls,
+)
 from analyses.latent_language.profiles import PROFILES
 from analyses.latent_language.prompts import Form, Framing, Task, queries
 from analyses.latent_language.read import LAST, Reader, Reading, prefixes
@@ -33,7 +41,7 @@ from probes.errors import OptionError, PromptError
 from probes.models.base import Model
 from probes.needs import Need
 from probes.progress import QUIET, Progress
-from probes.prompts import FieldCheck, Prompt
+from probes.prompts import Field, Prompt
 from probes.store import ActivationStore
 
 Language = Literal["en", "fr", "de", "es", "it", "ru", "zh", "ja", "ar"]
@@ -92,7 +100,13 @@ class LatentLanguage(Analysis):
         'Wendler et al. 2024, "Do Llamas Work in English?", arXiv 2402.10588; Zhong et al. 2024, '
         '"Beyond English-Centric LLMs: What Language Do Multilingual Language Models Think in?", arXiv 2408.10811'
     )
-    prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {"targets": check_targets}
+    prompt_fields: ClassVar[Mapping[str, Field]] = {
+        "targets": Field(
+            'What each language would say next: {"en": ["dog"], "fr": ["chien"]}, or token ids {"en": [262]}.',
+            check_targets,
+            ids=target_ids,
+        )
+    }
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
     profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
 

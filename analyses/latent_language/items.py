@@ -58,6 +58,11 @@ def check_targets(value: Any) -> str | None:
     return None
 
 
+def target_ids(value: Mapping[str, Any]) -> list[int]:
+    """The token ids in a `targets` field, words left out."""
+    return [token for given in value.values() for token in given if isinstance(token, int)]
+
+
 def prompt_tokens(model: Model, text: str) -> tuple[int, ...]:
     """The tokens of a prompt, without an end-of-sequence token that the tokenizer puts last."""
     tokens = tokenize([text], model)[0].tokens

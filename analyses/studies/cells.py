@@ -14,7 +14,7 @@ from analyses.base import Analysis
 from analyses.options import types_of
 from analyses.registry import get_analysis
 from analyses.studies import fingerprint
-from analyses.studies.checks import check_fields, check_names, located
+from analyses.studies.checks import check_lines, check_names, located
 from analyses.studies.options import Setting, make
 from analyses.studies.origin import fault
 from analyses.studies.study import AnalysisSpec, ModelSpec, PromptSet, Study
@@ -146,7 +146,7 @@ def _cells_of(study: Study, spec: AnalysisSpec, models: _Models, prompts: Mappin
         for label in _prompt_labels(study, spec, makes):
             given = None if label is None else prompts[label]
             with located(None):
-                check_fields(given.lines if given else (), cls.prompt_fields)
+                check_lines(given.lines if given else (), cls.prompt_fields)
             for model in _models_of(study, spec):
                 changed = _overridden(study, spec, model, label)
                 if changed is None:

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from analyses.registry import get_analysis
 from analyses.studies.origin import Key, Origin, StudyError, fault
 from analyses.studies.study import AnalysisSpec, ModelSpec, PromptSet, Study
-from probes.errors import PromptError, UserError, unknown
+from probes.errors import UserError, unknown
 from probes.models.handover import BACKENDS
 from probes.models.load import ATTENTIONS, DTYPES
-from probes.prompts import FieldCheck, PromptLine
+from probes.prompts import FieldCheck, PromptLine, check_fields
 
 
 @contextmanager
@@ -79,14 +79,11 @@ def _check_overrides(study: Study, models: Sequence[str], prompts: Sequence[str]
                 raise fault(unknown(key, name, legal), override.origin, key)
 
 
-def check_fields(lines: Sequence[PromptLine], checks: Mapping[str, FieldCheck]) -> None:
+def check_lines(lines: Sequence[PromptLine], checks: Mapping[str, FieldCheck]) -> None:
     """Refuses prompt lines whose fields are not what an analysis asks for.
 
     Raises:
         PromptError: the first fault, with file and line.
     """
     for line in lines:
-        for name, value in line.fields.items():
-            problem = checks[name](value) if name in checks else None
-            if problem:
-                raise PromptError(f"{line.where}: field {name!r}: {problem}")
+        check_fields(line.fields, line.where, checks)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from analyses.options import NAMES
 from analyses.studies.origin import Origin, fault
-from probes.errors import unknown
+from probes.errors import shown, unknown
 
 Kind = TypeVar("Kind", bool, int, str)
-_NAMES = {bool: "true or false", int: "a whole number", str: "a text"}
 
 
 class Table:
@@ -21,7 +21,7 @@ class Table:
 
     def __init__(self, values: Any, origin: Origin) -> None:
         if not isinstance(values, Mapping):
-            raise fault(f"{values!r} is not a table: write keys and values", origin)
+            raise fault(f"{shown(values)} is not a table: write keys and values", origin)
         self.values, self.origin = dict(values), origin
         self._known: set[str] = set()
 
@@ -45,7 +45,7 @@ class Table:
             return None
         values = self.values[key]
         if not isinstance(values, list):
-            raise fault(f"{key} is {values!r}: write a list, [{values!r}]", self.origin, key)
+            raise fault(f"{key} is {shown(values)}: write a list, [{shown(values)}]", self.origin, key)
         for i, value in enumerate(values):
             self._expect(value, kind, key, i)
         return tuple(values)
@@ -77,4 +77,6 @@ class Table:
     def _expect(self, value: Any, kind: type, *path: str | int) -> None:
         # bool is an int in Python, but true is no number in a study.
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise fault(f"{path[0]} is {value!r}: give {_NAMES[kind]}", self.origin, *path)
+            raise fault(f"{path[0]} is {shown(value)}: give {NAMES[kind]}", self.origin, *path)
+        if isinstance(value, str) and "\0" in value:
+            raise fault(f"{path[0]} is {shown(value)}: leave out the NUL", self.origin, *path)

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from analyses.base import Analysis
-from analyses.options import types_of
+from analyses.options import NAMES, types_of
 from analyses.studies.origin import Origin, StudyError, fault
-from probes.errors import OptionError, unknown
-
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+from probes.errors import OptionError, shown, unknown
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,6 @@ def _scalar(name: str, value: Any, kind: Any, origin: Origin | None) -> Any:
         kind = type(typing.get_args(kind)[0])
     if kind is float and type(value) is int:
         return float(value)
-    if kind in _NAMES and type(value) is not kind:
-        raise fault(f"option {name} is {value!r}: give {_NAMES[kind]}", origin)
+    if kind in NAMES and type(value) is not kind:
+        raise fault(f"option {name} is {shown(value)}: give {NAMES[kind]}", origin)
     return value

@@ -90,7 +90,7 @@ def _closed(lines: list[str], n: int) -> Any:
 def _read(text: str) -> Any:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return None
 
 

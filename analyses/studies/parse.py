@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,14 @@ from typing import Any
 from analyses.studies.fields import Table
 from analyses.studies.origin import Origin, StudyError, fault
 from analyses.studies.study import AnalysisSpec, ModelSpec, Override, PromptSet, Study
+from probes.errors import one_line, shown
+from probes.input_files import kind_of, read_text
+from probes.strict_json import JsonFault, check_tree
 
 _TOP = ("name", "title", "seeds", "include", "models", "prompts", "analyses", "overrides")
+
+MAX_NAME = 200
+"""Characters of the longest name of a study, which names its folder."""
 
 
 def read_study(path: str | Path) -> Study:
@@ -30,8 +37,11 @@ def read_study(path: str | Path) -> Study:
         if given is not None:
             seeds = _seeds(page, given)
     title = [page.get("title", "") for page in pages if page.get("title", "")]
+    name = own.get("name", "") or Path(path).stem
+    if Path(name).name != name or len(name) > MAX_NAME:
+        raise fault(f"name is {shown(name)}: give one of at most {MAX_NAME} characters without /", own.origin, "name")
     return Study(
-        name=own.get("name", "") or Path(path).stem,
+        name=name,
         title=title[-1] if title else "",
         models=tuple(_model(t) for page in pages for t in page.tables("models")),
         prompts=tuple(_prompts(t) for page in pages for t in page.tables("prompts")),
@@ -59,20 +69,43 @@ def _pages(path: Path, chain: tuple[Path, ...], seen: set[Path], named: Origin |
 
 def _page(path: Path, named: Origin | None) -> Table:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, "study file", StudyError)
+    except StudyError as error:
+        raise fault(str(error), named) from None
+    try:
         values: Any = tomllib.loads(text)
+        check_tree(values)
     except tomllib.TOMLDecodeError as error:
         found = re.search(r" \(at line (\d+), ", str(error))
         line = int(found[1]) if found else text.count("\n") + 1
         raise StudyError(f"{path}:{line}: not TOML: {str(error).partition(' (at ')[0]}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise fault(f"study file {str(path)!r} cannot be read: {reason}", named) from None
+    except JsonFault as error:
+        raise fault(str(error), Origin(path, text), *error.path) from None
+    except (ValueError, RecursionError) as error:  # A number, a date or a depth that Python refuses, without its line.
+        raise StudyError(
+            f"{path}:{_line_of_fault(text)}: cannot be read: {one_line(error)}; write it smaller"
+        ) from None
     page = Table(values, Origin(path, text))
     for key in _TOP:
         page.raw(key)
     page.close()
     return page
+
+
+def _line_of_fault(text: str) -> int:
+    """The first line with which the text cannot be read, for faults that name no line."""
+    lines = text.split("\n")
+    return 1 + bisect_left(range(1, len(lines) + 1), True, key=lambda n: _is_fault("\n".join(lines[:n])))
+
+
+def _is_fault(text: str) -> bool:
+    try:
+        tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        return False
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 def _seeds(page: Table, seeds: tuple[int, ...]) -> tuple[int, ...]:
@@ -89,7 +122,7 @@ def _model(table: Table) -> ModelSpec:
     beside = table.origin.file.parent / ref
     plain = ModelSpec("")
     spec = ModelSpec(
-        ref=str(beside) if beside.exists() else ref,
+        ref=str(beside) if kind_of(beside) != "nothing" else ref,
         name=table.get("name", "") or ref,
         backend=table.get("backend", plain.backend),
         device=table.get("device", plain.device),
@@ -135,7 +168,7 @@ def _analysis(table: Table) -> AnalysisSpec:
     vary = table.table("vary")
     for key, values in vary.items():
         if not isinstance(values, list) or not values:
-            raise fault(f"vary.{key} is {values!r}: give a list of values", table.origin, "vary", key)
+            raise fault(f"vary.{key} is {shown(values)}: give a list of values", table.origin, "vary", key)
     spec = AnalysisSpec(
         analysis=table.required("analysis", '"voids"'),
         name=table.get("name", ""),

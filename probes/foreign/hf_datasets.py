@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from probes.errors import PointError, StoreError
-from probes.foreign.rows import Imported, Rows, Tokens, checked, key_of, put_all
+from probes.errors import PointError, StoreError, one_line, shown
+from probes.foreign.rows import Imported, Rows, Tokens, checked, key_of, put_all, token_ids
 from probes.points import Address
 from probes.prompts import read_prompts
 from probes.store import ActivationStore
@@ -46,13 +46,21 @@ def import_datasets(
         StoreError: not a data set, columns that are no points, no token ids, or rows that do not match them.
     """
     held = _load(Path(path).expanduser())
+    columns = _columns(held, str(path))
+    return put_all(store, model, "datasets", _sequences(held, columns, _ids(held, tokens, str(path)), str(path)))
+
+
+def _columns(held: Any, where: str) -> dict[str, str]:
+    """The feature of each column that names a point."""
     columns = {name: key for name in held.column_names if (key := _key(name)) is not None}
     if not columns:
         raise StoreError(
-            f"{path}: no column names a point; it has {held.column_names}. Legal: blocks.N. with {', '.join(HOOKS)}, or "
-            f"{', '.join(GLOBAL_HOOKS)}, or a feature such as resid_post.3/rows@all"
+            f"{where}: no column names a point; it has {shown(held.column_names)}. Legal: blocks.N. with {', '.join(HOOKS)}, "
+            f"or {', '.join(GLOBAL_HOOKS)}, or a feature such as resid_post.3/rows@all"
         )
-    return put_all(store, model, "datasets", _sequences(held, columns, _ids(held, tokens, str(path)), str(path)))
+    if len(set(columns.values())) < len(columns):
+        raise StoreError(f"{where}: several of the columns {shown(list(columns))} name one point; keep one of each")
+    return columns
 
 
 def _load(path: Path) -> Any:
@@ -62,10 +70,14 @@ def _load(path: Path) -> Any:
         raise StoreError("reading data sets needs the datasets library: pip install 'bathyscope[datasets]'") from None
     try:
         held = load_from_disk(str(path))
-    except (FileNotFoundError, ValueError, OSError) as error:
-        raise StoreError(f"{str(path)!r} is not a data set saved with save_to_disk ({error})") from error
+    except Exception as error:  # pyarrow and the library have many classes of their own for a damaged folder.
+        raise StoreError(
+            f"{shown(str(path))} is not a data set saved with save_to_disk ({one_line(error)}); give the folder it wrote"
+        ) from error
     if not isinstance(held, Dataset):
         raise StoreError(f"{str(path)!r} holds several splits ({', '.join(held)}): give the folder of one")
+    if not len(held):
+        raise StoreError(f"{str(path)!r} has no rows; nothing to import")
     return held.with_format("numpy")
 
 
@@ -73,7 +85,7 @@ def _key(column: str) -> str | None:
     """The feature that a column holds, or None."""
     if re.fullmatch(r"[a-z_]+(\.\d+)?/rows@all", column):
         column = column.partition("/")[0]
-    inside = re.fullmatch(r"blocks\.(\d+)\.(.+)", column)
+    inside = re.fullmatch(r"blocks\.(\d{1,6})\.(.+)", column)
     if inside and inside[2] in HOOKS:
         return key_of(Address(HOOKS[inside[2]], int(inside[1])).canonical)
     if column in GLOBAL_HOOKS:
@@ -98,13 +110,32 @@ def _ids(held: Any, tokens: str | Path | None, where: str) -> Sequence[Tokens]:
         raise StoreError(
             f"{where}: no column of token ids ({', '.join(IDS)}), by which rows are found; give them with --tokens FILE.jsonl"
         )
-    return [tuple(int(i) for i in row) for row in held.select_columns([column])[:][column]]
+    rows = _cells(held, [column], where)
+    return [token_ids(row[column], f"{where}, row {number}, {column}") for number, row in enumerate(rows)]
+
+
+def _cells(held: Any, names: list[str], where: str) -> Iterator[dict[str, Any]]:
+    """The rows of some columns, one by one."""
+    try:
+        yield from held.select_columns(names)
+    except Exception as error:  # As when it is opened: the file behind it is read only now.
+        raise StoreError(f"{where}: cannot be read ({one_line(error)}); save the data set again") from error
 
 
 def _sequences(held: Any, columns: dict[str, str], ids: Sequence[Tokens], where: str) -> Iterator[tuple[Tokens, Rows]]:
-    for number, (tokens, row) in enumerate(zip(ids, held.select_columns(list(columns)), strict=True)):
+    for number, (tokens, row) in enumerate(zip(ids, _cells(held, list(columns), where), strict=True)):
         rows = {}
         for name, key in columns.items():
-            array = np.ascontiguousarray(np.stack(row[name]) if row[name].dtype == object else row[name])
-            rows[key] = checked(torch.from_numpy(array.copy()), tokens, f"{where}, row {number}, {name}")
+            place = f"{where}, row {number}, {name}"
+            rows[key] = checked(_tensor(row[name], place), key, tokens, place)
         yield tokens, rows
+
+
+def _tensor(cell: Any, where: str) -> torch.Tensor:
+    """A cell as a tensor of its own."""
+    try:
+        array = np.asarray(cell)
+        stacked = np.stack(list(array)) if array.dtype == object else array
+        return torch.from_numpy(np.ascontiguousarray(stacked).copy())
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"{where}: is no table of numbers ({one_line(error)}); legal is one row a token") from None

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from probes.errors import StoreError
+from probes.errors import StoreError, shown
 from probes.needs import Feature
-from probes.points import Address
+from probes.points import POINTS, Address
 from probes.store import ActivationStore, Packet, Ragged
+from probes.strict_json import text_fault
 
 PACKET_BYTES = 64 * 2**20
 """Rows gathered before they are written, which bounds memory."""
 TOOLS = ("vllm", "datasets")
+LONGEST = 500
+"""Characters of the longest name of a model."""
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""What activations may be kept in."""
 
 Tokens = tuple[int, ...]
 Rows = Mapping[str, Tensor]
@@ -44,10 +51,13 @@ def foreign_context(model: str, tool: str, dtype: torch.dtype) -> dict[str, str]
     Raises:
         StoreError: no model named.
     """
-    if not model.strip():
-        raise StoreError("say which model the rows are of: --of NAME")
+    name = model.strip()
+    if not name or len(name) > LONGEST or text_fault(name):
+        raise StoreError(
+            f"the model is {shown(model)}: say which the rows are of, in at most {LONGEST} characters: --of NAME"
+        )
     return {
-        "weights": f"foreign:{model.strip()}",
+        "weights": f"foreign:{name}",
         "backend": tool,
         "dtype": str(dtype).removeprefix("torch."),
         "attention": "unknown",
@@ -60,16 +70,48 @@ def key_of(address: Address) -> str:
     return Feature(address).key
 
 
-def checked(rows: Tensor, tokens: Tokens, where: str) -> Tensor:
-    """Rows [pos, ...] of one sequence.
+def token_ids(values: Any, where: str) -> Tokens:
+    """The token ids of one sequence, from what another tool keeps them in.
 
     Raises:
-        StoreError: not one row for each token, or values that are not finite.
+        StoreError: nothing, more than one axis, other numbers than whole ones (1.7 is no id, nor is true), or ids that are
+            negative or past 63 bits.
     """
-    if rows.dim() == 0 or len(rows) != len(tokens):
-        raise StoreError(f"{where}: {tuple(rows.shape)} is not one row for each of {len(tokens)} tokens")
-    if not tokens:
-        raise StoreError(f"{where}: a sequence has no tokens")
+    try:
+        ids = np.asarray(values.tolist() if isinstance(values, Tensor) else values)
+    except ValueError:
+        raise StoreError(
+            f"{where}: token ids are lists of several lengths; legal is one axis with at least one id"
+        ) from None
+    if ids.ndim != 1 or not ids.size:
+        raise StoreError(f"{where}: token ids have the shape {ids.shape}; legal is one axis with at least one id")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise StoreError(f"{where}: token ids are {ids.dtype}; legal are whole numbers: write the ids themselves")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= 2**63:
+        raise StoreError(
+            f"{where}: token id {low if low < 0 else high} is none; legal are whole numbers from 0 of 63 bits"
+        )
+    return tuple(ids.tolist())
+
+
+def checked(rows: Tensor, key: str, tokens: Tokens, where: str) -> Tensor:
+    """Rows [pos, ...] of one sequence for the feature `key`.
+
+    Raises:
+        StoreError: not one row of the point's axes for each token, rows without values, or values that are no finite
+            numbers.
+    """
+    axes = POINTS[Address.parse(key.partition("/")[0]).point].dims
+    if rows.dim() != len(axes) or len(rows) != len(tokens):
+        raise StoreError(
+            f"{where}: {tuple(rows.shape)} is not one row for each of {len(tokens)} tokens: legal is [{', '.join(axes)}]"
+        )
+    if not rows.numel():
+        raise StoreError(f"{where}: {tuple(rows.shape)} holds no value; were the states written?")
+    if rows.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise StoreError(f"{where}: values are {str(rows.dtype).removeprefix('torch.')}; legal are {names}")
     if not torch.isfinite(rows).all():
         raise StoreError(f"{where}: holds NaN or infinite values; the rows were not computed or not written whole")
     return rows
@@ -84,7 +126,7 @@ def put_all(store: ActivationStore, model: str, tool: str, found: Iterable[tuple
     sequences = rows_written = bytes_written = 0
     context: dict[str, str] = {}
     features: dict[str, None] = {}
-    for part in _packets(found):
+    for part in _packets(_same_width(found)):
         dtype = next(iter(part[0][1].values())).dtype
         here = foreign_context(model, tool, dtype)
         if (context and here != context) or any(r.dtype != dtype for _, rows in part for r in rows.values()):
@@ -98,6 +140,19 @@ def put_all(store: ActivationStore, model: str, tool: str, found: Iterable[tuple
     if not sequences:
         raise StoreError("nothing to import: no sequence was found")
     return Imported(sequences, tuple(features), rows_written, bytes_written, context)
+
+
+def _same_width(found: Iterable[tuple[Tokens, Rows]]) -> Iterator[tuple[Tokens, Rows]]:
+    """What was found, each feature checked to keep its width from sequence to sequence."""
+    first: dict[str, torch.Size] = {}
+    for number, (tokens, rows) in enumerate(found):
+        for key, tensor in rows.items():
+            if tensor.shape[1:] != first.setdefault(key, tensor.shape[1:]):
+                raise StoreError(
+                    f"sequence {number}: rows of {key} are {list(tensor.shape[1:])} wide, those before "
+                    f"{list(first[key])}; import the rows of one model at a time"
+                )
+        yield tokens, rows
 
 
 def _packets(found: Iterable[tuple[Tokens, Rows]]) -> Iterator[list[tuple[Tokens, Rows]]]:

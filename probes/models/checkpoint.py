@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
-from probes.errors import ModelError
+from probes.errors import ModelError, one_line, shown
+from probes.input_files import kind_of
+from probes.models.config_sizes import check_sizes
 from probes.models.quiet import quiet
+from probes.models.tensor_files import read_object, tensor_shapes
 from probes.norms.large_eps import undo_large_eps
 
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
-_FAULTS = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError, SafetensorError)
-"""What the library raises for a folder it cannot load; it has no error class of its own."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,11 @@ def check_folder(folder: Path) -> None:
     Raises:
         ModelError: no config.json, no weights, or weights in pickle form only.
     """
-    if not (folder / "config.json").is_file():
-        inside = sorted(path.name for path in folder.iterdir())[:6]
+    if kind_of(folder / "config.json") != "file":
+        try:
+            inside = sorted(path.name for path in folder.iterdir())[:6]
+        except OSError as error:
+            raise ModelError(f"{folder} cannot be read ({error.strerror}); give a folder that can be") from None
         adapter = (
             " (adapter_config.json: an adapter; merge it into its base model first)"
             if "adapter_config.json" in inside
@@ -64,18 +67,28 @@ def check_folder(folder: Path) -> None:
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The configuration of a folder.
+    """The configuration of a folder, its sizes held against the checkpoint's tensors.
 
     Raises:
-        ModelError: damaged, or a model type the installed transformers does not know.
+        ModelError: damaged, sizes that its tensors cannot have, or a model type the installed transformers does not know.
     """
     from transformers import AutoConfig
 
+    _check_config(folder)
     try:
         with quiet():
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except _FAULTS as error:
+    except Exception as error:  # The library has no error of its own for a folder that it cannot load.
         raise ModelError(f"cannot read the configuration of {folder}: {one_line(error)}") from error
+
+
+def _check_config(folder: Path) -> None:
+    path = folder / "config.json"
+    raw = read_object(path, "configuration")
+    classes = raw.get("architectures")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise ModelError(f"{path}: architectures is {shown(classes)}; legal is a list of class names, or null")
+    check_sizes(raw, tensor_shapes(folder), str(path))
 
 
 def model_class(config: Any) -> Any:
@@ -141,7 +154,7 @@ def load_module(folder: Path, config: Any, how: Loading) -> nn.Module:
             f"out of memory on {how.device}: the weights of {folder.name} take {size / 1e9:.1f} GB on disk; "
             "try --dtype bfloat16, another device or a smaller model"
         ) from error
-    except _FAULTS as error:
+    except Exception as error:  # As for the configuration.
         raise ModelError(f"cannot load {folder}: {one_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -181,9 +194,3 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # The tokenizers library raises bare Exception for a damaged file.
         raise ModelError(f"cannot read the tokenizer of {folder}: {one_line(error)}") from error
-
-
-def one_line(error: BaseException, limit: int = 240) -> str:
-    """The first line of an error's message, cut to `limit` characters."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
-    return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -8,11 +8,25 @@ from typing import Any
 
 import numpy as np
 
-from probes.errors import ModelError
+from probes.errors import ModelError, one_line, shown
 from probes.models.cache import Source, install
+from probes.models.config_sizes import check_sizes
 from probes.models.quiet import quiet
 
 _MAGIC = b"GGUF"
+_FIELDS = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "rope.dimension_count": "rotary_dim",
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+}
+"""Fields below the architecture's name, and what a configuration calls each."""
+_REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads")
 
 
 def gguf_folder(path: Path) -> Path:
@@ -53,9 +67,11 @@ def convert_gguf(path: Path, folder: Path) -> None:
     except OSError as error:
         if error.errno is not None:
             raise
-        raise ModelError(f"cannot convert {path.name}: {_first_line(error)}") from error
-    except (ValueError, KeyError, RuntimeError, NotImplementedError, ImportError, AttributeError, TypeError) as error:
-        raise ModelError(f"cannot convert {path.name}: {_first_line(error)}") from error
+        raise ModelError(f"cannot convert {path.name}: {one_line(error)}") from error
+    except ModelError:
+        raise
+    except Exception as error:  # The library has no error of its own for what it cannot convert.
+        raise ModelError(f"cannot convert {path.name}: {one_line(error)}") from error
 
 
 def check_gguf(path: Path) -> frozenset[str]:
@@ -65,12 +81,10 @@ def check_gguf(path: Path) -> frozenset[str]:
         ModelError: not a GGUF file, cut short, without an architecture or without tensors.
     """
     _check_magic(path)
-    from gguf import GGUFReader
-
     try:
         # A damaged header can give sizes that overflow; numpy would warn of it before it fails.
         with np.errstate(all="ignore"):
-            reader: Any = GGUFReader(path)
+            reader = _reader(path)
     except Exception as error:  # The reader has no error of its own: a damaged file ends in any of numpy's.
         raise ModelError(
             f"{path} is a damaged or truncated GGUF file ({type(error).__name__} while reading its header); fetch it again"
@@ -81,7 +95,40 @@ def check_gguf(path: Path) -> frozenset[str]:
         raise ModelError(f"{path} is a truncated GGUF file: tensor {cut[0]!r} ends after byte {size}; fetch it again")
     if not reader.tensors or "general.architecture" not in reader.fields:
         raise ModelError(f"{path} is a GGUF file without tensors or architecture; it is not a language model")
+    shapes = {tensor.name: tuple(int(n) for n in tensor.shape) for tensor in reader.tensors}
+    check_sizes(_sizes(reader, path), shapes, str(path))
     return frozenset(reader.fields)
+
+
+def _reader(path: Path) -> Any:
+    """A GGUF file's fields and tensors; a length that leads out of the file ends the reading."""
+    from gguf import GGUFReader
+
+    class Bounded(GGUFReader):  # type: ignore[misc]
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, *order: Any, **named: Any) -> Any:
+            # The library takes what is past the end for empty, and goes on for as many items as the header claims.
+            if not 0 <= int(offset) + np.dtype(dtype).itemsize * int(count) <= len(self.data):
+                raise ValueError("a length leads out of the file")
+            return super()._get(offset, dtype, count, *order, **named)
+
+    return Bounded(path)
+
+
+def _sizes(reader: Any, path: Path) -> dict[str, Any]:
+    """The sizes a GGUF file states, by the names that configurations give them."""
+    architecture = _value(reader, "general.architecture")
+    stated = {size: _value(reader, f"{architecture}.{field}") for field, size in _FIELDS.items()}
+    for field, size in _FIELDS.items():
+        # The library would take its own class's default in place of what the file has lost.
+        if stated[size] is None and size in _REQUIRED:
+            raise ModelError(
+                f"{path} has no field {shown(f'{architecture}.{field}')}; the file is damaged: fetch it again"
+            )
+    return {size: value for size, value in stated.items() if value is not None}
+
+
+def _value(reader: Any, field: str) -> Any:
+    return reader.fields[field].contents() if field in reader.fields else None
 
 
 def _check_magic(path: Path) -> None:
@@ -120,7 +167,3 @@ def _convert_tokenizer(path: Path, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True).save_pretrained(folder)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from probes.errors import ModelError
-from probes.models.checkpoint import one_line
+from probes.errors import ModelError, one_line
 from probes.models.quiet import quiet
 
 PROBE_SECONDS = 4.0
@@ -16,6 +15,9 @@ PROBE_SECONDS = 4.0
 
 _WANTED = ("*.json", "*.jinja", "*.txt", "*.model", "model.safetensors", "model-*-of-*.safetensors")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
+
+MAX_ID = 96
+"""Characters of the longest id that the hub gives."""
 
 
 class HubUnreachable(ModelError):
@@ -28,7 +30,7 @@ class HubMissing(ModelError):
 
 def is_hub_id(ref: str) -> bool:
     """Whether a reference has the form of a hub id: `name` or `owner/name`."""
-    return _HUB_ID.fullmatch(ref) is not None
+    return len(ref) <= MAX_ID and _HUB_ID.fullmatch(ref) is not None
 
 
 def hub_folder(

@@ -8,7 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from probes.errors import ModelError
+from probes.errors import SHOWN, ModelError, shown
+from probes.input_files import kind_of
 from probes.models.cache import installed
 from probes.models.checkpoint import check_folder, read_config
 from probes.models.embedded import EMBEDDED, EmbeddedModel
@@ -60,22 +61,21 @@ def locate(
     Raises:
         ModelError: nothing of that name, or a source that cannot be used; the message says what is at hand.
     """
-    path = Path(ref).expanduser()
     if ref in EMBEDDED and revision is None:
         entry = EMBEDDED[ref]
         _refuse_offline_fetch(entry, offline)
         return Located(ref, fetch_embedded(entry, progress=progress, download=download), f"sha256:{entry.sha256}")
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"no such file: {ref}; a model is {_legal()}")
-        return Located(ref, gguf_folder(path))
-    if path.is_dir():
+    path = _path_of(ref)
+    kind = kind_of(path)
+    if kind == "folder":
         check_folder(path)
         return Located(ref, path)
-    if path.exists():
-        raise ModelError(f"{ref} is a file but not a .gguf file; a model is {_legal()}")
-    if not is_hub_id(ref):
-        raise ModelError(f"no such model or folder: {ref!r}.{_near(ref)} A model is {_legal()}")
+    if kind == "file" and path.suffix.lower() == ".gguf":
+        return Located(ref, gguf_folder(path))
+    if kind != "nothing":
+        raise ModelError(f"{shown(ref)} is a {kind} but not a .gguf file; a model is {_legal()}")
+    if not is_hub_id(ref) or path.suffix.lower() == ".gguf":
+        raise ModelError(f"no such model, file or folder: {shown(ref)}.{_near(ref)} A model is {_legal()}")
     return _from_hub(ref, revision, offline, trust_remote_code)
 
 
@@ -127,6 +127,13 @@ def model_info(ref: str, *, trust_remote_code: bool = False) -> ModelInfo:
     facts = _facts(config)
     described = f"{facts['architecture']}, {facts.get('n_layers', '?')} layers"
     return ModelInfo(ref, kind, described, at_hand=True, path=located.folder, facts=facts)
+
+
+def _path_of(ref: str) -> Path:
+    try:
+        return Path(ref).expanduser()
+    except RuntimeError:  # `~name` of nobody
+        return Path(ref)
 
 
 def _from_hub(ref: str, revision: str | None, offline: bool, trust_remote_code: bool) -> Located:
@@ -186,7 +193,7 @@ def _facts(config: Any) -> dict[str, str | int]:
 
 
 def _near(ref: str) -> str:
-    close = get_close_matches(ref.lower(), EMBEDDED, n=1, cutoff=0.75)
+    close = get_close_matches(ref.lower()[:SHOWN], EMBEDDED, n=1, cutoff=0.75)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 

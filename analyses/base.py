@@ -76,11 +76,6 @@ def as_prompts(
     return [p if isinstance(p, Prompt) else tokenize([p], model, chat=chat)[0] for p in prompts]
 
 
-def token_text(model: Model, token: int) -> str:
-    """A token as text, or its id in angle brackets where there is no tokenizer."""
-    return f"<{token}>" if model.tokenizer is None else str(model.tokenizer.decode([token]))
-
-
 @dataclass(frozen=True)
 class Clock:
     """When a run began."""

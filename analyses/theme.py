@@ -42,12 +42,12 @@ def whiskers(mean: pd.Series, low: pd.Series, high: pd.Series, width: int = 0, *
 
 
 def menu(figure: go.Figure, labels: list[str], widths: list[int] | None = None) -> None:
-    """A menu that shows one trace at a time; `widths` sets the figure's width (pixels) for each."""
+    """A menu that shows one trace at a time, by labels of plain text; `widths` sets the figure's width (pixels) for each."""
     buttons = []
     for chosen, label in enumerate(labels):
         layout = {} if widths is None else {"width": widths[chosen]}
         shown = [other == chosen for other in range(len(labels))]
-        buttons.append({"label": label, "method": "update", "args": [{"visible": shown}, layout]})
+        buttons.append({"label": plain(label), "method": "update", "args": [{"visible": shown}, layout]})
     if widths is not None:
         figure.update_layout(width=widths[0])
     if len(labels) > 1:
@@ -60,6 +60,21 @@ def shorten(text: str, length: int = 60) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def visible(token: str) -> str:
-    """A token with its white space made visible."""
-    return token.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥") or "∅"
+def visible(text: str) -> str:
+    """A token with its white space made visible, and characters that have no sign as their escapes."""
+    shown = text.translate(_SIGNS)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown) or "∅"
+
+
+def plain(text: object) -> str:
+    """Any text as a figure shows it letter by letter: Plotly takes `<s>` for markup and `$…$` for a formula."""
+    return str(text).translate(_MARKUP)
+
+
+def token_label(token: str, length: int = 60) -> str:
+    """A token in a figure: its white space visible, shortened, and no part of it taken for markup."""
+    return plain(shorten(visible(token), length))
+
+
+_SIGNS = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥"})
+_MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;"})

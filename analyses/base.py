@@ -17,7 +17,7 @@ from probes.activations import Activations
 from probes.models.base import Model
 from probes.needs import Need
 from probes.progress import QUIET, Progress
-from probes.prompts import FieldCheck, Prompt, PromptLine, read_prompts, tokenize
+from probes.prompts import Field, FieldCheck, Prompt, PromptLine, read_prompts, tokenize
 from probes.store import ActivationStore
 
 PromptsLike = str | Path | Sequence[Prompt | PromptLine | str | Sequence[int]]
@@ -34,7 +34,8 @@ class Analysis(Protocol):
     name: ClassVar[str]
     title: ClassVar[str]
     reference: ClassVar[str]
-    prompt_fields: ClassVar[Mapping[str, FieldCheck]]
+    prompt_fields: ClassVar[Mapping[str, Field]]
+    """What a prompt line may carry beside its text or tokens, by name."""
     figures: ClassVar[Mapping[str, FigureSpec]]
     profiles: ClassVar[Mapping[str, ProfileSpec]] = {}
     """What it says of each layer, for the depth axis all analyses share."""

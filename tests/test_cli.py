@@ -9,7 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from analyses.base import Analysis
 from analyses.cli import main
+from analyses.registry import ANALYSES
 from probes.models import BACKENDS
 from probes.points import POINTS
 from probes.store import ActivationStore
@@ -184,6 +186,16 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for flag in ("--alpha", "--semantics", "--max-new-tokens", "--backend", "--dtype", "--dry-run"):
         assert flag in out
+
+
+@pytest.mark.parametrize("analysis", ANALYSES, ids=lambda analysis: analysis.name)
+def test_help_says_what_a_prompt_line_may_carry(analysis: type[Analysis], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", analysis.name, "--help"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "A prompt line carries its text or its tokens" in words
+    for name, field in analysis.prompt_fields.items():
+        assert f"{name} {field.help}" in words
+        assert field(object()) is not None
 
 
 def test_an_interruption_is_said_in_a_line(

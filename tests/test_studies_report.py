@@ -21,7 +21,7 @@ from analyses.registry import ANALYSES
 from analyses.result import FigureSpec, ProfileSpec, Result, Tables
 from analyses.studies.figures import PANELS, overlay
 from analyses.studies.index import CURVE, curves, summary
-from probes.prompts import FieldCheck
+from probes.prompts import Field
 
 
 def _bump(tables: Tables) -> pd.DataFrame:
@@ -39,7 +39,7 @@ class Bump(Analysis):
     name: ClassVar[str] = "bump"
     title: ClassVar[str] = "Bump"
     reference: ClassVar[str] = ""
-    prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {}
+    prompt_fields: ClassVar[Mapping[str, Field]] = {}
     figures: ClassVar[Mapping[str, FigureSpec]] = {}
     profiles: ClassVar[Mapping[str, ProfileSpec]] = {
         "height": ProfileSpec("Height of the bump", "metres", "How high the bump is at each layer.", _bump)

@@ -33,7 +33,7 @@ from analyses.studies.work import Captured, Loaded, Outcome, load, run_unit
 from analyses.voids import Voids
 from probes.capture import capture
 from probes.needs import Need
-from probes.prompts import FieldCheck
+from probes.prompts import Field
 from probes.store import ActivationStore
 
 LENS = '[[analyses]]\nanalysis = "logit_lens"\n'
@@ -50,7 +50,7 @@ class Fails(Analysis):
     name: ClassVar[str] = "fails"
     title: ClassVar[str] = "Fails"
     reference: ClassVar[str] = ""
-    prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {}
+    prompt_fields: ClassVar[Mapping[str, Field]] = {}
     figures: ClassVar[Mapping[str, FigureSpec]] = {}
 
     def needs(self, model: Any) -> list[Need]:

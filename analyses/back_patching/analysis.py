@@ -37,7 +37,7 @@ from probes.models.base import Model
 from probes.needs import Need
 from probes.points import Address
 from probes.progress import QUIET, Progress
-from probes.prompts import FieldCheck, Prompt
+from probes.prompts import Field, Prompt
 from probes.store import ActivationStore
 
 
@@ -71,9 +71,14 @@ class BackPatching(Analysis):
     name: ClassVar[str] = "back_patching"
     title: ClassVar[str] = "Back-patching: hopping too late"
     reference: ClassVar[str] = 'Biran et al. 2024, "Hopping Too Late", arXiv 2406.12775'
-    prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {
-        "answer": check_text, "answer_tokens": check_ints, "aliases": check_texts, "bridge": check_text,
-        "entity": check_text, "positions": check_ints, **dict.fromkeys(HOPS, check_text),
+    prompt_fields: ClassVar[Mapping[str, Field]] = {
+        "answer": Field("The right answer, as text.", check_text),
+        "answer_tokens": Field("Ids of which any one is the right next token, in place of a text: [262].", check_ints),
+        "aliases": Field('Other right answers: ["Holland"].', check_texts),
+        "bridge": Field("The answer to the first hop, whose resolution is looked for.", check_text),
+        "entity": Field("The text that the question starts from; its last token is patched too.", check_text),
+        "positions": Field("Positions to patch instead: [4, -1].", check_ints),
+        **{name: Field(about, check_text) for name, about in HOPS.items()},
     }  # fmt: skip
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
     profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES

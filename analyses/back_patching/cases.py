@@ -20,7 +20,12 @@ from probes.prompts import Prompt, tokenize
 from probes.store import ActivationStore
 
 LAST = Reducer(positions="last")
-HOPS = ("first_hop", "second_hop", "entity_shortcut", "relation_shortcut")
+HOPS = {
+    "first_hop": "A prompt whose answer is the bridge.",
+    "second_hop": "A prompt that names the bridge and has the question's answer.",
+    "entity_shortcut": "The question without its relations: answered right, the entity alone gives the answer away.",
+    "relation_shortcut": "The question without its entity: answered right, the relations give the answer away.",
+}
 """Further prompts of a question, by which it is sorted into a set; texts in a prompt file's fields."""
 
 Set = Literal["correct", "incorrect", "other"]

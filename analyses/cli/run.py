@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Annotated, Any
 
 import typer
@@ -194,4 +195,17 @@ def lines_of(analysis: Analysis, prompts: Path | None) -> list[PromptLine]:
 def register(group: typer.Typer) -> None:
     """Adds one command per analysis."""
     for analysis in ANALYSES:
-        group.command(analysis.name)(command_for(analysis))
+        group.command(analysis.name, epilog=fields_help(analysis))(command_for(analysis))
+
+
+def fields_help(analysis: type[Analysis]) -> str:
+    """What a prompt line may carry beside its text or tokens, in lines that a help text keeps."""
+    if not analysis.prompt_fields:
+        return "A prompt line carries its text or its tokens; other fields are kept and not used."
+    width = max(map(len, analysis.prompt_fields)) + 2
+    lines = [
+        line
+        for name, field in analysis.prompt_fields.items()
+        for line in wrap(field.help, 78, initial_indent=f"  {name:{width}}", subsequent_indent=" " * (width + 2))
+    ]
+    return "\n".join(["\b", "A prompt line carries its text or its tokens, and may carry:", *lines])

@@ -47,7 +47,7 @@ from probes.models.base import Model
 from probes.needs import Need
 from probes.points import Address
 from probes.progress import QUIET, Progress
-from probes.prompts import FieldCheck, Prompt
+from probes.prompts import Field, Prompt
 from probes.store import ActivationStore
 
 ALPHAS = (-2.0, -1.0, 0.5, 2.0, 4.0)
@@ -80,7 +80,7 @@ class CommunicationChannels(Analysis):
     name: ClassVar[str] = "communication_channels"
     title: ClassVar[str] = "Communication channels between heads"
     reference: ClassVar[str] = 'Merullo, Eickhoff and Pavlick 2024, "Talking Heads", arXiv 2406.09519'
-    prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {}
+    prompt_fields: ClassVar[Mapping[str, Field]] = {}
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
     profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
 

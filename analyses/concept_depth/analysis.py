@@ -35,7 +35,7 @@ from probes.models.base import Model
 from probes.models.quantised import fake_quantised
 from probes.needs import Need, Reducer
 from probes.progress import QUIET, Progress
-from probes.prompts import FieldCheck, Prompt, tokenize
+from probes.prompts import Field, Prompt, tokenize
 from probes.store import ActivationStore
 
 
@@ -78,7 +78,7 @@ class ConceptDepth(Analysis):
     name: ClassVar[str] = "concept_depth"
     title: ClassVar[str] = "Concept depth: linear probes along the layers"
     reference: ClassVar[str] = 'Jin et al. 2024, "Exploring Concept Depth", arXiv 2404.07066'
-    prompt_fields: ClassVar[Mapping[str, FieldCheck]] = FIELDS
+    prompt_fields: ClassVar[Mapping[str, Field]] = FIELDS
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
     profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
 

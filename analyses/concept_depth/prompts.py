@@ -11,7 +11,7 @@ import numpy as np
 from analyses.base import as_prompts
 from probes.errors import ProbeError, PromptError
 from probes.models.base import Model
-from probes.prompts import FieldCheck, Prompt, PromptLine
+from probes.prompts import Field, Prompt, PromptLine
 
 NOISE = ("aaa", "bbb")
 """What is glued in front of an example under text noise."""
@@ -45,12 +45,12 @@ def check_template(value: Any) -> str | None:
     return None if isinstance(value, str) and "{text}" in value else "must be a text that holds {text}"
 
 
-FIELDS: Mapping[str, FieldCheck] = {
-    "label": check_label,
-    "group": check_name,
-    "dataset": check_name,
-    "answers": check_answers,
-    "template": check_template,
+FIELDS: Mapping[str, Field] = {
+    "label": Field("The class that a probe learns to tell: 0 or 1. Every line needs one.", check_label),
+    "group": Field("Lines of one group are never divided between training and test: a text or an int.", check_name),
+    "dataset": Field("Which data set the line is of, where a file has several: a text or an int.", check_name),
+    "answers": Field('How the model would say labels 0 and 1, such as [" no", " yes"].', check_answers),
+    "template": Field("The text around the example, with {text} in its place.", check_template),
 }
 
 

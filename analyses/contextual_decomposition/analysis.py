@@ -25,7 +25,7 @@ from probes.errors import PromptError
 from probes.models.base import Model
 from probes.needs import Need
 from probes.progress import QUIET, Progress
-from probes.prompts import FieldCheck, Prompt, read_prompts
+from probes.prompts import Field, Prompt, read_prompts
 from probes.store import ActivationStore
 
 _SWITCHES = {
@@ -105,10 +105,12 @@ class ContextualDecomposition(Analysis):
     reference: ClassVar[str] = (
         'Hsu et al. 2024, "Efficient Automated Circuit Discovery in Transformers using Contextual Decomposition", arXiv 2407.00886'
     )
-    prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {
-        "answer_tokens": check_ids,
-        "distractor_tokens": check_ids,
-        "positions": check_positions,
+    prompt_fields: ClassVar[Mapping[str, Field]] = {
+        "answer_tokens": Field("Ids whose mean logit counts for the metric: [262]. Every line needs them.", check_ids),
+        "distractor_tokens": Field("Ids whose mean logit counts against it: [318].", check_ids),
+        "positions": Field(
+            "Positions at which heads are scored by themselves; all where it is left out: [0, -1].", check_positions
+        ),
     }
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
     profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES

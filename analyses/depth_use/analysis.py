@@ -27,7 +27,7 @@ from probes.models import load_model
 from probes.models.base import Model
 from probes.needs import Need
 from probes.progress import QUIET, Progress
-from probes.prompts import FieldCheck, Prompt
+from probes.prompts import Field, Prompt
 from probes.store import ActivationStore
 
 
@@ -78,10 +78,15 @@ class DepthUse(Analysis):
     reference: ClassVar[str] = (
         'Csordás, Manning, Potts 2025, "Do Language Models Use Their Depth Efficiently?", arXiv 2505.13898'
     )
-    prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {
-        "answer_from": check_answer_from,
-        "group": check_group,
-        "label": check_label,
+    prompt_fields: ClassVar[Mapping[str, Field]] = {
+        "answer_from": Field(
+            "Position from 1 of the answer's first token, whose probability is attributed; else the next token is.",
+            check_answer_from,
+        ),
+        "group": Field(
+            "Names the lines whose streams are compared with those of other groups: a text or an int.", check_group
+        ),
+        "label": Field("Class of the line, 0 or 1, for the probe among the proxies.", check_label),
     }
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
     profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES

@@ -29,7 +29,7 @@ from probes.errors import OptionError, PromptError
 from probes.models.base import Model
 from probes.needs import Need
 from probes.progress import QUIET, Progress
-from probes.prompts import FieldCheck, Prompt
+from probes.prompts import Field, Prompt
 from probes.store import ActivationStore
 
 Language = Literal["en", "fr", "de", "es", "it", "ru", "zh", "ja", "ar"]
@@ -90,7 +90,12 @@ class LatentLanguage(Analysis):
         'Wendler et al. 2024, "Do Llamas Work in English?", arXiv 2402.10588; Zhong et al. 2024, '
         '"Beyond English-Centric LLMs: What Language Do Multilingual Language Models Think in?", arXiv 2408.10811'
     )
-    prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {"targets": check_targets}
+    prompt_fields: ClassVar[Mapping[str, Field]] = {
+        "targets": Field(
+            'What each language would say next: {"en": ["dog"], "fr": ["chien"]}, or token ids {"en": [262]}.',
+            check_targets,
+        )
+    }
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
     profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
 

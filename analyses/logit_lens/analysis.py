@@ -24,7 +24,7 @@ from probes.models.base import Model
 from probes.needs import ROWS, Need, Reducer
 from probes.points import Address
 from probes.progress import QUIET, Progress
-from probes.prompts import FieldCheck, Prompt
+from probes.prompts import Field, Prompt
 from probes.store import ActivationStore
 
 CHUNK = 32
@@ -45,7 +45,7 @@ class LogitLens(Analysis):
     name: ClassVar[str] = "logit_lens"
     title: ClassVar[str] = "Logit lens"
     reference: ClassVar[str] = 'nostalgebraist 2020, "interpreting GPT: the logit lens"'
-    prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {}
+    prompt_fields: ClassVar[Mapping[str, Field]] = {}
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
     profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
 

@@ -26,7 +26,7 @@ from probes.models.blocks import module_of
 from probes.needs import Need
 from probes.norms import norms_of
 from probes.progress import QUIET, Progress
-from probes.prompts import FieldCheck, Prompt
+from probes.prompts import Field, Prompt
 from probes.store import ActivationStore
 
 
@@ -71,7 +71,7 @@ class NormRemoval(Analysis):
     reference: ClassVar[str] = (
         'Baroni et al. 2025, arXiv 2507.02559; Heimersheim 2024, "You can remove GPT2\'s LayerNorm by fine-tuning", arXiv 2409.13710'
     )
-    prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {}
+    prompt_fields: ClassVar[Mapping[str, Field]] = {}
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
     profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
 

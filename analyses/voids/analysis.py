@@ -29,7 +29,7 @@ from probes.models.base import Model
 from probes.needs import ROWS, Need, Reducer
 from probes.points import Address
 from probes.progress import QUIET, Progress
-from probes.prompts import FieldCheck, Prompt
+from probes.prompts import Field, Prompt
 from probes.store import ActivationStore
 
 NORM = Reducer("norm")
@@ -72,7 +72,10 @@ class Voids(Analysis):
     name: ClassVar[str] = "voids"
     title: ClassVar[str] = "Voids: unactivated layers by the L2 norm"
     reference: ClassVar[str] = 'Shemiranifar 2025, "Void in Language Models", arXiv 2505.14467'
-    prompt_fields: ClassVar[Mapping[str, FieldCheck]] = {"choices": check_choices, "answer": check_answer}
+    prompt_fields: ClassVar[Mapping[str, Field]] = {
+        "choices": Field('Answers to choose from, at least two: ["Paris", "Rome"].', check_choices),
+        "answer": Field("The right one of the choices.", check_answer),
+    }
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
     profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
 

@@ -27,7 +27,8 @@ def draw_prompts(cls: type[Analysis]) -> PromptSet | None:
     )  # fmt: skip
     fields = ", ".join(f"`{name}`" for name in cls.prompt_fields)
     if fields:
-        st.caption(f'A line may also carry {fields}, written as JSON: `{{"text": …, …}}`.')
+        meanings = "\n".join(f"- `{name}`: {field.help}" for name, field in cls.prompt_fields.items())
+        st.caption(f'A line may also carry {fields}, written as JSON: `{{"text": …, …}}`.', help=meanings)
     if how == TYPED:
         text = st.text_area(
             "One prompt a line", key=begin("keep:prompts:text", EXAMPLE), height=120,

@@ -38,7 +38,7 @@ def test_voids_on_token_ids_needs_no_tokenizer(
     assert main([*args, "--alpha", "0.8,0.2", "--alpha", "0.5", "--max-new-tokens", "2"]) == 0
     said = capsys.readouterr()
     assert f"report: {tmp_path / 'run' / 'report.html'}" in said.out
-    assert "3 of 3 prompts need a forward" in said.err
+    assert "3 of 3 prompts to run" in said.err
     activity = pd.read_parquet(tmp_path / "run" / "tables" / "activity.parquet")
     assert activity["alpha"].drop_duplicates().tolist() == [0.8, 0.2, 0.5]
     assert activity["token"].iloc[0] == "<5>"

@@ -11,6 +11,7 @@ from analyses.cli.batch import batch
 from analyses.cli.bench import bench
 from analyses.cli.demo import demo
 from analyses.cli.exits import UsageError
+from analyses.cli.report import report
 from analyses.registry import ANALYSES
 from probes.errors import unknown
 
@@ -38,6 +39,7 @@ app.add_typer(store.group, name="store")
 app.add_typer(models.group, name="models")
 app.command("capture")(capture.capture)
 app.command("check")(models.check)
+app.command("report")(report)
 app.command("demo")(demo)
 app.command("app")(open_app)
 app.command("batch")(batch)

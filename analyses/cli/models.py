@@ -8,6 +8,7 @@ import typer
 
 from analyses.cli.console import say, warn
 from analyses.cli.run import Attention, Device, DType, Loading, Revision, Trust
+from probes.display import count
 from probes.errors import ModelError
 from probes.models import BACKENDS, Model, fetch_model, list_models, model_info
 from probes.models.base import Identity
@@ -70,7 +71,7 @@ def check(
 def _stamp(model: Model) -> None:
     context = model.context
     say(
-        f"{model.ref} · {model.shape.architecture} · {model.shape.n_layers} layers · {context.backend} · {context.dtype} "
+        f"{model.ref} · {model.shape.architecture} · {count(model.shape.n_layers, 'layer')} · {context.backend} · {context.dtype} "
         f"· {context.attention}"
     )
     for identity in model.faithfulness.identities:

@@ -10,6 +10,7 @@ import typer
 
 from analyses.cli.console import say
 from analyses.cli.run import StoreDir
+from probes.display import count
 from probes.errors import OptionError
 from probes.foreign import import_datasets, import_vllm
 from probes.preflight import human
@@ -34,13 +35,13 @@ def verify(store: StoreDir = None) -> None:
     report = ActivationStore(store).verify()
     for name in report.damaged:
         say(f"damaged, set aside: {name}")
-    say(f"checked {report.checked:,} shards ({human(report.bytes)}), {len(report.damaged)} damaged")
+    say(f"checked {count(report.checked, 'shard')} ({human(report.bytes)}), {len(report.damaged)} damaged")
 
 
 @group.command("rebuild")
 def rebuild(store: StoreDir = None) -> None:
     """Make the catalogue anew from the shards alone."""
-    say(f"catalogue rebuilt from {ActivationStore(store).rebuild():,} shards")
+    say(f"catalogue rebuilt from {count(ActivationStore(store).rebuild(), 'shard')}")
 
 
 @group.command("gc")
@@ -95,7 +96,7 @@ def import_rows(
         if layers is not None:
             raise OptionError("--layers is for vllm; a data set names its points by its columns")
         done = import_datasets(path, held, model=of, tokens=tokens)
-    say(f"{done.sequences:,} sequences, {len(done.features)} points: {', '.join(done.features)}")
+    say(f"{count(done.sequences, 'sequence')}, {count(len(done.features), 'point')}: {', '.join(done.features)}")
     say(f"{done.rows_written:,} written ({human(done.bytes_written)}) as {done.context['weights']} to {held.root}")
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from probes.display import Fold, card, size
+from probes.display import Fold, card, count, size
 from probes.errors import StoreError
 from probes.paths import cache_root
 from probes.store import maintenance, room
@@ -68,8 +68,7 @@ class ActivationStore:
         return f"ActivationStore({str(self.root)!r}: {index.nbytes():,}{limit} bytes in {len(index.shards())} shards)"
 
     def _repr_html_(self) -> str:
-        n_shards = len(self._index.shards())
-        shards = "1 shard" if n_shards == 1 else f"{n_shards:,} shards"
+        shards = count(len(self._index.shards()), "shard")
         limit = "no limit but the disk" if self.max_bytes is None else f"at most {size(self.max_bytes)}"
         listing = self.ls().drop(columns="last_used").to_dict("split")
         folds = [Fold(f"Contexts ({len(listing['data'])})", listing["columns"], listing["data"])]

@@ -43,6 +43,13 @@ def count(n: int, noun: str, many: str = "") -> str:
     return f"{n:,} {noun if n == 1 else many or noun + ending}"
 
 
+def aligned(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """A table as lines of plain text, its columns below their heads; a line has no white space at its end."""
+    lines = [list(map(str, line)) for line in (columns, *rows)]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
 def _fold(fold: Fold) -> str:
     head = "".join(f"<th style='{_CELL}'>{_text(name)}</th>" for name in fold.columns)
     cells = ("".join(f"<td style='{_CELL}'>{_text(cell)}</td>" for cell in row) for row in fold.rows)

@@ -22,6 +22,7 @@ from probes.store.export import export
 from probes.store.files import Partial, touch
 from probes.store.layout import encode
 from probes.store.maintenance import GcReport, VerifyReport
+from probes.store.names import Names
 from probes.store.shard import Shard
 from probes.store.values import Context, MissingRows, Packet, Put, canonical, sequence_digest
 
@@ -55,6 +56,7 @@ class ActivationStore:
         self.root = (default_root() if root is None else Path(root)).expanduser().absolute()
         self.max_bytes = max_bytes
         self._backing = Backing(self.root)
+        self.names = Names(self.root)
         self._backing.folder.sweep()
         try:
             maintenance.reconcile(self._backing)
@@ -166,8 +168,10 @@ class ActivationStore:
         return self._index.nbytes()
 
     def ls(self) -> pd.DataFrame:
-        """One line per context: what it says, then sequences, features, shards, bytes, last_used (UTC)."""
-        return maintenance.ls(self._backing)
+        """One line per context: model (what its weights were called), what it says, sequences, features, shards, bytes, last_used (UTC)."""
+        table, known = maintenance.ls(self._backing), self.names.read()
+        table.insert(0, "model", [", ".join(known.get(weights, ())) for weights in table["weights"]])
+        return table
 
     def verify(self) -> VerifyReport:
         """Check every byte of every shard; damaged ones are set aside and reported."""

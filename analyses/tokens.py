@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -90,7 +90,7 @@ def token_text(model: Model, token: int) -> str:
     return tokens_text(model, [token])
 
 
-def joined(texts: Sequence[str]) -> str:
+def joined(texts: Iterable[str]) -> str:
     """The text of tokens in order, from that of each: bytes of one character that were apart are one again."""
     return _SHOWN.sub(_read_bytes, "".join(texts))
 

@@ -35,7 +35,7 @@ def ls(store: StoreDir = None) -> None:
         say(line)
 
 
-def _listed(row: Mapping[str, Any]) -> tuple[object, ...]:
+def _listed(row: Mapping[Any, Any]) -> tuple[object, ...]:
     settings = " · ".join(str(row[name]) for name in ("backend", "dtype", "attention"))
     edits = "" if row["edits"] in ("", "none") else shorten(str(row["edits"]), 40)
     amounts = f"{row['sequences']:,}", f"{row['features']:,}", f"{row['shards']:,}", human(row["bytes"])

@@ -43,7 +43,9 @@ notebooks: $(FETCHED)
 	@echo 'with outputs, for any Jupyter front end or editor:' && ls runs/notebooks/*.ipynb
 
 # After a change of what notebooks say: executes them where they lie, and keeps small outputs free of machine and time.
+# Needs a Chrome or Chromium for the pictures of figures.
 notebooks-in-place: $(FETCHED)
+	$(BIN)/python -c "import kaleido" 2>/dev/null || $(BIN)/python -m pip install --constraint $(VENV)/held.txt --editable ".[images]"
 	$(BIN)/python notebooks/execute.py
 
 lint: $(INSTALLED)

@@ -1,6 +1,8 @@
 """Executes notebooks where they lie and keeps their outputs: small, in order, and the same on every machine.
 
 python notebooks/execute.py [NAME...]        all of them where none is named
+
+Needs a Chrome or Chromium, and the extra `images` (kaleido), for the pictures of figures.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ HERE = Path(__file__).parent
 STORE = "~/.cache/bathyscope/store"
 """Stands for the store of the machine that executed them."""
 SECONDS = re.compile(r", \d+(\.\d+)? s(?=<|$|\n)")
+RENDERER = "plotly_mimetype+png"
+"""A figure that moves where Plotly is at hand, and a picture of it for every other reader."""
 DIGITS = 5
 """Significant digits of a number in a figure; no screen shows more."""
 
@@ -76,7 +80,7 @@ def main(names: list[str]) -> None:
         root = Path(folder).resolve()
         os.environ |= {
             "BATHYSCOPE_STORE": str(root / "store"),
-            "PLOTLY_RENDERER": "plotly_mimetype",
+            "PLOTLY_RENDERER": RENDERER,
             "PYTHONPATH": os.pathsep.join([str(HERE.parent.resolve()), os.environ.get("PYTHONPATH", "")]),
             "PYTHONWARNINGS": "ignore:IProgress not found",
         }

@@ -93,6 +93,7 @@ def test_a_notebook_is_kept_as_one_run_left_it(name: str) -> None:
     for cell in code:
         assert bool(cell.outputs) >= isinstance(ast.parse(cell.source).body[-1], ast.Expr)
         assert {(o.output_type, o.get("name")) for o in cell.outputs} <= KINDS
+        assert all("image/png" in o.data for o in cell.outputs if FIGURE in o.get("data", {}))
     assert not re.search(r"/(work|tmp|root|home|Users|var)/|\\d s<", text)
 
 
@@ -101,14 +102,14 @@ def test_the_notebooks_are_small_enough_to_keep() -> None:
 
 
 def test_what_a_notebook_keeps_is_free_of_machine_and_time() -> None:
-    data = {"text/html": "<td>4 forward passes, 1.3 s</td> in /home/me/x/store", "plot": {"y": [0.123456789, "n", 3]}}
+    data = {"text/html": "<td>4 forward passes, 1.3 s</td> in /home/me/x/store", FIGURE: {"y": [0.123456789, "n", 3]}}
     output = nbformat.v4.new_output("display_data", data)
     cell = nbformat.v4.new_code_cell("1", outputs=[output], metadata={"execution": {"iopub": "2020"}})
     kept = KEEPING.kept(nbformat.v4.new_notebook(cells=[cell]), {"/home/me/x/store": "~/store"})
     assert kept.cells[0].metadata == {}
     assert kept.cells[0].outputs[0].data == {
         "text/html": "<td>4 forward passes</td> in ~/store",
-        "plot": {"y": [0.12346, "n", 3]},
+        FIGURE: {"y": [0.12346, "n", 3]},
     }
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.axes import whole_layers
+from analyses.theme import plain_names
 from probes.display import Fold, card, count
 from probes.errors import OptionError, unknown
 
@@ -38,7 +39,7 @@ class FigureSpec:
 
     def drawn(self, tables: Tables) -> go.Figure:
         """The figure of these tables, as every page shows it."""
-        return whole_layers(self.draw(tables))
+        return whole_layers(self.draw(plain_names(tables)))
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pandas as pd
 import plotly.graph_objects as go
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 """Okabe and Ito's palette, in a fixed order."""
 SCALE = "Viridis"
+NAMED = ("dataset", "group", "group_a", "group_b")
+"""Columns of tables that hold names from a prompt file."""
 
 
 def finish(figure: go.Figure, *, x: str, y: str, height: int = 420) -> go.Figure:
@@ -69,6 +73,16 @@ def visible(text: str) -> str:
 def plain(text: object) -> str:
     """Any text as a figure shows it letter by letter: Plotly takes `<s>` for markup and `$…$` for a formula."""
     return str(text).translate(_MARKUP)
+
+
+def plain_names(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """The tables with the names that users gave (`NAMED`) as a figure shows them letter by letter."""
+    return {
+        key: table.assign(
+            **{c: table[c].map(lambda v: plain(v) if isinstance(v, str) else v) for c in NAMED if c in table}
+        )
+        for key, table in tables.items()
+    }
 
 
 def token_label(token: str, length: int = 60) -> str:

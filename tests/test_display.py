@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -19,6 +20,7 @@ from probes.models.native import NativeModel
 from probes.needs import Need
 from probes.store import ActivationStore
 
+ROOT = Path(__file__).parents[1]
 HOSTILE = "<script>alert('x')</script> & \"quoted\""
 
 
@@ -129,6 +131,20 @@ def test_a_count_agrees_with_its_noun() -> None:
     assert [count(n, "prompt") for n in (0, 1, 2, 1200)] == ["0 prompts", "1 prompt", "2 prompts", "1,200 prompts"]
     assert [count(n, "forward pass") for n in (1, 2)] == ["1 forward pass", "2 forward passes"]
     assert [count(n, "analysis", "analyses") for n in (1, 2)] == ["1 analysis", "2 analyses"]
+
+
+SAYING = [
+    *(ROOT / "analyses").glob("*.py"),
+    *(ROOT / "analyses" / "cli").glob("*.py"),
+    *(ROOT / "analyses" / "templates").glob("*.html"),
+    *(ROOT / "probes" / name for name in ("needs.py", "preflight.py")),
+]
+
+
+@pytest.mark.parametrize("path", SAYING, ids=lambda path: path.stem)
+def test_no_page_or_command_writes_a_plural_after_any_number(path: Path) -> None:
+    nouns = "prompts|tokens|rows|forwards|forward passes|cells|shards|layers|features|sequences|identities"
+    assert not re.findall(rf"\}} (?:{nouns})\b", path.read_text(encoding="utf-8"))
 
 
 def test_the_cells_of_a_table_stand_below_their_heads() -> None:

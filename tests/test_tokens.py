@@ -15,7 +15,7 @@ from small import SMALL
 from tiny import native
 
 from analyses.result import Result
-from analyses.theme import plain, shorten, token_label, visible
+from analyses.theme import NAMED, plain, shorten, token_label, visible
 from analyses.tokens import joined, token_text, tokens_text
 from probes.store import ActivationStore
 
@@ -80,7 +80,7 @@ def test_no_text_of_a_table_is_markup_in_a_figure(name: str, store: ActivationSt
 
 def _struck(result: Result) -> dict[str, pd.DataFrame]:
     """Every text that is a token, a prompt or named by a user, with markup before it."""
-    free = ("token", "input_token", "full_token", "final_token", "top_token", "text", "said", "expected")
+    free = ("token", "input_token", "full_token", "final_token", "top_token", "text", "said", "expected", *NAMED)
     return {
         name: table.assign(**{column: STRUCK + table[column].astype(str) for column in free if column in table})
         for name, table in result.tables.items()

@@ -93,9 +93,7 @@ def _print_costs(cells: Sequence[Cell], out: Path, store: Path | None) -> None:
 
 def _tell(study: Study, run: StudyRun, unit: int | None) -> None:
     if not (run.ran or run.failed or run.elsewhere):
-        say(
-            f"study {study.name}: {'the one cell is' if run.cells == 1 else f'all {run.cells:,} cells are'} done; nothing to run"
-        )
+        say(f"study {study.name}: {count(run.cells, 'cell')}, all done; nothing to run")
     else:
         counts = [f"{count(len(run.ran), 'cell')} run", count(run.forwards, "forward pass")]
         counts += [f"{len(run.failed):,} failed"] if run.failed else []

@@ -94,7 +94,8 @@ def test_a_notebook_is_kept_as_one_run_left_it(name: str) -> None:
         assert bool(cell.outputs) >= isinstance(ast.parse(cell.source).body[-1], ast.Expr)
         assert {(o.output_type, o.get("name")) for o in cell.outputs} <= KINDS
         assert all("image/png" in o.data for o in cell.outputs if FIGURE in o.get("data", {}))
-    assert not re.search(r"/(work|tmp|root|home|Users|var)/|\\d s<", text)
+    words = re.sub(r'"image/png": "[^"]*"', "", text)
+    assert not re.search(r"/(work|tmp|root|home|Users|var)/|\d s<", words)
 
 
 def test_the_notebooks_are_small_enough_to_keep() -> None:

@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 FETCHED := $(VENV)/.fetched-$(MODEL)
 
-.PHONY: setup demo app notebooks test lint bench clean
+.PHONY: setup demo app notebooks notebooks-in-place test lint bench clean
 
 setup: $(FETCHED)
 
@@ -41,6 +41,12 @@ notebooks: $(FETCHED)
 	mkdir -p runs/notebooks
 	PYTHONWARNINGS='ignore:IProgress not found' $(BIN)/jupyter-execute notebooks/*.ipynb --output '../runs/notebooks/{notebook_name}'
 	@echo 'with outputs, for any Jupyter front end or editor:' && ls runs/notebooks/*.ipynb
+
+# After a change of what notebooks say: executes them where they lie, and keeps small outputs free of machine and time.
+# Needs a Chrome or Chromium for the pictures of figures.
+notebooks-in-place: $(FETCHED)
+	$(BIN)/python -c "import kaleido" 2>/dev/null || $(BIN)/python -m pip install --constraint $(VENV)/held.txt --editable ".[images]"
+	$(BIN)/python notebooks/execute.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

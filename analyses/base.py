@@ -85,11 +85,6 @@ def as_prompts(
     return [line if isinstance(line, Prompt) else tokenize([line], model, chat=chat)[0] for line in lines]
 
 
-def token_text(model: Model, token: int) -> str:
-    """A token as text, or its id in angle brackets where there is no tokenizer."""
-    return f"<{token}>" if model.tokenizer is None else str(model.tokenizer.decode([token]))
-
-
 @dataclass(frozen=True)
 class Clock:
     """When a run began."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from probes.display import count
 from probes.errors import OptionError
 
 
@@ -29,7 +30,7 @@ class Interventions:
         if not self.total:
             return None
         parts = ", ".join(f"{count:,} {name}" for name, count in self.forwards.items() if count)
-        return f"and {'' if self.exact else 'up to '}{self.total:,} forwards with interventions ({parts})"
+        return f"and {'' if self.exact else 'up to '}{count(self.total, 'forward')} with interventions ({parts})"
 
 
 def swept(n: int, chosen: Sequence[int], stride: int, name: str = "layer") -> list[int]:

@@ -9,11 +9,14 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
+from probes.display import count
+
 
 def page(template: str, **values: Any) -> str:
     """A template of `analyses/templates` that extends `page.html`, filled with `values`, of which `title` heads it."""
     environment = Environment(loader=PackageLoader("analyses"), autoescape=select_autoescape())
     environment.filters["inline"] = _inline
+    environment.globals["count"] = count
     return environment.get_template(template).render(plotlyjs=get_plotlyjs(), **values)
 
 

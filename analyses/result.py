@@ -15,7 +15,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.axes import whole_layers
-from probes.display import Fold, card
+from analyses.theme import plain_names
+from probes.display import Fold, card, count
 from probes.errors import OptionError, unknown
 
 FORMAT = 1
@@ -38,7 +39,7 @@ class FigureSpec:
 
     def drawn(self, tables: Tables) -> go.Figure:
         """The figure of these tables, as every page shows it."""
-        return whole_layers(self.draw(tables))
+        return whole_layers(self.draw(plain_names(tables)))
 
 
 @dataclass(frozen=True)
@@ -165,13 +166,13 @@ class Result:
             raise OptionError(f"{folder} holds no readable result ({error}); give a folder that a run wrote") from None
 
     def __repr__(self) -> str:
-        tables = ", ".join(f"{name} ({len(table):,} rows)" for name, table in self.tables.items())
+        tables = ", ".join(f"{name} ({count(len(table), 'row')})" for name, table in self.tables.items())
         return f"Result({self.analysis} on {self._model}; tables {tables or 'none'}; figures {self._figure_names})"
 
     def _repr_html_(self) -> str:
         provenance = self.provenance
         counts = provenance.get("counts", {})
-        work = f"{counts.get('forwards', 0):,} forward passes, {counts.get('held_before', 0):,} features held before, {provenance.get('seconds', 0):.1f} s"
+        work = f"{count(counts.get('forwards', 0), 'forward pass')}, {count(counts.get('held_before', 0), 'feature')} held before, {provenance.get('seconds', 0):.1f} s"
         facts = {
             "figures": self._figure_names,
             "work": work,

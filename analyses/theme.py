@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -10,6 +12,8 @@ from numpy.typing import ArrayLike
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 """Okabe and Ito's palette, in a fixed order."""
 SCALE = "Viridis"
+NAMED = ("dataset", "group", "group_a", "group_b")
+"""Columns of tables that hold names from a prompt file."""
 
 
 def finish(figure: go.Figure, *, x: str, y: str, height: int = 420) -> go.Figure:
@@ -53,12 +57,12 @@ def whiskers(mean: pd.Series, low: pd.Series, high: pd.Series, width: int = 0, *
 
 
 def menu(figure: go.Figure, labels: list[str], widths: list[int] | None = None) -> None:
-    """A menu that shows one trace at a time; `widths` sets the figure's width (pixels) for each."""
+    """A menu that shows one trace at a time, by labels of plain text; `widths` sets the figure's width (pixels) for each."""
     buttons = []
     for chosen, label in enumerate(labels):
         layout = {} if widths is None else {"width": widths[chosen]}
         shown = [other == chosen for other in range(len(labels))]
-        buttons.append({"label": label, "method": "update", "args": [{"visible": shown}, layout]})
+        buttons.append({"label": plain(label), "method": "update", "args": [{"visible": shown}, layout]})
     if widths is not None:
         figure.update_layout(width=widths[0])
     if len(labels) > 1:
@@ -71,6 +75,31 @@ def shorten(text: str, length: int = 60) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def visible(token: str) -> str:
-    """A token with its white space made visible."""
-    return token.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥") or "∅"
+def visible(text: str) -> str:
+    """A token with its white space made visible, and characters that have no sign as their escapes."""
+    shown = text.translate(_SIGNS)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown) or "∅"
+
+
+def plain(text: object) -> str:
+    """Any text as a figure shows it letter by letter: Plotly takes `<s>` for markup and `$…$` for a formula."""
+    return str(text).translate(_MARKUP)
+
+
+def plain_names(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """The tables with the names that users gave (`NAMED`) as a figure shows them letter by letter."""
+    return {
+        key: table.assign(
+            **{c: table[c].map(lambda v: plain(v) if isinstance(v, str) else v) for c in NAMED if c in table}
+        )
+        for key, table in tables.items()
+    }
+
+
+def token_label(token: str, length: int = 60) -> str:
+    """A token in a figure: its white space visible, shortened, and no part of it taken for markup."""
+    return plain(shorten(visible(token), length))
+
+
+_SIGNS = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥"})
+_MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;"})

@@ -116,6 +116,7 @@ def capture(
                     written.put(done_sequences, rows)
             else:
                 _batch_major(model, plan, ready, batch_tokens, progress, transport, written)
+        store.names.add(model.context.weights, model.ref)
         done = Done(plan, plan.forwards, written.bytes)
         again = partial(capture, model, sequences, needs, store, edits=edits, batch_tokens=batch_tokens)
         live = partial(context_of, model, edits)

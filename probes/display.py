@@ -37,6 +37,19 @@ def size(n_bytes: int) -> str:
     return f"{n_bytes} bytes" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
 
 
+def count(n: int, noun: str, many: str = "") -> str:
+    """A number of things as people say it: `1 prompt`, `1,200 forward passes`; `many` is an irregular plural."""
+    ending = "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    return f"{n:,} {noun if n == 1 else many or noun + ending}"
+
+
+def aligned(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """A table as lines of plain text, its columns below their heads; a line has no white space at its end."""
+    lines = [list(map(str, line)) for line in (columns, *rows)]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
 def _fold(fold: Fold) -> str:
     head = "".join(f"<th style='{_CELL}'>{_text(name)}</th>" for name in fold.columns)
     cells = ("".join(f"<td style='{_CELL}'>{_text(cell)}</td>" for cell in row) for row in fold.rows)

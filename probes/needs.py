@@ -10,6 +10,7 @@ import numpy as np
 import xxhash
 from torch import Tensor
 
+from probes.display import count
 from probes.errors import PointError, unknown
 from probes.points import POINTS, Address, expand
 
@@ -200,10 +201,10 @@ class CapturePlan:
     def summary(self, size: int) -> str:
         """The plan in one line; `size` is what it will capture, in bytes."""
         if not self.forwards:
-            return f"plan: no forward pass; the store holds all {self.held:,} features of {self.sequences:,} prompts"
+            return f"plan: no forward pass; the store holds {count(self.held, 'feature')} of {count(self.sequences, 'prompt')}"
         return (
-            f"plan: {self.forwards:,} of {self.sequences:,} prompts need a forward ({self.tokens:,} tokens); "
-            f"{self.rows:,} rows, {size:,} bytes; {self.held:,} features already held"
+            f"plan: {self.forwards:,} of {count(self.sequences, 'prompt')} to run ({count(self.tokens, 'token')}); "
+            f"{count(self.rows, 'row')}, {count(size, 'byte')}; {count(self.held, 'feature')} already held"
         )
 
     def bytes(self, width: Mapping[str, int], row_size: int) -> int:

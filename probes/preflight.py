@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from probes.display import count
 from probes.forward import PACKET_BYTES, axis_sizes, batch_tokens_of, row_size
 from probes.models.base import LayerMajor, Model, Shape
 from probes.needs import CapturePlan
@@ -42,7 +43,7 @@ class Estimate:
             measured = [f"measured device    {self.speed.name}: {rates}"]
         return [
             *measured,
-            f"forwards           {self.forwards:,} prompts, {self.tokens:,} tokens",
+            f"forwards           {count(self.forwards, 'prompt')}, {count(self.tokens, 'token')}",
             f"rows to capture    {self.rows:,} ({human(self.bytes)})",
             f"already held       {self.held:,} (prompt, feature) pairs",
             f"estimated time     {self.seconds:.1f} s",

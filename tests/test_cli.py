@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
@@ -38,7 +39,7 @@ def test_voids_on_token_ids_needs_no_tokenizer(
     assert main([*args, "--alpha", "0.8,0.2", "--alpha", "0.5", "--max-new-tokens", "2"]) == 0
     said = capsys.readouterr()
     assert f"report: {tmp_path / 'run' / 'report.html'}" in said.out
-    assert "3 of 3 prompts need a forward" in said.err
+    assert "3 of 3 prompts to run" in said.err
     activity = pd.read_parquet(tmp_path / "run" / "tables" / "activity.parquet")
     assert activity["alpha"].drop_duplicates().tolist() == [0.8, 0.2, 0.5]
     assert activity["token"].iloc[0] == "<5>"
@@ -161,7 +162,7 @@ def test_store_commands(llama_folder: Path, prompts: Path, tmp_path: Path, capsy
     assert main(["store", "verify"]) == 0
     assert "0 damaged" in capsys.readouterr().out
     assert main(["store", "rebuild"]) == 0
-    assert "catalogue rebuilt from 1 shards" in capsys.readouterr().out
+    assert "catalogue rebuilt from 1 shard\n" in capsys.readouterr().out
     assert main(["store", "export", str(tmp_path / "out"), "--format", "parquet"]) == 0
     assert list((tmp_path / "out").rglob("*.parquet"))
     shard = next((tmp_path / "default-store" / "shards").rglob("*.safetensors"))
@@ -169,7 +170,53 @@ def test_store_commands(llama_folder: Path, prompts: Path, tmp_path: Path, capsy
     assert main(["store", "verify"]) == 0
     assert f"damaged, set aside: {shard.stem}" in capsys.readouterr().out
     assert main(["store", "gc", "--max-bytes", "1KB"]) == 0
+    assert "removed 0 shards least recently used, 1 damaged shard and 0 leftover files" in capsys.readouterr().out
+
+
+def test_the_store_names_the_models_and_their_keys_do_not(
+    llama_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = tmp_path / "moved"
+    args = ["--prompts", str(prompts), "--points", "resid_post.1"]
+    assert main(["capture", "--model", str(llama_folder), *args]) == 0
+    llama_folder.rename(moved)
     capsys.readouterr()
+    assert main(["capture", "--model", str(moved), *args]) == 0
+    assert capsys.readouterr().out.startswith("0 forward passes")
+    assert main(["store", "ls"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:2] == ["model", "weights"]
+    assert lines[2].startswith(f"{llama_folder}, {moved}  ")
+    assert len(lines) == 3
+    names = tmp_path / "default-store" / "names.jsonl"
+    names.write_bytes(b'\xff[\n["torn\n' + names.read_bytes()[:20])
+    assert main(["store", "ls"]) == 0
+    assert "(no name)" in capsys.readouterr().out
+
+
+def test_a_collection_is_a_summary_and_names_shards_when_asked(
+    llama_folder: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for flags in ([], ["--verbose"]):
+        main(["capture", "--model", str(llama_folder), "--prompts", str(prompts), "--points", "resid_post.1"])
+        capsys.readouterr()
+        assert main(["store", "gc", "--max-bytes", "1B", *flags]) == 0
+        said.append(capsys.readouterr().out.splitlines())
+    assert len(said[0]) == 2
+    assert said[0][0].startswith("removed 1 shard least recently used, 0 damaged shards and 0 leftover files: ")
+    assert said[1][0].startswith("evicted: ")
+    assert said[1][1:] == said[0]
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"bathyscope {version('bathyscope')}\n"
+
+
+def test_no_command_is_answered_with_help_in_its_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert len(capsys.readouterr().err.splitlines()) > 10
 
 
 def test_models_commands(llama_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,8 +224,18 @@ def test_models_commands(llama_folder: Path, capsys: pytest.CaptureFixture[str])
     out = capsys.readouterr().out
     assert "smollm2-135m" in out
     assert "gemma3-270m" in out
+    assert "ModelInfo" not in out
+    head, first, *_ = out.splitlines()
+    assert [first[head.index(name) :].split()[0] for name in ("model", "size", "from")] == [
+        "smollm2-135m",
+        "30",
+        "embedded",
+    ]
     assert main(["models", "info", str(llama_folder)]) == 0
-    assert "LlamaForCausalLM" in capsys.readouterr().out
+    facts = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert facts["architecture"] == "LlamaForCausalLM"
+    assert facts["n_layers"] == "3"
+    assert facts["path"] == str(llama_folder)
 
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:

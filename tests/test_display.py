@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -13,12 +14,13 @@ from tiny import PROMPTS
 from analyses.logit_lens import LogitLens
 from analyses.result import Result
 from probes.capture import capture
-from probes.display import Fold, card, size
+from probes.display import Fold, aligned, card, count, size
 from probes.models.base import Faithfulness, Identity
 from probes.models.native import NativeModel
 from probes.needs import Need
 from probes.store import ActivationStore
 
+ROOT = Path(__file__).parents[1]
 HOSTILE = "<script>alert('x')</script> & \"quoted\""
 
 
@@ -123,6 +125,30 @@ def test_a_result_escapes_its_notes_columns_and_options(result: Result) -> None:
     page = Page(hostile._repr_html_())
     assert page.words.count(HOSTILE) == 3
     assert "script" not in page.seen
+
+
+def test_a_count_agrees_with_its_noun() -> None:
+    assert [count(n, "prompt") for n in (0, 1, 2, 1200)] == ["0 prompts", "1 prompt", "2 prompts", "1,200 prompts"]
+    assert [count(n, "forward pass") for n in (1, 2)] == ["1 forward pass", "2 forward passes"]
+    assert [count(n, "analysis", "analyses") for n in (1, 2)] == ["1 analysis", "2 analyses"]
+
+
+SAYING = [
+    *(ROOT / "analyses").glob("*.py"),
+    *(ROOT / "analyses" / "cli").glob("*.py"),
+    *(ROOT / "analyses" / "templates").glob("*.html"),
+    *(ROOT / "probes" / name for name in ("needs.py", "preflight.py")),
+]
+
+
+@pytest.mark.parametrize("path", SAYING, ids=lambda path: path.stem)
+def test_no_page_or_command_writes_a_plural_after_any_number(path: Path) -> None:
+    nouns = "prompts|tokens|rows|forwards|forward passes|cells|shards|layers|features|sequences|identities"
+    assert not re.findall(rf"\}} (?:{nouns})\b", path.read_text(encoding="utf-8"))
+
+
+def test_the_cells_of_a_table_stand_below_their_heads() -> None:
+    assert aligned(("a", "b"), [("long", 1), ("", "wide")]) == ["a     b", "long  1", "      wide"]
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from analyses.latent_language.ids import (
     prefix_free,
     resolve,
     shuffled_controls,
-    token_bytes,
 )
+from analyses.tokens import token_bytes
 from probes.models import Model, fetch_model, load_model
 
 FAKE = FakeTokenizer()

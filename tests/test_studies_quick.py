@@ -21,7 +21,7 @@ def test_quick_twice_and_with_one_option_changed(tmp_path: Path, capsys: pytest.
     first = capsys.readouterr().out
     assert f"study quick: {len(cells)} cells run, 4 forward passes" in first
     assert main(["batch", str(STUDIES / "quick.toml"), *places]) == 0
-    assert f"study quick: all {len(cells)} cells are done; nothing to run" in capsys.readouterr().out
+    assert f"study quick: {len(cells)} cells, all done; nothing to run" in capsys.readouterr().out
     text = (STUDIES / "quick.toml").read_text()
     changed = tmp_path / "changed.toml"
     changed.write_text(

@@ -104,7 +104,7 @@ def test_a_second_run_does_nothing_and_a_changed_option_runs_its_cells_alone(
     with monkeypatch.context() as context:
         context.delattr("analyses.studies.work.load_model")
         assert batch(folder, BASE + VOIDS + LENS) == 0
-    assert "all 3 cells are done; nothing to run" in capsys.readouterr().out
+    assert "3 cells, all done; nothing to run" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*") if path.is_file()} == before
     assert batch(folder, BASE + VOIDS.replace("0.2", "0.3") + LENS) == 0
     said = capsys.readouterr()

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from analyses.back_patching.cases import Case
-from analyses.base import token_text
 from analyses.interventions import swept
+from analyses.tokens import token_text
 from probes import lens
 from probes.models.base import Model
 from probes.resume import ROWS, Resumable

@@ -21,6 +21,7 @@ from analyses.studies.run import Engine, StudyRun, run_study
 from analyses.studies.slurm import script
 from analyses.studies.study import Study
 from analyses.studies.units import units
+from probes.display import count
 from probes.errors import OptionError
 from probes.store import ActivationStore, default_root
 
@@ -92,9 +93,9 @@ def _print_costs(cells: Sequence[Cell], out: Path, store: Path | None) -> None:
 
 def _tell(study: Study, run: StudyRun, unit: int | None) -> None:
     if not (run.ran or run.failed or run.elsewhere):
-        say(f"study {study.name}: all {run.cells:,} cells are done; nothing to run")
+        say(f"study {study.name}: {count(run.cells, 'cell')}, all done; nothing to run")
     else:
-        counts = [f"{len(run.ran):,} cells run", f"{run.forwards:,} forward passes"]
+        counts = [f"{count(len(run.ran), 'cell')} run", count(run.forwards, "forward pass")]
         counts += [f"{len(run.failed):,} failed"] if run.failed else []
         counts += [f"{len(run.elsewhere):,} left to another process that is running them"] if run.elsewhere else []
         say(f"study {study.name}: {', '.join(counts)}")

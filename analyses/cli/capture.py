@@ -29,6 +29,7 @@ from analyses.cli.run import (
 )
 from probes.capture import capture as run_capture
 from probes.capture import plan_capture
+from probes.display import count
 from probes.needs import Need, Reducer
 from probes.points import expand
 from probes.preflight import estimate, human
@@ -74,5 +75,5 @@ def capture(
     finally:
         progress.stop()
     say(
-        f"{done.forwards:,} forward passes, {done.plan.rows:,} rows, {human(done.bytes_written)} written to {held.root}"
+        f"{count(done.forwards, 'forward pass')}, {count(done.plan.rows, 'row')}, {human(done.bytes_written)} written to {held.root}"
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 from typer.core import TyperGroup
 
@@ -9,8 +12,10 @@ from analyses.cli import capture, models, run, store
 from analyses.cli.app import open_app
 from analyses.cli.batch import batch
 from analyses.cli.bench import bench
+from analyses.cli.console import say
 from analyses.cli.demo import demo
 from analyses.cli.exits import UsageError
+from analyses.cli.report import report
 from analyses.registry import ANALYSES
 from probes.errors import unknown
 
@@ -24,8 +29,22 @@ class _Analyses(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        say(f"bathyscope {version('bathyscope')}")
+        raise typer.Exit()
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Where in the depth of a language model does it happen?"""
+
+
 app = typer.Typer(
-    help="Where in the depth of a language model does it happen?",
+    callback=_root,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -38,6 +57,7 @@ app.add_typer(store.group, name="store")
 app.add_typer(models.group, name="models")
 app.command("capture")(capture.capture)
 app.command("check")(models.check)
+app.command("report")(report)
 app.command("demo")(demo)
 app.command("app")(open_app)
 app.command("batch")(batch)

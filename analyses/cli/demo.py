@@ -23,6 +23,7 @@ from analyses.rebuild import with_source
 from analyses.report import write_report
 from analyses.result import Result
 from analyses.voids import Voids
+from probes.display import count
 from probes.models import load_model
 from probes.prompts import read_prompts
 from probes.store import ActivationStore
@@ -75,14 +76,14 @@ def demo(
     model = load_model(DEMO_MODEL, progress=say)
     results: list[Result] = []
     for analysis in DEMO:
-        say(f"{analysis.title}: {len(lines)} prompts on {model.ref}")
+        say(f"{analysis.title}: {count(len(lines), 'prompt')} on {model.ref}")
         progress = ConsoleProgress()
         try:
             result = with_source(analysis.run(model, lines, store=activations, progress=progress), DEMO_PROMPTS)
         finally:
             progress.stop()
         result.save(out / analysis.name)
-        say(f"  {result.provenance['counts']['forwards']} forward passes, {result.provenance['seconds']:.1f} s")
+        say(f"  {count(result.provenance['counts']['forwards'], 'forward pass')}, {result.provenance['seconds']:.1f} s")
         results.append(result)
     report = write_report(results, out / "report.html", title=f"Where in the depth of {model.ref}?")
     say(f"report: {report.resolve()}")

@@ -14,6 +14,9 @@ from probes.errors import UserError, shown
 # Typer carries its own copy of click; the base of its usage errors is reached through a public subclass.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
+# It carries the help text of a command that was given nothing, in its lines.
+NoArguments: type[Exception] = next(c for c in UsageError.__subclasses__() if c.__name__ == "NoArgsIsHelpError")
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C, which Typer may also return by itself."""
 SURROUNDINGS = frozenset({
@@ -31,6 +34,9 @@ def call(app: typer.Typer, args: Sequence[str]) -> int:
         code = app(args=list(args), standalone_mode=False)
     except UserError as error:
         return _bad(str(error))
+    except NoArguments as error:
+        warn(str(error))
+        return 2
     except UsageError as error:
         return _bad(str(getattr(error, "format_message", error.__str__)()))
     except (KeyboardInterrupt, typer.Abort):

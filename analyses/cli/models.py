@@ -8,20 +8,44 @@ import typer
 
 from analyses.cli.console import say, warn
 from analyses.cli.run import Attention, Device, DType, Loading, Revision, Trust
+from probes.display import aligned, count, size
 from probes.errors import ModelError
 from probes.models import BACKENDS, Model, fetch_model, list_models, model_info
 from probes.models.base import Identity
 from probes.models.parity import parity, table
+from probes.models.sources import ModelInfo
 
 group = typer.Typer(help="Models at hand.", no_args_is_help=True)
 Ref = Annotated[str, typer.Argument(metavar="REF", help="A named model, a folder, a .gguf file, or a hub id.")]
 
 
+LISTED = ("model", "at hand", "size", "licence", "from", "what it is")
+SIZES = {"n_layers": "layers", "d_model": "wide", "n_heads": "heads"}
+
+
 @group.command("ls")
 def ls() -> None:
     """Models that can be named, and whether they are already here."""
-    for model in list_models():
-        say(f"{model}")
+    for line in aligned(LISTED, [_listed(model) for model in list_models()]):
+        say(line)
+    say("A folder, a .gguf file and a hub id are models too; `bathyscope models info REF` says more of one.")
+
+
+def _listed(model: ModelInfo) -> tuple[object, ...]:
+    here = (
+        "yes"
+        if model.at_hand
+        else "no"
+        if model.download_bytes is None
+        else f"no ({size(model.download_bytes)} to fetch)"
+    )
+    licence = (
+        ""
+        if model.licence is None
+        else model.licence.split(" (")[0] + (" (must be accepted)" if model.must_accept else "")
+    )
+    facts = [f"{model.facts[name]} {noun}" for name, noun in SIZES.items() if name in model.facts]
+    return model.ref, here, ", ".join(facts) or "-", licence or "-", model.source, model.description
 
 
 @group.command("fetch")
@@ -38,7 +62,21 @@ def fetch(
 @group.command("info")
 def info(ref: Ref) -> None:
     """What a model is and where it lies, without loading its weights."""
-    say(f"{model_info(ref)}")
+    model = model_info(ref)
+    here = {"at hand": "yes" if model.at_hand else "no", "path": model.path, "licence": model.licence}
+    fetched = {"to fetch": None if model.download_bytes is None else size(model.download_bytes)}
+    facts = {
+        "model": model.ref,
+        "source": model.source,
+        "what it is": model.description,
+        **here,
+        **fetched,
+        **model.facts,
+    }
+    width = max(map(len, facts)) + 2
+    for name, value in facts.items():
+        if value is not None:
+            say(f"{name:{width}}{value}")
 
 
 def check(
@@ -70,7 +108,7 @@ def check(
 def _stamp(model: Model) -> None:
     context = model.context
     say(
-        f"{model.ref} · {model.shape.architecture} · {model.shape.n_layers} layers · {context.backend} · {context.dtype} "
+        f"{model.ref} · {model.shape.architecture} · {count(model.shape.n_layers, 'layer')} · {context.backend} · {context.dtype} "
         f"· {context.attention}"
     )
     for identity in model.faithfulness.identities:

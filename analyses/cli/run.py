@@ -18,6 +18,7 @@ from analyses.rebuild import with_source
 from analyses.registry import ANALYSES
 from analyses.result import check_output
 from probes.capture import plan_capture
+from probes.display import count
 from probes.errors import OptionError
 from probes.input_files import make_folder
 from probes.models import Model, load_model
@@ -164,7 +165,7 @@ def run_analysis(
         progress.stop()
     folder = result.save(out)
     for name, table in result.tables.items():
-        say(f"{name}: {len(table):,} rows")
+        say(f"{name}: {count(len(table), 'row')}")
     say(f"report: {folder / 'report.html'}")
 
 
@@ -174,7 +175,9 @@ def cost(analysis: Analysis, model: Model, lines: list[PromptLine], store: Activ
     plan = plan_capture(model, [prompt.tokens for prompt in asked], analysis.needs(model), store)
     more = []
     if analysis.max_new_tokens:
-        more.append(f"and up to {analysis.max_new_tokens} new tokens for each of {len(asked)} prompts")
+        more.append(
+            f"and up to {count(analysis.max_new_tokens, 'new token')} for each of {count(len(asked), 'prompt')}"
+        )
     if line := analysis.interventions(model, asked).line():
         more.append(line)
     return [*estimate(model, [plan]).lines(), *more]

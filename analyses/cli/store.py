@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from analyses.cli.console import say
 from analyses.cli.run import StoreDir
+from analyses.theme import shorten
+from probes.display import aligned, count
 from probes.errors import OptionError
 from probes.foreign import import_datasets, import_vllm
 from probes.preflight import human
 from probes.store import ActivationStore
+
+LISTED = ("model", "weights", "run by", "sequences", "features", "shards", "size", "last used (UTC)", "edits")
+DIGITS = 12
+"""Of a digest of weights, which is 32 long."""
 
 group = typer.Typer(help="The activation store.", no_args_is_help=True)
 
@@ -23,9 +30,18 @@ def ls(store: StoreDir = None) -> None:
     """What is held, one line per model and setting."""
     held = ActivationStore(store)
     table = held.ls()
-    say(f"{held.root}: {human(held.bytes_held())}")
-    if len(table):
-        say(table.to_string(index=False))
+    say(f"{held.root}: {human(held.bytes_held())} in {count(int(table['shards'].sum()), 'shard')}")
+    for line in aligned(LISTED, [_listed(row) for row in table.to_dict("records")]) if len(table) else ():
+        say(line)
+
+
+def _listed(row: Mapping[Any, Any]) -> tuple[object, ...]:
+    settings = " · ".join(str(row[name]) for name in ("backend", "dtype", "attention"))
+    edits = "" if row["edits"] in ("", "none") else shorten(str(row["edits"]), 40)
+    amounts = f"{row['sequences']:,}", f"{row['features']:,}", f"{row['shards']:,}", human(row["bytes"])
+    weights = str(row["weights"])
+    known = weights if weights.startswith("foreign:") else weights[:DIGITS]
+    return row["model"] or "(no name)", known, settings, *amounts, f"{row['last_used']:%Y-%m-%d %H:%M}", edits
 
 
 @group.command("verify")
@@ -34,13 +50,13 @@ def verify(store: StoreDir = None) -> None:
     report = ActivationStore(store).verify()
     for name in report.damaged:
         say(f"damaged, set aside: {name}")
-    say(f"checked {report.checked:,} shards ({human(report.bytes)}), {len(report.damaged)} damaged")
+    say(f"checked {count(report.checked, 'shard')} ({human(report.bytes)}), {len(report.damaged)} damaged")
 
 
 @group.command("rebuild")
 def rebuild(store: StoreDir = None) -> None:
     """Make the catalogue anew from the shards alone."""
-    say(f"catalogue rebuilt from {ActivationStore(store).rebuild():,} shards")
+    say(f"catalogue rebuilt from {count(ActivationStore(store).rebuild(), 'shard')}")
 
 
 @group.command("gc")
@@ -49,12 +65,19 @@ def gc(
     max_bytes: Annotated[
         str | None, typer.Option(help="Evict least recently used shards down to this size, such as 20GB.")
     ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Also name every shard that was evicted.")] = False,
 ) -> None:
     """Remove leftovers, and least recently used shards above a size."""
     held = ActivationStore(store)
     before = held.bytes_held()
     report = held.gc(None if max_bytes is None else parse_size(max_bytes))
-    say(f"{report}".replace("GcReport", "removed"))
+    for name in report.evicted if verbose else ():
+        say(f"evicted: {name}")
+    say(
+        f"removed {count(len(report.evicted), 'shard')} least recently used, "
+        f"{count(report.quarantined, 'damaged shard')} and {count(report.temporary, 'leftover file')}: "
+        f"{human(report.bytes_freed)} freed"
+    )
     say(f"{human(before)} before, {human(held.bytes_held())} now")
 
 
@@ -95,7 +118,7 @@ def import_rows(
         if layers is not None:
             raise OptionError("--layers is for vllm; a data set names its points by its columns")
         done = import_datasets(path, held, model=of, tokens=tokens)
-    say(f"{done.sequences:,} sequences, {len(done.features)} points: {', '.join(done.features)}")
+    say(f"{count(done.sequences, 'sequence')}, {count(len(done.features), 'point')}: {', '.join(done.features)}")
     say(f"{done.rows_written:,} written ({human(done.bytes_written)}) as {done.context['weights']} to {held.root}")
 
 

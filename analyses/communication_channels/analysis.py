@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from analyses.base import Analysis, Clock, PromptsLike, make_result, token_text
+from analyses.base import Analysis, Clock, PromptsLike, make_result
 from analyses.communication_channels import laundry as laundry
 from analyses.communication_channels.edits import (
     Names,
@@ -38,6 +38,7 @@ from analyses.result import FigureSpec, ProfileSpec, Result
 from analyses.statistics import cluster_bootstrap, wilson
 from analyses.tasks import ioi as tasks_ioi
 from analyses.tasks import laundry as tasks_laundry
+from analyses.tokens import token_text
 from probes import lens
 from probes.composition import Heads, Kind
 from probes.errors import PointError

@@ -19,6 +19,7 @@ from analyses.contextual_decomposition.figures import FIGURES, PROFILES
 from analyses.contextual_decomposition.words import words_table
 from analyses.options import option, validate
 from analyses.result import FigureSpec, ProfileSpec, Result
+from analyses.tokens import tokens_text
 from probes.decomposition import PRESETS, Rules
 from probes.errors import PromptError
 from probes.models.base import Model
@@ -246,7 +247,7 @@ class ContextualDecomposition(Analysis):
 def _text(model: Model, prompt: Prompt) -> str:
     if prompt.text is not None:
         return prompt.text
-    return " ".join(map(str, prompt.tokens)) if model.tokenizer is None else str(model.tokenizer.decode(prompt.tokens))
+    return " ".join(map(str, prompt.tokens)) if model.tokenizer is None else tokens_text(model, prompt.tokens)
 
 
 def _form_note(study: steps.Study, scored: steps.Scored) -> str:

@@ -10,7 +10,7 @@ from analyses.contextual_decomposition.figures_circuit import circuit, faithfuln
 from analyses.contextual_decomposition.methods import COLOUR, NAMES
 from analyses.contextual_decomposition.tables import layer_profile
 from analyses.result import FigureSpec, ProfileSpec, Tables
-from analyses.theme import finish, menu, shorten, visible, whiskers
+from analyses.theme import finish, menu, token_label, whiskers
 
 DIVERGING = "RdBu"
 
@@ -128,8 +128,8 @@ def words(tables: Tables) -> go.Figure:
     z, text, hover = (np.full((len(prompts), width), fill, dtype=object) for fill in (None, "", ""))
     for prompt, word, piece, score, share in kept[["prompt", "word", "text", "relevance", "share"]].to_numpy():
         at = prompts.index(prompt), int(word)
-        z[at], text[at] = share, shorten(visible(piece).strip("·"), 12)
-        hover[at] = f"{visible(piece)}: {score:+.3f} logits, {share:+.0%} of the metric"
+        z[at], text[at] = share, token_label(piece.strip(" "), 12)
+        hover[at] = f"{token_label(piece)}: {score:+.3f} logits, {share:+.0%} of the metric"
     top = _bound(kept.loc[kept["first_position"] > 0, "share"].to_numpy())
     figure.add_heatmap(
         z=z, x=list(range(width)), y=[f"prompt {p}" for p in prompts], text=text, texttemplate="%{text}",

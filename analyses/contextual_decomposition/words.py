@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from analyses.base import token_text
 from analyses.contextual_decomposition.scores import Opened, to_metric
+from analyses.tokens import token_text, tokens_text
 from probes.decomposition import Baseline, Decomposer, Rules, Source, head, token
 from probes.models.base import Model
 
@@ -49,7 +49,7 @@ def words_table(
         for index, word in enumerate(found):
             score = float(scores[len(pieces) + index])
             alone = sum(float(scores[p]) for p in word)
-            text = "".join(pieces[p] for p in word)
+            text = tokens_text(model, [case.tokens[p] for p in word])
             rows.append((case.index, index, word[0], word[-1], text, score, score / max(size, 1e-12), score - alone))
     columns = ["prompt", "word", "first_position", "last_position", "text", "relevance", "share", "interaction"]
     return pd.DataFrame(rows, columns=columns)

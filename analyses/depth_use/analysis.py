@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pandas as pd
 
-from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result, token_text
+from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.depth_use.alignment import alignment_table
 from analyses.depth_use.blocks import Part
 from analyses.depth_use.figures import FIGURES
@@ -19,6 +19,7 @@ from analyses.depth_use.study import Settings, run_study
 from analyses.depth_use.tokens import Rule, check_answer_from
 from analyses.options import option, validate
 from analyses.result import FigureSpec, ProfileSpec, Result
+from analyses.tokens import token_text
 from probes.activations import Activations
 from probes.capture import capture
 from probes.errors import PointError, PromptError

@@ -8,7 +8,7 @@ from plotly.subplots import make_subplots
 
 from analyses.depth_use.figures_proxies import PROXY_FIGURES
 from analyses.result import FigureSpec, Tables
-from analyses.theme import COLOURS, SCALE, finish, menu, visible, whiskers
+from analyses.theme import COLOURS, SCALE, finish, menu, token_label, whiskers
 
 PART_NAMES = {"block": "whole block", "attn": "attention", "mlp": "MLP"}
 _VARIANT_NAMES = {
@@ -136,7 +136,7 @@ def _token_map(table: pd.DataFrame, value: str, title: str, scale: str, **limits
     for label, one in list(table.groupby("menu", sort=False))[:40]:
         grid = one.pivot(index="layer", columns="position", values=value)
         tokens = one.drop_duplicates("position").set_index("position")["token"]
-        names = [f"{position} {visible(tokens[position])}" for position in grid.columns]
+        names = [f"{position} {token_label(tokens[position])}" for position in grid.columns]
         figure.add_heatmap(
             z=grid, x=names, y=grid.index, visible=not labels, colorscale=scale, colorbar={"title": "", "len": 0.6}, **limits,
             hovertemplate="token %{x}<br>layer %{y}<br>" + title + " %{z:.4f}<extra></extra>",

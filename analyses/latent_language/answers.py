@@ -9,17 +9,17 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from analyses.base import token_text
 from analyses.generation import Decoding, respond
 from analyses.latent_language.ids import after_quote
 from analyses.latent_language.items import Item
 from analyses.latent_language.read import Reading
+from analyses.tokens import token_text
 from probes.models.base import Model
 from probes.progress import Progress
 from probes.store import ActivationStore
 
 _END = re.compile(r'["“”„»«\n]')
-_CUT = "�"
+_CUT = re.compile(r"\\x[0-9a-f]{2}")
 """What a token that ends inside a character decodes to."""
 
 
@@ -56,7 +56,7 @@ def said(
 def could_start(token: str, item: Item) -> bool:
     """Whether an answer that begins with this token can be right; in doubt it can."""
     text = token.strip().casefold()
-    if not text or _CUT in text:
+    if not text or _CUT.search(text):
         return True
     return any(a.casefold().startswith(text) or text.startswith(a.casefold()) for a in item.answers)
 

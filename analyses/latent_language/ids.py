@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from analyses.answers import as_merged, encode
+from analyses.tokens import token_bytes
 
 Tokens = tuple[int, ...]
 Sets = Mapping[str, tuple[Tokens, ...]]
@@ -21,48 +20,7 @@ Sets = Mapping[str, tuple[Tokens, ...]]
 SetRule = Literal["prefix", "first_token", "multi_token"]
 Collide = Literal["drop", "keep", "subtract"]
 
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _QUOTE = '"'
-
-
-def token_bytes(tokenizer: Any) -> dict[int, bytes]:
-    """The bytes each ordinary token stands for, by id; special tokens are left out.
-
-    Covers SentencePiece (a low line for a space, `<0xE4>` for a byte) and byte-level BPE.
-    """
-    special = set(getattr(tokenizer, "all_special_ids", ()))
-    vocabulary = tokenizer.get_vocab()
-    added = set(tokenizer.get_added_vocab()) if hasattr(tokenizer, "get_added_vocab") else set()
-    byte_level = _is_byte_level(tokenizer, vocabulary)
-    table = _byte_table() if byte_level else {}
-    found = {}
-    for token, number in vocabulary.items():
-        if number in special:
-            continue
-        if isinstance(token, bytes):
-            found[number] = token
-        elif token not in added and all(c in table for c in token) and byte_level:
-            found[number] = bytes(table[c] for c in token)
-        elif not byte_level and (byte := _BYTE.fullmatch(token)):
-            found[number] = bytes([int(byte[1], 16)])
-        else:
-            found[number] = (token if byte_level else token.replace("▁", " ")).encode()
-    return found
-
-
-def _is_byte_level(tokenizer: Any, vocabulary: Mapping[Any, int]) -> bool:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        parts = json.loads(backend.to_str())
-        return "ByteLevel" in json.dumps([parts.get("decoder"), parts.get("pre_tokenizer")])
-    return any(isinstance(token, str) and token.startswith("Ġ") for token in vocabulary)
-
-
-def _byte_table() -> dict[str, int]:
-    """GPT-2's alphabet: each byte's printable stand-in, to the byte."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 def after_quote(tokenizer: Any, text: str) -> Tokens:

@@ -11,6 +11,7 @@ from torch import Tensor
 from analyses.latent_language.items import Dropped
 from analyses.latent_language.read import Reader, Translate
 from analyses.latent_language.settings import Settings
+from analyses.tokens import tokens_text
 from probes import lens
 from probes.models.base import Model
 from probes.points import Address
@@ -28,7 +29,7 @@ def measure(reader: Reader, settings: Settings) -> tuple[dict[str, pd.DataFrame]
             for layer in layers:
                 found = beam(model, item.tokens, layer, settings.beam_width, settings.beam_tokens, reader.translate)
                 for rank, (tokens, logprob) in enumerate(found):
-                    text = str(tokens) if model.tokenizer is None else str(model.tokenizer.decode(list(tokens)))
+                    text = str(tokens) if model.tokenizer is None else tokens_text(model, tokens)
                     rows.append((item.prompt, pair, item.name, layer, rank, text, logprob))
     names = ["prompt", "pair", "item", "layer", "rank", "text", "logprob"]
     return {"readout": pd.DataFrame(rows, columns=names)}, []

@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analyses.base import token_text
 from analyses.latent_language.items import Item
 from analyses.latent_language.measures import area, crossover
 from analyses.latent_language.read import Reading
 from analyses.statistics import MIN_CLUSTERS, Interval, cluster_bootstrap, wilson
+from analyses.tokens import token_text
 from probes.models.base import Model
 
 Ci = Literal["bootstrap", "gauss95"]

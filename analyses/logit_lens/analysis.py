@@ -11,11 +11,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result, token_text
+from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.logit_lens.figures import FIGURES
 from analyses.logit_lens.profiles import PROFILES
 from analyses.options import option, validate
 from analyses.result import FigureSpec, ProfileSpec, Result
+from analyses.tokens import token_text
 from probes import lens
 from probes.activations import Activations
 from probes.capture import capture

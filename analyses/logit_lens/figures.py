@@ -6,7 +6,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analyses.result import FigureSpec, Tables
-from analyses.theme import COLOURS, SCALE, finish, menu, shorten, visible
+from analyses.theme import COLOURS, SCALE, finish, menu, shorten, token_label
+from analyses.tokens import joined
 
 SHOWN = 40
 """Prompts offered in a figure's menu."""
@@ -18,16 +19,16 @@ def lens_table(tables: Tables) -> go.Figure:
     figure, labels, widths = go.Figure(), [], []
     for shown, (prompt, one) in enumerate(list(top.groupby("prompt", sort=False))[:SHOWN]):
         probability = one.pivot(index="layer", columns="position", values="probability")
-        tokens = one.pivot(index="layer", columns="position", values="token").map(visible)
+        tokens = one.pivot(index="layer", columns="position", values="token")
         inputs = one.drop_duplicates("position").sort_values("position")
-        names = [f"{p} {visible(t)}" for p, t in zip(inputs["position"], inputs["input_token"], strict=True)]
+        names = [f"{p} {token_label(t)}" for p, t in zip(inputs["position"], inputs["input_token"], strict=True)]
         figure.add_heatmap(
             z=probability, x=names, y=probability.index,
-            text=tokens.map(lambda t: shorten(t, 10)), texttemplate="%{text}", customdata=tokens, visible=shown == 0,
+            text=tokens.map(lambda t: token_label(t, 10)), texttemplate="%{text}", customdata=tokens.map(token_label), visible=shown == 0,
             zmin=0, zmax=1, colorscale=SCALE, colorbar={"title": "probability"}, textfont={"size": 11},
             hovertemplate="after %{x}, layer %{y}<br>%{customdata}<br>probability %{z:.3f}<extra></extra>",
         )  # fmt: skip
-        labels.append(shorten(f"{prompt}: {''.join(inputs['input_token'])}"))
+        labels.append(shorten(f"{prompt}: {joined(inputs['input_token'])}"))
         widths.append(max(560, 84 * probability.shape[1] + 200))
     finish(figure, x="position and token whose continuation is predicted", y="layer", height=780)
     figure.update_xaxes(tickangle=-45)

@@ -9,6 +9,7 @@ from analyses.studies.cells import Cell
 from analyses.studies.sharing import Want, plans, want, writes
 from analyses.studies.units import Unit
 from analyses.studies.work import Loaded
+from probes.display import count
 from probes.errors import UserError
 from probes.forward import axis_sizes, row_size
 from probes.models.base import Model
@@ -78,7 +79,11 @@ def _unit(unit: Unit, model: Model, store: ActivationStore, speed: DeviceSpeed) 
 
 def _cell(cell: Cell, plan: CapturePlan, prompts: int, model: Model, speed: DeviceSpeed) -> CellCost:
     alone = estimate(model, [plan], speed)
-    note = f"and up to {cell.analysis.max_new_tokens} new tokens for each of {prompts} prompts" if writes(cell) else ""
+    note = (
+        f"and up to {count(cell.analysis.max_new_tokens, 'new token')} for each of {count(prompts, 'prompt')}"
+        if writes(cell)
+        else ""
+    )
     size = plan.bytes(axis_sizes(model), row_size(model))
     return CellCost(cell, alone.forwards, size, alone.seconds, alone.peak_bytes, note)
 

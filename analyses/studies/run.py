@@ -16,6 +16,7 @@ from analyses.studies.report import render
 from analyses.studies.study import Study
 from analyses.studies.units import Unit, units
 from analyses.studies.work import Captured, Event, Outcome
+from probes.display import count
 from probes.progress import QUIET, Progress
 
 Engine = Callable[[Sequence[Unit], StudyFolder], Iterable[tuple[Unit, Event]]]
@@ -65,7 +66,7 @@ def run_study(
 
 
 def _go(run: StudyRun, missing: Sequence[Cell], engine: Engine, progress: Progress) -> StudyRun:
-    progress.note(f"{len(missing):,} of {run.cells:,} cells to run")
+    progress.note(f"{len(missing):,} of {count(run.cells, 'cell')} to run")
     progress.start(len(missing), "cell")
     labels = {cell.name: cell.label for cell in missing}
     ended: dict[str, list[str]] = {"done": [], "failed": [], "elsewhere": []}
@@ -87,9 +88,9 @@ def _told(events: Iterable[tuple[Unit, Event]], labels: dict[str, str]) -> Itera
     for unit, event in events:
         line = ""
         if isinstance(event, Captured) and event.forwards:
-            line = f"{unit.label}: {event.forwards:,} forward passes that its cells share"
+            line = f"{unit.label}: {count(event.forwards, 'forward pass')} that its cells share"
         elif isinstance(event, Outcome) and event.state == "done":
-            line = f"{labels[event.cell]}: done, {event.forwards:,} forward passes, {event.seconds:.1f} s"
+            line = f"{labels[event.cell]}: done, {count(event.forwards, 'forward pass')}, {event.seconds:.1f} s"
         elif isinstance(event, Outcome):
             line = f"{labels[event.cell]}: {event.error or 'another process is running it'}"
         yield line, event

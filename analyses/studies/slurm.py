@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from analyses.studies.units import Unit
+from probes.display import count
 from probes.preflight import human
 
 HEADROOM = 3
@@ -25,7 +26,7 @@ def script(units: Sequence[Unit], study: Path, out: Path, store: Path | None, pr
     largest = max(unit.model_bytes for unit in units)
     memory = (HEADROOM * largest + LIBRARIES) // 2**20
     cuda = any(unit.model.device.startswith("cuda") for unit in units)
-    listed = [f"#   {number}: {unit.label}, {len(unit.cells)} cells" for number, unit in enumerate(units)]
+    listed = [f"#   {number}: {unit.label}, {count(len(unit.cells), 'cell')}" for number, unit in enumerate(units)]
     lines = [
         "#!/usr/bin/env bash",
         f"# {len(units)} tasks, one for each model and prompt set; the largest model has {human(largest)} of weights:",

@@ -9,7 +9,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analyses.result import FigureSpec, Tables
-from analyses.theme import COLOURS, finish, menu, shorten, visible, whiskers
+from analyses.theme import COLOURS, finish, menu, shorten, token_label, whiskers
+from analyses.tokens import joined
 
 SHOWN = 40
 """Prompts offered in a figure's menu."""
@@ -24,7 +25,7 @@ def raster(tables: Tables) -> go.Figure:
         grid = one.pivot(index="layer", columns="position", values="active").astype(int)
         delta = one.pivot(index="layer", columns="position", values="delta")
         tokens = one.drop_duplicates("position").sort_values("position")
-        names = [f"{p} {visible(t)}" for p, t in zip(tokens["position"], tokens["token"], strict=True)]
+        names = [f"{p} {token_label(t)}" for p, t in zip(tokens["position"], tokens["token"], strict=True)]
         figure.add_heatmap(
             z=grid, x=names, y=grid.index, customdata=delta, visible=shown == 0,
             zmin=0, zmax=1, xgap=1, ygap=1, colorscale=[[0, "#e8e8e8"], [0.5, "#e8e8e8"], [0.5, COLOURS[0]], [1, COLOURS[0]]],
@@ -32,7 +33,7 @@ def raster(tables: Tables) -> go.Figure:
             hovertemplate="token %{x}<br>layer %{y}<br>step %{customdata:.2f}<extra></extra>",
         )  # fmt: skip
         asked = tokens[tokens["phase"] == "prompt"] if (tokens["phase"] == "prompt").any() else tokens
-        labels.append(shorten(f"{prompt}: {''.join(asked['token'])}"))
+        labels.append(shorten(f"{prompt}: {joined(asked['token'])}"))
     finish(figure, x="position and token", y="layer", height=560)
     figure.update_xaxes(tickangle=-60)
     menu(figure, labels)

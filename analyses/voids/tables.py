@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from analyses.base import token_text
 from analyses.statistics import cluster_bootstrap
+from analyses.tokens import token_text
 from analyses.voids.readout import Readings
 from analyses.voids.trace import Trace
 from probes.models.base import Model

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analyses.base import token_text
+from analyses.tokens import token_text
 from probes.edits import RunningGate
 from probes.models.base import Model
 from probes.prompts import Prompt

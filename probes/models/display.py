@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from probes.display import Fold, card
+from probes.display import Fold, card, count
 from probes.models.base import Context, Faithfulness, Shape
 
 
@@ -20,20 +20,24 @@ class Displayed:
 
     def __repr__(self) -> str:
         where = f"{self.context.backend}, {self.context.dtype}, {self.context.attention}, {self.device}"
-        sizes = f"{self.shape.n_layers} layers of {self.shape.d_model}"
+        sizes = f"{count(self.shape.n_layers, 'layer')} of {self.shape.d_model}"
         return f"{type(self).__name__}({self.ref!r}: {self.shape.architecture}, {sizes}; {where}; {self._checked})"
 
     @property
     def _checked(self) -> str:
         identities = self.faithfulness.identities
         failing = sum(not identity.holds for identity in identities)
-        return f"{failing} of {len(identities)} identities FAIL" if failing else f"{len(identities)} identities hold"
+        return (
+            f"{failing} of {len(identities)} identities FAIL"
+            if failing
+            else f"{count(len(identities), 'identity holds', 'identities hold')}"
+        )
 
     def _repr_html_(self) -> str:
         shape, context, stamp = self.shape, self.context, self.faithfulness
         shared = "" if shape.n_kv_heads == shape.n_heads else f" on {shape.n_kv_heads} for keys and values"
         facts = {
-            "depth and width": f"{shape.n_layers} layers, stream {shape.d_model}, MLP {shape.d_mlp}",
+            "depth and width": f"{count(shape.n_layers, 'layer')}, stream {shape.d_model}, MLP {shape.d_mlp}",
             "attention": f"{shape.n_heads} heads of {shape.d_head}{shared}, {'causal' if shape.causal else 'both ways'}",
             "tokens": f"{shape.d_vocab:,} in the vocabulary, {shape.n_ctx:,} in the context",
             "run by": f"{context.backend}, {context.dtype}, {context.attention} attention, on {self.device}",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from probes.display import aligned
 from probes.models.base import Model
 from probes.models.identities import probe_tokens
 from probes.models.recording import deviation
@@ -61,9 +62,7 @@ def readings(model: Model, tokens: Tensor) -> dict[Address, Tensor]:
 def table(rows: Sequence[Parity]) -> list[str]:
     """The rows as lines of text, one column a backend."""
     backends = list(rows[0].cells)
-    lines = [("point", *backends), *((row.point, *map(_shown, row.cells.values())) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return aligned(("point", *backends), [(row.point, *map(_shown, row.cells.values())) for row in rows])
 
 
 def _cell(point: str, seen: Mapping[Address, Tensor], first: Mapping[Address, Tensor]) -> float | str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from probes.display import Fold, card, size
+from probes.display import Fold, card, count, size
 from probes.errors import StoreError
 from probes.paths import cache_root
 from probes.store import maintenance, room
@@ -22,6 +22,7 @@ from probes.store.export import export
 from probes.store.files import Partial, touch
 from probes.store.layout import encode
 from probes.store.maintenance import GcReport, VerifyReport
+from probes.store.names import Names
 from probes.store.shard import Shard
 from probes.store.values import Context, MissingRows, Packet, Put, canonical, sequence_digest
 
@@ -55,6 +56,7 @@ class ActivationStore:
         self.root = (default_root() if root is None else Path(root)).expanduser().absolute()
         self.max_bytes = max_bytes
         self._backing = Backing(self.root)
+        self.names = Names(self.root)
         self._backing.folder.sweep()
         try:
             maintenance.reconcile(self._backing)
@@ -68,8 +70,7 @@ class ActivationStore:
         return f"ActivationStore({str(self.root)!r}: {index.nbytes():,}{limit} bytes in {len(index.shards())} shards)"
 
     def _repr_html_(self) -> str:
-        n_shards = len(self._index.shards())
-        shards = "1 shard" if n_shards == 1 else f"{n_shards:,} shards"
+        shards = count(len(self._index.shards()), "shard")
         limit = "no limit but the disk" if self.max_bytes is None else f"at most {size(self.max_bytes)}"
         listing = self.ls().drop(columns="last_used").to_dict("split")
         folds = [Fold(f"Contexts ({len(listing['data'])})", listing["columns"], listing["data"])]
@@ -167,8 +168,10 @@ class ActivationStore:
         return self._index.nbytes()
 
     def ls(self) -> pd.DataFrame:
-        """One line per context: what it says, then sequences, features, shards, bytes, last_used (UTC)."""
-        return maintenance.ls(self._backing)
+        """One line per context: model (what its weights were called), what it says, sequences, features, shards, bytes, last_used (UTC)."""
+        table, known = maintenance.ls(self._backing), self.names.read()
+        table.insert(0, "model", [", ".join(known.get(weights, ())) for weights in table["weights"]])
+        return table
 
     def verify(self) -> VerifyReport:
         """Check every byte of every shard; damaged ones are set aside and reported."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from probes.errors import OptionError
+from probes.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,23 @@ class Interventions:
             return None
         parts = ", ".join(f"{count:,} {name}" for name, count in self.forwards.items() if count)
         return f"and {'' if self.exact else 'up to '}{self.total:,} forwards with interventions ({parts})"
+
+
+class Tally:
+    """Counts forwards as they are run, and tells a watcher."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.forwards = 0
+
+    def start(self, forwards: int, what: str) -> None:
+        """So many forwards of one kind are about to be run."""
+        self.progress.start(forwards, what)
+
+    def tick(self, forwards: int) -> None:
+        """So many were run."""
+        self.forwards += forwards
+        self.progress.advance(forwards)
 
 
 def swept(n: int, chosen: Sequence[int], stride: int, name: str = "layer") -> list[int]:

@@ -38,7 +38,9 @@ CONTRACT = {
 
 
 def measured(model: Model, store: ActivationStore, prompts: list[tuple[int, ...]] = LONG) -> Measured:
-    return Measured(capture(model, prompts, needs(model, True, True), store), first_token=False)
+    return Measured(
+        capture(model, prompts, needs(model, range(model.shape.n_layers), True, True), store), first_token=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +147,7 @@ def test_attributions_of_all_components_sum_to_the_logit(family: str, store: Act
     points = ("resid_pre.0", "resid_post.*", "z.*", "attn_out.*", "mlp_out.*", "logits")
     activations = capture(model, [LONG[2]], [Need(points)], store)
     tokens = torch.tensor(LONG[2])
-    one = Measured(capture(model, [LONG[2]], needs(model, False, False), store), True)
+    one = Measured(capture(model, [LONG[2]], needs(model, range(model.shape.n_layers), False, False), store), True)
     out = read_out(one, tokens)
     stream = activations.get("resid_post.2")[0].double()
     scale = out.scale(stream)

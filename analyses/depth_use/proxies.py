@@ -17,7 +17,7 @@ PERMUTATIONS = 4000
 
 
 def proxy_tables(measured: Mapping[str, PerPrompt], fixed: Mapping[str, Array], seed: int) -> dict[str, pd.DataFrame]:
-    """Tables `proxies` and `proxy_intervals`.
+    """Tables `proxies` (NaN where a layer was not measured) and `proxy_intervals` (only layers that were).
 
     Args:
         measured: per proxy, its values per prompt and layer.
@@ -29,10 +29,11 @@ def proxy_tables(measured: Mapping[str, PerPrompt], fixed: Mapping[str, Array], 
     for name, mean in means.items():
         low, high = interval(measured[name], seed)[1:] if name in measured else (np.full(n_layers, np.nan),) * 2
         rows += [(layer, name, mean[layer], low[layer], high[layer]) for layer in range(n_layers)]
+    intervals = pd.DataFrame(rows, columns=["layer", "proxy", "mean", "ci_low", "ci_high"])
     table = pd.DataFrame({"layer": np.arange(n_layers), **means})
     return {
         "proxies": table,
-        "proxy_intervals": pd.DataFrame(rows, columns=["layer", "proxy", "mean", "ci_low", "ci_high"]),
+        "proxy_intervals": intervals.dropna(subset="mean").reset_index(drop=True),
     }
 
 

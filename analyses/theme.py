@@ -1,4 +1,4 @@
-"""One look for every figure: colour-blind-safe, layer 0 at the bottom of depth axes."""
+"""One look for every figure: colour-blind-safe, layer 0 at the bottom, or at the left, of depth axes."""
 
 from __future__ import annotations
 

@@ -18,11 +18,13 @@ from analyses.depth_use.columns import PerPrompt
 from analyses.depth_use.contributions import PARTS, Contributions, contribution
 from analyses.depth_use.greedy import greedy_removal, mean_distance
 from analyses.depth_use.outputs import Outputs
+from analyses.depth_use.settings import SkipRule
 from analyses.depth_use.skips import (
     Effects,
     depth_score,
     enter,
     future_effects,
+    left_out_at,
     local_effects,
     relative_change,
     split,
@@ -269,6 +271,53 @@ def test_local_effects_do_not_propagate(tiny: NativeModel, store: ActivationStor
     adjacent = on_blocks(tiny, chunk.tokens, lambda b: b.without(chunk, "block", 0)[:3])
     now = relative_change(chunk, 1, adjacent[1], adjacent[2])[row][chunk.real[row]]
     assert effects.mean[1, 0, 1] == pytest.approx(float(now.mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["current", "future", "local"])
+def test_the_released_rule_leaves_the_first_token_as_it_is(
+    variant: str, tiny: NativeModel, store: ActivationStore
+) -> None:
+    """Nothing before or at a position that is kept changes, in a causal model; left out everywhere, it does."""
+    chunk = one_chunk(tiny, store, [PROMPTS[1]])
+    first = torch.zeros_like(chunk.real)
+    first[:, 0] = True
+
+    def change(rule: SkipRule) -> np.ndarray:
+        effects, at = Effects.empty(1, 3), left_out_at(chunk, rule)
+        halves = split(chunk, 1, 0, rule)
+        assert halves is not None
+        where = halves.skipped if variant == "future" else at
+
+        def work(blocks: Blocks) -> None:
+            if variant == "local":
+                local_effects(effects, blocks, chunk, "block", at, first, range(3), lambda _: None)
+            for layer in range(3) if variant != "local" else ():
+                enter(effects, chunk, layer, blocks.without(chunk, "block", layer, where), first)
+
+        on_blocks(tiny, chunk.tokens, work)
+        return effects.highest[0][np.triu_indices(3, 1)]
+
+    assert (change("released") < 1e-5).all()
+    assert (change("everywhere") > 1e-3).all()
+
+
+def test_the_released_current_skip_is_a_whole_forward_with_the_first_token_kept(
+    tiny: NativeModel, store: ActivationStore
+) -> None:
+    chunk = one_chunk(tiny, store, [PROMPTS[1]])
+    at, address = left_out_at(chunk, "released"), Address("mlp_out", 1)
+    assert at.tolist() == [[False, *[True] * 6]]
+    streams = on_blocks(tiny, chunk.tokens, lambda b: b.without(chunk, "mlp", 1, at))
+    last: list[torch.Tensor] = []
+    keep_first = {address: lambda added: torch.cat([added[:, :1], torch.zeros_like(added[:, 1:])], dim=1)}
+    tiny.run(chunk.tokens, {Address("resid_post", 2): lambda t: last.append(t.clone())}, keep_first)
+    assert close(streams[-1], last[0])
+
+
+def test_unknown_rows_do_not_move_the_depth_score() -> None:
+    known = np.where(np.triu(np.ones((4, 4)), 1) > 0, 1.0, np.nan)
+    known[1] = np.nan
+    assert depth_score(known) == pytest.approx((0 + 2) / 2)
 
 
 def test_depth_score_is_the_centre_of_mass() -> None:

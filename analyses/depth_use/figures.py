@@ -199,7 +199,7 @@ def linear_maps(tables: Tables) -> go.Figure:
         colorbar={"title": "error"},
         hovertemplate="source layer %{x}<br>target layer %{y}<br>relative error %{z:.3f}<extra></extra>",
     )  # fmt: skip
-    figure.add_scatter(x=best, y=best.index, mode="markers", marker={"color": "white", "size": 7, "line": {"width": 1}}, name="best source layer")  # fmt: skip
+    figure.add_scatter(x=best, y=best.index, mode="markers", marker={"color": "white", "size": 7, "line": {"width": 1}}, name="source layer of lowest error")  # fmt: skip
     return finish(figure, x="source layer", y="target layer", height=620)
 
 
@@ -230,20 +230,20 @@ FIGURES = {
     "depth_score": FigureSpec(
         "Depth score",
         "The centre of mass, in layers, of the effects of leaving blocks out: the larger, the deeper the blocks that later ones rely on. Whiskers are 95 % "
-        "intervals over prompts. Groups are the prompts' `group` field; overlapping intervals mean no evidence that one group uses more depth.",
+        "intervals over prompts. Groups are the prompts' `group` field; where two intervals overlap, that one group uses more depth is not shown; below six prompts there is none.",
         depth_scores,
     ),
     "erasure": FigureSpec(
         "Until which layer a token matters",
         "Each cell overwrites one token's stream entering one layer by the mean stream, and shows how much the most affected later prediction changes "
-        "(Euclidean distance of probabilities; for the last token, its own prediction). Dark cells: erasing there no longer matters.",
+        "(Euclidean distance of probabilities; for the last token, its own prediction). Dark cells: hardly any change. One prompt at a time, so no intervals.",
         erased_tokens,
         lambda tables: "erasure" in tables,
     ),
     "attribution": FigureSpec(
         "Integrated gradients of the answer",
         "The probability of the answer, attributed to what each layer writes at each token, along a straight path from the mean over positions. Blue adds to the "
-        "answer's probability, red takes away. The table gives each layer's completeness error.",
+        "answer's probability, red takes away. The table gives each layer's completeness error. One prompt at a time, so no intervals.",
         attributed_tokens,
         lambda tables: "attribution" in tables,
     ),
@@ -258,8 +258,8 @@ FIGURES = {
     "linear_maps": FigureSpec(
         "Layers of one model predicted from another's",
         "The relative error, on held-out prompts, of the best affine map from each source layer's stream to each target layer's. White dots mark the source "
-        "layer that predicts each target layer best; a straight diagonal means that both models pass through the same stages at the same relative depth. The table "
-        "also holds the training error and the error of always predicting the mean.",
+        "layer with the lowest error for each target layer, which neighbours may share within their intervals; dots along the diagonal agree with stages that both models pass at the same relative depth. The table "
+        "holds the intervals, the training error and the error of always predicting the mean.",
         linear_maps,
         lambda tables: "linear_maps" in tables,
     ),

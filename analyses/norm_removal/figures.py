@@ -190,7 +190,7 @@ FIGURES: dict[str, FigureSpec] = {
     "freeze_effect": FigureSpec(
         "What freezing a norm's scale costs, without training",
         "Change of the next-token loss when a norm divides every token by one number, its mean scale on these prompts (the first position has a number of its "
-        "own unless asked otherwise), instead of by the token's own scale. Left: one norm at a time, by layer; a single norm is often nearly free. Right: every norm of "
+        "own unless asked otherwise), instead of by the token's own scale. Left: one norm at a time, by layer. Right: every norm of "
         "a kind, and all norms, at once, by the size of the change, since such changes span decades; open markers are falls, and a whisker a decade long ends beyond zero. Whiskers are 95 % intervals over prompts; a whisker wholly right of zero means that the model relies on that scale. Changes that are infinite are left out of the lines and named in the notes.",
         freeze_effect,
         lambda tables: "freeze_effect" in tables,

@@ -39,13 +39,14 @@ def respond(
     *,
     edits: Sequence[Edit] = (),
     progress: Progress = QUIET,
-) -> tuple[list[tuple[int, ...]], int]:
-    """(the response to each sequence, how many had to be written now)."""
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """(the response to each sequence, those that had to be written now)."""
     context = context_of(model, edits)
     distinct = list(dict.fromkeys(sequences))
     held = store.held(context, distinct, [decoding.key])[:, 0]
     missing = [s for s, has in zip(distinct, held, strict=True) if not has]
     progress.start(len(missing), "response")
+    new = []
     for sequence in missing:
         written = generate(
             model,
@@ -56,8 +57,9 @@ def respond(
             top_p=decoding.top_p,
             seed=decoding.seed,
         )
+        new.append(tuple(written))
         tokens = torch.tensor(written, dtype=torch.int64)
         store.put(Packet(context, (sequence,), {decoding.key: Ragged(tokens, (len(written),))}))
         progress.advance()
     values = store.read(context, list(sequences), decoding.key)
-    return [tuple(int(t) for t in value) for value in values], len(missing)
+    return [tuple(int(t) for t in value) for value in values], new

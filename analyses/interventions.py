@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from probes.display import count
 from probes.errors import OptionError
+from probes.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,23 @@ class Interventions:
             return None
         parts = ", ".join(f"{count:,} {name}" for name, count in self.forwards.items() if count)
         return f"and {'' if self.exact else 'up to '}{count(self.total, 'forward')} with interventions ({parts})"
+
+
+class Tally:
+    """Counts forwards as they are run, and tells a watcher."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.forwards = 0
+
+    def start(self, forwards: int, what: str) -> None:
+        """So many forwards of one kind are about to be run."""
+        self.progress.start(forwards, what)
+
+    def tick(self, forwards: int) -> None:
+        """So many were run."""
+        self.forwards += forwards
+        self.progress.advance(forwards)
 
 
 def swept(n: int, chosen: Sequence[int], stride: int, name: str = "layer") -> list[int]:

@@ -61,7 +61,7 @@ def percentiles(draws: ArrayLike, clusters: ArrayLike) -> tuple[Bounds, Bounds]:
             are NaN.
     """
     enough = np.asarray(clusters) >= MIN_CLUSTERS
-    low, high = (np.where(enough, bound, np.nan) for bound in quantiles(draws))
+    low, high = (np.where(enough, bound, np.nan)[()] for bound in quantiles(draws))
     return low, high
 
 

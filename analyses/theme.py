@@ -1,4 +1,4 @@
-"""One look for every figure: colour-blind-safe, layer 0 at the bottom of depth axes."""
+"""One look for every figure: colour-blind-safe, layer 0 at the bottom, or at the left, of depth axes."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ def finish(figure: go.Figure, *, x: str, y: str, height: int = 420) -> go.Figure
 
 def band(figure: go.Figure, x: ArrayLike, low: ArrayLike, high: ArrayLike, colour: str) -> None:
     """A shaded interval between two curves over the same x; nothing where there is no interval (NaN bounds)."""
-    ends = [np.asarray(values) for values in (x, low, high)]
-    known = np.isfinite(ends[1].astype(float)) & np.isfinite(ends[2].astype(float))
+    along = np.asarray(x)
+    lower, upper = (np.asarray(values, dtype=np.float64) for values in (low, high))
+    known = np.isfinite(lower) & np.isfinite(upper)
     # plotly fills across gaps, so each run of known bounds is a band of its own.
     for run in np.split(np.arange(len(known)), np.flatnonzero(np.diff(known)) + 1):
         if known[run].any():
-            _strip(figure, *(values[run] for values in ends), colour)
+            _strip(figure, along[run], lower[run], upper[run], colour)
 
 
 def _strip(figure: go.Figure, x: ArrayLike, low: ArrayLike, high: ArrayLike, colour: str) -> None:

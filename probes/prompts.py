@@ -45,18 +45,6 @@ class Field:
 
 
 @dataclass(frozen=True)
-class Field:
-    """A further field that a prompt line may carry; called with a value, it says what is wrong with it, or None."""
-
-    help: str
-    """What it means and what form it has, in a line."""
-    check: FieldCheck
-
-    def __call__(self, value: Any) -> str | None:
-        return self.check(value)
-
-
-@dataclass(frozen=True)
 class PromptLine:
     """One validated line of a prompt file, before a tokenizer has seen it."""
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import factorial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny import PROMPTS, native
 
 from analyses.depth_use import DepthUse
 from analyses.depth_use.alignment import alignment_table
-from analyses.depth_use.columns import PerPrompt, interval, quantiles, resampled
+from analyses.depth_use.columns import PerPrompt, interval, resampled
 from analyses.depth_use.greedy import orders
 from analyses.depth_use.proxies import agreement_table, null_correlations, proxy_tables, ranked
 from analyses.result import Result
+from analyses.statistics import quantiles
 from probes.capture import capture
 from probes.errors import OptionError, PointError, ProbeError, PromptError
 from probes.models import Model
@@ -141,21 +144,26 @@ def test_groups_have_depth_scores(tiny: NativeModel, store: ActivationStore) -> 
     ]
     scores = DepthUse(**SMALL).run(tiny, prompts, store=store).tables["depth_score"]
     current = scores[(scores["variant"] == "current") & (scores["by"] == "mean") & (scores["part"] == "block")]
-    assert current.set_index("group")["prompts"].to_dict() == {"all": 4, "easy": 2, "hard": 2}
+    # The last prompt is one token, which the released rule never leaves out.
+    assert current.set_index("group")["prompts"].to_dict() == {"all": 3, "easy": 1, "hard": 2}
     assert current["score"].between(0, 2).all()
 
 
 def test_groups_are_aligned_with_themselves(tiny: NativeModel, store: ActivationStore) -> None:
-    same = [(5, 6, 7, 8), (9, 10, 11), (5, 6, 7, 8), (9, 10, 11), (60, 61, 62, 63), (70, 71, 72)]
-    activations = capture(tiny, same, [Need("resid_post.*")], store)
-    table = alignment_table(activations, ["a", "a", "b", "b", "c", "c"], True, seed=0)
+    one, other = (
+        [(5, 6, 7, 8), (9, 10, 11), (12, 13), (14, 15, 16)],
+        [(60, 61, 62), (70, 71, 72), (73, 74), (75, 76, 77)],
+    )
+    activations = capture(tiny, [*one, *one, *other], [Need("resid_post.*")], store)
+    names = [*"aaaabbbbcccc"]
+    table = alignment_table(activations, names, True, seed=0)
     twins = table[(table["group_a"] == "a") & (table["group_b"] == "b")]
     others = table[(table["group_a"] == "a") & (table["group_b"] == "c")]
     assert twins["mean_cosine"].to_numpy() == pytest.approx(1)
     assert twins["best_cosine"].to_numpy() == pytest.approx(1)
     assert others["mean_cosine"].max() < 0.9
     rows = [
-        torch.cat([h for h, g in zip(activations.get("resid_post.1"), "aabbcc", strict=True) if g == name])
+        torch.cat([h for h, g in zip(activations.get("resid_post.1"), names, strict=True) if g == name])
         for name in "ac"
     ]
     plain = others[(others["layer"] == 1) & ~others["centred"]].iloc[0]
@@ -165,11 +173,14 @@ def test_groups_are_aligned_with_themselves(tiny: NativeModel, store: Activation
     assert plain["pair_cosine"] == pytest.approx(float(pairs.mean()), abs=1e-5)
     assert plain["best_cosine"] == pytest.approx(float(pairs.amax(1).mean()), abs=1e-5)
     assert plain["mean_cosine_low"] <= plain["mean_cosine_high"]
-    two = alignment_table(activations, ["a", "a", "", "", "c", "c"], True, seed=0)
+    two = alignment_table(activations, [*"aaaa", *[""] * 4, *"cccc"], True, seed=0)
     assert two.loc[two["centred"], "mean_cosine"].isna().all()  # opposite by construction
     assert two.loc[~two["centred"], "mean_cosine"].notna().all()
     assert DepthUse.figures["alignment"].draw({"alignment": table}).data
-    assert alignment_table(activations, ["a"] * 6, True, seed=0).empty
+    assert alignment_table(activations, ["a"] * 12, True, seed=0).empty
+    few = alignment_table(activations, [*"aa", *[""] * 6, *"cc", "", ""], True, seed=0)
+    assert few[["pair_cosine_low", "pair_cosine_high"]].isna().all(axis=None), "six ways of dealing four prompts"
+    assert few["pair_cosine"].notna().all()
 
 
 def test_labels_give_a_probe_column(tiny: NativeModel, store: ActivationStore) -> None:
@@ -189,6 +200,31 @@ def test_labels_give_a_probe_column(tiny: NativeModel, store: ActivationStore) -
     assert DepthUse.prompt_fields["label"](2) is not None
     assert DepthUse.prompt_fields["label"](True) is not None
     assert DepthUse.prompt_fields["label"](0) is None
+
+
+def test_tables_and_figures_say_which_skip_rule_it_is(
+    result: Result, tiny: NativeModel, store: ActivationStore
+) -> None:
+    other = DepthUse(**SMALL, skip_rule="everywhere").run(tiny, [*PROMPTS, (5, 6, 7)], store=store)
+    for rule, words, one in (("released", "all tokens but the first", result), ("everywhere", "all tokens", other)):
+        for name in ("skip_effect", "output_effect", "depth_score"):
+            assert set(one.tables[name]["rule"]) == {rule}
+        labels = [button.label for button in one.figure("skip_maps").layout.updatemenus[0].buttons]
+        assert labels
+        assert all(label.endswith(f"at {words}") for label in labels)
+        assert all(trace.name.endswith(f"at {words}") for trace in one.figure("output_effect").data if trace.name)
+        assert words in one.figure("depth_score").layout.xaxis.title.text
+
+
+def test_removal_losses_do_not_follow_the_skip_rule(result: Result, tiny: NativeModel, store: ActivationStore) -> None:
+    prompts = [(5, 6, 7), *PROMPTS[:3]]
+    both = [
+        DepthUse(**SMALL, skip_rule=rule).run(tiny, prompts, store=store).tables for rule in ("released", "everywhere")
+    ]
+    losses = [tables["proxies"][["delta_ce_block", "jsd_mlp"]] for tables in both]
+    pd.testing.assert_frame_equal(*losses)
+    skips = [tables["skip_effect"]["mean"] for tables in both]
+    assert (skips[0] - skips[1]).abs().max() > 1e-3
 
 
 def test_refusals(tiny: NativeModel, store: ActivationStore) -> None:
@@ -246,13 +282,52 @@ def test_too_few_layers_have_no_correlation() -> None:
     assert np.isnan(table.loc[("a", "b"), "spearman"])
 
 
+@pytest.mark.parametrize("n", [3, 4, 5, 6])
+def test_chance_has_a_band_where_perfect_orders_are_rare(n: int) -> None:
+    """Of n! orders of n layers two are perfect: from four on more than one in twenty is, so no band holds 95 %."""
+    fixed = {"a": np.arange(n * 1.0), "b": np.arange(n * 1.0) ** 2}
+    band = agreement_table({}, fixed, seed=0)["null_95"]
+    assert band.isna().all() == (2 / factorial(n) > 0.05)
+    assert not (band >= 1).any() or n == 5
+
+
+def test_each_proxy_has_its_own_band_of_chance() -> None:
+    """One column known for few layers once widened the band of all to the whole axis."""
+    rows = [
+        ("lim", "delta_ce_block", 0.4, np.nan, np.nan, 0.1, 0.36, 30),
+        ("probe_accuracy", "delta_ce_block", 1.0, np.nan, np.nan, 0.3, np.nan, 3),
+        ("layer_index", "delta_ce_block", -0.2, np.nan, np.nan, 0.3, 0.36, 30),
+    ]
+    names = ["proxy_a", "proxy_b", "spearman", "ci_low", "ci_high", "p_value", "null_95", "n"]
+    figure = DepthUse.figures["foretelling"].draw({"agreement": pd.DataFrame(rows, columns=names)})
+    (band,) = [trace for trace in figure.data if trace.type == "bar"]
+    assert dict(zip(band.y, band.x, strict=True)) == {"LIM": 0.72, "depth alone (control)": 0.72}
+    assert not figure.layout.shapes
+
+
+def test_what_no_prompt_enters_has_no_interval() -> None:
+    rng = np.random.default_rng(0)
+    tables = proxy_tables({"up": column(rng.normal(size=(8, 5)))}, {"zd": np.arange(5.0)}, seed=0)
+    intervals = tables["proxy_intervals"].set_index("proxy")
+    assert intervals.loc["zd", ["ci_low", "ci_high"]].isna().all(axis=None)
+    assert intervals.loc["up", ["ci_low", "ci_high"]].notna().all(axis=None)
+
+
 def test_means_weigh_tokens_and_leave_out_nan() -> None:
     values = PerPrompt(2, 1)
     values.add(0, [0, 0, 1, 1], torch.tensor([1.0, 2.0, 6.0, torch.nan]))
     assert values.mean().tolist() == [3]
     draws = resampled(values, seed=0)
     assert set(np.round(draws[:, 0], 6)) == {1.5, 3.0, 6.0}
-    assert [float(x[0]) for x in interval(values, seed=0)] == [3.0, 1.5, 6.0]
+    mean, low, high = interval(values, seed=0)
+    assert mean.tolist() == [3.0]
+    assert np.isnan([low, high]).all(), "two prompts support no interval"
+    values = PerPrompt(6, 2)
+    values.add(0, range(6), torch.arange(6.0))
+    values.add(1, range(5), torch.arange(5.0))
+    mean, low, high = interval(values, seed=0)
+    assert 0 <= low[0] < 2.5 < high[0] <= 5
+    assert np.isnan([low[1], high[1]]).all(), "a column of five prompts has none either"
 
 
 def test_quantiles_are_numpys() -> None:

@@ -18,11 +18,13 @@ from analyses.depth_use.columns import PerPrompt
 from analyses.depth_use.contributions import PARTS, Contributions, contribution
 from analyses.depth_use.greedy import greedy_removal, mean_distance
 from analyses.depth_use.outputs import Outputs
+from analyses.depth_use.settings import SkipRule
 from analyses.depth_use.skips import (
     Effects,
     depth_score,
     enter,
     future_effects,
+    left_out_at,
     local_effects,
     relative_change,
     split,
@@ -109,7 +111,14 @@ def test_nothing_is_left_hooked_or_changed(tiny: NativeModel, store: ActivationS
     columns = {"delta_ce_int4": PerPrompt(3, 3), "delta_ce_frozen_norm": PerPrompt(3, 3)}
     scales = NormScales(tiny.anatomy)
     scales.add(chunk)
-    study(tiny, chunk, lambda s: (s.coarser(columns, [4], lambda: None), s.frozen(columns, scales, lambda: None)))
+    study(
+        tiny,
+        chunk,
+        lambda s: (
+            s.coarser(columns, [4], range(3), lambda _: None),
+            s.frozen(columns, scales, range(3), lambda _: None),
+        ),
+    )
     assert float(columns["delta_ce_int4"].mean().abs().min()) > 0
     assert float(columns["delta_ce_frozen_norm"].mean().abs().min()) > 0
     assert weights_digest(tiny.module) == before
@@ -175,12 +184,16 @@ def test_future_effects_are_those_of_brute_force_and_zero_up_to_the_skipped_bloc
     tiny: NativeModel, store: ActivationStore
 ) -> None:
     chunk = one_chunk(tiny, store)
-    halves = split(chunk, 4, seed=0)
+    halves = split(chunk, 4, 0, "released")
     assert halves is not None
     assert halves.chunk.prompts == (0, 1)  # three tokens are too short to split
     n, lengths = chunk.n_layers, halves.chunk.real.sum(1).tolist()
     effects, outputs = Effects.empty(3, n), Outputs(tiny, halves.chunk, halves.after)
-    on_blocks(tiny, halves.chunk.tokens, lambda b: future_effects(effects, b, halves, "attn", outputs))
+    on_blocks(
+        tiny,
+        halves.chunk.tokens,
+        lambda b: future_effects(effects, b, halves, "attn", outputs, range(3), lambda _: None),
+    )
     posts = [Address("resid_pre", 0), *(Address("resid_post", layer) for layer in range(n))]
     clean = edits.read(tiny, halves.chunk.tokens, posts, [], lengths)
     for skipped in range(n):
@@ -201,10 +214,14 @@ def test_future_effects_are_those_of_brute_force_and_zero_up_to_the_skipped_bloc
 
 
 def test_a_block_left_out_before_the_split_is_untouched_after_it(tiny: NativeModel, store: ActivationStore) -> None:
-    halves = split(one_chunk(tiny, store), 4, seed=0)
+    halves = split(one_chunk(tiny, store), 4, 0, "released")
     assert halves is not None
     effects, outputs = Effects.empty(3, 3), Outputs(tiny, halves.chunk, halves.after)
-    on_blocks(tiny, halves.chunk.tokens, lambda b: future_effects(effects, b, halves, "block", outputs))
+    on_blocks(
+        tiny,
+        halves.chunk.tokens,
+        lambda b: future_effects(effects, b, halves, "block", outputs, range(3), lambda _: None),
+    )
     assert [effects.highest[0, s, s] for s in range(3)] == [0, 0, 0]
     assert effects.highest[0, 0, 1] > 1e-3
 
@@ -241,7 +258,11 @@ def test_a_block_left_out_everywhere_changes_wholly_itself_and_nothing_before(
 def test_local_effects_do_not_propagate(tiny: NativeModel, store: ActivationStore) -> None:
     chunk = one_chunk(tiny, store)
     effects = Effects.empty(3, 3)
-    on_blocks(tiny, chunk.tokens, lambda b: local_effects(effects, b, chunk, "block", chunk.real))
+    on_blocks(
+        tiny,
+        chunk.tokens,
+        lambda b: local_effects(effects, b, chunk, "block", chunk.real, chunk.real, range(3), lambda _: None),
+    )
     lacking = chunk.stream[2] - chunk.added("block", 0)
     alone = on_blocks(tiny, chunk.tokens, lambda b: b.call(2, lacking))
     row = chunk.prompts.index(1)
@@ -250,6 +271,53 @@ def test_local_effects_do_not_propagate(tiny: NativeModel, store: ActivationStor
     adjacent = on_blocks(tiny, chunk.tokens, lambda b: b.without(chunk, "block", 0)[:3])
     now = relative_change(chunk, 1, adjacent[1], adjacent[2])[row][chunk.real[row]]
     assert effects.mean[1, 0, 1] == pytest.approx(float(now.mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["current", "future", "local"])
+def test_the_released_rule_leaves_the_first_token_as_it_is(
+    variant: str, tiny: NativeModel, store: ActivationStore
+) -> None:
+    """Nothing before or at a position that is kept changes, in a causal model; left out everywhere, it does."""
+    chunk = one_chunk(tiny, store, [PROMPTS[1]])
+    first = torch.zeros_like(chunk.real)
+    first[:, 0] = True
+
+    def change(rule: SkipRule) -> np.ndarray:
+        effects, at = Effects.empty(1, 3), left_out_at(chunk, rule)
+        halves = split(chunk, 1, 0, rule)
+        assert halves is not None
+        where = halves.skipped if variant == "future" else at
+
+        def work(blocks: Blocks) -> None:
+            if variant == "local":
+                local_effects(effects, blocks, chunk, "block", at, first, range(3), lambda _: None)
+            for layer in range(3) if variant != "local" else ():
+                enter(effects, chunk, layer, blocks.without(chunk, "block", layer, where), first)
+
+        on_blocks(tiny, chunk.tokens, work)
+        return effects.highest[0][np.triu_indices(3, 1)]
+
+    assert (change("released") < 1e-5).all()
+    assert (change("everywhere") > 1e-3).all()
+
+
+def test_the_released_current_skip_is_a_whole_forward_with_the_first_token_kept(
+    tiny: NativeModel, store: ActivationStore
+) -> None:
+    chunk = one_chunk(tiny, store, [PROMPTS[1]])
+    at, address = left_out_at(chunk, "released"), Address("mlp_out", 1)
+    assert at.tolist() == [[False, *[True] * 6]]
+    streams = on_blocks(tiny, chunk.tokens, lambda b: b.without(chunk, "mlp", 1, at))
+    last: list[torch.Tensor] = []
+    keep_first = {address: lambda added: torch.cat([added[:, :1], torch.zeros_like(added[:, 1:])], dim=1)}
+    tiny.run(chunk.tokens, {Address("resid_post", 2): lambda t: last.append(t.clone())}, keep_first)
+    assert close(streams[-1], last[0])
+
+
+def test_unknown_rows_do_not_move_the_depth_score() -> None:
+    known = np.where(np.triu(np.ones((4, 4)), 1) > 0, 1.0, np.nan)
+    known[1] = np.nan
+    assert depth_score(known) == pytest.approx((0 + 2) / 2)
 
 
 def test_depth_score_is_the_centre_of_mass() -> None:
@@ -348,7 +416,7 @@ def test_a_window_of_one_block_is_exact_and_of_two_is_the_sum(tiny: NativeModel,
     columns = {
         f"{n}_{w}": PerPrompt(3, 3) for w in (1, 2) for n in ("parallel_error", "parallel_cosine", "delta_ce_parallel")
     }
-    study(tiny, chunk, lambda s: s.windows(columns, [1, 2], lambda: None))
+    study(tiny, chunk, lambda s: s.windows(columns, [1, 2], range(3), lambda _: None))
     assert float(columns["parallel_error_1"].mean().max()) < 1e-5
     assert columns["parallel_error_2"].mean().isnan().tolist() == [False, False, True]
 
@@ -372,7 +440,7 @@ def test_window_error_of_linear_blocks_is_the_product_term() -> None:
 
 
 def greedy(model: NativeModel, chunk: Chunk, steps: int, distance: str = "jsd") -> object:
-    return study(model, chunk, lambda s: greedy_removal(s, steps, distance, lambda: None))  # type: ignore[arg-type]
+    return study(model, chunk, lambda s: greedy_removal(s, steps, distance, range(3), lambda _: None))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("distance", ["jsd", "angular", "euclidean"])
@@ -417,7 +485,7 @@ def test_integrated_gradients_are_complete(tiny: NativeModel, store: ActivationS
     (prompt,) = [Prompt(PROMPTS[1])]
     chunk = one_chunk(tiny, store, [prompt.tokens])
     left = [
-        integrated_gradients(tiny, chunk, prompt, PARTS, steps, "left", lambda: None)
+        integrated_gradients(tiny, chunk, prompt, PARTS, steps, "left", range(3), lambda _: None)
         .groupby(["part", "layer"])[["completeness_error", "attribution"]]
         .agg({"completeness_error": "first", "attribution": "sum"})
         for steps in (16, 256)
@@ -425,14 +493,14 @@ def test_integrated_gradients_are_complete(tiny: NativeModel, store: ActivationS
     coarse, fine = (table["completeness_error"].abs().max() for table in left)
     assert fine < 0.05 * left[1]["attribution"].abs().max()
     assert fine < coarse / 8
-    midpoint = integrated_gradients(tiny, chunk, prompt, PARTS, 16, "midpoint", lambda: None)
+    midpoint = integrated_gradients(tiny, chunk, prompt, PARTS, 16, "midpoint", range(3), lambda _: None)
     assert midpoint["completeness_error"].abs().max() < fine
 
 
 def test_the_attributed_change_is_the_models_own(tiny: NativeModel, store: ActivationStore) -> None:
     prompt = Prompt(PROMPTS[1], fields={"answer_from": 5})
     chunk = one_chunk(tiny, store, [prompt.tokens])
-    found = integrated_gradients(tiny, chunk, prompt, ("mlp",), 64, "midpoint", lambda: None)
+    found = integrated_gradients(tiny, chunk, prompt, ("mlp",), 64, "midpoint", range(3), lambda _: None)
     target = Target.of(prompt, Outputs(tiny, chunk))
     assert target.at.tolist() == [4, 5]
     assert target.ids.tolist() == [16, 17]
@@ -454,7 +522,7 @@ def test_erasure_against_a_replaced_stream(tiny: NativeModel, store: ActivationS
     means = StreamMeans()
     means.add(chunk, chunk.real)
     alone = one_chunk(tiny, store, [PROMPTS[1]])
-    table = erasure(tiny, alone, means, lambda: None).set_index(["layer", "position"])
+    table = erasure(tiny, alone, means, range(3), lambda _: None).set_index(["layer", "position"])
     assert means.of(1) == pytest.approx(chunk.stream[1][chunk.real].double().mean(0))
     erased = edits.Replace(address=Address("resid_pre", 1), positions=(2,), value=edits.Values(means.of(1).float()))
     p, q = (edits.logits(tiny, alone.tokens, e)[0].softmax(-1) for e in ([], [erased]))

@@ -111,7 +111,7 @@ def test_a_store_shows_what_it_holds(tiny: NativeModel, store: ActivationStore) 
 def test_a_result_shows_its_tables_and_figures_not_its_rows(result: Result) -> None:
     assert (
         repr(result)
-        == "Result(logit_lens on tiny-llama; tables top (84 rows), read (42 rows); figures lens, convergence)"
+        == "Result(logit_lens on tiny-llama; tables top (84 rows), read (42 rows), curve (15 rows); figures lens, convergence)"
     )
     words = Page(result._repr_html_()).words
     for fact in ("logit_lens", "on tiny-llama", "lens, convergence", "4 forward passes", "top_k", "kl_to_final"):

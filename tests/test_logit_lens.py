@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny import PROMPTS, native
 
 from analyses.logit_lens import LogitLens
+from analyses.logit_lens.curve import chance
 from analyses.voids import Voids
 from probes.capture import capture
 from probes.errors import PointError
@@ -51,6 +54,38 @@ def test_after_voids_it_runs_no_forward(tiny: NativeModel, store: ActivationStor
     seen = count_forwards(tiny)
     result = LogitLens().run(tiny, PROMPTS, store=store)
     assert (seen, result.provenance["counts"]["forwards"]) == ([], 0)
+
+
+def test_the_curve_holds_means_with_intervals_over_prompts(tiny: NativeModel, store: ActivationStore) -> None:
+    prompts = [*PROMPTS, (4, 5), (6, 7, 8), (30, 31)]
+    tables = LogitLens().run(tiny, prompts, store=store).tables
+    table = tables["curve"].set_index(["measure", "layer"])
+    mean = tables["read"].groupby("layer")[["agrees", "entropy_bits", "kl_to_final", "final_logprob"]].mean()
+    for name in mean:
+        assert table.loc[name, "mean"].to_numpy() == pytest.approx(mean[name].to_numpy(), rel=1e-6)
+    assert set(table["prompts"]) == {7}
+    assert ((table["ci_low"] <= table["mean"] + 1e-9) & (table["mean"] <= table["ci_high"] + 1e-9)).all()
+    few = LogitLens().run(tiny, PROMPTS, store=store).tables["curve"]
+    assert few[["ci_low", "ci_high"]].isna().all(axis=None)
+    assert few["mean"].notna().all()
+    alone = LogitLens().run(tiny, PROMPTS[:1], store=store).tables["curve"]
+    assert "chance_agrees" not in set(alone["measure"]), "one prompt has no others"
+
+
+def test_chance_agreement_by_hand() -> None:
+    names = ["prompt", "position", "layer", "top_token_id", "final_token_id"]
+    rows = [(0, 0, 0, 7, 7), (0, 1, 0, 8, 7), (1, 0, 0, 7, 9), (1, 1, 0, 9, 7), (2, 0, 0, 9, 9)]
+    found = chance(pd.DataFrame(rows, columns=names))
+    # Other prompts end in 9, 7, 9 | 9, 7, 9 | 7, 7, 9 | 7, 7, 9 | 7, 7, 9, 7.
+    assert found.tolist() == pytest.approx([1 / 3, 0, 2 / 3, 1 / 3, 1 / 4])
+
+
+def test_the_figure_draws_the_intervals_of_the_prompts_chosen(tiny: NativeModel, store: ActivationStore) -> None:
+    result = LogitLens().run(tiny, [*PROMPTS, (4, 5), (6, 7, 8), (30, 31)], store=store)
+    some = {"read": result.tables["read"].query("prompt < 3")}
+    for tables, known in ((result.tables, True), (some, False)):
+        for trace in LogitLens.figures["convergence"].draw(tables).data:
+            assert np.isfinite(np.asarray(trace.error_x.array, dtype=float)).all() == known
 
 
 @pytest.mark.parametrize("point", ["attn_out", "mlp_out"])

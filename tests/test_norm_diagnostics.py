@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from families import make
@@ -16,6 +17,7 @@ from analyses.cli import main
 from analyses.norm_removal import NormRemoval
 from analyses.norm_removal import diagnose as diagnose_module
 from analyses.norm_removal.attribution import HeadOutputs, read_out
+from analyses.norm_removal.figures import sizes
 from analyses.norm_removal.measured import Measured, needs
 from analyses.norm_removal.neurons import Ablations, rank
 from analyses.norm_removal.profile import outliers, sink_rate
@@ -38,7 +40,9 @@ CONTRACT = {
 
 
 def measured(model: Model, store: ActivationStore, prompts: list[tuple[int, ...]] = LONG) -> Measured:
-    return Measured(capture(model, prompts, needs(model, True, True), store), first_token=False)
+    return Measured(
+        capture(model, prompts, needs(model, range(model.shape.n_layers), True, True), store), first_token=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +149,7 @@ def test_attributions_of_all_components_sum_to_the_logit(family: str, store: Act
     points = ("resid_pre.0", "resid_post.*", "z.*", "attn_out.*", "mlp_out.*", "logits")
     activations = capture(model, [LONG[2]], [Need(points)], store)
     tokens = torch.tensor(LONG[2])
-    one = Measured(capture(model, [LONG[2]], needs(model, False, False), store), True)
+    one = Measured(capture(model, [LONG[2]], needs(model, range(model.shape.n_layers), False, False), store), True)
     out = read_out(one, tokens)
     stream = activations.get("resid_post.2")[0].double()
     scale = out.scale(stream)
@@ -325,3 +329,24 @@ def test_the_default_model_has_61_norms_and_a_spike(real: Model, store: Activati
     assert len(tables["attribution_error"]) == 30 * 9
     stream = tables["stream"].pivot(index="layer", columns="position_class", values="norm")
     assert (stream["first"] / stream["other"]).max() > 10
+
+
+def test_changes_of_several_norms_stand_on_a_logarithmic_axis() -> None:
+    rows = [
+        ("all qk", 1e-4, 5e-5, 2e-4),
+        ("all mlp", -0.01, -0.02, 0.005),
+        ("all", 300.0, 200.0, 400.0),
+        ("all v", 0.0, 0.0, 0.0),
+    ]
+    table = pd.DataFrame(rows, columns=["site", "delta_ce", "ci_low", "ci_high"])
+    found = pd.DataFrame(sizes(table))
+    assert found.loc[0].tolist() == pytest.approx([1e-4, 5e-5, 2e-4])
+    assert found.loc[1].tolist() == pytest.approx([0.01, 0.001, 0.02])  # a fall, mirrored; its interval crosses zero
+    assert found.loc[3].isna().all()
+    joint = table.assign(diverged=0.0, tokens=5, variant="original")
+    alone = pd.DataFrame([("mlp", 0, 0.1, 0.0, 0.2, 0.0, 5, "original")], columns=["site", "layer", *joint.columns[1:]])
+    figure = NormRemoval.figures["freeze_effect"].draw({"freeze_effect": alone, "freeze_together": joint})
+    assert figure.layout.xaxis2.type == "log"
+    points = figure.data[-1]
+    assert list(points.marker.symbol) == ["circle", "circle-open", "circle", "circle"]
+    assert list(points.y) == ["every qk", "every mlp", "all norms", "every v"]

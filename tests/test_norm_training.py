@@ -27,6 +27,7 @@ from probes.models import load_model
 from probes.models.native import NativeModel
 from probes.norms import NormSite, Rows, Switches
 from probes.progress import Progress
+from probes.prompts import Prompt
 from probes.store import ActivationStore
 
 
@@ -391,6 +392,18 @@ def test_a_removal_reports_before_and_after(removal: tuple[Result, Path, Path]) 
         assert loaded.figure(name).data
     for name in loaded.profiles:
         assert set(loaded.profile(name)) >= {"layer", "value"}
+
+
+def test_a_removal_counts_what_it_trained_on_and_froze(removal: tuple[Result, Path, Path]) -> None:
+    result, _, _ = removal
+    analysis = NormRemoval(**{**result.options, "layers": ()})
+    prompts = [Prompt(tuple(range(3 + i, 15 + i))) for i in range(4)]
+    foretold = analysis.interventions(NativeModel(make("llama"), ref="tiny", weights="w"), prompts)
+    blocks = int(result.tables["losses"]["n_tokens"].iloc[0]) // 15
+    assert foretold.forwards["training sequences"] == 3 * 40 * 8
+    assert 5 * blocks <= foretold.forwards["comparisons"]
+    known = foretold.forwards["training sequences"] + foretold.forwards["frozen norms"]
+    assert result.provenance["counts"]["intervention_forwards"] == known + 5 * blocks
 
 
 def test_the_export_is_the_norm_free_model(removal: tuple[Result, Path, Path]) -> None:

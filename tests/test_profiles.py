@@ -36,7 +36,7 @@ def test_every_analysis_says_something_of_each_layer(analysis: type[Analysis]) -
 
 def test_profiles_cover_the_layers_with_intervals_around_their_values(store: ActivationStore, tmp_path: Path) -> None:
     for analysis in (Voids(alpha=(0.8, 0.2)), LogitLens()):
-        result = analysis.run(native(), [(5, 6, 7, 8), (9, 10), (11, 12, 13)], store=store)
+        result = analysis.run(native(), [(5, 6, 7, 8), *((9 + i, 10, 3 + i) for i in range(6))], store=store)
         assert set(result.profiles) == set(analysis.profiles)
         for name in result.profiles:
             table = result.profile(name)
@@ -60,14 +60,16 @@ def saved_values(folder: Path, name: str) -> list[float]:
 def test_means_are_over_rows_and_intervals_over_prompts() -> None:
     rows = [
         (prompt, position, layer, float(prompt == layer))
-        for prompt in (0, 1)
+        for prompt in range(6)
         for position in (0, 1)
         for layer in (0, 1)
     ]
     table = pd.DataFrame(rows, columns=["prompt", "position", "layer", "agrees"])
     found = agreement({"read": table})
-    assert found["value"].tolist() == [0.5, 0.5]
+    assert found["value"].tolist() == pytest.approx([1 / 6, 1 / 6])
     assert found["ci_low"].tolist() == [0.0, 0.0]
+    few = agreement({"read": table[table["prompt"] < 5]})
+    assert few[["ci_low", "ci_high"]].isna().all(axis=None)
     alike = mean_by_layer(table.assign(agrees=1.0), "agrees", ["prompt", "position"])
     assert alike[["ci_low", "value", "ci_high"]].to_numpy().tolist() == [[1.0, 1.0, 1.0]] * 2
 

@@ -13,6 +13,7 @@ from families import make
 from tiny import PROMPTS
 
 from analyses.voids import Voids
+from analyses.voids.readout import fixed_exits
 from analyses.voids.trace import apply_rule
 from probes import lens
 from probes.capture import capture, writes_of
@@ -188,6 +189,8 @@ def test_tables_have_their_contract_columns(tiny: NativeModel, store: Activation
         assert set(columns) <= set(tables[name].columns)
     assert set(tables["usage"]["phase"]) == {"prompt", "response"}
     usage = tables["usage"]
+    assert usage[["ci_low", "ci_high"]].isna().all(axis=None), "four prompts support no interval"
+    usage = Voids().run(tiny, [*PROMPTS, (4, 5), (6, 7, 8)], store=store).tables["usage"]
     assert ((usage["ci_low"] <= usage["active_fraction"]) & (usage["active_fraction"] <= usage["ci_high"])).all()
 
 
@@ -239,7 +242,8 @@ def test_bfloat16_norms_are_coarser(tiny: NativeModel, store: ActivationStore) -
 
 
 def test_controls_skip_as_much_elsewhere(store: ActivationStore) -> None:
-    tables = Voids(readout_positions="all", alpha=(0.5,)).run(planted((5,)), PROMPTS, store=store).tables
+    prompts = [*PROMPTS, (4, 5), (6, 7, 8)]
+    tables = Voids(readout_positions="all", alpha=(0.5,)).run(planted((5,)), prompts, store=store).tables
     assert tables["readout"]["exit_layer"].nunique() > 1, "this seed's exits differ between tokens"
     controls = tables["controls"].set_index("variant")
     assert set(controls.index) == {"voids", "fixed_exit", "shuffled_exit"}
@@ -248,6 +252,23 @@ def test_controls_skip_as_much_elsewhere(store: ActivationStore) -> None:
     assert controls["kl_to_full"]["voids"] == pytest.approx(tables["readout"]["kl_to_full"].mean(), rel=1e-5)
     assert controls["kl_to_full"]["shuffled_exit"] != pytest.approx(controls["kl_to_full"]["voids"], rel=1e-3)
     assert controls["kl_to_full"]["fixed_exit"] != pytest.approx(controls["kl_to_full"]["voids"], rel=1e-3)
+
+
+@pytest.mark.parametrize("exits", [[5, 5, 5, 5, 5, 4], [5, 5, 5], [-1, 5, 2, 2], [0], [-1, -1, 0]])
+def test_a_fixed_exit_leaves_out_as_much_as_the_rule(exits: list[int]) -> None:
+    """One rounded layer would be the last where few tokens leave early, and leave out nothing."""
+    fixed = fixed_exits(np.array(exits))
+    assert fixed.sum() == sum(exits)
+    assert fixed.max() - fixed.min() <= 1
+    assert (fixed.min() < 5) == (min(exits) < 5)
+
+
+def test_no_control_is_empty_where_few_tokens_leave_early(store: ActivationStore) -> None:
+    model = planted((), n_layers=6, seed=3)
+    tables = Voids(readout_positions="all", alpha=(0.1,)).run(model, PROMPTS, store=store).tables
+    exits = tables["readout"]["exit_layer"]
+    assert round(exits.mean()) == 5 > exits.min(), "rounded, the mean exit of this seed is the last layer"
+    assert (tables["controls"].set_index("variant")["kl_to_full"] > 0).all()
 
 
 @pytest.mark.parametrize(

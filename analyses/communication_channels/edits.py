@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,19 @@ class Change:
     offset: float = 0.0
 
 
+@dataclass(frozen=True)
+class Spots:
+    """The tokens of an indirect-object prompt, and where its names are in them."""
+
+    tokens: tuple[int, ...]
+    io: int
+    """Token of the name that should come next."""
+    s: int
+    io_at: int
+    s_at: int
+    """Where the subject stands first."""
+
+
 @dataclass(frozen=True, eq=False)
 class Names:
     """An indirect-object prompt as the model sees it."""
@@ -49,16 +62,23 @@ class Names:
 
 def open_prompts(model: Model, prompts: Sequence[Ioi]) -> list[Names]:
     """Prompts run once, their last position open; those whose names are not one token each are left out."""
+    return [
+        Names(Resumable(model, one.tokens, -1), one.io, one.s, one.io_at, one.s_at) for one in spots(model, prompts)
+    ]
+
+
+def spots(model: Model, prompts: Sequence[Ioi]) -> list[Spots]:
+    """Where the names are, in the prompts whose names are one token each."""
     found = []
     for prompt in prompts:
         tokens = tokenize([prompt.text], model)[0].tokens
         io, s = (name_token(model, name) for name in (prompt.indirect, prompt.subject))
-        spots = [
+        places = [
             [i for i, token in enumerate(tokens) if token in name_forms(model, n)]
             for n in (prompt.indirect, prompt.subject)
         ]
-        if io is not None and s is not None and len(spots[0]) == 1 and len(spots[1]) == 2:
-            found.append(Names(Resumable(model, tokens, -1), io, s, spots[0][0], spots[1][0]))
+        if io is not None and s is not None and len(places[0]) == 1 and len(places[1]) == 2:
+            found.append(Spots(tokens, io, s, places[0][0], places[1][0]))
     return found
 
 
@@ -149,21 +169,29 @@ def measures(names: Names, found: Outcome, base: Outcome) -> dict[str, Tensor]:
 
 
 def standard_changes(
-    source: Circuit, component: int, random_directions: int, alphas: Sequence[float], seed: int
+    source: Circuit, component: int, stride: int, random_directions: int, alphas: Sequence[float], seed: int
 ) -> list[Change]:
-    """Zero every component; random directions of the head's span; a sweep of the chosen component's size."""
+    """Zero every stride-th component and the chosen one; random directions of the head's span; a sweep of the chosen
+    component's size.
+    """
     write = source.svd[2]
     generator = torch.Generator().manual_seed(seed)
     mixed = torch.nn.functional.normalize(
         torch.randn(random_directions, len(write), generator=generator) @ write, dim=-1
     )
-    changes = [Change("zero", i, v) for i, v in enumerate(write)]
+    swept = sorted({component, *range(0, len(write), stride)})
+    changes = [Change("zero", i, write[i]) for i in swept]
     changes += [Change("random_direction", -1, v) for v in mixed]
     return changes + [Change(f"scale:{alpha:g}", component, write[component], keep=alpha) for alpha in alphas]
 
 
+def pair_forwards(prompts: int, changes: int) -> int:
+    """Rows that `pair_effects` runs: per prompt every change, the head left out, at its mean, twice as it is."""
+    return prompts * (changes + 4)
+
+
 def pair_effects(
-    prompts: Sequence[Names], heads: Heads, pair: pd.Series, changes: Sequence[Change], seed: int
+    prompts: Sequence[Names], heads: Heads, pair: pd.Series, changes: Sequence[Change], tick: Callable[[int], None]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(effect of every change and of whole-head ablations, per prompt; coefficient of each component, per prompt)."""
     layer, head = int(pair["source_layer"]), int(pair["source_head"])
@@ -171,12 +199,14 @@ def pair_effects(
     w_o, circuit = heads.w_o[layer, head], Circuit(heads.w_v[layer, head], heads.w_o[layer, head])
     values = [head_output(names.held, layer, head) for names in prompts]
     mean = torch.stack(values).mean(0)
+    tick(len(prompts))
     rows, coefficients = [], []
     for index, names in enumerate(prompts):
         base = outcome(names, layer, target, lambda z: z, 1)
         made = {"edit": outcome(names, layer, target, changed_head(head, w_o, changes), len(changes)),
                 "head_zero": outcome(names, layer, target, whole_head(head, None), 1),
                 "head_mean": outcome(names, layer, target, whole_head(head, mean), 1)}  # fmt: skip
+        tick(len(changes) + 3)
         before = {k: float(v[0]) for k, v in measures(names, base, base).items()}
         for name, found in made.items():
             after = measures(names, found, base)

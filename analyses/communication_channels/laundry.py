@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,12 +123,22 @@ def honest(chosen: NDArray[np.int64], answer: NDArray[np.int64], n_items: int) -
     return np.concatenate(found) if found else np.zeros(0, dtype=bool)
 
 
+def forwards(by_length: Mapping[int, Sequence[Listed]], dials: Mapping[str, int], steps: int) -> int:
+    """Rows that `run` runs with so many dials per name: every prompt opened, with the weight edit, and at every point of
+    each grid; and the first length's prompts once more for each dial.
+    """
+    first = len(next(iter(by_length.values()), ()))
+    each = 2 + sum(steps**n for n in dials.values())
+    return sum(map(len, by_length.values())) * each + first * sum(dials.values())
+
+
 def run(
     model: Model,
     heads: Heads,
     by_length: Mapping[int, Sequence[Listed]],
     dials: Mapping[str, Sequence[Dial]],
     steps: int,
+    tick: Callable[[int], None],
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(accuracy by length and variant, the choice at every grid point of the channel's dials).
 
@@ -140,18 +150,23 @@ def run(
     reach: dict[str, list[float]] = {}
     for n_items, prompts in by_length.items():
         held = [Resumable(model, prompt.tokens, -1) for prompt in prompts]
+        tick(len(held))
         answer = np.array([p.prompt.missing for p in prompts])
         plain = [choices(model, h.entering[-1][-1:], p.items) for h, p in zip(held, prompts, strict=True)]
         rows += _scores(
             n_items, "plain", np.array([c[0][0] for c in plain]), np.array([c[1][0] for c in plain]), prompts
         )
         rows += _weight_edit(model, n_items, prompts, dials["channel"][0])
+        tick(len(prompts))
         for name, three in dials.items():
-            reach.setdefault(name, reach_of(held, heads, three))
+            if name not in reach:
+                reach[name] = reach_of(held, heads, three)
+                tick(len(held) * len(three))
             grid = steering_grid(steps, reach[name])
             chosen = np.stack(
                 [choices(model, steered(h, heads, three, grid), p.items)[0] for h, p in zip(held, prompts, strict=True)]
             )
+            tick(len(held) * len(grid))
             rows.append(_rate(n_items, f"oracle, {name}", "items", (chosen == answer[:, None]).any(1)))
             rows.append(_rate(n_items, f"held out, {name}", "items", honest(chosen, answer, n_items)))
             if name == "channel":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from analyses.depth_use.blocks import Blocks, Chunk, Part
 from analyses.depth_use.columns import PerPrompt
 from analyses.depth_use.contributions import PARTS
 from analyses.depth_use.outputs import Outputs
+from analyses.depth_use.settings import Tick
 from analyses.depth_use.skips import Effects, enter
 from analyses.depth_use.weights import NormScales, coarser, frozen_norms
 
@@ -36,54 +37,76 @@ class Study:
         among = self.counted[self.outputs.where]
         column.add(layer, self.outputs.prompt[among], values[among])
 
-    def removals(self, columns: Columns, effects: Mapping[Part, Effects], tick: Callable[[], None]) -> None:
-        """Every part of every block left out at all positions, restarted from the stored stream that enters it."""
+    @property
+    def rows(self) -> int:
+        """Sequences of one forward."""
+        return len(self.chunk.tokens)
+
+    def removals(self, columns: Columns, effects: Mapping[Part, Effects], layers: Sequence[int], tick: Tick) -> None:
+        """Every part of each of `layers` left out at all positions, restarted from the stored stream that enters it.
+
+        Args:
+            effects: what later blocks lose by that, per part; parts that are not in it are not entered.
+        """
         for part in PARTS:
-            for layer in range(self.chunk.n_layers):
+            for layer in layers:
                 streams = self.blocks.without(self.chunk, part, layer)
                 change = self.outputs.change(streams[-1])
                 self._enter(columns[f"delta_ce_{part}"], layer, change.ce - self.outputs.ce)
                 self._enter(columns[f"jsd_{part}"], layer, change.jsd)
                 if part in effects:
-                    enter(effects[part], self.chunk, layer, streams, self.counted)
-                    among = self.counted[self.outputs.where]
-                    distance = change.probability_distance[among]
-                    effects[part].add_output(self.outputs.prompt[among], layer, distance)
-                tick()
+                    self._enter_effects(effects[part], layer, streams, change.probability_distance, self.counted)
+                tick(self.rows)
 
-    def coarser(self, columns: Columns, bits: Collection[int], tick: Callable[[], None]) -> None:
-        """Every block alone with weights of so many bits."""
-        for layer in range(self.chunk.n_layers):
+    def skips(self, effects: Mapping[Part, Effects], at: Tensor, layers: Sequence[int], tick: Tick) -> None:
+        """Every part of each of `layers` left out at the positions `at` [batch, pos]; prompts without one have no effect."""
+        counted = self.counted & at.any(1, keepdim=True)
+        for part, into in effects.items():
+            for layer in layers:
+                streams = self.blocks.without(self.chunk, part, layer, at)
+                self._enter_effects(into, layer, streams, self.outputs.distance(streams[-1]), counted)
+                tick(self.rows)
+
+    def _enter_effects(
+        self, effects: Effects, layer: int, streams: Sequence[Tensor], distance: Tensor, counted: Tensor
+    ) -> None:
+        enter(effects, self.chunk, layer, streams, counted)
+        among = counted[self.outputs.where]
+        effects.add_output(self.outputs.prompt[among], layer, distance[among])
+
+    def coarser(self, columns: Columns, bits: Collection[int], layers: Sequence[int], tick: Tick) -> None:
+        """Each of `layers` alone with weights of so many bits."""
+        for layer in layers:
             block = self.blocks.anatomy.component("block", layer)
             for n in bits:
                 with coarser(block, n):
                     passed = self.blocks.run(self.chunk.stream[layer], layer, stop=layer + 1)[-1]
                 final = self.blocks.run(passed, layer + 1)[-1]
                 self.enter_loss(columns[f"delta_ce_int{n}"], layer, final)
-            tick()
+                tick(self.rows)
 
-    def frozen(self, columns: Columns, scales: NormScales, tick: Callable[[], None]) -> None:
-        """Every block that begins its parts with norms, alone, with norms that divide by their mean divisor."""
+    def frozen(self, columns: Columns, scales: NormScales, layers: Sequence[int], tick: Tick) -> None:
+        """Each of `layers` that begins its parts with norms, alone, with norms that divide by their mean divisor."""
         rows = (self.chunk.tokens.shape[0], self.chunk.tokens.shape[1])
-        for layer in range(self.chunk.n_layers):
+        for layer in layers:
             if not (found := scales.of(layer)):
                 continue
             with frozen_norms(self.blocks.anatomy.map.module, found, rows):
                 passed = self.blocks.run(self.chunk.stream[layer], layer, stop=layer + 1)[-1]
             self.enter_loss(columns["delta_ce_frozen_norm"], layer, self.blocks.run(passed, layer + 1)[-1])
-            tick()
+            tick(self.rows)
 
-    def read(self, columns: Columns) -> None:
-        """What each layer's stream predicts, against the final prediction."""
-        for layer in range(self.chunk.n_layers):
+    def read(self, columns: Columns, layers: Sequence[int]) -> None:
+        """What the stream leaving each of `layers` predicts, against the final prediction."""
+        for layer in layers:
             found = self.outputs.lens(self.chunk.stream[layer + 1])
             self._enter(columns["lens_kl"], layer, found.kl)
             self._enter(columns["lens_overlap"], layer, found.overlap)
 
-    def windows(self, columns: Columns, widths: Sequence[int], tick: Callable[[], None]) -> None:
+    def windows(self, columns: Columns, widths: Sequence[int], starts: Sequence[int], tick: Tick) -> None:
         """Blocks of a window run side by side on the stream that enters the window, their contributions added."""
         n_layers = self.chunk.n_layers
-        for start in range(n_layers):
+        for start in starts if widths else ():
             entering = self.chunk.stream[start]
             joint = entering
             for width in range(1, min(max(widths), n_layers - start) + 1):
@@ -91,7 +114,7 @@ class Study:
                 joint = joint + self.blocks.run(entering, layer, stop=layer + 1)[-1] - entering
                 if width in widths:
                     self._window(columns, start, width, joint)
-            tick()
+                    tick(self.rows)
 
     def _window(self, columns: Columns, start: int, width: int, joint: Tensor) -> None:
         found = window_error(self.chunk.stream[start], self.chunk.stream[start + width], joint)

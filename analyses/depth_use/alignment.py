@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
+from math import comb
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,8 @@ from probes.points import Address
 
 TOKENS = 512
 """Tokens of a group whose pairs are compared at most, drawn at random."""
+LEAST_DEALS = 40
+"""Ways of dealing prompts to two groups from which on a 95 % band of them leaves any out at either end."""
 SHUFFLES = 100
 """Random regroupings of the prompts behind the control."""
 
@@ -29,7 +32,7 @@ def alignment_table(activations: Activations, groups: Sequence[str], first_token
         share a large common direction), mean_cosine (of the two group means; NaN for two groups centred, whose means are
         opposite by construction), pair_cosine (mean over pairs of tokens), best_cosine (mean over tokens of the first
         group of their highest cosine with the second), and for the first two `_low` and `_high`: 95 % of what prompts
-        dealt to the groups at random give.
+        dealt to the groups at random give; NaN where there are too few ways of dealing them.
     """
     names = [name for name in dict.fromkeys(groups) if name]
     rows: list[tuple[object, ...]] = []
@@ -59,7 +62,9 @@ def _compare(rows: Sequence[Tensor], groups: Sequence[str], a: str, b: str, seed
         sums = torch.stack([kept[i].double().sum(0) for i in members])
         compare = _mean_cosine if kept is rows else _pair_cosine
         rng = np.random.default_rng(seed)
-        low, high = quantiles(np.array([compare(sums, counts, rng.permutation(in_a)) for _ in range(SHUFFLES)]))
+        low = high = np.float64(np.nan)
+        if comb(len(in_a), int(in_a.sum())) >= LEAST_DEALS:
+            low, high = quantiles(np.array([compare(sums, counts, rng.permutation(in_a)) for _ in range(SHUFFLES)]))
         found += [compare(sums, counts, in_a), float(low), float(high)]
     first, second = (_unit(_some([rows[i] for i in members if groups[i] == name], seed)) for name in (a, b))
     return (*found, float((first @ second.T).amax(1).mean()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,11 +12,13 @@ from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.depth_use.alignment import alignment_table
 from analyses.depth_use.blocks import Part
 from analyses.depth_use.figures import FIGURES
-from analyses.depth_use.greedy import Distance
+from analyses.depth_use.forwards import forwards
 from analyses.depth_use.maps import check_pair, map_table
 from analyses.depth_use.profiles import PROFILES
-from analyses.depth_use.study import Settings, run_study
-from analyses.depth_use.tokens import Rule, check_answer_from
+from analyses.depth_use.settings import Distance, Rule, Settings, SkipRule
+from analyses.depth_use.study import run_study
+from analyses.depth_use.tokens import check_answer_from
+from analyses.interventions import Interventions
 from analyses.options import option, validate
 from analyses.result import FigureSpec, ProfileSpec, Result
 from analyses.tokens import token_text
@@ -48,6 +50,10 @@ class DepthUse(Analysis):
     parts: tuple[Part, ...] = option(
         ("block", "attn", "mlp"), "What is left out in skip effects and attributed; removal losses cover all three."
     )
+    skip_rule: SkipRule = option(
+        "released",
+        "Where skip effects leave a part out: everywhere, or nowhere at a prompt's first token, as the released code.",
+    )
     split_positions: int = option(
         4, "Positions per prompt before which a part is left out and after which effects are measured.", low=1, high=64
     )
@@ -62,6 +68,10 @@ class DepthUse(Analysis):
     greedy_distance: Distance = option("jsd", "What the greedy removal keeps small.")
     greedy_prompts: int = option(8, "Prompts on which the greedy removal decides.", low=1)
     drop_blocks: int = option(6, "Blocks removed in the order of a proxy; 0 leaves the curves out.", low=0)
+    layers: tuple[int, ...] = option(
+        (), "Layers that are left out, rounded, frozen or erased, or begin a window; none: every stride-th.", low=0
+    )
+    stride: int = option(1, "Every how many layers one is left out, where layers names none.", low=1)
     target_model: str = option(
         "", "A model with the same tokenizer whose streams are predicted from this one's, or self."
     )
@@ -94,10 +104,10 @@ class DepthUse(Analysis):
     def __post_init__(self) -> None:
         validate(self)
 
-    @property
-    def intervenes(self) -> bool:
-        """Yes: blocks are left out, skipped and replaced."""
-        return True
+    def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
+        """Blocks left out, rounded, frozen, run side by side, erased and differentiated; each restarted where it changes."""
+        _check_model(model)
+        return Interventions(forwards(model, prompts, self._settings))
 
     def needs(self, model: Model) -> list[Need]:
         """Rows of the stream entering and leaving every block, and of what attention adds."""
@@ -113,14 +123,16 @@ class DepthUse(Analysis):
         Raises:
             PointError: the model is not causal, its blocks do not add to the stream, or its backend keeps them to itself.
             PromptError: no prompt has a next token to predict.
+            OptionError: a layer that the model does not have.
         """
         clock, store = Clock(), store or ActivationStore()
         _check_model(model)
+        self._settings.swept(model.shape.n_layers)
         asked = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
         _check_prompts(asked)
         sequences = [prompt.tokens for prompt in asked]
         activations = capture(model, sequences, self.needs(model), store, progress=progress)
-        tables, notes = run_study(activations, asked, self._settings, progress)
+        tables, notes, done = run_study(activations, asked, self._settings, progress)
         groups = [str(prompt.fields.get("group", "")) for prompt in asked]
         if len(set(groups) - {""}) > 1:
             tables["alignment"] = alignment_table(activations, groups, self.first_token, self.seed)
@@ -131,12 +143,12 @@ class DepthUse(Analysis):
                 tables[name]["token"] = [token_text(model, int(token)) for token in tables[name]["token_id"]]
         if "attribution" in tables:
             notes.append(_completeness(tables["attribution"]))
-        return make_result(self, model, asked, tables, activations, clock, notes)
+        return make_result(self, model, asked, tables, activations, clock, notes, interventions=done)
 
     @property
     def _settings(self) -> Settings:
-        names = Settings.__dataclass_fields__
-        return Settings(**{name: getattr(self, name) for name in names})
+        given = {name: getattr(self, name) for name in Settings.__dataclass_fields__}
+        return Settings(**{k: tuple(dict.fromkeys(v)) if isinstance(v, tuple) else v for k, v in given.items()})
 
     def _maps(self, source: Activations, store: ActivationStore, progress: Progress) -> pd.DataFrame:
         target = source

@@ -12,10 +12,16 @@ from analyses.theme import COLOURS, SCALE, finish, menu, token_label, whiskers
 
 PART_NAMES = {"block": "whole block", "attn": "attention", "mlp": "MLP"}
 _VARIANT_NAMES = {
-    "current": "left out everywhere",
+    "current": "left out",
     "future": "left out before a split, effect after it",
     "local": "subtracted from one later block's input",
 }
+_RULES = {"released": "at all tokens but the first", "everywhere": "at all tokens"}
+
+
+def _variant(name: str, table: pd.DataFrame) -> str:
+    """A kind of skip and where in a prompt it happens."""
+    return f"{_VARIANT_NAMES[name]}, {_RULES[table['rule'].iloc[0]]}"
 
 
 def contributions(tables: Tables) -> go.Figure:
@@ -62,7 +68,7 @@ def skip_maps(tables: Tables) -> go.Figure:
             hoverongaps=False, colorbar={"title": "change", "len": 0.6},
             hovertemplate="block %{y} left out<br>block %{x} changes by %{z:.3f} (largest %{customdata:.2f})<extra></extra>",
         )  # fmt: skip
-        labels.append(f"{PART_NAMES[key[1]]}, {_VARIANT_NAMES[key[0]]}")
+        labels.append(f"{PART_NAMES[key[1]]}, {_variant(key[0], one)}")
     menu(figure, labels)
     finish(figure, x="later block whose contribution changes", y="block left out", height=660)
     figure.update_layout(margin={"t": 90})
@@ -71,20 +77,22 @@ def skip_maps(tables: Tables) -> go.Figure:
 
 def output_effect(tables: Tables) -> go.Figure:
     """How much leaving a part out changes later predictions, and what each layer would already predict."""
-    effect, proxies = tables["output_effect"], tables["proxies"]
+    effect, proxies = tables["output_effect"], tables["proxy_intervals"]
     figure = make_subplots(
         rows=1, cols=3, shared_yaxes=True,
         subplot_titles=("change of the output", "distance to the final prediction", "top 5 shared with the final"),
     )  # fmt: skip
     for colour, ((variant, part), group) in zip(COLOURS, effect.groupby(["variant", "part"], sort=False), strict=False):
         figure.add_scatter(
-            x=group["mean"], y=group["skipped"], mode="lines+markers", name=f"{PART_NAMES[str(part)]}, {variant}",
-            line={"color": colour}, marker={"size": 5}, row=1, col=1,
+            x=group["mean"], y=group["skipped"], mode="lines+markers",
+            name=f"{PART_NAMES[str(part)]}, {_variant(str(variant), group)}", line={"color": colour}, marker={"size": 5},
+            error_x=whiskers(group["mean"], group["ci_low"], group["ci_high"]), row=1, col=1,
         )  # fmt: skip
     for column, name in ((2, "lens_kl"), (3, "lens_overlap")):
+        rows = proxies[proxies["proxy"] == name]
         figure.add_scatter(
-            x=proxies[name], y=proxies["layer"], mode="lines+markers", showlegend=False,
-            line={"color": COLOURS[6]}, marker={"size": 5}, row=1, col=column,
+            x=rows["mean"], y=rows["layer"], mode="lines+markers", showlegend=False, line={"color": COLOURS[6]},
+            marker={"size": 5}, error_x=whiskers(rows["mean"], rows["ci_low"], rows["ci_high"]), row=1, col=column,
         )  # fmt: skip
     finish(figure, x="", y="layer", height=600)
     titles = ("distance of probabilities", "KL(layer || final), nats", "share")
@@ -107,7 +115,12 @@ def depth_scores(tables: Tables) -> go.Figure:
             name=f"{group} ({rows['prompts'].min()} to {rows['prompts'].max()} prompts)",
         )  # fmt: skip
     order = sorted({y for trace in figure.data for y in trace.y}, reverse=True)
-    finish(figure, x="depth score (layers)", y="", height=180 + 24 * len(order))
+    title = (
+        f"depth score (layers); parts left out {_RULES[table['rule'].iloc[0]]}"
+        if len(table)
+        else "depth score (layers)"
+    )
+    finish(figure, x=title, y="", height=180 + 24 * len(order))
     figure.update_yaxes(categoryorder="array", categoryarray=order)
     figure.update_layout(margin={"l": 190})
     figure.update_xaxes(rangemode="tozero")
@@ -186,7 +199,7 @@ def linear_maps(tables: Tables) -> go.Figure:
         colorbar={"title": "error"},
         hovertemplate="source layer %{x}<br>target layer %{y}<br>relative error %{z:.3f}<extra></extra>",
     )  # fmt: skip
-    figure.add_scatter(x=best, y=best.index, mode="markers", marker={"color": "white", "size": 7, "line": {"width": 1}}, name="best source layer")  # fmt: skip
+    figure.add_scatter(x=best, y=best.index, mode="markers", marker={"color": "white", "size": 7, "line": {"width": 1}}, name="source layer of lowest error")  # fmt: skip
     return finish(figure, x="source layer", y="target layer", height=620)
 
 
@@ -201,35 +214,36 @@ FIGURES = {
     ),
     "skip_maps": FigureSpec(
         "Which later blocks miss a block that is left out",
-        "Row: the block (or its attention or MLP) that is left out; column: a later block. Colour: how much that later block's contribution changes, "
+        "Row: the block (or its attention or MLP) that is left out, at the tokens that the menu names; column: a later block. Colour: how much that later block's contribution changes, "
         "relative to its length, as a mean over tokens and prompts (the largest is in the hover). `Before a split` leaves it out at earlier positions only and "
         "measures later ones, so it shows what is passed between tokens; `subtracted` does not let the change propagate. Colours stop at 1.",
         skip_maps,
     ),
     "output_effect": FigureSpec(
         "When the output is decided",
-        "Left: the largest Euclidean change of a next-token distribution in a prompt when a part is left out, averaged over prompts. Middle: how far the "
-        "prediction read from each layer (final norm and unembedding) is from the final one. Right: how many of its five most probable tokens are among the final five.",
+        "Left: the largest Euclidean change of a next-token distribution in a prompt when a part is left out, averaged over prompts (the legend says at which tokens). Middle: how far the "
+        "prediction read from each layer (final norm and unembedding) is from the final one. Right: how many of its five most probable tokens are among the final five. "
+        "Whiskers are 95 % intervals over prompts.",
         output_effect,
         lambda tables: len(tables["output_effect"]) > 0,
     ),
     "depth_score": FigureSpec(
         "Depth score",
         "The centre of mass, in layers, of the effects of leaving blocks out: the larger, the deeper the blocks that later ones rely on. Whiskers are 95 % "
-        "intervals over prompts. Groups are the prompts' `group` field; overlapping intervals mean no evidence that one group uses more depth.",
+        "intervals over prompts. Groups are the prompts' `group` field; where two intervals overlap, that one group uses more depth is not shown; below six prompts there is none.",
         depth_scores,
     ),
     "erasure": FigureSpec(
         "Until which layer a token matters",
         "Each cell overwrites one token's stream entering one layer by the mean stream, and shows how much the most affected later prediction changes "
-        "(Euclidean distance of probabilities; for the last token, its own prediction). Dark cells: erasing there no longer matters.",
+        "(Euclidean distance of probabilities; for the last token, its own prediction). Dark cells: hardly any change. One prompt at a time, so no intervals.",
         erased_tokens,
         lambda tables: "erasure" in tables,
     ),
     "attribution": FigureSpec(
         "Integrated gradients of the answer",
         "The probability of the answer, attributed to what each layer writes at each token, along a straight path from the mean over positions. Blue adds to the "
-        "answer's probability, red takes away. The table gives each layer's completeness error.",
+        "answer's probability, red takes away. The table gives each layer's completeness error. One prompt at a time, so no intervals.",
         attributed_tokens,
         lambda tables: "attribution" in tables,
     ),
@@ -244,8 +258,8 @@ FIGURES = {
     "linear_maps": FigureSpec(
         "Layers of one model predicted from another's",
         "The relative error, on held-out prompts, of the best affine map from each source layer's stream to each target layer's. White dots mark the source "
-        "layer that predicts each target layer best; a straight diagonal means that both models pass through the same stages at the same relative depth. The table "
-        "also holds the training error and the error of always predicting the mean.",
+        "layer with the lowest error for each target layer, which neighbours may share within their intervals; dots along the diagonal agree with stages that both models pass at the same relative depth. The table "
+        "holds the intervals, the training error and the error of always predicting the mean.",
         linear_maps,
         lambda tables: "linear_maps" in tables,
     ),

@@ -66,7 +66,7 @@ def kind(proxy: str) -> int:
 
 def proxy_table(tables: Tables) -> go.Figure:
     """Layer by proxy: the value, coloured by its rank in its column."""
-    table = tables["proxies"].set_index("layer")
+    table = tables["proxies"].set_index("layer").dropna(axis=1, how="all")
     names = sorted((str(name) for name in table), key=lambda name: (kind(name), not name.startswith(_CHEAP[:4])))
     table = table[names]
     shade = table.rank(pct=True)
@@ -90,19 +90,12 @@ def proxy_table(tables: Tables) -> go.Figure:
 
 def foretelling(tables: Tables) -> go.Figure:
     """Rank agreement of every proxy with a measured loss, best first, beside what chance gives."""
-    table = tables["agreement"]
     figure, buttons = go.Figure(), list[dict[str, object]]()
-    kinds = (
-        (1, "one forward pass or the weights", COLOURS[0]),
-        (2, "other interventions", COLOURS[7]),
-        (3, "control", COLOURS[1]),
-    )
-    for shown, (target, title) in enumerate(TARGETS.items()):
-        rows = table[(table["proxy_b"] == target) & ~table["proxy_a"].isin([*TARGETS, *_direct(target)])].dropna(
-            subset="spearman"
-        )
-        rows = rows.reindex(rows["spearman"].abs().sort_values().index)
-        for which, name, colour in kinds:
+    targets = {target: _correlated(tables["agreement"], target) for target in TARGETS}
+    targets = {target: rows for target, rows in targets.items() if len(rows)}
+    for shown, (target, rows) in enumerate(targets.items()):
+        _chance(figure, rows, shown == 0)
+        for which, (name, colour) in _KINDS.items():
             some = rows[[kind(proxy) == which for proxy in rows["proxy_a"]]]
             figure.add_scatter(
                 x=some["spearman"], y=[label(proxy) for proxy in some["proxy_a"]], mode="markers", name=name, visible=shown == 0,
@@ -113,8 +106,11 @@ def foretelling(tables: Tables) -> go.Figure:
                               "%{customdata[3]} layers<extra></extra>",
             )  # fmt: skip
         order = [label(proxy) for proxy in rows["proxy_a"]]
-        visible = {"visible": [i // len(kinds) == shown for i in range(len(kinds) * len(TARGETS))]}
-        buttons.append({"label": title, "method": "update", "args": [visible, {"yaxis.categoryarray": order}]})
+        each = 1 + len(_KINDS)
+        visible = {"visible": [i // each == shown for i in range(each * len(targets))]}
+        buttons.append(
+            {"label": TARGETS[target], "method": "update", "args": [visible, {"yaxis.categoryarray": order}]}
+        )
         if shown == 0:
             figure.update_yaxes(categoryorder="array", categoryarray=order)
     finish(
@@ -123,14 +119,35 @@ def foretelling(tables: Tables) -> go.Figure:
         y="",
         height=820,
     )
-    width = float(table["null_95"].dropna().max())
-    figure.add_vrect(x0=-width, x1=width, fillcolor="#777", opacity=0.15, line_width=0)
     figure.update_xaxes(range=[-1.05, 1.05], zeroline=True, zerolinecolor="#444")
     figure.update_layout(
         updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "right", "y": 1.02, "yanchor": "bottom"}],
-        margin={"l": 260, "t": 70},
-    )
+        margin={"l": 260, "t": 70}, barmode="overlay",
+    )  # fmt: skip
     return figure
+
+
+_KINDS = {
+    1: ("one forward pass or the weights", COLOURS[0]),
+    2: ("other interventions", COLOURS[7]),
+    3: ("control", COLOURS[1]),
+}
+
+
+def _correlated(table: pd.DataFrame, target: str) -> pd.DataFrame:
+    """What could foretell a target, the strongest last."""
+    rows = table[(table["proxy_b"] == target) & ~table["proxy_a"].isin([*TARGETS, *_direct(target)])]
+    rows = rows.dropna(subset="spearman")
+    return rows.reindex(rows["spearman"].abs().sort_values(kind="stable").index)
+
+
+def _chance(figure: go.Figure, rows: pd.DataFrame, visible: bool) -> None:
+    """A grey bar behind each proxy, as wide as its number of layers makes chance."""
+    known = rows.dropna(subset="null_95")
+    figure.add_bar(
+        x=2 * known["null_95"], base=-known["null_95"], y=[label(proxy) for proxy in known["proxy_a"]], orientation="h",
+        width=0.9, marker={"color": "#777", "opacity": 0.18}, name="95 % of random orders", hoverinfo="skip", visible=visible,
+    )  # fmt: skip
 
 
 def _direct(target: str) -> list[str]:
@@ -195,7 +212,8 @@ def removal_curves(tables: Tables) -> go.Figure:
         greedy = tables["greedy"]
         names = [f"{part} {layer}" for part, layer in zip(greedy["part"], greedy["layer"], strict=True)]
         figure.add_scatter(
-            x=greedy["step"] / 2, y=greedy["delta_ce"], text=names, mode="markers+text", textposition="bottom center",
+            x=greedy["step"] / 2, y=greedy["delta_ce"], text=names,
+            error_y=whiskers(greedy["delta_ce"], greedy["ci_low"], greedy["ci_high"], 3), mode="markers+text", textposition="bottom center",
             marker={"color": "black", "symbol": "diamond", "size": 9}, name="greedy, attention or MLP (half a block each)",
         )  # fmt: skip
     finish(figure, x="blocks removed", y="rise of the loss (nats per token)", height=520)
@@ -215,7 +233,7 @@ def windows(tables: Tables) -> go.Figure:
             )  # fmt: skip
     finish(figure, x="", y="first block of the window", height=560)
     figure.update_xaxes(title="relative error", rangemode="tozero", row=1, col=1)
-    top = float(tables["windows"]["delta_ce"].quantile(0.9))
+    top = float(tables["windows"]["delta_ce"].quantile(0.9)) if len(tables["windows"]) else 1.0
     figure.update_xaxes(
         title="nats per token (cut at the 90th percentile)", range=[min(0.0, -0.05 * top), 1.2 * top], row=1, col=2
     )
@@ -235,9 +253,10 @@ PROXY_FIGURES = {
     "foretelling": FigureSpec(
         "Which proxy foretells the measured loss",
         "Rank correlation over layers of each proxy with the loss chosen in the menu, the strongest at the top. Blue proxies cost one forward pass or only look at the weights; yellow ones need interventions themselves. Whiskers are 95 % intervals over resampled prompts. In the grey "
-        "band lie 95 % of random orders of the layers: a proxy inside it says nothing. The orange control is depth alone; a proxy that does not beat it is not worth computing. "
+        "bar of a proxy lie 95 % of random orders of its layers (none is drawn below five layers): what lies inside it is not told from chance. The orange control is depth alone; a proxy whose whisker does not clear it is not shown to be worth computing. "
         "LIM and cosines fall where importance rises or the reverse, so the sign is part of the definition.",
         foretelling,
+        lambda tables: any(len(_correlated(tables["agreement"], target)) for target in TARGETS),
     ),
     "measured_loss": FigureSpec(
         "The measured loss of every layer",
@@ -252,8 +271,8 @@ PROXY_FIGURES = {
     ),
     "removal": FigureSpec(
         "Removing several blocks in the order of a proxy",
-        "The loss as blocks are removed one after the other, least important first by each measure; `random` is the mean of three random orders, `deepest first` needs no measurement. Bands are "
-        "95 % intervals over prompts. Diamonds: attention and MLP parts chosen greedily, each labelled. Orders were made and scored on the same prompts.",
+        "The loss as blocks are removed one after the other, least important first by each measure; `random` is the mean of three random orders, `deepest first` needs no measurement. Bands and whiskers "
+        "are 95 % intervals over prompts. Diamonds: attention and MLP parts chosen greedily, each labelled. Orders were made and scored on the same prompts.",
         removal_curves,
         lambda tables: "drop_curve" in tables,
     ),
@@ -262,5 +281,6 @@ PROXY_FIGURES = {
         "Blocks of a window all read the stream that enters it and their contributions are added. Left: the error of the step across the window, relative to its length (0: order does not matter). "
         "Right: the rise of the loss. Whiskers are 95 % intervals over prompts.",
         windows,
+        lambda tables: len(tables["windows"]) > 0,
     ),
 }

@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from analyses.depth_use.columns import Array, PerPrompt, interval, resampled
 from analyses.statistics import percentiles
 
+MIN_LAYERS = 5
+"""Layers from which on some order of them is rarer than one in twenty: the two perfect ones are 2 of n! orders."""
 PERMUTATIONS = 4000
 """Draws of the null distribution of a rank correlation."""
 
 
 def proxy_tables(measured: Mapping[str, PerPrompt], fixed: Mapping[str, Array], seed: int) -> dict[str, pd.DataFrame]:
-    """Tables `proxies` and `proxy_intervals`.
+    """Tables `proxies` (NaN where a layer was not measured) and `proxy_intervals` (only layers that were).
 
     Args:
         measured: per proxy, its values per prompt and layer.
@@ -29,10 +31,11 @@ def proxy_tables(measured: Mapping[str, PerPrompt], fixed: Mapping[str, Array], 
     for name, mean in means.items():
         low, high = interval(measured[name], seed)[1:] if name in measured else (np.full(n_layers, np.nan),) * 2
         rows += [(layer, name, mean[layer], low[layer], high[layer]) for layer in range(n_layers)]
+    intervals = pd.DataFrame(rows, columns=["layer", "proxy", "mean", "ci_low", "ci_high"])
     table = pd.DataFrame({"layer": np.arange(n_layers), **means})
     return {
         "proxies": table,
-        "proxy_intervals": pd.DataFrame(rows, columns=["layer", "proxy", "mean", "ci_low", "ci_high"]),
+        "proxy_intervals": intervals.dropna(subset="mean").reset_index(drop=True),
     }
 
 
@@ -41,7 +44,8 @@ def agreement_table(measured: Mapping[str, PerPrompt], fixed: Mapping[str, Array
 
     Returns:
         Columns proxy_a, proxy_b, spearman, ci_low, ci_high, p_value (by permutation of layers), null_95 (the |rho| that
-        5 % of random orders exceed), n (layers where both are known).
+        5 % of random orders exceed; NaN where more than that are perfect, as from fewer than five layers), n (layers where
+        both are known).
     """
     point = {name: column.mean().numpy()[None] for name, column in measured.items()}
     point |= {name: np.asarray(value, dtype=np.float64)[None] for name, value in fixed.items()}
@@ -69,7 +73,7 @@ def agreement_table(measured: Mapping[str, PerPrompt], fixed: Mapping[str, Array
         prompts = min((int(measured[name].prompts()[both].min()) for name in (a, b) if name in measured), default=0)
         low, high = percentiles(correlation(rank(a, both, True), rank(b, both, True)), prompts)
         beyond = PERMUTATIONS - int(np.searchsorted(nulls[n], abs(rho) - 1e-12))
-        band = float(nulls[n][int(0.95 * PERMUTATIONS)])
+        band = float(nulls[n][int(0.95 * PERMUTATIONS)]) if n >= MIN_LAYERS else np.nan
         found[a, b] = found[b, a] = (rho, float(low), float(high), (1 + beyond) / (1 + PERMUTATIONS), band, n)
     rows = [(a, b, *found[a, b]) for a in point for b in point]
     return pd.DataFrame(

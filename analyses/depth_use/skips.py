@@ -15,7 +15,8 @@ from torch import Tensor
 from analyses.depth_use.blocks import Blocks, Chunk, Part
 from analyses.depth_use.columns import Array
 from analyses.depth_use.outputs import Outputs
-from analyses.statistics import RESAMPLES, percentiles
+from analyses.depth_use.settings import SPLIT_TOKENS, SkipRule, Tick
+from analyses.statistics import RESAMPLES, cluster_bootstrap, percentiles
 
 Variant = Literal["current", "future", "local"]
 POOLED = 2**22
@@ -58,6 +59,13 @@ class Effects:
             self.output[prompt, skipped] = float(distance[prompts == prompt].max())
 
 
+def left_out_at(chunk: Chunk, rule: SkipRule) -> Tensor:
+    """[batch, pos], where a part is left out: at all tokens, or, as in the released code, never at a prompt's first."""
+    out = chunk.real.clone()
+    out[:, 0] &= torch.tensor(rule == "everywhere")
+    return out
+
+
 def relative_change(chunk: Chunk, layer: int, before: Tensor, after: Tensor) -> Tensor:
     """||c - c'|| / ||c|| per token [batch, pos], with c the clean contribution of block `layer`, c' = after - before."""
     clean = chunk.added("block", layer).float()
@@ -72,18 +80,31 @@ def enter(effects: Effects, chunk: Chunk, skipped: int, streams: Sequence[Tensor
         effects.add(chunk, skipped, layer, relative_change(chunk, layer, before, after), where)
 
 
-def local_effects(effects: Effects, blocks: Blocks, chunk: Chunk, part: Part, where: Tensor) -> None:
-    """Each earlier part's contribution subtracted from the clean stream entering each later block, one pair at a time."""
-    for layer in range(1, chunk.n_layers):
-        for skipped in range(layer):
-            lacking = chunk.stream[layer] - chunk.added(part, skipped)
+def local_effects(
+    effects: Effects,
+    blocks: Blocks,
+    chunk: Chunk,
+    part: Part,
+    at: Tensor,
+    where: Tensor,
+    layers: Sequence[int],
+    tick: Tick,
+) -> None:
+    """The contribution of each of `layers` subtracted, at the positions `at` [batch, pos], from the clean stream entering
+    each later block, one pair at a time; effects are taken at `where` [batch, pos].
+    """
+    for skipped in layers:
+        lost = chunk.added(part, skipped) * at.to(chunk.stream[0].device)[..., None]
+        for layer in range(skipped + 1, chunk.n_layers):
+            lacking = chunk.stream[layer] - lost
             after = blocks.run(lacking, layer, stop=layer + 1)[-1]
             effects.add(chunk, skipped, layer, relative_change(chunk, layer, lacking, after), where)
+            tick(len(chunk.tokens))
 
 
 @dataclass(frozen=True)
 class Split:
-    """Prompts repeated once per split position t: parts are left out at 1..t-1, effects measured from t on."""
+    """Prompts repeated once per split position t: parts are left out before t, effects measured from t on."""
 
     chunk: Chunk
     skipped: Tensor
@@ -97,15 +118,20 @@ def split_positions(length: int, wanted: int, rng: np.random.Generator) -> list[
     candidates = list(range(SPLIT_STRIDE, length - 4, SPLIT_STRIDE))
     if candidates:
         return sorted(int(t) for t in rng.permutation(candidates)[:wanted])
-    return [length // 2] if length >= 4 else []
+    return [length // 2] if length >= SPLIT_TOKENS else []
 
 
-def split(chunk: Chunk, wanted: int, seed: int) -> Split | None:
+def positions_of(prompt: int, length: int, wanted: int, seed: int) -> list[int]:
+    """The split positions of the prompt of this index."""
+    return split_positions(length, wanted, np.random.default_rng((seed, prompt)))
+
+
+def split(chunk: Chunk, wanted: int, seed: int, rule: SkipRule) -> Split | None:
     """The chunk repeated per split position; None where every prompt is too short."""
     rows, at = [], []
     for row, prompt in enumerate(chunk.prompts):
         length = int(chunk.real[row].sum())
-        positions = split_positions(length, wanted, np.random.default_rng((seed, prompt)))
+        positions = positions_of(prompt, length, wanted, seed)
         rows += [row] * len(positions)
         at += positions
     if not rows:
@@ -113,20 +139,26 @@ def split(chunk: Chunk, wanted: int, seed: int) -> Split | None:
     repeated = chunk.repeated(torch.tensor(rows))
     position = torch.arange(repeated.tokens.shape[1])[None]
     t = torch.tensor(at)[:, None]
-    return Split(repeated, (position >= 1) & (position < t), repeated.real & (position >= t))
+    return Split(repeated, left_out_at(repeated, rule) & (position < t), repeated.real & (position >= t))
 
 
-def future_effects(effects: Effects, blocks: Blocks, halves: Split, part: Part, outputs: Outputs) -> None:
+def future_effects(
+    effects: Effects, blocks: Blocks, halves: Split, part: Part, outputs: Outputs, layers: Sequence[int], tick: Tick
+) -> None:
     """Each part left out before the split; what changes after it, where the part itself still runs."""
     chunk = halves.chunk
-    for skipped in range(chunk.n_layers):
+    for skipped in layers:
         streams = blocks.without(chunk, part, skipped, halves.skipped)
         enter(effects, chunk, skipped, streams, halves.after)
         effects.add_output(outputs.prompt, skipped, outputs.distance(streams[-1]))
+        tick(len(chunk.tokens))
 
 
 def effect_table(effects: Effects, variant: Variant, part: Part, seed: int) -> pd.DataFrame:
-    """Columns variant, part, skipped, affected, effect (largest), mean, median, ci_low, ci_high (of the mean, over prompts)."""
+    """Columns variant, part, skipped, affected, effect (largest), mean, median, ci_low, ci_high (of the mean, over prompts).
+
+    Rows of layers that were not left out are absent.
+    """
     used = ~np.isnan(effects.mean).all(axis=(1, 2))
     mean, n = effects.mean[used], int(used.sum())
     draws = np.random.default_rng(seed).integers(0, n, size=(RESAMPLES, n))
@@ -141,24 +173,25 @@ def effect_table(effects: Effects, variant: Variant, part: Part, seed: int) -> p
     return pd.DataFrame(rows, columns=names)
 
 
-def output_table(effects: Effects, variant: Variant, part: Part) -> pd.DataFrame:
-    """Columns variant, part, skipped, effect (largest over prompts), mean and median (over prompts)."""
-    used = ~np.isnan(effects.output).all(axis=1)
-    found = effects.output[used]
-    layers = range(found.shape[1])
-    columns = {"variant": variant, "part": part, "skipped": layers, "effect": np.nanmax(found, axis=0)}
-    return pd.DataFrame({**columns, "mean": np.nanmean(found, axis=0), "median": np.nanmedian(found, axis=0)})
+def output_table(effects: Effects, variant: Variant, part: Part, seed: int) -> pd.DataFrame:
+    """Columns variant, part, skipped, effect (largest over prompts), mean with ci_low and ci_high, and median (over prompts)."""
+    used, layers = (np.flatnonzero(~np.isnan(effects.output).all(axis=axis)) for axis in (1, 0))
+    values = effects.output[np.ix_(used, layers)]
+    mean = cluster_bootstrap(values, used, seed=seed)
+    columns = {"variant": variant, "part": part, "skipped": layers, "effect": values.max(axis=0), "mean": mean.mean}
+    return pd.DataFrame({**columns, "ci_low": mean.low, "ci_high": mean.high, "median": np.median(values, axis=0)})
 
 
 def depth_score(matrix: Array) -> Array:
     """Centre of mass of effects over depth, in layers: sum of s e_s over sum of e_s, e_s the mean effect on later layers.
 
     Args:
-        matrix: [..., skipped, affected]; only entries right of the diagonal count. The result has the leading axes.
+        matrix: [..., skipped, affected]; only entries right of the diagonal count, and of those the ones that are known.
+            The result has the leading axes.
     """
     n = matrix.shape[-1]
-    later = np.triu(np.ones((n, n), dtype=bool), 1)
-    e = np.where(later & ~np.isnan(matrix), matrix, 0).sum(-1) / np.maximum(later.sum(-1), 1)
+    known = np.triu(np.ones((n, n), dtype=bool), 1) & ~np.isnan(matrix)
+    e = np.where(known, matrix, 0).sum(-1) / np.maximum(known.sum(-1), 1)
     with np.errstate(invalid="ignore"):
         out: Array = (np.arange(n) * e).sum(-1) / e.sum(-1)
     return out

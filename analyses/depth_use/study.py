@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import get_args
 
 import numpy as np
@@ -14,20 +14,23 @@ from analyses.depth_use.ablations import Study
 from analyses.depth_use.blocks import Blocks, Chunk, Part, chunks, on_blocks
 from analyses.depth_use.columns import PerPrompt, interval
 from analyses.depth_use.contributions import PARTS, Contributions
-from analyses.depth_use.greedy import SUBLAYERS, Distance, drop_blocks, drop_table, greedy_removal, orders
+from analyses.depth_use.forwards import measured, per_token, removed, skipped
+from analyses.depth_use.greedy import SUBLAYERS, drop_blocks, drop_table, greedy_removal, orders
 from analyses.depth_use.outputs import Outputs
 from analyses.depth_use.proxies import agreement_table, proxy_tables
+from analyses.depth_use.settings import Settings
 from analyses.depth_use.skips import (
     Effects,
     Variant,
     depth_scores,
     effect_table,
     future_effects,
+    left_out_at,
     local_effects,
     output_table,
     split,
 )
-from analyses.depth_use.tokens import Rule, StreamMeans, erasure, integrated_gradients
+from analyses.depth_use.tokens import StreamMeans, erasure, integrated_gradients
 from analyses.depth_use.weights import NormScales, z_share_of
 from probes.activations import Activations
 from probes.linear import probe_layers
@@ -41,31 +44,10 @@ Tables = dict[str, pd.DataFrame]
 LAST = Reducer(positions="last")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The options of `DepthUse` that the study of the blocks follows."""
-
-    parts: tuple[Part, ...]
-    split_positions: int
-    skip_prompts: int
-    erasure_prompts: int
-    gradient_prompts: int
-    gradient_steps: int
-    gradient_rule: Rule
-    bits: tuple[int, ...]
-    windows: tuple[int, ...]
-    greedy_steps: int
-    greedy_distance: Distance
-    greedy_prompts: int
-    drop_blocks: int
-    first_token: bool
-    seed: int
-
-
 def run_study(
     activations: Activations, prompts: Sequence[Prompt], settings: Settings, progress: Progress
-) -> tuple[Tables, list[str]]:
-    """All tables but the linear maps, and what a reader must know."""
+) -> tuple[Tables, list[str], int]:
+    """(all tables but the linear maps, what a reader must know, how many forwards were run with something changed)."""
     study = _Run(activations, prompts, settings, progress)
     tables: Tables = {}
     study.measure()
@@ -75,7 +57,7 @@ def run_study(
     tables |= study.skip_tables()
     tables |= study.removal_tables(tables["proxies"])
     tables |= study.token_tables()
-    return tables, study.notes
+    return tables, study.notes, study.forwards
 
 
 class _Run:
@@ -87,6 +69,7 @@ class _Run:
         self.activations, self.model, self.prompts = activations, activations.model, prompts
         self.settings, self.progress = settings, progress
         self.n_layers, n = self.model.shape.n_layers, len(prompts)
+        self.layers = settings.swept(self.n_layers)
         names = [f"{name}_{part}" for name in ("relative_norm", "cosine", "similarity") for part in PARTS]
         names += [f"{name}_{part}" for name in ("delta_ce", "jsd") for part in PARTS]
         names += ["lim", "delta_ce_frozen_norm", "lens_kl", "lens_overlap"]
@@ -107,9 +90,11 @@ class _Run:
         self.means = StreamMeans()
         self.loss = PerPrompt(n, 1)
         self.notes: list[str] = []
+        self.forwards = 0
 
-    def _tick(self) -> None:
-        self.progress.advance()
+    def _tick(self, forwards: int) -> None:
+        self.forwards += forwards
+        self.progress.advance(forwards)
 
     def _on(self, chunk: Chunk, work: Callable[[Study], None]) -> None:
         counted = chunk.counted(self.settings.first_token)
@@ -125,50 +110,55 @@ class _Run:
             self.contributions.add(chunk, self.columns)
             self.scales.add(chunk)
             self.means.add(chunk, chunk.counted(self.settings.first_token))
-        n_chunks = sum(1 for _ in chunks(self.activations, range(len(self.prompts))))
-        self.progress.start(6 * self.n_layers * n_chunks, "layer measured")
+        self.progress.start(sum(measured(self.model, len(self.prompts), self.settings).values()), "changed forward")
         for chunk in chunks(self.activations, range(len(self.prompts))):
             self._on(chunk, self._measure)
 
     def _measure(self, study: Study) -> None:
         current = {part: self.effects["current", part] for part in self.settings.parts}
+        everywhere = self.settings.skip_rule == "everywhere"
         among = study.counted[study.outputs.where]
         self.loss.add(0, study.outputs.prompt[among], study.outputs.ce[among])
-        study.removals(self.columns, current, self._tick)
-        study.coarser(self.columns, self.settings.bits, self._tick)
-        study.frozen(self.columns, self.scales, self._tick)
-        study.windows(self.columns, self.settings.windows, self._tick)
-        study.read(self.columns)
+        study.removals(self.columns, current if everywhere else {}, self.layers, self._tick)
+        if not everywhere:
+            study.skips(current, left_out_at(study.chunk, self.settings.skip_rule), self.layers, self._tick)
+        study.coarser(self.columns, self.settings.bits, self.layers, self._tick)
+        study.frozen(self.columns, self.scales, self.layers, self._tick)
+        study.windows(self.columns, self.settings.windows, self.layers, self._tick)
+        study.read(self.columns, self.layers)
 
     def skips(self) -> None:
         """Future and local skip effects, on the first prompts that are long enough."""
-        chosen = [i for i, prompt in enumerate(self.prompts) if len(prompt.tokens) >= 4][: self.settings.skip_prompts]
+        chosen = self.settings.split_prompts(self.prompts)
         if len(chosen) < min(self.settings.skip_prompts, len(self.prompts)):
             self.notes.append(
                 f"future and local skip effects: {len(chosen)} prompts have the 4 tokens that a split needs"
             )
         if not chosen:
             return
-        self.progress.start(len(self.settings.parts), "part skipped")
+        self.progress.start(sum(skipped(self.model, self.prompts, self.settings).values()), "skip")
         for chunk in chunks(self.activations, chosen):
             on_blocks(self.model, chunk.tokens, lambda blocks, c=chunk: self._local(blocks, c))  # type: ignore[misc]
-            halves = split(chunk, self.settings.split_positions, self.settings.seed)
-            if halves is None:
-                continue
+            halves = split(chunk, self.settings.split_positions, self.settings.seed, self.settings.skip_rule)
+            assert halves is not None, "every prompt of these has a token to split at"
             outputs = Outputs(self.model, halves.chunk, halves.after)
             for part in self.settings.parts:
                 effects = self.effects["future", part]
-                on_blocks(
-                    self.model,
-                    halves.chunk.tokens,
-                    lambda blocks, e=effects, h=halves, p=part, o=outputs: future_effects(e, blocks, h, p, o),  # type: ignore[misc]
+                future = partial(
+                    future_effects,
+                    effects,
+                    halves=halves,
+                    part=part,
+                    outputs=outputs,
+                    layers=self.layers,
+                    tick=self._tick,
                 )
-                self._tick()
+                on_blocks(self.model, halves.chunk.tokens, future)
 
     def _local(self, blocks: Blocks, chunk: Chunk) -> None:
+        at, where = left_out_at(chunk, self.settings.skip_rule), chunk.counted(self.settings.first_token)
         for part in self.settings.parts:
-            where = chunk.counted(self.settings.first_token)
-            local_effects(self.effects["local", part], blocks, chunk, part, where)
+            local_effects(self.effects["local", part], blocks, chunk, part, at, where, self.layers, self._tick)
 
     def proxy_tables(self) -> Tables:
         """Tables `proxies`, `proxy_intervals`, `agreement`, `windows`, `loss`."""
@@ -209,7 +199,7 @@ class _Run:
     def _windows(self) -> pd.DataFrame:
         frames = []
         for width in self.settings.windows:
-            start = np.arange(max(0, self.n_layers - width + 1))
+            start = np.array([layer for layer in self.layers if layer + width <= self.n_layers], dtype=np.int64)
             columns: dict[str, object] = {"start": start, "width": width}
             for name in ("parallel_error", "parallel_cosine", "delta_ce_parallel"):
                 mean, low, high = interval(self.columns[f"{name}_{width}"], self.settings.seed)
@@ -223,37 +213,42 @@ class _Run:
         seed, found = self.settings.seed, [(k, e) for k, e in self.effects.items() if not np.isnan(e.mean).all()]
         groups = [str(prompt.fields.get("group", "")) for prompt in self.prompts]
         with_output = [(k, e) for k, e in found if not np.isnan(e.output).all()]
-        return {
-            "skip_effect": pd.concat([effect_table(e, *key, seed) for key, e in found], ignore_index=True),
-            "output_effect": pd.concat([output_table(e, *key) for key, e in with_output], ignore_index=True),
-            "depth_score": pd.concat([depth_scores(e, *key, groups, seed) for key, e in found], ignore_index=True),
+        tables = {
+            "skip_effect": [effect_table(e, *key, seed) for key, e in found],
+            "output_effect": [output_table(e, *key, seed) for key, e in with_output],
+            "depth_score": [depth_scores(e, *key, groups, seed) for key, e in found],
         }
+        rule = self.settings.skip_rule
+        return {name: pd.concat(made, ignore_index=True).assign(rule=rule) for name, made in tables.items()}
 
     def removal_tables(self, proxies: pd.DataFrame) -> Tables:
         """Tables `greedy` and `drop_curve`, where asked for."""
         tables: Tables = {}
+        planned = removed(self.model, self.prompts, self.settings)
         if self.settings.drop_blocks:
-            wanted = orders(proxies, self.settings.seed)
-            n_drop = min(self.settings.drop_blocks, self.n_layers - 1)
-            columns = {name: PerPrompt(len(self.prompts), n_drop) for name in wanted}
+            order = orders(proxies[proxies["layer"].isin(self.layers)], self.settings.seed)
+            n_drop = self.settings.dropped(self.n_layers)
+            columns = {name: PerPrompt(len(self.prompts), n_drop) for name in order}
+            self.progress.start(planned["removal curves"], "removal")
             for chunk in chunks(self.activations, range(len(self.prompts))):
-                self._on(chunk, lambda study: drop_blocks(study, wanted, columns))
+                self._on(chunk, lambda study: drop_blocks(study, order, columns, self._tick))
             tables["drop_curve"] = drop_table(columns, self.settings.seed)
         if self.settings.greedy_steps:
-            first = [i for i, prompt in enumerate(self.prompts) if len(prompt.tokens) > 1][
-                : self.settings.greedy_prompts
-            ]
-            (chunk,) = chunks(self.activations, first, together=True)
-            self.progress.start(self.settings.greedy_steps * self.n_layers, "layer tried")
-            found: list[pd.DataFrame] = []
-            layers = range(self.n_layers)
-            known = None
-            if self.settings.greedy_distance == "jsd":
-                known = {(part, layer): self._mean_jsd(part, layer, first) for part in SUBLAYERS for layer in layers}
-            args = (self.settings.greedy_steps, self.settings.greedy_distance, self._tick, known)
-            self._on(chunk, lambda study: found.append(greedy_removal(study, *args)))
-            tables["greedy"] = found[0]
+            self.progress.start(planned["greedy removals"], "greedy removal")
+            tables["greedy"] = self._greedy()
         return tables
+
+    def _greedy(self) -> pd.DataFrame:
+        s = self.settings
+        first = s.first(s.greedy_prompts, self.prompts)
+        (chunk,) = chunks(self.activations, first, together=True)
+        known = None
+        if s.greedy_distance == "jsd":
+            known = {(part, layer): self._mean_jsd(part, layer, first) for part in SUBLAYERS for layer in self.layers}
+        args = (s.greedy_rounds(self.n_layers), s.greedy_distance, self.layers, self._tick, known, s.seed)
+        tables: list[pd.DataFrame] = []
+        self._on(chunk, lambda study: tables.append(greedy_removal(study, *args)))
+        return tables[0]
 
     def _mean_jsd(self, part: Part, layer: int, prompts: Sequence[int]) -> float:
         column = self.columns[f"jsd_{part}"]
@@ -262,18 +257,20 @@ class _Run:
     def token_tables(self) -> Tables:
         """Tables `erasure` and `attribution`, where asked for."""
         s, tables = self.settings, Tables()
-        several = [i for i, prompt in enumerate(self.prompts) if len(prompt.tokens) > 1]
+        planned = per_token(self.model, self.prompts, s)
         if s.erasure_prompts:
-            self.progress.start(len(several[: s.erasure_prompts]), "prompt erased")
-            frames = [erasure(self.model, self._alone(i), self.means, self._tick) for i in several[: s.erasure_prompts]]
+            self.progress.start(planned["erased tokens"], "erased token")
+            frames = [
+                erasure(self.model, self._alone(i), self.means, self.layers, self._tick)
+                for i in s.first(s.erasure_prompts, self.prompts)
+            ]
             tables["erasure"] = pd.concat(frames, ignore_index=True)
         if s.gradient_prompts:
-            self.progress.start(len(several[: s.gradient_prompts]) * len(s.parts) * self.n_layers, "gradient")
+            self.progress.start(planned["gradients"], "gradient")
+            along = (s.parts, s.gradient_steps, s.gradient_rule, self.layers, self._tick)
             frames = [
-                integrated_gradients(
-                    self.model, self._alone(i), self.prompts[i], s.parts, s.gradient_steps, s.gradient_rule, self._tick
-                )
-                for i in several[: s.gradient_prompts]
+                integrated_gradients(self.model, self._alone(i), self.prompts[i], *along)
+                for i in s.first(s.gradient_prompts, self.prompts)
             ]
             tables["attribution"] = pd.concat(frames, ignore_index=True)
         return tables

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from analyses.depth_use.blocks import Blocks, Chunk, Part, on_blocks
 from analyses.depth_use.outputs import Outputs
+from analyses.depth_use.settings import Rule, Tick
 from probes.models.base import Model
 from probes.models.readout import logits_of
 from probes.points import Address
@@ -22,7 +24,6 @@ GROUP_TOKENS = 2048
 """Padded tokens of variants run at once."""
 ERASED_POSITIONS = 32
 """Positions erased of one prompt at most, evenly spaced."""
-Rule = Literal["left", "midpoint"]
 
 
 class StreamMeans:
@@ -43,7 +44,12 @@ class StreamMeans:
         return self._sums[layer] / self._n
 
 
-def erasure(model: Model, chunk: Chunk, means: StreamMeans, tick: Callable[[], None]) -> pd.DataFrame:
+def erased_positions(length: int) -> NDArray[np.int64]:
+    """The positions of a prompt at which streams are overwritten."""
+    return np.unique(np.linspace(0, length - 1, min(length, ERASED_POSITIONS)).round().astype(np.int64))
+
+
+def erasure(model: Model, chunk: Chunk, means: StreamMeans, layers: Sequence[int], tick: Tick) -> pd.DataFrame:
     """The stream of one token entering one block overwritten by the mean stream; chunk holds one prompt.
 
     Returns:
@@ -51,23 +57,28 @@ def erasure(model: Model, chunk: Chunk, means: StreamMeans, tick: Callable[[], N
         at a later position; NaN for the last), answer_change (of the distribution at the last position).
     """
     length = chunk.tokens.shape[1]
-    positions = np.unique(np.linspace(0, length - 1, min(length, ERASED_POSITIONS)).round().astype(int))
+    positions = erased_positions(length)
     rows: list[tuple[Any, ...]] = []
     per_group = max(1, GROUP_TOKENS // length)
     for first in range(0, len(positions), per_group):
         erased = torch.from_numpy(positions[first : first + per_group])
         group = chunk.repeated(torch.zeros(len(erased), dtype=torch.long))
-        rows += on_blocks(model, group.tokens, lambda blocks, g=group, at=erased: _erase(blocks, g, at, means))  # type: ignore[misc]
-        tick()
+        rows += on_blocks(
+            model,
+            group.tokens,
+            lambda blocks, g=group, at=erased: _erase(blocks, g, at, means, layers, tick),  # type: ignore[misc]
+        )
     names = ["prompt", "layer", "position", "token_id", "later_change", "answer_change"]
     return pd.DataFrame(rows, columns=names)
 
 
-def _erase(blocks: Blocks, group: Chunk, at: Tensor, means: StreamMeans) -> list[tuple[Any, ...]]:
+def _erase(
+    blocks: Blocks, group: Chunk, at: Tensor, means: StreamMeans, layers: Sequence[int], tick: Tick
+) -> list[tuple[Any, ...]]:
     outputs = Outputs(blocks.model, group)
     rows: list[tuple[Any, ...]] = []
     index = torch.arange(len(at))
-    for layer in range(group.n_layers):
+    for layer in layers:
         hidden = group.stream[layer].clone()
         hidden[index, at] = means.of(layer).to(hidden)
         distance = outputs.distance(blocks.run(hidden, layer)[-1]).view(group.tokens.shape)
@@ -76,6 +87,7 @@ def _erase(blocks: Blocks, group: Chunk, at: Tensor, means: StreamMeans) -> list
             change = float(later.max()) if len(later) else float("nan")
             token = int(group.tokens[row, position])
             rows.append((group.prompts[row], layer, position, token, change, float(distance[row, -1])))
+        tick(len(at))
     return rows
 
 
@@ -116,7 +128,8 @@ def integrated_gradients(
     parts: Sequence[Part],
     steps: int,
     rule: Rule,
-    tick: Callable[[], None],
+    layers: Sequence[int],
+    tick: Tick,
 ) -> pd.DataFrame:
     """Attribution of the target's probability to each part's output at each token; chunk holds one prompt.
 
@@ -131,7 +144,7 @@ def integrated_gradients(
     alphas = torch.cat([(torch.arange(steps) + offset) / steps, torch.tensor([0.0, 1.0])])
     weights = torch.cat([torch.full((steps,), 1 / steps), torch.zeros(2)]).double()
     per_group = max(1, GROUP_TOKENS // chunk.tokens.shape[1])
-    places = [(part, layer) for part in parts for layer in range(chunk.n_layers)]
+    places = [(part, layer) for part in parts for layer in layers]
     totals = {place: torch.zeros(chunk.tokens.shape[1], dtype=torch.float64) for place in places}
     values: dict[tuple[Part, int], list[Tensor]] = {place: [] for place in places}
     for along, weight in zip(torch.split(alphas, per_group), torch.split(weights, per_group), strict=True):
@@ -158,7 +171,7 @@ class Path:
     along: Tensor
     """[points], 0 at the mean and 1 at the output."""
 
-    def step(self, blocks: Blocks, part: Part, layer: int, tick: Callable[[], None]) -> tuple[Tensor, Tensor]:
+    def step(self, blocks: Blocks, part: Part, layer: int, tick: Tick) -> tuple[Tensor, Tensor]:
         """(the target's value [points], gradient times (output - mean) summed over d_model [points, pos]), float64."""
         added = self.chunk.added(part, layer)
         base = added.mean(1, keepdim=True)
@@ -171,7 +184,7 @@ class Path:
                 final = blocks.run(self.same.stream[layer], layer, writes=writes)[-1]
             value = self.target.value(blocks.model, final)
             (gradient,) = torch.autograd.grad(value.sum(), point)
-        tick()
+        tick(len(self.along))
         return value.detach().double().cpu(), (gradient * (added - base)).sum(-1).double().cpu()
 
 

@@ -54,6 +54,11 @@ def coarser(block: nn.Module, bits: int) -> Iterator[None]:
             parameter.data = data
 
 
+def normed_layers(anatomy: Anatomy, n_layers: int) -> list[int]:
+    """The layers whose blocks begin a part with a norm."""
+    return [layer for layer in range(n_layers) if any(anatomy.map.path(name, layer) for name in NORMS)]
+
+
 @dataclass(frozen=True)
 class NormScale:
     """The mean divisor of one norm: of prompts' first tokens, whose norms are massive, and of all others."""

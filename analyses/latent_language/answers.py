@@ -47,7 +47,7 @@ def said(
     for length, asked in by_length.items():
         sequences = [reading.items[i].tokens for i in asked]
         written, made = respond(model, sequences, Decoding(length), store, progress=progress)
-        new += made
+        new += len(made)
         for i, tokens in zip(asked, written, strict=True):
             found[i] = first_word(str(model.tokenizer.decode(list(tokens), skip_special_tokens=True)))
     return found, new

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
+from analyses.logit_lens.curve import curve
 from analyses.logit_lens.figures import FIGURES
 from analyses.logit_lens.profiles import PROFILES
 from analyses.options import option, validate
@@ -64,7 +65,8 @@ class LogitLens(Analysis):
         self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
     ) -> Result:
         """Tables `top`: prompt, position, layer, rank, token_id, token, probability; `read`: prompt, position, layer,
-        entropy_bits, kl_to_final (nats), final_token_id, final_token, final_probability, agrees.
+        entropy_bits, kl_to_final (nats), final_token_id, final_token, final_probability, final_logprob (nats),
+        top_token_id, agrees; `curve`: the means of these by layer with intervals over prompts, and agreement by chance.
         """
         clock, store = Clock(), store or ActivationStore()
         model.unembedding()
@@ -86,7 +88,8 @@ class LogitLens(Analysis):
                 self._read(activations.model, rows, last, _positions(activations.model, prompts, first, self.positions))
             )
         tables = zip(*parts, strict=True)
-        return {name: pd.concat(made, ignore_index=True) for name, made in zip(("top", "read"), tables, strict=True)}
+        top, read = (pd.concat(frames, ignore_index=True) for frames in tables)
+        return {"top": top, "read": read, "curve": curve(read)}
 
     def _read(
         self, model: Model, rows: Tensor, final: Tensor, where: pd.DataFrame
@@ -103,7 +106,9 @@ class LogitLens(Analysis):
         read["final_token_id"] = best[of].numpy()
         read["final_token"] = [token_text(model, int(t)) for t in read["final_token_id"]]
         read["final_probability"] = seen.logprobs[:, 0].exp().cpu().numpy()
-        read["agrees"] = seen.top_ids[:, 0].cpu().numpy() == read["final_token_id"]
+        read["final_logprob"] = seen.logprobs[:, 0].cpu().numpy()
+        read["top_token_id"] = seen.top_ids[:, 0].cpu().numpy()
+        read["agrees"] = read["top_token_id"] == read["final_token_id"]
         top["rank"] = np.tile(np.arange(self.top_k), len(read))
         top["token_id"] = seen.top_ids.flatten().cpu().numpy()
         top["token"] = [token_text(model, int(t)) for t in top["token_id"]]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from analyses.logit_lens.curve import curve
 from analyses.result import FigureSpec, Tables
-from analyses.theme import COLOURS, SCALE, finish, menu, shorten, token_label
+from analyses.theme import COLOURS, SCALE, finish, menu, shorten, token_label, whiskers
 from analyses.tokens import joined
 
 SHOWN = 40
@@ -38,17 +39,22 @@ def lens_table(tables: Tables) -> go.Figure:
 
 def convergence(tables: Tables) -> go.Figure:
     """Entropy and distance to the final prediction, and agreement with it, by layer."""
-    mean = tables["read"].groupby("layer")[["entropy_bits", "kl_to_final", "agrees"]].mean()
+    # From the rows, not from the table `curve`, so that a choice of prompts is drawn with its own intervals.
+    means = dict(iter(curve(tables["read"]).groupby("measure")))
     figure = make_subplots(rows=1, cols=2, subplot_titles=("entropy and divergence", "agreement"), shared_yaxes=True)
     curves = (
         ("entropy_bits", "entropy (bits)", 1),
         ("kl_to_final", "KL to the final prediction (nats)", 1),
         ("agrees", "share of positions that agree", 2),
+        ("chance_agrees", "agreement with other prompts' final tokens (control)", 2),
     )
-    for colour, (column, name, panel) in zip(COLOURS, curves, strict=False):
-        figure.add_scatter(
-            x=mean[column], y=mean.index, name=name, mode="lines+markers", line={"color": colour}, row=1, col=panel
-        )
+    for colour, (measure, name, panel) in zip(COLOURS, curves, strict=False):
+        if measure in means:
+            rows = means[measure]
+            figure.add_scatter(
+                x=rows["mean"], y=rows["layer"], name=name, mode="lines+markers", line={"color": colour}, row=1, col=panel,
+                error_x=whiskers(rows["mean"], rows["ci_low"], rows["ci_high"]),
+            )  # fmt: skip
     finish(figure, x="bits or nats", y="layer", height=540)
     figure.update_xaxes(title="share of positions", range=[0, 1.02], row=1, col=2)
     figure.update_yaxes(title=None, row=1, col=2)
@@ -66,7 +72,9 @@ FIGURES = {
     "convergence": FigureSpec(
         "Convergence along depth",
         "Averages over all positions read. Left: the entropy of the lens's distribution, and its divergence from the final prediction. "
-        "Right: the share of positions whose top token is already the final one.",
+        "Right: the share of positions whose top token is already the final one, and the share that would be so if a position's final token "
+        "were one of another prompt's: agreement that the lens gets by naming frequent tokens. Whiskers are 95 % intervals over prompts; "
+        "fewer than six prompts have none.",
         convergence,
     ),
 }

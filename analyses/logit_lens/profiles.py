@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 
+from analyses.logit_lens.curve import ROWS
 from analyses.profiles import mean_by_layer
 from analyses.result import ProfileSpec, Tables
-
-ROWS = ["prompt", "position"]
 
 
 def agreement(tables: Tables) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -10,11 +10,12 @@ from typing import ClassVar
 import pandas as pd
 
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
+from analyses.interventions import Interventions
 from analyses.norm_removal.diagnose import Settings, diagnose
 from analyses.norm_removal.figures import FIGURES, PROFILES
-from analyses.norm_removal.freezing import FirstScale, Source
-from analyses.norm_removal.measured import needs
-from analyses.norm_removal.removal import Plan, remove
+from analyses.norm_removal.freezing import FirstScale, Source, forwards, sweep
+from analyses.norm_removal.measured import needs, switches_of
+from analyses.norm_removal.removal import Plan, most_forwards, remove
 from analyses.norm_removal.training import Setting
 from analyses.options import option, validate
 from analyses.result import FigureSpec, ProfileSpec, Result
@@ -43,6 +44,10 @@ class NormRemoval(Analysis):
     split_paths: bool = option(True, "Also freeze the queries' and keys' use of a norm apart from the values'.")
     neurons: int = option(8, "Confidence neurons ablated, beside as many random ones; 0 leaves them out.", low=0)
     sinks: bool = option(True, "Measure attention sinks, which captures attention patterns.")
+    layers: tuple[int, ...] = option(
+        (), "Layers whose norms are frozen by themselves and whose heads are read; none: every stride-th.", low=0
+    )
+    stride: int = option(1, "Every how many layers one is swept, where layers names none.", low=1)
     first_token: bool = option(False, "Whether a prompt's first token counts in statistics of losses and attribution.")
     schedule: str = option(
         "", "Removes the norms: proportional, at_once, small, medium, large, xl, small_2024 or FILE.toml."
@@ -106,14 +111,21 @@ class NormRemoval(Analysis):
         """Without diagnostics, the training text is all it reads."""
         return not self.diagnose
 
-    @property
-    def intervenes(self) -> bool:
-        """Yes: norms are frozen one at a time, or trained away."""
-        return True
+    def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
+        """Norms frozen one at a time and together; with a schedule also trained away, on the original and its control."""
+        _check_model(model, bool(self.schedule))
+        counts = most_forwards(model, self._plan) if self.schedule else {}
+        if self.diagnose and (switches := switches_of(model)) is not None:
+            models = 2 if self.schedule else 1  # the model without norms has none to freeze
+            frozen = sweep(switches, self.split_paths, self._settings.swept(model.shape.n_layers))
+            counts["frozen norms"] = models * forwards(switches, frozen, [len(prompt.tokens) for prompt in prompts])
+        return Interventions(counts, exact=not self.schedule)
 
     def needs(self, model: Model) -> list[Need]:
         """Streams, norm divisors and heads' outputs; attention patterns and the last MLP's activations where asked for."""
-        return needs(model, self.sinks, self.neurons > 0) if self.diagnose else []
+        if not self.diagnose:
+            return []
+        return needs(model, self._settings.swept(model.shape.n_layers), self.sinks, self.neurons > 0)
 
     def run(
         self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
@@ -136,28 +148,29 @@ class NormRemoval(Analysis):
         removal = remove(model, self._plan, progress) if self.schedule else None
         if removal is not None:
             models |= removal.models
-        tables, notes, activations = self._diagnosed(models, asked, store, progress)
+        tables, notes, activations, done = self._diagnosed(models, asked, store, progress)
         notes += _conventions(model) if self.diagnose else []
         if removal is not None:
             tables |= removal.tables
             notes += removal.notes
-        return make_result(self, model, asked, tables, activations, clock, notes)
+            done += sum(removal.forwards.values())
+        return make_result(self, model, asked, tables, activations, clock, notes, interventions=done)
 
     def _diagnosed(
         self, models: Mapping[str, Model], asked: list[Prompt], store: ActivationStore, progress: Progress
-    ) -> tuple[dict[str, pd.DataFrame], list[str], Activations | None]:
+    ) -> tuple[dict[str, pd.DataFrame], list[str], Activations | None, int]:
         found: dict[str, list[pd.DataFrame]] = {}
         notes: list[str] = []
-        first = None
+        first, done = None, 0
         for variant, model in models.items() if self.diagnose else ():
             sequences = [prompt.tokens for prompt in asked]
             activations = capture(model, sequences, self.needs(model), store, progress=progress)
             first = first or activations
-            tables, more = diagnose(activations, variant, self._settings, progress)
-            notes += more
+            tables, more, forwards = diagnose(activations, variant, self._settings, progress)
+            notes, done = notes + more, done + forwards
             for name, table in tables.items():
                 found.setdefault(name, []).append(table)
-        return {name: pd.concat(tables, ignore_index=True) for name, tables in found.items()}, notes, first
+        return {name: pd.concat(tables, ignore_index=True) for name, tables in found.items()}, notes, first, done
 
     @property
     def _settings(self) -> Settings:

@@ -136,13 +136,13 @@ class HeadOutputs:
 
 
 @torch.no_grad()
-def attribution_tables(measured: Measured, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(`attribution_error` per head, `attribution_total` over all heads), intervals over prompts.
+def attribution_tables(measured: Measured, layers: Sequence[int], seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(`attribution_error` per head of `layers`, `attribution_total` over all of them), intervals over prompts.
 
     nmae is mean|attribution - effect| / mean|effect| over the counted positions, the target being the next token.
     """
     heads = measured.model.shape.n_heads
-    n = measured.n_layers * heads
+    n = len(layers) * heads
     wrong, size, signed = measured.column(n), measured.column(n), measured.column(n)
     for part in measured.parts():
         if not part.counted.any():
@@ -150,16 +150,16 @@ def attribution_tables(measured: Measured, seed: int) -> tuple[pd.DataFrame, pd.
         stream = part.stream[-1][part.counted].double()
         out = read_out(measured, part.targets)
         scale = out.scale(stream)[:, None]
-        for layer in range(measured.n_layers):
+        for index, layer in enumerate(layers):
             z = rows_of(measured, Address("z", layer), part.batch.indices, part.counted)
             written = HeadOutputs(measured, layer)(z)
             effect, attribution = out.effect(stream, written), out.attribution(written, scale)
             for head in range(heads):
-                column = layer * heads + head
+                column = index * heads + head
                 wrong.add(column, part.prompts, (attribution - effect)[:, head].abs())
                 size.add(column, part.prompts, effect[:, head].abs())
                 signed.add(column, part.prompts, effect[:, head])
-    return _tables(wrong, size, signed, heads, seed)
+    return _tables(wrong, size, signed, layers, seed)
 
 
 def rows_of(measured: Measured, address: Address, prompts: Sequence[int], counted: Tensor) -> Tensor:
@@ -170,14 +170,15 @@ def rows_of(measured: Measured, address: Address, prompts: Sequence[int], counte
 
 
 def _tables(
-    wrong: PerPrompt, size: PerPrompt, signed: PerPrompt, heads: int, seed: int
+    wrong: PerPrompt, size: PerPrompt, signed: PerPrompt, layers: Sequence[int], seed: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     errors, sizes = resampled(wrong, seed), resampled(size, seed)
+    heads = wrong.sums.shape[1] // len(layers)
     low, high = percentiles(errors / sizes, wrong.prompts())
     table = pd.DataFrame(
         {
-            "layer": np.repeat(np.arange(wrong.sums.shape[1] // heads), heads),
-            "head": np.tile(np.arange(heads), wrong.sums.shape[1] // heads),
+            "layer": np.repeat(layers, heads),
+            "head": np.tile(np.arange(heads), len(layers)),
             "nmae": (wrong.mean() / size.mean()).numpy(),
             "ci_low": low,
             "ci_high": high,

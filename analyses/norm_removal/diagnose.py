@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from analyses.interventions import swept
 from analyses.norm_removal.attribution import attribution_tables
-from analyses.norm_removal.freezing import FirstScale, FreezeEffects, Source, mean_scales, single, together
+from analyses.norm_removal.freezing import FirstScale, FreezeEffects, Source, mean_scales, sweep
 from analyses.norm_removal.measured import Measured, has
 from analyses.norm_removal.neurons import Ablations, candidates, rank
 from analyses.norm_removal.profile import scale_table, sink_table, stream_table
@@ -28,24 +29,32 @@ class Settings:
     split_paths: bool
     neurons: int
     sinks: bool
+    layers: tuple[int, ...]
+    stride: int
     first_token: bool
     seed: int
+
+    def swept(self, n_layers: int) -> list[int]:
+        """The layers whose norms are frozen by themselves and whose heads are read."""
+        return swept(n_layers, self.layers, self.stride)
 
 
 def diagnose(
     activations: Activations, variant: str, settings: Settings, progress: Progress
-) -> tuple[Tables, list[str]]:
-    """All diagnostic tables of a model called `variant`, and what a reader must know; no forward but single blocks."""
+) -> tuple[Tables, list[str], int]:
+    """(all diagnostic tables of a model called `variant`, what a reader must know, sequences restarted under a frozen norm)."""
     measured = Measured(activations, settings.first_token)
     notes: list[str] = []
     tables: Tables = {}
+    layers, forwards = settings.swept(measured.n_layers), 0
     if measured.switches is not None:
-        tables |= _frozen(measured, variant, settings, progress, notes)
+        frozen, forwards = _frozen(measured, variant, settings, progress, notes)
+        tables |= frozen
     tables["stream"] = stream_table(measured, settings.seed)
     if settings.sinks and has(measured.model, "pattern"):
-        tables["sinks"] = sink_table(measured, settings.seed)
+        tables["sinks"] = sink_table(measured, layers, settings.seed)
     if has(measured.model, "z"):
-        tables["attribution_error"], tables["attribution_total"] = attribution_tables(measured, settings.seed)
+        tables["attribution_error"], tables["attribution_total"] = attribution_tables(measured, layers, settings.seed)
     else:
         notes.append(f"{variant}: no attribution error, because {measured.model.ref} has no point z")
     if settings.neurons:
@@ -53,15 +62,17 @@ def diagnose(
             tables["neurons"] = _neurons(measured, settings, progress)
         except PointError as error:
             notes.append(f"{variant}: no neuron ablation: {error}")
-    return {name: table.assign(variant=variant) for name, table in tables.items()}, notes
+    return {name: table.assign(variant=variant) for name, table in tables.items()}, notes, forwards
 
 
-def _frozen(measured: Measured, variant: str, settings: Settings, progress: Progress, notes: list[str]) -> Tables:
+def _frozen(
+    measured: Measured, variant: str, settings: Settings, progress: Progress, notes: list[str]
+) -> tuple[Tables, int]:
     assert measured.switches is not None
     found = measured.scales(measured.switches.sites)
     scales: dict[NormSite, Scale] = mean_scales(found, settings.scale_source, settings.first_scale)
-    wanted = [*single(measured.switches, settings.split_paths), *together(measured.switches)]
-    effects = FreezeEffects(measured, wanted, scales)
+    frozen = sweep(measured.switches, settings.split_paths, settings.swept(measured.n_layers))
+    effects = FreezeEffects(measured, frozen, scales)
     effects.measure(progress)
     alone, joint = effects.tables(settings.seed)
     most = f"by at most {effects.control:.1g} nat" if effects.control else "of no token"
@@ -77,11 +88,8 @@ def _frozen(measured: Measured, variant: str, settings: Settings, progress: Prog
                 f"{variant}: freezing {site}{where} leaves {share:.0%} of tokens without a finite loss (float32 overflows), "
                 "so its change of loss is infinite"
             )
-    return {
-        "scales": scale_table(measured, found, settings.seed),
-        "freeze_effect": alone,
-        "freeze_together": joint,
-    }
+    tables = {"scales": scale_table(measured, found, settings.seed), "freeze_effect": alone, "freeze_together": joint}
+    return tables, effects.forwards
 
 
 def _neurons(measured: Measured, settings: Settings, progress: Progress) -> pd.DataFrame:

@@ -38,23 +38,43 @@ def freeze_effect(tables: Tables) -> go.Figure:
             x=group["delta_ce"], y=group["layer"], name=NAMES[str(site)], mode="lines+markers", line={"color": colour},
             marker={"size": 5}, error_x=whiskers(group["delta_ce"], group["ci_low"], group["ci_high"]), row=1, col=1,
         )  # fmt: skip
-    labels = [str(site).replace("all ", "every ") if site != "all" else "all norms" for site in joint["site"]]
     joint = joint.replace({"delta_ce": np.inf, "ci_low": np.inf, "ci_high": np.inf}, np.nan)
-    figure.update_yaxes(categoryorder="array", categoryarray=labels, row=1, col=2)
+    points = joint.assign(label=[_together(str(site)) for site in joint["site"]], **sizes(joint))
+    figure.update_yaxes(categoryorder="array", categoryarray=points["label"], row=1, col=2)
     figure.add_scatter(
-        x=joint["delta_ce"], y=labels, mode="markers", showlegend=False, marker={"color": COLOURS[6], "size": 9},
-        error_x=whiskers(joint["delta_ce"], joint["ci_low"], joint["ci_high"]), row=1, col=2,
+        x=points["size"], y=points["label"], mode="markers", showlegend=False, customdata=points[["delta_ce", "ci_low", "ci_high"]],
+        marker={"color": COLOURS[6], "size": 9, "symbol": ["circle-open" if v < 0 else "circle" for v in points["delta_ce"]]},
+        error_x=whiskers(points["size"], points["size_low"], points["size_high"]), row=1, col=2,
+        hovertemplate="%{y}: %{customdata[0]:.4g} (%{customdata[1]:.4g} to %{customdata[2]:.4g})<extra></extra>",
     )  # fmt: skip
     for site, share in joint.loc[joint["diverged"] > 0, ["site", "diverged"]].itertuples(index=False):
-        label = str(site).replace("all ", "every ") if site != "all" else "all norms"
         figure.add_annotation(
-            x=1, xref="x2 domain", xanchor="right", y=label, yref="y2", showarrow=False, text=f"infinite: overflows for {share:.0%} of tokens"
+            x=1, xref="x2 domain", xanchor="right", y=_together(str(site)), yref="y2", showarrow=False, text=f"infinite: overflows for {share:.0%} of tokens"
         )  # fmt: skip
     finish(figure, x="change of loss (nats)", y="", height=620)
     figure.update_yaxes(title="layer (the final norm on top)", row=1, col=1)
-    figure.update_xaxes(zeroline=True, zerolinecolor="#444")
+    figure.update_xaxes(zeroline=True, zerolinecolor="#444", row=1, col=1)
+    figure.update_xaxes(type="log", title="size of the change (nats, logarithmic)", tickformat="~g", row=1, col=2)
     figure.update_layout(legend={"y": 1.07}, margin={"t": 100})
     return figure
+
+
+def _together(site: str) -> str:
+    """What is frozen together, as a reader sees it."""
+    return "all norms" if site == "all" else site.replace("all ", "every ")
+
+
+def sizes(table: pd.DataFrame) -> dict[str, pd.Series]:
+    """(size, size_low, size_high) of changes delta_ce with bounds ci_low and ci_high, for a logarithmic axis.
+
+    A fall is mirrored; a bound on the other side of zero is drawn a decade below the size. Zero has no place.
+    """
+    change = table["delta_ce"]
+    sign = np.sign(change).replace(0, np.nan)
+    size = change * sign
+    ends = pd.concat([table["ci_low"] * sign, table["ci_high"] * sign], axis=1)
+    low, high = ends.min(axis=1, skipna=False), ends.max(axis=1, skipna=False)
+    return {"size": size, "size_low": low.clip(lower=size / 10), "size_high": high}
 
 
 def scales(tables: Tables) -> go.Figure:
@@ -170,8 +190,8 @@ FIGURES: dict[str, FigureSpec] = {
     "freeze_effect": FigureSpec(
         "What freezing a norm's scale costs, without training",
         "Change of the next-token loss when a norm divides every token by one number, its mean scale on these prompts (the first position has a number of its "
-        "own unless asked otherwise), instead of by the token's own scale. Left: one norm at a time, by layer; a single norm is often nearly free. Right: every norm of "
-        "a kind, and all norms, at once. Whiskers are 95 % intervals over prompts; the whole line right of zero means that the model relies on that scale. Changes that are infinite are left out of the lines and named in the notes.",
+        "own unless asked otherwise), instead of by the token's own scale. Left: one norm at a time, by layer. Right: every norm of "
+        "a kind, and all norms, at once, by the size of the change, since such changes span decades; open markers are falls, and a whisker a decade long ends beyond zero. Whiskers are 95 % intervals over prompts; a whisker wholly right of zero means that the model relies on that scale. Changes that are infinite are left out of the lines and named in the notes.",
         freeze_effect,
         lambda tables: "freeze_effect" in tables,
     ),

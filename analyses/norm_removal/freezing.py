@@ -13,7 +13,7 @@ from torch import Tensor
 
 from analyses.depth_use.blocks import Blocks, on_blocks
 from analyses.depth_use.columns import PerPrompt, interval
-from analyses.norm_removal.measured import Measured, Part
+from analyses.norm_removal.measured import Measured, Part, batched
 from probes import lens
 from probes.models.base import Unembedding
 from probes.norms import NormSite, Scale, Switches
@@ -32,11 +32,15 @@ class Frozen:
     sites: tuple[NormSite, ...]
 
 
-def single(switches: Switches, split_paths: bool) -> list[Frozen]:
-    """Every norm by itself: the one before attention as a whole and, with `split_paths`, its two paths."""
+def single(switches: Switches, split_paths: bool, layers: Sequence[int]) -> list[Frozen]:
+    """Every norm of `layers`, and the final one, by itself: the one before attention as a whole and, with `split_paths`,
+    its two paths.
+    """
     found = []
     for norm in switches.norms:
         first = norm.sites[0]
+        if first.layer is not None and first.layer not in layers:
+            continue
         joint = len(norm.sites) > 1
         name = "attn" if {site.kind for site in norm.sites} == {"qk", "v"} else "block" if joint else first.kind
         found.append(Frozen(name, first.layer, norm.sites))
@@ -50,6 +54,22 @@ def together(switches: Switches) -> list[Frozen]:
     kinds = dict.fromkeys(site.kind for site in switches.sites)
     groups = [Frozen(f"all {k}", None, tuple(s for s in switches.sites if s.kind == k)) for k in kinds if k != "final"]
     return [*groups, Frozen("all", None, switches.sites)]
+
+
+def sweep(switches: Switches, split_paths: bool, layers: Sequence[int]) -> list[Frozen]:
+    """Everything that is frozen: norms by themselves, and together."""
+    return [*single(switches, split_paths, layers), *together(switches)]
+
+
+def forwards(switches: Switches, frozen: Sequence[Frozen], lengths: Sequence[int]) -> int:
+    """Sequences that restart under a frozen norm, of prompts of these lengths, the control among them.
+
+    The final norm by itself is read out anew and restarts nothing; prompts without a next token share a batch with others
+    or are not run.
+    """
+    restarting = 1 + sum(any(site.layer is not None for site in one.sites) for one in frozen)
+    rows = [len(batch.lengths) for batch in batched([range(n) for n in lengths]) if max(batch.lengths) > 1]
+    return restarting * sum(rows)
 
 
 def mean_scales(found: Mapping[NormSite, Sequence[Tensor]], source: Source, first: FirstScale) -> dict[NormSite, Scale]:
@@ -89,12 +109,14 @@ class FreezeEffects:
         self.clean: PerPrompt = measured.column()
         self.control = 0.0
         """Largest change of a token's loss when every row keeps its own scale at every site."""
+        self.forwards = 0
+        """Sequences that were restarted."""
 
     def measure(self, progress: Progress) -> None:
         """Every thing frozen, on all prompts."""
-        parts = list(self.measured.parts())
-        progress.start(len(parts) * (1 + len(self.wanted)), "frozen norm")
-        for part in parts:
+        lengths = [len(sequence) for sequence in self.measured.sequences]
+        progress.start(forwards(self.switches, self.wanted, lengths), "frozen norm")
+        for part in self.measured.parts():
             if part.counted.any():
                 self._part(part, progress)
 
@@ -106,23 +128,24 @@ class FreezeEffects:
             self.switches.enter(part.batch.tokens.to(self.measured.model.device))
             with self.switches.attached():
                 own = dict.fromkeys(self.switches.sites, Scale(1.0, own=True))
-                self.control = max(self.control, float((self._loss(blocks, part, own) - clean).abs().max()))
-                progress.advance()
+                self.control = max(self.control, float((self._loss(blocks, part, own, progress) - clean).abs().max()))
                 for index, frozen in enumerate(self.wanted):
-                    loss = self._loss(blocks, part, {site: self.scales[site] for site in frozen.sites})
+                    loss = self._loss(blocks, part, {site: self.scales[site] for site in frozen.sites}, progress)
                     self.change.add(index, part.prompts, loss - clean)
                     self.diverged.add(index, part.prompts, (~loss.isfinite()).double())
-                    progress.advance()
 
         on_blocks(self.measured.model, part.batch.tokens, work)
 
-    def _loss(self, blocks: Blocks, part: Part, on: Mapping[NormSite, Scale]) -> Tensor:
-        layers = [site.layer for site in on if site.layer is not None]
-        self.switches.on.update(on)
-        try:
-            end = blocks.run(part.stream[min(layers)], min(layers))[-1] if layers else part.stream[-1]
-        finally:
-            self.switches.on.clear()
+    def _loss(self, blocks: Blocks, part: Part, on: Mapping[NormSite, Scale], progress: Progress) -> Tensor:
+        layers, end = [site.layer for site in on if site.layer is not None], part.stream[-1]
+        if layers:
+            self.switches.on.update(on)
+            try:
+                end = blocks.run(part.stream[min(layers)], min(layers))[-1]
+            finally:
+                self.switches.on.clear()
+            self.forwards += len(end)
+            progress.advance(len(end))
         final = NormSite("final")
         unembedding = self._unembedding(on[final], part) if final in on else None
         return self.measured.loss(end[part.counted], part.targets, unembedding)

@@ -25,13 +25,15 @@ _POINT: dict[Kind, str] = {"qk": "attn_scale", "v": "attn_scale", "mlp": "mlp_sc
 POSITION_CLASSES = ("first", "end_of_text", "other")
 
 
-def needs(model: Model, pattern: bool, neurons: bool) -> list[Need]:
-    """Streams, the divisors that are points, heads' outputs, and where asked for patterns and the last MLP's activations."""
+def needs(model: Model, layers: Sequence[int], pattern: bool, neurons: bool) -> list[Need]:
+    """Streams, the divisors that are points, heads' outputs of `layers`, and where asked for patterns of these layers and
+    the last MLP's activations.
+    """
     last = model.shape.n_layers - 1
-    wanted = ["resid_pre.0", "resid_post.*", "attn_scale.*", "mlp_scale.*", "final_scale", "z.*"]
-    wanted += ["pattern.*"] if pattern else []
-    wanted += [f"mlp_post.{last}"] if neurons else []
-    return [Need(tuple(p for p in wanted if has(model, p.partition(".")[0])))]
+    points = ["resid_pre.0", "resid_post.*", "attn_scale.*", "mlp_scale.*", "final_scale"]
+    points += [f"{head}.{layer}" for head in ("z", "pattern")[: 1 + pattern] for layer in layers]
+    points += [f"mlp_post.{last}"] if neurons else []
+    return [Need(tuple(p for p in points if has(model, p.partition(".")[0])))]
 
 
 def has(model: Model, point: str) -> bool:
@@ -62,6 +64,15 @@ class Part:
         return following[self.counted]
 
 
+def switches_of(model: Model) -> Switches | None:
+    """The switches of a model's norms; None where it has no norms."""
+    with module_of(model) as (_, anatomy):
+        try:
+            return Switches(anatomy, getattr(model.tokenizer, "eos_token_id", None))
+        except NoNormError:
+            return None
+
+
 class Measured:
     """A model, its stored rows, and what follows from them without a forward of the whole model.
 
@@ -73,13 +84,9 @@ class Measured:
         self.activations, self.model, self.first_token = activations, activations.model, first_token
         self.sequences = activations.sequences
         self.n_layers = self.model.shape.n_layers
-        end = getattr(self.model.tokenizer, "eos_token_id", None)
         with module_of(self.model) as (_, anatomy):
             self.anatomy = anatomy
-        try:
-            self.switches: Switches | None = Switches(anatomy, end)
-        except NoNormError:
-            self.switches = None
+        self.switches = switches_of(self.model)
         self.unembedding: Unembedding = self.model.unembedding()
 
     @property
@@ -94,7 +101,7 @@ class Measured:
         """All prompts in padded batches, with their streams."""
         at = [Address("resid_pre", 0), *(Address("resid_post", layer) for layer in range(self.n_layers))]
         rows = [self.activations.get(address) for address in at]
-        for batch in batches(self.sequences, BATCH_TOKENS):
+        for batch in batched(self.sequences):
             stream = [_padded([layer[i] for i in batch.indices], batch).to(self.model.device) for layer in rows]
             yield Part(batch, stream, self.counted(batch))
 
@@ -157,6 +164,11 @@ class Measured:
         rows = Rows.of(torch.tensor([self.sequences[prompt]]), self.switches.end_of_text if self.switches else None)
         ends = rows.end_of_text[0] & ~rows.first[0]
         return dict(zip(POSITION_CLASSES, (rows.first[0], ends, ~rows.first[0] & ~ends), strict=True))
+
+
+def batched(sequences: Sequence[Sequence[int]]) -> Iterator[Batch]:
+    """The prompts in the batches in which they are studied."""
+    return batches(sequences, BATCH_TOKENS)
 
 
 def _padded(rows: Sequence[Tensor], batch: Batch) -> Tensor:

@@ -91,7 +91,7 @@ class Ablations:
     def measure(self, progress: Progress) -> None:
         """Every chosen neuron, on all prompts."""
         parts = [part for part in self.measured.parts() if part.counted.any()]
-        progress.start(len(parts) * len(self.chosen), "neuron ablated")
+        progress.start(len(parts) * len(self.chosen), "ablated neuron")
         for part in parts:
             stream = part.stream[-1][part.counted]
             held = _held(self.measured, stream)

@@ -102,14 +102,14 @@ def sink_rate(pattern: Tensor, threshold: float = SINK) -> Tensor:
     return (pattern[:, :, 0].float() > threshold).double().mean(1)
 
 
-def sink_table(measured: Measured, seed: int) -> pd.DataFrame:
-    """`sinks`: the sink rate of every head with an interval over prompts, beside that of uniform causal attention."""
+def sink_table(measured: Measured, layers: Sequence[int], seed: int) -> pd.DataFrame:
+    """`sinks`: the sink rate of every head of `layers` with an interval over prompts, beside that of uniform causal attention."""
     n_heads = measured.model.shape.n_heads
     lengths = [len(s) for s in measured.sequences]
     even = [np.mean([1 / (t + 1) > SINK for t in range(n)]) for n in lengths]
     uniform = float(np.average(even, weights=lengths))
     rows = []
-    for layer in range(measured.n_layers):
+    for layer in layers:
         column = measured.column(n_heads)
         for prompt, pattern in enumerate(measured.activations.get(Address("pattern", layer))):
             rates, n = sink_rate(pattern), pattern.shape[1]

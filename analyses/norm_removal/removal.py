@@ -29,6 +29,11 @@ EXPORT_TOLERANCE = 1e-5
 """How far the exported folder's logits may be from the folded model's, relative to a row's largest."""
 
 
+TRAINED, COMPARED = "training sequences", "comparisons"
+VARIANTS = ("control", "norm_free")
+"""Trained models that are diagnosed beside the original."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What `NormRemoval` was asked to train."""
@@ -55,6 +60,8 @@ class Removal:
     """The control and the norm-free model, by variant."""
     tables: Mapping[str, pd.DataFrame]
     notes: tuple[str, ...]
+    forwards: Mapping[str, int]
+    """Sequences trained on, and read to compare the models, by what is done."""
 
 
 def planned(plan: Plan, switches: Switches) -> Schedule:
@@ -120,8 +127,22 @@ def _finish(model: Model, anatomy: Anatomy, blocks: Blocks, runs: Mapping[str, T
     if plan.export:
         tables["export"], note = _export(runs["norm_free"], folded, held_out[:4], plan.export, model)
         notes.append(note)
-    models = {name: _loaded(anatomies[name], model, name) for name in ("control", "norm_free")}
-    return Removal(models, tables, tuple(notes))
+    models = {name: _loaded(anatomies[name], model, name) for name in VARIANTS}
+    trained = sum(run.sequences for run in runs.values())
+    return Removal(models, tables, tuple(notes), {TRAINED: trained, COMPARED: len(held_out) * len(modules)})
+
+
+def most_forwards(model: Model, plan: Plan) -> dict[str, int]:
+    """Sequences that a removal trains on and compares at most: fewer where it goes on from a checkpoint or text is short.
+
+    Raises:
+        OptionError: a schedule that does not fit the model.
+    """
+    with module_of(model) as (_, anatomy):
+        steps = planned(plan, Switches(anatomy)).steps
+    runs = 2 + plan.at_once
+    # The models compared are those trained, the original, and the control with all norms frozen at once.
+    return {TRAINED: runs * steps * plan.setting.batch, COMPARED: plan.evaluated * (runs + 2)}
 
 
 def _constant(run: Trained) -> Anatomy:

@@ -56,6 +56,8 @@ class Trained:
     """One entry a step: step, event, loss, aux, learning_rate, grad_norm, frozen."""
     checkpoint: Path | None
     """The newest checkpoint."""
+    sequences: int
+    """How many it was trained on now, steps of an earlier run left out."""
 
 
 def copy_of(anatomy: Anatomy) -> Anatomy:
@@ -78,13 +80,14 @@ def train(
     run = _Run(copy_of(anatomy), blocks, schedule, setting)
     progress.start(schedule.steps, "training step")
     progress.advance(run.step)
+    before = run.step
     if run.step:
         progress.note(f"{schedule.name}: goes on after step {run.step} from {run.checkpoint}")
     with run.switches.attached():
         while run.step < schedule.steps:
             run.take(progress)
     run.module.eval()
-    return Trained(run.anatomy, run.switches, run.history, run.checkpoint)
+    return Trained(run.anatomy, run.switches, run.history, run.checkpoint, (run.step - before) * setting.batch)
 
 
 class _Run:

@@ -9,17 +9,17 @@ from typing import ClassVar, Literal
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.generation import Decoding, respond
+from analyses.interventions import Interventions
 from analyses.options import option, validate
 from analyses.result import FigureSpec, ProfileSpec, Result
 from analyses.scoring import check_answer, check_choices, score_choices
 from analyses.voids import tables as voids_tables
 from analyses.voids.figures import FIGURES
 from analyses.voids.profiles import PROFILES
-from analyses.voids.readout import LAST, Reader, Tokens, gated_trace
+from analyses.voids.readout import LAST, Masked, Reader, Tokens, run_masked
 from analyses.voids.trace import Item, Trace, apply_rule, batch_threshold, token_frame
 from probes.activations import Activations
 from probes.capture import capture
@@ -88,10 +88,13 @@ class Voids(Analysis):
                 "semantics mask judges blocks while they run: batch_lambda0 and norm_dtype bfloat16 need trace or readout"
             )
 
-    @property
-    def intervenes(self) -> bool:
-        """Under `mask`, which leaves void blocks out."""
-        return self.semantics == "mask"
+    def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
+        """Under `mask` each prompt and response with void blocks left out, and with random ones; and gated responses."""
+        counts = {"masked forwards": 2 * len(self.alpha) * len(prompts)} if self.semantics == "mask" else {}
+        if self._gated:
+            distinct = len({prompt.tokens for prompt in prompts})
+            counts["tokens written under the rule"] = len(self.alpha) * distinct * self.max_new_tokens
+        return Interventions(counts, exact=not self._gated)
 
     def needs(self, model: Model) -> list[Need]:
         """Norms of the stream for the rule; rows where the step or the read-out needs them."""
@@ -109,6 +112,11 @@ class Voids(Analysis):
         return self.max_new_tokens > 0 and "response" in self.phases
 
     @property
+    def _gated(self) -> bool:
+        """Whether the model under the semantics writes the responses."""
+        return self._responds and self.response_from == "semantics" and self.semantics != "trace"
+
+    @property
     def _row_reducer(self) -> Reducer:
         steps_need_rows = self.delta in ("norm_of_diff", "cosine")
         return ROWS if steps_need_rows or self._responds or self.readout_positions == "all" else LAST
@@ -122,14 +130,13 @@ class Voids(Analysis):
         """
         clock, store = Clock(), store or ActivationStore()
         asked = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
-        items, written = self._items(model, asked, store, progress)
+        items, new = self._items(model, asked, store, progress)
         sequences, lengths = [item.sequence for item in items], [item.prompt_length for item in items]
         activations = capture(model, sequences, self.needs(model), store, prompt_lengths=lengths, progress=progress)
-        masked: Tensor | None = None
+        masked: Masked | None = None
         if self.semantics == "mask":
-            trace, masked = gated_trace(model, items, {alpha: self._gate(alpha) for alpha in self.alpha})
-        else:
-            trace = self._trace(activations, items)
+            masked = run_masked(model, items, {alpha: self._gate(alpha) for alpha in self.alpha}, self.seed)
+        trace = masked.trace if masked else self._trace(activations, items)
         frame = token_frame(model, asked, items)
         kept = frame["phase"].isin(self.phases).to_numpy()
         tables = {
@@ -138,10 +145,12 @@ class Voids(Analysis):
             "void_rate": voids_tables.void_rate(frame[kept], trace.of(kept), self.seed),
         }
         if self.semantics != "trace":
-            reader = Reader(model, activations, items, frame, trace, self._row_reducer, masked, self.seed)
+            hidden = masked.last if masked else {}
+            reader = Reader(model, activations, items, frame, trace, self._row_reducer, hidden, self.seed)
             tables |= self._read(reader, asked)
-        counts = {"responses_written": written}
-        return make_result(self, model, asked, tables, activations, clock, self._notes(model), counts)
+        counts = {"responses_written": len(new)}
+        done = (masked.forwards if masked else 0) + (sum(map(len, new)) if self._gated else 0)
+        return make_result(self, model, asked, tables, activations, clock, self._notes(model), counts, done)
 
     def _read(self, reader: Reader, prompts: Sequence[Prompt]) -> dict[str, pd.DataFrame]:
         tokens, model = self._scored(reader), reader.model
@@ -170,15 +179,16 @@ class Voids(Analysis):
 
     def _items(
         self, model: Model, prompts: Sequence[Prompt], store: ActivationStore, progress: Progress
-    ) -> tuple[list[Item], int]:
+    ) -> tuple[list[Item], list[tuple[int, ...]]]:
+        """(every prompt with its response at every alpha, the responses that were written now)."""
         sequences = [prompt.tokens for prompt in prompts]
         decoding = Decoding(self.max_new_tokens, self.temperature, self.top_p, self.seed)
-        items, written = [], 0
+        items: list[Item] = []
+        written: list[tuple[int, ...]] = []
         for alpha in self.alpha:
             responses: list[tuple[int, ...]] = [()] * len(sequences)
             if self._responds:
-                gated = self.response_from == "semantics" and self.semantics != "trace"
-                edits: list[Edit] = [self._gate(alpha)] if gated else []
+                edits: list[Edit] = [self._gate(alpha)] if self._gated else []
                 responses, new = respond(model, sequences, decoding, store, edits=edits, progress=progress)
                 written += new
             items += [

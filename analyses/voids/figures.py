@@ -193,8 +193,8 @@ FIGURES = {
     ),
     "controls": FigureSpec(
         "The rule beside controls of equal skipping",
-        "How far the read prediction is from the full model's, in nats. `voids` follows the rule; `fixed_exit` reads every token at the rule's mean "
-        "exit layer, `shuffled_exit` deals the rule's exits to other tokens, `random_voids` skips each block at the rule's rate at random. "
+        "How far the read prediction is from the full model's, in nats. `voids` follows the rule; `fixed_exit` reads all tokens at the two layers "
+        "next to the rule's mean exit, `shuffled_exit` deals the rule's exits to other tokens, `random_voids` skips each block at the rule's rate at random. "
         "Whiskers are 95 % intervals over prompts.",
         control_bars,
         lambda tables: "controls" in tables,

@@ -28,6 +28,27 @@ Tokens = NDArray[np.int64]
 """Indices of tokens in the packed order of all items."""
 
 
+@dataclass(frozen=True, eq=False)
+class Masked:
+    """The model while blocks are skipped: as the rule says, and as many at random."""
+
+    trace: Trace
+    """Of the rule on the masked stream."""
+    last: Mapping[str, Tensor]
+    """Per variant (`voids`, `random_voids`), the last block's output [tokens, d_model]."""
+    forwards: int
+    """Sequences that were run."""
+
+
+def run_masked(model: Model, items: Sequence[Item], gates: Mapping[float, NormGate], seed: int) -> Masked:
+    """Every item under its alpha's gate, and under random gates that skip each block at the rule's rate."""
+    trace, voids = gated_trace(model, items, gates)
+    alphas, active = np.repeat([i.alpha for i in items], [len(i.sequence) for i in items]), trace.active.numpy()
+    rates = {alpha: tuple(1 - active[:, alphas == alpha].mean(axis=1)) for alpha in gates}
+    random = gated_rows(model, items, {alpha: RandomGate(rate, seed) for alpha, rate in rates.items()})
+    return Masked(trace, {"voids": voids, "random_voids": random}, 2 * len(items))
+
+
 def gated_trace(model: Model, items: Sequence[Item], gates: Mapping[float, NormGate]) -> tuple[Trace, Tensor]:
     """The rule's trace while void blocks are skipped, and the last block's output [tokens, d_model]."""
     parts: list[Trace | None] = [None] * len(items)
@@ -66,6 +87,16 @@ def _last_block(model: Model, batch: Batch, writes: Mapping[Address, Write]) -> 
     return kept[0]
 
 
+def fixed_exits(exits: Tokens) -> Tokens:
+    """As many exits [n] at the same mean depth, all in the two layers next to that mean.
+
+    One layer alone would have to be rounded: to the last one where few tokens leave early, and then nothing would be left
+    out at all.
+    """
+    low, deeper = divmod(int(exits.sum()), len(exits))
+    return low + (np.arange(len(exits)) < deeper).astype(np.int64)
+
+
 @dataclass(frozen=True)
 class Readings:
     """What is predicted at some tokens, beside the full model."""
@@ -94,8 +125,8 @@ class Reader:
     trace: Trace
     reducer: Reducer
     """How rows were captured: all rows, or the last of each prompt."""
-    masked: Tensor | None
-    """[tokens, d_model] under the `mask` semantics, else None."""
+    masked: Mapping[str, Tensor]
+    """Under the `mask` semantics, per variant the last block's output [tokens, d_model]; else empty."""
     seed: int
 
     def full(self, tokens: Tokens) -> Tensor:
@@ -104,7 +135,7 @@ class Reader:
 
     def read(self, tokens: Tokens) -> Tensor:
         """What the semantics reads, [tokens, d_model]."""
-        return self._at_layer(tokens, self.exits(tokens)) if self.masked is None else self.masked[tokens]
+        return self._at_layer(tokens, self.exits(tokens)) if not self.masked else self.masked["voids"][tokens]
 
     def exits(self, tokens: Tokens) -> Tokens:
         """The last active layer of each token; -1 is the embedding."""
@@ -112,20 +143,15 @@ class Reader:
 
     def variants(self, tokens: Tokens) -> dict[str, Readings]:
         """`voids`: what the rule reads; then what as much skipping reads without the rule."""
-        alphas = self.frame["alpha"].to_numpy()
-        if self.masked is not None:
-            active = self.trace.active.numpy()
-            rates = {a: tuple(1 - active[:, alphas == a].mean(axis=1)) for a in dict.fromkeys(alphas)}
-            gates = {alpha: RandomGate(rate, self.seed) for alpha, rate in rates.items()}
-            hidden = {"voids": self.masked, "random_voids": gated_rows(self.model, self.items, gates)}
-            return {name: self._compare(self.full(tokens), rows[tokens]) for name, rows in hidden.items()}
-        exits = self.exits(tokens)
+        if self.masked:
+            return {name: self._compare(self.full(tokens), rows[tokens]) for name, rows in self.masked.items()}
+        alphas, exits = self.frame["alpha"].to_numpy()[tokens], self.exits(tokens)
         fixed, shuffled = exits.copy(), exits.copy()
         rng = np.random.default_rng(self.seed)
-        for alpha in dict.fromkeys(alphas[tokens]):
-            mine = np.flatnonzero(alphas[tokens] == alpha)
-            fixed[mine] = round(float(exits[mine].mean()))
-            shuffled[mine] = rng.permutation(exits[mine])
+        for alpha in dict.fromkeys(alphas):
+            rows = np.flatnonzero(alphas == alpha)
+            shuffled[rows] = rng.permutation(exits[rows])
+            fixed[rows] = rng.permutation(fixed_exits(exits[rows]))
         return self._at_exits(tokens, {"voids": exits, "fixed_exit": fixed, "shuffled_exit": shuffled})
 
     def prompt_ends(self) -> Tokens:

@@ -18,6 +18,11 @@ from probes.store import ActivationStore
 MORE: list[Analysis] = [
     replace(SMALL["voids"][0], semantics="mask"),
     replace(SMALL["concept_depth"][0], causal_layers=1),
+    replace(SMALL["contextual_decomposition"][0], ablation=False, search_steps=0),
+    replace(SMALL["contextual_decomposition"][0], random_circuits=2, search_steps=0),
+    replace(SMALL["contextual_decomposition"][0], random_circuits=2, shares=(0.2, 1.0), other_preset=True, stride=2),
+    replace(SMALL["contextual_decomposition"][0], random_circuits=2, prune=True, granularity="position"),
+    replace(SMALL["contextual_decomposition"][0], prune=True, ablation=False),
 ]  # type: ignore[type-var]
 RUNS = [*SMALL.values(), *((analysis, SMALL[analysis.name][1]) for analysis in MORE)]
 

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from analyses.contextual_decomposition.cases import Case, baseline_of
 from analyses.contextual_decomposition.scores import Opened, position_sources, to_metric
-from probes.decomposition import PRESETS, Baseline, Decomposer, Source
+from probes.decomposition import PRESETS, Baseline, Decomposer, Source, head
 from probes.models.native import NativeModel
 from probes.points import Address
 
@@ -74,7 +74,7 @@ def main() -> None:
     rows = torch.randint(0, 50257, (9, options.tokens), generator=torch.Generator().manual_seed(1)).tolist()
     case = Case(0, tuple(rows[0]), (11,), (12,), tuple(map(tuple, rows[1:])), tuple(range(options.tokens)), "random")
     baseline = baseline_of(model, case.references)
-    sources = position_sources(12, 12, case.positions)
+    sources = position_sources([head(layer, h) for layer in range(12) for h in range(12)], case.positions)
     record: dict[str, object] = {"sources": len(sources), "tokens": options.tokens, "threads": options.threads}
     record["peak_gb_before"], scores = round(peak(), 2), {}
     for preset in options.presets:

@@ -172,6 +172,19 @@ class Resumable:
         with self.model.tapped(reads or {}, writes, (rows, hidden.shape[1])):  # type: ignore[attr-defined]
             return self._run([first_block] * rows, hidden, keep=False).last
 
+    @torch.no_grad()
+    def through(self, layer: int, hidden: Tensor, writes: Mapping[Address, Write]) -> Tensor:
+        """What leaves block `layer` [rows, suffix, d_model] where `hidden` of that shape enters it, under writes inside it.
+
+        Raises:
+            PointError: a point the model refuses, or one of another block.
+        """
+        for address in writes:
+            if address.layer != layer:
+                raise PointError(f"{address} is not inside block {layer}, which is all that runs")
+        with self.model.tapped({}, writes, (len(hidden), hidden.shape[1])), module_of(self.model):  # type: ignore[attr-defined]
+            return self._call(layer, hidden, (self._cache, _Kept(self._prefix)))
+
     def _held(self, layer: int, active: int, order: Tensor, kept: _Kept) -> tuple[Tensor, Tensor]:
         """Keys and values of all rows at a layer: their own where they ran, the prompt's where they did not."""
         out = []

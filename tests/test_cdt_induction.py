@@ -7,15 +7,18 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from analyses.contextual_decomposition.ablation import Ablation, without
 from analyses.contextual_decomposition.cases import Case, baseline_of
 from analyses.contextual_decomposition.circuit import Search, search
-from analyses.contextual_decomposition.effects import Ablation, attribution_patching, head_ablation
-from analyses.contextual_decomposition.scores import Opened, head_sources, position_sources, to_metric, to_nodes
+from analyses.contextual_decomposition.effects import attribution_patching
+from analyses.contextual_decomposition.scores import Opened, Reading, position_sources, to_metric, to_nodes
+from analyses.contextual_decomposition.study import walked
 from probes.decomposition import PRESETS, Decomposer, head
 from probes.models.native import NativeModel
 from probes.points import Address
 
 VOCAB, WIDTH = 16, 22
+HEADS = [head(layer, h) for layer in range(2) for h in range(2)]
 
 
 def repeated(rows: int, period: int, generator: torch.Generator) -> Tensor:
@@ -95,14 +98,14 @@ def test_the_search_returns_previous_token_head_to_induction_head_at_the_right_p
     baseline = baseline_of(trained, every[0].references)
     opened = [Opened(case, decomposer.prepare(case.tokens), baseline) for case in every]
     rules = PRESETS[preset]
-    sources = position_sources(2, 2, range(14))
+    sources = position_sources(HEADS, range(14))
     scores = torch.stack([to_metric(decomposer, one, sources, rules) for one in opened]).mean(0)
     nodes = [source[0] for source in sources]
     best = nodes[int(scores.argmax())]
     assert (best.layer, best.head, best.position) == (1, induction, 13)
-    how = Search(top=1, steps=3, at="z", how="dot", layer_normalise=False, rules=rules)
+    how = Search(top=1, steps=3, layer_normalise=False)
     if preset == "faithful":
-        circuit, edges = search(decomposer, opened, nodes, scores, how)
+        circuit, edges = search(walked(decomposer, opened, rules, Reading()), nodes, scores, how)
         assert [edge.source for edge in edges if edge.target is None] == [head(1, induction, 13)]
         assert circuit[1] == head(0, previous, successor)
         assert edges[1].target == circuit[0]
@@ -113,8 +116,8 @@ def test_the_faithful_scores_follow_the_measured_effects(trained: NativeModel) -
     baseline = baseline_of(trained, every[0].references)
     decomposer = Decomposer(trained, every[0].tokens)
     opened = [Opened(case, decomposer.prepare(case.tokens), baseline) for case in every]
-    sources = head_sources(2, 2)
-    effects = torch.stack([head_ablation(Ablation(trained, case, baseline)).flatten() for case in every])
+    sources = [(node,) for node in HEADS]
+    effects = torch.stack([without(Ablation(trained, case, baseline), HEADS).float() for case in every])
     scores = torch.stack([to_metric(decomposer, one, sources, PRESETS["faithful"]) for one in opened]).float()
     assert float(torch.corrcoef(torch.stack([scores.flatten(), effects.flatten()]))[0, 1]) > 0.8
     assert int(effects.mean(0).argmax()) == int(scores.mean(0).argmax())
@@ -130,7 +133,7 @@ def test_attribution_patching_is_the_first_order_effect(trained: NativeModel) ->
     own = torch.stack([held[layer] for layer in range(2)])
     near = type(baseline)(own + 0.01 * (baseline.z - own), baseline.mlp_out, baseline.stream)
     attribution = attribution_patching(trained, case, near).sum(1)
-    effects = head_ablation(Ablation(trained, case, near))
+    effects = without(Ablation(trained, case, near), HEADS).reshape(2, 2).float()
     assert float(effects.abs().max()) > 1e-3
     assert torch.allclose(attribution, effects, atol=0.1 * float(effects.abs().max()))
 
@@ -143,5 +146,5 @@ def test_target_scores_of_a_heads_own_source_are_all_of_it(trained: NativeModel)
     found = to_nodes(decomposer, one, [(head(1, 0),), (head(1, 1),)], [head(1, 0), head(1, 1)], rules)
     assert torch.allclose(found, torch.eye(2, dtype=torch.float64), atol=1e-5)
     zero = Opened(case, one.prompt, None)
-    ratio = to_nodes(decomposer, zero, [(head(1, 0),), (head(1, 1),)], [head(1, 0)], rules, how="ratio")
+    ratio = to_nodes(decomposer, zero, [(head(1, 0),), (head(1, 1),)], [head(1, 0)], rules, Reading(how="ratio"))
     assert torch.allclose(ratio[:, 0], torch.tensor([1.0, 0.0], dtype=torch.float64), atol=1e-6)

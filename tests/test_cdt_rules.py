@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from doubled import double, float64
 from families import prompt
 from torch import Tensor, nn
 
-from probes.decomposition import PRESETS, Rules, decompose, head
+from probes.decomposition import Rules, decompose, head
 from probes.decomposition import rules as rule
 from probes.decomposition.sources import groups
 from probes.errors import OptionError
 from probes.models.native import NativeModel
+from probes.points import Address
 
 TOKENS = prompt()[0].tolist()
 Pair = tuple[Tensor, Tensor]
@@ -75,7 +74,8 @@ def test_sources_are_batched_by_where_they_begin() -> None:
     found = groups(sources, 8, rows=16, causal=True)
     assert sorted(i for group in found for i in group) == list(range(len(sources)))
     for group in found:
-        assert len({sources[i][0].layer for i in group}) == 1
+        layers = [sources[i][0].layer for i in group]
+        assert layers == sorted(layers)
         width = 8 - min(sources[i][0].position for i in group)
         assert len(group) * width <= 16
 
@@ -165,14 +165,27 @@ def test_the_paper_preset_is_the_authors_walk(layer: int, h: int, position: int)
         assert float(found.relevant[0].abs().max()) > 1e-3
 
 
-def test_the_released_epsilons_change_little_and_something() -> None:
-    with float64():
-        model = double("gpt2", seed=4)
-        sources = [(head(0, 1, 2),)]
-        own, released = (
-            decompose(model, TOKENS, sources, logits=[5, 6], rules=replace(PRESETS["paper"], eps=eps))["logits"]  # type: ignore[arg-type]
-            for eps in ("model", "released")
+def test_the_released_epsilon_is_another_models_configuration() -> None:
+    """The released code puts 1e-8 in place of a norm's epsilon: that is the same walk over a model that has it."""
+    with float64(), torch.no_grad():
+        model, released = double("gpt2", seed=4), double("gpt2", seed=4)
+        for norm in (part for part in released.module.modules() if isinstance(part, nn.LayerNorm)):
+            norm.eps = 1e-8
+        module = released.module.transformer  # type: ignore[union-attr]
+        embedded = module.wte(torch.tensor(TOKENS)) + module.wpe(torch.arange(len(TOKENS)))  # type: ignore[union-attr,operator]
+        expected = _two_sided(released, embedded, 0, 1, 2)
+        own, other = (
+            decompose(m, TOKENS, [(head(0, 1, 2),)], logits=range(97), rules="paper")["logits"]
+            for m in (model, released)
         )
-        gap = float((own.relevant - released.relevant).abs().max())
-        assert 1e-9 < gap < 1e-2
-        assert torch.equal(own.total, released.total)
+        assert torch.allclose(other.relevant[0], expected[0], atol=1e-9)
+        assert float((own.relevant - other.relevant).abs().max()) > 1e-6
+        assert float((own.total - other.total).abs().max()) > 1e-6
+        run: list[Tensor] = []
+        model.run(torch.tensor([TOKENS]), {Address("logits"): lambda t: run.append(t[0].clone())})
+        assert torch.allclose(own.relevant[0] + own.irrelevant[0], run[0], atol=1e-9)
+
+
+def test_rules_that_would_give_parts_of_another_models_logits_are_not_offered() -> None:
+    with pytest.raises(TypeError, match="eps"):
+        Rules(eps="released")  # type: ignore[call-arg]

@@ -36,6 +36,11 @@ MORE: list[Analysis] = [
     replace(SMALL["concept_depth"][0], causal_layers=1),
     NormRemoval(neurons=2),
     NormRemoval(neurons=0, sinks=False, stride=2, scale_source="per_position", first_token=True),
+    replace(SMALL["contextual_decomposition"][0], ablation=False, search_steps=0),
+    replace(SMALL["contextual_decomposition"][0], random_circuits=2, search_steps=0),
+    replace(SMALL["contextual_decomposition"][0], random_circuits=2, shares=(0.2, 1.0), other_preset=True, stride=2),
+    replace(SMALL["contextual_decomposition"][0], random_circuits=2, prune=True, granularity="position"),
+    replace(SMALL["contextual_decomposition"][0], prune=True, ablation=False),
 ]  # type: ignore[type-var]
 RUNS = [
     *SMALL.values(),

@@ -174,6 +174,8 @@ def cost(analysis: Analysis, model: Model, lines: list[PromptLine], store: Activ
     asked = analysis.collect(model, lines)
     plan = plan_capture(model, [prompt.tokens for prompt in asked], analysis.needs(model), store)
     more = []
+    if not analysis.needs(model):
+        more.append("and nothing is read from the activation store or added to it")
     if analysis.max_new_tokens:
         more.append(
             f"and up to {count(analysis.max_new_tokens, 'new token')} for each of {count(len(asked), 'prompt')}"

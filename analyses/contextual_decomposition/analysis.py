@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
+from analyses.contextual_decomposition import costs
 from analyses.contextual_decomposition import study as steps
 from analyses.contextual_decomposition import tables as tabulate
+from analyses.contextual_decomposition.agreement import agreement_notes, agreement_tables
 from analyses.contextual_decomposition.cases import Case, case_of, given_cases, made
 from analyses.contextual_decomposition.circuit import Search
 from analyses.contextual_decomposition.faithfulness import faithfulness_table
 from analyses.contextual_decomposition.figures import FIGURES, PROFILES
+from analyses.contextual_decomposition.scores import Reading
 from analyses.contextual_decomposition.words import words_table
+from analyses.interventions import Interventions
 from analyses.options import option, validate
 from analyses.result import FigureSpec, ProfileSpec, Result
 from analyses.tokens import tokens_text
-from probes.decomposition import PRESETS, Rules
+from probes.decomposition import PRESETS, Node, Rules, Source
 from probes.errors import PromptError
 from probes.models.base import Model
 from probes.needs import Need
@@ -30,7 +35,6 @@ from probes.store import ActivationStore
 
 _SWITCHES = {
     "bias": "bias", "normalise": "normalise", "attention_rule": "attention", "activation": "activation", "gate": "gate",
-    "eps": "eps",
 }  # fmt: skip
 """Options that override a rule of the preset, and the rule's name."""
 
@@ -57,8 +61,8 @@ class ContextualDecomposition(Analysis):
     mode: Literal["mean", "zero"] = option("mean", "Whether a node is compared to its mean over references or to zero.")
     preset: Literal["faithful", "paper"] = option(
         "faithful",
-        "Rules: those nearer to measured ablation effects (correlation 0.92 against 0.37 over the heads of smollm2-135m), "
-        "or the conventions of the authors' code.",
+        "Rules: those nearer to measured ablation effects (Pearson 0.92 against 0.37 over the heads of smollm2-135m), or "
+        "the conventions of the authors' code, but with the model's own epsilons.",
     )
     bias: Literal["preset", "shared", "irrelevant"] = option("preset", "Where biases go.")
     normalise: Literal["preset", "on", "off"] = option(
@@ -69,7 +73,11 @@ class ContextualDecomposition(Analysis):
     )
     activation: Literal["preset", "cd", "shapley"] = option("preset", "How an activation function is split.")
     gate: Literal["preset", "joint", "frozen"] = option("preset", "Whether an MLP's gate is split or a constant.")
-    eps: Literal["preset", "model", "released"] = option("preset", "The model's own epsilons, or the authors' code's.")
+    layers: tuple[int, ...] = option(
+        (), "Layers whose heads and MLPs are scored and ablated; none: every stride-th.", low=0
+    )
+    stride: int = option(1, "Of the layers, only every so many.", low=1)
+    heads: tuple[str, ...] = option((), "Heads as layer.head, such as 3.1: only these are scored and ablated.")
     granularity: Literal["head", "position"] = option(
         "head", "Nodes of the circuit: whole heads, or heads at single positions of prompts of one form."
     )
@@ -124,10 +132,17 @@ class ContextualDecomposition(Analysis):
         given = {rule: getattr(self, name) for name, rule in _SWITCHES.items() if getattr(self, name) != "preset"}
         return replace(PRESETS[self.preset], **given)
 
-    @property
-    def intervenes(self) -> bool:
-        """With ablations or circuits to check."""
-        return self.ablation or self.random_circuits > 0
+    def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
+        """Head ablations, circuits and the deletions that pruning tries."""
+        return costs.interventions(self, model, self._lengths(model, prompts))
+
+    def nodes(self, model: Model) -> list[Node]:
+        """The heads that are scored and ablated.
+
+        Raises:
+            OptionError: a layer or head that the model does not have, or both `heads` and `layers`.
+        """
+        return costs.chosen_heads(model.shape.n_layers, model.shape.n_heads, self.layers, self.stride, self.heads)
 
     def collect(self, model: Model, prompts: PromptsLike = ()) -> list[Prompt]:
         """The generated questions, or the prompts given."""
@@ -147,40 +162,69 @@ class ContextualDecomposition(Analysis):
         store: ActivationStore | None = None,
         progress: Progress = QUIET,
     ) -> Result:
-        """Tables `cases`, `relevance`, `heads`, and as asked for `agreement`, `edges`, `circuit`, `faithfulness`, `words`.
+        """Tables `cases`, `relevance`, `heads`, and as asked for `agreement` with `agreement_differences`, `edges`, `circuit`,
+        `faithfulness`, `words`.
 
         Raises:
+            OptionError: a layer or head that the model does not have.
             PointError: an operation of the model that the rules do not know, by name.
             PromptError: a prompt without an answer, or without a reference of its length.
         """
         clock = Clock()
+        heads = self.nodes(model)
         asked, cases, notes = self._cases(model, prompts)
-        study = steps.open_study(model, cases, self._joint, progress)
-        heads = study.heads
-        scores = {"cdt": study.scores([(node,) for node in heads], self.rules, progress)}
-        scored = [steps.Scored(heads, scores["cdt"], list(range(len(cases))))]
+        study = steps.open_study(model, cases, heads, self._joint, progress)
+        reading = Reading(self.target_at, self.target_score)
+        pairs = self.search_steps > 0 and self.granularity == "head"
+        own, links = study.swept(_each(heads), self.rules, reading if pairs else None, progress, "prompt scored")
+        scored = [steps.Scored(heads, own, list(range(len(cases))))]
         if self.granularity == "position":
             scored.append(steps.positioned(study, self.rules, progress))
             notes.append(_form_note(study, scored[-1]))
         tables = {"cases": steps.cases_table(study, [_text(model, prompt) for prompt in asked])}
-        notes += _span_notes(tables["cases"])
-        tables |= self._compared(study, heads, scores, progress)
-        relevance = [*scored, *([steps.mlps(study, self.rules, progress)] if self.mlps else [])]
+        notes += [*_span_notes(tables["cases"]), *self._notes(model, heads)]
+        scores = {"cdt": own}
+        tables |= self._compared(study, scores, notes, progress)
+        layers = sorted({node.layer for node in heads})
+        relevance = [*scored, *([steps.mlps(study, layers, self.rules, progress)] if self.mlps else [])]
         tables["relevance"] = pd.concat(
             [tabulate.relevance_table(s.nodes, s.scores, [cases[i].index for i in s.prompts]) for s in relevance],
             ignore_index=True,
         )
-        tables |= self._circuits(study, scored[-1], heads, scores)
+        tables |= self._circuits(study, scored[-1], links, scores, progress)
         if self.words != "none":
-            tables["words"] = words_table(model, study.decomposer, study.opened, self.rules, self.words, self.mode)
-        forwards = study.forwards + sum(ablation.forwards for ablation in study.ablations)
-        counts = {"forwards": forwards, "decomposed": len(cases) * len(heads)}
-        return make_result(self, model, asked, tables, None, clock, notes, counts)
+            tables["words"] = words_table(
+                model, study.decomposer, study.opened, self.rules, self.words, self.mode, progress
+            )
+        counts = {"forwards": study.forwards, "decomposed": len(cases) * len(heads)}
+        changed = sum(ablation.forwards for ablation in study.ablations)
+        return make_result(self, model, asked, tables, None, clock, notes, counts, changed)
+
+    def _notes(self, model: Model, heads: Sequence[Node]) -> list[str]:
+        notes = ["Nothing was read from the activation store or added to it: activations were used prompt by prompt."]
+        if "paper" in (self.preset, *(PRESETS if self.other_preset else ())):
+            notes.append(
+                "The paper's rules keep the model's own epsilons: the released code puts 1e-8 in place of each norm's, so "
+                "that its parts sum to the logits of another model; here they sum to this one's."
+            )
+        every = model.shape.n_layers * model.shape.n_heads
+        if len(heads) < every:
+            notes.append(
+                f"{len(heads)} of {every} heads were scored and ablated; in every circuit the others stay as they are, and "
+                "shares and agreement are over those heads alone."
+            )
+        return notes
 
     @property
     def _joint(self) -> bool:
         others = [PRESETS[name] for name in PRESETS] if self.other_preset else []
         return any(rules.attention != "frozen" for rules in (self.rules, *others))
+
+    def _lengths(self, model: Model, prompts: Sequence[Prompt]) -> list[tuple[str, int]]:
+        """Group and length of each case."""
+        if not self.makes_prompts:
+            return [("", len(prompt.tokens)) for prompt in prompts]
+        return [(case.group, len(case.tokens)) for case in self._cases(model, prompts)[1]]
 
     def _cases(self, model: Model, prompts: PromptsLike) -> tuple[list[Prompt], list[Case], list[str]]:
         if self.makes_prompts:
@@ -207,41 +251,60 @@ class ContextualDecomposition(Analysis):
         return asked, cases, notes
 
     def _compared(
-        self, study: steps.Study, heads: list[Any], scores: dict[str, Any], progress: Progress
+        self, study: steps.Study, scores: dict[str, steps.Array], notes: list[str], progress: Progress
     ) -> dict[str, pd.DataFrame]:
         """Tables of heads and of agreement; fills in the other methods' scores."""
-        scores["attribution"] = study.attributions()
+        scores["attribution"] = study.attributions(progress)
         direct = study.direct()
         if direct is not None:
             scores["direct"] = direct
         if self.other_preset:
             other = next(name for name in PRESETS if name != self.preset)
-            scores[f"cdt_{other}"] = study.scores([(node,) for node in heads], PRESETS[other], progress)
+            scores[f"cdt_{other}"] = study.scores(
+                _each(study.heads), PRESETS[other], progress, f"prompt scored by {other} rules"
+            )
         if not self.ablation:
-            return {"heads": tabulate.heads_table(heads, scores, self.seed)}
+            return {"heads": tabulate.heads_table(study.heads, scores, self.seed)}
         effects = study.effects(progress)
-        agreement = tabulate.agreement_table(scores, effects, self.seed)
+        agreement, differences = agreement_tables(scores, effects, self.seed)
+        notes += agreement_notes(agreement, differences)
         scores["ablation"] = effects
-        return {"heads": tabulate.heads_table(heads, scores, self.seed), "agreement": agreement}
+        heads = tabulate.heads_table(study.heads, scores, self.seed)
+        return {"heads": heads, "agreement": agreement, "agreement_differences": differences}
 
     def _circuits(
-        self, study: steps.Study, scored: steps.Scored, heads: list[Any], scores: dict[str, Any]
+        self,
+        study: steps.Study,
+        scored: steps.Scored,
+        pairs: Tensor | None,
+        scores: dict[str, steps.Array],
+        progress: Progress,
     ) -> dict[str, pd.DataFrame]:
         tables: dict[str, pd.DataFrame] = {}
-        kept: list[Any] = []
+        kept: list[Node] = []
         if self.search_steps:
-            how = Search(
-                self.top, self.search_steps, self.target_at, self.target_score, self.layer_normalise, self.rules
+            how = Search(self.top, self.search_steps, self.layer_normalise)
+            opened, reading = [study.opened[i] for i in scored.prompts], Reading(self.target_at, self.target_score)
+            links = (
+                steps.walked(study.decomposer, opened, self.rules, reading, progress)
+                if pairs is None
+                else steps.looked_up(pairs, study.heads)
             )
-            circuit, kept, edges = steps.find_circuit(study, scored, how, self.prune)
+            circuit, kept, edges = steps.find_circuit(study, scored, links, how, self.prune, progress)
             tables["edges"] = tabulate.edges_table(edges, study.model.shape.n_layers)
             tables["circuit"] = tabulate.circuit_table(circuit, kept, edges)
         if self.random_circuits:
-            orders = {name: steps.order_of(heads, values) for name, values in scores.items()}
+            orders = {name: steps.order_of(study.heads, values) for name, values in scores.items()}
+            chosen = scored.prompts
             tables["faithfulness"] = faithfulness_table(
-                [study.ablations[i] for i in scored.prompts], orders, kept, self.shares, self.random_circuits, self.seed
-            )
+                [study.ablations[i] for i in chosen], study.full[chosen], study.empty[chosen], orders, kept, self.shares,
+                self.random_circuits, self.seed, progress,
+            )  # fmt: skip
         return tables
+
+
+def _each(nodes: Sequence[Node]) -> list[Source]:
+    return [(node,) for node in nodes]
 
 
 def _text(model: Model, prompt: Prompt) -> str:

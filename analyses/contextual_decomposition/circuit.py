@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from analyses.contextual_decomposition.scores import At, How, Opened, to_nodes
-from probes.decomposition import Decomposer, Node, Rules
+from probes.decomposition import Node
 
 
 @dataclass(frozen=True)
@@ -22,6 +21,10 @@ class Edge:
     step: int
 
 
+Links = Callable[[Sequence[Node], Sequence[Node]], Tensor]
+"""What of each target comes from each source [source, target], mean over prompts."""
+
+
 @dataclass(frozen=True)
 class Search:
     """How the search goes.
@@ -32,10 +35,7 @@ class Search:
 
     top: int
     steps: int
-    at: At
-    how: How
     layer_normalise: bool
-    rules: Rules
 
 
 def ranked(nodes: Sequence[Node], scores: Tensor, layer_normalise: bool) -> list[int]:
@@ -49,9 +49,7 @@ def ranked(nodes: Sequence[Node], scores: Tensor, layer_normalise: bool) -> list
     return [i for i in order if float(values[i]) > 0]
 
 
-def search(
-    decomposer: Decomposer, opened: Sequence[Opened], nodes: Sequence[Node], to_metric: Tensor, how: Search
-) -> tuple[list[Node], list[Edge]]:
+def search(links: Links, nodes: Sequence[Node], to_metric: Tensor, how: Search) -> tuple[list[Node], list[Edge]]:
     """The circuit's nodes in the order they were found, and its edges.
 
     Hsu et al. 2024, section 3: the nodes that score highest on the logits become targets, those that score highest on
@@ -69,9 +67,7 @@ def search(
         left = [node for node in nodes if node.layer < deepest and node not in circuit]
         if not left:
             break
-        sources = [(node,) for node in left]
-        found = [to_nodes(decomposer, one, sources, targets, how.rules, how.at, how.how) for one in opened]
-        scores = torch.stack(found).mean(0)
+        scores = links(left, targets)
         best = ranked(left, scores.sum(1), how.layer_normalise)[: how.top]
         for i in best:
             edges += [

@@ -1,99 +1,20 @@
-"""What heads do to the metric by other means: ablation, attribution patching and direct logit attribution."""
+"""What heads do to the metric by cheap means: attribution patching and direct logit attribution."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from analyses.contextual_decomposition.cases import Case
 from probes.decomposition import Baseline, Decomposer, Rules
 from probes.decomposition import rules as rule
 from probes.decomposition.walk import Prepared
-from probes.models.base import Model, Write
+from probes.models.base import Model
 from probes.models.blocks import module_of
 from probes.models.taps import tensor_of
-from probes.points import Address
-from probes.resume import Resumable
-
-ROWS = 32
-"""Ablated copies of a prompt in one forward."""
-
-
-class Ablation:
-    """A prompt whose heads can be set to their baseline; counts the forwards it takes."""
-
-    def __init__(self, model: Model, case: Case, baseline: Baseline | None) -> None:
-        self.model, self.case, self.baseline = model, case, baseline
-        readable = model.shape.causal and "lens" not in model.faithfulness.refused
-        self.held = Resumable(model, case.tokens, 0) if readable else None
-        self.forwards = 1
-
-    @torch.no_grad()
-    def metric(self, first: int, keep: Tensor) -> Tensor:
-        """The metric [rows] with every head where `keep` [rows, layer, head] or [rows, layer, pos, head] is False at its baseline.
-
-        Args:
-            first: the first layer in which a head is ablated.
-        """
-        return torch.cat([self._rows(first, part) for part in torch.split(keep, ROWS)])
-
-    def _rows(self, first: int, keep: Tensor) -> Tensor:
-        keep = keep[:, :, None] if keep.dim() == 3 else keep
-        writes: dict[Address, Write] = {}
-        for layer in range(first, self.model.shape.n_layers):
-            if not keep[:, layer].all():
-                writes[Address("z", layer)] = self._write(layer, keep[:, layer])
-        self.forwards += len(keep)
-        ids = torch.tensor(self.case.ids)
-        if self.held is not None:
-            last = self.held.edited(first, len(keep), writes)
-            return self.case.metric(_logits(self.model, last, ids)).double().cpu()
-        found: list[Tensor] = []
-        tokens = torch.tensor([self.case.tokens]).expand(len(keep), -1)
-        self.model.run(tokens, {Address("logits"): lambda t: found.append(t[:, -1, ids.to(t.device)].clone())}, writes)
-        return self.case.metric(found[0]).double().cpu()
-
-    def _write(self, layer: int, keep: Tensor) -> Write:
-        def write(z: Tensor) -> Tensor:
-            base = torch.zeros_like(z[0]) if self.baseline is None else self.baseline.z[layer].to(z)
-            return torch.where(keep.to(z.device)[..., None], z, base)
-
-        return write
-
-
-def _logits(model: Model, last: Tensor, ids: Tensor) -> Tensor:
-    unembedding = model.unembedding()
-    ids = ids.to(unembedding.weight.device)
-    hidden = unembedding.norm(last.to(unembedding.weight))
-    bias = None if unembedding.bias is None else unembedding.bias[ids]
-    out = nn.functional.linear(hidden, unembedding.weight[ids], bias).float()
-    return out if unembedding.softcap is None else unembedding.softcap * torch.tanh(out / unembedding.softcap)
-
-
-def head_ablation(ablation: Ablation, positions: Sequence[int] | None = None) -> Tensor:
-    """How much the metric falls when one head goes to its baseline [layer, head], or at each position [layer, pos, head]."""
-    shape = ablation.model.shape
-    n_layers, n_heads, n = shape.n_layers, shape.n_heads, len(ablation.case.tokens)
-    full = ablation.metric(n_layers - 1, torch.ones(1, n_layers, n_heads, dtype=torch.bool))
-    out = torch.zeros(n_layers, n_heads) if positions is None else torch.zeros(n_layers, n, n_heads)
-    for layer in range(n_layers):
-        if positions is None:
-            keep = torch.ones(n_heads, n_layers, n_heads, dtype=torch.bool)
-            keep[torch.arange(n_heads), layer, torch.arange(n_heads)] = False
-            out[layer] = (full - ablation.metric(layer, keep)).float()
-        else:
-            spots = [(p, h) for p in positions for h in range(n_heads)]
-            keep = torch.ones(len(spots), n_layers, n, n_heads, dtype=torch.bool)
-            for row, (p, h) in enumerate(spots):
-                keep[row, layer, p, h] = False
-            effects = (full - ablation.metric(layer, keep)).float()
-            for (p, h), effect in zip(spots, effects.tolist(), strict=True):
-                out[layer, p, h] = effect
-    return out
 
 
 def attribution_patching(model: Model, case: Case, baseline: Baseline | None) -> Tensor:

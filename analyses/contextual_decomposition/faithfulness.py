@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -10,29 +11,40 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyses.contextual_decomposition.effects import Ablation
+from analyses.contextual_decomposition.ablation import Ablation
+from analyses.statistics import MIN_CLUSTERS, RESAMPLES, percentiles
 from probes.decomposition import Node
+from probes.progress import QUIET, Progress
 
 Array = NDArray[np.float64]
-RESAMPLES = 1000
 
 
-def mask(circuit: Sequence[Node], n_layers: int, n_heads: int, n_positions: int) -> Tensor:
-    """Where a circuit's heads stay as they are [layer, pos, head]."""
-    keep = torch.zeros(n_layers, n_positions, n_heads, dtype=torch.bool)
-    for node in circuit:
-        spots = slice(None) if node.position < 0 else node.position
-        keep[node.layer, spots, node.head] = True
-    return keep
+@dataclass(frozen=True)
+class Keep:
+    """A circuit among `nodes`: those of `nodes` that are outside go to their baseline, heads that are no node stay."""
+
+    circuit: tuple[Node, ...]
+    nodes: tuple[Node, ...]
+
+    def at(self, ablation: Ablation) -> Tensor:
+        """Where heads stay as they are [layer, pos, head]."""
+        shape, n = ablation.model.shape, len(ablation.case.tokens)
+        keep = torch.ones(shape.n_layers, n, shape.n_heads, dtype=torch.bool)
+        for nodes, stays in ((self.nodes, False), (self.circuit, True)):
+            whole = [node for node in nodes if node.position < 0]
+            placed = [node for node in nodes if node.position >= 0]
+            keep[[node.layer for node in whole], :, [node.head for node in whole]] = stays
+            keep[[n.layer for n in placed], [n.position for n in placed], [n.head for n in placed]] = stays
+        return keep
 
 
-def metrics(ablations: Sequence[Ablation], circuits: Sequence[Sequence[Node]]) -> Array:
+def metrics(ablations: Sequence[Ablation], circuits: Sequence[Keep], progress: Progress) -> Array:
     """The metric [prompt, circuit] with every head outside the circuit at its baseline."""
+    progress.start(len(ablations), "prompt's circuits")
     out = []
     for ablation in ablations:
-        shape, n = ablation.model.shape, len(ablation.case.tokens)
-        keep = torch.stack([mask(circuit, shape.n_layers, shape.n_heads, n) for circuit in circuits])
-        out.append(ablation.metric(0, keep).numpy())
+        out.append(ablation.metric(torch.stack([circuit.at(ablation) for circuit in circuits])).numpy())
+        progress.advance()
     return np.stack(out)
 
 
@@ -49,49 +61,75 @@ def sizes_of(shares: Sequence[float], n_heads: int) -> list[int]:
 
 def faithfulness_table(
     ablations: Sequence[Ablation],
+    full: Array,
+    empty: Array,
     orders: Mapping[str, Sequence[Node]],
     circuit: Sequence[Node],
     shares: Sequence[float],
     n_random: int,
     seed: int,
+    progress: Progress = QUIET,
 ) -> pd.DataFrame:
     """Columns method, size, faithfulness, ci_low, ci_high, random_mean, random_low, random_high, random_share_beaten, n_random.
 
+    Intervals resample prompts; the random bounds are the 5 and 95 % points over random circuits. There are none below
+    `MIN_CLUSTERS` of either.
+
     Args:
+        full, empty: the metric of each prompt with every head and with none of the nodes.
         orders: per method all heads, best first; its circuit of a size is the first so many.
         circuit: the searched circuit, a method of its own.
         shares: sizes, as shares of all heads.
         n_random: random circuits of each size, the same heads for every prompt.
     """
-    heads = sorted(next(iter(orders.values())))
+    heads = tuple(sorted(next(iter(orders.values()))))
     sizes = sizes_of(shares, len(heads))
     rng = np.random.default_rng(seed)
     plans: list[tuple[str, int, Sequence[Node]]] = [("circuit", len(circuit), circuit)] if circuit else []
     plans += [(method, size, order[:size]) for method, order in orders.items() for size in sizes]
     drawn = {size: [_draw(rng, heads, size) for _ in range(n_random)] for size in {size for _, size, _ in plans}}
     circuits = [list(chosen) for _, _, chosen in plans] + [list(c) for size in drawn for c in drawn[size]]
-    values = metrics(ablations, [heads, [], *circuits])
-    full, empty, values = values[:, 0], values[:, 1], values[:, 2:]
-    draws = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
-    randoms, start = {}, len(plans)
-    for size, found in drawn.items():
-        randoms[size] = normalised(values[:, start : start + len(found)], full, empty)
-        start += len(found)
+    values = metrics(ablations, [Keep(tuple(chosen), heads) for chosen in circuits], progress)
+    chosen, randoms = values[:, : len(plans)], _by_size(values[:, len(plans) :], drawn, full, empty)
+    own = normalised(chosen, full, empty)
+    low, high = percentiles(_resampled(chosen, full, empty, seed), len(values))
     rows = []
     for column, (method, size, _) in enumerate(plans):
-        value = float(normalised(values[:, column], full, empty))
-        spread = np.array([float(normalised(values[rows_, column], full[rows_], empty[rows_])) for rows_ in draws])
         random = randoms[size]
-        low, high = np.nanquantile(spread, [0.025, 0.975]) if len(values) > 1 else (np.nan, np.nan)
-        rows.append((
-            method, size, value, low, high, random.mean(), *np.quantile(random, [0.05, 0.95]),
-            float((random < value).mean()), n_random,
-        ))  # fmt: skip
+        beaten = float((random < own[column]).mean())
+        rows.append(
+            (method, size, own[column], low[column], high[column], random.mean(), *_band(random), beaten, n_random)
+        )
     columns = [
         *("method", "size", "faithfulness", "ci_low", "ci_high", "random_mean", "random_low", "random_high"),
         *("random_share_beaten", "n_random"),
     ]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _by_size(values: Array, drawn: Mapping[int, Sequence[object]], full: Array, empty: Array) -> dict[int, Array]:
+    """Faithfulness of the random circuits of each size, from the metric [prompt, circuit]."""
+    ends = np.cumsum([len(circuits) for circuits in drawn.values()])
+    parts = np.split(normalised(values, full, empty), ends[:-1])
+    return dict(zip(drawn, parts, strict=True))
+
+
+def _band(random: Array) -> tuple[float, float]:
+    """The 5 and 95 % points over random circuits; none where there are too few to have any."""
+    if len(random) < MIN_CLUSTERS:
+        return float("nan"), float("nan")
+    low, high = np.quantile(random, [0.05, 0.95])
+    return float(low), float(high)
+
+
+def _resampled(values: Array, full: Array, empty: Array, seed: int) -> Array:
+    """Faithfulness [draw, circuit] over draws of prompts with replacement."""
+    n = len(values)
+    draws = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+    weights = (draws[:, :, None] == np.arange(n)).mean(1)
+    base = weights @ empty
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray((weights @ values - base[:, None]) / (weights @ full - base)[:, None])
 
 
 def _draw(rng: np.random.Generator, heads: Sequence[Node], size: int) -> list[Node]:

@@ -6,6 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from analyses.contextual_decomposition.agreement import STATISTICS, TOP
 from analyses.contextual_decomposition.figures_circuit import circuit, faithfulness
 from analyses.contextual_decomposition.methods import COLOUR, NAMES
 from analyses.contextual_decomposition.tables import layer_profile
@@ -13,6 +14,10 @@ from analyses.result import FigureSpec, ProfileSpec, Tables
 from analyses.theme import finish, menu, token_label, whiskers
 
 DIVERGING = "RdBu"
+PANELS = {
+    "pearson": "Pearson", "spearman": "ranks (Spearman)", "pearson_without_top10": f"Pearson without the top {TOP}",
+}  # fmt: skip
+"""Column of agreement, and the title of its panel."""
 
 
 def _bound(values: np.ndarray) -> float:
@@ -76,7 +81,7 @@ def scatter(tables: Tables) -> go.Figure:
     methods = [name for name in NAMES if name != "ablation" and (name in heads or name == "cdt")]
     agreement = tables["agreement"].set_index("method")
     found = agreement["pearson"].reindex(methods).tolist()
-    titles = [f"{NAMES[method]}: r = {r:.2f}" for method, r in zip(methods, found, strict=True)]
+    titles = [f"{NAMES[method]}: Pearson {r:.2f}" for method, r in zip(methods, found, strict=True)]
     figure = make_subplots(rows=1, cols=len(methods), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.05)
     labels = [f"{int(layer)}.{int(head)}" for layer, head in heads[["layer", "head"]].to_numpy()]
     for column, method in enumerate(methods, 1):
@@ -98,23 +103,28 @@ def scatter(tables: Tables) -> go.Figure:
 
 
 def agreement(tables: Tables) -> go.Figure:
-    """Correlation of each method's scores with measured effects, with its interval."""
+    """Three correlations of each method's scores with measured effects, with their intervals."""
     table = tables["agreement"].iloc[::-1]
     names = [NAMES[m] for m in table["method"]]
-    figure = go.Figure()
-    colours = [COLOUR[m] for m in table["method"]]
-    figure.add_scatter(
-        x=table["pearson"], y=names, mode="markers", marker={"size": 11, "color": colours}, showlegend=False,
-        error_x=whiskers(table["pearson"], table["ci_low"], table["ci_high"], 4),
-        hovertemplate="%{y}: r = %{x:.3f}<extra></extra>",
-    )  # fmt: skip
-    finish(figure, x="Pearson correlation with mean ablation over all heads", y="", height=160 + 45 * len(table))
-    figure.update_xaxes(
-        range=[
-            min(0.0, float(table["ci_low"].min(skipna=True)) - 0.05) if table["ci_low"].notna().any() else -0.05,
-            1.02,
-        ]
+    shown = [name for name in STATISTICS if table[name].notna().any()]
+    figure = make_subplots(
+        rows=1,
+        cols=len(shown) or 1,
+        subplot_titles=[PANELS[name] for name in shown],
+        shared_yaxes=True,
+        horizontal_spacing=0.05,
     )
+    for column, name in enumerate(shown, 1):
+        figure.add_scatter(
+            x=table[name], y=names, mode="markers", showlegend=False,
+            marker={"size": 11, "color": [COLOUR[m] for m in table["method"]]},
+            error_x=whiskers(table[name], table[f"{name}_low"], table[f"{name}_high"], 4),
+            hovertemplate="%{y}: %{x:.3f}<extra>" + PANELS[name] + "</extra>", row=1, col=column,
+        )  # fmt: skip
+    finish(figure, x="correlation with mean ablation", y="", height=200 + 45 * len(table))
+    figure.update_layout(margin_t=80)
+    ends = table[[name + end for name in shown for end in ("", "_low", "_high")]].to_numpy(dtype=float)
+    figure.update_xaxes(range=[min(0.0, np.nanmin(ends, initial=0.0)) - 0.05, 1.02])
     return figure
 
 
@@ -154,7 +164,7 @@ FIGURES = {
         "Left: the part of the metric (mean logit of the answers less that of the distractors, at the prompt's end) that "
         "contextual decomposition traces to each head, averaged over prompts; blue heads push towards the answer, red ones "
         "against it. Right: how far the metric really falls when that head alone is set to its mean over the reference "
-        "prompts. Where the two maps agree, the decomposition can be trusted.",
+        "prompts; the next figure says how far the two agree.",
         head_maps,
     ),
     "positions": FigureSpec(
@@ -166,9 +176,13 @@ FIGURES = {
     ),
     "agreement": FigureSpec(
         "How well each method foretells ablation",
-        "Correlation over all heads between a method's score and the measured effect of mean ablation; 95 % intervals "
-        "resample prompts. Attribution patching costs one backward pass a prompt, ablation one forward a head: where the "
-        "cheap method lies highest, use it.",
+        "Correlation over heads between a method's score and the measured effect of mean ablation, of means over prompts; "
+        "95 % intervals resample prompts, and there are none below six. When to believe which: Pearson's (left) is made by "
+        "the few heads of largest effect; ranks (middle) count every head alike; on the right are the heads that remain "
+        "without the ten of largest effect. A method that is high on the left alone names the strongest heads and says "
+        "little of the others' order; one that is high in all three can be used for every head. Table "
+        "agreement_differences holds the paired differences between CD-T and each other method, with their intervals. "
+        "Attribution patching costs one backward pass a prompt, ablation one forward a head.",
         agreement,
         lambda tables: "agreement" in tables,
     ),
@@ -189,8 +203,9 @@ FIGURES = {
     "faithfulness": FigureSpec(
         "How much of the metric a circuit keeps",
         "Heads are kept in the order of each method's score while all others are at their means. 1 is the whole model, 0 is "
-        "every head ablated. The grey band spans 5 to 95 % of random circuits of the same size. Values above 1 mean that the "
-        "heads left out work against the answer.",
+        "every head ablated. The grey band spans 5 to 95 % of random circuits of the same size, and is not drawn below six "
+        "of them; the star's whisker is a 95 % interval over prompts, left out below six prompts. Above 1, the heads left out "
+        "together work against the answer.",
         faithfulness,
         lambda tables: "faithfulness" in tables,
     ),
@@ -208,7 +223,7 @@ PROFILES = {
         "Relevance of heads by contextual decomposition",
         "logits",
         "Sum over a layer's heads of the size of each head's relevance to the answer's logits; mean over prompts with a "
-        "95 % interval.",
+        "95 % interval (none below six prompts).",
         layer_profile,
     ),
 }

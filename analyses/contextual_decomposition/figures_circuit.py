@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from analyses.contextual_decomposition.methods import COLOUR, NAMES
 from analyses.result import Tables
-from analyses.theme import COLOURS, finish
+from analyses.theme import COLOURS, finish, whiskers
 
 BLUE, RED = "33,102,172", "178,24,43"
 
@@ -76,10 +76,17 @@ def faithfulness(tables: Tables) -> go.Figure:
     curves = table[table["method"] != "circuit"]
     band = curves.drop_duplicates("size").sort_values("size")
     figure = go.Figure()
-    figure.add_scatter(
-        x=[*band["size"], *band["size"][::-1]], y=[*band["random_high"], *band["random_low"][::-1]], fill="toself", mode="lines",
-        line={"width": 0}, fillcolor="rgba(120,120,120,0.25)", name="random circuits, 5–95 %", hoverinfo="skip",
-    )  # fmt: skip
+    if band["random_low"].notna().all():
+        figure.add_scatter(
+            x=[*band["size"], *band["size"][::-1]], y=[*band["random_high"], *band["random_low"][::-1]], fill="toself",
+            mode="lines", line={"width": 0}, fillcolor="rgba(120,120,120,0.25)", name="random circuits, 5–95 %",
+            hoverinfo="skip",
+        )  # fmt: skip
+    elif len(band):
+        figure.add_scatter(
+            x=band["size"], y=band["random_mean"], mode="markers", marker={"color": "#888", "size": 6},
+            name=f"{int(band['n_random'].iloc[0])} random circuit(s), mean",
+        )  # fmt: skip
     for method, name in NAMES.items():
         mine = curves[curves["method"] == method].sort_values("size")
         if mine.empty:
@@ -87,15 +94,14 @@ def faithfulness(tables: Tables) -> go.Figure:
         figure.add_scatter(
             x=mine["size"], y=mine["faithfulness"], mode="lines+markers", name=name,
             line={"color": COLOUR[method], "width": 3 if method == "cdt" else 1.6},
-            marker={"size": 6}, customdata=np.stack([mine["random_share_beaten"]], -1),
-            hovertemplate="%{x} heads: %{y:.2f}, beats %{customdata[0]:.0%} of random circuits<extra>" + name + "</extra>",
+            marker={"size": 6}, customdata=np.stack([mine["random_share_beaten"] * mine["n_random"], mine["n_random"]], -1),
+            hovertemplate="%{x} heads: %{y:.2f}, above %{customdata[0]:.0f} of %{customdata[1]} random circuits<extra>" + name + "</extra>",
         )  # fmt: skip
     found = table[table["method"] == "circuit"]
     figure.add_scatter(
         x=found["size"], y=found["faithfulness"], mode="markers", name="searched circuit",
         marker={"size": 15, "symbol": "star", "color": "#000"},
-        error_y={"type": "data", "array": found["ci_high"] - found["faithfulness"],
-                 "arrayminus": found["faithfulness"] - found["ci_low"], "thickness": 1, "width": 4},
+        error_y=whiskers(found["faithfulness"], found["ci_low"], found["ci_high"], 4),
     )  # fmt: skip
     for level in (0, 1):
         figure.add_hline(y=level, line={"color": "#888", "width": 1, "dash": "dot"})

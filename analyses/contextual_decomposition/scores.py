@@ -11,7 +11,7 @@ from torch import Tensor
 
 from analyses.contextual_decomposition.cases import Case
 from probes.decomposition import Baseline, Decomposer, Node, Rules, Source, head, mlp
-from probes.decomposition.walk import Prepared
+from probes.decomposition.walk import Prepared, Visit
 from probes.points import Address
 
 At = Literal["z", "q", "k", "v"]
@@ -32,31 +32,68 @@ def head_sources(n_layers: int, n_heads: int) -> list[Source]:
     return [(head(layer, h),) for layer in range(n_layers) for h in range(n_heads)]
 
 
-def position_sources(n_layers: int, n_heads: int, positions: Sequence[int]) -> list[Source]:
-    """Every head at every position of interest."""
-    return [(head(layer, h, p),) for layer in range(n_layers) for p in positions for h in range(n_heads)]
+def position_sources(heads: Sequence[Node], positions: Sequence[int]) -> list[Source]:
+    """Each of some heads at every position of interest."""
+    places = sorted((node.layer, p, node.head) for p in positions for node in heads)
+    return [(head(layer, h, p),) for layer, p, h in places]
 
 
-def mlp_sources(n_layers: int) -> list[Source]:
-    """Every MLP at all positions."""
-    return [(mlp(layer),) for layer in range(n_layers)]
+def mlp_sources(layers: Sequence[int]) -> list[Source]:
+    """The MLPs of some layers at all positions."""
+    return [(mlp(layer),) for layer in layers]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Where a target head's relevance is read, and what it is compared to.
+
+    `dot`: <relevant part, z - baseline>, summed over positions and divided by |z - baseline|^2, so 1 is all of it.
+    `ratio`: mean |relevant| / (mean |relevant| + mean |irrelevant|).
+    """
+
+    at: At = "z"
+    how: How = "dot"
 
 
 def to_metric(decomposer: Decomposer, opened: Opened, sources: Sequence[Source], rules: Rules) -> Tensor:
     """The metric of the relevant logits at the end, for each source [source]."""
-    case, out = opened.case, torch.zeros(len(sources), dtype=torch.float64)
-    last = opened.prompt.trace.get("block", "out", decomposer.model.shape.n_layers - 1)
+    return swept_through(decomposer, opened, sources, rules, None)[0]
+
+
+def swept_through(
+    decomposer: Decomposer, opened: Opened, sources: Sequence[Source], rules: Rules, reading: Reading | None
+) -> tuple[Tensor, Tensor | None]:
+    """What of the metric [source] and, where `reading` says how, of every head [source, layer, head] comes from each source.
+
+    One sweep gives both: on its way to the end a source passes every head.
+    """
+    case, shape = opened.case, decomposer.structure
+    out = torch.zeros(len(sources), dtype=torch.float64)
+    heads = (
+        None if reading is None else torch.zeros(len(sources), len(shape.blocks), shape.n_heads, dtype=torch.float64)
+    )
+    last = opened.prompt.trace.get("block", "out", len(shape.blocks) - 1)
     ids = torch.tensor(case.ids, device=last.device)
 
-    def visit(indices: list[int]) -> tuple[dict[Address, Callable[..., None]], Callable[[Tensor, Tensor], None]]:
+    def visit(indices: list[int]) -> tuple[dict[Address, Visit], Callable[[Tensor, Tensor], None]]:
         def end(rel: Tensor, at: Tensor) -> None:
             logits, _ = decomposer.readout.relevant(rel, last[at], ids, rules)
             out[torch.tensor(indices)] = case.metric(logits)[:, -1].double().cpu()
 
-        return {}, end
+        def passing(layer: int) -> Visit:
+            def read(rel: Tensor, total: Tensor, where: Tensor) -> None:
+                assert reading is not None
+                assert heads is not None
+                found = _of_heads(opened, reading, layer, rel, total, where)
+                heads[torch.tensor(indices[: len(rel)]), layer] = _spread(found, shape.n_heads)
+
+            return read
+
+        stops = {} if reading is None else {Address(reading.at, i): passing(i) for i in range(len(shape.blocks))}
+        return stops, end
 
     decomposer.walk(opened.prompt, sources, visit, rules=rules, baseline=opened.baseline, keep=(-1,))
-    return out
+    return out, heads
 
 
 def to_nodes(
@@ -65,41 +102,41 @@ def to_nodes(
     sources: Sequence[Source],
     targets: Sequence[Node],
     rules: Rules,
-    at: At = "z",
-    how: How = "dot",
+    reading: Reading = Reading(),
 ) -> Tensor:
-    """What of each target head comes from each source [source, target].
-
-    `dot`: <relevant part, z - baseline>, summed over positions and divided by |z - baseline|^2, so 1 is all of it.
-    `ratio`: mean |relevant| / (mean |relevant| + mean |irrelevant|).
-    """
+    """What of each target head comes from each source [source, target]."""
     out = torch.zeros(len(sources), len(targets), dtype=torch.float64)
-    addresses = {Address(at, node.layer) for node in targets}
-    group = decomposer.structure.n_heads // decomposer.structure.n_kv_heads
+    n_heads = decomposer.structure.n_heads
 
-    def visit(indices: list[int]) -> tuple[dict[Address, Callable[..., None]], None]:
-        def score(rel: Tensor, total: Tensor, where: Tensor, address: Address) -> None:
-            for column, node in enumerate(targets):
-                if node.layer != address.layer:
-                    continue
-                h = node.head // group if at in ("k", "v") else node.head
-                spots = slice(None) if node.position < 0 else torch.nonzero(where == node.position)[:, 0]
-                part, whole = rel[:, spots, h], total[spots, h]
-                change = whole
-                if how == "dot" and at == "z" and opened.baseline is not None:
-                    change = whole - opened.baseline.z[node.layer].to(whole)[where[spots], h]
-                out[torch.tensor(indices), column] = _score(part, whole, change, how).double().cpu()
+    def visit(indices: list[int]) -> tuple[dict[Address, Visit], None]:
+        def reads(layer: int) -> Visit:
+            def read(rel: Tensor, total: Tensor, where: Tensor) -> None:
+                for column, node in enumerate(targets):
+                    if node.layer == layer:
+                        spots = slice(None) if node.position < 0 else torch.nonzero(where == node.position)[:, 0]
+                        found = _of_heads(opened, reading, layer, rel[:, spots], total[spots], where[spots])
+                        out[torch.tensor(indices[: len(rel)]), column] = _spread(found, n_heads)[:, node.head]
 
-        return {a: (lambda rel, total, where, a=a: score(rel, total, where, a)) for a in addresses}, None
+            return read
+
+        return {Address(reading.at, layer): reads(layer) for layer in {node.layer for node in targets}}, None
 
     decomposer.walk(opened.prompt, sources, visit, rules=rules, baseline=opened.baseline)
     return out
 
 
-def _score(part: Tensor, whole: Tensor, change: Tensor, how: How) -> Tensor:
-    """[source] from a relevant part [source, pos, d_head] and totals [pos, d_head]."""
-    if how == "dot":
-        size = change.square().sum().clamp_min(torch.finfo(change.dtype).tiny)
-        return (part * change).sum((-1, -2)) / size
-    rel, irr = part.abs().mean((-1, -2)), (whole - part).abs().mean((-1, -2))
-    return rel / (rel + irr).clamp_min(torch.finfo(rel.dtype).tiny)
+def _of_heads(opened: Opened, reading: Reading, layer: int, rel: Tensor, total: Tensor, where: Tensor) -> Tensor:
+    """[source, head] from relevant parts [source, pos, head, d_head] and totals [pos, head, d_head] at positions `where`."""
+    if reading.how == "ratio":
+        part, rest = rel.abs().mean((1, 3)), (total - rel).abs().mean((1, 3))
+        return part / (part + rest).clamp_min(torch.finfo(rel.dtype).tiny)
+    change = total
+    if reading.at == "z" and opened.baseline is not None:
+        change = total - opened.baseline.z[layer].to(total)[where]
+    size = change.square().sum((0, 2)).clamp_min(torch.finfo(change.dtype).tiny)
+    return torch.einsum("sphd,phd->sh", rel, change) / size
+
+
+def _spread(scores: Tensor, n_heads: int) -> Tensor:
+    """Scores [source, head], those of a key or value head given to every query head that shares it."""
+    return scores.double().cpu().repeat_interleave(n_heads // scores.shape[1], dim=1)

@@ -13,7 +13,6 @@ from analyses.statistics import cluster_bootstrap
 from probes.decomposition import Node
 
 Array = NDArray[np.float64]
-RESAMPLES = 1000
 
 
 def relevance_table(nodes: Sequence[Node], scores: Array, prompts: Sequence[int]) -> pd.DataFrame:
@@ -36,50 +35,15 @@ def heads_table(heads: Sequence[Node], scores: Mapping[str, Array], seed: int) -
     """
     own = scores["cdt"]
     interval = cluster_bootstrap(own, np.arange(len(own)), seed=seed)
-    single = len(own) < 2
     table = pd.DataFrame({
         "layer": [node.layer for node in heads], "head": [node.head for node in heads], "score": interval.mean,
-        "ci_low": np.nan if single else interval.low, "ci_high": np.nan if single else interval.high,
+        "ci_low": interval.low, "ci_high": interval.high,
         "rank": pd.Series(-np.abs(interval.mean)).rank(method="first").astype(int),
     })  # fmt: skip
     for method, values in scores.items():
         if method != "cdt":
             table[method] = values.mean(0)
     return table
-
-
-def correlation(a: Array, b: Array) -> float:
-    """Pearson's; NaN where either is constant."""
-    if a.std() == 0 or b.std() == 0:
-        return float("nan")
-    return float(np.corrcoef(a, b)[0, 1])
-
-
-def _ranks(values: Array) -> Array:
-    return np.asarray(pd.Series(values).rank(), dtype=np.float64)
-
-
-def agreement_table(scores: Mapping[str, Array], effects: Array, seed: int) -> pd.DataFrame:
-    """Columns method, pearson, ci_low, ci_high, spearman, slope, n_heads, n_prompts.
-
-    Correlations over heads between a method's mean score and the mean measured effect; intervals resample prompts, the
-    same for every method. `slope` is how much effect goes with one unit of score.
-
-    Args:
-        scores: per method [prompt, head].
-        effects: the fall of the metric on ablating each head [prompt, head].
-    """
-    n = len(effects)
-    draws = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
-    rows = []
-    for method, values in scores.items():
-        a, b = values.mean(0), effects.mean(0)
-        spread = [correlation(values[rows_].mean(0), effects[rows_].mean(0)) for rows_ in draws] if n > 1 else [np.nan]
-        low, high = np.nanquantile(spread, [0.025, 0.975]) if n > 1 else (np.nan, np.nan)
-        slope = float(np.polyfit(a, b, 1)[0]) if a.std() else float("nan")
-        rows.append((method, correlation(a, b), low, high, correlation(_ranks(a), _ranks(b)), slope, len(a), n))
-    columns = ["method", "pearson", "ci_low", "ci_high", "spearman", "slope", "n_heads", "n_prompts"]
-    return pd.DataFrame(rows, columns=columns)
 
 
 def edges_table(edges: Sequence[Edge], n_layers: int) -> pd.DataFrame:
@@ -117,4 +81,4 @@ def layer_profile(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     )
     interval = cluster_bootstrap(sums.to_numpy(), np.arange(len(sums)))
     out = pd.DataFrame({"layer": sums.columns.astype(int), "value": interval.mean})
-    return out if len(sums) < 2 else out.assign(ci_low=interval.low, ci_high=interval.high)
+    return out.assign(ci_low=interval.low, ci_high=interval.high)

@@ -10,6 +10,7 @@ from analyses.contextual_decomposition.scores import Opened, to_metric
 from analyses.tokens import token_text, tokens_text
 from probes.decomposition import Baseline, Decomposer, Rules, Source, head, token
 from probes.models.base import Model
+from probes.progress import QUIET, Progress
 
 
 def words_of(pieces: Sequence[str]) -> list[range]:
@@ -27,7 +28,13 @@ def source_of(positions: Sequence[int], how: str, n_heads: int) -> Source:
 
 
 def words_table(
-    model: Model, decomposer: Decomposer, opened: Sequence[Opened], rules: Rules, how: str, mode: str
+    model: Model,
+    decomposer: Decomposer,
+    opened: Sequence[Opened],
+    rules: Rules,
+    how: str,
+    mode: str,
+    progress: Progress = QUIET,
 ) -> pd.DataFrame:
     """Columns prompt, word, first_position, last_position, text, relevance, share, interaction.
 
@@ -36,20 +43,23 @@ def words_table(
     """
     n_heads = model.shape.n_heads
     rows = []
+    progress.start(len(opened), "prompt's words")
     for one in opened:
         case = one.case
         pieces = [token_text(model, t) for t in case.tokens]
         found = words_of(pieces) if model.tokenizer is not None else [range(i, i + 1) for i in range(len(pieces))]
         singles = [source_of([p], how, n_heads) for p in range(len(pieces))]
-        several = [source_of(list(word), how, n_heads) for word in found]
+        several = [source_of(list(word), how, n_heads) for word in found if len(word) > 1]
         baseline: Baseline | None = one.baseline if mode == "mean" else None
         scores = to_metric(decomposer, Opened(case, one.prompt, baseline), [*singles, *several], rules)
         whole = one.prompt.trace.logits[-1]
         size = abs(float(case.metric(whole[list(case.ids)])))
+        phrases = iter(scores[len(pieces) :].tolist())
         for index, word in enumerate(found):
-            score = float(scores[len(pieces) + index])
             alone = sum(float(scores[p]) for p in word)
+            score = alone if len(word) == 1 else next(phrases)
             text = tokens_text(model, [case.tokens[p] for p in word])
             rows.append((case.index, index, word[0], word[-1], text, score, score / max(size, 1e-12), score - alone))
+        progress.advance()
     columns = ["prompt", "word", "first_position", "last_position", "text", "relevance", "share", "interaction"]
     return pd.DataFrame(rows, columns=columns)

@@ -62,7 +62,7 @@ def _compare(rows: Sequence[Tensor], groups: Sequence[str], a: str, b: str, seed
         sums = torch.stack([kept[i].double().sum(0) for i in members])
         compare = _mean_cosine if kept is rows else _pair_cosine
         rng = np.random.default_rng(seed)
-        low = high = np.float64(np.nan)
+        low = high = np.array(np.nan)
         if comb(len(in_a), int(in_a.sum())) >= LEAST_DEALS:
             low, high = quantiles(np.array([compare(sums, counts, rng.permutation(in_a)) for _ in range(SHUFFLES)]))
         found += [compare(sums, counts, in_a), float(low), float(high)]

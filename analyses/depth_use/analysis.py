@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pandas as pd
 
@@ -147,8 +147,8 @@ class DepthUse(Analysis):
 
     @property
     def _settings(self) -> Settings:
-        given = {name: getattr(self, name) for name in Settings.__dataclass_fields__}
-        return Settings(**{k: tuple(dict.fromkeys(v)) if isinstance(v, tuple) else v for k, v in given.items()})
+        options: dict[str, Any] = {name: getattr(self, name) for name in Settings.__dataclass_fields__}
+        return Settings(**{k: tuple(dict.fromkeys(v)) if isinstance(v, tuple) else v for k, v in options.items()})
 
     def _maps(self, source: Activations, store: ActivationStore, progress: Progress) -> pd.DataFrame:
         target = source

@@ -97,7 +97,8 @@ class Rotation:
 
     def turned(self, x: Tensor, which: str, at: slice | Tensor) -> Tensor:
         """States [..., pos, head, d_head] at positions `at`, as attention receives them."""
-        return x @ getattr(self, which)[at]
+        # Over positions, not rows: a batch of d_head-wide products over few heads each would be mostly overhead.
+        return torch.einsum("...phd,pde->...phe", x, getattr(self, which)[at])
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

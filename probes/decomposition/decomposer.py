@@ -6,15 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from probes.decomposition.attention import rotation_of, scoring_of
+from probes.anatomy import Anatomy
+from probes.decomposition.attention import Rotation, rotation_of, scoring_of
 from probes.decomposition.operators import tolerance
 from probes.decomposition.readout import Readout, readout_of
 from probes.decomposition.rules import PRESETS, Attending, Rules, by_heads, mix
 from probes.decomposition.sources import Baseline, Source, check, groups
 from probes.decomposition.structure import Structure, structure_of
-from probes.decomposition.trace import trace
+from probes.decomposition.trace import Trace, trace
 from probes.decomposition.walk import Prepared, Visit, Walk, head_normed
 from probes.errors import OptionError, PointError, unknown
 from probes.models.base import Model
@@ -22,8 +23,8 @@ from probes.models.blocks import module_of
 from probes.models.recording import deviation
 from probes.points import Address
 
-ROWS = 256
-"""Rows (sources times positions) carried at once: few enough for the hidden units of an MLP to stay in the cache."""
+ROWS = 1024
+"""Rows (sources times positions) carried at once, which bounds memory; below some hundreds a layer's weights are read too often."""
 POINTS = (
     *("resid_pre", "resid_mid", "resid_post", "attn_in", "attn_out", "q", "k", "v", "z"),
     *("mlp_in", "mlp_post", "mlp_out"),
@@ -69,6 +70,7 @@ class Decomposer:
 
     def __init__(self, model: Model, tokens: Sequence[int]) -> None:
         self.model = model
+        self._rotations: dict[int, tuple[Rotation, ...]] = {}
         seen = trace(model, tokens)
         with module_of(model) as (module, anatomy):
             config = module.config.get_text_config()  # type: ignore[union-attr,operator]
@@ -100,7 +102,7 @@ class Decomposer:
             PointError: attention that the rules do not reproduce, by block.
         """
         seen, shape = trace(self.model, tokens), self.structure
-        patterns, scorings, entering, received, rotations = [], [], [], [], []
+        patterns, scorings, entering, received = [], [], [], []
         with module_of(self.model) as (module, anatomy):
             for layer in range(anatomy.n_layers):
                 block, attended = shape.blocks[layer], seen.attended[layer]
@@ -113,13 +115,21 @@ class Decomposer:
                 received.append(Attending(q, k, values))
                 patterns.append(scoring.probabilities(scoring.scores(q, k)))
                 scorings.append(scoring)
-                if joint:
-                    sizes = (len(tokens), self.model.shape.d_model)
-                    rotations.append(rotation_of(module, anatomy, layer, seen.calls[layer], sizes, q.dtype))
-        prepared = Prepared(seen, tuple(patterns), tuple(scorings), tuple(entering), tuple(received), tuple(rotations))
+            rotations = self._rotated(module, anatomy, seen, len(tokens)) if joint else ()
+        prepared = Prepared(seen, tuple(patterns), tuple(scorings), tuple(entering), tuple(received), rotations)
         for layer in range(len(patterns)):
             self._check(prepared, layer)
         return prepared
+
+    def _rotated(self, module: nn.Module, anatomy: Anatomy, seen: Trace, n: int) -> tuple[Rotation, ...]:
+        """Every layer's rotation, measured once for each length of prompt; `_check` holds it against each prompt."""
+        if n not in self._rotations:
+            dtype, sizes = seen.logits.dtype, (n, self.model.shape.d_model)
+            self._rotations[n] = tuple(
+                rotation_of(module, anatomy, layer, seen.calls[layer], sizes, dtype)
+                for layer in range(anatomy.n_layers)
+            )
+        return self._rotations[n]
 
     def _check(self, prepared: Prepared, layer: int) -> None:
         """The pattern times the values is z; rotated queries are those that attention received."""
@@ -154,13 +164,14 @@ class Decomposer:
         restart: bool = True,
         rows: int = ROWS,
     ) -> None:
-        """Carries every source of a prompt, in batches that begin together.
+        """Carries every source of a prompt, in batches that each source joins at its own layer.
 
         Args:
-            visit: for a batch (indices of its sources), what is done at which addresses, and what is done with
-                what leaves the last block [source, pos, d_model] at its positions [pos], or None to stop before.
+            visit: for a batch (indices of its sources, in the order in which they begin), what is done at which
+                addresses, and what is done with what leaves the last block [source, pos, d_model] at its positions
+                [pos], or None to stop before. Sources that begin later than an address are not among those given.
             keep: the positions still wanted after the last block's attention.
-            restart: begin each batch at its earliest layer and position.
+            restart: begin each source at its layer, and a batch at its earliest position.
 
         Raises:
             PointError: a node that the model or prompt does not have, or split attention of a prompt prepared without.
@@ -240,7 +251,7 @@ def decompose(
     def put(name: str, indices: list[int], rel: Tensor, total: Tensor, at: Tensor) -> None:
         if name not in found:
             found[name] = Parts(rel.new_zeros(len(sources), n, *rel.shape[2:]), total.new_zeros(n, *total.shape[1:]))
-        found[name].relevant[torch.tensor(indices)[:, None], at] = rel
+        found[name].relevant[torch.tensor(indices[: len(rel)])[:, None], at] = rel
         found[name].total[at] = total
 
     def visit(indices: list[int]) -> tuple[dict[Address, Visit], Callable[[Tensor, Tensor], None] | None]:

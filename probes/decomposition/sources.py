@@ -95,17 +95,17 @@ def first_position(source: Source) -> int:
 
 
 def groups(sources: Sequence[Source], n_positions: int, rows: int, causal: bool) -> list[list[int]]:
-    """Indices of sources in batches that start at the same layer and near the same position, about `rows` rows each."""
-    order = sorted(range(len(sources)), key=lambda i: (first_layer(sources[i]), first_position(sources[i]), i))
+    """Indices of sources in batches of about `rows` rows that begin near the same position, ordered by first layer."""
+    order = sorted(range(len(sources)), key=lambda i: (first_position(sources[i]), first_layer(sources[i]), i))
     out: list[list[int]] = []
     width = n_positions
     for i in order:
-        if out and first_layer(sources[out[-1][0]]) == first_layer(sources[i]) and (len(out[-1]) + 1) * width <= rows:
+        if out and (len(out[-1]) + 1) * width <= rows:
             out[-1].append(i)
         else:
             out.append([i])
             width = n_positions - first_position(sources[i]) if causal else n_positions
-    return out
+    return [sorted(batch, key=lambda i: first_layer(sources[i])) for batch in out]
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,8 @@ from probes.decomposition.trace import Trace
 from probes.points import Address
 
 Visit = Callable[[Tensor, Tensor, Tensor], None]
-"""Receives the relevant part [source, pos, ...], the total [pos, ...] and the positions [pos] that both stand at."""
+"""Receives the relevant part [source, pos, ...] of the sources that have begun, the first of the batch, the total
+[pos, ...] and the positions [pos] that both stand at."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +39,14 @@ class Prepared:
 
 
 class Walk:
-    """One batch of sources on one prompt.
+    """One batch of sources on one prompt; each joins at its own first layer, before which nothing of it is relevant.
 
     Args:
+        batch: sources in order of their first layer.
         baseline: what the sources' activations are compared to; None declares them relevant as they are.
         visits: what is done at each address that the walk passes; it ends after the last.
         keep: positions that are still wanted after the attention of the last block; None for all.
-        restart: begin at the earliest source's layer and position, before which nothing is relevant.
+        restart: begin each source at its layer and all at the earliest position, instead of at block 0 and position 0.
     """
 
     def __init__(
@@ -64,21 +67,27 @@ class Walk:
         self.at = torch.arange(start, self.n)
         self.keep = keep
         self.last = max(address.layer or 0 for address in visits)
-        self.first = min(self.last, *(first_layer(source) for source in batch)) if restart else 0
+        self.starts = [first_layer(source) if restart else 0 for source in batch]
 
     @torch.no_grad()
     def run(self) -> Tensor:
         """Carries the relevant part to the last address; returns what it is there, [source, pos, d_model]."""
         self.at = self.at.to(self.total("block", "in", 0).device)
         stream = self.total("block", "in", 0)
-        rel = stream.new_zeros(len(self.batch), *stream.shape)
-        for layer in range(self.first, self.last + 1):
-            rel = self._block(layer, rel)
+        rel = stream.new_zeros(0, *stream.shape)
+        for layer in range(min(self.last, self.starts[0]), self.last + 1):
+            joining = self._begun(layer) - len(rel)
+            rel = self._block(layer, torch.cat((rel, rel.new_zeros(joining, *rel.shape[1:]))) if joining else rel)
         return rel
+
+    def _begun(self, layer: int) -> int:
+        """How many sources, the first of the batch, have begun in `layer` or before."""
+        return bisect_right(self.starts, layer)
 
     def total(self, component: str, side: str, layer: int) -> Tensor:
         """The model's own activation at the positions the walk is at."""
-        return self.prompt.trace.get(component, side, layer)[self.at]
+        whole = self.prompt.trace.get(component, side, layer)
+        return whole if len(self.at) == self.n else whole[self.at]
 
     def _visit(self, point: str, layer: int, rel: Tensor, total: Callable[[], Tensor]) -> None:
         if visit := self.visits.get(Address(point, layer)):
@@ -141,12 +150,13 @@ class Walk:
         return self.total(name, "out", layer)
 
     def _attention(self, block: Block, layer: int, rel: Tensor) -> Tensor:
-        """What attention adds [source, pos, d_model]; before it, the last block's unwanted positions are let go."""
+        """What attention adds [source, pos, d_model]; after it, the last block's unwanted positions are let go."""
         z = self._z(block, layer, rel)
-        total = self._z_total(layer)
-        z = self._declare("head", layer, z, total)
-        self._visit("z", layer, z, lambda: total)
-        added = self._linear(z.flatten(-2), block.o, total.flatten(-2))
+        z = self._declare("head", layer, z, self._z_total(layer))
+        self._visit("z", layer, z, lambda: self._z_total(layer))
+        if layer == self.last and self.keep is not None and len(self.keep) < len(self.at):
+            z, self.at = z[:, self.keep - self.at[0]], self.keep
+        added = self._linear(z.flatten(-2), block.o, self._z_total(layer).flatten(-2))
         added = self._norm("ln1_post", block.ln1_post, layer, added)
         self._visit("attn_out", layer, added, lambda: self._attn_added(layer))
         return added
@@ -156,16 +166,24 @@ class Walk:
 
     def _z(self, block: Block, layer: int, rel: Tensor) -> Tensor:
         """The relevant part of the weighted values [source, pos, head, d_head], before sources are declared."""
-        keys = self.at
-        queries = self.keep if layer == self.last and self.keep is not None else keys
-        if (
-            layer == self.first
-            and (("token", layer) not in self.placed)
-            and not self._wanted(layer, "attn_in", "q", "k", "v")
-        ):
-            # Nothing is relevant yet where the walk begins at heads or an MLP.
+        if ("token", layer) in self.placed or self._wanted(layer, "attn_in", "q", "k", "v"):
+            return self._weighted(block, layer, rel)
+        # Of sources that begin here at heads or an MLP, nothing is relevant yet.
+        before = self._begun(layer - 1)
+        queries = self._queries(layer)
+        z = rel.new_zeros(len(rel), len(queries), self.structure.n_heads, self.structure.d_head)
+        if not before:
             self.at = queries
-            return rel.new_zeros(rel.shape[0], len(queries), self.structure.n_heads, self.structure.d_head)
+        else:
+            z[:before] = self._weighted(block, layer, rel[:before])
+        return z
+
+    def _queries(self, layer: int) -> Tensor:
+        """Positions whose weighted values are wanted."""
+        return self.keep if layer == self.last and self.keep is not None and not self._wanted(layer, "z") else self.at
+
+    def _weighted(self, block: Block, layer: int, rel: Tensor) -> Tensor:
+        keys, queries = self.at, self._queries(layer)
         normed = self.structure.kind != "post_norm"
         h = self._norm("ln1", block.ln1, layer, rel) if normed else rel
         total = self.prompt.entering[layer][keys]

@@ -1,0 +1,132 @@
+"""Prompts whose heads are set to their baseline, many sets of heads at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from analyses.contextual_decomposition.cases import Case
+from probes.decomposition import Baseline, Node
+from probes.models.base import Model, Write
+from probes.points import Address
+from probes.resume import Resumable
+
+POSITIONS = 1024
+"""Rows times positions of one block's forward."""
+HELD = 32768
+"""Rows times positions whose streams are held at once, which bounds memory."""
+
+
+class Ablation:
+    """A prompt whose heads can be set to their baseline; counts the forwards that this stands for.
+
+    Args:
+        start: positions before it are at their baseline anyway, because every reference begins as the prompt does.
+    """
+
+    def __init__(self, model: Model, case: Case, baseline: Baseline | None, start: int = 0) -> None:
+        self.model, self.case, self.baseline = model, case, baseline
+        readable = model.shape.causal and "lens" not in model.faithfulness.refused
+        self.held = Resumable(model, case.tokens, min(start, len(case.tokens) - 1)) if readable else None
+        self.start = 0 if self.held is None else self.held.start
+        self.forwards = 0
+
+    @torch.no_grad()
+    def metric(self, keep: Tensor) -> Tensor:
+        """The metric [rows] with every head where `keep` [rows, layer, head] or [rows, layer, pos, head] is False at its baseline.
+
+        Each row in which something is ablated counts as one forward. Rows share what they have in common: each set of
+        rows that agree up to a block passes it once, and none passes a block before its first ablated head.
+        """
+        keep = keep[:, :, None] if keep.dim() == 3 else keep
+        keep = keep if keep.shape[2] == 1 else keep[:, :, self.start :]
+        self.forwards += int((~keep.flatten(1).all(1)).sum())
+        distinct, row = torch.unique(keep.flatten(1), dim=0, return_inverse=True)
+        # Sorted, so rows that agree longest stand together, and a split parts few that could have shared.
+        parts = distinct.unflatten(1, keep.shape[1:]).split(self._at_once(HELD))
+        values = torch.cat([self._plainly(part) if self.held is None else self._shared(part) for part in parts])
+        return values[row]
+
+    def _at_once(self, positions: int) -> int:
+        return max(1, positions // (len(self.case.tokens) - self.start))
+
+    def _shared(self, keep: Tensor) -> Tensor:
+        """The metric of distinct rows, each block passed once by those that agree on everything up to it."""
+        held = self.held
+        assert held is not None
+        branch = torch.zeros(len(keep), dtype=torch.long)
+        streams: list[Tensor] = []
+        for layer in range(self.model.shape.n_layers):
+            here = torch.cat((branch[:, None], keep[:, layer].flatten(1)), 1)
+            branches, branch = torch.unique(here, dim=0, return_inverse=True)
+            untouched = (branches[:, 0] == 0) & branches[:, 1:].all(1)
+            moving = torch.nonzero(~untouched)[:, 0]
+            # Branch 0 is the prompt as it is, which runs nothing.
+            number = torch.zeros(len(branches), dtype=torch.long)
+            number[moving] = torch.arange(1, len(moving) + 1)
+            branch = number[branch]
+            entering = [held.entering[layer], *streams]
+            masks = branches[moving, 1:].bool().unflatten(1, keep.shape[2:])
+            streams = self._pass(layer, [entering[int(i)] for i in branches[moving, 0]], masks)
+        ends = torch.stack([stream[-1] for stream in (held.entering[-1], *streams)])
+        return self.case.metric(self._logits(ends)).double().cpu()[branch]
+
+    def _pass(self, layer: int, entering: Sequence[Tensor], keep: Tensor) -> list[Tensor]:
+        """What leaves a block [pos, d_model] for each stream that enters it."""
+        assert self.held is not None
+        out: list[Tensor] = []
+        for rows in torch.arange(len(entering)).split(self._at_once(POSITIONS)) if entering else ():
+            hidden = torch.stack([entering[int(row)] for row in rows])
+            mask = keep[rows]
+            writes = {} if mask.all() else {Address("z", layer): self._write(layer, mask)}
+            out += self.held.through(layer, hidden, writes).unbind()
+        return out
+
+    def _plainly(self, keep: Tensor) -> Tensor:
+        """The metric of each row by a whole forward, where blocks cannot be run by themselves."""
+        found: list[Tensor] = []
+        ids = torch.tensor(self.case.ids)
+        for part in keep.split(self._at_once(POSITIONS)):
+            layers = [layer for layer in range(part.shape[1]) if not part[:, layer].all()]
+            writes = {Address("z", layer): self._write(layer, part[:, layer]) for layer in layers}
+            tokens = torch.tensor([self.case.tokens]).expand(len(part), -1)
+            reads = {Address("logits"): lambda t: found.append(t[:, -1, ids.to(t.device)].clone())}
+            self.model.run(tokens, reads, writes)
+        return self.case.metric(torch.cat(found)).double().cpu()
+
+    def _write(self, layer: int, keep: Tensor) -> Write:
+        def write(z: Tensor) -> Tensor:
+            base = torch.zeros_like(z[0]) if self.baseline is None else self.baseline.z[layer, self.start :].to(z)
+            return torch.where(keep.to(z.device)[..., None], z, base)
+
+        return write
+
+    def _logits(self, last: Tensor) -> Tensor:
+        """Logits [rows, ids] of the case's tokens alone."""
+        unembedding = self.model.unembedding()
+        ids = torch.tensor(self.case.ids, device=unembedding.weight.device)
+        hidden = unembedding.norm(last.to(unembedding.weight))
+        bias = None if unembedding.bias is None else unembedding.bias[ids]
+        out = nn.functional.linear(hidden, unembedding.weight[ids], bias).float()
+        return out if unembedding.softcap is None else unembedding.softcap * torch.tanh(out / unembedding.softcap)
+
+
+def shared_start(tokens: Sequence[int], references: Sequence[Sequence[int]]) -> int:
+    """How many tokens the prompt and all of its references begin with in common; 0 where it has none."""
+    if not references:
+        return 0
+    same = [all(other[i] == token for other in references) for i, token in enumerate(tokens)]
+    return same.index(False) if False in same else len(tokens)
+
+
+def without(ablation: Ablation, nodes: Sequence[Node]) -> Tensor:
+    """How much the metric falls when each node alone goes to its baseline [node]; a head at all positions or at one."""
+    shape, n = ablation.model.shape, len(ablation.case.tokens)
+    width = 1 if all(node.position < 0 for node in nodes) else n
+    keep = torch.ones(len(nodes) + 1, shape.n_layers, width, shape.n_heads, dtype=torch.bool)
+    for row, node in enumerate(nodes):
+        keep[row, node.layer, slice(None) if node.position < 0 else node.position, node.head] = False
+    values = ablation.metric(keep)
+    return values[-1] - values[:-1]

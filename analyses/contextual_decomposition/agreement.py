@@ -1,0 +1,112 @@
+"""How well each method foretells ablation, and what the differences between methods support."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from analyses.contextual_decomposition.methods import NAMES
+from analyses.statistics import MIN_CLUSTERS, RESAMPLES, percentiles
+
+Array = NDArray[np.float64]
+TOP = 10
+"""Heads left out to see whether a correlation is made by a few large ones."""
+STATISTICS = {
+    "pearson": "Pearson correlation",
+    "spearman": "rank correlation (Spearman)",
+    "pearson_without_top10": f"Pearson correlation without the {TOP} heads of largest effect",
+}
+"""Column of the table, and its name in words."""
+
+
+def correlation(a: Array, b: Array) -> float:
+    """Pearson's; NaN where either is constant or too short to have one."""
+    if len(a) < 3 or a.std() == 0 or b.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def _ranks(values: Array) -> Array:
+    return np.asarray(pd.Series(values).rank(), dtype=np.float64)
+
+
+def _statistics(scores: Array, effects: Array, rest: Array) -> tuple[float, float, float]:
+    """The columns of `STATISTICS`, of mean scores and effects [head]; `rest` are the heads without the largest."""
+    return (
+        correlation(scores, effects),
+        correlation(_ranks(scores), _ranks(effects)),
+        correlation(scores[rest], effects[rest]),
+    )
+
+
+def agreement_tables(scores: Mapping[str, Array], effects: Array, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """How well each method's mean scores agree with mean effects over heads, and how methods differ in that.
+
+    The first table has columns method, for each of `STATISTICS` its value, `_low` and `_high`, then slope, n_heads,
+    n_prompts. `slope` is how much effect goes with one unit of score. The second has method, statistic, difference,
+    ci_low, ci_high: the decomposition's statistic less that of each other method. Intervals resample prompts, the same
+    for every method, and there are none below `MIN_CLUSTERS` prompts.
+
+    Args:
+        scores: per method [prompt, head]; `cdt` is the decomposition's.
+        effects: the fall of the metric on ablating each head [prompt, head].
+    """
+    n = len(effects)
+    rest = np.sort(np.argsort(-np.abs(effects.mean(0)), kind="stable")[TOP:])
+    draws = np.random.default_rng(seed).integers(0, n, (RESAMPLES if n >= MIN_CLUSTERS else 1, n))
+    spread = {
+        m: np.array([_statistics(v[d].mean(0), effects[d].mean(0), rest) for d in draws]) for m, v in scores.items()
+    }
+    own = {m: np.array(_statistics(v.mean(0), effects.mean(0), rest)) for m, v in scores.items()}
+    rows = []
+    for method, values in scores.items():
+        low, high = percentiles(spread[method], n)
+        a, b = values.mean(0), effects.mean(0)
+        slope = float(np.polyfit(a, b, 1)[0]) if a.std() else float("nan")
+        triples = np.stack((own[method], low, high), axis=1).ravel()
+        rows.append((method, *triples, slope, len(a), n))
+    columns = [name + end for name in STATISTICS for end in ("", "_low", "_high")]
+    table = pd.DataFrame(rows, columns=["method", *columns, "slope", "n_heads", "n_prompts"])
+    return table, _differences(own, spread, n)
+
+
+def _differences(own: Mapping[str, Array], spread: Mapping[str, Array], n: int) -> pd.DataFrame:
+    rows = []
+    for method in own:
+        if method == "cdt" or "cdt" not in own:
+            continue
+        low, high = percentiles(spread["cdt"] - spread[method], n)
+        gaps = own["cdt"] - own[method]
+        rows += [(method, name, gaps[i], low[i], high[i]) for i, name in enumerate(STATISTICS)]
+    return pd.DataFrame(rows, columns=["method", "statistic", "difference", "ci_low", "ci_high"])
+
+
+def agreement_notes(table: pd.DataFrame, differences: pd.DataFrame) -> list[str]:
+    """What the intervals of differences between the decomposition and attribution patching support, in words."""
+    n = int(table["n_prompts"].iloc[0])
+    if n < MIN_CLUSTERS:
+        return [
+            f"{n} prompts support no interval (at least {MIN_CLUSTERS} do), so nothing is said of which method agrees "
+            "better with ablation."
+        ]
+    rows = table.set_index("method")
+    rival = differences[differences["method"] == "attribution"].set_index("statistic")
+    if rival.empty:
+        return []
+    said = [_sentence(name, rows, rival.loc[name]) for name in STATISTICS if np.isfinite(rival.loc[name, "difference"])]
+    return [
+        f"Agreement with mean ablation over {int(rows['n_heads'].iloc[0])} heads and {n} prompts, "
+        f"{NAMES['cdt']} beside {NAMES['attribution']}: {'; '.join(said)}."
+    ]
+
+
+def _sentence(name: str, rows: pd.DataFrame, gap: pd.Series) -> str:
+    value: Callable[[str], str] = lambda m: f"{rows.loc[m, name]:.2f}"  # noqa: E731
+    verdict = "lower" if gap["ci_high"] < 0 else "higher" if gap["ci_low"] > 0 else "not told apart"
+    return (
+        f"{STATISTICS[name]} {value('cdt')} against {value('attribution')}, {verdict} "
+        f"(difference {gap['difference']:+.2f} [{gap['ci_low']:+.2f}, {gap['ci_high']:+.2f}])"
+    )

@@ -77,7 +77,7 @@ class Ablation:
         """What leaves a block [pos, d_model] for each stream that enters it."""
         assert self.held is not None
         out: list[Tensor] = []
-        for rows in torch.arange(len(entering)).split(self._at_once(POSITIONS)) if entering else ():
+        for rows in torch.split(torch.arange(len(entering)), self._at_once(POSITIONS)) if entering else ():
             hidden = torch.stack([entering[int(row)] for row in rows])
             mask = keep[rows]
             writes = {} if mask.all() else {Address("z", layer): self._write(layer, mask)}
@@ -88,7 +88,7 @@ class Ablation:
         """The metric of each row by a whole forward, where blocks cannot be run by themselves."""
         found: list[Tensor] = []
         ids = torch.tensor(self.case.ids)
-        for part in keep.split(self._at_once(POSITIONS)):
+        for part in torch.split(keep, self._at_once(POSITIONS)):
             layers = [layer for layer in range(part.shape[1]) if not part[:, layer].all()]
             writes = {Address("z", layer): self._write(layer, part[:, layer]) for layer in layers}
             tokens = torch.tensor([self.case.tokens]).expand(len(part), -1)

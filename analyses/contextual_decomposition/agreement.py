@@ -33,7 +33,7 @@ def _ranks(values: Array) -> Array:
     return np.asarray(pd.Series(values).rank(), dtype=np.float64)
 
 
-def _statistics(scores: Array, effects: Array, rest: Array) -> tuple[float, float, float]:
+def _statistics(scores: Array, effects: Array, rest: NDArray[np.intp]) -> tuple[float, float, float]:
     """The columns of `STATISTICS`, of mean scores and effects [head]; `rest` are the heads without the largest."""
     return (
         correlation(scores, effects),
@@ -60,7 +60,7 @@ def agreement_tables(scores: Mapping[str, Array], effects: Array, seed: int) -> 
     spread = {
         m: np.array([_statistics(v[d].mean(0), effects[d].mean(0), rest) for d in draws]) for m, v in scores.items()
     }
-    own = {m: np.array(_statistics(v.mean(0), effects.mean(0), rest)) for m, v in scores.items()}
+    own: dict[str, Array] = {m: np.array(_statistics(v.mean(0), effects.mean(0), rest)) for m, v in scores.items()}
     rows = []
     for method, values in scores.items():
         low, high = percentiles(spread[method], n)
@@ -96,15 +96,16 @@ def agreement_notes(table: pd.DataFrame, differences: pd.DataFrame) -> list[str]
     rival = differences[differences["method"] == "attribution"].set_index("statistic")
     if rival.empty:
         return []
-    said = [_sentence(name, rows, rival.loc[name]) for name in STATISTICS if np.isfinite(rival.loc[name, "difference"])]
+    gaps: dict[str, dict[str, float]] = rival[["difference", "ci_low", "ci_high"]].to_dict("index")  # type: ignore[assignment]
+    said = [_sentence(name, rows, gaps[name]) for name in STATISTICS if np.isfinite(gaps[name]["difference"])]
     return [
         f"Agreement with mean ablation over {int(rows['n_heads'].iloc[0])} heads and {n} prompts, "
         f"{NAMES['cdt']} beside {NAMES['attribution']}: {'; '.join(said)}."
     ]
 
 
-def _sentence(name: str, rows: pd.DataFrame, gap: pd.Series) -> str:
-    value: Callable[[str], str] = lambda m: f"{rows.loc[m, name]:.2f}"  # noqa: E731
+def _sentence(name: str, rows: pd.DataFrame, gap: Mapping[str, float]) -> str:
+    value: Callable[[str], str] = lambda m: f"{float(str(rows.loc[m, name])):.2f}"  # noqa: E731
     verdict = "lower" if gap["ci_high"] < 0 else "higher" if gap["ci_low"] > 0 else "not told apart"
     return (
         f"{STATISTICS[name]} {value('cdt')} against {value('attribution')}, {verdict} "

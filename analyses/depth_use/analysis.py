@@ -147,8 +147,9 @@ class DepthUse(Analysis):
 
     @property
     def _settings(self) -> Settings:
-        options: dict[str, Any] = {name: getattr(self, name) for name in Settings.__dataclass_fields__}
-        return Settings(**{k: tuple(dict.fromkeys(v)) if isinstance(v, tuple) else v for k, v in options.items()})
+        values = {name: getattr(self, name) for name in Settings.__dataclass_fields__}
+        once: dict[str, Any] = {k: tuple(dict.fromkeys(v)) if isinstance(v, tuple) else v for k, v in values.items()}
+        return Settings(**once)
 
     def _maps(self, source: Activations, store: ActivationStore, progress: Progress) -> pd.DataFrame:
         target = source

@@ -1,4 +1,4 @@
-"""The dashboard's entry: `streamlit run app/main.py`, or `bathyscope app`."""
+"""The dashboard's script, which `app/server.py` serves."""
 
 from __future__ import annotations
 

@@ -23,6 +23,11 @@ def store_root() -> Path:
     return Path(os.environ.get("BATHYSCOPE_STORE") or cache_root() / "store").expanduser().absolute()
 
 
+def hosts() -> tuple[str, ...]:
+    """Names besides those of this machine that browsers may use for the dashboard: `$BATHYSCOPE_HOSTS`, by commas."""
+    return tuple(filter(None, os.environ.get("BATHYSCOPE_HOSTS", "").split(",")))
+
+
 def prompts_root() -> Path:
     """Where prompt files of runs started here are kept, named by their content."""
     return runs_root() / ".prompts"

@@ -67,14 +67,13 @@ def _model() -> None:
 
 
 def _working() -> None:
-    """Jobs under way, whoever started them."""
+    """Jobs under way that this page does not show."""
     from app.jobs.queue import queue
     from app.ui import progress
 
-    mine = {value for name, value in st.session_state.items() if str(name).startswith("job:")}
     for name in queue().active():
-        if name not in mine:
-            st.caption(f":material/hourglass_top: In another window: {progress.title_of(queue().request(name))}")
+        if name not in progress.shown():
+            st.caption(f":material/hourglass_top: Under way: {progress.title_of(queue().request(name))}")
 
 
 def main() -> None:
@@ -84,6 +83,7 @@ def main() -> None:
     keep.keep()
     current()
     page = st.navigation(pages(), expanded=True)
+    st.session_state["jobs-shown"] = set()
     page.run()
     with st.sidebar:
         _working()

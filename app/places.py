@@ -44,3 +44,9 @@ def run_folder(name: str) -> Path:
             f"run name {name!r}: use letters, digits, dots, dashes and underscores, beginning with a letter or digit"
         )
     return runs_root() / name
+
+
+def run_name(analysis: str, model: str) -> str:
+    """What a run is called that nobody named: by its analysis and the last part of its model's name."""
+    last = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(model).name).strip("-.")[:40].strip("-.")
+    return f"{analysis}-{last}" if last else analysis

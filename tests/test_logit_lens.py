@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from tiny import PROMPTS, native
@@ -51,6 +52,20 @@ def test_after_voids_it_runs_no_forward(tiny: NativeModel, store: ActivationStor
     seen = count_forwards(tiny)
     result = LogitLens().run(tiny, PROMPTS, store=store)
     assert (seen, result.provenance["counts"]["forwards"]) == ([], 0)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 40])
+def test_a_window_reads_what_reading_all_reads_there_and_nothing_else(
+    tiny: NativeModel, store: ActivationStore, window: int
+) -> None:
+    every = LogitLens(window=0).run(tiny, PROMPTS, store=store)
+    some = LogitLens(window=window).run(tiny, PROMPTS, store=store)
+    lengths = pd.Series([len(prompt) for prompt in PROMPTS])
+    for name, table in every.tables.items():
+        kept = table[table["position"] >= lengths[table["prompt"]].to_numpy() - window]
+        pd.testing.assert_frame_equal(some.tables[name], kept.reset_index(drop=True), rtol=1e-5)
+    assert not every.notes
+    assert bool(some.notes) == (window < lengths.max())
 
 
 @pytest.mark.parametrize("point", ["attn_out", "mlp_out"])

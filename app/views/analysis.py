@@ -13,6 +13,7 @@ from app.jobs.queue import queue
 from app.saved import Run, open_run, saved_runs
 from app.ui import progress
 from app.ui.results import draw_result
+from app.ui.words import plural
 from app.views.setup import draw_setup, draw_start
 from probes.errors import UserError
 
@@ -57,7 +58,7 @@ def _follow(name: str, job: str) -> None:
         _show(name, job, request)
         counts = status.answer.get("counts", {})
         ran = int(counts.get("forwards", 0))
-        words = f"{ran:,} forward passes" if ran else "no forward pass: the store held everything"
+        words = plural(ran, "forward pass", "forward passes") if ran else "no forward pass: the store held everything"
         st.success(
             f"Done in {status.answer.get('seconds', 0):.1f} s, {words}. Saved in `{request.out}`.",
             icon=":material/check_circle:",

@@ -114,7 +114,7 @@ def unfold(page: Any, title: str) -> None:
     box = page.locator("details", has=page.locator("summary", has_text=title)).last
     box.wait_for()
     if box.get_attribute("open") is None:
-        box.locator("summary").click()
+        box.locator("summary").first.click()
         settle(page)
 
 

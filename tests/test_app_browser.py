@@ -206,10 +206,9 @@ def test_a_cancelled_run_stops_and_goes_on_where_it_was(visit: Callable[..., Any
     page.get_by_text("What was captured stays in the store").wait_for()
     assert not (server.runs / "long").exists()
     settle(page)
-    unfold(page, "New run")
+    set_up(page, model, many, "short")
     unfold(page, "more options")
     field(page, "max new tokens", "0")
-    field(page, "Name of the run", "short")
     press(page, "Run")
     page.get_by_text(re.compile(r"Done in")).wait_for()
     assert Result.load(server.runs / "short").provenance["counts"]["prompts"] == 600

@@ -13,11 +13,23 @@ FEW = 8
 FRACTIONS = ("share", "relative", "removed", "for which", "score")
 """Words of titles that speak of layers and do not count them."""
 
+BY_COUNT = "number of layers"
+"""What the title of a relative axis says where depth is divided by the number of layers, and not by the last layer."""
+
 
 def is_depth(title: str) -> bool:
     """Whether an axis of that title counts layers."""
     words = title.lower()
     return ("layer" in words or "block" in words) and not any(other in words for other in FRACTIONS)
+
+
+def layer_step(title: str, n_layers: int) -> float | None:
+    """How far apart two layers are on an axis of that title, which begins at layer 0; None where it is not depth."""
+    if is_depth(title):
+        return 1.0
+    if not title.lower().startswith("relative depth"):
+        return None
+    return 1 / n_layers if BY_COUNT in title.lower() else 1 / max(n_layers - 1, 1)
 
 
 def is_position(title: str) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from analyses.interventions import Interventions
-from analyses.provenance import describe
+from analyses.provenance import describe, prompts_digest
 from analyses.result import FigureSpec, ProfileSpec, Result, Tables
 from probes.activations import Activations
 from probes.models.base import Model
@@ -122,4 +122,5 @@ def make_result(
     }
     keys = [] if activations is None else activations.keys()
     provenance = describe(model, started=clock.started, seed=options.get("seed"), store_keys=keys, counts=counted)
+    provenance["prompts"] = prompts_digest(prompts)
     return Result(analysis.name, options, dict(tables), provenance, tuple(notes))

@@ -12,6 +12,7 @@ from typing import Any
 import xxhash
 
 from probes.models.base import LayerMajor, Model
+from probes.prompts import Prompt
 
 PACKAGES = ("bathyscope", "torch", "transformers", "transformer-lens", "nnsight", "safetensors", "numpy", "pandas")
 
@@ -33,6 +34,11 @@ def tokenizer_digest(tokenizer: Any) -> str | None:
         return None
     entries = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return xxhash.xxh3_128_hexdigest(repr((entries, tokenizer.all_special_ids)).encode())
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """A digest of the prompts in their order: of their texts, or of their token ids where there is no text."""
+    return xxhash.xxh3_128_hexdigest(repr([prompt.text or prompt.tokens for prompt in prompts]).encode())
 
 
 def describe(

@@ -1,4 +1,4 @@
-"""The dashboard's entry: `streamlit run app/main.py`, or `bathyscope app`."""
+"""The dashboard's script, which `app/server.py` serves."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ if sys.path[0] != ROOT:
 import streamlit as st  # noqa: E402
 
 from app import catalogue  # noqa: E402
-from app.selection import KEY, KINDS, current, params_of  # noqa: E402
+from app.selection import KEY, KINDS, OF, current, params_of  # noqa: E402
 from app.ui import keep, selector  # noqa: E402
+from app.ui.theme import mode, page_style  # noqa: E402
 
 
 def pages() -> dict[str, list[object]]:
@@ -67,23 +68,23 @@ def _model() -> None:
 
 
 def _working() -> None:
-    """Jobs under way, whoever started them."""
+    """Jobs under way that this page does not show."""
     from app.jobs.queue import queue
     from app.ui import progress
 
-    mine = {value for name, value in st.session_state.items() if str(name).startswith("job:")}
     for name in queue().active():
-        if name not in mine:
-            st.caption(f":material/hourglass_top: In another window: {progress.title_of(queue().request(name))}")
+        if name not in progress.shown():
+            st.caption(f":material/hourglass_top: Under way: {progress.title_of(queue().request(name))}")
 
 
 def main() -> None:
     """Draws the page that the address names, then the side bar, which may follow what the page offers."""
     st.set_page_config(page_title="Bathyscope", page_icon="🔭", layout="wide")
-    st.html("<style>.stMainBlockContainer {padding-top: 3rem; padding-bottom: 4rem;}</style>")
+    st.html(page_style(mode()))
     keep.keep()
     current()
     page = st.navigation(pages(), expanded=True)
+    st.session_state["jobs-shown"] = set()
     page.run()
     with st.sidebar:
         _working()
@@ -94,11 +95,11 @@ def main() -> None:
 
 def _address() -> None:
     """Keeps the selection in the address, so that it can be sent to somebody."""
-    wanted = params_of(st.session_state[KEY])
-    for kind in KINDS:
-        if kind in wanted and st.query_params.get(kind) != wanted[kind]:
-            st.query_params[kind] = wanted[kind]
-        elif kind not in wanted and kind in st.query_params:
+    params = params_of(st.session_state[KEY])
+    for kind in (*KINDS, OF):
+        if kind in params and st.query_params.get(kind) != params[kind]:
+            st.query_params[kind] = params[kind]
+        elif kind not in params and kind in st.query_params:
             del st.query_params[kind]
 
 

@@ -23,6 +23,11 @@ def store_root() -> Path:
     return Path(os.environ.get("BATHYSCOPE_STORE") or cache_root() / "store").expanduser().absolute()
 
 
+def hosts() -> tuple[str, ...]:
+    """Names besides those of this machine that browsers may use for the dashboard: `$BATHYSCOPE_HOSTS`, by commas."""
+    return tuple(filter(None, os.environ.get("BATHYSCOPE_HOSTS", "").split(",")))
+
+
 def prompts_root() -> Path:
     """Where prompt files of runs started here are kept, named by their content."""
     return runs_root() / ".prompts"
@@ -39,3 +44,9 @@ def run_folder(name: str) -> Path:
             f"run name {name!r}: use letters, digits, dots, dashes and underscores, beginning with a letter or digit"
         )
     return runs_root() / name
+
+
+def run_name(analysis: str, model: str) -> str:
+    """What a run is called that nobody named: by its analysis and the last part of its model's name."""
+    last = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(model).name).strip("-.")[:40].strip("-.")
+    return f"{analysis}-{last}" if last else analysis

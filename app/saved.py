@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import streamlit as st
+import xxhash
 
 from analyses.result import Result
 from app.places import runs_root
@@ -46,6 +47,13 @@ class Run:
     @property
     def layers(self) -> int:
         return int(self.record["provenance"]["model"]["layers"])
+
+    @property
+    def prompts(self) -> str:
+        """Which prompts it ran on: equal for runs on the same ones, whatever the analysis and the model."""
+        made = self.record["provenance"]
+        known = made.get("prompts") or made.get("prompts_file") or self.name
+        return xxhash.xxh3_64_hexdigest(str(known).encode())
 
     @property
     def created(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -11,6 +11,8 @@ import streamlit as st
 
 KEY = "selection"
 KINDS = ("layers", "prompts", "tokens", "heads")
+OF = "of"
+"""The address's word for which prompts are meant."""
 LAYERS = ("layer", "source_layer", "target_layer", "skipped", "affected", "start")
 """Columns that hold a layer."""
 HEADS = (("source_layer", "source_head"), ("target_layer", "target_head"), ("layer", "head"))
@@ -28,6 +30,19 @@ class Selection:
     """Positions within a prompt."""
     heads: tuple[str, ...] = ()
     """Each `layer.head`, both from 0."""
+    of: str = ""
+    """Which prompts the indices and positions are of, as `Run.prompts` says it; empty where nobody said."""
+
+    def of_run(self, prompts: str) -> Selection:
+        """The selection as it holds for a run of those prompts: indices of other prompts mean nothing there."""
+        return self if self.of in ("", prompts) else replace(self, prompts=(), tokens=(), of="")
+
+    def left_out(self, prompts: str) -> str:
+        """What is not followed by a run of those prompts, in a sentence; empty where all is."""
+        kinds = [kind for kind in ("prompts", "tokens") if getattr(self, kind)]
+        if not kinds or self.of in ("", prompts):
+            return ""
+        return f"The selected {' and '.join(kinds)} are of another set of prompts than this run's: they are not followed here."
 
     def __bool__(self) -> bool:
         return any(getattr(self, kind) for kind in KINDS)
@@ -42,12 +57,15 @@ def parse(params: Mapping[str, str]) -> Selection:
     """The selection that an address names; what is not a number is passed over."""
     numbers = {kind: _numbers(params.get(kind, "")) for kind in KINDS[:3]}
     heads = [part.strip() for part in params.get("heads", "").split(",")]
-    return Selection(**numbers, heads=tuple(dict.fromkeys(h for h in heads if _is_head(h))))
+    of = params.get(OF, "") if numbers["prompts"] or numbers["tokens"] else ""
+    chosen = tuple(dict.fromkeys(h for h in heads if _is_head(h)))
+    return Selection(**numbers, heads=chosen, of=of if of.isalnum() and len(of) <= 32 else "")
 
 
 def params_of(selection: Selection) -> dict[str, str]:
     """The address's part for a selection."""
-    return {kind: ",".join(map(str, getattr(selection, kind))) for kind in KINDS if getattr(selection, kind)}
+    params = {kind: ",".join(map(str, getattr(selection, kind))) for kind in KINDS if getattr(selection, kind)}
+    return {**params, OF: selection.of} if selection.of and (selection.prompts or selection.tokens) else params
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -73,15 +91,29 @@ def select(
     prompts: Iterable[int] | None = None,
     tokens: Iterable[int] | None = None,
     heads: Iterable[str] | None = None,
+    of: str = "",
 ) -> None:
-    """Replaces the given kinds of this session's selection, keeping the others."""
-    now = current()
+    """Replaces the given kinds of this session's selection, keeping the others.
+
+    Args:
+        of: which prompts the given `prompts` and `tokens` are of; those of other prompts are dropped.
+    """
+    renewed = prompts is not None or tokens is not None
+    now = current().of_run(of) if renewed else current()
     st.session_state[KEY] = Selection(
         now.layers if layers is None else tuple(sorted(set(layers))),
         now.prompts if prompts is None else tuple(sorted(set(prompts))),
         now.tokens if tokens is None else tuple(sorted(set(tokens))),
         now.heads if heads is None else tuple(dict.fromkeys(heads)),
+        of if renewed else now.of,
     )
+
+
+def settle(of: str) -> None:
+    """Says which prompts a selection is of that came without a word about it: those of the page that it first met."""
+    now = current()
+    if (now.prompts or now.tokens) and not now.of:
+        st.session_state[KEY] = replace(now, of=of)
 
 
 def clear() -> None:

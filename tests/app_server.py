@@ -38,13 +38,13 @@ class Server:
 
 
 @contextmanager
-def serve(runs: Path, store: Path, log: Path) -> Iterator[Server]:
-    """`bathyscope app` on a free port, until the block ends; comes back once it answers."""
+def serve(runs: Path, store: Path, log: Path, *more: str) -> Iterator[Server]:
+    """`bathyscope app` with `more` flags, on a free port, until the block ends; comes back once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     code = "import sys; from analyses.cli import main; sys.exit(main())"
-    flags = ["app", "--port", str(port), "--no-browser", "--runs", str(runs), "--store", str(store)]
+    flags = ["app", "--port", str(port), "--no-browser", "--runs", str(runs), "--store", str(store), *more]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with log.open("wb") as out:
         process = subprocess.Popen(

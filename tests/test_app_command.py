@@ -24,6 +24,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     monkeypatch.setattr("analyses.cli.app.serve", found.append)
     monkeypatch.setenv("BATHYSCOPE_RUNS", "elsewhere")
     monkeypatch.setenv("BATHYSCOPE_STORE", "elsewhere")
+    monkeypatch.setenv("BATHYSCOPE_HOSTS", "elsewhere")
     return found
 
 
@@ -31,10 +32,17 @@ def test_it_listens_on_this_machine_only_unless_told_otherwise(started: list[lis
     assert main(["app", "--no-browser", "--runs", str(tmp_path), "--store", str(tmp_path / "s")]) == 0
     assert main(["app", "--port", "9000", "--address", "0.0.0.0"]) == 0
     first, second = started
-    assert first[:2] == ["run", str(ROOT / "app" / "main.py")]
+    assert first[:2] == ["run", str(ROOT / "app" / "server.py")]
     assert {"--server.address=localhost", "--server.port=8501", "--server.headless=True"} <= set(first)
     assert {"--server.address=0.0.0.0", "--server.port=9000", "--server.headless=False"} <= set(second)
     assert "--browser.gatherUsageStats=false" in first
+
+
+def test_browsers_may_ask_for_the_address_and_the_hosts_given(started: list[list[str]], tmp_path: Path) -> None:
+    flags = ["app", "--runs", str(tmp_path), "--host", "a.example", "--host", "b"]
+    for address, names in (("0.0.0.0", "a.example,b"), ("10.1.2.3", "10.1.2.3,a.example,b")):
+        assert main([*flags, "--address", address]) == 0
+        assert os.environ["BATHYSCOPE_HOSTS"] == names
 
 
 def test_folders_reach_the_dashboard(started: list[list[str]], tmp_path: Path) -> None:
@@ -71,8 +79,8 @@ def test_the_dashboard_that_a_wheel_carries_is_found(monkeypatch: pytest.MonkeyP
         main_script()
     carried = tmp_path / "analyses" / "data" / "dashboard" / "app"
     carried.mkdir(parents=True)
-    (carried / "main.py").touch()
-    assert main_script() == carried / "main.py"
+    (carried / "server.py").touch()
+    assert main_script() == carried / "server.py"
 
 
 def test_the_command_and_the_home_page_import_no_torch() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,11 +21,12 @@ from analyses import rebuild
 from analyses.cli import main
 from analyses.logit_lens import LogitLens
 from analyses.result import Result
-from app import prompt_sets
+from app import places, prompt_sets
 from app.jobs import queue as queue_module
 from app.jobs import worker
+from app.jobs.interrupt import Interrupt
 from app.jobs.progress import Cancelled, JobProgress
-from app.jobs.protocol import Request, Status, ask_to_cancel, read_status, write_request
+from app.jobs.protocol import CANCEL, Request, Status, ask_to_cancel, read_status, write_request
 from app.jobs.queue import JobQueue
 from probes.models.native import NativeModel
 from probes.store import ActivationStore
@@ -180,6 +183,109 @@ def test_a_job_that_does_not_stop_when_asked_is_stopped_with_its_process(
     assert line.active() == [behind]
 
 
+def test_a_run_whose_name_is_taken_gets_a_number(line: JobQueue, llama_folder: Path, tmp_path: Path) -> None:
+    """By a folder, a dangling link, or a job that has not saved yet; an estimate takes no name."""
+    wanted = request(llama_folder, tmp_path)
+    outs = [line.request(line.submit(wanted)).out for _ in range(3)]
+    assert [Path(out).name for out in outs] == ["a", "a-2", "a-3"]
+    assert line.request(line.submit(replace(wanted, kind="estimate"))).out == wanted.out
+    (tmp_path / "runs").mkdir(exist_ok=True)
+    (tmp_path / "runs" / "b").mkdir()
+    (tmp_path / "runs" / "b-2").symlink_to("nowhere")
+    assert line.free(tmp_path / "runs" / "b").name == "b-3"
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("smollm2-135m", "voids-smollm2-135m"),
+        ("meta-llama/Llama-3.1-8B", "voids-Llama-3.1-8B"),
+        ("/some where/tiny model.gguf", "voids-tiny-model.gguf"),
+        ("", "voids"),
+        ("/", "voids"),
+        ("x" * 900, "voids-" + "x" * 40),
+        ("..", "voids"),
+        ("modèle", "voids-mod-le"),
+    ],
+)
+def test_a_run_that_nobody_named_is_named_by_analysis_and_model(model: str, name: str) -> None:
+    assert places.run_name("voids", model) == name
+    assert places.run_folder(name)
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+import app.jobs.work as work
+from app.jobs import worker
+
+def slow(request, progress):
+    progress.enter("running")
+    progress.start(1, "forward")
+    if request.analysis == "slow":
+        work._HELD["model"] = "half a forward"
+        while True:
+            time.sleep(0.05)
+    return {"counts": {}, "seconds": 0.0, "held": len(work._HELD)}
+
+work.do = slow
+worker.main(Path(sys.argv[1]))
+"""
+"""A worker whose forward of the analysis `slow` never ends."""
+
+
+def test_a_job_cancelled_within_its_first_batch_ends_and_its_worker_goes_on(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(self: JobQueue) -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-c", SLOW, str(self.folder)], stdin=subprocess.PIPE, text=True)
+
+    monkeypatch.setattr(JobQueue, "_start", start)
+    line = JobQueue()
+    try:
+        stuck = line.submit(request(llama_folder, tmp_path, analysis="slow"))
+        behind = line.submit(request(llama_folder, tmp_path))
+        first = line._worker
+        assert first is not None
+        until(lambda: line.status(stuck).what == "forward")
+        line.cancel(stuck)
+        assert line.cancelling(stuck)
+        until(lambda: line.status(behind).ended)
+        assert (line.status(stuck).state, line.status(behind).state) == ("cancelled", "done")
+        assert "goes on from there" in line.status(stuck).message
+        assert line.status(behind).answer["held"] == 0  # a model stopped in mid-forward is not used again
+        assert line._worker is first
+        assert first.poll() is None
+    finally:
+        line.close()
+
+
+def until(true: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_job_is_interrupted_only_while_it_runs_and_never_within_an_import(tmp_path: Path) -> None:
+    interrupt, folder = Interrupt(), tmp_path / "j"
+    write_request(folder, Request("check", {}))
+    ask_to_cancel(folder)
+    os.utime(folder / CANCEL, (0, 0))
+    interrupt._strike(0, None)  # no job
+    (tmp_path / "lazily.py").write_text("import builtins; builtins.strike()")
+    with interrupt.during(folder), pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        patch.setattr("builtins.strike", lambda: interrupt._strike(0, sys._getframe()), raising=False)
+        import lazily  # noqa: F401
+
+        assert not interrupt.struck
+        with pytest.raises(Cancelled):
+            interrupt._strike(0, sys._getframe())
+        interrupt._strike(0, sys._getframe())  # once is enough
+    assert interrupt.struck
+
+
 def test_a_job_whose_worker_died_has_failed_and_the_next_goes_on(
     line: JobQueue, llama_folder: Path, tmp_path: Path
 ) -> None:
@@ -206,7 +312,7 @@ def test_progress_stops_when_the_dashboard_is_gone(tmp_path: Path) -> None:
 
 
 def test_what_remains_follows_from_the_pace() -> None:
-    status = Status("running", "forward", done=5, total=20, began=100.0)
+    status = Status("running", "running", "forward", done=5, total=20, began=100.0)
     assert status.remaining(now=110.0) == pytest.approx(30.0)
     assert replace(status, done=0).remaining() is None
     assert asdict(status)["notes"] == ()

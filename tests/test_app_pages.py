@@ -19,8 +19,9 @@ from analyses.options import choices, types_of
 from analyses.registry import ANALYSES, get_analysis
 from analyses.result import Result
 from analyses.voids import Voids
-from app.jobs.protocol import Request, Status
+from app.jobs.protocol import PHASES, Request, Status
 from app.ui.options import key_of
+from app.ui.progress import steps
 from probes.errors import UserError
 from probes.store import ActivationStore
 
@@ -55,6 +56,9 @@ class Line:
 
     def cancel(self, name: str) -> None:
         self.cancelled.append(name)
+
+    def cancelling(self, name: str) -> bool:
+        return name in self.cancelled
 
 
 @pytest.fixture
@@ -175,7 +179,7 @@ def test_every_option_has_a_widget_with_its_help_and_reaches_the_run(name: str, 
     fine(at.run())
     assert [request.kind for request in line.asked] == ["run"], words(at)
     assert cls(**line.asked[0].options) == cls(**wanted)
-    assert line.asked[0].out == str(Path(line.asked[0].out).parent / name)
+    assert Path(line.asked[0].out).name == f"{name}-smollm2-135m"
 
 
 def alternatives(cls: type[Analysis]) -> dict[str, Any]:
@@ -243,24 +247,58 @@ def test_illegal_options_are_said_before_a_run_and_stop_it(line: Line, key: str,
     assert at.button(key="run:voids").disabled
 
 
-@pytest.mark.parametrize(("name", "said"), [("../out", "run name"), ("voids", "there already"), ("", "run name")])
-def test_run_names_are_checked(runs: Path, line: Line, name: str, said: str) -> None:
+@pytest.mark.parametrize("name", ["../out", "a/b", ".hidden"])
+def test_run_names_are_checked(runs: Path, line: Line, name: str) -> None:
     at = form("voids")
     at.text_input(key="keep:name:voids").set_value(name)
     at.run()
     at.button(key="run:voids").click()
-    assert said in words(fine(at.run()))
+    assert "run name" in words(fine(at.run()))
     assert not line.asked
 
 
-def test_a_replacing_run_is_possible_when_ticked(runs: Path, line: Line) -> None:
+def test_a_refusal_takes_the_place_of_the_last_ending(line: Line) -> None:
     at = form("voids")
-    at.text_input(key="keep:name:voids").set_value("voids")
-    at.toggle(key="replace:voids").set_value(True)
+    line.says = Status("done", answer={"counts": {"forwards": 7}, "seconds": 1.5})
+    at.button(key="run:voids").click()
+    assert "7 forward passes" in words(fine(at.run()))
+    at.text_input(key="keep:name:voids").set_value("../out")
     at.run()
     at.button(key="run:voids").click()
+    said = words(fine(at.run()))
+    assert "run name" in said
+    assert "7 forward passes" not in said
+
+
+def test_a_page_loaded_anew_finds_what_is_under_way_and_can_cancel_it(line: Line) -> None:
+    """Another session started it, or this one did before its page was loaded again."""
+    line.submit(Request("run", {"model": "m"}, "voids"))
+    line.submit(Request("run", {"model": "m"}, "logit_lens"))
+    line.says = Status("running", "running", "forward", done=3, total=12, began=0.0)
+    at = fine(page("analysis", "draw('voids')").run())
+    assert ["forward: 3 of 12" in bar.text for bar in at.get("progress")] == [True]
+    at.button(key="cancel:0").click()
     fine(at.run())
-    assert line.asked[0].out == str(runs / "voids")
+    assert line.cancelled == ["0"]
+    line.says = Status("done", answer={"counts": {"forwards": 7}, "seconds": 1.5})
+    assert "7 forward passes" in words(fine(at.run()))
+
+
+def test_what_was_started_and_what_came_of_it_stands_above_the_form(line: Line) -> None:
+    at = form("voids")
+    at.button(key="run:voids").click()
+    for status in (Status("running", "running", "forward", done=3, total=12), Status("done", answer={"seconds": 1})):
+        line.says = status
+        kinds = [element.type for element in fine(at.run()).main]
+        shown = kinds.index("button"), kinds.index("success" if status.ended else "progress"), kinds.index("selectbox")
+        assert shown == tuple(sorted(shown))
+
+
+def test_each_phase_is_named_and_saving_comes_last_on_a_full_bar() -> None:
+    shares = [Status("running", phase, "x", done=1, total=4).share for phase in PHASES]
+    assert shares == [0.25, 0.25, 0.25, 1.0]
+    assert [Status("running", phase, "x").share for phase in PHASES] == [None, None, None, 1.0]
+    assert [steps(phase).split(":")[0] for phase in PHASES] == [f"step {n} of 4" for n in range(1, 5)]
 
 
 def test_the_options_of_a_saved_run_can_be_taken(runs: Path, line: Line) -> None:
@@ -288,7 +326,7 @@ def test_an_analysis_that_needs_prompts_says_so(line: Line) -> None:
     ("status", "said"),
     [
         (Status(), "starts in a few seconds"),
-        (Status("running", "forward", done=3, total=12, began=0.0), "forward: 3 of 12"),
+        (Status("running", "running", "forward", done=3, total=12, began=0.0), "forward: 3 of 12"),
         (Status("refused", message="option x is bad"), "option x is bad"),
         (Status("failed", message="The worker process ended"), "The worker process ended"),
         (Status("cancelled", message="Cancelled. What was captured stays"), "What was captured stays"),

@@ -6,11 +6,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from tiny import PROMPTS
+from small import SMALL
+from tiny import PROMPTS, native
 
+from analyses.axes import layer_step
 from analyses.logit_lens import LogitLens
 from analyses.registry import ANALYSES
 from analyses.result import Result
@@ -69,34 +72,133 @@ def test_chosen_rows_name_what_they_are_about() -> None:
     assert named_by(pd.DataFrame({"accuracy": [0.5]})) == {}
 
 
+def test_prompts_are_selected_of_one_set_and_mean_nothing_in_another() -> None:
+    chosen = Selection((1,), (2,), (3,), ("0.1",), of="abc")
+    assert parse(params_of(chosen)) == chosen
+    assert chosen.of_run("abc") == chosen
+    assert chosen.of_run("xyz") == Selection((1,), heads=("0.1",))
+    assert "prompts and tokens are of another set" in chosen.left_out("xyz")
+    assert chosen.left_out("abc") == Selection((1,), of="abc").left_out("xyz") == ""
+    unsaid = replace(chosen, of="")
+    assert unsaid.of_run("xyz") == unsaid
+    assert parse({"prompts": "1", "of": "../x"}) == Selection(prompts=(1,))
+
+
+def test_runs_on_the_same_prompts_say_so_and_on_others_do_not(
+    tiny: NativeModel, store: ActivationStore, tmp_path: Path
+) -> None:
+    for name, analysis, prompts in (
+        ("lens", LogitLens(), PROMPTS),
+        ("voids", Voids(), PROMPTS),
+        ("fewer", LogitLens(), PROMPTS[:2]),
+        ("turned", LogitLens(), PROMPTS[::-1]),
+    ):
+        analysis.run(tiny, prompts, store=store).save(tmp_path / "runs" / name)
+    prompts_of = {run.name: run.prompts for run in saved.saved_runs()}
+    assert prompts_of["lens"] == prompts_of["voids"]
+    assert len(set(prompts_of.values())) == 3
+    record = {"provenance": {"prompts_file": None}}
+    older = [saved.Run(name, tmp_path, 0, record).prompts for name in "ab"]
+    assert older[0] != older[1]  # nobody knows: no selection crosses
+
+
 # Figures that follow
 
 
 def test_layers_are_marked_on_every_depth_axis(result: Result) -> None:
-    figure, said = drawn(result, "convergence", Selection(layers=(1,)), "red")
+    drawing = drawn(result, "convergence", Selection(layers=(1,)), "red")
+    figure, said = drawing.figure, drawing.said
     ends = {(shape.yref, shape.y0, shape.y1, shape.x0, shape.x1) for shape in figure.layout.shapes}
     assert ends == {("y", 0.5, 1.5, 0, 1), ("y2", 0.5, 1.5, 0, 1)}
     assert said == "Marked: layers 1."
     untouched = go.Figure().add_bar(x=["a"], y=[1]).update_xaxes(title="share of layers")
-    assert not mark(untouched, (1,), "red", lambda title: "depth" in title)
+    assert not mark(untouched, (1,), "red", lambda title: layer_step(title, 4))
+
+
+@pytest.mark.parametrize(
+    ("title", "step"),
+    [
+        ("layer", 1.0),
+        ("relative depth (layer / number of layers)", 0.25),
+        ("relative depth (0: first layer, 1: last)", 1 / 3),
+        ("relative depth", 1 / 3),
+        ("share of layers", None),
+        ("relative norm", None),
+    ],
+)
+def test_a_layer_lies_where_its_axis_says(title: str, step: float | None) -> None:
+    """Marked, and read back from a click, on axes of layers and of relative depth alike; here of 4 layers."""
+    assert layer_step(title, 4) == (None if step is None else pytest.approx(step))
+    figure = go.Figure().add_scatter(x=[0.0], y=[5.0]).update_xaxes(title=title)
+    assert mark(figure, (3,), "red", lambda words: layer_step(words, 4)) == (step is not None)
+    if step is None:
+        assert clicked_layers(figure, [{"x": 1.0, "y": 5.0}], 4) is None
+        return
+    band = figure.layout.shapes[0]
+    assert (band.x0, band.x1) == pytest.approx((2.5 * step, 3.5 * step))
+    for layer in range(4):
+        assert clicked_layers(figure, [{"x": layer * step, "y": 5.0}], 4) == (layer,)
+    assert clicked_layers(figure, [{"x": 0.5 * step, "y": 5.0}], 4) is None
+
+
+def test_a_probe_curve_is_on_relative_depth_and_gets_its_marks() -> None:
+    analysis, prompts = SMALL["concept_depth"]
+    found = analysis.run(native(), prompts)
+    figure = drawn(found, next(iter(found.figures)), Selection(layers=(2,)), "red").figure
+    table = next(table for table in found.tables.values() if {"layer", "depth"} <= set(table))
+    depths = table.query("layer == 2")["depth"].unique()
+    middles = [(s.x0 + s.x1) / 2 for s in figure.layout.shapes if s.type == "rect"]
+    assert middles == pytest.approx(list(depths))
+
+
+# A window on long prompts
+
+
+def long_result(tiny: NativeModel, store: ActivationStore) -> Result:
+    """A lens at every position of prompts of 60 and of 3 tokens."""
+    prompts = [[3 + i % 90 for i in range(60)], [5, 6, 7]]
+    return LogitLens(window=0).run(tiny, prompts, store=store)
+
+
+@pytest.mark.parametrize("end", [None, 60, 50, 32])
+def test_a_long_prompt_is_shown_through_a_window(tiny: NativeModel, store: ActivationStore, end: int | None) -> None:
+    result = long_result(tiny, store)
+    drawing = drawn(result, "lens", Selection(), "red", end)
+    assert drawing.windowed
+    first, second = drawing.figure.data
+    stop = end or 60
+    assert [int(name.split()[0]) for name in first.x] == list(range(stop - 32, stop))
+    assert len(second.x) == 3
+    whole = result.figure("lens").data[0]
+    assert np.asarray(first.z).tolist() == np.asarray(whole.z)[:, stop - 32 : stop].tolist()
+    marked = drawn(result, "lens", Selection(layers=(0,), prompts=(0,), tokens=(stop - 30, 3)), "red", end).figure
+    assert {(shape.x0, shape.x1) for shape in marked.layout.shapes if shape.xref == "x"} >= {(1.5, 2.5)}
+
+
+def test_means_over_positions_are_never_cut(tiny: NativeModel, store: ActivationStore) -> None:
+    result = long_result(tiny, store)
+    drawing = drawn(result, "convergence", Selection(), "red", 40)
+    assert not drawing.windowed
+    assert drawing.figure == result.figure("convergence")
 
 
 def test_prompts_are_drawn_alone_where_tables_tell_them_apart(result: Result) -> None:
-    whole, _ = drawn(result, "lens", Selection(), "red")
-    one, said = drawn(result, "lens", Selection(prompts=(2,)), "red")
+    whole = drawn(result, "lens", Selection(), "red").figure
+    drawing = drawn(result, "lens", Selection(prompts=(2,)), "red")
+    one, said = drawing.figure, drawing.said
     assert len(whole.data) == len(PROMPTS)
     assert len(one.data) == 1
     assert len(one.data[0].x) == len(PROMPTS[2])
     assert "prompts 2" in said
-    _, said = drawn(result, "lens", Selection(heads=("0.0",)), "red")
+    said = drawn(result, "lens", Selection(heads=("0.0",)), "red").said
     assert "shows everything" in said
 
 
 def test_a_click_names_a_layer_only_on_a_depth_axis(result: Result) -> None:
     figure = result.figure("convergence")
-    assert clicked_layers(figure, [{"x": 0.3, "y": 2}, {"x": 0.1, "y": 0}]) == (0, 2)
-    assert clicked_layers(figure, []) == ()
-    assert clicked_layers(go.Figure().update_yaxes(title="accuracy"), [{"x": 1, "y": 2}]) is None
+    assert clicked_layers(figure, [{"x": 0.3, "y": 2}, {"x": 0.1, "y": 0}], 3) == (0, 2)
+    assert clicked_layers(figure, [], 3) == ()
+    assert clicked_layers(go.Figure().update_yaxes(title="accuracy"), [{"x": 1, "y": 2}], 3) is None
 
 
 def test_the_numbers_of_a_figure_are_those_it_shows(result: Result) -> None:
@@ -104,7 +206,7 @@ def test_the_numbers_of_a_figure_are_those_it_shows(result: Result) -> None:
     mean = result.tables["read"].groupby("layer")["entropy_bits"].mean()
     mine = numbers[numbers["trace"] == "entropy (bits)"]
     assert pd.to_numeric(mine["x"]).tolist() == pytest.approx(mean.tolist())
-    cells = data_of(drawn(result, "lens", Selection(prompts=(0,)), "red")[0])
+    cells = data_of(drawn(result, "lens", Selection(prompts=(0,)), "red").figure)
     assert len(cells) == 3 * len(PROMPTS[0])
     bars = go.Figure().add_bar(x=[1.0], y=[4], error_x={"array": [0.5], "arrayminus": [0.25]})
     assert data_of(bars)[["low", "high"]].to_numpy().tolist() == [[0.75, 1.5]]

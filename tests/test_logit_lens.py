@@ -88,6 +88,21 @@ def test_the_figure_draws_the_intervals_of_the_prompts_chosen(tiny: NativeModel,
             assert np.isfinite(np.asarray(trace.error_x.array, dtype=float)).all() == known
 
 
+@pytest.mark.parametrize("window", [1, 2, 3, 40])
+def test_a_window_reads_what_reading_all_reads_there_and_nothing_else(
+    tiny: NativeModel, store: ActivationStore, window: int
+) -> None:
+    every = LogitLens(window=0).run(tiny, PROMPTS, store=store)
+    some = LogitLens(window=window).run(tiny, PROMPTS, store=store)
+    lengths = pd.Series([len(prompt) for prompt in PROMPTS])
+    for name in ("top", "read"):
+        table = every.tables[name]
+        kept = table[table["position"] >= lengths[table["prompt"]].to_numpy() - window]
+        pd.testing.assert_frame_equal(some.tables[name], kept.reset_index(drop=True), rtol=1e-5)
+    assert not every.notes
+    assert bool(some.notes) == (window < lengths.max())
+
+
 @pytest.mark.parametrize("point", ["attn_out", "mlp_out"])
 def test_parts_of_a_block_can_be_read(tiny: NativeModel, store: ActivationStore, point: Any) -> None:
     read = LogitLens(point=point).run(tiny, PROMPTS, store=store).tables["read"]

@@ -16,6 +16,8 @@ from analyses.cli.console import say
 from probes.errors import OptionError
 
 LOCAL = "localhost"
+EVERYWHERE = ("0.0.0.0", "::")
+"""Addresses that listen and are nobody's name."""
 SETTINGS = {
     "browser.gatherUsageStats": "false",
     "client.toolbarMode": "minimal",
@@ -37,8 +39,8 @@ def main_script() -> Path:
     checkout = Path(__file__).resolve().parents[2]
     carried = Path(str(files("analyses").joinpath("data", "dashboard")))
     for root in (checkout, carried):
-        if (root / "app" / "main.py").is_file():
-            return root / "app" / "main.py"
+        if (root / "app" / "server.py").is_file():
+            return root / "app" / "server.py"
     raise OptionError("the dashboard is not in this installation: install the wheel, or run from a source checkout")
 
 
@@ -47,6 +49,13 @@ def open_app(
     address: Annotated[
         str, typer.Option(help="Address to listen on. Anyone who reaches it can run models and delete runs here.")
     ] = LOCAL,
+    host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--host",
+            help="A further name that browsers may ask for, as behind a proxy; may be repeated. Other names are refused.",
+        ),
+    ] = None,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser window.")] = True,
     runs: Annotated[Path, typer.Option("--runs", help="Folder of saved runs.")] = Path("runs"),
     store: Annotated[
@@ -58,13 +67,29 @@ def open_app(
         raise OptionError("the dashboard needs Streamlit: pip install 'bathyscope[app]'")
     if runs.is_file():
         raise OptionError(f"--runs {str(runs)!r} is a file: give a folder")
-    script = main_script()
+    script, names = main_script(), _names(address, host or [])
     os.environ["BATHYSCOPE_RUNS"] = str(runs.expanduser().absolute())
+    os.environ["BATHYSCOPE_HOSTS"] = ",".join(names)
     if store is not None:
         os.environ["BATHYSCOPE_STORE"] = str(store.expanduser().absolute())
     settings = {**SETTINGS, "server.address": address, "server.port": str(port), "server.headless": str(not browser)}
-    say(f"dashboard: http://{address}:{port}   runs: {os.environ['BATHYSCOPE_RUNS']}   Ctrl-C ends it")
+    shown = f"[{address}]" if ":" in address else address
+    say(f"dashboard: http://{shown}:{port}   runs: {os.environ['BATHYSCOPE_RUNS']}   Ctrl-C ends it")
     serve(["run", str(script), *(f"--{name}={value}" for name, value in settings.items())])
+
+
+def _names(address: str, given: list[str]) -> list[str]:
+    """What browsers may call this machine, besides localhost.
+
+    Raises:
+        OptionError: something that is no name, such as a whole URL.
+    """
+    for name in given:
+        if not name or set(name) & set("/,*@ ") or name.count(":") == 1:
+            raise OptionError(
+                f"--host {name!r}: give a bare name or address, such as lab.example.org, without port or path"
+            )
+    return [*([] if address in EVERYWHERE else [address]), *given]
 
 
 def serve(args: list[str]) -> None:

@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 from analyses.result import FigureSpec, Tables
 from analyses.theme import COLOURS, band, finish, whiskers
 
+RELATIVE = "relative depth (layer / number of layers)"
 GREY = "#777777"
 CONTROL = COLOURS[4]
 """The control task's."""
@@ -45,7 +46,7 @@ def overlay(tables: Tables) -> go.Figure:
         annotation_text="majority class",
         annotation_position="bottom right",
     )
-    return finish(figure, x="relative depth (layer / number of layers)", y="test accuracy", height=460)
+    return finish(figure, x=RELATIVE, y="test accuracy", height=460)
 
 
 def curves(tables: Tables) -> go.Figure:
@@ -116,7 +117,7 @@ def depths(tables: Tables) -> go.Figure:
             error_x=whiskers(table[name], table[f"{name}_low"], table[f"{name}_high"], color=COLOURS[place]),
             customdata=labels, hovertemplate=f"%{{customdata}}<br>{title}: %{{x:.2f}}<extra></extra>",
         )  # fmt: skip
-    finish(figure, x="relative depth", y="", height=140 + 90 * len(table))
+    finish(figure, x=RELATIVE, y="", height=140 + 90 * len(table))
     figure.update_yaxes(tickvals=list(range(len(table))), ticktext=labels, range=[len(table) - 0.5, -0.5])
     figure.update_xaxes(range=[-0.02, 1.02])
     return figure
@@ -172,7 +173,7 @@ def _place(panel: int) -> dict[str, int]:
 def _finish_panels(figure: go.Figure, names: list[str], y: str) -> go.Figure:
     """The shared layout, with the legend above the panels' titles."""
     height = _height(names)
-    finish(figure, x="relative depth", y=y, height=height)
+    finish(figure, x=RELATIVE, y=y, height=height)
     return figure.update_layout(margin={"t": 95}, legend={"y": 1 + 34 / (height - 155)})
 
 

@@ -38,6 +38,9 @@ class LogitLens(Analysis):
 
     top_k: int = option(5, "How many of the most probable tokens to list.", low=1, high=100)
     positions: Literal["last", "all"] = option("all", "Which positions of each prompt to read.")
+    window: int = option(
+        32, "How many of the last positions to read where all are asked for; 0 reads every one.", low=0
+    )
     point: Literal["resid_post", "attn_out", "mlp_out"] = option(
         "resid_post", "What is read: the stream, or one block part's addition to it."
     )
@@ -74,7 +77,22 @@ class LogitLens(Analysis):
         sequences = [prompt.tokens for prompt in asked]
         activations = capture(model, sequences, self.needs(model), store, progress=progress)
         tables = self._tables(activations, asked)
-        return make_result(self, model, asked, tables, activations, clock)
+        return make_result(self, model, asked, tables, activations, clock, self._notes(asked))
+
+    def _notes(self, prompts: list[Prompt]) -> list[str]:
+        longest = max((len(prompt.tokens) for prompt in prompts), default=0)
+        if self.positions == "last" or not 0 < self.window < longest:
+            return []
+        return [
+            f"Read at the last {self.window} positions of each prompt, of up to {longest:,}: every mean is over these. Option window says how "
+            "many; 0 reads every one."
+        ]
+
+    def _places(self, prompt: Prompt) -> range:
+        """The positions of a prompt that are read."""
+        length = len(prompt.tokens)
+        most = 1 if self.positions == "last" else self.window or length
+        return range(max(0, length - most), length)
 
     def _tables(self, activations: Activations, prompts: list[Prompt]) -> dict[str, pd.DataFrame]:
         n_layers = activations.model.shape.n_layers
@@ -83,10 +101,10 @@ class LogitLens(Analysis):
         parts = []
         for first in range(0, len(prompts), CHUNK):
             chunk = slice(first, first + CHUNK)
-            rows, last = torch.cat([torch.cat(layer[chunk]) for layer in stream]), torch.cat(final[chunk])
-            parts.append(
-                self._read(activations.model, rows, last, _positions(activations.model, prompts, first, self.positions))
-            )
+            places = [self._places(prompt) for prompt in prompts[chunk]]
+            rows = torch.cat([_last(layer[chunk], places) for layer in stream])
+            where = _positions(activations.model, prompts, first, places)
+            parts.append(self._read(activations.model, rows, _last(final[chunk], places), where))
         tables = zip(*parts, strict=True)
         top, read = (pd.concat(frames, ignore_index=True) for frames in tables)
         return {"top": top, "read": read, "curve": curve(read)}
@@ -116,10 +134,15 @@ class LogitLens(Analysis):
         return top, read
 
 
-def _positions(model: Model, prompts: list[Prompt], first: int, positions: str) -> pd.DataFrame:
+def _last(rows: list[Tensor], places: list[range]) -> Tensor:
+    """The rows of the positions read, of some prompts; [pos, d_model]."""
+    return torch.cat([one[-len(place) :] for one, place in zip(rows, places, strict=True)])
+
+
+def _positions(model: Model, prompts: list[Prompt], first: int, places: list[range]) -> pd.DataFrame:
     pairs = [
-        (i, position, prompt.tokens[position], token_text(model, prompt.tokens[position]))
-        for i, prompt in enumerate(prompts[first : first + CHUNK], first)
-        for position in (range(len(prompt.tokens)) if positions == "all" else [len(prompt.tokens) - 1])
+        (i, position, prompts[i].tokens[position], token_text(model, prompts[i].tokens[position]))
+        for i, place in enumerate(places, first)
+        for position in place
     ]
     return pd.DataFrame(pairs, columns=["prompt", "position", "input_id", "input_token"])

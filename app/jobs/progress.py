@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from app.jobs.protocol import Status, cancel_asked, write_status
+from app.jobs.protocol import Phase, Status, cancel_asked, write_status
 from probes.progress import Progress
 
 PAUSE = 0.1
@@ -25,9 +25,14 @@ class JobProgress(Progress):
 
     def __init__(self, folder: Path, closing: threading.Event) -> None:
         self.folder, self.closing = folder, closing
-        self.status = Status("running", "starting", began=time.time())
+        self.status = Status("running", what="starting", began=time.time())
         self._written = 0.0
         self.publish()
+
+    def enter(self, phase: Phase, what: str = "") -> None:
+        """The job comes to its next phase, in which nothing is counted yet."""
+        self.status = replace(self.status, phase=phase)
+        self.start(0, what)
 
     def start(self, total: int, what: str) -> None:
         self.status = replace(self.status, what=what, done=0, total=total, began=time.time())

@@ -1,7 +1,7 @@
 """What dashboard and worker say to each other: one folder a job, with a request, a status and perhaps a wish to cancel.
 
 The dashboard writes `request.json` and then the job's name as a line to the worker's standard input. The worker rewrites
-`status.json` (whole, by rename) while it works. A file `cancel` asks it to stop at the next batch.
+`status.json` (whole, by rename) while it works. A file `cancel` asks it to stop at the next batch, or soon within a long one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 Kind = Literal["run", "estimate", "check"]
+Phase = Literal["", "loading", "planning", "running", "saving"]
+PHASES: tuple[Phase, ...] = ("loading", "planning", "running", "saving")
+"""What a job goes through, in order."""
 State = Literal["queued", "running", "done", "refused", "failed", "cancelled"]
+CANCEL = "cancel"
+"""The file that asks a job to stop."""
 ENDED = ("done", "refused", "failed", "cancelled")
 
 
@@ -39,6 +44,7 @@ class Status:
     """How far a job is."""
 
     state: State = "queued"
+    phase: Phase = ""
     what: str = ""
     """What is being counted, for instance `forward`; or what is being done."""
     done: int = 0
@@ -56,6 +62,13 @@ class Status:
     @property
     def ended(self) -> bool:
         return self.state in ENDED
+
+    @property
+    def share(self) -> float | None:
+        """How much of the present count is done, from 0 to 1; None where nothing is counted."""
+        if self.phase == "saving":
+            return 1.0  # all counts are done by then
+        return min(1.0, self.done / self.total) if self.total else None
 
     def remaining(self, now: float | None = None) -> float | None:
         """Seconds this count will still take, by its pace so far; None where nothing is known."""
@@ -90,12 +103,12 @@ def read_status(folder: Path) -> Status:
 
 def ask_to_cancel(folder: Path) -> None:
     """Asks the worker to stop this job."""
-    (folder / "cancel").touch()
+    (folder / CANCEL).touch()
 
 
 def cancel_asked(folder: Path) -> bool:
     """Whether somebody wants this job to stop."""
-    return (folder / "cancel").exists()
+    return (folder / CANCEL).exists()
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:

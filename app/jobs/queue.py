@@ -11,11 +11,13 @@ import threading
 import time
 import weakref
 from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 
 import streamlit as st
 
 from app.jobs.protocol import (
+    CANCEL,
     Request,
     Status,
     ask_to_cancel,
@@ -25,12 +27,11 @@ from app.jobs.protocol import (
     write_request,
     write_status,
 )
-from probes.errors import OptionError
 
 KEPT = 30
 """Ended jobs whose folders are kept."""
-GRACE = 15.0
-"""Seconds after which a job that does not stop when asked is stopped with its process."""
+GRACE = 90.0
+"""Seconds after which a job that cannot be interrupted, since one call outside Python takes so long, is stopped with its process."""
 ROOT = Path(__file__).resolve().parents[2]
 """The folder that holds `app`."""
 
@@ -45,26 +46,26 @@ class JobQueue:
         self._worker: subprocess.Popen[str] | None = None
         self._names: list[str] = []
         self._ended: dict[str, Status] = {}
-        self._count = 0
+        self._last = 0
 
     def submit(self, request: Request) -> str:
-        """Adds a job to the line; returns its name.
-
-        Raises:
-            OptionError: another job in the line writes to the same folder.
-        """
+        """Adds a job to the line; returns its name. The folder of a run is numbered where its name is taken."""
         with self._lock:
-            if request.kind == "run" and any(self.request(name).out == request.out for name in self.active()):
-                raise OptionError(
-                    f"a run named {Path(request.out).name!r} is under way: wait for it, or take another name"
-                )
-            self._count += 1
-            name = f"{self._count:06d}"
+            if request.kind == "run":
+                request = replace(request, out=str(self.free(Path(request.out))))
+            self._last += 1
+            name = f"{self._last:06d}"
             write_request(self.folder / name, request)
             self._names.append(name)
             self._tell(name)
             self._forget()
             return name
+
+    def free(self, folder: Path) -> Path:
+        """`folder`, or it with the first number under which there is nothing, and no job under way will put anything."""
+        promised = {self.request(name).out for name in self.active()}
+        numbered = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+        return next(f for f in chain([folder], numbered) if not os.path.lexists(f) and str(f) not in promised)
 
     def request(self, name: str) -> Request:
         """What a job was asked to do."""
@@ -94,6 +95,10 @@ class JobQueue:
         """Asks a job to stop; one that only waits never starts."""
         ask_to_cancel(self.folder / name)
 
+    def cancelling(self, name: str) -> bool:
+        """Whether a job was asked to stop."""
+        return cancel_asked(self.folder / name)
+
     def close(self) -> None:
         """Ends the worker."""
         with self._lock:
@@ -108,7 +113,7 @@ class JobQueue:
         if code is not None:
             why = f"The worker process ended (exit code {code}), perhaps for want of memory. What was captured stays; run it again."
             ended = replace(status, state="failed", message=why)
-        elif cancel_asked(folder) and time.time() - (folder / "cancel").stat().st_mtime > GRACE:
+        elif cancel_asked(folder) and time.time() - (folder / CANCEL).stat().st_mtime > GRACE:
             self.close()
             why = "Stopped with its process, since it did not stop by itself. What was captured stays in the store."
             ended = replace(status, state="cancelled", message=why)

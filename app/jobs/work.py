@@ -36,15 +36,21 @@ def do(request: Request, progress: JobProgress) -> dict[str, Any]:
     if request.kind == "run":
         check_output(Path(request.out))
     store, model = ActivationStore(request.store), _model(request, progress)
-    progress.start(0, "estimating")
+    progress.enter("planning")
     progress.status = replace(progress.status, lines=tuple(cost(analysis, model, lines, store)))
     progress.publish()
     if request.kind == "estimate":
         return {}
+    progress.enter("running")
     result = with_source(analysis.run(model, lines, store=store, progress=progress), prompts)
-    progress.start(0, "saving")
+    progress.enter("saving")
     result.save(request.out)
     return {"counts": dict(result.provenance["counts"]), "seconds": result.provenance["seconds"]}
+
+
+def drop_model() -> None:
+    """Forgets the model of the last job."""
+    _HELD.clear()
 
 
 def analysis_of(request: Request) -> Analysis:
@@ -85,7 +91,7 @@ def stamp_of(model: Model) -> dict[str, Any]:
 def _model(request: Request, progress: JobProgress) -> Model:
     loading = Loading(**request.model)
     if loading not in _HELD:
-        progress.start(0, f"loading {loading.model}")
+        progress.enter("loading", loading.model)
         _HELD.clear()
         _HELD[loading] = loading.load()
     return _HELD[loading]

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from queue import Queue
 
+from app.jobs.interrupt import Interrupt
 from app.jobs.progress import NOTES, JobProgress
 from app.jobs.protocol import Status, read_request, write_status
 from probes.errors import UserError
@@ -19,15 +20,17 @@ MERCY = 10.0
 """Seconds that a running job gets to stop by itself once the dashboard is gone."""
 
 
-def work(folder: Path, closing: threading.Event) -> None:
+def work(folder: Path, closing: threading.Event, interrupt: Interrupt | None = None) -> None:
     """Does the job in `folder`; every ending is written to its status."""
     progress: JobProgress | None = None
     notes: tuple[str, ...] = ()
+    interrupt = interrupt or Interrupt()
     try:
         progress = JobProgress(folder, closing)
         from app.jobs.work import do
 
-        answer = do(read_request(folder), progress)
+        with interrupt.during(folder):
+            answer = do(read_request(folder), progress)
         ended = replace(progress.status, state="done", answer=answer)
     except KeyboardInterrupt:
         ended = Status(
@@ -40,15 +43,26 @@ def work(folder: Path, closing: threading.Event) -> None:
     except Exception as error:
         notes = tuple(traceback.format_exc().splitlines()[-NOTES:])
         ended = Status("failed", message=f"A fault of Bathyscope, not of your input: {type(error).__name__}: {error}")
+    if interrupt.struck:
+        _drop_model()
     if progress is not None and ended.state != "done":
         ended = replace(ended, notes=notes or progress.status.notes, lines=progress.status.lines)
     write_status(folder, ended)
+
+
+def _drop_model() -> None:
+    """A model that was stopped in the middle of a forward may keep a hook of it: the next job loads it anew."""
+    from app.jobs.work import drop_model
+
+    drop_model()
 
 
 def main(jobs: Path) -> None:
     """Does jobs in the order they are named, until the dashboard is gone."""
     waiting: Queue[str | None] = Queue()
     closing = threading.Event()
+    interrupt = Interrupt()
+    interrupt.listen()
 
     def listen() -> None:
         for line in sys.stdin:
@@ -60,7 +74,7 @@ def main(jobs: Path) -> None:
 
     threading.Thread(target=listen, daemon=True).start()
     while (name := waiting.get()) is not None:
-        work(jobs / name, closing)
+        work(jobs / name, closing, interrupt)
 
 
 if __name__ == "__main__":

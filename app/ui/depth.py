@@ -15,6 +15,18 @@ from app.ui.theme import INK, LINE, SELECTED
 
 COLUMN = "#9fb3c4"
 CHOSEN = "#E69F00"
+COLUMN_SHARE = 0.42
+"""Width of the column of layers, beside a panel's 1."""
+SPACING = 0.014
+"""Between two panels, as a share of the figure."""
+CHARACTER = 6.4
+"""Pixels of a heading's character, at most on average over a line."""
+GAP = 10
+"""Pixels between two headings."""
+TICKS = 88
+"""Pixels that a panel needs for its ticks."""
+MARGIN = 68
+"""Pixels left and right of all panels."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +44,10 @@ def depth_figure(
 ) -> go.Figure:
     """Layer 0 at the bottom; `layers` are marked across all panels."""
     titles = ["layers", *(wrapped(panel.title, len(panels)) for panel in panels)]
-    widths = [0.42, *[1.0] * len(panels)]
+    widths = [COLUMN_SHARE, *[1.0] * len(panels)]
     figure = make_subplots(
         rows=1, cols=len(widths), shared_yaxes=True, column_widths=widths, subplot_titles=titles,
-        horizontal_spacing=min(0.014, 0.3 / len(widths)),
+        horizontal_spacing=SPACING,
     )  # fmt: skip
     _column(figure, n_layers, layers)
     for number, panel in enumerate(panels, 2):
@@ -50,9 +62,22 @@ def depth_figure(
     return figure
 
 
+def narrowest(panels: Sequence[Panel]) -> int:
+    """The width in pixels below which headings of neighbouring panels would touch."""
+    words = [line for panel in panels for text in (panel.title, panel.unit) for line in lines_of(text, len(panels))]
+    longest = max(map(len, words), default=0)
+    panel = max(TICKS, CHARACTER * longest + GAP)
+    return round((panel * (len(panels) + COLUMN_SHARE)) / (1 - SPACING * len(panels)) + MARGIN)
+
+
 def wrapped(text: str, panels: int) -> str:
     """`text` in lines that fit above or below one of that many panels."""
-    return "<br>".join(textwrap.wrap(text, min(20, max(9, 120 // panels)), break_long_words=False))
+    return "<br>".join(lines_of(text, panels))
+
+
+def lines_of(text: str, panels: int) -> list[str]:
+    """The lines of a heading."""
+    return textwrap.wrap(text, min(20, max(9, 120 // panels)), break_long_words=False)
 
 
 def _column(figure: go.Figure, n_layers: int, layers: Sequence[int]) -> None:
@@ -87,7 +112,13 @@ def _axes(figure: go.Figure, panels: Sequence[Panel], n_layers: int, mode: str) 
         range=[-0.7, n_layers - 0.3], dtick=1 if n_layers <= 16 else 5, gridcolor=LINE[mode], zeroline=False
     )
     figure.update_yaxes(title="layer", row=1, col=1)
-    figure.update_xaxes(gridcolor=LINE[mode], zerolinecolor=LINE[mode], nticks=4, tickfont={"size": 10}, tickangle=0)
+    figure.update_xaxes(
+        gridcolor=LINE[mode],
+        zerolinecolor=LINE[mode],
+        nticks=4 if len(panels) <= 6 else 3,
+        tickfont={"size": 10},
+        tickangle=0,
+    )
     figure.update_xaxes(visible=False, row=1, col=1)
     size = 12 if len(panels) <= 6 else 11
     for number, panel in enumerate(panels, 2):

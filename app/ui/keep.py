@@ -28,12 +28,6 @@ def begin(name: str, value: Any) -> str:
     return name
 
 
-def forget(name: str) -> None:
-    """Lets a widget begin anew."""
-    _copy().pop(name, None)
-    st.session_state.pop(name, None)
-
-
 def _copy() -> dict[str, Any]:
     if _COPY not in st.session_state:
         st.session_state[_COPY] = {}

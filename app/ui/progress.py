@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import streamlit as st
 
-from app.jobs.protocol import Request, Status
+from app.jobs.protocol import PHASES, Phase, Request, Status
 from app.jobs.queue import queue
 
 PERIOD = 0.6
@@ -18,40 +20,71 @@ def title_of(request: Request) -> str:
     return f"{request.analysis} on {request.model['model']}" + (" (estimate)" if request.kind == "estimate" else "")
 
 
+def jobs_of(key: str, belongs: Callable[[Request], bool]) -> list[str]:
+    """The jobs that a page shows: those under way, whoever started them, else the last one that this session saw.
+
+    Jobs are read off the queue and not off the session, so that a page loaded anew has them again.
+    """
+    active = [name for name in queue().active() if belongs(queue().request(name))]
+    if active:
+        st.session_state[key] = active[-1]
+    last = st.session_state.get(key)
+    return active or ([last] if queue().knows(last) else [])
+
+
 def watch(name: str) -> None:
     """A job's bar, its words and a cancel button, kept up to date; the page is drawn again when the job ends."""
+    shown().add(name)
     st.fragment(_watch, run_every=PERIOD)(name)
+
+
+def shown() -> set[str]:
+    """The jobs that this page shows already; the entry empties it before the page is drawn."""
+    names: set[str] = st.session_state.setdefault("jobs-shown", set())
+    return names
 
 
 def _watch(name: str) -> None:
     status = queue().status(name)
     if status.ended:
         st.rerun()
-    draw_progress(title_of(queue().request(name)), status)
-    if st.button(
-        "Cancel",
-        key=f"cancel:{name}",
-        icon=":material/stop_circle:",
-        help="Stops at the next batch; what is captured stays.",
-    ):
-        queue().cancel(name)
-        st.toast("Stopping at the next batch.")
+    left, right = st.columns([5, 1], vertical_alignment="top")
+    with left:
+        draw_progress(title_of(queue().request(name)), status)
+    stopping = queue().cancelling(name)
+    right.button(
+        "Stopping …" if stopping else "Cancel", key=f"cancel:{name}", icon=":material/stop_circle:", disabled=stopping,
+        on_click=queue().cancel, args=(name,), width="stretch",
+        help="Stops at the next batch, or within a long one; what is captured stays.",
+    )  # fmt: skip
 
 
 def draw_progress(title: str, status: Status) -> None:
     """One job's bar."""
     if status.state == "queued":
-        ahead = "Waiting for the worker: it starts in a few seconds, and does one job at a time."
-        st.progress(0.0, text=f"**{title}** · {ahead}")
+        st.markdown(f"**{title}** · Waiting for the worker: it starts in a few seconds, and does one job at a time.")
         return
-    share = min(1.0, status.done / status.total) if status.total else 0.0
-    count = f"{status.what}: {status.done:,} of {status.total:,}" if status.total else status.what
-    left = status.remaining()
-    st.progress(share, text=f"**{title}** · {count}" + ("" if left is None else f" · about {seconds(left)} left"))
+    words = f"**{title}** · {steps(status.phase)}" + (f" · {counted(status)}" if status.what else "")
+    if status.share is None:
+        st.markdown(f":material/hourglass_top: {words}")
+    else:
+        st.progress(status.share, text=words)
     if status.lines:
         st.caption("  \n".join(" ".join(line.split()) for line in status.lines))
     for note in status.notes[-3:]:
         st.caption(note)
+
+
+def steps(phase: Phase) -> str:
+    """Which of a job's phases it is in, in words."""
+    return f"step {PHASES.index(phase) + 1} of {len(PHASES)}: {phase}" if phase else "starting"
+
+
+def counted(status: Status) -> str:
+    """What is being counted, how far, and how long it will still take."""
+    left = status.remaining()
+    count = f"{status.what}: {status.done:,} of {status.total:,}" if status.total else status.what
+    return count + ("" if left is None else f" · about {seconds(left)} left")
 
 
 def seconds(count: float) -> str:

@@ -9,6 +9,7 @@ import streamlit as st
 from analyses.base import Analysis
 from app.prompt_sets import MAX_LINES, PromptSet, check, shipped, typed, uploaded
 from app.ui.keep import begin
+from app.ui.words import plural
 from probes.errors import PromptError
 
 TYPED, UPLOADED, SHIPPED, NONE = "Typed", "Uploaded", "Shipped", "Made by the analysis"
@@ -42,7 +43,7 @@ def draw_prompts(cls: type[Analysis]) -> PromptSet | None:
     else:
         st.caption("The analysis makes its own prompts, from its options, or works on weights alone.")
         return None
-    st.caption(f"{found.count:,} prompt{'s' * (found.count != 1)}")
+    st.caption(plural(found.count, "prompt"))
     return found
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import plotly.graph_objects as go
+from dataclasses import replace
+
 import streamlit as st
 
 from analyses.registry import get_analysis
@@ -10,15 +11,20 @@ from analyses.result import Result
 from app.saved import Run
 from app.selection import Selection, current, select
 from app.ui import selector
-from app.ui.figures import clicked_layers, data_of, drawn
+from app.ui.figures import Drawing, clicked_layers, data_of, drawn
+from app.ui.keep import begin
 from app.ui.tables import draw_table
 from app.ui.takeaway import figure_downloads, rebuild
 from app.ui.theme import SELECTED, mode, restyled
+from app.ui.window import WIDTH, longest
+from app.ui.words import plural
 
 
 def draw_result(run: Run, result: Result, key: str) -> None:
     """Everything a saved run has, one figure and one table at a time."""
-    selector.offer(_offer(str(run.folder), run.stamp, result))
+    selector.offer(_offer(str(run.folder), run.stamp, run.prompts, result))
+    if left := current().left_out(run.prompts):
+        st.info(left, icon=":material/filter_alt_off:")
     draw_facts(run)
     for note in result.notes:
         st.caption(f":material/info: {note}")
@@ -33,7 +39,10 @@ def draw_result(run: Run, result: Result, key: str) -> None:
         label_visibility="collapsed",
     )
     if name:
-        draw_table(result.tables[name], current(), f"{result.analysis}-{name}", f"{key}:{name}:{run.name}")
+        draw_table(
+            result.tables[name], current().of_run(run.prompts), f"{result.analysis}-{name}", f"{key}:{name}:{run.name}",
+            run.prompts,
+        )  # fmt: skip
     rebuild(run, result)
 
 
@@ -48,8 +57,8 @@ def draw_facts(run: Run) -> None:
     )
     facts = [
         f":blue-badge[{run.model} · {run.layers} layers]",
-        f":gray-badge[{counts.get('prompts', 0):,} prompts, {counts.get('tokens', 0):,} tokens]",
-        f":gray-badge[{counts.get('forwards', 0):,} forward passes]",
+        f":gray-badge[{plural(counts.get('prompts', 0), 'prompt')}, {plural(counts.get('tokens', 0), 'token')}]",
+        f":gray-badge[{plural(counts.get('forwards', 0), 'forward pass', 'forward passes')}]",
         f":gray-badge[{made['backend']} · {made['dtype']} · {made['attention']} · {made['device']}]",
         f":gray-badge[{made.get('seconds', 0):.1f} s · {run.created[:16].replace('T', ' ')}]",
         held,
@@ -71,14 +80,20 @@ def _figures(run: Run, result: Result, key: str) -> None:
 
 def draw_figure(run: Run, result: Result, name: str, key: str) -> None:
     """One figure with what it says, its numbers and its downloads."""
-    spec, selection = result.figures[name], current()
-    figure, said = made_figure(str(run.folder), run.stamp, name, selection, mode(), result)
-    st.subheader(spec.title, anchor=False)
+    spec, selection = result.figures[name], current().of_run(run.prompts)
     widget = f"figure:{key}:{name}"
+    end = st.session_state.get(f"window:{widget}:{run.name}")
+    drawing = made_figure(str(run.folder), run.stamp, name, selection, mode(), end, result)
+    figure, said = drawing.figure, drawing.said
+    st.subheader(spec.title, anchor=False)
+    if drawing.windowed:
+        last = longest(result.tables)
+        window = begin(f"window:{widget}:{run.name}", last)
+        st.slider("Positions shown end before", WIDTH, last, key=window, help="Shorter prompts show their own end.")
 
     def chosen() -> None:
         points = [dict(point) for point in st.session_state[widget]["selection"]["points"]]
-        layers = clicked_layers(figure, points)
+        layers = clicked_layers(figure, points, run.layers)
         if layers is not None:
             select(layers=layers)
 
@@ -95,7 +110,7 @@ def draw_figure(run: Run, result: Result, name: str, key: str) -> None:
     left, right = st.columns([1, 5])
     with left:
         figure_downloads(
-            lambda: made_figure(str(run.folder), run.stamp, name, selection, "light", result)[0],
+            lambda: made_figure(str(run.folder), run.stamp, name, selection, "light", end, result).figure,
             f"{result.analysis}-{name}",
             widget,
         )
@@ -108,13 +123,13 @@ def draw_figure(run: Run, result: Result, name: str, key: str) -> None:
 
 @st.cache_resource(max_entries=32, ttl=1800, show_spinner="Drawing …")
 def made_figure(
-    folder: str, stamp: int, name: str, selection: Selection, kind: str, _result: Result
-) -> tuple[go.Figure, str]:
-    """(figure, what it leaves out), drawn once for each run, selection and theme; not to be changed."""
-    figure, said = drawn(_result, name, selection, SELECTED[kind])
-    return restyled(figure, kind), said
+    folder: str, stamp: int, name: str, selection: Selection, kind: str, end: int | None, _result: Result
+) -> Drawing:
+    """A figure as a page of that kind shows it, drawn once for each run, selection, window and theme; not to be changed."""
+    drawing = drawn(_result, name, selection, SELECTED[kind], end)
+    return replace(drawing, figure=restyled(drawing.figure, kind))
 
 
 @st.cache_resource(max_entries=32, ttl=1800, show_spinner=False)
-def _offer(folder: str, stamp: int, _result: Result) -> selector.Offer:
-    return selector.offer_of(_result)
+def _offer(folder: str, stamp: int, of: str, _result: Result) -> selector.Offer:
+    return selector.offer_of(_result, of)

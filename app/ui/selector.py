@@ -9,7 +9,7 @@ import pandas as pd
 import streamlit as st
 
 from analyses.result import Result
-from app.selection import HEADS, KINDS, clear, current, select
+from app.selection import HEADS, KINDS, clear, current, select, settle
 
 HELP = {
     "layers": "Marked in every figure, kept in every table. A click on a depth axis does the same.",
@@ -30,9 +30,11 @@ class Offer:
     """Index to the prompt's beginning, where it is known."""
     tokens: int = 0
     heads: tuple[str, ...] = ()
+    of: str = ""
+    """Which prompts those are, as `Run.prompts` says it."""
 
 
-def offer_of(result: Result) -> Offer:
+def offer_of(result: Result, of: str = "") -> Offer:
     """What the tables of a result tell apart."""
     prompts: dict[int, str] = {}
     tokens, heads = 0, set()
@@ -47,7 +49,7 @@ def offer_of(result: Result) -> Offer:
             if {layer, head} <= set(table):
                 heads |= set(zip(table[layer].astype(int), table[head].astype(int), strict=True))
     named = tuple(f"{layer}.{head}" for layer, head in sorted(heads))
-    return Offer(int(result.provenance["model"]["layers"]), dict(sorted(prompts.items())), tokens, named)
+    return Offer(int(result.provenance["model"]["layers"]), dict(sorted(prompts.items())), tokens, named, of)
 
 
 def _words(table: pd.DataFrame) -> dict[int, str]:
@@ -65,12 +67,15 @@ def _words(table: pd.DataFrame) -> dict[int, str]:
 def offer(found: Offer) -> None:
     """Says what this page's runs let one select."""
     st.session_state["offer"] = found
+    settle(found.of)
 
 
 def draw() -> None:
     """The side bar's widgets."""
     found: Offer = st.session_state.get("offer", Offer())
     st.subheader("Selection", anchor=False)
+    if left := current().left_out(found.of):
+        st.caption(f":material/filter_alt_off: {left}")
     _choose("layers", range(found.layers))
     _choose("prompts", list(found.prompts), found.prompts)
     _choose("tokens", range(found.tokens))
@@ -81,14 +86,15 @@ def draw() -> None:
 
 
 def _choose(kind: str, options: Sequence[int] | Sequence[str] | range, words: dict[int, str] | None = None) -> None:
-    chosen = list(getattr(current(), kind))
+    found: Offer = st.session_state.get("offer", Offer())
+    chosen = list(getattr(current().of_run(found.of), kind))
     offered = list(dict.fromkeys([*list(options)[:MOST], *chosen]))
     key = f"choose:{kind}"
     st.session_state[key] = chosen
     st.multiselect(
         kind.capitalize(), offered, key=key, help=HELP[kind], disabled=not offered, placeholder="all" if offered else "none here",
         format_func=lambda value: f"{value} · {words[value]}" if words and words.get(value) else str(value),
-        on_change=lambda: select(**{kind: st.session_state[key]}),
+        on_change=lambda: select(**{kind: st.session_state[key]}, of=found.of),
     )  # fmt: skip
 
 

@@ -12,8 +12,8 @@ SHOWN = 1000
 """Rows sent to the browser; downloads have all."""
 
 
-def draw_table(table: pd.DataFrame, selection: Selection, stem: str, key: str) -> None:
-    """A table with its downloads; chosen rows can become the selection."""
+def draw_table(table: pd.DataFrame, selection: Selection, stem: str, key: str, of: str) -> None:
+    """A table with its downloads; chosen rows can become the selection, of the prompts `of`."""
     cut = narrowed(table, selection)
     said = (
         f"{len(cut):,} of {len(table):,} rows follow the selection."
@@ -35,5 +35,7 @@ def draw_table(table: pd.DataFrame, selection: Selection, stem: str, key: str) -
     found = named_by(shown.iloc[rows]) if rows else {}
     if found:
         words = "; ".join(f"{kind} {', '.join(map(str, values[:6]))}" for kind, values in found.items())
-        st.button(f"Select {words}", key=f"select:{key}", on_click=lambda: select(**found), icon=":material/ads_click:")
+        st.button(
+            f"Select {words}", key=f"select:{key}", on_click=lambda: select(**found, of=of), icon=":material/ads_click:"
+        )
     table_downloads(cut, stem, key)

@@ -23,6 +23,19 @@ MORE = ("#882255", "#44AA99", "#999933")
 SELECTED = {"light": "rgba(230,159,0,0.25)", "dark": "rgba(230,159,0,0.33)"}
 """What marks selected layers."""
 INK = {"light": "#1b2733", "dark": "#e6e6e6"}
+LANE = 30
+"""Pixels above a figure for its tool bar."""
+CODE = {
+    "light": {
+        "keyword": "#0b5cad", "string": "#0f6b2f", "number": "#8a3b00", "operator": "#8a3b00", "function": "#7a1f6b",
+        "comment": "#55606b", "punctuation": "#46505a", "parameter": "#00566e", "builtin": "#7a1f6b", "boolean": "#8a3b00",
+    },
+    "dark": {
+        "keyword": "#79b8ff", "string": "#85d996", "number": "#ffb07a", "operator": "#ffb07a", "function": "#e3a5d8",
+        "comment": "#a9b3bd", "punctuation": "#b8c0c8", "parameter": "#7fd3ea", "builtin": "#e3a5d8", "boolean": "#ffb07a",
+    },
+}  # fmt: skip
+"""Colours of code by the kind of word, each at least 4.5 to 1 on the page."""
 LINE = {"light": "#dfe5ea", "dark": "#3a4048"}
 
 
@@ -53,3 +66,28 @@ def colour_of(analysis: str, order: list[str]) -> str:
     """The colour of an analysis, the same on every page; black is left for what is not one."""
     usable = [colour for colour in (*COLOURS, *MORE) if colour not in ("#000000", "#F0E442")]
     return usable[order.index(analysis) % len(usable)] if analysis in order else "#8c8c8c"
+
+
+def page_style(kind: str) -> str:
+    """CSS for pages of that kind: room, code that can be read, and figures' tool bars in a lane of their own."""
+    text, rules = (
+        INK[kind],
+        "".join(f"code .token.{name} {{color: {colour} !important;}}" for name, colour in CODE[kind].items()),
+    )
+    return f"""<style>
+.stMainBlockContainer {{padding: 3rem clamp(1rem, 3vw, 5rem) 4rem;}}
+[data-testid=stMain] code, [data-testid=stMain] code .token {{color: {text} !important;}}
+{rules}
+[data-testid=stCaptionContainer] {{opacity: 0.9;}}
+.stElementContainer:has([data-testid=stPlotlyChart]) {{padding-top: {LANE}px; box-sizing: content-box;}}
+[data-testid=stPlotlyChart] .modebar-container {{top: -{LANE}px !important;}}
+[data-testid=stPlotlyChart] .js-plotly-plot, [data-testid=stPlotlyChart] .svg-container {{overflow: visible !important;}}
+</style>"""
+
+
+def at_least(key: str, width: int) -> str:
+    """CSS that keeps figures of a container as wide as they need; where the page is narrower, the container scrolls."""
+    return (
+        f"<style>.st-key-{key} {{overflow-x: auto;}} .st-key-{key} .stElementContainer,"
+        f" .st-key-{key} [data-testid=stFullScreenFrame] {{min-width: {width}px;}}</style>"
+    )

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import streamlit as st
 
 from analyses.base import Analysis
 from app import catalogue
+from app.jobs.protocol import Request
 from app.jobs.queue import queue
 from app.saved import Run, open_run, saved_runs
 from app.ui import progress
 from app.ui.results import draw_result
-from app.views.setup import draw_setup
+from app.ui.words import plural
+from app.views.setup import draw_setup, draw_start
 from probes.errors import UserError
 
 
@@ -22,26 +26,23 @@ def draw(name: str) -> None:
     cls = catalogue.get(name)
     st.title(cls.title, anchor=False)
     st.markdown((cls.__doc__ or "").strip().split("\n")[0])
-    job = _job(name)
     runs = [run for run in saved_runs() if run.analysis == name]
+    jobs = progress.jobs_of(f"job:{name}", lambda request: request.analysis == name)
+    key = f"keep:new:{name}"
+    if st.session_state.pop(f"fold:{name}", False):
+        st.session_state[key] = False
+    top = st.container()
     form = st.expander(
-        "New run",
-        expanded=not runs and job is None,
-        icon=":material/play_circle:",
-        key=f"keep:new:{name}",
+        "New run: model, prompts and options", expanded=not runs and not jobs, icon=":material/tune:", key=key,
         on_change="rerun",
-    )
-    if form.open:
-        with form:
-            draw_setup(cls, runs)
-    if job is not None:
-        _follow(name, job)
+    )  # fmt: skip
+    with form:
+        draft = draw_setup(cls, runs)
+    with top:
+        draw_start(cls, draft, folded=not form.open)
+        for job in progress.jobs_of(f"job:{name}", lambda request: request.analysis == name):
+            _follow(name, job)
     _saved(cls, runs)
-
-
-def _job(name: str) -> str | None:
-    job = st.session_state.get(f"job:{name}")
-    return job if queue().knows(job) else None
 
 
 def _follow(name: str, job: str) -> None:
@@ -54,15 +55,21 @@ def _follow(name: str, job: str) -> None:
         st.markdown("**What this run would cost**")
         st.code("\n".join(status.lines), language=None)
     if status.state == "done" and request.kind == "run":
-        if made := st.session_state.pop(f"follow:{name}", None):
-            st.session_state[f"keep:run:{name}"] = made
+        _show(name, job, request)
         counts = status.answer.get("counts", {})
         ran = int(counts.get("forwards", 0))
-        words = f"{ran:,} forward passes" if ran else "no forward pass: the store held everything"
+        words = plural(ran, "forward pass", "forward passes") if ran else "no forward pass: the store held everything"
         st.success(
             f"Done in {status.answer.get('seconds', 0):.1f} s, {words}. Saved in `{request.out}`.",
             icon=":material/check_circle:",
         )
+
+
+def _show(name: str, job: str, request: Request) -> None:
+    """Opens the run of a job that ended, once: afterwards the reader chooses."""
+    if st.session_state.get(f"showed:{name}") != job:
+        st.session_state[f"showed:{name}"] = job
+        st.session_state[f"keep:run:{name}"] = Path(request.out).name
 
 
 def _saved(cls: type[Analysis], runs: list[Run]) -> None:

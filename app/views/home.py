@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 import streamlit as st
 
@@ -10,9 +12,9 @@ from app.places import runs_root
 from app.saved import Profile, Run, open_run, profiles_of, saved_runs
 from app.selection import Selection, current, narrowed, select
 from app.ui import selector
-from app.ui.depth import Panel, depth_figure
+from app.ui.depth import Panel, depth_figure, narrowest
 from app.ui.takeaway import figure_downloads, table_downloads
-from app.ui.theme import colour_of, mode, restyled
+from app.ui.theme import at_least, colour_of, mode, restyled
 
 MOST = 12
 """Panels drawn beside each other."""
@@ -52,10 +54,13 @@ def _empty() -> None:
 
 
 def _offer(runs: list[Run]) -> selector.Offer:
-    prompts = max((int(run.provenance["counts"].get("prompts", 0)) for run in runs), default=0)
+    """What the newest run tells apart; prompts and tokens are those of all shown runs on the same prompts."""
+    of = runs[0].prompts
+    prompts = max(int(run.provenance["counts"].get("prompts", 0)) for run in runs if run.prompts == of)
     seen: selector.Offer = st.session_state.get("offer", selector.Offer())
-    named = seen.prompts or dict.fromkeys(range(prompts), "")
-    return selector.Offer(runs[0].layers, named, seen.tokens, seen.heads)
+    known = seen if seen.of == of else selector.Offer()
+    named = known.prompts or dict.fromkeys(range(prompts), "")
+    return selector.Offer(runs[0].layers, named, known.tokens, known.heads, of)
 
 
 def _profiles(runs: list[Run]) -> None:
@@ -101,20 +106,25 @@ def _label(profile: Profile, runs: list[Run]) -> str:
 
 def _followed(profiles: list[Profile], runs: list[Run], selection: Selection) -> tuple[list[Profile], str]:
     """The profiles of the selected prompts, tokens and heads, where a run's tables tell them apart."""
-    part = Selection(prompts=selection.prompts, tokens=selection.tokens, heads=selection.heads)
-    if not part:
+    if not Selection(prompts=selection.prompts, tokens=selection.tokens, heads=selection.heads):
         return profiles, ""
-    made, whole = [], []
+    profiles_cut, whole, foreign = [], list[str](), list[str]()
     by_name = {run.name: run for run in runs}
     for profile in profiles:
-        cut = _cut(profile, by_name[profile.run], part)
-        made.append(cut or profile)
-        whole += [] if cut else [profile.title]
-    said = f"Drawn from {part.text()}."
-    return made, said + (f" Not told apart, so over everything: {', '.join(whole)}." if whole else "")
+        run = by_name[profile.run]
+        cut = _cut(profile, run, replace(selection.of_run(run.prompts), layers=()))
+        profiles_cut.append(cut or profile)
+        if cut is None:
+            (foreign if selection.left_out(run.prompts) else whole).append(profile.title)
+    said = f"Drawn from {replace(selection, layers=()).text()}."
+    said += f" Not told apart, so over everything: {', '.join(whole)}." if whole else ""
+    said += f" Of other prompts, so over everything: {', '.join(foreign)}." if foreign else ""
+    return profiles_cut, said
 
 
 def _cut(profile: Profile, run: Run, part: Selection) -> Profile | None:
+    if not part:
+        return None
     result = open_run(run)
     tables = {name: narrowed(table, part) for name, table in result.tables.items()}
     tables = {name: table if len(table) else result.tables[name] for name, table in tables.items()}
@@ -139,10 +149,12 @@ def _figure(profiles: list[Profile], n_layers: int, selection: Selection) -> Non
 
     figure = restyled(depth_figure(panels, n_layers, layers, mode()), mode())
     words = ", ".join(p.title for p in profiles)
-    st.plotly_chart(
-        figure, key="home:depth", on_select=chosen, selection_mode=("points", "box"), config={"displaylogo": False},
-        alt=f"One panel for each of {words}; layer 0 at the bottom of {n_layers}. The numbers are in the table below.",
-    )  # fmt: skip
+    st.html(at_least("depth", narrowest(panels)))
+    with st.container(key="depth"):
+        st.plotly_chart(
+            figure, key="home:depth", on_select=chosen, selection_mode=("points", "box"), config={"displaylogo": False},
+            alt=f"One panel for each of {words}; layer 0 at the bottom of {n_layers}. The numbers are in the table below.",
+        )  # fmt: skip
     left, right = st.columns([1, 5])
     with left:
         figure_downloads(lambda: depth_figure(panels, n_layers, layers, "light"), "depth", "home")
@@ -169,7 +181,7 @@ def _at_layers(profiles: list[Profile], selection: Selection) -> None:
     tables = [
         p.table.assign(analysis=catalogue.label(p.analysis), profile=p.title, unit=p.unit, run=p.run) for p in profiles
     ]
-    columns = ["layer", "analysis", "profile", "value", "ci_low", "ci_high", "unit", "run"]
+    columns = ["layer", "profile", "value", "ci_low", "ci_high", "unit", "run", "analysis"]
     table = pd.concat(tables, ignore_index=True).reindex(columns=columns)
     cut = table[table["layer"].isin(selection.layers)] if selection.layers else table
     where = f"layers {', '.join(map(str, selection.layers))}" if selection.layers else "every layer"

@@ -42,8 +42,7 @@ def draw() -> None:
             st.error(str(error), icon=":material/block:")
         else:
             st.rerun()
-    job = st.session_state.get(JOB)
-    if queue().knows(job):
+    for job in progress.jobs_of(JOB, lambda request: request.kind == "check"):
         status = queue().status(job)
         if not status.ended:
             progress.watch(job)

@@ -10,9 +10,9 @@ from app.places import runs_root
 from app.saved import Profile, Run, delete_run, open_run, profiles_of, saved_runs
 from app.selection import current
 from app.ui import selector
-from app.ui.depth import Panel, depth_figure
+from app.ui.depth import Panel, depth_figure, narrowest
 from app.ui.takeaway import figure_downloads
-from app.ui.theme import mode, restyled
+from app.ui.theme import at_least, mode, restyled
 from probes.errors import UserError
 
 A, B = "#0072B2", "#D55E00"
@@ -54,8 +54,8 @@ def _table(runs: list[Run]) -> pd.DataFrame:
             "prompts": run.provenance["counts"].get("prompts"),
             "forwards": run.provenance["counts"].get("forwards"),
             "seconds": run.provenance.get("seconds"),
-            "created": run.created[:19].replace("T", " "),
-            "identities hold": run.provenance["faithfulness"]["holds"],
+            "created": run.created[:16].replace("T", " "),
+            "holds": run.provenance["faithfulness"]["holds"],
         }
         for run in runs
     ]
@@ -131,9 +131,14 @@ def _overlay(first: Run, second: Run) -> None:
     layers = [layer for layer in current().layers if layer < first.layers]
     st.markdown("**Layer by layer**")
     figure = restyled(depth_figure(panels, first.layers, layers, mode(), legend=True), mode())
-    st.plotly_chart(
-        figure, key="compare:depth", config={"displaylogo": False}, alt=f"Profiles of {first.name} and {second.name}"
-    )
+    st.html(at_least("compared", narrowest(panels)))
+    with st.container(key="compared"):
+        st.plotly_chart(
+            figure,
+            key="compare:depth",
+            config={"displaylogo": False},
+            alt=f"Profiles of {first.name} and {second.name}",
+        )
     figure_downloads(lambda: depth_figure(panels, first.layers, layers, "light", legend=True), "compared", "compare")
 
 

@@ -1,20 +1,22 @@
-"""Setting up a run: model, prompts, options, cost, and the start."""
+"""Setting up a run: model, prompts and options; then its cost, or its start."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import streamlit as st
 
 from analyses.base import Analysis
 from app.jobs.protocol import Request
 from app.jobs.queue import queue
-from app.places import run_folder, store_root
+from app.places import run_folder, run_name, store_root
 from app.prompt_sets import PromptSet
 from app.saved import Run, saved_runs
-from app.ui.keep import begin, forget
+from app.ui.keep import begin
 from app.ui.options import draw_options, set_options
 from app.ui.prompts import draw_prompts
+from app.ui.words import plural
 from probes.errors import OptionError, UserError
 from probes.models import list_models
 from probes.models.handover import BACKENDS
@@ -23,11 +25,25 @@ from probes.models.load import ATTENTIONS, DTYPES
 DEFAULT = "smollm2-135m"
 
 
-def draw_setup(cls: type[Analysis], runs: list[Run]) -> None:
-    """The form of a new run, from model to start."""
+@dataclass(frozen=True)
+class Draft:
+    """A run as the form describes it."""
+
+    loading: dict[str, Any]
+    """Keyword arguments of `analyses.cli.run.Loading`."""
+    prompts: PromptSet | None
+    options: dict[str, Any]
+    name: str
+    """As given; empty where the run is to be named by itself."""
+    problem: str
+    """Why it cannot be run; empty where it can."""
+
+
+def draw_setup(cls: type[Analysis], runs: list[Run]) -> Draft:
+    """The form of a new run; returns what it says now."""
     _copy(cls, runs)
     loading = draw_model()
-    problem = None
+    problem = ""
     prompts: PromptSet | None = None
     try:
         prompts = draw_prompts(cls)
@@ -42,7 +58,11 @@ def draw_setup(cls: type[Analysis], runs: list[Run]) -> None:
         problem = str(error)
         st.error(problem, icon=":material/block:")
         options = {}
-    _start(cls, loading, prompts, options, problem)
+    name = st.text_input(
+        "Name of the run", key=begin(f"keep:name:{cls.name}", ""), placeholder=run_name(cls.name, loading["model"]),
+        help="Its folder inside the folder of runs. Empty: named by analysis and model. A name that is taken gets a number.",
+    )  # fmt: skip
+    return Draft(loading, prompts, options, name.strip(), problem)
 
 
 def draw_model() -> dict[str, Any]:
@@ -87,52 +107,41 @@ def _copy(cls: type[Analysis], runs: list[Run]) -> None:
     right.button("Take its options", key=f"take:{cls.name}", on_click=take, width="stretch")
 
 
-def _start(
-    cls: type[Analysis],
-    loading: dict[str, Any],
-    prompts: PromptSet | None,
-    options: dict[str, Any],
-    problem: str | None,
-) -> None:
-    key = begin(f"keep:name:{cls.name}", _free(cls.name))
-    left, right = st.columns([2, 1], vertical_alignment="bottom")
-    name = left.text_input(
-        "Name of the run", key=key, help="Its folder inside the folder of runs, as `--out` on the command line."
-    )
-    replace = right.toggle("Replace a run of that name", key=f"replace:{cls.name}")
-    run, cost, _ = st.columns([1, 1, 3])
-    pressed = run.button("Run", type="primary", key=f"run:{cls.name}", disabled=problem is not None, width="stretch")
+def draw_start(cls: type[Analysis], draft: Draft, folded: bool) -> None:
+    """The buttons that start what the form describes; what they start is followed right below them."""
+    run, cost, words = st.columns([1, 1, 3], vertical_alignment="center")
+    stopped = bool(draft.problem)
+    pressed = run.button("Run", type="primary", key=f"run:{cls.name}", disabled=stopped, width="stretch")
     asked = cost.button(
-        "Estimate cost", key=f"cost:{cls.name}", disabled=problem is not None, width="stretch",
+        "Estimate cost", key=f"cost:{cls.name}", disabled=stopped, width="stretch",
         help="Loads the model and plans: forward passes, rows, bytes, seconds. Runs nothing.",
     )  # fmt: skip
-    if not pressed and not asked:
-        return
+    words.caption(f":material/block: {draft.problem}" if stopped and folded else _summary(draft))
+    if pressed or asked:
+        _submit(cls, draft, "run" if pressed else "estimate")
+
+
+def _summary(draft: Draft) -> str:
+    """What would be run, in a line."""
+    prompts = draft.prompts
+    given = f"{plural(prompts.count, 'prompt')}, {prompts.source}" if prompts else "prompts made by the analysis"
+    return f"{draft.loading['model']} · {given}"
+
+
+def _submit(cls: type[Analysis], draft: Draft, kind: Literal["run", "estimate"]) -> None:
+    """Starts a job; what the last one ended with is not shown any more, even where this one is refused."""
+    key = f"job:{cls.name}"
+    st.session_state.pop(key, None)
     try:
-        request = Request(
-            "run" if pressed else "estimate",
-            loading,
-            cls.name,
-            options,
-            _file(cls, options, prompts),
-            str(store_root()),
-            _out(name, replace),
-        )
-        st.session_state[f"job:{cls.name}"] = queue().submit(request)
+        folder = run_folder(draft.name or run_name(cls.name, draft.loading["model"]))
+        prompts = _file(cls, draft.options, draft.prompts)
+        request = Request(kind, draft.loading, cls.name, draft.options, prompts, str(store_root()), str(folder))
+        st.session_state[key] = queue().submit(request)
     except UserError as error:
         st.error(str(error), icon=":material/block:")
         return
-    if pressed:
-        forget(key)
-        st.session_state[f"follow:{cls.name}"] = name
+    st.session_state[f"fold:{cls.name}"] = kind == "run"
     st.rerun()
-
-
-def _out(name: str, replace: bool) -> str:
-    folder = run_folder(name)
-    if folder.exists() and not replace:
-        raise OptionError(f"a run named {name!r} is there already: take another name, or tick that it may be replaced")
-    return str(folder)
 
 
 def _file(cls: type[Analysis], options: dict[str, Any], prompts: PromptSet | None) -> str | None:
@@ -141,13 +150,3 @@ def _file(cls: type[Analysis], options: dict[str, Any], prompts: PromptSet | Non
     if not cls(**options).makes_prompts:
         raise OptionError(f"{cls.title} needs prompts: type some, upload a file, or take a shipped set")
     return None
-
-
-def _free(name: str) -> str:
-    """A run name that is not taken."""
-    taken = {run.name for run in saved_runs()}
-    number, made = 1, name
-    while made in taken or run_folder(made).exists():
-        number += 1
-        made = f"{name}-{number}"
-    return made

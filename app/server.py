@@ -1,0 +1,40 @@
+"""The dashboard's server: `bathyscope app`, or `streamlit run app/server.py`. Streamlit behind the gate, so that no way leads round it."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import webbrowser
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = str(Path(__file__).resolve().parents[1])
+if sys.path[0] != ROOT:
+    sys.path.insert(0, ROOT)
+
+import streamlit as st  # noqa: E402
+from starlette.middleware import Middleware  # noqa: E402
+
+from app.gate import Gate, known  # noqa: E402
+from app.places import hosts  # noqa: E402
+
+SOON = 0.3
+"""Seconds after which the browser is opened: the port is bound right after start-up."""
+
+
+@asynccontextmanager
+async def opening(_: Any) -> AsyncIterator[None]:
+    """Opens a browser window at start-up, unless the server is headless."""
+    if not st.get_option("server.headless"):
+        asyncio.get_running_loop().call_later(SOON, webbrowser.open, url())
+    yield
+
+
+def url() -> str:
+    """Where this machine's browser finds the dashboard."""
+    return f"http://{st.get_option('browser.serverAddress')}:{st.get_option('server.port')}"
+
+
+app = st.App(Path(__file__).with_name("main.py"), lifespan=opening, middleware=[Middleware(Gate, names=known(hosts()))])

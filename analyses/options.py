@@ -19,12 +19,18 @@ LONGEST = 4096
 """Characters of the longest text that an option takes."""
 
 
-def option(default: Any, help: str, *, low: float | None = None, high: float | None = None, flag: str = "") -> Any:
+def option(
+    default: Any, help: str, *, low: float | None = None, high: float | None = None, flag: str = "", form: Any = None
+) -> Any:
     """A field with a help text, and the closed range of a number (or of each number of a tuple).
 
-    `flag` names it on the command line where that is not the field's own name.
+    Args:
+        flag: its name on the command line where that is not the field's own.
+        form: the value a form on a screen begins with where that is not the default.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "flag": flag})
+    start = default if form is None else form
+    limits = {"low": low, "high": high}
+    return dataclasses.field(default=default, metadata={"help": help, "flag": flag, "form": start, **limits})
 
 
 def choices(annotation: Any) -> tuple[str, ...] | None:

@@ -39,7 +39,7 @@ class LogitLens(Analysis):
     top_k: int = option(5, "How many of the most probable tokens to list.", low=1, high=100)
     positions: Literal["last", "all"] = option("all", "Which positions of each prompt to read.")
     window: int = option(
-        32, "How many of the last positions to read where all are asked for; 0 reads every one.", low=0
+        0, "How many of the last positions to read where all are asked for; 0 reads every one.", low=0, form=32
     )
     point: Literal["resid_post", "attn_out", "mlp_out"] = option(
         "resid_post", "What is read: the stream, or one block part's addition to it."

@@ -62,8 +62,7 @@ def _rows(
 def _changed(cls: type[Analysis], fields: typing.Sequence[Any]) -> int:
     types = types_of(cls)
     return sum(
-        st.session_state.get(key_of(cls, f.name), _shown(types[f.name], f.default)) != _shown(types[f.name], f.default)
-        for f in fields
+        st.session_state.get(key_of(cls, f.name), _start(f, types[f.name])) != _start(f, types[f.name]) for f in fields
     )
 
 
@@ -74,9 +73,14 @@ def _shown(kind: Any, value: Any) -> Any:
     return float(value) if kind is float else value
 
 
+def _start(field: dataclasses.Field[Any], kind: Any) -> Any:
+    """What a form begins with, as the widget holds it."""
+    return _shown(kind, field.metadata.get("form", field.default))
+
+
 def _widget(cls: type[Analysis], field: dataclasses.Field[Any], kind: Any) -> Any:
     key, label, help_ = key_of(cls, field.name), field.name.replace("_", " "), field.metadata.get("help", "")
-    start, legal = _shown(kind, field.default), choices(kind)
+    start, legal = _start(field, kind), choices(kind)
     begin(key, start)
     low, high = field.metadata.get("low"), field.metadata.get("high")
     if typing.get_origin(kind) is tuple and legal:

@@ -63,6 +63,11 @@ class Catalogue:
         self.blank = False
         """Whether a connection found no index and made an empty one."""
 
+    @property
+    def files(self) -> list[Path]:
+        """The database and what SQLite may have put beside it."""
+        return [Path(f"{self.path}{suffix}") for suffix in ("", "-journal", "-wal", "-shm")]
+
     def open(self) -> None:
         """Make sure that the file is there; sets `blank` where it was not."""
         with self.reading():
@@ -253,8 +258,9 @@ class Catalogue:
         if held and held[0] != os.getpid():
             # SQLite forbids even closing a connection inherited through a fork.
             self._foreign.append(held[2])
-        if inode != -1 and not self.path.is_file():
-            raise self.damaged("it is no file")
+        for part in self.files:
+            if os.path.lexists(part) and not part.is_file():
+                raise self.damaged(f"{part.name} is no file")
         connection = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA journal_mode = DELETE")
         connection.execute("PRAGMA synchronous = FULL")

@@ -77,6 +77,8 @@ class Folder:
                 fresh.write_text(json.dumps({"format": "bathyscope activation store", "protocol": PROTOCOL}) + "\n")
                 fresh.replace(marker)
                 sync(self.root)
+            if not marker.is_file():
+                raise OSError(f"{str(marker)!r} is no file")
             text = marker.read_bytes()
         except OSError as error:
             raise StoreError(f"store {str(self.root)!r} cannot be used ({error}); choose a writable folder") from error
@@ -101,7 +103,7 @@ class Folder:
         """Shards that a run in progress, here or elsewhere, has asked to keep."""
         names: set[str] = set()
         for path in self.tmp.glob("*.pins"):
-            if not remove_if_unlocked(path):
+            if not remove_if_unlocked(path) and path.is_file():
                 with suppress(OSError, ValueError):
                     names.update(path.read_text().split())
         return frozenset(names)

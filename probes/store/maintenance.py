@@ -72,10 +72,10 @@ def renew(backing: Backing) -> None:
     path = backing.catalogue.path
     LOG.warning("the catalogue %s is damaged and is rebuilt from the shards", path)
     try:
-        if path.is_dir() and not path.is_symlink():
-            backing.folder.set_aside(path)
-        for suffix in ("", "-journal", "-wal", "-shm"):
-            Path(f"{path}{suffix}").unlink(missing_ok=True)
+        for part in backing.catalogue.files:
+            if part.is_dir() and not part.is_symlink():
+                backing.folder.set_aside(part)
+            part.unlink(missing_ok=True)
     except OSError as error:
         raise StoreError(f"the catalogue {str(path)!r} is damaged and cannot be replaced: {error}") from error
     reconcile(backing)

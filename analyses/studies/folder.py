@@ -12,6 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from analyses import exchange
 from analyses.output import entries
 from analyses.studies.cells import Cell
 from analyses.studies.study import Study
@@ -73,6 +74,8 @@ class StudyFolder:
         """Writes down what the study is; returns whether that has changed."""
         for name in ("cells", "failed", "locks"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
+        # What processes left that were killed while they saved.
+        exchange.sweep(self.root / "cells")
         described = {"name": study.name, "title": study.title, "cells": {cell.name: cell.label for cell in cells}}
         text = json.dumps(described, indent=2, ensure_ascii=False)
         if self.record.is_file() and self.record.read_text(encoding="utf-8") == text:
@@ -100,6 +103,7 @@ class StudyFolder:
             yield False
             return
         try:
+            exchange.sweep(self.root / "cells")
             yield True
         finally:
             lock.release()

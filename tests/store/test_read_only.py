@@ -48,6 +48,13 @@ if os.geteuid() == 0:
     WAYS["a read-only mount"] = mounted_read_only
 
 
+@pytest.fixture(autouse=True)
+def imported(tmp_path: Path) -> None:
+    """Imports all that reading needs, which somebody else may not be able to."""
+    ActivationStore(tmp_path / "first").put(make(SEQUENCES))
+    reads_all(tmp_path / "first")
+
+
 @pytest.fixture(params=WAYS)
 def deprived(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Path, Callable[[], None]], None]:
     """Runs a check in a child that may read a folder but not write it."""

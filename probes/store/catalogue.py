@@ -69,9 +69,10 @@ class Catalogue:
         return [Path(f"{self.path}{suffix}") for suffix in ("", "-journal", "-wal", "-shm")]
 
     def open(self) -> None:
-        """Make sure that the file is there; sets `blank` where it was not."""
-        with self.reading():
-            pass
+        """Make sure that the file is there, and a catalogue still; sets `blank` where it was not there."""
+        with self.reading() as connection:
+            if _schema(connection) != _own_schema():
+                raise self.damaged("its tables are not a catalogue's")
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:

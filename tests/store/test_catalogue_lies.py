@@ -21,7 +21,7 @@ LIES = {
     ),
     "negative ordinals": "UPDATE sequences SET ordinal = -1 - ordinal",
     "ordinals as text": "UPDATE sequences SET ordinal = 'x' || ordinal",
-    "shards exchanged": "UPDATE sequences SET shard = (SELECT max(id) + min(id) FROM shards) - shard",
+    "shards exchanged": "UPDATE OR REPLACE sequences SET shard = (SELECT max(id) + min(id) FROM shards) - shard",
     "contexts exchanged": "UPDATE shards SET context = (SELECT max(id) + min(id) FROM contexts) - context",
     "features invented": "INSERT OR IGNORE INTO features SELECT h.id, f.feature FROM shards h, features f",
     "bytes as text": "UPDATE shards SET bytes = 'many'",

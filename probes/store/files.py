@@ -59,7 +59,7 @@ class Folder:
     def read_only(self) -> bool:
         """Whether a store is here that this process may read but not write."""
         parts = (self.root, self.shards, self.tmp, self.quarantine, self.catalogue)
-        writable = all(_may_write(path) for path in parts if os.path.lexists(path))
+        writable = all(_may_write(path) for path in parts if path.exists())
         return not writable and (self.root / "store.json").is_file() and self.shards.is_dir()
 
     def prepare(self) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +13,12 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.axes import whole_layers
+from analyses.exchange import replacing, sweep
+from analyses.output import check_output
+from analyses.record import FORMAT, read_record
 from analyses.theme import plain_names
 from probes.display import Fold, card, count
-from probes.errors import OptionError, unknown
-
-FORMAT = 1
-"""Version of the folder layout of a saved result."""
+from probes.errors import OptionError, UserError, unknown
 
 Tables = Mapping[str, pd.DataFrame]
 
@@ -70,66 +68,93 @@ class Result:
     notes: tuple[str, ...] = ()
     """Sentences a reader must know, for instance what was left out and why."""
 
+    folder: Path | None = field(default=None, compare=False)
+    """Where it was loaded from; None for one that has just been found."""
+
     @property
     def figures(self) -> dict[str, FigureSpec]:
         """The figures that this result's tables can draw, by name."""
         from analyses.registry import get_analysis
 
-        specs = get_analysis(self.analysis).figures
-        return {name: spec for name, spec in specs.items() if spec.applies(self.tables)}
+        with self.drawing("figures"):
+            specs = get_analysis(self.analysis).figures
+            return {name: spec for name, spec in specs.items() if spec.applies(self.tables)}
 
     def figure(self, name: str) -> go.Figure:
         """One figure, drawn from the tables.
 
         Raises:
-            OptionError: an unknown figure, with the legal names.
+            OptionError: an unknown figure, with the legal names; or saved tables that it cannot be drawn from.
         """
         specs = self.figures
         if name not in specs:
             raise OptionError(unknown("figure", name, specs))
-        return specs[name].drawn(self.tables)
+        with self.drawing(f"figure {name!r}"):
+            return specs[name].drawn(self.tables)
 
     @property
     def profiles(self) -> dict[str, ProfileSpec]:
         """The depth profiles that this result's tables hold, by name."""
         from analyses.registry import get_analysis
 
-        specs = get_analysis(self.analysis).profiles
-        return {name: spec for name, spec in specs.items() if spec.applies(self.tables)}
+        with self.drawing("profiles"):
+            specs = get_analysis(self.analysis).profiles
+            return {name: spec for name, spec in specs.items() if spec.applies(self.tables)}
 
     def profile(self, name: str) -> pd.DataFrame:
         """One depth profile: columns layer, value and, where there is an interval, ci_low and ci_high.
 
         Raises:
-            OptionError: an unknown profile, with the legal names.
+            OptionError: an unknown profile, with the legal names; or saved tables that it cannot be read from.
         """
         specs = self.profiles
         if name not in specs:
             raise OptionError(unknown("profile", name, specs))
-        return specs[name].read(self.tables)
+        with self.drawing(f"profile {name!r}"):
+            return specs[name].read(self.tables)
 
-    def save(self, folder: str | Path) -> Path:
-        """Writes the result to `folder`, replacing a result that is there; returns the folder.
+    @contextmanager
+    def drawing(self, what: str) -> Iterator[None]:
+        """Within it, a fault is one of the saved tables, not ours, where the result was loaded.
 
         Raises:
-            OptionError: the folder holds something that is not a result.
+            OptionError: names the folder and `what` could not be drawn.
         """
-        from analyses.report import write_report
-
-        folder = Path(folder)
-        check_output(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            self._write(draft)
-            write_report([self], draft / "report.html")
-            draft.chmod(0o755)
-            _swap(draft, folder)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            if self.folder is None:
+                raise
+            raise OptionError(
+                f"{self.folder}: its tables do not make the {what} of {self.analysis} ({type(error).__name__}: {error}); "
+                "they were changed, or another version wrote them: run the analysis again"
+            ) from error
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes the result to `folder` in one step; returns the folder.
+
+        Of a result that is there, the files that it wrote are replaced; everything else in the folder stays.
+
+        Raises:
+            OptionError: the path is no folder, or the folder holds something that is not a result; or it cannot be
+                written, for instance for lack of room. What stood there stands.
+        """
+        folder = Path(folder)
+        try:
+            with replacing(folder, check_output) as draft:
+                self._write(draft)
+        except (OSError, UnicodeError) as error:
+            raise OptionError(
+                f"the result could not be saved in {str(folder)!r} ({error}): what stood there stands; "
+                "make room, or give another folder"
+            ) from error
         return folder
 
     def _write(self, folder: Path) -> None:
+        from analyses.report import write_report
+
         (folder / "tables").mkdir()
         (folder / "figures").mkdir()
         for name, table in self.tables.items():
@@ -138,6 +163,7 @@ class Result:
             (folder / "figures" / f"{name}.json").write_text(str(self.figure(name).to_json()), encoding="utf-8")
         profiles = {name: _profile_record(spec, self.profile(name)) for name, spec in self.profiles.items()}
         (folder / "profiles.json").write_text(json.dumps(profiles), encoding="utf-8")
+        write_report([self], folder / "report.html")
         record = {
             "format": FORMAT,
             "analysis": self.analysis,
@@ -145,6 +171,7 @@ class Result:
             "provenance": dict(self.provenance),
             "notes": list(self.notes),
             "tables": {name: list(table.columns) for name, table in self.tables.items()},
+            "files": ["result.json", *sorted(_files(folder))],
         }
         (folder / "result.json").write_text(json.dumps(record, indent=2, default=str), encoding="utf-8")
 
@@ -156,14 +183,14 @@ class Result:
             OptionError: the folder holds no readable result.
         """
         folder = Path(folder)
+        sweep(folder.parent)
         try:
-            record = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-            if record["format"] != FORMAT:
-                raise OptionError(f"{folder} has result format {record['format']}; this version reads {FORMAT}")
-            tables = {name: pd.read_parquet(folder / "tables" / f"{name}.parquet") for name in record["tables"]}
-            return cls(record["analysis"], record["options"], tables, record["provenance"], tuple(record["notes"]))
-        except (OSError, ValueError, KeyError) as error:
+            record = read_record(folder)
+            tables = {name: _table(folder, name, columns) for name, columns in record["tables"].items()}
+        except (OSError, ValueError) as error:
             raise OptionError(f"{folder} holds no readable result ({error}); give a folder that a run wrote") from None
+        said = (record["analysis"], record["options"], tables, record["provenance"], tuple(record["notes"]))
+        return cls(*said, folder=folder)
 
     def __repr__(self) -> str:
         tables = ", ".join(f"{name} ({count(len(table), 'row')})" for name, table in self.tables.items())
@@ -203,24 +230,22 @@ def _profile_record(spec: ProfileSpec, table: pd.DataFrame) -> dict[str, Any]:
     return {**said, "columns": {str(name): table[name].tolist() for name in table}}
 
 
-def check_output(folder: Path) -> None:
-    """Refuses an output folder that holds something other than an earlier result.
+def _files(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def _table(folder: Path, name: str, columns: list[str]) -> pd.DataFrame:
+    """One saved table.
 
     Raises:
-        OptionError: the folder is a file, or holds other things.
+        ValueError: it cannot be read, or has other columns than it was saved with.
     """
-    if folder.is_file():
-        raise OptionError(f"--out {str(folder)!r} is a file: give a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "result.json").is_file():
-        raise OptionError(f"--out {str(folder)!r} holds files that are not a result: give a new or empty folder")
-
-
-def _swap(draft: Path, folder: Path) -> None:
-    """Puts `draft` in the place of `folder`, which is whole before and after."""
-    if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-        os.replace(folder, old / "result")
-        os.replace(draft, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(draft, folder)
+    path = folder / "tables" / f"{name}.parquet"
+    try:
+        table = pd.read_parquet(path)
+    except Exception as error:
+        # A damaged file makes its reader fail in any way whatever.
+        raise ValueError(f"tables/{path.name}: {type(error).__name__}: {error}") from error
+    if list(table.columns) != columns:
+        raise ValueError(f"tables/{path.name} has columns {list(table.columns)} and was saved with {columns}")
+    return table

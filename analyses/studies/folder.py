@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from analyses import exchange
+from analyses.output import entries
 from analyses.studies.cells import Cell
 from analyses.studies.study import Study
 from probes.errors import OptionError
@@ -66,15 +67,15 @@ class StudyFolder:
         Raises:
             OptionError: it is a file, or holds other things.
         """
-        if self.root.is_file():
-            raise OptionError(f"--out {str(self.root)!r} is a file: give a folder")
-        if self.root.is_dir() and any(self.root.iterdir()) and not self.record.is_file():
+        if entries(self.root, "this study") and not self.record.is_file():
             raise OptionError(f"--out {str(self.root)!r} holds files that are not a study: give a new or empty folder")
 
     def prepare(self, study: Study, cells: Sequence[Cell]) -> bool:
         """Writes down what the study is; returns whether that has changed."""
         for name in ("cells", "failed", "locks"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
+        # What processes left that were killed while they saved.
+        exchange.sweep(self.root / "cells")
         described = {"name": study.name, "title": study.title, "cells": {cell.name: cell.label for cell in cells}}
         text = json.dumps(described, indent=2, ensure_ascii=False)
         if self.record.is_file() and self.record.read_text(encoding="utf-8") == text:
@@ -102,9 +103,7 @@ class StudyFolder:
             yield False
             return
         try:
-            # Drafts of a process that was killed while it saved; nobody else writes them under this lock.
-            for draft in (self.root / "cells").glob(f".{name}-*"):
-                shutil.rmtree(draft, ignore_errors=True)
+            exchange.sweep(self.root / "cells")
             yield True
         finally:
             lock.release()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
+import tempfile
 import threading
 import weakref
 from collections import OrderedDict
@@ -12,9 +14,10 @@ from contextlib import contextmanager
 from mmap import mmap
 from pathlib import Path
 
+from probes.errors import StoreError
 from probes.store.catalogue import Catalogue
 from probes.store.files import Folder, Pins
-from probes.store.shard import Damage, Known, Shard
+from probes.store.shard import Damage, Known, Shard, Unreadable
 from probes.store.values import DamagedShard
 
 _REMEMBERED = 4096
@@ -31,8 +34,10 @@ class Backing:
     def __init__(self, root: Path) -> None:
         self.folder = Folder(root)
         self.folder.prepare()
-        self.catalogue = Catalogue(self.folder.catalogue)
-        self.pins = Pins(self.folder)
+        self.read_only = self.folder.read_only()
+        """Then nothing is written below the root: the catalogue is a copy of this process's own, and nothing is pinned."""
+        self.catalogue = self._own_catalogue() if self.read_only else Catalogue(self.folder.catalogue)
+        self.pins = Pins(self.folder, enabled=not self.read_only)
         self._forget_process_state()
 
     @property
@@ -48,6 +53,7 @@ class Backing:
         Raises:
             Vanished: the file is gone.
             DamagedShard: a check failed here or inside the block; the shard has been set aside.
+            StoreError: the file is there and cannot be read.
         """
         path = self.folder.shard(digest)
         if self._pid != os.getpid():
@@ -67,17 +73,28 @@ class Backing:
             self.forget(digest)
             raise Vanished(digest) from error
         except Damage as error:
-            self.folder.set_aside(path, error.inode)
+            gone = self.folder.set_aside(path, error.inode)
             self.forget(digest)
-            raise DamagedShard(digest, str(error)) from error
+            raise DamagedShard(digest, str(error), gone) from error
+        except Unreadable as error:
+            raise StoreError(
+                f"shard {digest} cannot be read ({error}): make {str(path)!r} readable, or remove it"
+            ) from error
 
     def forget(self, digest: str) -> None:
-        """Drop a shard that is no longer in its place from the catalogue."""
+        """Drop a shard that is no longer in its place, or cannot be put out of it, from the catalogue."""
         with self._lock:
             self._known.pop(digest, None)
         with self.catalogue.writing():
-            if not self.folder.shard(digest).exists():
+            if self.read_only or not self.folder.shard(digest).exists():
                 self.catalogue.forget([digest])
+
+    def _own_catalogue(self) -> Catalogue:
+        folder = Path(tempfile.mkdtemp(prefix="bathyscope-catalogue-"))
+        weakref.finalize(self, _remove_own, folder, os.getpid())
+        catalogue = Catalogue(folder / self.folder.catalogue.name)
+        catalogue.copy_from(self.folder.catalogue)
+        return catalogue
 
     def _forget_process_state(self) -> None:
         # A lock inherited through a fork may be held by a thread that does not exist here.
@@ -85,3 +102,9 @@ class Backing:
         self._lock = threading.Lock()
         self._known: OrderedDict[str, Known] = OrderedDict()
         self._maps: weakref.WeakSet[mmap] = weakref.WeakSet()
+
+
+def _remove_own(folder: Path, process: int) -> None:
+    # A forked child goes on reading its parent's.
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,6 +34,7 @@ WAIT_SECONDS = 120.0
 """How long a writer waits for another's commit."""
 _CHUNK = 900
 """Values bound in one statement, below every SQLite's limit."""
+_DIGEST = re.compile("[0-9a-f]{32}")
 Bound = TypeVar("Bound", str, bytes)
 
 
@@ -59,10 +63,16 @@ class Catalogue:
         self.blank = False
         """Whether a connection found no index and made an empty one."""
 
+    @property
+    def files(self) -> list[Path]:
+        """The database and what SQLite may have put beside it."""
+        return [Path(f"{self.path}{suffix}") for suffix in ("", "-journal", "-wal", "-shm")]
+
     def open(self) -> None:
-        """Make sure that the file is there; sets `blank` where it was not."""
-        with self.reading():
-            pass
+        """Make sure that the file is there, and a catalogue still; sets `blank` where it was not there."""
+        with self.reading() as connection:
+            if _schema(connection) != _own_schema():
+                raise self.damaged("its tables are not a catalogue's")
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
@@ -70,11 +80,11 @@ class Catalogue:
 
         Raises:
             StoreError: the file is busy beyond patience, or the disk is full.
-            DamagedCatalogue: the file is not a database of ours.
+            DamagedCatalogue: the file is not a database of ours, or says what ours cannot say.
         """
         try:
             yield self._connection()
-        except sqlite3.OperationalError as error:
+        except sqlite3.Error as error:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
                 raise StoreError(
@@ -86,11 +96,18 @@ class Catalogue:
                     f"another process held the catalogue {str(self.path)!r} for {WAIT_SECONDS:.0f} s; "
                     "committed rows stay: run again when it is done"
                 ) from error
-            raise StoreError(f"the catalogue {str(self.path)!r} cannot be used: {error}") from error
-        except sqlite3.DatabaseError as error:
-            raise DamagedCatalogue(
-                f"the catalogue {str(self.path)!r} is damaged ({error}); run bathyscope store rebuild"
-            ) from error
+            raise self.damaged(error) from error
+
+    def damaged(self, reason: object) -> DamagedCatalogue:
+        """The error of a catalogue that cannot be believed."""
+        return DamagedCatalogue(f"the catalogue {str(self.path)!r} is damaged ({reason}); run bathyscope store rebuild")
+
+    def copy_from(self, path: Path) -> None:
+        """Takes over another catalogue, without writing to it, as far as it can be read at all."""
+        uri = f"{path.as_uri()}?mode=ro"
+        with suppress(sqlite3.Error), ExitStack() as stack:
+            source = stack.enter_context(closing(sqlite3.connect(uri, uri=True)))
+            source.backup(stack.enter_context(closing(sqlite3.connect(self.path))))
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
@@ -108,7 +125,8 @@ class Catalogue:
                 connection.execute("COMMIT")
             except BaseException:
                 if connection.in_transaction:
-                    connection.execute("ROLLBACK")
+                    with suppress(sqlite3.Error):
+                        connection.execute("ROLLBACK")
                 raise
 
     def locate(self, context: str, digests: Iterable[bytes], feature: str | None = None) -> dict[bytes, list[Place]]:
@@ -124,6 +142,7 @@ class Catalogue:
                     [*chunk, context, *([feature] if feature else [])],
                 ).fetchall()
                 for sequence, shard, ordinal in rows:
+                    self._check(type(ordinal) is int and _is_digest(shard), shard, ordinal)
                     places.setdefault(sequence, []).append(Place(shard, ordinal))
         return places
 
@@ -181,12 +200,19 @@ class Catalogue:
     def shards(self) -> dict[str, int]:
         """Bytes of every indexed shard by digest."""
         with self.reading() as connection:
-            return dict(connection.execute("SELECT digest, bytes FROM shards ORDER BY digest").fetchall())
+            sizes = dict(connection.execute("SELECT digest, bytes FROM shards ORDER BY digest").fetchall())
+        for name, size in sizes.items():
+            self._check(_is_digest(name) and type(size) is int and size > 0, name, size)
+        return sizes
 
     def nbytes(self) -> int:
         """Bytes of all indexed shards."""
         with self.reading() as connection:
-            return int(connection.execute("SELECT coalesce(sum(bytes), 0) FROM shards").fetchone()[0])
+            size, strange = connection.execute(
+                "SELECT coalesce(sum(bytes), 0), coalesce(max(typeof(bytes) != 'integer'), 0) FROM shards"
+            ).fetchone()
+        self._check(not strange and size >= 0, "bytes", size)
+        return int(size)
 
     def contexts(self) -> dict[str, list[str]]:
         """The shards of each context."""
@@ -195,8 +221,25 @@ class Catalogue:
             for context, shard in connection.execute(
                 "SELECT c.context, h.digest FROM shards h JOIN contexts c ON c.id = h.context ORDER BY 1, 2"
             ):
+                self._check(_is_context(context) and _is_digest(shard), context, shard)
                 found.setdefault(context, []).append(shard)
         return found
+
+    def entry(self, digest: str) -> Entry | None:
+        """What is known of a shard."""
+        with self.reading() as connection:
+            row = connection.execute(
+                "SELECT h.id, c.context, h.bytes FROM shards h JOIN contexts c ON c.id = h.context WHERE h.digest = ?",
+                [digest],
+            ).fetchone()
+            if row is None:
+                return None
+            shard, context, nbytes = row
+            ordered = "SELECT digest, ordinal FROM sequences WHERE shard = ? ORDER BY ordinal"
+            sequences = connection.execute(ordered, [shard]).fetchall()
+            features = connection.execute("SELECT feature FROM features WHERE shard = ? ORDER BY 1", [shard]).fetchall()
+        self._check([ordinal for _, ordinal in sequences] == list(range(len(sequences))), digest, "ordinals")
+        return Entry(digest, context, nbytes, tuple(d for d, _ in sequences), tuple(name for (name,) in features))
 
     def count(self, table: str, context: str) -> int:
         """Distinct sequences or features of a context; `table` is one of the two."""
@@ -216,14 +259,50 @@ class Catalogue:
         if held and held[0] != os.getpid():
             # SQLite forbids even closing a connection inherited through a fork.
             self._foreign.append(held[2])
+        for part in self.files:
+            if os.path.lexists(part) and not part.is_file():
+                raise self.damaged(f"{part.name} is no file")
         connection = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA journal_mode = DELETE")
         connection.execute("PRAGMA synchronous = FULL")
-        if connection.execute("SELECT count(*) FROM sqlite_master WHERE type = 'table'").fetchone()[0] < 4:
+        tables = _schema(connection)
+        if not tables:
             connection.executescript(f"BEGIN IMMEDIATE;{SCHEMA}COMMIT;")
             self.blank = True
+        elif tables != _own_schema():
+            connection.close()
+            raise self.damaged("its tables are not a catalogue's")
         self._local.held = (os.getpid(), self.path.stat().st_ino, connection)
         return connection
+
+    def _check(self, holds: bool, *values: object) -> None:
+        if not holds:
+            raise self.damaged(f"it says {', '.join(map(repr, values)):.200}")
+
+
+def _schema(connection: sqlite3.Connection) -> list[tuple[str, ...]]:
+    """Kind, name and definition of everything in a database but SQLite's own statistics."""
+    rows = connection.execute("SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_stat%'")
+    return sorted((kind, name, " ".join((sql or "").split())) for kind, name, sql in rows)
+
+
+@cache
+def _own_schema() -> list[tuple[str, ...]]:
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.executescript(SCHEMA)
+        return _schema(connection)
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+
+
+def _is_context(value: object) -> bool:
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(parsed, dict) and all(isinstance(text, str) for text in parsed.values())
 
 
 def _chunks(values: Iterable[Bound]) -> Iterator[list[Bound]]:

@@ -6,6 +6,8 @@ import fcntl
 import json
 import os
 import re
+import shutil
+import stat
 import threading
 import time
 import uuid
@@ -46,51 +48,69 @@ class Folder:
         return self.shards / digest[:2] / f"{digest}.safetensors"
 
     def listing(self) -> list[Path]:
-        """Every shard file, also one in the wrong folder."""
-        return sorted(self.shards.glob("[0-9a-f][0-9a-f]/*.safetensors"))
+        """Everything named like a shard, also in the wrong folder."""
+        found: list[Path] = []
+        for folder in sorted(self.shards.glob("[0-9a-f][0-9a-f]")):
+            # A file, or a link that leads nowhere, where a folder should be holds no shards.
+            with suppress(OSError):
+                found += sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
+        return found
+
+    def read_only(self) -> bool:
+        """Whether a store is here that this process may read but not write."""
+        parts = (self.root, self.shards, self.tmp, self.quarantine, self.catalogue)
+        writable = all(_may_write(path) for path in parts if path.exists())
+        return not writable and (self.root / "store.json").is_file() and self.shards.is_dir()
 
     def prepare(self) -> None:
-        """Create what is missing and check the protocol number.
+        """Create what is missing, where this process may write, and check the protocol number.
 
         Raises:
             StoreError: the root is a file or cannot be written, or the store is of a newer protocol.
         """
         try:
-            for folder in (self.shards, self.tmp, self.quarantine):
-                folder.mkdir(parents=True, exist_ok=True)
             marker = self.root / "store.json"
+            for folder in () if self.read_only() else (self.shards, self.tmp, self.quarantine):
+                folder.mkdir(parents=True, exist_ok=True)
             if not marker.exists():
                 fresh = self.tmp / f"{uuid.uuid4().hex}.partial"
                 fresh.write_text(json.dumps({"format": "bathyscope activation store", "protocol": PROTOCOL}) + "\n")
                 fresh.replace(marker)
                 sync(self.root)
-            text = marker.read_text()
+            if not marker.is_file():
+                raise OSError(f"{str(marker)!r} is no file")
+            text = marker.read_bytes()
         except OSError as error:
             raise StoreError(f"store {str(self.root)!r} cannot be used ({error}); choose a writable folder") from error
         _check_protocol(self.root, text)
 
-    def set_aside(self, path: Path, inode: int | None = None) -> None:
-        """Move a shard to quarantine, unless another file has taken its place meanwhile."""
-        with suppress(FileNotFoundError):
-            if inode is None or path.stat().st_ino == inode:
-                path.replace(self.quarantine / path.name)
+    def set_aside(self, path: Path, inode: int | None = None) -> bool:
+        """Move a shard to quarantine, unless another file has taken its place meanwhile; whether it is gone."""
+        try:
+            if inode is None or inode in _inodes(path):
+                path.rename(_unused(self.quarantine / path.name))
+        except FileNotFoundError:
+            pass
+        except OSError:
+            return False
+        return True
 
     def sweep(self) -> int:
         """Remove temporary files whose writer is gone; returns how many."""
-        return sum(_remove_if_unlocked(path) for path in self.tmp.iterdir() if _OURS.fullmatch(path.name))
+        return sweep(self.tmp)
 
     def pinned(self) -> frozenset[str]:
         """Shards that a run in progress, here or elsewhere, has asked to keep."""
         names: set[str] = set()
         for path in self.tmp.glob("*.pins"):
-            if not _remove_if_unlocked(path):
-                with suppress(FileNotFoundError):
+            if not remove_if_unlocked(path) and path.is_file():
+                with suppress(OSError, ValueError):
                     names.update(path.read_text().split())
         return frozenset(names)
 
 
 class Held:
-    """A file in tmp/ that carries an exclusive lock for as long as its owner lives."""
+    """A file of a random name that carries an exclusive lock for as long as its owner lives."""
 
     def __init__(self, folder: Path, suffix: str) -> None:
         while True:
@@ -149,6 +169,8 @@ class Pins:
     """The shards that the current runs of one store object keep from eviction, in one locked file."""
 
     folder: Folder
+    enabled: bool = True
+    """False where nothing can be written, and nothing pinned: a shard may then go before it is opened."""
     _depth: int = 0
     _file: Held | None = None
     _names: set[str] = field(default_factory=set)
@@ -170,7 +192,7 @@ class Pins:
     def run(self) -> Iterator[None]:
         with self._lock:
             self._depth += 1
-            if self._file is None:
+            if self._file is None and self.enabled:
                 self._file = Held(self.folder.tmp, "pins")
         try:
             yield
@@ -183,18 +205,54 @@ class Pins:
                     self._names.clear()
 
 
+def sweep(folder: Path) -> int:
+    """Remove files of ours whose writer is gone; returns how many."""
+    try:
+        return sum(remove_if_unlocked(path) for path in folder.iterdir() if _OURS.fullmatch(path.name))
+    except OSError:
+        return 0
+
+
 def lock_for_removal(path: Path) -> int | None:
-    """A descriptor holding the file exclusively, or None where it is in use or gone."""
+    """A descriptor holding the file exclusively, or None where it is in use, gone, no file, or out of reach."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
+        fd = _open_file(path)
+    except OSError:
         return None
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+    except OSError:
+        pass
+    os.close(fd)
+    return None
+
+
+def remove_if_unlocked(path: Path) -> bool:
+    """Delete a file of ours unless it is in use or out of reach; whether it was deleted."""
+    fd = lock_for_removal(path)
+    if fd is None:
+        return False
+    try:
+        path.unlink(missing_ok=True)
+        return True
+    except OSError:
+        return False
+    finally:
         os.close(fd)
-        return None
-    return fd
+
+
+def remove(path: Path) -> int:
+    """Delete whatever lies at a path, a folder with all that is in it; returns the bytes of its files."""
+    is_folder = path.is_dir() and not path.is_symlink()
+    nodes = [node for node in (path.rglob("*") if is_folder else [path]) if node.is_symlink() or not node.is_dir()]
+    try:
+        size = sum(node.lstat().st_size for node in nodes)
+        shutil.rmtree(path) if is_folder else path.unlink()
+    except OSError:
+        return 0
+    return size
 
 
 def touch(target: int | Path) -> None:
@@ -213,19 +271,36 @@ def sync(folder: Path) -> None:
         os.close(fd)
 
 
-def _remove_if_unlocked(path: Path) -> bool:
-    fd = lock_for_removal(path)
-    if fd is None:
-        return False
-    path.unlink(missing_ok=True)
-    os.close(fd)
-    return True
+def _open_file(path: Path) -> int:
+    # Without O_NONBLOCK a named pipe would be waited for.
+    flags = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+    try:
+        return os.open(path, os.O_RDWR | flags)
+    except PermissionError:
+        return os.open(path, os.O_RDONLY | flags)
 
 
-def _check_protocol(root: Path, text: str) -> None:
+def _may_write(path: Path) -> bool:
+    mode = os.R_OK | os.W_OK | (os.X_OK if path.is_dir() else 0)
+    return os.access(path, mode, effective_ids=True)
+
+
+def _inodes(path: Path) -> set[int]:
+    """Of what lies at the path, and of what it leads to if it is a link."""
+    inodes = {path.lstat().st_ino}
+    with suppress(OSError):
+        inodes.add(path.stat().st_ino)
+    return inodes
+
+
+def _unused(path: Path) -> Path:
+    return path.with_name(f"{path.stem}-{uuid.uuid4().hex}{path.suffix}") if os.path.lexists(path) else path
+
+
+def _check_protocol(root: Path, text: bytes) -> None:
     try:
         number = int(json.loads(text)["protocol"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise StoreError(f"{str(root / 'store.json')!r} is not a store's; delete it to have it written anew") from error
     if number != PROTOCOL:
         advice = "upgrade bathyscope" if number > PROTOCOL else "choose a new folder"

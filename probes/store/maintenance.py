@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from probes.errors import StoreError
 from probes.store.backing import Backing, Vanished
 from probes.store.catalogue import DamagedCatalogue
-from probes.store.files import lock_for_removal
-from probes.store.room import shrink
-from probes.store.shard import Damage, Shard
+from probes.store.files import remove, remove_if_unlocked
+from probes.store.room import read_only, shrink
+from probes.store.shard import Damage, Shard, Unreadable
 from probes.store.values import DamagedShard, Entry
 
 if TYPE_CHECKING:
@@ -69,9 +69,15 @@ def reconcile(backing: Backing) -> None:
 
 def renew(backing: Backing) -> None:
     """Throw an unusable catalogue away and index every shard in a new one."""
-    LOG.warning("the catalogue %s is damaged and is rebuilt from the shards", backing.folder.catalogue)
-    for suffix in ("", "-journal"):
-        Path(f"{backing.folder.catalogue}{suffix}").unlink(missing_ok=True)
+    path = backing.catalogue.path
+    LOG.warning("the catalogue %s is damaged and is rebuilt from the shards", path)
+    try:
+        for part in backing.catalogue.files:
+            if part.is_dir() and not part.is_symlink():
+                backing.folder.set_aside(part)
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreError(f"the catalogue {str(path)!r} is damaged and cannot be replaced: {error}") from error
     reconcile(backing)
 
 
@@ -92,31 +98,38 @@ def rebuild(backing: Backing) -> int:
 
 
 def verify(backing: Backing) -> VerifyReport:
-    """Check every byte of every shard against its checksums and set damaged ones aside."""
+    """Check every byte of every shard against its checksums, and the catalogue against the shards.
+
+    Damaged shards are set aside; a catalogue that says something else than they do is made anew.
+    """
     reconcile(backing)
-    checked, nbytes, damaged = 0, 0, []
+    checked, nbytes, damaged, differing = 0, 0, [], False
     for name, size in backing.catalogue.shards().items():
         try:
             with backing.shard(name, fresh=True) as shard:
                 shard.verify()
+                differing |= backing.catalogue.entry(name) != shard.entry()
         except Vanished:
             continue
         except DamagedShard:
             damaged.append(name)
         checked += 1
         nbytes += size
+    if differing:
+        renew(backing)
     return VerifyReport(checked, nbytes, tuple(damaged))
 
 
 def gc(backing: Backing, max_bytes: int | None) -> GcReport:
     """Remove leftovers and quarantined shards, then evict down to `max_bytes` where it is given."""
+    if backing.read_only:
+        raise read_only(backing.folder.root)
     temporary = backing.folder.sweep()
     reconcile(backing)
     freed, quarantined = 0, 0
     for path in backing.folder.quarantine.iterdir():
-        freed += path.stat().st_size
+        freed += remove(path)
         quarantined += 1
-        path.unlink(missing_ok=True)
     with backing.catalogue.writing():
         sizes = backing.catalogue.shards()
         evicted = [] if max_bytes is None else shrink(backing, max_bytes)
@@ -150,13 +163,17 @@ def ls(backing: Backing) -> pd.DataFrame:
 def _scan(backing: Backing, path: Path) -> Entry | None:
     try:
         if path != backing.folder.shard(path.stem):
-            raise Damage("it lies in the wrong folder", path.stat().st_ino)
+            raise Damage("it lies in the wrong folder", path.lstat().st_ino)
         return Shard(path).entry()
     except FileNotFoundError:
         return None
+    except Unreadable as error:
+        LOG.warning("shard %s cannot be read and is passed over (%s)", path.stem, error)
+        return None
     except Damage as error:
-        LOG.warning("shard %s is damaged (%s); it is now in quarantine/", path.stem, error)
-        backing.folder.set_aside(path, error.inode)
+        gone = backing.folder.set_aside(path, error.inode)
+        where = "it is now in quarantine/" if gone else "it is passed over"
+        LOG.warning("shard %s is damaged (%s); %s", path.stem, error, where)
         return None
 
 
@@ -166,8 +183,5 @@ def _index(backing: Backing, entry: Entry) -> None:
     if not held.all():
         backing.catalogue.add(entry)
         return
-    path = backing.folder.shard(entry.digest)
-    fd = lock_for_removal(path)
-    if fd is not None:
-        path.unlink(missing_ok=True)
-        os.close(fd)
+    if not backing.read_only:
+        remove_if_unlocked(backing.folder.shard(entry.digest))

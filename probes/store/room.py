@@ -18,6 +18,8 @@ def check_space(backing: Backing, max_bytes: int | None, nbytes: int) -> None:
     Raises:
         StoreError: they cannot; says how many bytes to free, or how far to raise the limit.
     """
+    if nbytes and backing.read_only:
+        raise read_only(backing.folder.root)
     free = shutil.disk_usage(backing.folder.root).free
     reclaimed = 0
     if max_bytes is not None:
@@ -35,6 +37,14 @@ def disk_full(root: Path, nbytes: int, short: int) -> StoreError:
     return StoreError(
         f"no room for {nbytes:,} bytes in the store {str(root)!r}: what was committed stays; free at least "
         f"{short:,} bytes on that disk (for instance with bathyscope store gc) and run again"
+    )
+
+
+def read_only(root: Path) -> StoreError:
+    """The error of writing where one may only read."""
+    return StoreError(
+        f"the store {str(root)!r} can be read here but not written: what it holds can be used; "
+        "for anything else give a store of your own (--store FOLDER, or BATHYSCOPE_STORE)"
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 import torch
@@ -15,7 +18,7 @@ import xxhash
 from torch import Tensor
 
 from probes.store.layout import BLOCK, IDS, LENGTHS, Header, digest, parse
-from probes.store.values import Entry, sequence_digest
+from probes.store.values import Entry, pack, sequence_digest
 
 _MAX_HEADER = 100 << 20
 
@@ -26,6 +29,10 @@ class Damage(Exception):
     def __init__(self, reason: str, inode: int) -> None:
         super().__init__(reason)
         self.inode = inode
+
+
+class Unreadable(Exception):
+    """The system's reason for not letting a shard be read; it may well be sound."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,21 @@ class Shard:
         """Open, lock and map the file, checking its header against its name.
 
         Raises:
-            Damage: a header that does not match the name, or a file of the wrong size.
+            Damage: a header that does not match the name, a file of the wrong size, or no file at all.
             FileNotFoundError: the shard is gone.
+            Unreadable: the system refuses.
         """
         self.name = path.stem
+        try:
+            self._open(path, known)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise Damage("it is a link that leads nowhere", path.lstat().st_ino) from error
+            raise Unreadable(str(error)) from error
+
+    def _open(self, path: Path, known: Known | None) -> None:
         fd = _open_locked(path)
         try:
             stat = os.fstat(fd)
@@ -109,13 +127,25 @@ class Shard:
 
     def sequences(self) -> list[np.ndarray]:
         """Token ids of each sequence, int64 [n_tokens]."""
-        self._check_all(IDS)
-        return np.split(self._view(IDS).numpy(), self._ends(LENGTHS)[1:-1]) if len(self._ends(LENGTHS)) > 1 else []
+        return np.split(self._ids, self._ends(LENGTHS)[1:-1]) if len(self._ends(LENGTHS)) > 1 else []
 
     def entry(self) -> Entry:
         """What the catalogue must know of this shard."""
         digests = tuple(sequence_digest(tokens) for tokens in self.sequences())
         return Entry(self.name, self.header.context, self.header.nbytes, digests, self.features)
+
+    def holds(self, context: str, feature: str, ordinal: int, tokens: Sequence[int]) -> bool:
+        """Whether this sequence stands at this place, under this context and with this feature.
+
+        Raises:
+            Damage: a block of the ids that does not match its checksum.
+        """
+        if self.header.context != context or feature not in self.header.counts:
+            return False
+        ends = self._ends(LENGTHS)
+        if not 0 <= ordinal < len(ends) - 1:
+            return False
+        return np.array_equal(self._ids[ends[ordinal] : ends[ordinal + 1]], pack(tokens))
 
     def verify(self) -> None:
         """Check every byte not checked before.
@@ -125,6 +155,12 @@ class Shard:
         """
         for name in self.header.slots:
             self._check_all(name)
+
+    @cached_property
+    def _ids(self) -> np.ndarray:
+        """Token ids of all sequences, one after the other."""
+        self._check_all(IDS)
+        return np.asarray(self._view(IDS).numpy())
 
     def _span(self, feature: str, ordinal: int) -> tuple[int, int]:
         ends = self._ends(self.header.counts[feature])
@@ -168,8 +204,11 @@ class Shard:
 
 def _open_locked(path: Path) -> int:
     while True:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Without O_NONBLOCK a named pipe would be waited for.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
+            if not S_ISREG(os.fstat(fd).st_mode):
+                raise Damage("it is no file", os.fstat(fd).st_ino)
             fcntl.flock(fd, fcntl.LOCK_SH)
             if os.fstat(fd).st_nlink:
                 return fd
@@ -189,5 +228,5 @@ def _read_header(fd: int, stat: os.stat_result, name: str) -> Header:
         raise Damage("its name is not the digest of its header", stat.st_ino)
     try:
         return parse(header)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise Damage(f"unreadable header: {error}", stat.st_ino) from error

@@ -6,8 +6,9 @@ import errno
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -38,11 +39,32 @@ def default_root() -> Path:
     return Path(os.environ.get("BATHYSCOPE_STORE") or cache_root() / "store")
 
 
+Answer = TypeVar("Answer")
+Asked = ParamSpec("Asked")
+
+
+def healing(
+    method: Callable[Concatenate[ActivationStore, Asked], Answer],
+) -> Callable[Concatenate[ActivationStore, Asked], Answer]:
+    """A method of the store that makes the catalogue anew, once, where it turns out not to say what the shards do."""
+
+    @wraps(method)
+    def healed(store: ActivationStore, /, *args: Asked.args, **kwargs: Asked.kwargs) -> Answer:
+        try:
+            return method(store, *args, **kwargs)
+        except DamagedCatalogue:
+            maintenance.renew(store._backing)
+            return method(store, *args, **kwargs)
+
+    return healed
+
+
 class ActivationStore:
     """Captured activations in a folder that many processes may share.
 
     A row is found by its context, the digest of its token ids and its feature. What a `put` returned for is
-    durable; every block of a shard is checked against its checksum before it is first read.
+    durable; every block of a shard is checked against its checksum before it is first read, and what the catalogue says
+    against the shard. A store that may only be read is read without writing anything to it.
     """
 
     def __init__(self, root: str | Path | None = None, max_bytes: int | None = None) -> None:
@@ -57,18 +79,21 @@ class ActivationStore:
         self.max_bytes = max_bytes
         self._backing = Backing(self.root)
         self.names = Names(self.root)
+        self._open()
+
+    @healing
+    def _open(self) -> None:
         self._backing.folder.sweep()
-        try:
-            maintenance.reconcile(self._backing)
-        except DamagedCatalogue:
-            maintenance.renew(self._backing)
+        maintenance.reconcile(self._backing)
         self._backing.catalogue.blank = False
 
+    @healing
     def __repr__(self) -> str:
         limit = "" if self.max_bytes is None else f" of {self.max_bytes:,}"
         index = self._index
         return f"ActivationStore({str(self.root)!r}: {index.nbytes():,}{limit} bytes in {len(index.shards())} shards)"
 
+    @healing
     def _repr_html_(self) -> str:
         shards = count(len(self._index.shards()), "shard")
         limit = "no limit but the disk" if self.max_bytes is None else f"at most {size(self.max_bytes)}"
@@ -80,11 +105,13 @@ class ActivationStore:
     def __reduce__(self) -> tuple[type[ActivationStore], tuple[Path, int | None]]:
         return ActivationStore, (self.root, self.max_bytes)
 
+    @healing
     def held(self, context: Context, sequences: Sequences, features: Sequence[str]) -> np.ndarray:
         """Which rows are here: bool [n_sequences, n_features]. Inside `pin` they stay until its end."""
         digests = [sequence_digest(tokens) for tokens in sequences]
         return self._held(canonical(context), digests, features)
 
+    @healing
     def put(self, packet: Packet) -> Put:
         """Write the rows of a packet that are not held yet; they are durable on return.
 
@@ -96,6 +123,8 @@ class ActivationStore:
         total, text = len(digests) * len(packet.features), canonical(packet.context)
         while True:
             wanted = ~self._held(text, digests, list(packet.features))
+            if wanted.any() and self._backing.read_only:
+                raise room.read_only(self.root)
             partials: list[Partial] = []
             try:
                 for part in packet.parts(wanted):
@@ -107,6 +136,7 @@ class ActivationStore:
                 for partial in partials:
                     partial.discard()
 
+    @healing
     def read(self, context: Context, sequences: Sequences, feature: str) -> list[Tensor]:
         """One tensor [count, ...] per sequence, in the order given, viewing the mapped shards; treat it as read-only.
 
@@ -123,6 +153,7 @@ class ActivationStore:
 
         return self._gather(context, sequences, feature, take)
 
+    @healing
     def read_positions(
         self, context: Context, sequences: Sequences, feature: str, positions: Sequence[Sequence[int]]
     ) -> list[Tensor]:
@@ -144,6 +175,7 @@ class ActivationStore:
 
         return self._gather(context, sequences, feature, take)
 
+    @healing
     def shards_of(self, context: Context, sequences: Sequences, features: Sequence[str]) -> list[str]:
         """The keys of the shards that reading these rows opens, sorted; rows not held are passed over."""
         digests = {sequence_digest(tokens) for tokens in sequences}
@@ -155,6 +187,7 @@ class ActivationStore:
         """Within it, no process evicts a shard whose rows this store has written, read or reported as held."""
         return self._backing.pins.run()
 
+    @healing
     def check_space(self, n_bytes: int) -> None:
         """Refuse a run that cannot fit.
 
@@ -163,16 +196,19 @@ class ActivationStore:
         """
         room.check_space(self._backing, self.max_bytes, n_bytes)
 
+    @healing
     def bytes_held(self) -> int:
         """Bytes of all shards."""
         return self._index.nbytes()
 
+    @healing
     def ls(self) -> pd.DataFrame:
         """One line per context: model (what its weights were called), what it says, sequences, features, shards, bytes, last_used (UTC)."""
         table, known = maintenance.ls(self._backing), self.names.read()
         table.insert(0, "model", [", ".join(known.get(weights, ())) for weights in table["weights"]])
         return table
 
+    @healing
     def verify(self) -> VerifyReport:
         """Check every byte of every shard; damaged ones are set aside and reported."""
         return maintenance.verify(self._backing)
@@ -181,10 +217,12 @@ class ActivationStore:
         """Make the catalogue anew from the shards alone; returns how many it holds."""
         return maintenance.rebuild(self._backing)
 
+    @healing
     def gc(self, max_bytes: int | None = None) -> GcReport:
         """Remove leftovers and quarantined shards and evict down to `max_bytes` (this store's own if None)."""
         return maintenance.gc(self._backing, self.max_bytes if max_bytes is None else max_bytes)
 
+    @healing
     def export(
         self, dest: str | Path, format: str = "safetensors", context: Context | None = None, features: str = "*"
     ) -> list[Path]:
@@ -269,7 +307,11 @@ class ActivationStore:
             try:
                 for name, members in grouped.items():
                     with self._backing.shard(name) as shard:
-                        rows.update({i: take(shard, places[digests[i]][0].ordinal, i) for i in members})
+                        for i in members:
+                            ordinal = places[digests[i]][0].ordinal
+                            if not shard.holds(text, feature, ordinal, sequences[i]):
+                                raise self._backing.catalogue.damaged(f"sequence {ordinal} of shard {name} is another")
+                            rows[i] = take(shard, ordinal, i)
                     touch(self._backing.folder.shard(name))
             except Vanished:
                 continue

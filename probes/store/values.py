@@ -152,7 +152,8 @@ class MissingRows(StoreError):
 class DamagedShard(StoreError):
     """A shard that failed its check and was set aside; its rows count as missing from now on."""
 
-    def __init__(self, shard: str, reason: str) -> None:
-        super().__init__(f"shard {shard} is damaged ({reason}); it is now in quarantine/: capture its rows again")
+    def __init__(self, shard: str, reason: str, aside: bool = True) -> None:
+        where = "is now in quarantine/" if aside else "could not be moved to quarantine/"
+        super().__init__(f"shard {shard} is damaged ({reason}); it {where}: capture its rows again")
         self.shard = shard
         self.reason = reason

@@ -1,0 +1,94 @@
+"""`result.json`: what it must say to be believed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from probes.errors import OptionError
+
+FORMAT = 1
+"""Version of the folder layout of a saved result."""
+_LARGEST = 1 << 63
+_COUNTS = dict.fromkeys(("prompts", "tokens", "forwards", "held_before"), int)
+_SHAPE: Mapping[Any, Any] = {
+    "analysis": str,
+    "options": {},
+    "notes": [str],
+    "tables": {...: [str]},
+    "provenance": {
+        "model": {"ref": str, "layers": int},
+        **dict.fromkeys(("backend", "dtype", "attention", "device"), str),
+        "seconds": float,
+        "counts": {**_COUNTS, ...: float},
+        "faithfulness": {"holds": bool, "identities": [{"name": str, "error": float, "holds": bool}]},
+    },
+}
+"""A type, [shape of each item], or {key: shape}, where `...` stands for every other key."""
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `result.json` says, everything in its place and of its type.
+
+    Raises:
+        OptionError: it says something else than a result would; names the entry.
+        OSError: there is none.
+        ValueError: it is no JSON, or holds half of a surrogate pair.
+    """
+    record = parse(folder)
+    if record.get("format") != FORMAT:
+        raise OptionError(f"{folder} has result format {record.get('format')!r}; this version reads {FORMAT}")
+    fault = _fault(record, _SHAPE) or _misnamed(record["tables"])
+    if fault:
+        raise OptionError(f"{folder} holds no readable result (result.json: {fault}); give a folder that a run wrote")
+    json.dumps(record, ensure_ascii=False).encode("utf-8")
+    return record
+
+
+def parse(folder: Path) -> dict[str, Any]:
+    """The object in `result.json`.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is no JSON object.
+    """
+    try:
+        record = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("result.json is nested too deeply") from None
+    if not isinstance(record, dict):
+        raise ValueError("result.json is no object")
+    return record
+
+
+def _fault(value: Any, shape: Any, path: str = "") -> str:
+    """What is wrong with a value, in words; empty where nothing is."""
+    if isinstance(shape, Mapping):
+        return _fault_inside(value, shape, path)
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"{path} is no list"
+        return next((fault for i, item in enumerate(value) if (fault := _fault(item, shape[0], f"{path}[{i}]"))), "")
+    if shape is str or shape is bool:
+        return "" if isinstance(value, shape) else f"{path} is {value!r:.60}, which is no {shape.__name__}"
+    number = isinstance(value, int if shape is int else int | float) and not isinstance(value, bool)
+    return "" if number and not abs(value) > _LARGEST else f"{path} is {value!r:.60}, which is no number that fits"
+
+
+def _fault_inside(value: Any, shape: Mapping[Any, Any], path: str) -> str:
+    if not isinstance(value, dict):
+        return f"{path} is no object"
+    lacking = [key for key in shape if key is not ... and key not in value]
+    if lacking:
+        return f"{path}.{lacking[0]} is missing".lstrip(".")
+    shapes = {key: shape.get(key, shape.get(...)) for key in value}
+    checked = [(key, of) for key, of in shapes.items() if of is not None]
+    return next((fault for key, of in checked if (fault := _fault(value[key], of, f"{path}.{key}".lstrip(".")))), "")
+
+
+def _misnamed(tables: Mapping[str, Any]) -> str:
+    """Names of tables are names of files in the result's own folder."""
+    wrong = [name for name in tables if not name or name.startswith(".") or "/" in name or "\0" in name]
+    return f"tables has {wrong[0]!r}, which is no name of a table" if wrong else ""

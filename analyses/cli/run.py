@@ -14,9 +14,9 @@ import typer
 from analyses.base import Analysis
 from analyses.cli.console import ConsoleProgress, say
 from analyses.cli.options import build, flags
+from analyses.output import check_output
 from analyses.rebuild import with_source
 from analyses.registry import ANALYSES
-from analyses.result import check_output
 from probes.capture import plan_capture
 from probes.display import count
 from probes.errors import OptionError

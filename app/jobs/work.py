@@ -9,9 +9,9 @@ from typing import Any
 from analyses.base import Analysis
 from analyses.cli.run import Loading, cost, lines_of
 from analyses.options import types_of
+from analyses.output import check_output
 from analyses.rebuild import with_source
 from analyses.registry import get_analysis
-from analyses.result import check_output
 from app.jobs.progress import JobProgress
 from app.jobs.protocol import Request
 from probes.models import Model

@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import Any
 
 from probes.errors import PromptError
-from probes.models.base import Model
+from probes.models.protocol import Model
 from probes.prompts import Prompt
 
 Tokens = tuple[int, ...]

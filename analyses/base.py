@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from analyses.interventions import Interventions
-from analyses.provenance import describe, prompts_digest
-from analyses.result import FigureSpec, ProfileSpec, Result, Tables
-from probes.activations import Activations
-from probes.models.base import Model
-from probes.needs import Need
+from analyses.results.provenance import describe, prompts_digest
+from analyses.results.result import FigureSpec, ProfileSpec, Result, Tables
+from probes.capture.activations import Activations
+from probes.capture.needs import Need
+from probes.models.protocol import Model
 from probes.progress import QUIET, Progress
 from probes.prompts import Field, FieldCheck, Prompt, PromptLine, as_line, check_fields, read_prompts, tokenize
 from probes.store import ActivationStore

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from probes.capture import context_of
+from probes.capture.run import context_of
 from probes.edits import Edit, generate
-from probes.models.base import Model
+from probes.models.protocol import Model
 from probes.progress import QUIET, Progress
 from probes.store import ActivationStore, Packet, Ragged
 

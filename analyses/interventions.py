@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from probes.display import count
 from probes.errors import OptionError
+from probes.html_card import count
 from probes.progress import Progress
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from analyses.answers import Answer, answer_after
-from analyses.statistics import wilson
-from probes import lens
+from analyses.results.statistics import wilson
 from probes.errors import PromptError
-from probes.models.base import Model
+from probes.lenses import logit as lens
+from probes.models.protocol import Model
 from probes.prompts import Prompt
 
 

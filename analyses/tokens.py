@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
-from probes.models.base import Model
+from probes.models.protocol import Model
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SHOWN = re.compile(r"(?:\\x[0-9a-f]{2})+")

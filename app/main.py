@@ -12,7 +12,7 @@ if sys.path[0] != ROOT:
 
 import streamlit as st  # noqa: E402
 
-from app import catalogue  # noqa: E402
+from app import offered as catalogue  # noqa: E402
 from app.selection import KEY, KINDS, OF, current, params_of  # noqa: E402
 from app.ui import keep, selector  # noqa: E402
 from app.ui.theme import mode, page_style  # noqa: E402

@@ -6,8 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from probes.cache_folder import cache_root
 from probes.errors import OptionError
-from probes.paths import cache_root
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
 """What a run may be called: no separators, so that it stays in the folder of runs."""

@@ -12,7 +12,7 @@ import pandas as pd
 import streamlit as st
 import xxhash
 
-from analyses.result import Result
+from analyses.results.result import Result
 from app.places import runs_root
 from probes.errors import OptionError, unknown
 

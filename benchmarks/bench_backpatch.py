@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from probes.models.native import NativeModel
+from probes.blocks.cached_prompt import Resumable
+from probes.models.backends.native import NativeModel
 from probes.points import Address
-from probes.resume import Resumable
 
 
 def gpt2_small(layers: int) -> NativeModel:

@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from side_by_side import race, table
 
-from probes.capture import capture
+from probes.capture.needs import Need
+from probes.capture.run import capture
 from probes.models import Model, fetch_model, load_model
-from probes.needs import Need
 from probes.points import Address
 from probes.store import ActivationStore
 

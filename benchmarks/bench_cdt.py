@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from analyses.contextual_decomposition.cases import Case, baseline_of
 from analyses.contextual_decomposition.scores import Opened, position_sources, to_metric
 from probes.decomposition import PRESETS, Baseline, Decomposer, Source, head
-from probes.models.native import NativeModel
+from probes.models.backends.native import NativeModel
 from probes.points import Address
 
 

@@ -31,9 +31,9 @@ def gpt2_shape() -> torch.nn.Module:
 
 def ours(module: torch.nn.Module, kinds: list[str]) -> tuple[float, dict[str, Tensor]]:
     """(seconds from a loaded model to all scores, scores by kind)."""
-    from probes.composition import composition_scores
-    from probes.head_weights import head_weights
-    from probes.models.native import NativeModel
+    from probes.models.backends.native import NativeModel
+    from probes.weights.composition import composition_scores
+    from probes.weights.head_weights import head_weights
 
     model = NativeModel(module, ref="gpt2-shape", weights="random")
     started = time.perf_counter()

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from analyses.depth_use.blocks import Chunk, Part, chunks, left_out, on_blocks
+from analyses.depth_use.clean_stream import Chunk, Part, chunks, left_out, on_blocks
 from analyses.depth_use.contributions import PARTS
-from probes.capture import capture
-from probes.models.native import NativeModel
-from probes.needs import Need
+from probes.capture.needs import Need
+from probes.capture.run import capture
+from probes.models.backends.native import NativeModel
 from probes.points import Address
 from probes.store import ActivationStore
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from analyses.latent_language import LatentLanguage
 from analyses.latent_language.figures import across_models
-from analyses.report import write_report
-from analyses.result import Result
+from analyses.results.report import write_report
+from analyses.results.result import Result
 from probes.models import fetch_model, load_model
 from probes.store import ActivationStore
 

@@ -25,10 +25,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from probes import lens
-from probes.capture import capture
+from probes.capture.needs import Need
+from probes.capture.run import capture
+from probes.lenses import logit as lens
 from probes.models import Model, fetch_model, load_model
-from probes.needs import Need
 from probes.points import Address
 from probes.store import ActivationStore
 

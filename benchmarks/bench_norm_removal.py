@@ -24,7 +24,7 @@ from analyses.norm_removal.schedule import Schedule
 from analyses.norm_removal.text import make_blocks
 from analyses.norm_removal.training import Setting, train
 from probes.models import load_model
-from probes.models.native import NativeModel
+from probes.models.backends.native import NativeModel
 from probes.store import ActivationStore
 
 VOCAB, BLOCK, BATCH = 512, 64, 16

@@ -25,12 +25,13 @@ from threadpoolctl import threadpool_limits
 
 from analyses.base import as_prompts
 from analyses.concept_depth.datasets import load_set
-from analyses.concept_depth.types import token_types
-from probes.capture import capture
-from probes.linear import RELEASED, SOUND, Recipe, probe_layers
-from probes.linear_splits import check_groups, group_split, type_labels
+from analyses.concept_depth.token_types import token_types
+from probes.capture.needs import Need
+from probes.capture.run import capture
+from probes.linear.probing import RELEASED, SOUND, Recipe, probe_layers
+from probes.linear.splits import check_groups, group_split, type_labels
 from probes.models import load_model
-from probes.needs import Need, Reducer
+from probes.reducers import Reducer
 from probes.store import ActivationStore
 
 LAST = Reducer(positions="last")

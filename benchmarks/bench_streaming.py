@@ -26,10 +26,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from probes.capture import capture
+from probes.capture.dry_run import human
+from probes.capture.needs import Need
+from probes.capture.run import capture
 from probes.models import load_model
-from probes.needs import Need, Reducer
-from probes.preflight import human
+from probes.reducers import Reducer
 from probes.store import ActivationStore
 
 COMPARED_BELOW = 2e9

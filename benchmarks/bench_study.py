@@ -18,9 +18,9 @@ import pandas as pd
 
 from analyses.base import Analysis
 from analyses.registry import get_analysis
-from analyses.result import Result
+from analyses.results.result import Result
 from analyses.studies import AnalysisSpec, ModelSpec, PromptSet, Study, run_local, run_study
-from analyses.studies.options import Setting, make
+from analyses.studies.cell_options import Setting, make
 from probes.models import load_model
 from probes.store import ActivationStore
 

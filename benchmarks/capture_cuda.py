@@ -33,11 +33,11 @@ import capture_ways as ways
 import random_llama
 from capture_ways import Way
 
+from probes.capture.dry_run import copy_bandwidth
+from probes.device_to_host import Transport
 from probes.kernels import has_triton
-from probes.models.native import NativeModel
-from probes.needs import Reducer
-from probes.preflight import copy_bandwidth
-from probes.transport import Transport
+from probes.models.backends.native import NativeModel
+from probes.reducers import Reducer
 
 TOLERANCE = 0.05
 """Largest deviation from plain hooks, relative to the largest value, at which bfloat16 rows count as the same."""

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from probes.capture import capture
-from probes.forward import forward
-from probes.models.native import NativeModel
-from probes.needs import Need, Reducer
-from probes.outbox import Outbox
+from probes.capture.device_capture import Outbox
+from probes.capture.forward import forward
+from probes.capture.needs import Need
+from probes.capture.run import capture
+from probes.device_to_host import Parcel, Transport
+from probes.models.backends.native import NativeModel
 from probes.prompts import batches
+from probes.reducers import Reducer
 from probes.store import ActivationStore
-from probes.transport import Parcel, Transport
 
 Rows = Callable[[], Tensor]
 """Puts what was captured together as [layer, batch, pos, d_model] on the CPU; never timed."""

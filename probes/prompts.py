@@ -12,7 +12,7 @@ from torch import Tensor
 
 from probes.errors import PromptError, shown
 from probes.input_files import opened
-from probes.models.base import Model
+from probes.models.protocol import Model
 from probes.strict_json import JsonFault, parse, text_fault
 
 MAX_PROMPTS = 1_000_000

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from probes.models.embedded import EmbeddedModel, Licence, Wheel
+from probes.models.sources.bundled import EmbeddedModel, Licence, Wheel
 
 
 def tiny_llama(seed: int = 0, *, tied: bool = True) -> LlamaForCausalLM:

@@ -18,10 +18,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from probes.kernels.codes import LEVELS
 from probes.kernels.fused_lens import lens_kernel, tiles_for
 from probes.kernels.fused_means import BLOCK, ROWS, means_kernel
 from probes.kernels.fused_rows import block_of, rows_kernel
+from probes.kernels.int8_codes import LEVELS
 
 TARGET = GPUTarget("cuda", 90, 32)
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from probes.anatomy import ArchitectureMap
 from probes.errors import ModelError, OptionError, PointError, PromptError
-from probes.models.base import Model, Write
+from probes.models.protocol import Model, Write
 from probes.points import POINTS, Address
 
 CAUSAL = tuple(family for family in FAMILIES if family != "bert")

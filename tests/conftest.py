@@ -13,7 +13,7 @@ from families import make
 from tiny import native
 
 from probes.models import Model, load_model
-from probes.models.native import NativeModel
+from probes.models.backends.native import NativeModel
 from probes.store import ActivationStore
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dry runs measure the device for a moment only."""
-    monkeypatch.setattr("probes.preflight.PROBE_SECONDS", 0.1)
+    monkeypatch.setattr("probes.capture.dry_run.PROBE_SECONDS", 0.1)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from families import make
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from probes.models.native import NativeModel
+from probes.models.backends.native import NativeModel
 
 
 class _KeepDouble(TorchFunctionMode):

@@ -9,7 +9,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from analyses.tasks import docstring, greater_than, ioi, laundry
+from analyses.tasks import docstring, greater_than, ioi
+from analyses.tasks import laundry_list as laundry
 from analyses.tasks.two_hop import questions
 
 ANSWERS = ("Paris", "Rome", "Madrid", "London", "Berlin", "Vienna", "Spanish", "French", "euro", "Asia", "Europe")

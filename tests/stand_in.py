@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from probes.transport import Event
+from probes.device_to_host import Event
 
 
 class _Flag:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from probes.anatomy import ArchitectureMap, anatomy_of, joint_layouts
 from probes.anatomy.views import Divisor, Gather, Heads, View
 from probes.errors import ModelError
-from probes.models.identities import probe_tokens
-from probes.models.native import NativeModel
+from probes.models.backends.native import NativeModel
+from probes.models.verify.identities import probe_tokens
 from probes.points import Address
 
 
@@ -39,7 +39,9 @@ def test_a_map_leaves_the_module_alone(family: str) -> None:
 
 
 def test_importing_the_package_does_not_import_transformer_lens() -> None:
-    code = "import sys, probes, probes.anatomy, probes.models.native; sys.exit('transformer_lens' in sys.modules)"
+    code = (
+        "import sys, probes, probes.anatomy, probes.models.backends.native; sys.exit('transformer_lens' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -130,7 +132,7 @@ def test_every_layout_uses_each_output_once(family: str) -> None:
 
 
 def test_a_joint_projection_of_unknown_layout_refuses_q_k_v(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("probes.models.refusals.joint_layouts", lambda *_: iter(()))
+    monkeypatch.setattr("probes.models.verify.refusals.joint_layouts", lambda *_: iter(()))
     model = native(make("gpt2"))
     for point in "qkv":
         assert "joint query-key-value projection" in str(model.refusal(Address(point, 0)))
@@ -141,7 +143,7 @@ def test_a_joint_projection_of_unknown_layout_refuses_q_k_v(monkeypatch: pytest.
 def test_a_wrong_word_on_the_kind_of_norm_refuses_the_scales(
     monkeypatch: pytest.MonkeyPatch, family: str, centred: bool
 ) -> None:
-    monkeypatch.setattr("probes.anatomy.structure.divisor_of", lambda *_: Divisor(1e-5, centred))
+    monkeypatch.setattr("probes.anatomy.sites.divisor_of", lambda *_: Divisor(1e-5, centred))
     refused = native(make(family)).faithfulness.refused
     assert {"attn_scale", "mlp_scale", "final_scale"} == set(refused)
 

@@ -12,7 +12,7 @@ from real_tokenizers import ANSWERS, KINDS, tokenizer_of
 
 from analyses.answers import Answer, answer_after, clash_note, clashes, continuation, encode, single, spaced
 from probes.errors import PromptError
-from probes.models.native import NativeModel
+from probes.models.backends.native import NativeModel
 from probes.prompts import Prompt, tokenize
 
 CONTEXT = "The capital city of France is"
@@ -153,8 +153,9 @@ def test_tasks_are_made_for_every_tokenizer(kind: str, task: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_channels_prompts_hold_their_names(kind: str) -> None:
     from analyses.communication_channels.edits import name_token, open_prompts
-    from analyses.communication_channels.laundry import listed
-    from analyses.tasks import ioi, laundry
+    from analyses.communication_channels.list_recall import listed
+    from analyses.tasks import ioi
+    from analyses.tasks import laundry_list as laundry
 
     model = speaking(kind)
     prompts = ioi.sample(4, 0, lambda name: name_token(model, name) is not None)
@@ -163,7 +164,8 @@ def test_the_channels_prompts_hold_their_names(kind: str) -> None:
 
 
 def test_a_task_whose_words_a_tokenizer_cuts_up_is_refused_in_one_line() -> None:
-    from analyses.tasks import docstring, greater_than, ioi, laundry
+    from analyses.tasks import docstring, greater_than, ioi
+    from analyses.tasks import laundry_list as laundry
 
     def none(word: str) -> bool:
         return False

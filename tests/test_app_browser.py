@@ -18,7 +18,7 @@ from families import make
 from small import SMALL
 from tiny import native
 
-from analyses.result import Result
+from analyses.results.result import Result
 from probes.store import ActivationStore
 
 REQUIRED = os.environ.get("REQUIRE_BROWSER") == "1"

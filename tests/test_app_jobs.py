@@ -17,10 +17,10 @@ import pandas as pd
 import pytest
 from tiny import PROMPTS
 
-from analyses import rebuild
 from analyses.cli import main
 from analyses.logit_lens import LogitLens
-from analyses.result import Result
+from analyses.results.result import Result
+from analyses.running import reproduce as rebuild
 from app import places, prompt_sets
 from app.jobs import queue as queue_module
 from app.jobs import worker
@@ -28,7 +28,7 @@ from app.jobs.interrupt import Interrupt
 from app.jobs.progress import Cancelled, JobProgress
 from app.jobs.protocol import CANCEL, Request, Status, ask_to_cancel, read_status, write_request
 from app.jobs.queue import JobQueue
-from probes.models.native import NativeModel
+from probes.models.backends.native import NativeModel
 from probes.store import ActivationStore
 
 
@@ -216,7 +216,7 @@ def test_a_run_that_nobody_named_is_named_by_analysis_and_model(model: str, name
 SLOW = """
 import sys, time
 from pathlib import Path
-import app.jobs.work as work
+import app.jobs.execute as work
 from app.jobs import worker
 
 def slow(request, progress):

@@ -17,10 +17,10 @@ from analyses.base import Analysis
 from analyses.logit_lens import LogitLens
 from analyses.options import choices, types_of
 from analyses.registry import ANALYSES, get_analysis
-from analyses.result import Result
+from analyses.results.result import Result
 from analyses.voids import Voids
 from app.jobs.protocol import PHASES, Request, Status
-from app.ui.options import key_of
+from app.ui.option_widgets import key_of
 from app.ui.progress import steps
 from probes.errors import UserError
 from probes.store import ActivationStore

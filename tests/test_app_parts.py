@@ -13,16 +13,17 @@ import pytest
 from small import SMALL
 from tiny import PROMPTS, native
 
-from analyses.axes import layer_step
 from analyses.logit_lens import LogitLens
 from analyses.registry import ANALYSES
-from analyses.result import Result
+from analyses.results.axes import layer_step
+from analyses.results.result import Result
 from analyses.voids import Voids
-from app import catalogue, places, prompt_sets, saved
+from app import offered as catalogue
+from app import places, prompt_sets, saved
 from app.selection import Selection, named_by, narrowed, params_of, parse
 from app.ui.figures import clicked_layers, data_of, drawn, mark
 from probes.errors import OptionError, PromptError
-from probes.models.native import NativeModel
+from probes.models.backends.native import NativeModel
 from probes.store import ActivationStore
 
 

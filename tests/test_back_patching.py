@@ -9,11 +9,11 @@ import torch
 from families import FAMILIES, prompt, shared
 from torch import Tensor, nn
 
+from probes.blocks.cached_prompt import Resumable
 from probes.edits import Replace, Values, generate, read
 from probes.errors import PointError, PromptError
-from probes.models.native import NativeModel
+from probes.models.backends.native import NativeModel
 from probes.points import Address
-from probes.resume import Resumable
 
 CAUSAL = tuple(family for family in FAMILIES if family != "bert")
 
@@ -296,8 +296,8 @@ def test_every_inner_position_is_named_in_order_and_knocked_out(
 def test_the_words_follow_from_intervals() -> None:
     import pandas as pd
 
-    from analyses.back_patching.words import CONTROLS, names, verdicts
-    from analyses.statistics import wilson
+    from analyses.back_patching.verdicts import CONTROLS, names, verdicts
+    from analyses.results.statistics import wilson
 
     def rate(hits: int, n: int) -> dict[str, float]:
         low, high = wilson(hits, n)

@@ -12,7 +12,7 @@ from families import make
 from safetensors.torch import load_file, save_file
 
 from analyses.cli import main
-from probes.models.native import NativeModel
+from probes.models.backends.native import NativeModel
 
 GOOD = '{"tokens": [5, 6, 7]}'
 

@@ -9,16 +9,17 @@ import pytest
 import torch
 from tiny import PROMPTS, native
 
-from probes import forward as forward_module
-from probes.capture import capture, context_of, plan_capture
+from probes.capture import forward as forward_module
+from probes.capture.needs import Need
+from probes.capture.run import capture, context_of, plan_capture
 from probes.edits import NormGate
 from probes.errors import ModelError, PointError, StoreError
 from probes.kernels import reduce_rows, unpacked
-from probes.models.native import NativeModel
-from probes.needs import Need, Reducer
+from probes.models.backends.native import NativeModel
 from probes.points import Address
 from probes.progress import Progress
 from probes.prompts import select
+from probes.reducers import Reducer
 from probes.store import ActivationStore
 
 NORM = Reducer("norm")

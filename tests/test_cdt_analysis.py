@@ -19,8 +19,8 @@ from analyses.contextual_decomposition.agreement import agreement_tables
 from analyses.contextual_decomposition.cases import case_of, made
 from analyses.contextual_decomposition.circuit import pruned, ranked
 from analyses.contextual_decomposition.faithfulness import normalised, sizes_of
-from analyses.contextual_decomposition.words import words_of
-from analyses.result import Result
+from analyses.contextual_decomposition.word_relevance import words_of
+from analyses.results.result import Result
 from analyses.tasks import docstring, greater_than, ioi
 from probes.decomposition import Rules, decompose, head
 from probes.errors import OptionError, PromptError

@@ -15,9 +15,9 @@ from analyses.contextual_decomposition.ablation import Ablation, shared_start, w
 from analyses.contextual_decomposition.agreement import agreement_notes, agreement_tables
 from analyses.contextual_decomposition.cases import Case, baseline_of
 from analyses.contextual_decomposition.circuit import Search, search
+from analyses.contextual_decomposition.phases import looked_up, walked
 from analyses.contextual_decomposition.scores import Opened, Reading, swept_through
-from analyses.contextual_decomposition.study import looked_up, walked
-from analyses.result import Result
+from analyses.results.result import Result
 from probes.decomposition import PRESETS, Decomposer, head
 from probes.errors import OptionError
 from probes.progress import Progress

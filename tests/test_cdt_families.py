@@ -16,7 +16,7 @@ from torch import Tensor
 from probes.decomposition import PRESETS, Baseline, Decomposer, Rules, decompose, head, mlp, token
 from probes.decomposition.decomposer import POINTS
 from probes.errors import PointError
-from probes.models.native import NativeModel
+from probes.models.backends.native import NativeModel
 from probes.points import Address
 
 EXACT = 1e-10

@@ -11,10 +11,10 @@ from analyses.contextual_decomposition.ablation import Ablation, without
 from analyses.contextual_decomposition.cases import Case, baseline_of
 from analyses.contextual_decomposition.circuit import Search, search
 from analyses.contextual_decomposition.effects import attribution_patching
+from analyses.contextual_decomposition.phases import walked
 from analyses.contextual_decomposition.scores import Opened, Reading, position_sources, to_metric, to_nodes
-from analyses.contextual_decomposition.study import walked
 from probes.decomposition import PRESETS, Decomposer, head
-from probes.models.native import NativeModel
+from probes.models.backends.native import NativeModel
 from probes.points import Address
 
 VOCAB, WIDTH = 16, 22

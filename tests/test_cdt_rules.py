@@ -12,7 +12,7 @@ from probes.decomposition import Rules, decompose, head
 from probes.decomposition import rules as rule
 from probes.decomposition.sources import groups
 from probes.errors import OptionError
-from probes.models.native import NativeModel
+from probes.models.backends.native import NativeModel
 from probes.points import Address
 
 TOKENS = prompt()[0].tolist()

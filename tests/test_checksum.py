@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from probes.models import checksum as module
-from probes.models.checksum import checksum, checksums
+from probes.models.fingerprint import checksum as module
+from probes.models.fingerprint.checksum import checksum, checksums
 
 WAYS: dict[str, Callable[[Tensor], int]] = {"host": checksum, "words": module._on_gpu}
 """The second is what a GPU computes; its integer arithmetic is the same on a CPU."""

@@ -7,13 +7,13 @@ import torch
 from families import FAMILIES, make, prompt, shared
 from torch import Tensor, nn
 
-from probes import composition as comp
-from probes.composition import Circuit, Heads
 from probes.edits import Coefficients, HeadWriteEdit, Values, logits, read
-from probes.head_weights import head_weights, rotary
-from probes.models.attention import Attended, watched
-from probes.models.native import NativeModel
+from probes.hooks.attention_probabilities import Attended, watched
+from probes.models.backends.native import NativeModel
 from probes.points import Address
+from probes.weights import composition as comp
+from probes.weights.composition import Circuit, Heads
+from probes.weights.head_weights import head_weights, rotary
 
 
 def native(module: nn.Module) -> NativeModel:
@@ -232,7 +232,7 @@ def writer_and_reader() -> NativeModel:
 def test_zeroing_the_planted_component_makes_the_reader_attend_evenly() -> None:
     from analyses.communication_channels.edits import Change, changed_head
     from analyses.communication_channels.scan import composition_table, ranked, scan
-    from probes.resume import Resumable
+    from probes.blocks.cached_prompt import Resumable
 
     model = writer_and_reader()
     weights = head_weights(model, center=False)
@@ -260,7 +260,7 @@ def test_zeroing_the_planted_component_makes_the_reader_attend_evenly() -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_zeroing_a_component_is_the_weight_edit(family: str) -> None:
     from analyses.communication_channels.edits import Change, changed_head
-    from probes.resume import Resumable
+    from probes.blocks.cached_prompt import Resumable
 
     model, tokens = native(shared(family)), [11]
     weights = head_weights(model)
@@ -325,7 +325,7 @@ def test_the_scan_of_weights_alone(null: str, tmp_path: object) -> None:
 def test_held_out_steering_never_sees_its_own_prompt() -> None:
     import numpy as np
 
-    from analyses.communication_channels.laundry import honest, steering_grid
+    from analyses.communication_channels.list_recall import honest, steering_grid
 
     answer = np.repeat(np.arange(2), 8)
     # Every prompt has a point of its own that is right: an oracle finds it, a point chosen elsewhere does not.
@@ -341,7 +341,7 @@ def test_generators_are_balanced_and_say_what_they_must() -> None:
     from collections import Counter
 
     from analyses.tasks import ioi as tasks_ioi
-    from analyses.tasks import laundry as tasks_laundry
+    from analyses.tasks import laundry_list as tasks_laundry
 
     for made in tasks_ioi.sample(40, seed=1):
         assert made.text.count(made.subject) == 2

@@ -15,18 +15,18 @@ from sklearn.model_selection import train_test_split
 
 from analyses.cli import main
 from analyses.concept_depth import ConceptDepth
-from analyses.concept_depth.prompts import FIELDS, labelled_sets, noisy
-from analyses.concept_depth.statistics import depth_statistics
-from analyses.concept_depth.types import token_types
-from analyses.result import Result
+from analyses.concept_depth.depth_of_curve import depth_statistics
+from analyses.concept_depth.labelled_prompts import FIELDS, labelled_sets, noisy
+from analyses.concept_depth.token_types import token_types
+from analyses.results.result import Result
 from probes.errors import OptionError, ProbeError, PromptError
 from probes.models import weights_digest
-from probes.models.base import Model
-from probes.models.native import NativeModel
-from probes.models.quantised import fake_quantised, rounded
-from probes.needs import Reducer
+from probes.models.backends.native import NativeModel
+from probes.models.protocol import Model
+from probes.models.rounded_weights import fake_quantised, rounded
 from probes.points import Address
 from probes.prompts import Prompt, read_prompts
+from probes.reducers import Reducer
 from probes.store import ActivationStore
 from tests.conftest import native
 from tests.families import VOCAB, make, shared
@@ -161,7 +161,7 @@ def test_a_second_run_needs_no_forward_and_gives_the_same_numbers(model: NativeM
 
 
 def test_released_preset_keeps_the_row_order_and_the_released_split(model: NativeModel, store: ActivationStore) -> None:
-    from probes.capture import capture
+    from probes.capture.run import capture
 
     asked = sorted(prompts(), key=lambda p: p.fields["label"])
     analysis = ConceptDepth(preset="released", representation="mlp_in", causal_layers=0, jobs=1)
@@ -179,8 +179,8 @@ def test_pooling_reads_the_row_it_names(
     model: NativeModel, store: ActivationStore, pooling: Any, position: int
 ) -> None:
     from analyses.concept_depth.probing import layer_rows
-    from probes.capture import capture
-    from probes.needs import Need
+    from probes.capture.needs import Need
+    from probes.capture.run import capture
 
     asked = prompts(12)
     analysis = ConceptDepth(pooling=pooling, position=position)
@@ -195,7 +195,7 @@ def test_pooling_reads_the_row_it_names(
 def test_causal_check_is_the_projection_by_hand(model: NativeModel, store: ActivationStore) -> None:
     from analyses.concept_depth.causal import Check, causal_table
     from analyses.concept_depth.probing import layer_rows, probe_set, recipe_of
-    from probes.capture import capture
+    from probes.capture.run import capture
     from probes.progress import QUIET
 
     data, analysis = labelled_sets(prompts())[0], ConceptDepth()

@@ -16,13 +16,13 @@ from analyses.depth_use.alignment import alignment_table
 from analyses.depth_use.columns import PerPrompt, interval, resampled
 from analyses.depth_use.greedy import orders
 from analyses.depth_use.proxies import agreement_table, null_correlations, proxy_tables, ranked
-from analyses.result import Result
-from analyses.statistics import quantiles
-from probes.capture import capture
+from analyses.results.result import Result
+from analyses.results.statistics import quantiles
+from probes.capture.needs import Need
+from probes.capture.run import capture
 from probes.errors import OptionError, PointError, ProbeError, PromptError
 from probes.models import Model
-from probes.models.native import NativeModel
-from probes.needs import Need
+from probes.models.backends.native import NativeModel
 from probes.prompts import Prompt
 from probes.store import ActivationStore
 

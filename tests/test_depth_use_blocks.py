@@ -13,7 +13,7 @@ from families import VOCAB, make
 from tiny import native
 
 from analyses.depth_use.ablations import Study, window_error
-from analyses.depth_use.blocks import Blocks, Chunk, Part, chunks, left_out, on_blocks
+from analyses.depth_use.clean_stream import Blocks, Chunk, Part, chunks, left_out, on_blocks
 from analyses.depth_use.columns import PerPrompt
 from analyses.depth_use.contributions import PARTS, Contributions, contribution
 from analyses.depth_use.greedy import greedy_removal, mean_distance
@@ -33,10 +33,10 @@ from analyses.depth_use.skips import (
 from analyses.depth_use.tokens import StreamMeans, Target, erasure, integrated_gradients
 from analyses.depth_use.weights import NormScales, coarser, frozen_norms, matrices, z_share, z_share_of
 from probes import edits
-from probes.capture import capture
+from probes.capture.needs import Need
+from probes.capture.run import capture
 from probes.models import Model, weights_digest
-from probes.models.native import NativeModel
-from probes.needs import Need
+from probes.models.backends.native import NativeModel
 from probes.points import Address
 from probes.prompts import Prompt
 from probes.store import ActivationStore

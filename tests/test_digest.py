@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from probes.errors import ModelError
-from probes.models.digest import weights_digest
+from probes.models.sources.digest import weights_digest
 
 
 class Bag(nn.Module):

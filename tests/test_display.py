@@ -12,12 +12,12 @@ import pytest
 from tiny import PROMPTS
 
 from analyses.logit_lens import LogitLens
-from analyses.result import Result
-from probes.capture import capture
-from probes.display import Fold, aligned, card, count, size
-from probes.models.base import Faithfulness, Identity
-from probes.models.native import NativeModel
-from probes.needs import Need
+from analyses.results.result import Result
+from probes.capture.needs import Need
+from probes.capture.run import capture
+from probes.html_card import Fold, aligned, card, count, size
+from probes.models.backends.native import NativeModel
+from probes.models.protocol import Faithfulness, Identity
 from probes.store import ActivationStore
 
 ROOT = Path(__file__).parents[1]

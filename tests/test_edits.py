@@ -7,7 +7,8 @@ import torch
 from families import FAMILIES, make, prompt, shared
 from torch import Tensor, nn
 
-from probes.capture import capture, context_of
+from probes.capture.needs import Need
+from probes.capture.run import capture, context_of
 from probes.edits import (
     Add,
     BlockPath,
@@ -26,8 +27,7 @@ from probes.edits import (
     skip,
 )
 from probes.errors import OptionError, PointError, PromptError
-from probes.models.native import NativeModel
-from probes.needs import Need
+from probes.models.backends.native import NativeModel
 from probes.points import Address
 from probes.store import ActivationStore
 
@@ -138,7 +138,7 @@ def test_a_source_brings_another_prompt_s_row(llama: NativeModel) -> None:
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_the_plain_path_program_gives_the_plain_logits(family: str) -> None:
-    from probes.models.blocks import rerouted
+    from probes.blocks.rerouting import rerouted
 
     model, tokens = native(shared(family)), prompt(rows=2)
 
@@ -230,7 +230,7 @@ def test_weight_edit_is_the_activation_edit_and_is_undone(family: str) -> None:
     plain = logits(model, tokens)
     edited = logits(model, tokens, [HeadWriteEdit(1, 2, Values(v), keep=0.25)])
     assert not torch.allclose(plain, edited, atol=1e-3)
-    from probes.head_weights import head_weights
+    from probes.weights.head_weights import head_weights
 
     heads = head_weights(model, fold_norm=False)
     change = heads.w_o[1, 2] @ v.T * (0.25 - 1) @ v

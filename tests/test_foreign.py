@@ -13,10 +13,10 @@ from tiny import PROMPTS, native
 from torch import Tensor
 
 from analyses.cli import main
-from probes.capture import capture, context_of, plan_capture
+from probes.capture.needs import Need
+from probes.capture.run import capture, context_of, plan_capture
 from probes.errors import StoreError
 from probes.foreign import foreign_context, import_datasets, import_vllm
-from probes.needs import Need
 from probes.store import ActivationStore
 
 datasets = pytest.importorskip("datasets")

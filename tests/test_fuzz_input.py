@@ -24,8 +24,8 @@ from analyses.registry import ANALYSES
 from analyses.studies import expand, read_study
 from probes.errors import ModelError
 from probes.models import load_model
-from probes.models.checkpoint import check_folder, read_config
-from probes.models.gguf import check_gguf
+from probes.models.sources.checkpoint import check_folder, read_config
+from probes.models.sources.gguf import check_gguf
 from probes.points import expand as expand_points
 from probes.prompts import check_fields, read_prompts, tokenize
 from probes.strict_json import JsonFault, check_tree
@@ -227,7 +227,7 @@ def test_commands_with_any_values(place: Path, command: Path, analysis: Any, dat
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BATHYSCOPE_CACHE", str(place / "cache"))
-        patch.setattr("probes.preflight.PROBE_SECONDS", 0.0)
+        patch.setattr("probes.capture.dry_run.PROBE_SECONDS", 0.0)
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         # What needs no model is in order, or refused, before a model is asked for.
         patch.setattr("analyses.cli.run.load_model", loaded)

@@ -16,15 +16,16 @@ from families import make
 from tiny import PROMPTS
 from torch import Tensor, nn
 
-from probes import capture as capture_module
-from probes import forward as forward_module
-from probes.capture import capture
+from probes.capture import forward as forward_module
+from probes.capture import run as capture_module
+from probes.capture.needs import Need
+from probes.capture.run import capture
+from probes.device_to_host import CudaEngine, Lane, Parcel
 from probes.kernels import RowOutputs, capture_rows, forced, lens_rows, sequence_means, unpacked
 from probes.kernels import eager as reference
-from probes.models.native import NativeModel
-from probes.needs import Need, Reducer
+from probes.models.backends.native import NativeModel
+from probes.reducers import Reducer
 from probes.store import ActivationStore
-from probes.transport import CudaEngine, Lane, Parcel
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

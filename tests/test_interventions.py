@@ -18,12 +18,13 @@ from analyses.cli.run import cost
 from analyses.communication_channels import CommunicationChannels
 from analyses.depth_use import DepthUse
 from analyses.norm_removal import NormRemoval
-from analyses.result import Result
-from analyses.tasks import ioi, laundry
-from probes.capture import plan_capture
+from analyses.results.result import Result
+from analyses.tasks import ioi
+from analyses.tasks import laundry_list as laundry
+from probes.capture.run import plan_capture
 from probes.errors import OptionError
 from probes.models import Model, weights_digest
-from probes.models.native import NativeModel
+from probes.models.backends.native import NativeModel
 from probes.progress import Progress
 from probes.prompts import PromptLine
 from probes.store import ActivationStore

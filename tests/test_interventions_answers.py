@@ -14,7 +14,7 @@ from analyses.back_patching import BackPatching
 from analyses.base import Analysis
 from analyses.concept_depth import ConceptDepth
 from analyses.latent_language import LatentLanguage
-from probes.models.native import NativeModel
+from probes.models.backends.native import NativeModel
 from probes.prompts import Prompt
 from probes.store import ActivationStore
 

@@ -9,11 +9,11 @@ import torch
 from tiny import native
 from torch import Tensor
 
-from probes import lens
 from probes.kernels import eager as reference
 from probes.kernels import forced, lens_rows, reduce_rows
 from probes.kernels.fused_lens import MAX_TOP, tiles_for
-from probes.needs import Reducer
+from probes.lenses import logit as lens
+from probes.reducers import Reducer
 
 pytestmark = pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="the kernels are compiled here")
 IDS = torch.tensor([299, 0, 64, 64])

@@ -12,7 +12,7 @@ from torch import Tensor
 from probes.kernels import RowOutputs, capture_rows, forced, kernels_for, reduce_rows, unpacked
 from probes.kernels import eager as reference
 from probes.kernels.fused_rows import MAX_BLOCK, as_rows
-from probes.needs import Reducer
+from probes.reducers import Reducer
 
 interpreted = pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="the kernels are compiled here")
 pytestmark = interpreted

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from tiny import native
 
-from probes.capture import capture, plan_capture
-from probes.needs import Need
+from probes.capture.needs import Need
+from probes.capture.run import capture, plan_capture
 from probes.store import ActivationStore
 
 SEQUENCES = [tuple((7 * i + j) % 90 + 3 for j in range(4 + i % 5)) for i in range(120)]
@@ -22,8 +22,8 @@ CHILD = """
 import sys
 from tiny import native
 from test_kill import SEQUENCES
-from probes.capture import capture
-from probes.needs import Need
+from probes.capture.run import capture
+from probes.capture.needs import (Need)
 from probes.store import ActivationStore
 model, store = native(), ActivationStore(sys.argv[1])
 print("ready", flush=True)

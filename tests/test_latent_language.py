@@ -24,13 +24,13 @@ from analyses.latent_language.items import Item
 from analyses.latent_language.measures import area, crossover, norm_gain, token_energy
 from analyses.latent_language.read import Reader, Reading
 from analyses.latent_language.verdicts import verdicts
-from analyses.result import Result
-from probes import lens
-from probes.capture import capture
+from analyses.results.result import Result
+from probes.capture.needs import Need
+from probes.capture.run import capture
 from probes.errors import OptionError, PromptError
+from probes.lenses import logit as lens
 from probes.models import Model, fetch_model, load_model
-from probes.models.native import NativeModel
-from probes.needs import Need
+from probes.models.backends.native import NativeModel
 from probes.progress import QUIET
 from probes.prompts import PromptLine
 from probes.store import ActivationStore

@@ -9,14 +9,7 @@ from fake_tokenizer import FIRST_BYTE, FakeByteLevel, FakeTokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analyses.latent_language.ids import (
-    Rule,
-    after_quote,
-    collide,
-    prefix_free,
-    resolve,
-    shuffled_controls,
-)
+from analyses.latent_language.ids import Rule, after_quote, collide, prefix_free, resolve, shuffled_controls
 from analyses.tokens import token_bytes
 from probes.models import Model, fetch_model, load_model
 

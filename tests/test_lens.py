@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny import PROMPTS, native
 
-from probes import lens
-from probes.capture import capture
-from probes.models.base import Unembedding
+from probes.capture.run import capture
+from probes.lenses import logit as lens
+from probes.models.protocol import Unembedding
 from probes.store import ActivationStore
 
 torch.manual_seed(3)
@@ -76,7 +76,7 @@ def test_no_rows_are_read_as_no_rows() -> None:
 def test_the_last_layer_reads_the_models_own_softmax(family: str, store: ActivationStore) -> None:
     model = native(family)
     last = f"resid_post.{model.shape.n_layers - 1}"
-    from probes.needs import Need
+    from probes.capture.needs import Need
 
     rows = capture(model, PROMPTS, [Need((last, "logits"))], store)
     found = lens.read(rows.packed(last), model.unembedding(), ids=torch.arange(model.shape.d_vocab))

@@ -14,10 +14,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score, log_loss, roc_auc_score
 from sklearn.model_selection import train_test_split
 
-from analyses.concept_depth.statistics import depth_statistics
+from analyses.concept_depth.depth_of_curve import depth_statistics
 from probes.errors import ProbeError
-from probes.linear import RELEASED, SOUND, Recipe, fit_probe, probe_layers
-from probes.linear_splits import check_groups, group_split, row_split, type_labels
+from probes.linear.probing import RELEASED, SOUND, Recipe, fit_probe, probe_layers
+from probes.linear.splits import check_groups, group_split, row_split, type_labels
 
 N, D, LAYERS, ONSET = 1500, 8, 6, 3
 DELTA = 2.0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from probes.errors import OptionError
-from probes.linear_maps import CrossMoments, relative_error
+from probes.linear.affine_maps import CrossMoments, relative_error
 
 
 def rows(n: int, d: int, seed: int) -> torch.Tensor:

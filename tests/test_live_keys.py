@@ -14,12 +14,13 @@ from families import FAMILIES, make
 from tiny import PROMPTS
 from torch import Tensor, nn
 
-from probes.capture import Sequences, capture, context_of, plan_capture
+from probes.capture.needs import Need
+from probes.capture.run import Sequences, capture, context_of, plan_capture
 from probes.errors import ModelError, PromptError
 from probes.models import Model, load_model, weights_digest
-from probes.models.native import NativeModel
-from probes.models.plain import deviations
-from probes.needs import Need, Reducer
+from probes.models.backends.native import NativeModel
+from probes.models.fingerprint.plain_model import deviations
+from probes.reducers import Reducer
 from probes.store import ActivationStore
 
 NEEDS = [Need("resid_post.2"), Need("logits")]
@@ -253,9 +254,9 @@ def test_pruning_and_epsilon_of_two_runs_meet_under_one_key() -> None:
 
 _CHILD = """
 import sys, torch
-from probes.capture import capture
+from probes.capture.run import capture
 from probes.models import load_model
-from probes.needs import Need
+from probes.capture.needs import (Need)
 from probes.store import ActivationStore
 model = load_model(sys.argv[1])
 if sys.argv[3] == "weight":

@@ -13,10 +13,10 @@ from tiny import PROMPTS, native
 from analyses.logit_lens import LogitLens
 from analyses.logit_lens.curve import chance
 from analyses.voids import Voids
-from probes.capture import capture
+from probes.capture.needs import Need
+from probes.capture.run import capture
 from probes.errors import PointError
-from probes.models.native import NativeModel
-from probes.needs import Need
+from probes.models.backends.native import NativeModel
 from probes.store import ActivationStore
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from probes.errors import PointError
 from probes.models import fetch_model, load_model
-from probes.models.base import Model
-from probes.models.native import NativeModel
+from probes.models.backends.native import NativeModel
+from probes.models.protocol import Model
 from probes.points import POINTS, Address
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from probes.capture.needs import Feature, Need, features_of, make_plan
 from probes.errors import PointError
-from probes.needs import ROWS, Feature, Need, Reducer, features_of, make_plan
 from probes.points import Address
+from probes.reducers import ROWS, Reducer
 
 SEQUENCES = [(1, 2, 3), (4, 5), (1, 2, 3)]
 

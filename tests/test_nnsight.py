@@ -7,8 +7,8 @@ from typing import ClassVar
 from conformance import Conformance
 from torch import nn
 
-from probes.models.base import Model
-from probes.models.nnsight import NnsightModel
+from probes.models.backends.nnsight import NnsightModel
+from probes.models.protocol import Model
 
 
 class TestNnsight(Conformance):

@@ -20,12 +20,12 @@ from analyses.norm_removal.attribution import HeadOutputs, read_out
 from analyses.norm_removal.figures import sizes
 from analyses.norm_removal.measured import Measured, needs
 from analyses.norm_removal.neurons import Ablations, rank
-from analyses.norm_removal.profile import outliers, sink_rate
-from analyses.result import Result
-from probes.capture import capture
+from analyses.norm_removal.scale_tables import outliers, sink_rate
+from analyses.results.result import Result
+from probes.capture.needs import Need
+from probes.capture.run import capture
 from probes.models import Model
-from probes.models.native import NativeModel
-from probes.needs import Need
+from probes.models.backends.native import NativeModel
 from probes.norms import NormSite, Scale, Switches, choose
 from probes.points import Address
 from probes.progress import QUIET

@@ -16,7 +16,7 @@ from probes.anatomy import Anatomy
 from probes.anatomy.constant_norm import ConstantNorm
 from probes.errors import OptionError, PointError
 from probes.models import load_model
-from probes.models.native import NativeModel
+from probes.models.backends.native import NativeModel
 from probes.norms import NormSite, Scale, Switches, absorb, make_constant, make_large_eps, undo_large_eps
 from probes.points import Address
 

@@ -20,11 +20,11 @@ from analyses.norm_removal.evaluation import Predictions, calibration_error, jen
 from analyses.norm_removal.schedule import RELEASED, Phase, Schedule, get_schedule, proportional
 from analyses.norm_removal.text import Blocks, make_blocks
 from analyses.norm_removal.training import Setting, next_token_loss, spread, train
-from analyses.result import Result
+from analyses.results.result import Result
 from probes.anatomy import Anatomy
 from probes.errors import OptionError, PointError, PromptError, TrainingError
 from probes.models import load_model
-from probes.models.native import NativeModel
+from probes.models.backends.native import NativeModel
 from probes.norms import NormSite, Rows, Switches
 from probes.progress import Progress
 from probes.prompts import Prompt

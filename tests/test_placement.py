@@ -16,11 +16,11 @@ from torch import nn
 
 from analyses.cli import main
 from probes.anatomy import anatomy_of
-from probes.capture import capture
+from probes.capture.needs import Need
+from probes.capture.run import capture
 from probes.errors import ModelError, OptionError
 from probes.models import load_model
 from probes.models.placement import parse_max_memory, spread
-from probes.needs import Need
 from probes.points import POINTS
 from probes.store import ActivationStore
 

@@ -17,9 +17,9 @@ from analyses.communication_channels.profiles import readers, writers
 from analyses.concept_depth.profiles import selectivity
 from analyses.logit_lens import LogitLens
 from analyses.logit_lens.profiles import agreement
-from analyses.profiles import counts, mean_by_layer
 from analyses.registry import ANALYSES, get_analysis
-from analyses.result import Result
+from analyses.results.profiles import counts, mean_by_layer
+from analyses.results.result import Result
 from analyses.voids import Voids
 from probes.errors import OptionError
 from probes.store import ActivationStore

@@ -19,12 +19,13 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from analyses.cli import main
-from probes.capture import capture
+from probes.capture.needs import Need
+from probes.capture.run import capture
 from probes.errors import ModelError, OptionError, PointError
 from probes.models import load_model
-from probes.models.remote import RemoteModel, server_client
-from probes.needs import Need, Reducer
+from probes.models.backends.remote import RemoteModel, server_client
 from probes.points import POINTS, Address
+from probes.reducers import Reducer
 from probes.store import ActivationStore
 
 GIVEN = [point for point in POINTS if point != "pattern"]

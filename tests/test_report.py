@@ -10,9 +10,9 @@ from tiny import PROMPTS
 
 from analyses.cli import main
 from analyses.logit_lens import LogitLens
-from analyses.report import heading, render, titles_of
-from analyses.result import Result
-from probes.models.native import NativeModel
+from analyses.results.report import heading, render, titles_of
+from analyses.results.result import Result
+from probes.models.backends.native import NativeModel
 from probes.store import ActivationStore
 
 

@@ -11,13 +11,13 @@ import pytest
 from small import SMALL
 from tiny import PROMPTS
 
-from analyses.axes import whole_layers
 from analyses.registry import ANALYSES, get_analysis
-from analyses.report import render
-from analyses.result import Result
+from analyses.results.axes import whole_layers
+from analyses.results.report import render
+from analyses.results.result import Result
 from analyses.voids import Voids
 from probes.errors import OptionError
-from probes.models.native import NativeModel
+from probes.models.backends.native import NativeModel
 from probes.store import ActivationStore
 
 
@@ -77,7 +77,7 @@ def test_a_failed_save_keeps_the_earlier_result(
     def broken(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("analyses.report.write_report", broken)
+    monkeypatch.setattr("analyses.results.report.write_report", broken)
     with pytest.raises(OptionError, match=r"No space left on device.*what stood there stands; make room"):
         result.save(tmp_path / "run")
     assert Result.load(tmp_path / "run").tables.keys() == result.tables.keys()

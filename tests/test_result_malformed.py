@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tiny import PROMPTS, native
 
 from analyses.logit_lens import LogitLens
-from analyses.report import write_report
-from analyses.result import Result
+from analyses.results.report import write_report
+from analyses.results.result import Result
 from probes.errors import OptionError
 from probes.store import ActivationStore
 

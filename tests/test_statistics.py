@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from analyses.statistics import MIN_CLUSTERS, cluster_bootstrap, percentiles, wilson
+from analyses.results.statistics import MIN_CLUSTERS, cluster_bootstrap, percentiles, wilson
 
 
 def test_wilson_by_hand() -> None:

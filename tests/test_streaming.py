@@ -19,18 +19,19 @@ from analyses.cli import main
 from analyses.concept_depth import ConceptDepth
 from analyses.logit_lens import LogitLens
 from analyses.voids import Voids
-from probes import forward as sizing
-from probes import layer_major as scheduling
-from probes.capture import capture
+from probes.blocks.cached_prompt import Resumable
+from probes.capture import forward as sizing
+from probes.capture import layer_major as scheduling
+from probes.capture.needs import Need
+from probes.capture.run import capture
 from probes.edits import Scale
 from probes.errors import ModelError, OptionError, PointError, PromptError
 from probes.models import load_model, weights_digest
-from probes.models.base import Forward, LayerMajor, Model
-from probes.models.spill import Spill
-from probes.models.streamed import StreamedModel
-from probes.needs import Need, Reducer
+from probes.models.backends.spill import Spill
+from probes.models.backends.streamed import StreamedModel
+from probes.models.protocol import Forward, LayerMajor, Model
 from probes.points import POINTS, Address
-from probes.resume import Resumable
+from probes.reducers import Reducer
 from probes.store import ActivationStore
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from probes.errors import SHOWN, ModelError, PointError, PromptError, shown, unknown
 from probes.input_files import kind_of, make_folder, read_text
-from probes.models.config_sizes import check_sizes
+from probes.models.sources.config_sizes import check_sizes
 from probes.points import expand
 from probes.prompts import read_prompts
 from probes.strict_json import MAX_DEPTH, JsonFault, parse

@@ -35,7 +35,7 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("analyses.studies.work.load_model", never)
+    monkeypatch.setattr("analyses.studies.run_cells.load_model", never)
 
     def run(text: str) -> tuple[str, Path]:
         path = study_file(folder, text)

@@ -18,9 +18,9 @@ from analyses.base import Analysis, Clock, as_prompts, make_result
 from analyses.cli import main
 from analyses.options import option
 from analyses.registry import ANALYSES
-from analyses.result import FigureSpec, ProfileSpec, Result, Tables
-from analyses.studies.figures import PANELS, overlay
+from analyses.results.result import FigureSpec, ProfileSpec, Result, Tables
 from analyses.studies.index import CURVE, curves, summary
+from analyses.studies.study_figures import PANELS, overlay
 from probes.prompts import Field
 
 
@@ -71,7 +71,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = study_file(folder, text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("analyses.registry.ANALYSES", (*ANALYSES, Bump))
-        patch.setattr("analyses.result.Result.save", _without_report)
+        patch.setattr("analyses.results.result.Result.save", _without_report)
         args = ["batch", str(path), "--workers", "0", "--store", str(folder / "store"), "--out", str(folder / "out")]
         assert main([*args, "--export", "bump.bump"]) == 0
     return folder / "out"

@@ -24,15 +24,15 @@ from analyses.base import Analysis, Clock, as_prompts, make_result
 from analyses.cli import main
 from analyses.options import option
 from analyses.registry import ANALYSES
-from analyses.result import FigureSpec, Result
+from analyses.results.result import FigureSpec, Result
 from analyses.studies import StudyFolder, expand, local, read_study, run_local, run_study
 from analyses.studies.local import processors
+from analyses.studies.run_cells import Captured, Loaded, Outcome, load, run_unit
 from analyses.studies.sharing import groups, plans, wants
 from analyses.studies.units import Unit, take, units
-from analyses.studies.work import Captured, Loaded, Outcome, load, run_unit
 from analyses.voids import Voids
-from probes.capture import capture
-from probes.needs import Need
+from probes.capture.needs import Need
+from probes.capture.run import capture
 from probes.prompts import Field
 from probes.store import ActivationStore
 
@@ -102,7 +102,7 @@ def test_a_second_run_does_nothing_and_a_changed_option_runs_its_cells_alone(
     assert "study small: 3 cells run, 3 forward passes" in capsys.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*") if path.is_file()}
     with monkeypatch.context() as context:
-        context.delattr("analyses.studies.work.load_model")
+        context.delattr("analyses.studies.run_cells.load_model")
         assert batch(folder, BASE + VOIDS + LENS) == 0
     assert "3 cells, all done; nothing to run" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*") if path.is_file()} == before

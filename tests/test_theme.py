@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
-from analyses.theme import COLOURS, band
+from analyses.results.theme import COLOURS, band
 
 NONE = float("nan")
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from small import SMALL
 from tiny import native
 
-from analyses.result import Result
-from analyses.theme import NAMED, plain, shorten, token_label, visible
+from analyses.results.result import Result
+from analyses.results.theme import NAMED, plain, shorten, token_label, visible
 from analyses.tokens import joined, token_text, tokens_text
 from probes.store import ActivationStore
 

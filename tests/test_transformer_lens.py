@@ -10,8 +10,8 @@ from families import FAMILIES, make
 from reference import REFUSED
 from torch import nn
 
-from probes.models.base import Model
-from probes.models.transformer_lens import BridgedMap, TransformerLensModel
+from probes.models.backends.transformer_lens import BridgedMap, TransformerLensModel
+from probes.models.protocol import Model
 from probes.points import Address
 
 

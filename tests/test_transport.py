@@ -15,13 +15,14 @@ from stand_in import ThreadEngine
 from tiny import PROMPTS, native
 from torch import Tensor
 
-from probes import capture as capture_module
-from probes import forward as forward_module
-from probes.capture import capture, plan_capture
+from probes.capture import forward as forward_module
+from probes.capture import run as capture_module
+from probes.capture.needs import Need
+from probes.capture.run import capture, plan_capture
+from probes.device_to_host import HostEngine, HostRing, Lane, Parcel, StreamRing, Transport, aligned
 from probes.errors import StoreError
-from probes.needs import Need, Reducer
+from probes.reducers import Reducer
 from probes.store import ActivationStore
-from probes.transport import HostEngine, HostRing, Lane, Parcel, StreamRing, Transport, aligned
 
 
 def packets(n: int, largest: int = 3000) -> Iterator[tuple[int, Tensor]]:
@@ -268,7 +269,7 @@ def test_lens_rows_are_read_together(
     asynchronous: list[ThreadEngine], monkeypatch: pytest.MonkeyPatch, store: ActivationStore
 ) -> None:
     """One pass through the unembedding for all layers of a batch, not one a layer."""
-    from probes import outbox
+    from probes.capture import device_capture as outbox
 
     seen: list[int] = []
     original = outbox.reduce_rows

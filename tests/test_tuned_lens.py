@@ -7,9 +7,10 @@ import pytest
 import torch
 from tiny import native
 
-from probes import lens, tuned_lens
 from probes.errors import ProbeError
-from probes.models.native import NativeModel
+from probes.lenses import logit as lens
+from probes.lenses import tuned as tuned_lens
+from probes.models.backends.native import NativeModel
 
 D_MODEL = 32
 

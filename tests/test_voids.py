@@ -13,15 +13,15 @@ from families import make
 from tiny import PROMPTS
 
 from analyses.voids import Voids
-from analyses.voids.readout import fixed_exits
+from analyses.voids.early_exit import fixed_exits
 from analyses.voids.trace import apply_rule
-from probes import lens
-from probes.capture import capture, writes_of
+from probes.capture.needs import Need
+from probes.capture.run import capture, writes_of
 from probes.edits import NormGate, RandomGate, step_size
 from probes.errors import OptionError, PromptError
+from probes.lenses import logit as lens
 from probes.models import weights_digest
-from probes.models.native import NativeModel
-from probes.needs import Need
+from probes.models.backends.native import NativeModel
 from probes.points import Address
 from probes.prompts import Prompt
 from probes.store import ActivationStore

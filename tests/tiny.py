@@ -5,7 +5,7 @@ from __future__ import annotations
 from families import shared
 
 from probes.models import weights_digest
-from probes.models.native import NativeModel
+from probes.models.backends.native import NativeModel
 
 PROMPTS = [(5, 6, 7, 8), (9, 10), (11, 12, 13, 14, 15, 16, 17), (20,)]
 """Ragged prompts of token ids for the tiny models."""

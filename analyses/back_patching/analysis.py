@@ -28,17 +28,17 @@ from analyses.back_patching.grid import Cell, Held, Patched, Variant, cells_of, 
 from analyses.back_patching.planned import Plan, planned, rival
 from analyses.back_patching.profiles import PROFILES
 from analyses.back_patching.stages import Patchscope, critical_layers, projections, resolutions, stages
-from analyses.back_patching.words import names, verdicts
+from analyses.back_patching.verdicts import names, verdicts
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.interventions import Interventions, swept
 from analyses.options import option, validate
-from analyses.result import FigureSpec, ProfileSpec, Result
+from analyses.results.result import FigureSpec, ProfileSpec, Result
 from analyses.tasks.two_hop import sample
-from probes.activations import Activations
-from probes.capture import capture
+from probes.capture.activations import Activations
+from probes.capture.needs import Need
+from probes.capture.run import capture
 from probes.errors import OptionError, PromptError
-from probes.models.base import Model
-from probes.needs import Need
+from probes.models.protocol import Model
 from probes.points import Address
 from probes.progress import QUIET, Progress
 from probes.prompts import Field, Prompt, check_ids

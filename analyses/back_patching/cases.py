@@ -10,14 +10,15 @@ import torch
 
 from analyses.answers import Answer, answer_after
 from analyses.tasks.two_hop import TwoHop
-from probes import lens
-from probes.capture import capture
+from probes.capture.needs import Need
+from probes.capture.run import capture
 from probes.errors import PromptError
-from probes.models.base import Model
-from probes.needs import Need, Reducer
+from probes.lenses import logit as lens
+from probes.models.protocol import Model
 from probes.points import Address
 from probes.progress import Progress
 from probes.prompts import Prompt, tokenize
+from probes.reducers import Reducer
 from probes.store import ActivationStore
 
 LAST = Reducer(positions="last")

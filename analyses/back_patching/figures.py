@@ -8,8 +8,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analyses.result import FigureSpec, Tables
-from analyses.theme import COLOURS, SCALE, finish, whiskers
+from analyses.results.result import FigureSpec, Tables
+from analyses.results.theme import COLOURS, SCALE, finish, whiskers
 
 POSITIONS = {"t1": "t1: the entity's last token", "t2": "t2: the prompt's last token"}
 STAGES = {

@@ -14,9 +14,9 @@ from torch import Tensor
 from analyses.back_patching.cases import Case
 from analyses.interventions import swept
 from analyses.tokens import token_text
-from probes import lens
-from probes.models.base import Model
-from probes.resume import ROWS, Resumable
+from probes.blocks.cached_prompt import ROWS, Resumable
+from probes.lenses import logit as lens
+from probes.models.protocol import Model
 
 Cell = tuple[int, int]
 """(source layer, target layer); target -1 is the embedding."""

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from analyses.back_patching.cases import LAST, Case, firsts
-from probes import edits, lens
-from probes.activations import Activations
+from probes import edits
+from probes.blocks.cached_prompt import Resumable
+from probes.capture.activations import Activations
 from probes.edits import KnockOut
-from probes.models.base import Model
+from probes.lenses import logit as lens
+from probes.models.protocol import Model
 from probes.points import Address
 from probes.prompts import Prompt, tokenize
-from probes.resume import Resumable
 
 PATCHSCOPE = "Syria: Syria\nLeonardo DiCaprio: Leonardo DiCaprio\nSamsung: Samsung\nx:"
 """A prompt that names what stands before its last colon; the patched token is `x`."""

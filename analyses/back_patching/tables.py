@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analyses.statistics import cluster_bootstrap, wilson
+from analyses.results.statistics import cluster_bootstrap, wilson
 
 KEYS = ["position_name", "set"]
 

@@ -13,16 +13,16 @@ from analyses.cli.console import ConsoleProgress, say
 from analyses.cli.run import StoreDir
 from analyses.studies.cells import Cell, expand
 from analyses.studies.cost import costs, table
+from analyses.studies.definition import Study
 from analyses.studies.export import export_tables
 from analyses.studies.folder import StudyFolder
 from analyses.studies.local import processors, run_local
 from analyses.studies.parse import read_study
 from analyses.studies.run import Engine, StudyRun, run_study
 from analyses.studies.slurm import script
-from analyses.studies.study import Study
 from analyses.studies.units import units
-from probes.display import count
 from probes.errors import OptionError
+from probes.html_card import count
 from probes.store import ActivationStore, default_root
 
 CELLS_FAILED = 3

@@ -27,13 +27,14 @@ from analyses.cli.run import (
     Streamed,
     Trust,
 )
-from probes.capture import capture as run_capture
-from probes.capture import plan_capture
-from probes.display import count
-from probes.needs import Need, Reducer
+from probes.capture.dry_run import estimate, human
+from probes.capture.needs import Need
+from probes.capture.run import capture as run_capture
+from probes.capture.run import plan_capture
+from probes.html_card import count
 from probes.points import expand
-from probes.preflight import estimate, human
 from probes.prompts import read_prompts
+from probes.reducers import Reducer
 from probes.store import ActivationStore
 
 

@@ -19,11 +19,11 @@ from analyses.depth_use import DepthUse
 from analyses.latent_language import LatentLanguage
 from analyses.logit_lens import LogitLens
 from analyses.norm_removal import NormRemoval
-from analyses.rebuild import with_source
-from analyses.report import write_report
-from analyses.result import Result
+from analyses.results.report import write_report
+from analyses.results.result import Result
+from analyses.running.reproduce import with_source
 from analyses.voids import Voids
-from probes.display import count
+from probes.html_card import count
 from probes.models import load_model
 from probes.prompts import read_prompts
 from probes.store import ActivationStore

@@ -8,12 +8,12 @@ import typer
 
 from analyses.cli.console import say, warn
 from analyses.cli.run import Attention, Device, DType, Loading, Revision, Trust
-from probes.display import aligned, count, size
 from probes.errors import ModelError
+from probes.html_card import aligned, count, size
 from probes.models import BACKENDS, Model, fetch_model, list_models, model_info
-from probes.models.base import Identity
-from probes.models.parity import parity, table
-from probes.models.sources import ModelInfo
+from probes.models.protocol import Identity
+from probes.models.sources.locate import ModelInfo
+from probes.models.verify.parity import parity, table
 
 group = typer.Typer(help="Models at hand.", no_args_is_help=True)
 Ref = Annotated[str, typer.Argument(metavar="REF", help="A named model, a folder, a .gguf file, or a hub id.")]

@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from analyses.cli.console import say
-from analyses.report import write_report
-from analyses.result import Result
-from probes.display import count
+from analyses.results.report import write_report
+from analyses.results.result import Result
 from probes.errors import OptionError
+from probes.html_card import count
 
 MARK = "· Bathyscope</title>"
 """Stands near the beginning of every page that may be replaced."""

@@ -13,17 +13,17 @@ import typer
 
 from analyses.base import Analysis
 from analyses.cli.console import ConsoleProgress, say
-from analyses.cli.options import build, flags
-from analyses.output import check_output
-from analyses.rebuild import with_source
+from analyses.cli.option_flags import build, flags
 from analyses.registry import ANALYSES
-from probes.capture import plan_capture
-from probes.display import count
+from analyses.results.output_folder import check_output
+from analyses.running.reproduce import with_source
+from probes.capture.dry_run import estimate
+from probes.capture.run import plan_capture
 from probes.errors import OptionError
+from probes.html_card import count
 from probes.input_files import make_folder
 from probes.models import Model, load_model
 from probes.models.placement import parse_max_memory
-from probes.preflight import estimate
 from probes.prompts import PromptLine, read_prompts
 from probes.store import ActivationStore
 

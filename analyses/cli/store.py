@@ -11,11 +11,11 @@ import typer
 
 from analyses.cli.console import say
 from analyses.cli.run import StoreDir
-from analyses.theme import shorten
-from probes.display import aligned, count
+from analyses.results.theme import shorten
+from probes.capture.dry_run import human
 from probes.errors import OptionError
 from probes.foreign import import_datasets, import_vllm
-from probes.preflight import human
+from probes.html_card import aligned, count
 from probes.store import ActivationStore
 
 LISTED = ("model", "weights", "run by", "sequences", "features", "shards", "size", "last used (UTC)", "edits")

@@ -31,17 +31,17 @@ from analyses.communication_channels.task import (
 )
 from analyses.interventions import Interventions, Tally
 from analyses.options import option, validate
-from analyses.result import FigureSpec, ProfileSpec, Result
+from analyses.results.result import FigureSpec, ProfileSpec, Result
 from analyses.tokens import token_text
-from probes.composition import Heads, Kind
+from probes.capture.needs import Need
 from probes.errors import PointError
-from probes.head_weights import head_weights, rotary
-from probes.models.base import Model
-from probes.needs import Need
+from probes.models.protocol import Model
 from probes.points import Address
 from probes.progress import QUIET, Progress
 from probes.prompts import Field, Prompt
 from probes.store import ActivationStore
+from probes.weights.composition import Heads, Kind
+from probes.weights.head_weights import head_weights, rotary
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from analyses.answers import as_merged, forms
-from analyses.statistics import cluster_bootstrap
+from analyses.results.statistics import cluster_bootstrap
 from analyses.tasks.ioi import Ioi
-from probes import lens
-from probes.composition import Circuit, Heads
-from probes.models.base import Model, Write
+from probes.blocks.cached_prompt import Resumable
+from probes.lenses import logit as lens
+from probes.models.protocol import Model, Write
 from probes.points import Address
 from probes.prompts import tokenize
-from probes.resume import Resumable
+from probes.weights.composition import Circuit, Heads
 
 
 @dataclass(frozen=True, eq=False)

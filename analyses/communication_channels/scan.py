@@ -11,8 +11,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from probes import composition as comp
-from probes.composition import Circuit, Heads, Kind
+from probes.weights import composition as comp
+from probes.weights.composition import Circuit, Heads, Kind
 
 Null = Literal["analytic", "random"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from analyses.communication_channels import laundry
+from analyses.communication_channels import list_recall as laundry
 from analyses.communication_channels.edits import (
     Names,
     beaten,
@@ -23,14 +23,14 @@ from analyses.communication_channels.edits import (
 )
 from analyses.communication_channels.scan import PAIR, Scan, pair_circuits, ranked
 from analyses.interventions import Tally
-from analyses.statistics import cluster_bootstrap, wilson
+from analyses.results.statistics import cluster_bootstrap, wilson
 from analyses.tasks import ioi as tasks_ioi
-from analyses.tasks import laundry as tasks_laundry
-from probes import lens
-from probes.composition import Heads
+from analyses.tasks import laundry_list as tasks_laundry
 from probes.errors import OptionError
-from probes.models.base import Model
+from probes.lenses import logit as lens
+from probes.models.protocol import Model
 from probes.points import Address
+from probes.weights.composition import Heads
 
 ALPHAS = (-2.0, -1.0, 0.5, 2.0, 4.0)
 """Factors of the sweep of a component's size, beside 0 and 1."""

@@ -14,6 +14,7 @@ from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.concept_depth.causal import Causal, Check, causal_table
 from analyses.concept_depth.datasets import SETS, get_set, load_set
 from analyses.concept_depth.figures import FIGURES
+from analyses.concept_depth.labelled_prompts import FIELDS, LabelledSet, labelled_sets, noisy
 from analyses.concept_depth.probing import (
     Preset,
     Probed,
@@ -25,19 +26,19 @@ from analyses.concept_depth.probing import (
     scores_table,
 )
 from analyses.concept_depth.profiles import PROFILES
-from analyses.concept_depth.prompts import FIELDS, LabelledSet, labelled_sets, noisy
 from analyses.interventions import Interventions, swept
 from analyses.options import option, validate
-from analyses.result import FigureSpec, ProfileSpec, Result
-from probes.activations import Activations
-from probes.capture import capture
+from analyses.results.result import FigureSpec, ProfileSpec, Result
+from probes.capture.activations import Activations
+from probes.capture.needs import Need
+from probes.capture.run import capture
 from probes.errors import OptionError, PromptError
-from probes.linear import Kind
-from probes.models.base import Model
-from probes.models.quantised import fake_quantised
-from probes.needs import Need, Reducer
+from probes.linear.probing import Kind
+from probes.models.protocol import Model
+from probes.models.rounded_weights import fake_quantised
 from probes.progress import QUIET, Progress
 from probes.prompts import Field, Prompt, tokenize
+from probes.reducers import Reducer
 from probes.store import ActivationStore
 
 

@@ -13,16 +13,17 @@ from torch import Tensor
 
 from analyses.answers import answer_after, clash_note
 from analyses.concept_depth.probing import Probed
-from analyses.statistics import cluster_bootstrap
-from probes import lens
-from probes.capture import capture
+from analyses.results.statistics import cluster_bootstrap
+from probes.capture.needs import Need
+from probes.capture.run import capture
 from probes.edits import Edit, project_out
 from probes.errors import PromptError
-from probes.models.base import Model
-from probes.needs import Need, Reducer
+from probes.lenses import logit as lens
+from probes.models.protocol import Model
 from probes.points import Address
 from probes.progress import Progress
 from probes.prompts import Prompt
+from probes.reducers import Reducer
 from probes.store import ActivationStore
 
 LAST = Reducer(positions="last")

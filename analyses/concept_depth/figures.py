@@ -8,8 +8,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analyses.result import FigureSpec, Tables
-from analyses.theme import COLOURS, band, finish, whiskers
+from analyses.results.result import FigureSpec, Tables
+from analyses.results.theme import COLOURS, band, finish, whiskers
 
 RELATIVE = "relative depth (layer / number of layers)"
 GREY = "#777777"

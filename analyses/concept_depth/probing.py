@@ -10,14 +10,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analyses.concept_depth.prompts import LabelledSet
-from analyses.concept_depth.statistics import depth_row
-from analyses.statistics import RESAMPLES, cluster_bootstrap, cluster_means, percentiles
-from probes.activations import Activations
+from analyses.concept_depth.depth_of_curve import depth_row
+from analyses.concept_depth.labelled_prompts import LabelledSet
+from analyses.results.statistics import RESAMPLES, cluster_bootstrap, cluster_means, percentiles
+from probes.capture.activations import Activations
 from probes.errors import ProbeError
-from probes.linear import RELEASED, SOUND, Evaluation, Kind, Recipe, probe_layers
-from probes.needs import Reducer
+from probes.linear.probing import RELEASED, SOUND, Evaluation, Kind, Recipe, probe_layers
 from probes.points import Address
+from probes.reducers import Reducer
 
 Variant = Literal["plain", "text_noise", "int8", "int4"]
 Preset = Literal["sound", "released"]

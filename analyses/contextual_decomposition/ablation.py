@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from analyses.contextual_decomposition.cases import Case
+from probes.blocks.cached_prompt import Resumable
 from probes.decomposition import Baseline, Node
-from probes.models.base import Model, Write
+from probes.models.protocol import Model, Write
 from probes.points import Address
-from probes.resume import Resumable
 
 POSITIONS = 1024
 """Rows times positions of one block's forward."""

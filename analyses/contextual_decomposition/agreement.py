@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from analyses.contextual_decomposition.methods import NAMES
-from analyses.statistics import MIN_CLUSTERS, RESAMPLES, percentiles
+from analyses.results.statistics import MIN_CLUSTERS, RESAMPLES, percentiles
 
 Array = NDArray[np.float64]
 TOP = 10

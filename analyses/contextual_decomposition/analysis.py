@@ -12,7 +12,7 @@ from torch import Tensor
 
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.contextual_decomposition import costs
-from analyses.contextual_decomposition import study as steps
+from analyses.contextual_decomposition import phases as steps
 from analyses.contextual_decomposition import tables as tabulate
 from analyses.contextual_decomposition.agreement import agreement_notes, agreement_tables
 from analyses.contextual_decomposition.cases import Case, case_of, given_cases, made
@@ -20,15 +20,15 @@ from analyses.contextual_decomposition.circuit import Search
 from analyses.contextual_decomposition.faithfulness import faithfulness_table
 from analyses.contextual_decomposition.figures import FIGURES, PROFILES
 from analyses.contextual_decomposition.scores import Reading
-from analyses.contextual_decomposition.words import words_table
+from analyses.contextual_decomposition.word_relevance import words_table
 from analyses.interventions import Interventions
 from analyses.options import option, validate
-from analyses.result import FigureSpec, ProfileSpec, Result
+from analyses.results.result import FigureSpec, ProfileSpec, Result
 from analyses.tokens import tokens_text
+from probes.capture.needs import Need
 from probes.decomposition import PRESETS, Node, Rules, Source
 from probes.errors import PromptError
-from probes.models.base import Model
-from probes.needs import Need
+from probes.models.protocol import Model
 from probes.progress import QUIET, Progress
 from probes.prompts import Field, Prompt, check_ids, read_prompts
 from probes.store import ActivationStore

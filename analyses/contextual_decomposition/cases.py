@@ -15,7 +15,7 @@ from analyses.tasks import docstring, greater_than, ioi
 from analyses.tasks.item import Item
 from probes.decomposition import Baseline
 from probes.errors import PromptError
-from probes.models.base import Model
+from probes.models.protocol import Model
 from probes.points import Address
 from probes.prompts import Prompt, tokenize
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from analyses.contextual_decomposition.faithfulness import sizes_of
 from analyses.interventions import Interventions, swept
+from probes.blocks.rerouting import module_of
 from probes.decomposition import Node, head
 from probes.errors import OptionError
-from probes.models.base import Model
-from probes.models.blocks import module_of
+from probes.models.protocol import Model
 
 if TYPE_CHECKING:
     from analyses.contextual_decomposition.analysis import ContextualDecomposition

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from analyses.contextual_decomposition.cases import Case
+from probes.blocks.rerouting import module_of
 from probes.decomposition import Baseline, Decomposer, Rules
 from probes.decomposition import rules as rule
 from probes.decomposition.walk import Prepared
-from probes.models.base import Model
-from probes.models.blocks import module_of
-from probes.models.taps import tensor_of
+from probes.hooks.forward_hooks import tensor_of
+from probes.models.protocol import Model
 
 
 def attribution_patching(model: Model, case: Case, baseline: Baseline | None) -> Tensor:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from analyses.contextual_decomposition.ablation import Ablation
-from analyses.statistics import MIN_CLUSTERS, RESAMPLES, percentiles
+from analyses.results.statistics import MIN_CLUSTERS, RESAMPLES, percentiles
 from probes.decomposition import Node
 from probes.progress import QUIET, Progress
 

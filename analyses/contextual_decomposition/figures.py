@@ -10,8 +10,8 @@ from analyses.contextual_decomposition.agreement import STATISTICS, TOP
 from analyses.contextual_decomposition.figures_circuit import circuit, faithfulness
 from analyses.contextual_decomposition.methods import COLOUR, NAMES
 from analyses.contextual_decomposition.tables import layer_profile
-from analyses.result import FigureSpec, ProfileSpec, Tables
-from analyses.theme import finish, menu, token_label, whiskers
+from analyses.results.result import FigureSpec, ProfileSpec, Tables
+from analyses.results.theme import finish, menu, token_label, whiskers
 
 DIVERGING = "RdBu"
 PANELS = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from analyses.theme import COLOURS
+from analyses.results.theme import COLOURS
 
 NAMES = {
     "cdt": "CD-T", "ablation": "mean ablation", "attribution": "attribution patching", "direct": "direct attribution",

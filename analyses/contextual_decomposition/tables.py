@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from analyses.contextual_decomposition.circuit import Edge
-from analyses.statistics import cluster_bootstrap
+from analyses.results.statistics import cluster_bootstrap
 from probes.decomposition import Node
 
 Array = NDArray[np.float64]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from analyses.depth_use.blocks import Blocks, Chunk, Part
+from analyses.depth_use.clean_stream import Blocks, Chunk, Part
 from analyses.depth_use.columns import PerPrompt
 from analyses.depth_use.contributions import PARTS
 from analyses.depth_use.outputs import Outputs

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyses.statistics import quantiles
-from probes.activations import Activations
+from analyses.results.statistics import quantiles
+from probes.capture.activations import Activations
 from probes.points import Address
 
 TOKENS = 512

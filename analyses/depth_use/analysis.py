@@ -10,24 +10,24 @@ import pandas as pd
 
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.depth_use.alignment import alignment_table
-from analyses.depth_use.blocks import Part
+from analyses.depth_use.clean_stream import Part
 from analyses.depth_use.figures import FIGURES
 from analyses.depth_use.forwards import forwards
 from analyses.depth_use.maps import check_pair, map_table
+from analyses.depth_use.measurements import run_study
 from analyses.depth_use.profiles import PROFILES
 from analyses.depth_use.settings import Distance, Rule, Settings, SkipRule
-from analyses.depth_use.study import run_study
 from analyses.depth_use.tokens import check_answer_from
 from analyses.interventions import Interventions
 from analyses.options import option, validate
-from analyses.result import FigureSpec, ProfileSpec, Result
+from analyses.results.result import FigureSpec, ProfileSpec, Result
 from analyses.tokens import token_text
-from probes.activations import Activations
-from probes.capture import capture
+from probes.capture.activations import Activations
+from probes.capture.needs import Need
+from probes.capture.run import capture
 from probes.errors import PointError, PromptError
 from probes.models import load_model
-from probes.models.base import Model
-from probes.needs import Need
+from probes.models.protocol import Model
 from probes.progress import QUIET, Progress
 from probes.prompts import Field, Prompt
 from probes.store import ActivationStore

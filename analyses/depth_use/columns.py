@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyses.statistics import RESAMPLES, percentiles
+from analyses.results.statistics import RESAMPLES, percentiles
 
 Array = NDArray[np.float64]
 

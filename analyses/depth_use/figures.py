@@ -7,8 +7,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analyses.depth_use.figures_proxies import PROXY_FIGURES
-from analyses.result import FigureSpec, Tables
-from analyses.theme import COLOURS, SCALE, finish, menu, token_label, whiskers
+from analyses.results.result import FigureSpec, Tables
+from analyses.results.theme import COLOURS, SCALE, finish, menu, token_label, whiskers
 
 PART_NAMES = {"block": "whole block", "attn": "attention", "mlp": "MLP"}
 _VARIANT_NAMES = {

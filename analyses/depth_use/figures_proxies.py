@@ -8,8 +8,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analyses.result import FigureSpec, Tables
-from analyses.theme import COLOURS, SCALE, band, finish, whiskers
+from analyses.results.result import FigureSpec, Tables
+from analyses.results.theme import COLOURS, SCALE, band, finish, whiskers
 
 TARGETS = {
     "delta_ce_block": "loss without the block",

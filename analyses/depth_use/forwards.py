@@ -12,8 +12,8 @@ from analyses.depth_use.settings import Settings
 from analyses.depth_use.skips import positions_of
 from analyses.depth_use.tokens import erased_positions
 from analyses.depth_use.weights import normed_layers
-from probes.models.base import Model
-from probes.models.blocks import module_of
+from probes.blocks.rerouting import module_of
+from probes.models.protocol import Model
 from probes.prompts import Prompt
 
 Forwards = dict[str, int]

@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyses.statistics import cluster_bootstrap
-from probes.activations import Activations
+from analyses.results.statistics import cluster_bootstrap
+from probes.capture.activations import Activations
 from probes.errors import OptionError
-from probes.linear_maps import CrossMoments, relative_error
-from probes.models.base import Model
+from probes.linear.affine_maps import CrossMoments, relative_error
+from probes.models.protocol import Model
 from probes.points import Address
 
 HELD_OUT = 0.25

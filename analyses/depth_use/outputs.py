@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from analyses.depth_use.blocks import Chunk
-from probes.models.base import Model, Unembedding
-from probes.models.readout import logits_of
+from analyses.depth_use.clean_stream import Chunk
+from probes.models.protocol import Model, Unembedding
+from probes.models.unembedding import logits_of
 
 ROW_TILE = 128
 """Tokens whose logits are held at once."""

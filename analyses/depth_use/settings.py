@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from analyses.depth_use.blocks import Part
+from analyses.depth_use.clean_stream import Part
 from analyses.interventions import swept
 from probes.prompts import Prompt
 

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyses.depth_use.blocks import Blocks, Chunk, Part, on_blocks
+from analyses.depth_use.clean_stream import Blocks, Chunk, Part, on_blocks
 from analyses.depth_use.outputs import Outputs
 from analyses.depth_use.settings import Rule, Tick
-from probes.models.base import Model
-from probes.models.readout import logits_of
+from probes.models.protocol import Model
+from probes.models.unembedding import logits_of
 from probes.points import Address
 from probes.prompts import Prompt
 

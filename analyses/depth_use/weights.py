@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from analyses.depth_use.blocks import Chunk
+from analyses.depth_use.clean_stream import Chunk
 from probes.anatomy import Anatomy
-from probes.anatomy.structure import divisor_of
+from probes.anatomy.sites import divisor_of
 from probes.anatomy.views import Divisor
-from probes.models.quantised import rounded
+from probes.models.rounded_weights import rounded
 
 NORMS = ("ln1", "ln2")
 

@@ -17,6 +17,7 @@ from analyses.interventions import Interventions
 from analyses.latent_language import answers as own_answers
 from analyses.latent_language import swap
 from analyses.latent_language import tables as tabled
+from analyses.latent_language.extra_settings import Settings
 from analyses.latent_language.extras import EXTRAS, Extra, fitted_lens
 from analyses.latent_language.figures import FIGURES
 from analyses.latent_language.ids import Collide, Rule, SetRule
@@ -30,16 +31,15 @@ from analyses.latent_language.items import (
     with_controls,
 )
 from analyses.latent_language.profiles import PROFILES
-from analyses.latent_language.prompts import Form, Framing, Task, queries
 from analyses.latent_language.read import LAST, Reader, Reading, prefixes
-from analyses.latent_language.settings import Settings
+from analyses.latent_language.task_prompts import Form, Framing, Task, queries
 from analyses.latent_language.verdicts import verdicts
-from analyses.latent_language.words import read_words, shipped_words
+from analyses.latent_language.word_lists import read_words, shipped_words
 from analyses.options import option, validate
-from analyses.result import FigureSpec, ProfileSpec, Result
+from analyses.results.result import FigureSpec, ProfileSpec, Result
+from probes.capture.needs import Need
 from probes.errors import OptionError, PromptError
-from probes.models.base import Model
-from probes.needs import Need
+from probes.models.protocol import Model
 from probes.progress import QUIET, Progress
 from probes.prompts import Field, Prompt
 from probes.store import ActivationStore

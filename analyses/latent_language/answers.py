@@ -14,7 +14,7 @@ from analyses.latent_language.ids import after_quote
 from analyses.latent_language.items import Item
 from analyses.latent_language.read import Reading
 from analyses.tokens import token_text
-from probes.models.base import Model
+from probes.models.protocol import Model
 from probes.progress import Progress
 from probes.store import ActivationStore
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from analyses.latent_language.extra_settings import Settings
 from analyses.latent_language.ids import Rule
 from analyses.latent_language.items import Dropped, Item, culture_items, with_controls
 from analyses.latent_language.read import Reader, Reading
-from analyses.latent_language.settings import Settings
 from analyses.latent_language.tables import columns, interval
-from analyses.latent_language.words import CULTURE_LANGUAGES, CULTURES, shipped_questions
+from analyses.latent_language.word_lists import CULTURE_LANGUAGES, CULTURES, shipped_questions
 
 ASKED_IN = "ja"
 

@@ -10,16 +10,18 @@ import numpy as np
 import pandas as pd
 import torch
 
-from analyses.latent_language import culture, readout, similarity, swap
+from analyses.latent_language import culture, similarity, swap
+from analyses.latent_language import layer_writing as readout
+from analyses.latent_language.extra_settings import Settings
 from analyses.latent_language.items import Dropped
 from analyses.latent_language.read import Reader
-from analyses.latent_language.settings import Settings
 from analyses.latent_language.similarity import parallel_sentences
-from analyses.latent_language.words import shipped_words
-from probes import tuned_lens
-from probes.needs import ROWS, Need
+from analyses.latent_language.word_lists import shipped_words
+from probes.capture.needs import Need
+from probes.lenses import tuned as tuned_lens
 from probes.points import Address
 from probes.prompts import tokenize
+from probes.reducers import ROWS
 
 Extra = Literal["culture", "similarity", "swap", "readout"]
 Made = tuple[dict[str, pd.DataFrame], list[Dropped]]

@@ -8,8 +8,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analyses.result import FigureSpec, Tables
-from analyses.theme import COLOURS, SCALE, band, finish
+from analyses.results.result import FigureSpec, Tables
+from analyses.results.theme import COLOURS, SCALE, band, finish
 
 LANGUAGE_COLOURS = dict(zip(("en", "fr", "zh", "ja", "de", "es", "ru", "it"), COLOURS, strict=True))
 CONTROL = "#8c8c8c"

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from analyses.latent_language.ids import Collide, Rule, Sets, after_quote, resolve, shuffled_controls
-from analyses.latent_language.prompts import Framing, Query, culture_prompt
-from analyses.latent_language.words import CULTURE_LANGUAGES, CULTURES, Question
+from analyses.latent_language.task_prompts import Framing, Query, culture_prompt
+from analyses.latent_language.word_lists import CULTURE_LANGUAGES, CULTURES, Question
 from probes.errors import PromptError
-from probes.models.base import Model
+from probes.models.protocol import Model
 from probes.prompts import Prompt, tokenize
 
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from analyses.latent_language.ids import Tokens
-from probes import lens
-from probes.models.base import Unembedding
+from probes.lenses import logit as lens
+from probes.models.protocol import Unembedding
 
 ID_COLUMNS = 16
 """Token columns gathered at once, which bounds memory."""

@@ -13,13 +13,14 @@ from torch import Tensor
 from analyses.latent_language.ids import Tokens
 from analyses.latent_language.items import Item
 from analyses.latent_language.measures import chosen_logprobs, event_probability, token_energy
-from probes import lens
-from probes.activations import Activations
-from probes.capture import capture
-from probes.models.base import Model
-from probes.needs import Need, Reducer
+from probes.capture.activations import Activations
+from probes.capture.needs import Need
+from probes.capture.run import capture
+from probes.lenses import logit as lens
+from probes.models.protocol import Model
 from probes.points import Address
 from probes.progress import Progress
+from probes.reducers import Reducer
 from probes.store import ActivationStore
 
 LAST = Reducer(positions="last")

@@ -10,14 +10,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from analyses.latent_language.extra_settings import Settings
 from analyses.latent_language.items import Dropped
 from analyses.latent_language.read import Reader
-from analyses.latent_language.settings import Settings
 from analyses.latent_language.tables import interval
-from analyses.latent_language.words import Word, shipped_words
-from probes.needs import Need, Reducer
+from analyses.latent_language.word_lists import Word, shipped_words
+from probes.capture.needs import Need
 from probes.points import Address
 from probes.prompts import tokenize
+from probes.reducers import Reducer
 
 MIN_SENTENCES = 12
 """Fewest sentences compared, so that finding a translation by chance is rare."""

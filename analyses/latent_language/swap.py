@@ -10,18 +10,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from analyses.latent_language.extra_settings import Settings
 from analyses.latent_language.ids import Rule
 from analyses.latent_language.items import Dropped, prompt_tokens
-from analyses.latent_language.prompts import Query, queries
 from analyses.latent_language.read import LAST, Reader
-from analyses.latent_language.settings import Settings
 from analyses.latent_language.tables import interval
-from analyses.latent_language.words import Word, read_words, shipped_words
-from probes import lens
-from probes.models.base import Model
-from probes.needs import Need
+from analyses.latent_language.task_prompts import Query, queries
+from analyses.latent_language.word_lists import Word, read_words, shipped_words
+from probes.blocks.cached_prompt import Resumable
+from probes.capture.needs import Need
+from probes.lenses import logit as lens
+from probes.models.protocol import Model
 from probes.points import Address
-from probes.resume import Resumable
 
 N_SHOT = 2
 FIXED = ("none", "shift", "whole")

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from analyses.latent_language.items import Item
 from analyses.latent_language.measures import area, crossover
 from analyses.latent_language.read import Reading
-from analyses.statistics import MIN_CLUSTERS, Interval, cluster_bootstrap, wilson
+from analyses.results.statistics import MIN_CLUSTERS, Interval, cluster_bootstrap, wilson
 from analyses.tokens import token_text
-from probes.models.base import Model
+from probes.models.protocol import Model
 
 Ci = Literal["bootstrap", "gauss95"]
 LEAD = 0.01

@@ -16,16 +16,17 @@ from analyses.logit_lens.curve import curve
 from analyses.logit_lens.figures import FIGURES
 from analyses.logit_lens.profiles import PROFILES
 from analyses.options import option, validate
-from analyses.result import FigureSpec, ProfileSpec, Result
+from analyses.results.result import FigureSpec, ProfileSpec, Result
 from analyses.tokens import token_text
-from probes import lens
-from probes.activations import Activations
-from probes.capture import capture
-from probes.models.base import Model
-from probes.needs import ROWS, Need, Reducer
+from probes.capture.activations import Activations
+from probes.capture.needs import Need
+from probes.capture.run import capture
+from probes.lenses import logit as lens
+from probes.models.protocol import Model
 from probes.points import Address
 from probes.progress import QUIET, Progress
 from probes.prompts import Field, Prompt
+from probes.reducers import ROWS, Reducer
 from probes.store import ActivationStore
 
 CHUNK = 32

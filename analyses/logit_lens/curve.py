@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from analyses.profiles import mean_by_layer
+from analyses.results.profiles import mean_by_layer
 
 ROWS = ["prompt", "position"]
 MEASURES = ("agrees", "chance_agrees", "entropy_bits", "kl_to_final", "final_logprob")

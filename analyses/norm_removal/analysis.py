@@ -18,13 +18,13 @@ from analyses.norm_removal.measured import needs, switches_of
 from analyses.norm_removal.removal import Plan, most_forwards, remove
 from analyses.norm_removal.training import Setting
 from analyses.options import option, validate
-from analyses.result import FigureSpec, ProfileSpec, Result
-from probes.activations import Activations
-from probes.capture import capture
+from analyses.results.result import FigureSpec, ProfileSpec, Result
+from probes.blocks.rerouting import module_of
+from probes.capture.activations import Activations
+from probes.capture.needs import Need
+from probes.capture.run import capture
 from probes.errors import OptionError, PointError, PromptError
-from probes.models.base import Model
-from probes.models.blocks import module_of
-from probes.needs import Need
+from probes.models.protocol import Model
 from probes.norms import norms_of
 from probes.progress import QUIET, Progress
 from probes.prompts import Field, Prompt

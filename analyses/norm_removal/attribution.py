@@ -16,7 +16,7 @@ from torch import Tensor
 
 from analyses.depth_use.columns import PerPrompt, resampled
 from analyses.norm_removal.measured import Measured
-from analyses.statistics import percentiles
+from analyses.results.statistics import percentiles
 from probes.anatomy.constant_norm import ConstantNorm
 from probes.edits.weights import matrix
 from probes.norms import NormParts, parts_of

@@ -11,8 +11,8 @@ from analyses.norm_removal.attribution import attribution_tables
 from analyses.norm_removal.freezing import FirstScale, FreezeEffects, Source, mean_scales, sweep
 from analyses.norm_removal.measured import Measured, has
 from analyses.norm_removal.neurons import Ablations, candidates, rank
-from analyses.norm_removal.profile import scale_table, sink_table, stream_table
-from probes.activations import Activations
+from analyses.norm_removal.scale_tables import scale_table, sink_table, stream_table
+from probes.capture.activations import Activations
 from probes.errors import PointError
 from probes.norms import NormSite, Scale
 from probes.progress import Progress

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from analyses.statistics import cluster_bootstrap
+from analyses.results.statistics import cluster_bootstrap
 
 BINS = 10
 """Bins of equal width for the calibration error."""

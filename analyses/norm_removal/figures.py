@@ -8,8 +8,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analyses.norm_removal.figures_training import TRAINING_FIGURES
-from analyses.result import FigureSpec, ProfileSpec, Tables
-from analyses.theme import COLOURS, SCALE, finish, menu, whiskers
+from analyses.results.result import FigureSpec, ProfileSpec, Tables
+from analyses.results.theme import COLOURS, SCALE, finish, menu, whiskers
 
 NAMES = {
     "attn": "attention's norm", "qk": "queries and keys only", "v": "values only", "mlp": "MLP's norm", "final": "final norm",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import plotly.graph_objects as go
 
-from analyses.result import FigureSpec, Tables
-from analyses.theme import COLOURS, finish, whiskers
+from analyses.results.result import FigureSpec, Tables
+from analyses.results.theme import COLOURS, finish, whiskers
 
 VARIANTS = {
     "original": "original",

@@ -11,11 +11,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analyses.depth_use.blocks import Blocks, on_blocks
+from analyses.depth_use.clean_stream import Blocks, on_blocks
 from analyses.depth_use.columns import PerPrompt, interval
 from analyses.norm_removal.measured import Measured, Part, batched
-from probes import lens
-from probes.models.base import Unembedding
+from probes.lenses import logit as lens
+from probes.models.protocol import Unembedding
 from probes.norms import NormSite, Scale, Switches
 from probes.progress import Progress
 

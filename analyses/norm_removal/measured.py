@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from analyses.depth_use.blocks import Blocks, on_blocks
+from analyses.depth_use.clean_stream import Blocks, on_blocks
 from analyses.depth_use.columns import PerPrompt
-from probes import lens
-from probes.activations import Activations
-from probes.models.base import Model, Unembedding
-from probes.models.blocks import module_of
-from probes.needs import Need
+from probes.blocks.rerouting import module_of
+from probes.capture.activations import Activations
+from probes.capture.needs import Need
+from probes.lenses import logit as lens
+from probes.models.protocol import Model, Unembedding
 from probes.norms import Kind, NoNormError, NormSite, Rows, Switches
 from probes.points import Address
 from probes.prompts import Batch, batches

@@ -16,9 +16,9 @@ from torch import Tensor
 from analyses.depth_use.columns import PerPrompt, interval
 from analyses.norm_removal.attribution import read_out, rows_of
 from analyses.norm_removal.measured import Measured, Part
-from probes import lens
 from probes.edits.weights import matrix
-from probes.models.base import Unembedding
+from probes.lenses import logit as lens
+from probes.models.protocol import Unembedding
 from probes.points import Address
 from probes.progress import Progress
 

@@ -16,12 +16,12 @@ from analyses.norm_removal.schedule import Schedule, get_schedule
 from analyses.norm_removal.text import Blocks, make_blocks
 from analyses.norm_removal.training import Setting, Trained, copy_of, train
 from probes.anatomy import Anatomy
+from probes.blocks.rerouting import module_of
 from probes.errors import OptionError, TrainingError
-from probes.models.base import Model
-from probes.models.blocks import module_of
-from probes.models.digest import weights_digest
-from probes.models.native import NativeModel
-from probes.models.quiet import quiet
+from probes.models.backends.native import NativeModel
+from probes.models.protocol import Model
+from probes.models.silence_loggers import quiet
+from probes.models.sources.digest import weights_digest
 from probes.norms import Scale, Switches, absorb, make_constant, make_large_eps
 from probes.progress import Progress
 

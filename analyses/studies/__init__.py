@@ -1,12 +1,12 @@
 """Studies: models x prompt sets x analyses x options x seeds, run once each, on one machine or on a cluster."""
 
 from analyses.studies.cells import Cell, expand
+from analyses.studies.definition import AnalysisSpec, ModelSpec, Override, PromptSet, Study
 from analyses.studies.folder import StudyFolder
 from analyses.studies.local import run_local
 from analyses.studies.origin import StudyError
 from analyses.studies.parse import read_study
 from analyses.studies.run import StudyRun, run_study
-from analyses.studies.study import AnalysisSpec, ModelSpec, Override, PromptSet, Study
 
 __all__ = [
     "AnalysisSpec",

@@ -14,10 +14,10 @@ from analyses.base import Analysis
 from analyses.options import types_of
 from analyses.registry import get_analysis
 from analyses.studies import fingerprint
+from analyses.studies.cell_options import Setting, make
 from analyses.studies.checks import check_lines, check_names, located
-from analyses.studies.options import Setting, make
+from analyses.studies.definition import AnalysisSpec, ModelSpec, PromptSet, Study
 from analyses.studies.origin import fault
-from analyses.studies.study import AnalysisSpec, ModelSpec, PromptSet, Study
 from probes.prompts import PromptLine
 
 MAX_CELLS = 10_000

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from analyses.registry import get_analysis
+from analyses.studies.definition import AnalysisSpec, ModelSpec, PromptSet, Study
 from analyses.studies.origin import Key, Origin, StudyError, fault
-from analyses.studies.study import AnalysisSpec, ModelSpec, PromptSet, Study
 from probes.errors import UserError, unknown
-from probes.models.handover import BACKENDS
+from probes.models.interop import BACKENDS
 from probes.models.load import ATTENTIONS, DTYPES
 from probes.prompts import FieldCheck, PromptLine, check_fields
 

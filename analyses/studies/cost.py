@@ -6,15 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from analyses.studies.cells import Cell
+from analyses.studies.run_cells import Loaded
 from analyses.studies.sharing import Want, plans, want, writes
 from analyses.studies.units import Unit
-from analyses.studies.work import Loaded
-from probes.display import count
+from probes.capture.dry_run import PROBE_SECONDS, DeviceSpeed, estimate, human, measured_speed
+from probes.capture.forward import axis_sizes, row_size
+from probes.capture.needs import CapturePlan
 from probes.errors import UserError
-from probes.forward import axis_sizes, row_size
-from probes.models.base import Model
-from probes.needs import CapturePlan
-from probes.preflight import PROBE_SECONDS, DeviceSpeed, estimate, human, measured_speed
+from probes.html_card import count
+from probes.models.protocol import Model
 from probes.store import ActivationStore
 
 

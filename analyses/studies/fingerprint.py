@@ -9,8 +9,8 @@ from typing import Any
 
 import xxhash
 
-from analyses.studies.study import ModelSpec
-from probes.models.sources import Located, locate
+from analyses.studies.definition import ModelSpec
+from probes.models.sources.locate import Located, locate
 from probes.prompts import PromptLine
 
 

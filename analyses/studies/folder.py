@@ -12,10 +12,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from analyses import exchange
-from analyses.output import entries
+from analyses.results import exchange
+from analyses.results.output_folder import entries
 from analyses.studies.cells import Cell
-from analyses.studies.study import Study
+from analyses.studies.definition import Study
 from probes.errors import OptionError
 
 

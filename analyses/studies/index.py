@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from analyses.result import Result
+from analyses.results.result import Result
 from analyses.studies.cells import Cell, shown
 from analyses.studies.folder import StudyFolder
 

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+from analyses.studies.definition import ModelSpec
 from analyses.studies.folder import StudyFolder
-from analyses.studies.study import ModelSpec
+from analyses.studies.run_cells import Event, Loaded, Outcome, Started, run_unit
 from analyses.studies.units import Unit, take
-from analyses.studies.work import Event, Loaded, Outcome, Started, run_unit
 from probes.store import ActivationStore
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-PRELOADED = ("analyses.studies.work", "probes.models.native", "transformers.models.auto.modeling_auto")
+PRELOADED = ("analyses.studies.run_cells", "probes.models.backends.native", "transformers.models.auto.modeling_auto")
 """Imported once, by the process that workers are forked from; it touches no device."""
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from analyses.studies.definition import AnalysisSpec, ModelSpec, Override, PromptSet, Study
 from analyses.studies.fields import Table
 from analyses.studies.origin import Origin, StudyError, fault
-from analyses.studies.study import AnalysisSpec, ModelSpec, Override, PromptSet, Study
 from probes.errors import one_line, shown
 from probes.input_files import kind_of, read_text
 from probes.strict_json import JsonFault, check_tree

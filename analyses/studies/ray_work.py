@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from analyses.studies.cells import Cell
+from analyses.studies.definition import ModelSpec
 from analyses.studies.folder import StudyFolder
+from analyses.studies.run_cells import Event, Loaded, failed, load, run_cell
 from analyses.studies.sharing import plans, wants
-from analyses.studies.study import ModelSpec
-from analyses.studies.work import Event, Loaded, failed, load, run_cell
-from probes.capture import capture
-from probes.forward import axis_sizes, batch_tokens_of, row_size
-from probes.needs import Feature, Need
-from probes.preflight import block_parameters
+from probes.capture.dry_run import block_parameters
+from probes.capture.forward import axis_sizes, batch_tokens_of, row_size
+from probes.capture.needs import Feature, Need
+from probes.capture.run import capture
 from probes.prompts import batches
 from probes.store import ActivationStore, Outbox
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pandas as pd
 
 from analyses.studies.cells import Cell, expand
+from analyses.studies.definition import Study
 from analyses.studies.export import write_tables
 from analyses.studies.folder import StudyFolder, write
 from analyses.studies.index import build, curves
-from analyses.studies.report import render
-from analyses.studies.study import Study
+from analyses.studies.run_cells import Captured, Event, Outcome
+from analyses.studies.study_page import render
 from analyses.studies.units import Unit, units
-from analyses.studies.work import Captured, Event, Outcome
-from probes.display import count
+from probes.html_card import count
 from probes.progress import QUIET, Progress
 
 Engine = Callable[[Sequence[Unit], StudyFolder], Iterable[tuple[Unit, Event]]]

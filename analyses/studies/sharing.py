@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from analyses.studies.cells import Cell
-from probes.capture import plan_capture
-from probes.models.base import Model
-from probes.needs import CapturePlan, Need
+from probes.capture.needs import CapturePlan, Need
+from probes.capture.run import plan_capture
+from probes.models.protocol import Model
 from probes.store import ActivationStore
 
 Tokens = tuple[int, ...]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from analyses.studies.units import Unit
-from probes.display import count
-from probes.preflight import human
+from probes.capture.dry_run import human
+from probes.html_card import count
 
 HEADROOM = 3
 """Memory asked for, in sizes of the weights on disk, beside a constant for the libraries."""

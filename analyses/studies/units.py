@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from analyses.studies.cells import Cell
-from analyses.studies.study import ModelSpec
+from analyses.studies.definition import ModelSpec
 
 
 @dataclass(frozen=True)

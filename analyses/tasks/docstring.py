@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from analyses.tasks.item import Item, Keeps
-from analyses.tasks.words import usable
+from analyses.tasks.usable_words import usable
 
 WORDS = (
     "files", "name", "size", "state", "shape", "option", "load", "page", "user", "index", "color", "title", "value",

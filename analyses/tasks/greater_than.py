@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from analyses.tasks.item import Item, Keeps
-from analyses.tasks.words import usable
+from analyses.tasks.usable_words import usable
 
 EVENTS = (
     "war", "reign", "siege", "drought", "voyage", "festival", "strike", "exile", "truce", "famine", "journey", "trial",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analyses.tasks.item import Item, Keeps
-from analyses.tasks.words import usable
+from analyses.tasks.usable_words import usable
 
 NAMES = (
     "Mary", "John", "Tom", "Anna", "Paul", "Lisa", "Mark", "Kate", "Peter", "Laura", "James", "Emma", "David", "Sarah",

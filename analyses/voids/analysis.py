@@ -14,22 +14,23 @@ from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.generation import Decoding, respond
 from analyses.interventions import Interventions
 from analyses.options import option, validate
-from analyses.result import FigureSpec, ProfileSpec, Result
+from analyses.results.result import FigureSpec, ProfileSpec, Result
 from analyses.scoring import check_answer, check_choices, score_choices
 from analyses.voids import tables as voids_tables
+from analyses.voids.early_exit import LAST, Masked, Reader, Tokens, run_masked
 from analyses.voids.figures import FIGURES
 from analyses.voids.profiles import PROFILES
-from analyses.voids.readout import LAST, Masked, Reader, Tokens, run_masked
 from analyses.voids.trace import Item, Trace, apply_rule, batch_threshold, token_frame
-from probes.activations import Activations
-from probes.capture import capture
+from probes.capture.activations import Activations
+from probes.capture.needs import Need
+from probes.capture.run import capture
 from probes.edits import Delta, Edit, NormGate, step_size
 from probes.errors import OptionError
-from probes.models.base import Model
-from probes.needs import ROWS, Need, Reducer
+from probes.models.protocol import Model
 from probes.points import Address
 from probes.progress import QUIET, Progress
 from probes.prompts import Field, Prompt
+from probes.reducers import ROWS, Reducer
 from probes.store import ActivationStore
 
 NORM = Reducer("norm")

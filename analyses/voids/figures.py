@@ -8,8 +8,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analyses.result import FigureSpec, Tables
-from analyses.theme import COLOURS, finish, menu, shorten, token_label, whiskers
+from analyses.results.result import FigureSpec, Tables
+from analyses.results.theme import COLOURS, finish, menu, shorten, token_label, whiskers
 from analyses.tokens import joined
 
 SHOWN = 40

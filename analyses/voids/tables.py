@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from analyses.statistics import cluster_bootstrap
+from analyses.results.statistics import cluster_bootstrap
 from analyses.tokens import token_text
-from analyses.voids.readout import Readings
+from analyses.voids.early_exit import Readings
 from analyses.voids.trace import Trace
-from probes.models.base import Model
+from probes.models.protocol import Model
 
 
 def activity(frame: pd.DataFrame, trace: Trace) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from analyses.tokens import token_text
 from probes.edits import RunningGate
-from probes.models.base import Model
+from probes.models.protocol import Model
 from probes.prompts import Prompt
 
 

@@ -27,7 +27,7 @@ def work(folder: Path, closing: threading.Event, interrupt: Interrupt | None = N
     interrupt = interrupt or Interrupt()
     try:
         progress = JobProgress(folder, closing)
-        from app.jobs.work import do
+        from app.jobs.execute import do
 
         with interrupt.during(folder):
             answer = do(read_request(folder), progress)
@@ -52,7 +52,7 @@ def work(folder: Path, closing: threading.Event, interrupt: Interrupt | None = N
 
 def _drop_model() -> None:
     """A model that was stopped in the middle of a forward may keep a hook of it: the next job loads it anew."""
-    from app.jobs.work import drop_model
+    from app.jobs.execute import drop_model
 
     drop_model()
 

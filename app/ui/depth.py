@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analyses.theme import band, finish
+from analyses.results.theme import band, finish
 from app.saved import Profile
 from app.ui.theme import INK, LINE, SELECTED
 

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.axes import axes_of, is_position, layer_step, reference
-from analyses.result import Result, Tables
+from analyses.results.axes import axes_of, is_position, layer_step, reference
+from analyses.results.result import Result, Tables
 from app.selection import Selection, narrowed
 from app.ui.window import WIDTH, first_shown, is_long, longest, windowed
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import streamlit as st
 
 from analyses.registry import get_analysis
-from analyses.result import Result
+from analyses.results.result import Result
 from app.saved import Run
 from app.selection import Selection, current, select
 from app.ui import selector

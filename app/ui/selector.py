@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 import streamlit as st
 
-from analyses.result import Result
+from analyses.results.result import Result
 from app.selection import HEADS, KINDS, clear, current, select, settle
 
 HELP = {

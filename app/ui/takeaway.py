@@ -12,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
-from analyses.result import Result
+from analyses.results.result import Result
 from app.places import store_root
 from app.saved import Run
 from app.ui.figures import data_of
@@ -67,7 +67,7 @@ def _image(make: Callable[[], go.Figure], kind: str) -> bytes:
 
 def rebuild(run: Run, result: Result) -> None:
     """The command line and the Python that make a run again, and the store keys it read."""
-    from analyses import rebuild as text
+    from analyses.running import reproduce as text
 
     folder = Path("runs") / run.name
     with st.expander("Make this run again", icon=":material/terminal:", key=f"rebuild:{run.name}"):

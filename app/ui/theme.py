@@ -7,7 +7,7 @@ from typing import Any
 import plotly.graph_objects as go
 import streamlit as st
 
-from analyses.theme import COLOURS
+from analyses.results.theme import COLOURS
 
 DARK = {
     "#000000": "#d0d0d0",

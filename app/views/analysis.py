@@ -7,7 +7,7 @@ from pathlib import Path
 import streamlit as st
 
 from analyses.base import Analysis
-from app import catalogue
+from app import offered as catalogue
 from app.jobs.protocol import Request
 from app.jobs.queue import queue
 from app.saved import Run, open_run, saved_runs

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pandas as pd
 import streamlit as st
 
-from app import catalogue
+from app import offered as catalogue
 from app.places import runs_root
 from app.saved import Profile, Run, open_run, profiles_of, saved_runs
 from app.selection import Selection, current, narrowed, select

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from app import catalogue
+from app import offered as catalogue
 from app.jobs.protocol import Request
 from app.jobs.queue import queue
 from app.saved import saved_runs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import streamlit as st
 
-from app import catalogue
+from app import offered as catalogue
 from app.places import runs_root
 from app.saved import Profile, Run, delete_run, open_run, profiles_of, saved_runs
 from app.selection import current

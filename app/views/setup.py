@@ -14,12 +14,12 @@ from app.places import run_folder, run_name, store_root
 from app.prompt_sets import PromptSet
 from app.saved import Run, saved_runs
 from app.ui.keep import begin
-from app.ui.options import draw_options, set_options
+from app.ui.option_widgets import draw_options, set_options
 from app.ui.prompts import draw_prompts
 from app.ui.words import plural
 from probes.errors import OptionError, UserError
 from probes.models import list_models
-from probes.models.handover import BACKENDS
+from probes.models.interop import BACKENDS
 from probes.models.load import ATTENTIONS, DTYPES
 
 DEFAULT = "smollm2-135m"

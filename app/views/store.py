@@ -8,8 +8,8 @@ import streamlit as st
 from analyses.cli.store import parse_size
 from app.places import store_root
 from app.ui.takeaway import table_downloads
+from probes.capture.dry_run import human
 from probes.errors import UserError
-from probes.preflight import human
 from probes.store import ActivationStore
 
 

@@ -2,7 +2,7 @@
 
 from probes.anatomy.layouts import Layout, joint_layouts
 from probes.anatomy.mapping import ArchitectureMap, map_of
-from probes.anatomy.structure import Anatomy, Kind, anatomy_of
+from probes.anatomy.sites import Anatomy, Kind, anatomy_of
 from probes.anatomy.views import Site, View
 
 __all__ = ["Anatomy", "ArchitectureMap", "Kind", "Layout", "Site", "View", "anatomy_of", "joint_layouts", "map_of"]

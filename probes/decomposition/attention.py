@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from probes.anatomy import Anatomy
 from probes.decomposition.rules import Scoring
-from probes.models.attention import Attended, watched
-from probes.models.recording import attention_layers
-from probes.models.taps import Stop
+from probes.hooks.attention_probabilities import Attended, watched
+from probes.hooks.forward_hooks import Stop
+from probes.models.verify.recording import attention_layers
 
 
 @contextmanager

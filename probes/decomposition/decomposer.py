@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
+from probes.blocks.rerouting import module_of
 from probes.decomposition.attention import Rotation, rotation_of, scoring_of
+from probes.decomposition.final_norm import Readout, readout_of
+from probes.decomposition.operations import Structure, structure_of
 from probes.decomposition.operators import tolerance
-from probes.decomposition.readout import Readout, readout_of
 from probes.decomposition.rules import PRESETS, Attending, Rules, by_heads, mix
 from probes.decomposition.sources import Baseline, Source, check, groups
-from probes.decomposition.structure import Structure, structure_of
 from probes.decomposition.trace import Trace, trace
 from probes.decomposition.walk import Prepared, Visit, Walk, head_normed
 from probes.errors import OptionError, PointError, unknown
-from probes.models.base import Model
-from probes.models.blocks import module_of
-from probes.models.recording import deviation
+from probes.models.protocol import Model
+from probes.models.verify.recording import deviation
 from probes.points import Address
 
 ROWS = 1024

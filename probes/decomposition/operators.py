@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from probes.decomposition.rules import Linear, Norm
 from probes.edits.weights import matrix
 from probes.errors import PointError
-from probes.models.recording import deviation
+from probes.models.verify.recording import deviation
 
 Activation = Callable[[Tensor], Tensor]
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
+from probes.blocks.rerouting import module_of
 from probes.decomposition.attention import Call, heard
 from probes.decomposition.operators import working
 from probes.errors import PointError, PromptError
-from probes.models.attention import Attended
-from probes.models.base import Model
-from probes.models.blocks import module_of
-from probes.models.taps import tensor_of
+from probes.hooks.attention_probabilities import Attended
+from probes.hooks.forward_hooks import tensor_of
+from probes.models.protocol import Model
 
 _PARTS = (
     *("block", "ln1", "ln1_post", "ln2", "ln2_post", "attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o"),

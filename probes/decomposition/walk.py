@@ -11,9 +11,9 @@ from torch import Tensor
 
 from probes.decomposition import rules as rule
 from probes.decomposition.attention import Rotation
+from probes.decomposition.operations import Block, Dense, Structure
 from probes.decomposition.rules import Attending, Linear, Norm, Rules, Scoring
 from probes.decomposition.sources import Baseline, Kind, Placing, Source, first_layer, first_position, placings
-from probes.decomposition.structure import Block, Dense, Structure
 from probes.decomposition.trace import Trace
 from probes.points import Address
 

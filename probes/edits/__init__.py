@@ -1,9 +1,9 @@
 """Interventions as data: frozen values that any backend applies and that enter a store key."""
 
 from probes.edits.attention import KnockOut
-from probes.edits.base import Edit, Scope, altered, decoding_writes, generate, logits, read, resolve, writes_of
-from probes.edits.gates import Delta, GateRecord, NormGate, RandomGate, RunningGate, step_size
-from probes.edits.paths import BlockPath, repeat, skip
+from probes.edits.block_order import BlockPath, repeat, skip
+from probes.edits.edit import Edit, Scope, altered, decoding_writes, generate, logits, read, resolve, writes_of
+from probes.edits.norm_gates import Delta, GateRecord, NormGate, RandomGate, RunningGate, step_size
 from probes.edits.points import Add, Coefficients, PointEdit, Replace, Scale, project_out
 from probes.edits.values import Source, Values
 from probes.edits.weights import HeadWriteEdit

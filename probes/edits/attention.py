@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from probes.edits.base import Scope
+from probes.edits.edit import Scope
 from probes.errors import OptionError, PointError, unknown
-from probes.models.base import Shape, Write
+from probes.models.protocol import Shape, Write
 from probes.points import Address
 from probes.prompts import select
 

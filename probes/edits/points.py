@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from probes.edits.base import Edit, Scope
+from probes.edits.edit import Edit, Scope
 from probes.edits.values import Source, Values
 from probes.errors import OptionError, PointError, unknown
-from probes.models.base import Model, Shape, Write
+from probes.models.protocol import Model, Shape, Write
 from probes.points import POINTS, Address
 from probes.prompts import select
 

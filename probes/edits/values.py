@@ -10,7 +10,7 @@ import xxhash
 from torch import Tensor
 
 from probes.errors import PromptError
-from probes.models.base import Model
+from probes.models.protocol import Model
 from probes.points import POINTS, Address
 
 

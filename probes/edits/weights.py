@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from probes.blocks.rerouting import module_of
 from probes.edits.values import Values
 from probes.errors import PointError
-from probes.models.base import Model, Shape, Write
-from probes.models.blocks import module_of
+from probes.models.protocol import Model, Shape, Write
 from probes.points import Address
 
 

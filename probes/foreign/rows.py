@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probes.capture.needs import Feature
 from probes.errors import StoreError, shown
-from probes.needs import Feature
 from probes.points import POINTS, Address
 from probes.store import ActivationStore, Packet, Ragged
 from probes.strict_json import text_fault

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from probes import lens
-from probes.kernels.codes import encoded
+from probes.kernels.int8_codes import encoded
 from probes.kernels.outputs import LensOutputs, RowOutputs, check
-from probes.models.base import Unembedding
-from probes.needs import Reducer
+from probes.lenses import logit as lens
+from probes.models.protocol import Unembedding
+from probes.reducers import Reducer
 
 
 def reduce_rows(

@@ -8,11 +8,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from probes.kernels.codes import Codes
+from probes.kernels.int8_codes import Codes
 from probes.kernels.operators import capture_rows, lens_rows, sequence_means
 from probes.kernels.outputs import RowOutputs, reduced_shape
-from probes.models.base import Unembedding
-from probes.needs import Reducer
+from probes.models.protocol import Unembedding
+from probes.reducers import Reducer
 
 
 def reduce_rows(

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from probes.kernels.outputs import LensOutputs
-from probes.lens import LOG2
+from probes.lenses.logit import LOG2
 
 PROGRAMS = 264
 """Programs that keep a large GPU busy; small inputs share the vocabulary among that many."""

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from probes.kernels.codes import LEVELS
+from probes.kernels.int8_codes import LEVELS
 from probes.kernels.outputs import RowOutputs
 
 MAX_BLOCK = 8192

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from probes.kernels import eager
-from probes.kernels.choice import kernels_for
 from probes.kernels.outputs import LensOutputs, RowOutputs, check
+from probes.kernels.triton_choice import kernels_for
 
 _ROW_OUTPUTS = ("packed", "scale", "error", "norm", "moments", "change", "coordinates")
 _ROWS = ", ".join(f"Tensor({chr(ord('a') + i)}!)? {name}" for i, name in enumerate(_ROW_OUTPUTS))

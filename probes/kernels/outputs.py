@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from probes.needs import TAIL, Reducer
+from probes.reducers import TAIL, Reducer
 
 STORAGE = (torch.bfloat16, torch.float16, torch.float32, torch.int8)
 """Types that rows can be packed into; int8 with a scale and an error per row."""

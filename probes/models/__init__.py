@@ -1,28 +1,5 @@
-"""Models: where they come from, and one interface to look into them."""
+"""Loaded models behind one interface, and where they come from. Imported by everything above `points`."""
 
-from probes.models.base import Context, Faithfulness, Identity, Model, Read, Shape, Unembedding, Write
-from probes.models.digest import weights_digest
-from probes.models.embedded import EMBEDDED, EmbeddedModel
-from probes.models.handover import BACKENDS
-from probes.models.load import load_model
-from probes.models.sources import ModelInfo, fetch_model, list_models, model_info
+import lazy_loader
 
-__all__ = [
-    "BACKENDS",
-    "EMBEDDED",
-    "Context",
-    "EmbeddedModel",
-    "Faithfulness",
-    "Identity",
-    "Model",
-    "ModelInfo",
-    "Read",
-    "Shape",
-    "Unembedding",
-    "Write",
-    "fetch_model",
-    "list_models",
-    "load_model",
-    "model_info",
-    "weights_digest",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import cast
 
 from probes.errors import OptionError, unknown
-from probes.models.base import Model
-from probes.models.checkpoint import Loading, load_module, load_tokenizer, read_config
-from probes.models.digest import weights_digest
-from probes.models.fetch import Progress
-from probes.models.handover import backend_class
+from probes.models.interop import backend_class
 from probes.models.placement import DeviceMap, MaxMemory, fetch_offloaded, spread
-from probes.models.sources import locate
+from probes.models.protocol import Model
+from probes.models.sources.checkpoint import Loading, load_module, load_tokenizer, read_config
+from probes.models.sources.digest import weights_digest
+from probes.models.sources.fetch import Progress
+from probes.models.sources.locate import locate
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -71,7 +71,7 @@ def load_model(
     found = locate(ref, revision=revision, offline=offline, trust_remote_code=trust_remote_code, progress=progress)
     config = read_config(found.folder, trust_remote_code=trust_remote_code)
     if streamed:
-        from probes.models.shell import load_streamed
+        from probes.models.backends.meta_load import load_streamed
 
         return load_streamed(found, config, how)
     module = load_module(found.folder, config, how)
@@ -83,7 +83,7 @@ def load_model(
 def _remote(ref: str, backend: str, offline: bool, *, attention: str, revision: str | None, trust: bool) -> Model:
     if backend != "nnsight" or offline:
         raise OptionError("remote execution goes through nnsight and the network: give backend nnsight, not offline")
-    from probes.models.remote import load_remote
+    from probes.models.backends.remote import load_remote
 
     return load_remote(ref, attention=attention, revision=revision, trust_remote_code=trust)
 

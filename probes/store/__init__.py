@@ -1,8 +1,8 @@
 """The activation store: safetensors shards found by content, and a catalogue that can be rebuilt from them."""
 
+from probes.store.append_only import Outbox
 from probes.store.layout import PROTOCOL
 from probes.store.maintenance import GcReport, VerifyReport
-from probes.store.outbox import Outbox
 from probes.store.store import ActivationStore, default_root
 from probes.store.values import Context, DamagedShard, MissingRows, Packet, Put, Ragged
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from probes.errors import StoreError
 from probes.store.backing import Backing, Vanished
 from probes.store.catalogue import DamagedCatalogue
+from probes.store.eviction import read_only, shrink
 from probes.store.files import remove, remove_if_unlocked
-from probes.store.room import read_only, shrink
 from probes.store.shard import Damage, Shard, Unreadable
 from probes.store.values import DamagedShard, Entry
 

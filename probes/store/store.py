@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 import numpy as np
 from torch import Tensor
 
-from probes.display import Fold, card, count, size
+from probes.cache_folder import cache_root
 from probes.errors import StoreError
-from probes.paths import cache_root
-from probes.store import maintenance, room
+from probes.html_card import Fold, card, count, size
+from probes.store import eviction as room
+from probes.store import maintenance
 from probes.store.backing import Backing, Vanished
 from probes.store.catalogue import Catalogue, DamagedCatalogue
 from probes.store.export import export

@@ -1,0 +1,280 @@
+"""Everything measured on the blocks, chunk by chunk, and the tables it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import get_args
+
+import numpy as np
+import pandas as pd
+import torch
+
+from analyses.depth_use.ablations import Study
+from analyses.depth_use.clean_stream import Blocks, Chunk, Part, chunks, on_blocks
+from analyses.depth_use.columns import PerPrompt, interval
+from analyses.depth_use.contributions import PARTS, Contributions
+from analyses.depth_use.forwards import measured, per_token, removed, skipped
+from analyses.depth_use.greedy import SUBLAYERS, drop_blocks, drop_table, greedy_removal, orders
+from analyses.depth_use.outputs import Outputs
+from analyses.depth_use.proxies import agreement_table, proxy_tables
+from analyses.depth_use.settings import Settings
+from analyses.depth_use.skips import (
+    Effects,
+    Variant,
+    depth_scores,
+    effect_table,
+    future_effects,
+    left_out_at,
+    local_effects,
+    output_table,
+    split,
+)
+from analyses.depth_use.tokens import StreamMeans, erasure, integrated_gradients
+from analyses.depth_use.weights import NormScales, z_share_of
+from probes.blocks.rerouting import module_of
+from probes.capture.activations import Activations
+from probes.linear.probing import probe_layers
+from probes.points import Address
+from probes.progress import Progress
+from probes.prompts import Prompt
+from probes.reducers import Reducer
+
+Tables = dict[str, pd.DataFrame]
+LAST = Reducer(positions="last")
+
+
+def run_study(
+    activations: Activations, prompts: Sequence[Prompt], settings: Settings, progress: Progress
+) -> tuple[Tables, list[str], int]:
+    """(all tables but the linear maps, what a reader must know, how many forwards were run with something changed)."""
+    study = _Run(activations, prompts, settings, progress)
+    tables: Tables = {}
+    study.measure()
+    tables |= study.proxy_tables()
+    tables["contributions"] = study.contributions.table(settings.seed)
+    study.skips()
+    tables |= study.skip_tables()
+    tables |= study.removal_tables(tables["proxies"])
+    tables |= study.token_tables()
+    return tables, study.notes, study.forwards
+
+
+class _Run:
+    """One run over all prompts; methods are called in the order of `run_study`."""
+
+    def __init__(
+        self, activations: Activations, prompts: Sequence[Prompt], settings: Settings, progress: Progress
+    ) -> None:
+        self.activations, self.model, self.prompts = activations, activations.model, prompts
+        self.settings, self.progress = settings, progress
+        self.n_layers, n = self.model.shape.n_layers, len(prompts)
+        self.layers = settings.swept(self.n_layers)
+        names = [f"{name}_{part}" for name in ("relative_norm", "cosine", "similarity") for part in PARTS]
+        names += [f"{name}_{part}" for name in ("delta_ce", "jsd") for part in PARTS]
+        names += ["lim", "delta_ce_frozen_norm", "lens_kl", "lens_overlap"]
+        names += [f"delta_ce_int{n_bits}" for n_bits in settings.bits]
+        names += [
+            f"{k}_{w}" for w in settings.windows for k in ("parallel_error", "parallel_cosine", "delta_ce_parallel")
+        ]
+        self.columns = {name: PerPrompt(n, self.n_layers) for name in names}
+        self.effects: dict[tuple[Variant, Part], Effects] = {
+            (variant, part): Effects.empty(n, self.n_layers) for variant in get_args(Variant) for part in settings.parts
+        }
+        with module_of(self.model) as (_, anatomy):
+            parallel = anatomy.parallel
+            self.scales = NormScales(anatomy)
+            blocks = [anatomy.component("block", layer) for layer in range(self.n_layers)]
+            self.zd = np.array([z_share_of(block) for block in blocks])
+        self.contributions = Contributions(self.n_layers, parallel, settings.first_token)
+        self.means = StreamMeans()
+        self.loss = PerPrompt(n, 1)
+        self.notes: list[str] = []
+        self.forwards = 0
+
+    def _tick(self, forwards: int) -> None:
+        self.forwards += forwards
+        self.progress.advance(forwards)
+
+    def _on(self, chunk: Chunk, work: Callable[[Study], None]) -> None:
+        counted = chunk.counted(self.settings.first_token)
+
+        def study(blocks: Blocks) -> None:
+            work(Study(blocks, chunk, Outputs(self.model, chunk), counted))
+
+        on_blocks(self.model, chunk.tokens, study)
+
+    def measure(self) -> None:
+        """Everything that enters the proxies, over all prompts."""
+        for chunk in chunks(self.activations, range(len(self.prompts))):
+            self.contributions.add(chunk, self.columns)
+            self.scales.add(chunk)
+            self.means.add(chunk, chunk.counted(self.settings.first_token))
+        self.progress.start(sum(measured(self.model, len(self.prompts), self.settings).values()), "changed forward")
+        for chunk in chunks(self.activations, range(len(self.prompts))):
+            self._on(chunk, self._measure)
+
+    def _measure(self, study: Study) -> None:
+        current = {part: self.effects["current", part] for part in self.settings.parts}
+        everywhere = self.settings.skip_rule == "everywhere"
+        among = study.counted[study.outputs.where]
+        self.loss.add(0, study.outputs.prompt[among], study.outputs.ce[among])
+        study.removals(self.columns, current if everywhere else {}, self.layers, self._tick)
+        if not everywhere:
+            study.skips(current, left_out_at(study.chunk, self.settings.skip_rule), self.layers, self._tick)
+        study.coarser(self.columns, self.settings.bits, self.layers, self._tick)
+        study.frozen(self.columns, self.scales, self.layers, self._tick)
+        study.windows(self.columns, self.settings.windows, self.layers, self._tick)
+        study.read(self.columns, self.layers)
+
+    def skips(self) -> None:
+        """Future and local skip effects, on the first prompts that are long enough."""
+        chosen = self.settings.split_prompts(self.prompts)
+        if len(chosen) < min(self.settings.skip_prompts, len(self.prompts)):
+            self.notes.append(
+                f"future and local skip effects: {len(chosen)} prompts have the 4 tokens that a split needs"
+            )
+        if not chosen:
+            return
+        self.progress.start(sum(skipped(self.model, self.prompts, self.settings).values()), "skip")
+        for chunk in chunks(self.activations, chosen):
+            on_blocks(self.model, chunk.tokens, lambda blocks, c=chunk: self._local(blocks, c))  # type: ignore[misc]
+            halves = split(chunk, self.settings.split_positions, self.settings.seed, self.settings.skip_rule)
+            assert halves is not None, "every prompt of these has a token to split at"
+            outputs = Outputs(self.model, halves.chunk, halves.after)
+            for part in self.settings.parts:
+                effects = self.effects["future", part]
+                future = partial(
+                    future_effects,
+                    effects,
+                    halves=halves,
+                    part=part,
+                    outputs=outputs,
+                    layers=self.layers,
+                    tick=self._tick,
+                )
+                on_blocks(self.model, halves.chunk.tokens, future)
+
+    def _local(self, blocks: Blocks, chunk: Chunk) -> None:
+        at, where = left_out_at(chunk, self.settings.skip_rule), chunk.counted(self.settings.first_token)
+        for part in self.settings.parts:
+            local_effects(self.effects["local", part], blocks, chunk, part, at, where, self.layers, self._tick)
+
+    def proxy_tables(self) -> Tables:
+        """Tables `proxies`, `proxy_intervals`, `agreement`, `windows`, `loss`."""
+        measured = {
+            name: c for name, c in self.columns.items() if name.rpartition("_")[0] not in ("angular", "euclidean")
+        }
+        later = PerPrompt(len(self.prompts), self.n_layers)
+        effects = self.effects["current", self.settings.parts[0]].mean
+        for layer in range(self.n_layers - 1):
+            rows = torch.from_numpy(effects[:, layer, layer + 1 :].mean(axis=1))
+            later.add(layer, range(len(rows)), rows)
+        measured[f"skip_effect_{self.settings.parts[0]}"] = later
+        measured |= self._probed()
+        tables = proxy_tables(measured, {"zd": self.zd}, self.settings.seed)
+        control = {"zd": self.zd, "layer_index": np.arange(self.n_layers, dtype=np.float64)}
+        tables["agreement"] = agreement_table(measured, control, self.settings.seed)
+        tables["windows"] = self._windows()
+        mean, low, high = interval(self.loss, self.settings.seed)
+        tables["loss"] = pd.DataFrame(
+            {"loss": mean, "ci_low": low, "ci_high": high, "tokens": self.loss.counts.sum().item()}
+        )
+        return tables
+
+    def _probed(self) -> dict[str, PerPrompt]:
+        """Accuracy of a linear probe for the prompts' labels on each layer's stream at the last token, where there are labels."""
+        labelled = [i for i, prompt in enumerate(self.prompts) if "label" in prompt.fields]
+        if not labelled:
+            return {}
+        labels = [int(self.prompts[i].fields["label"]) for i in labelled]
+        rows = (
+            [self.activations.get(Address("resid_post", n), LAST)[i][0] for i in labelled] for n in range(self.n_layers)
+        )
+        found = PerPrompt(len(self.prompts), self.n_layers)
+        for layer, scored in enumerate(probe_layers((torch.stack(r).float().numpy() for r in rows), labels)):
+            found.add(layer, [labelled[int(i)] for i in scored.row], torch.from_numpy(scored.correct))
+        return {"probe_accuracy": found}
+
+    def _windows(self) -> pd.DataFrame:
+        frames = []
+        for width in self.settings.windows:
+            start = np.array([layer for layer in self.layers if layer + width <= self.n_layers], dtype=np.int64)
+            columns: dict[str, object] = {"start": start, "width": width}
+            for name in ("parallel_error", "parallel_cosine", "delta_ce_parallel"):
+                mean, low, high = interval(self.columns[f"{name}_{width}"], self.settings.seed)
+                short = name.removeprefix("parallel_").removesuffix("_parallel")
+                columns |= {short: mean[start], f"{short}_low": low[start], f"{short}_high": high[start]}
+            frames.append(pd.DataFrame(columns))
+        return pd.concat(frames, ignore_index=True)
+
+    def skip_tables(self) -> Tables:
+        """Tables `skip_effect`, `output_effect`, `depth_score`."""
+        seed, found = self.settings.seed, [(k, e) for k, e in self.effects.items() if not np.isnan(e.mean).all()]
+        groups = [str(prompt.fields.get("group", "")) for prompt in self.prompts]
+        with_output = [(k, e) for k, e in found if not np.isnan(e.output).all()]
+        tables = {
+            "skip_effect": [effect_table(e, *key, seed) for key, e in found],
+            "output_effect": [output_table(e, *key, seed) for key, e in with_output],
+            "depth_score": [depth_scores(e, *key, groups, seed) for key, e in found],
+        }
+        rule = self.settings.skip_rule
+        return {name: pd.concat(made, ignore_index=True).assign(rule=rule) for name, made in tables.items()}
+
+    def removal_tables(self, proxies: pd.DataFrame) -> Tables:
+        """Tables `greedy` and `drop_curve`, where asked for."""
+        tables: Tables = {}
+        planned = removed(self.model, self.prompts, self.settings)
+        if self.settings.drop_blocks:
+            order = orders(proxies[proxies["layer"].isin(self.layers)], self.settings.seed)
+            n_drop = self.settings.dropped(self.n_layers)
+            columns = {name: PerPrompt(len(self.prompts), n_drop) for name in order}
+            self.progress.start(planned["removal curves"], "removal")
+            for chunk in chunks(self.activations, range(len(self.prompts))):
+                self._on(chunk, lambda study: drop_blocks(study, order, columns, self._tick))
+            tables["drop_curve"] = drop_table(columns, self.settings.seed)
+        if self.settings.greedy_steps:
+            self.progress.start(planned["greedy removals"], "greedy removal")
+            tables["greedy"] = self._greedy()
+        return tables
+
+    def _greedy(self) -> pd.DataFrame:
+        s = self.settings
+        first = s.first(s.greedy_prompts, self.prompts)
+        (chunk,) = chunks(self.activations, first, together=True)
+        known = None
+        if s.greedy_distance == "jsd":
+            known = {(part, layer): self._mean_jsd(part, layer, first) for part in SUBLAYERS for layer in self.layers}
+        args = (s.greedy_rounds(self.n_layers), s.greedy_distance, self.layers, self._tick, known, s.seed)
+        tables: list[pd.DataFrame] = []
+        self._on(chunk, lambda study: tables.append(greedy_removal(study, *args)))
+        return tables[0]
+
+    def _mean_jsd(self, part: Part, layer: int, prompts: Sequence[int]) -> float:
+        column = self.columns[f"jsd_{part}"]
+        return float(column.sums[prompts, layer].sum() / column.counts[prompts, layer].sum())
+
+    def token_tables(self) -> Tables:
+        """Tables `erasure` and `attribution`, where asked for."""
+        s, tables = self.settings, Tables()
+        planned = per_token(self.model, self.prompts, s)
+        if s.erasure_prompts:
+            self.progress.start(planned["erased tokens"], "erased token")
+            frames = [
+                erasure(self.model, self._alone(i), self.means, self.layers, self._tick)
+                for i in s.first(s.erasure_prompts, self.prompts)
+            ]
+            tables["erasure"] = pd.concat(frames, ignore_index=True)
+        if s.gradient_prompts:
+            self.progress.start(planned["gradients"], "gradient")
+            along = (s.parts, s.gradient_steps, s.gradient_rule, self.layers, self._tick)
+            frames = [
+                integrated_gradients(self.model, self._alone(i), self.prompts[i], *along)
+                for i in s.first(s.gradient_prompts, self.prompts)
+            ]
+            tables["attribution"] = pd.concat(frames, ignore_index=True)
+        return tables
+
+    def _alone(self, index: int) -> Chunk:
+        (chunk,) = chunks(self.activations, [index])
+        return chunk

@@ -1,0 +1,32 @@
+"""Helpers for depth profiles: what an analysis says of each layer, from its tables alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from analyses.results.statistics import cluster_bootstrap
+
+
+def columns(table: pd.DataFrame, value: str, low: str | None = None, high: str | None = None) -> pd.DataFrame:
+    """Columns layer, value and, where named, ci_low and ci_high, ordered by layer."""
+    names = {value: "value", **({low: "ci_low", high: "ci_high"} if low and high else {})}
+    return table[["layer", *names]].rename(columns=names).sort_values("layer").reset_index(drop=True)
+
+
+def mean_by_layer(table: pd.DataFrame, value: str, rows: list[str], layer: str = "layer") -> pd.DataFrame:
+    """Mean of `value` per layer with a 95 % interval from resampling whole prompts.
+
+    Args:
+        rows: columns that, with the layer, name a row of the table; the first is `prompt`.
+    """
+    wide = table.pivot_table(index=rows, columns=layer, values=value, aggfunc="mean").dropna()
+    found = cluster_bootstrap(wide.to_numpy(dtype=float), wide.index.get_level_values(rows[0]).to_numpy())
+    made = {"layer": wide.columns.astype(int), "value": found.mean, "ci_low": found.low, "ci_high": found.high}
+    return pd.DataFrame(made)
+
+
+def counts(layers: pd.Series, n_layers: int) -> pd.DataFrame:
+    """How often each of `n_layers` layers occurs."""
+    found = np.bincount(layers.to_numpy(dtype=int), minlength=n_layers)
+    return pd.DataFrame({"layer": np.arange(n_layers), "value": found})

@@ -1,0 +1,87 @@
+"""Where a number comes from: everything needed to make it again."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import xxhash
+
+from probes.models.protocol import LayerMajor, Model
+from probes.prompts import Prompt
+
+PACKAGES = ("bathyscope", "torch", "transformers", "transformer-lens", "nnsight", "safetensors", "numpy", "pandas")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the installed packages that decide numbers."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def tokenizer_digest(tokenizer: Any) -> str | None:
+    """A digest of the vocabulary and its special tokens, or None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    entries = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return xxhash.xxh3_128_hexdigest(repr((entries, tokenizer.all_special_ids)).encode())
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """A digest of the prompts in their order: of their texts, or of their token ids where there is no text."""
+    return xxhash.xxh3_128_hexdigest(repr([prompt.text or prompt.tokens for prompt in prompts]).encode())
+
+
+def describe(
+    model: Model,
+    *,
+    started: float,
+    seed: int | None,
+    store_keys: Sequence[str],
+    counts: Mapping[str, int],
+) -> dict[str, Any]:
+    """The provenance of a result.
+
+    Args:
+        started: `time.perf_counter()` when the run began.
+        counts: what was done: prompts, tokens, forwards, rows held before.
+    """
+    context = model.context
+    stamp = model.faithfulness
+    return {
+        "model": {
+            "ref": model.ref,
+            "revision": model.revision,
+            "weights": context.weights,
+            "architecture": model.shape.architecture,
+            "layers": model.shape.n_layers,
+        },
+        "tokenizer": tokenizer_digest(model.tokenizer),
+        "backend": context.backend,
+        "dtype": context.dtype,
+        "attention": context.attention,
+        "device": str(model.device),
+        "streamed": isinstance(model, LayerMajor),
+        "seed": seed,
+        "versions": versions(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.perf_counter() - started, 3),
+        "counts": dict(counts),
+        "faithfulness": {
+            "holds": stamp.holds,
+            "identities": [
+                {"name": i.name, "error": i.error, "tolerance": i.tolerance, "holds": i.holds} for i in stamp.identities
+            ],
+            "refused": dict(stamp.refused),
+        },
+        "store_keys": list(store_keys),
+    }

@@ -1,0 +1,143 @@
+"""Running cells in one process: the shared captures first, then each cell, whose failure is its own."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from analyses.running.reproduce import with_source
+from analyses.studies.cells import Cell
+from analyses.studies.definition import ModelSpec
+from analyses.studies.folder import StudyFolder
+from analyses.studies.sharing import groups, wants, writes
+from analyses.studies.units import Unit
+from probes.capture.run import capture
+from probes.errors import UserError
+from probes.models import Model, load_model
+from probes.store import ActivationStore
+
+
+@dataclass(frozen=True)
+class Started:
+    """A cell has begun."""
+
+    cell: str
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What a unit's cells share has been captured."""
+
+    forwards: int
+    bytes_written: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a cell ended."""
+
+    cell: str
+    state: Literal["done", "failed", "elsewhere"]
+    """`elsewhere`: another process is running it."""
+    forwards: int = 0
+    seconds: float = 0.0
+    error: str = ""
+
+
+Event = Started | Captured | Outcome
+
+
+def load(spec: ModelSpec, device: str | None = None) -> Model:
+    """The model, on `device` unless the study names one itself."""
+    if device is not None and spec.device == "auto":
+        spec = replace(spec, device=device)
+    return load_model(
+        spec.ref,
+        backend=spec.backend,
+        device=spec.device,
+        dtype=spec.dtype,
+        attention=spec.attention,
+        revision=spec.revision,
+        trust_remote_code=spec.trust_remote_code,
+    )
+
+
+class Loaded:
+    """Holds the one model that was asked for last."""
+
+    def __init__(self, device: str | None = None) -> None:
+        self.device = device
+        self.spec: ModelSpec | None = None
+        self._model: Model | None = None
+
+    def __call__(self, spec: ModelSpec) -> Model:
+        if self._model is None or self.spec != spec:
+            # The old one goes first, so that two never share the memory.
+            self._model, self.spec = None, None
+            self._model, self.spec = load(spec, self.device), spec
+        return self._model
+
+
+def run_unit(
+    unit: Unit, loaded: Callable[[ModelSpec], Model], store: ActivationStore, folder: StudyFolder
+) -> Iterator[Event]:
+    """Runs the cells of a unit; cells whose model writes come before the captures that all the others share."""
+    try:
+        model = loaded(unit.model)
+    except Exception as error:
+        yield from (failed(cell, folder, error) for cell in unit.cells)
+        return
+    writing = [cell for cell in unit.cells if writes(cell)]
+    reading = [cell for cell in unit.cells if not writes(cell)]
+    for cell in writing:
+        yield from run_cell(cell, model, store, folder)
+    if len(reading) > 1:
+        yield share(reading, model, store)
+    for cell in reading:
+        yield from run_cell(cell, model, store, folder)
+
+
+def share(cells: Sequence[Cell], model: Model, store: ActivationStore) -> Captured:
+    """Captures what the cells want, once; where that fails each cell captures for itself and meets its own fault."""
+    forwards = written = 0
+    for group in groups(wants(cells, model)):
+        try:
+            done = capture(model, group.sequences, group.needs, store).done
+        except Exception:
+            continue
+        forwards, written = forwards + done.forwards, written + done.bytes_written
+    return Captured(forwards, written)
+
+
+def run_cell(cell: Cell, model: Model, store: ActivationStore, folder: StudyFolder) -> Iterator[Event]:
+    """Runs one cell and saves its result, or records its error."""
+    with folder.claim(cell.name) as mine:
+        if not mine:
+            yield Outcome(cell.name, "elsewhere")
+            return
+        yield Started(cell.name)
+        started = time.perf_counter()
+        if not folder.done(cell.name):
+            try:
+                result = cell.analysis.run(model, cell.prompts.lines if cell.prompts else (), store=store)
+                named = with_source(result, cell.prompts.file if cell.prompts else None)
+                named.save(folder.cell(cell.name))
+            except Exception as error:
+                yield failed(cell, folder, error)
+                return
+            forwards = int(result.provenance["counts"]["forwards"])
+        else:
+            forwards = 0
+        folder.failure(cell.name).unlink(missing_ok=True)
+        yield Outcome(cell.name, "done", forwards, time.perf_counter() - started)
+
+
+def failed(cell: Cell, folder: StudyFolder, error: Exception) -> Outcome:
+    """Records a cell's error; a mistake of the user's needs no traceback."""
+    trace = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+    said = " ".join(str(error).split()) or type(error).__name__
+    folder.fail(cell.name, said, type(error).__name__, trace)
+    return Outcome(cell.name, "failed", error=said)

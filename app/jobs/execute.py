@@ -1,0 +1,97 @@
+"""What the worker does for each kind of request, through the same functions as the command line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from analyses.base import Analysis
+from analyses.cli.run import Loading, cost, lines_of
+from analyses.options import types_of
+from analyses.registry import get_analysis
+from analyses.results.output_folder import check_output
+from analyses.running.reproduce import with_source
+from app.jobs.progress import JobProgress
+from app.jobs.protocol import Request
+from probes.models import Model
+from probes.store import ActivationStore
+
+_HELD: dict[Loading, Model] = {}
+"""The model of the last job, at most one."""
+
+
+def do(request: Request, progress: JobProgress) -> dict[str, Any]:
+    """Does what was asked; returns what the dashboard shows of it.
+
+    Raises:
+        UserError: bad input.
+        Cancelled: somebody asked for it.
+    """
+    if request.kind == "check":
+        return stamp_of(_model(request, progress))
+    analysis = analysis_of(request)
+    prompts = Path(request.prompts) if request.prompts else None
+    lines = lines_of(analysis, prompts)
+    if request.kind == "run":
+        check_output(Path(request.out))
+    store, model = ActivationStore(request.store), _model(request, progress)
+    progress.enter("planning")
+    progress.status = replace(progress.status, lines=tuple(cost(analysis, model, lines, store)))
+    progress.publish()
+    if request.kind == "estimate":
+        return {}
+    progress.enter("running")
+    result = with_source(analysis.run(model, lines, store=store, progress=progress), prompts)
+    progress.enter("saving")
+    result.save(request.out)
+    return {"counts": dict(result.provenance["counts"]), "seconds": result.provenance["seconds"]}
+
+
+def drop_model() -> None:
+    """Forgets the model of the last job."""
+    _HELD.clear()
+
+
+def analysis_of(request: Request) -> Analysis:
+    """The analysis with the options of a request.
+
+    Raises:
+        OptionError: an unknown analysis, or an illegal value.
+    """
+    cls = get_analysis(request.analysis)
+    known = types_of(cls)
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in request.options.items() if name in known}
+    return cls(**values)
+
+
+def stamp_of(model: Model) -> dict[str, Any]:
+    """What a loaded model is and keeps, as the dashboard shows it."""
+    stamp, shape = model.faithfulness, model.shape
+    return {
+        "ref": model.ref,
+        "architecture": shape.architecture,
+        "layers": shape.n_layers,
+        "heads": shape.n_heads,
+        "d_model": shape.d_model,
+        "vocabulary": shape.d_vocab,
+        "window": shape.n_ctx,
+        "backend": model.context.backend,
+        "dtype": model.context.dtype,
+        "attention": model.context.attention,
+        "weights": model.context.weights,
+        "tokenizer": model.tokenizer is not None,
+        "identities": [
+            {"name": i.name, "error": i.error, "tolerance": i.tolerance, "holds": i.holds} for i in stamp.identities
+        ],
+        "refused": dict(stamp.refused),
+    }
+
+
+def _model(request: Request, progress: JobProgress) -> Model:
+    loading = Loading(**request.model)
+    if loading not in _HELD:
+        progress.enter("loading", loading.model)
+        _HELD.clear()
+        _HELD[loading] = loading.load()
+    return _HELD[loading]

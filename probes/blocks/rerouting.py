@@ -1,0 +1,155 @@
+"""A model's blocks called one by one, with the arguments that the model itself would give them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from probes.anatomy import Anatomy
+from probes.errors import PointError
+from probes.models.protocol import Model
+
+
+class Caller(Protocol):
+    """Runs one block."""
+
+    def __call__(self, layer: int, hidden: Tensor, swap: tuple[Any, Any] | None = None) -> Tensor:
+        """Block `layer` on `hidden` [batch, pos, d_model]; an argument that is `swap[0]` becomes `swap[1]`."""
+        ...
+
+
+Program = Callable[[Tensor, Caller], Tensor]
+"""Receives what enters block 0 and a caller; returns what leaves the last block."""
+
+
+@contextmanager
+def module_of(model: Model) -> Iterator[tuple[nn.Module, Anatomy]]:
+    """The model's own module and anatomy, for an alteration that the caller undoes; no other thread runs it meanwhile.
+
+    Raises:
+        PointError: the backend keeps its module to itself.
+    """
+    exclusive = getattr(model, "exclusive", None)
+    if exclusive is None:
+        raise PointError(
+            f"{model.ref}: backend {model.context.backend!r} does not hand out its blocks and weights; use native"
+        )
+    with exclusive():
+        yield model.module, model.anatomy  # type: ignore[attr-defined]
+
+
+@contextmanager
+def rerouted(model: Model, program: Program, cached: bool = True) -> Iterator[None]:
+    """Within, every forward of the model runs its blocks as `program` says; reads and writes see each block's call.
+
+    Args:
+        cached: hand the blocks the forward's key-value cache; False where a block may run twice.
+    """
+    with module_of(model) as (module, anatomy):
+        path = anatomy.map.path("block", 0)
+        assert path is not None
+        parent = module.get_submodule(path.rpartition(".")[0])
+        blocks = dict(parent.named_children())
+        route = _Route(program, model.block_outputs, cached)  # type: ignore[attr-defined]
+        for index, (name, block) in enumerate(blocks.items()):
+            parent._modules[name] = route.slot(index, block)
+        try:
+            yield
+        finally:
+            for name, block in blocks.items():
+                parent._modules[name] = block
+
+
+@torch.inference_mode()
+def block_outputs(module: nn.Module, anatomy: Anatomy, device: torch.device) -> tuple[int | None, ...]:
+    """Per block, how long the tuple that it returns is; None where it returns a bare tensor."""
+    found: dict[int, int | None] = {}
+
+    def keep(index: int) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            found[index] = None if isinstance(output, Tensor) else len(output)
+
+        return hook
+
+    blocks = [anatomy.component("block", layer) for layer in range(anatomy.n_layers)]
+    handles = [block.register_forward_hook(keep(i)) for i, block in enumerate(blocks)]
+    try:
+        module(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(found[index] for index in range(len(blocks)))
+
+
+class _Route:
+    """Collects every block's arguments while the model's loop passes, then runs the program at the loop's end."""
+
+    def __init__(self, program: Program, widths: Sequence[int | None], cached: bool) -> None:
+        self.program, self.widths, self.cached = program, widths, cached
+        self.slots: list[_Slot] = []
+        self.arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def slot(self, index: int, block: nn.Module) -> _Slot:
+        self.slots.append(_Slot(self, index, block))
+        return self.slots[-1]
+
+    def visit(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            hidden, rest = args[0], (args[1:], kwargs)
+        else:
+            hidden, rest = kwargs["hidden_states"], ((), {k: v for k, v in kwargs.items() if k != "hidden_states"})
+        self.arguments[index] = rest if self.cached else _without_cache(*rest)
+        if index == len(self.slots) - 1:
+            arguments, self.arguments = self.arguments, {}
+            hidden = self.program(hidden, partial(self.call, arguments))
+        width = self.widths[index]
+        return hidden if width is None else (hidden, *[None] * (width - 1))
+
+    def call(
+        self,
+        arguments: Mapping[int, tuple[tuple[Any, ...], dict[str, Any]]],
+        layer: int,
+        hidden: Tensor,
+        swap: tuple[Any, Any] | None = None,
+    ) -> Tensor:
+        args, kwargs = arguments[layer]
+        if swap is not None:
+            args = tuple(swap[1] if a is swap[0] else a for a in args)
+            kwargs = {k: swap[1] if v is swap[0] else v for k, v in kwargs.items()}
+        output = nn.Module.__call__(self.slots[layer], hidden, *args, **kwargs)
+        return output if isinstance(output, Tensor) else output[0]
+
+
+def _without_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    from transformers.cache_utils import Cache
+
+    return (
+        tuple(None if isinstance(a, Cache) else a for a in args),
+        {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()},
+    )
+
+
+class _Slot(nn.Module):
+    """Stands in a block's place: asked by the model's loop it only notes; hooks see the block's real calls."""
+
+    def __init__(self, route: _Route, index: int, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.__dict__["route"], self.__dict__["index"] = route, index
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.route.visit(self.index, args, kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.block(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)

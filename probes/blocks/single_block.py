@@ -1,0 +1,89 @@
+"""Running one block of a model at a time, called by the model's own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from probes.hooks.forward_hooks import Stop, tensor_of
+from probes.models.protocol import Forward
+from probes.points import Address
+
+T = TypeVar("T")
+
+
+def stage_of(address: Address, n_layers: int) -> int:
+    """The block whose call an address is seen in; `n_layers` for what follows the blocks."""
+    if address.layer is not None:
+        return address.layer
+    return 0 if address.point == "embed" else n_layers
+
+
+def steps(forward: Forward, n_layers: int) -> int:
+    """How many stages a forward has to run, up to the last it has an address in."""
+    stages = (stage_of(address, n_layers) for address in (*forward.reads, *forward.writes))
+    return 1 + max(stages, default=-1)
+
+
+def of_stage(mapping: Mapping[Address, T], stage: int, n_layers: int) -> dict[Address, T]:
+    """The entries seen in one stage."""
+    return {address: value for address, value in mapping.items() if stage_of(address, n_layers) == stage}
+
+
+class Gates:
+    """Lets the model's forward through to one block: it prepares the block's arguments, and the others pass on."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self.blocks = tuple(blocks)
+        self._widths: dict[int, int | None] = {}
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """A whole forward inside shows what each block returns, which a block that passes on has to imitate."""
+        with ExitStack() as stack:
+            for index, block in enumerate(self.blocks):
+                stack.callback(block.register_forward_hook(partial(self._note, index)).remove)
+            yield
+
+    def _note(self, index: int, _: nn.Module, __: Any, output: Any) -> None:
+        self._widths[index] = None if isinstance(output, Tensor) else len(output)
+
+    @contextmanager
+    def only(self, layer: int, entering: Tensor | None) -> Iterator[list[Tensor]]:
+        """A forward inside runs block `layer` alone and stops after it; the list receives what leaves the block.
+
+        `entering` [batch, pos, d_model] is what enters it, None for the first block. With as many as there are blocks,
+        `entering` is what leaves the last one and the forward runs what follows.
+        """
+        left: list[Tensor] = []
+
+        def catch(_: nn.Module, __: Any, output: Any) -> None:
+            left.append(tensor_of(output))
+            raise Stop
+
+        with ExitStack() as stack:
+            for index, block in enumerate(self.blocks):
+                if index != layer:
+                    given = entering if index == layer - 1 else None
+                    # An attribute of the instance stands before the class's method, and hooks still happen around it.
+                    block.forward = partial(self._pass_on, index, given)  # type: ignore[method-assign]
+                    stack.callback(block.__dict__.pop, "forward")
+            if layer < len(self.blocks):
+                block = self.blocks[layer]
+
+                def last_of_all(*_: Any) -> None:
+                    # Hung up when the block is called, after the hooks that read and write what leaves it.
+                    stack.callback(block.register_forward_hook(catch).remove)
+
+                stack.callback(block.register_forward_pre_hook(last_of_all).remove)
+            yield left
+
+    def _pass_on(self, index: int, given: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        out = hidden if given is None else given.to(hidden.device)
+        width = self._widths[index]
+        return out if width is None else (out, *[None] * (width - 1))

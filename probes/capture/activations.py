@@ -1,0 +1,130 @@
+"""Captured rows of a list of prompts, read from the store when asked for."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from probes.capture.lookup import Lookup
+from probes.capture.needs import CapturePlan, Feature
+from probes.errors import ModelError, StoreError
+from probes.kernels import reduce_rows
+from probes.models.protocol import Model
+from probes.points import Address
+from probes.prompts import select
+from probes.reducers import ROWS, Reducer
+from probes.store import DamagedShard
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a capture did."""
+
+    plan: CapturePlan
+    forwards: int
+    """Sequences run through the model, including rows recaptured after damage."""
+    bytes_written: int
+
+
+class Activations:
+    """Captured rows of a list of prompts, read from the store when asked for.
+
+    Whatever follows from stored rows (a norm, the last row, a lens) is computed from them, with no forward.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        sequences: list[tuple[int, ...]],
+        lookup: Lookup,
+        done: Done,
+        live: Callable[[], dict[str, str]],
+        recapture: Callable[[], Done],
+        pinned: ExitStack,
+    ) -> None:
+        weakref.finalize(self, pinned.close)
+        self.model, self.sequences, self.done = model, sequences, done
+        self._lookup, self._live, self._recapture = lookup, live, recapture
+        self._read: dict[tuple[str, tuple[int, ...]], None] = {}
+
+    def get(self, address: Address | str, reducer: Reducer = ROWS) -> list[Tensor]:
+        """One tensor per prompt, [rows, ...] ([head, query, key] for `pattern`).
+
+        Raises:
+            StoreError: the rows were never captured.
+            ModelError: they need the model once more (a lens, or damage), and it is no longer the one that made them.
+        """
+        address = Address.parse(address) if isinstance(address, str) else address
+        wanted = Feature(address.canonical, reducer)
+        try:
+            return self._get(wanted)
+        except DamagedShard:
+            # The store has set the shard aside; its rows are captured again, once.
+            self._check_unchanged()
+            self.done = replace(self.done, forwards=self.done.forwards + self._recapture().forwards)
+            return self._get(wanted)
+
+    def _get(self, wanted: Feature) -> list[Tensor]:
+        candidates = (wanted, *wanted.parents())
+        found: dict[int, Tensor] = {}
+        groups: dict[Feature, list[tuple[int, tuple[int, ...]]]] = {}
+        for i, row in enumerate(self._lookup.sources(self.sequences, candidates)):
+            held = next((column for column, source in enumerate(row) if source is not None), None)
+            if held is None:
+                raise StoreError(f"prompt {i} has no {wanted.key!r} in the store: capture it first")
+            groups.setdefault(candidates[held], []).append((i, row[held] or ()))
+        for feature, members in groups.items():
+            values = self._values(feature, members, wanted.reducer)
+            found.update(zip((i for i, _ in members), values, strict=True))
+        return [found[i] for i in range(len(self.sequences))]
+
+    def _values(self, feature: Feature, members: list[tuple[int, tuple[int, ...]]], reducer: Reducer) -> list[Tensor]:
+        sequences, sources = [self.sequences[i] for i, _ in members], [source for _, source in members]
+        values = self._lookup.read(sequences, feature, sources)
+        self._read.update(dict.fromkeys((feature.key, source) for source in sources))
+        pairs = zip(values, sequences, strict=True)
+        if feature.address.point == "pattern":
+            return [self._shape_pattern(value, sequence, feature, reducer) for value, sequence in pairs]
+        if feature.reducer == reducer:
+            return values
+        if reducer.kind.startswith("lens"):
+            self._check_unchanged()
+        return [self._derive(value, sequence, feature, reducer) for value, sequence in pairs]
+
+    def _check_unchanged(self) -> None:
+        """Raises ModelError where the model is no longer the one that made these rows."""
+        if self._live() != dict(self._lookup.context):
+            raise ModelError(
+                f"{self.model.ref} has been changed since these rows were captured, so they cannot be captured again or read "
+                "through its unembedding: put it back as it was, or capture anew"
+            )
+
+    def packed(self, address: Address | str, reducer: Reducer = ROWS) -> Tensor:
+        """The rows of all prompts one after the other."""
+        return torch.cat(self.get(address, reducer))
+
+    def keys(self) -> list[str]:
+        """Shards read so far, for provenance."""
+        by_feature: dict[str, list[tuple[int, ...]]] = {}
+        for feature, sequence in self._read:
+            by_feature.setdefault(feature, []).append(sequence)
+        store, context = self._lookup.store, self._lookup.context
+        shards = [store.shards_of(context, sequences, [feature]) for feature, sequences in by_feature.items()]
+        return list(dict.fromkeys(shard for found in shards for shard in found))
+
+    def _derive(self, values: Tensor, sequence: tuple[int, ...], source: Feature, reducer: Reducer) -> Tensor:
+        whole = source.reducer.positions == "all"
+        index = select(len(sequence), reducer.positions) if whole else torch.arange(len(values))
+        return reduce_rows(values, index, [len(index)], reducer, self.model.unembedding)
+
+    def _shape_pattern(self, flat: Tensor, sequence: tuple[int, ...], source: Feature, reducer: Reducer) -> Tensor:
+        length = len(sequence)
+        block = flat.view(self.model.shape.n_heads, source.reducer.count(length), length)
+        if source.reducer == reducer:
+            return block
+        return block.index_select(1, select(length, reducer.positions))

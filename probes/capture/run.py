@@ -1,0 +1,209 @@
+"""Model and plan to packets of rows in the store, and reading them back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+
+from probes.capture.activations import Activations, Done
+from probes.capture.canary import check_canary, put_canary
+from probes.capture.device_capture import Outbox
+from probes.capture.forward import (
+    PARCEL_BYTES,
+    asynchronous,
+    axis_sizes,
+    forward,
+    number_size,
+    out_of_memory,
+    row_size,
+    sized,
+)
+from probes.capture.layer_major import layer_major
+from probes.capture.lookup import Lookup, Tokens
+from probes.capture.needs import CapturePlan, Feature, Need, make_plan
+from probes.capture.writer import Writer
+from probes.device_to_host import Transport
+from probes.edits import Edit, altered, resolve, writes_of
+from probes.errors import ModelError, PointError
+from probes.models.protocol import LayerMajor, Model
+from probes.progress import QUIET, Progress
+from probes.prompts import Batch, batches, token_ids
+from probes.store import ActivationStore
+
+Sequences = Sequence[str | Sequence[int]]
+"""Texts, or token ids as given."""
+
+
+def context_of(model: Model, edits: Sequence[Edit] = ()) -> dict[str, str]:
+    """Everything but the tokens that decides a row's numbers now, as the store keys it.
+
+    Raises:
+        ModelError: no key can say what the model computes, as under a hook of somebody else.
+    """
+    text = ";".join(edit.text() for edit in edits) or "none"
+    return asdict(replace(model.current(), edits=text))
+
+
+def plan_capture(
+    model: Model, sequences: Sequences, needs: Iterable[Need], store: ActivationStore, edits: Sequence[Edit] = ()
+) -> CapturePlan:
+    """The forwards that remain before every sequence has every need.
+
+    Raises:
+        PointError: a point this model refuses, with its reason.
+        PromptError: a sequence that cannot be run.
+        ModelError: rows that could not be told from another model's, or that the model does not reproduce.
+    """
+    lookup = Lookup(store, context_of(model, edits), model.shape.causal)
+    check_canary(model, lookup.context, store)
+    return _planned(model, token_ids(sequences, model), list(needs), lookup)
+
+
+def _planned(model: Model, sequences: Sequence[Tokens], needs: Sequence[Need], lookup: Lookup) -> CapturePlan:
+    for need in needs:
+        for feature in need.features(model.shape.n_layers):
+            reason = model.refusal(feature.address)
+            if reason:
+                raise PointError(f"{model.ref} has no point {str(feature.address)!r}: {reason}")
+    return make_plan(sequences, needs, model.shape.n_layers, lookup.held)
+
+
+def capture(
+    model: Model,
+    sequences: Sequences,
+    needs: Iterable[Need],
+    store: ActivationStore,
+    *,
+    edits: Sequence[Edit] = (),
+    prompt_lengths: Sequence[int] | None = None,
+    progress: Progress = QUIET,
+    batch_tokens: int | None = None,
+) -> Activations:
+    """Captures what the store lacks, then gives access to all of it.
+
+    What the model computes is looked at anew at every call: rows of a module that was changed in place go under a key of
+    their own, and stored rows are believed only where the model reproduces the store's canary.
+
+    Rows are committed packet by packet: after an interruption the same call does only the rest.
+
+    On CUDA, rows leave the device beside the forward (see `probes.capture.device_capture`); elsewhere each batch is captured in turn.
+
+    Args:
+        sequences: texts, as the model's tokenizer encodes them, or token ids.
+        prompt_lengths: of each sequence that is a prompt and its response, the tokens of the prompt; a later run on the
+            prompt alone then finds its rows in these.
+
+    Raises:
+        PointError: a point this model refuses.
+        PromptError: a sequence that cannot be run.
+        ModelError: rows that could not be told from another model's, or that the model does not reproduce.
+        StoreError: not enough space, before the run or during it.
+    """
+    needs, sequences = list(needs), token_ids(sequences, model)
+    with ExitStack() as stack:
+        stack.enter_context(store.pin())
+        lookup = Lookup(store, context_of(model, edits), model.shape.causal)
+        check_canary(model, lookup.context, store)
+        plan = _planned(model, sequences, needs, lookup)
+        size = plan.bytes(axis_sizes(model), row_size(model))
+        store.check_space(size)
+        progress.note(plan.summary(size))
+        progress.start(plan.forwards, "forward")
+        if plan.work:
+            put_canary(model, lookup.context, store)
+        lengths = dict(zip(sequences, prompt_lengths or map(len, sequences), strict=True))
+        written = Writer(lookup, lengths)
+        ready = resolve(model, edits) if plan.work else []
+        with written, _transport(model, plan, written) as transport:
+            if isinstance(model, LayerMajor):
+                for done_sequences, rows in layer_major(model, plan, ready, batch_tokens, progress):
+                    written.put(done_sequences, rows)
+            else:
+                _batch_major(model, plan, ready, batch_tokens, progress, transport, written)
+        store.names.add(model.context.weights, model.ref)
+        done = Done(plan, plan.forwards, written.bytes)
+        again = partial(capture, model, sequences, needs, store, edits=edits, batch_tokens=batch_tokens)
+        live = partial(context_of, model, edits)
+        return Activations(model, sequences, lookup, done, live, lambda: again().done, stack.pop_all())
+
+
+def _batch_major(
+    model: Model,
+    plan: CapturePlan,
+    edits: Sequence[Edit],
+    limit: int | None,
+    progress: Progress,
+    transport: Transport | None,
+    written: Writer,
+) -> None:
+    """Everything planned, one batch after another through the whole model."""
+    for work in plan.work:
+        run = Run(model, work.features, edits, progress, transport, written)
+        for batch in sized(model, work.sequences, work.features, limit):
+            run.batch(batch, work.sequences)
+            progress.advance(len(batch.indices))
+
+
+@contextmanager
+def _transport(model: Model, plan: CapturePlan, written: Writer) -> Iterator[Transport | None]:
+    """The way from the model's devices to the host, or None where the model is on the host."""
+    if not plan.work or not asynchronous(model) or isinstance(model, LayerMajor):
+        yield None
+        return
+    width, size = axis_sizes(model), number_size(model)
+    alone = max(f.row_values(width, max(map(len, w.sequences))) * size for w in plan.work for f in w.features)
+    largest = max(alone, min(PARCEL_BYTES, plan.bytes(width, size)))
+    poison = os.environ.get("BATHYSCOPE_POISON", "0") not in ("", "0")
+    transport = Transport(largest, poison=poison)
+    written.failed = transport.fail
+    try:
+        yield transport
+    finally:
+        # Parcels still on their way are read by the writer, whose end comes after this one.
+        transport.close()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all batches of one piece of work share."""
+
+    model: Model
+    features: Sequence[Feature]
+    edits: Sequence[Edit]
+    progress: Progress
+    transport: Transport | None
+    written: Writer
+
+    def batch(self, batch: Batch, sequences: Sequence[tuple[int, ...]]) -> None:
+        """One forward whose rows go to the writer, or halves of it where memory does not suffice."""
+        asked = tuple(sequences[i] for i in batch.indices)
+        outbox = Outbox(self.model, batch, asked, self.transport, self.written) if self.transport else None
+        try:
+            with altered(self.model, self.edits):
+                writes = writes_of(self.model, self.edits, batch.lengths)
+                values = forward(self.model, batch, self.features, writes, outbox)
+        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            self._halves(batch, asked)
+            return
+        if values:
+            self.written.put(asked, values)
+
+    def _halves(self, batch: Batch, asked: tuple[tuple[int, ...], ...]) -> None:
+        if len(asked) == 1:
+            size = batch.lengths[0]
+            raise ModelError(
+                f"out of memory on one prompt of {size} tokens with {self.model.ref}; about {size // 2} tokens may "
+                "fit: shorten the prompt, ask for fewer points, or use a smaller dtype"
+            ) from None
+        half = len(asked) // 2
+        self.progress.note(f"out of memory: batch halved from {len(asked)} to {half} prompts")
+        for part in (asked[:half], asked[half:]):
+            for smaller in batches(part, max(map(len, part)) * len(part)):
+                self.batch(smaller, part)

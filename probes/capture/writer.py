@@ -1,0 +1,68 @@
+"""Packets into the store on a thread of its own, so that the disk and the model work at the same time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from probes.capture.lookup import Lookup
+from probes.device_to_host import Parcel
+from probes.store import Packet, Ragged
+
+Tokens = tuple[int, ...]
+
+
+class Writer:
+    """Commits packets in the order given. What waits is bounded: by number, or by the ring that parcels lie in.
+
+    Args:
+        prompt_lengths: of each sequence that is a prompt and its response, the tokens of the prompt.
+    """
+
+    def __init__(self, lookup: Lookup, prompt_lengths: Mapping[Tokens, int]) -> None:
+        self.lookup, self.prompt_lengths, self.bytes = lookup, prompt_lengths, 0
+        self.failed: Callable[[BaseException], None] = lambda _: None
+        """Told at once of what went wrong with parcels, while their sender may be waiting for room."""
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store-writer")
+        self._pending: deque[Future[int]] = deque()
+
+    def put(self, sequences: tuple[Tokens, ...], features: dict[str, Ragged]) -> None:
+        """Queues rows in host memory; at most two packets wait."""
+        while len(self._pending) >= 2:
+            self.bytes += self._pending.popleft().result()
+        self._pending.append(self._pool.submit(self._commit, sequences, features))
+
+    def put_parcels(
+        self, sequences: tuple[Tokens, ...], features: Mapping[str, tuple[Parcel, tuple[int, ...]]]
+    ) -> None:
+        """Queues rows that may still be on their way; each is read behind its barrier, then given back."""
+        while self._pending and self._pending[0].done():
+            self.bytes += self._pending.popleft().result()
+        self._pending.append(self._pool.submit(self._receive, sequences, dict(features)))
+
+    def _receive(self, sequences: tuple[Tokens, ...], features: dict[str, tuple[Parcel, tuple[int, ...]]]) -> int:
+        try:
+            return self._commit(sequences, {key: Ragged(p.read(), counts) for key, (p, counts) in features.items()})
+        except BaseException as error:
+            self.failed(error)
+            raise
+        finally:
+            for parcel, _ in features.values():
+                parcel.release()
+
+    def _commit(self, sequences: tuple[Tokens, ...], features: dict[str, Ragged]) -> int:
+        size = self.lookup.store.put(Packet(self.lookup.context, sequences, features)).bytes_written
+        self.lookup.remember(sequences, self.prompt_lengths)
+        return size
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            for pending in self._pending:
+                if kind is None:
+                    self.bytes += pending.result()
+        finally:
+            self._pool.shutdown(wait=True)

@@ -1,0 +1,20 @@
+"""Captured rows on their way from a device to host memory, without the host or the device waiting for each other."""
+
+from probes.device_to_host.copy_engine import CudaEngine, Engine, Event, HostEngine, engine_for
+from probes.device_to_host.copy_lane import Lane, Parcel
+from probes.device_to_host.ring_buffers import HostRing, StreamRing, aligned
+from probes.device_to_host.transport import Transport
+
+__all__ = [
+    "CudaEngine",
+    "Engine",
+    "Event",
+    "HostEngine",
+    "HostRing",
+    "Lane",
+    "Parcel",
+    "StreamRing",
+    "Transport",
+    "aligned",
+    "engine_for",
+]

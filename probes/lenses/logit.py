@@ -1,0 +1,218 @@
+"""Reading a residual through the final norm and the unembedding, one vocabulary tile at a time.
+
+The logit lens (nostalgebraist 2020, "interpreting GPT: the logit lens"): softmax of unembed(final_norm(x)) for a
+residual x of any layer. Memory is one tile of logits, independent of how many rows or tokens there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from probes.models.protocol import Unembedding
+
+VOCAB_TILE = 4096
+"""Tokens per tile."""
+ROW_TILE = 512
+"""Residual rows per tile."""
+ROW_BLOCK = 8192
+"""Residual rows normalised at once, which bounds memory."""
+LOG2 = 0.6931471805599453
+
+
+@dataclass(frozen=True)
+class LensRead:
+    """Read-outs of n residual rows; log-probabilities and divergence in nats, entropy in bits, all float32."""
+
+    log_z: Tensor
+    """[n], the log-sum-exp of the logits."""
+    entropy_bits: Tensor
+    """[n]."""
+    top_logprobs: Tensor
+    """[n, top_k], most probable first."""
+    top_ids: Tensor
+    """[n, top_k]."""
+    logprobs: Tensor
+    """[n, m], of the tokens asked for."""
+    kl: Tensor
+    """[n], KL(reference's distribution || row's distribution); empty without a reference."""
+
+
+def normalized(rows: Tensor, unembedding: Unembedding) -> Tensor:
+    """Rows after the final norm, [n, d_model] float32."""
+    weight = unembedding.weight
+    parts = torch.split(rows, ROW_TILE) if rows.shape[0] else [rows]
+    return torch.cat([unembedding.norm(part.to(weight.device, weight.dtype)).float() for part in parts])
+
+
+def token_logits(hidden: Tensor, unembedding: Unembedding, ids: Tensor) -> Tensor:
+    """Logits of chosen tokens for normalised rows [n, d_model]: ids [m] for all rows, or [n, m]; [n, m]."""
+    bias = None if unembedding.bias is None else unembedding.bias[ids]
+    if ids.ndim == 1:
+        return _logits(hidden, unembedding.weight[ids].float(), bias, unembedding.softcap)
+    pairs = zip(torch.split(hidden, ROW_TILE), torch.split(ids, ROW_TILE), strict=True)
+    parts = [torch.einsum("nmd,nd->nm", unembedding.weight[wanted].float(), rows) for rows, wanted in pairs]
+    logits = torch.cat(parts) if parts else hidden.new_zeros(ids.shape)
+    if bias is not None:
+        logits += bias.float()
+    return _capped(logits, unembedding.softcap)
+
+
+@torch.inference_mode()
+def read(
+    rows: Tensor,
+    unembedding: Unembedding,
+    *,
+    ids: Tensor | None = None,
+    top_k: int = 0,
+    reference: Tensor | None = None,
+    reference_of: Tensor | None = None,
+    tile: int = VOCAB_TILE,
+) -> LensRead:
+    """Logit lens of residual rows [n, d_model].
+
+    Args:
+        ids: tokens whose log-probability is wanted, [m] for all rows or [n, m].
+        top_k: how many of the most probable tokens to return.
+        reference: residual rows [r, d_model] to which each row's distribution is compared.
+        reference_of: [n], which reference each row is compared to; row i to reference i when left out.
+        tile: vocabulary tile, in tokens; changes memory, not the result.
+    """
+    device = unembedding.weight.device
+    sums = _Sums(rows.shape[0], top_k, None if ids is None else ids.to(device), device)
+    if reference is None:
+        for block in torch.split(torch.arange(rows.shape[0]), ROW_BLOCK):
+            _read_block(rows, block, unembedding, sums, None, tile)
+    else:
+        target = torch.arange(rows.shape[0]) if reference_of is None else reference_of.cpu()
+        for first in range(0, len(reference), ROW_TILE):
+            block = torch.nonzero((target >= first) & (target < first + ROW_TILE))[:, 0]
+            expected = normalized(reference[first : first + ROW_TILE], unembedding)
+            _read_block(rows, block, unembedding, sums, _Reference(expected, target[block] - first), tile)
+    kl = sums.kl if reference is not None else sums.kl[:0]
+    top, wanted = sums.logprobs(sums.top_logits), sums.logprobs(sums.wanted)
+    return LensRead(sums.log_z, sums.entropy_bits, top, sums.top_ids, wanted, kl)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits += bias.float()
+    return _capped(logits, softcap)
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def _tiles(unembedding: Unembedding, tile: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """(first token id, weight rows, bias) over the vocabulary, in float32."""
+    for start in range(0, unembedding.weight.shape[0], tile):
+        bias = None if unembedding.bias is None else unembedding.bias[start : start + tile]
+        yield start, unembedding.weight[start : start + tile].float(), bias
+
+
+class _Reference:
+    """A block of normalised reference rows, and which of them each row of the block is compared to."""
+
+    def __init__(self, hidden: Tensor, of: Tensor) -> None:
+        self.hidden, self.of = hidden, of.to(hidden.device)
+        self.high = torch.full((len(hidden),), -torch.inf, device=hidden.device)
+        self.mass = torch.zeros(len(hidden), device=hidden.device)
+
+    def weights(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(exp(logits - running maximum), factor by which earlier sums shrink), and the running mass brought up to date."""
+        high = torch.maximum(self.high, logits.amax(dim=-1))
+        shrink = (self.high - high).exp()
+        weights = (logits - high[:, None]).exp_()
+        self.mass = self.mass * shrink + weights.sum(dim=-1)
+        self.high = high
+        return weights, shrink
+
+    @property
+    def log_z(self) -> Tensor:
+        return self.high + self.mass.log()
+
+
+class _Sums:
+    """Per row: running maximum, mass and exp-weighted logit above it, chosen and top tokens, divergence from a reference."""
+
+    def __init__(self, n: int, top_k: int, ids: Tensor | None, device: torch.device) -> None:
+        self.high = torch.full((n,), -torch.inf, device=device)
+        self.mass = torch.zeros(n, device=device)
+        self.above = torch.zeros(n, device=device)
+        self.kl = torch.zeros(n, device=device)
+        self.top_logits = torch.full((n, top_k), -torch.inf, device=device)
+        self.top_ids = torch.zeros(n, top_k, dtype=torch.long, device=device)
+        self.ids = ids
+        self.wanted = torch.zeros(n, 0 if ids is None else ids.shape[-1], device=device)
+
+    @property
+    def log_z(self) -> Tensor:
+        return self.high + self.mass.log()
+
+    def logprobs(self, logits: Tensor) -> Tensor:
+        """Log-probabilities of tokens with these logits, [n, m]."""
+        # The maximum goes first, so that log_z, which is large, is never rounded.
+        return (logits - self.high[:, None]) - self.mass.log()[:, None]
+
+    @property
+    def entropy_bits(self) -> Tensor:
+        # Logits are summed relative to the maximum, so that nothing large cancels here.
+        return ((self.mass.log() - self.above / self.mass) / LOG2).clamp_min(0)
+
+    def add(self, rows: Tensor, logits: Tensor, start: int) -> None:
+        """Takes in the logits [rows, tile] of the tokens from `start`."""
+        self._add_tokens(rows, logits, start)
+        before, mass = self.high[rows], self.mass[rows]
+        high = torch.maximum(before, logits.amax(dim=-1))
+        shrink = (before - high).exp()
+        lower = torch.where(mass > 0, before - high, 0)
+        logits = logits - high[:, None]
+        weights = logits.exp()
+        above = (self.above[rows] + lower * mass) * shrink
+        self.above[rows] = above + torch.linalg.vecdot(weights, logits)
+        self.mass[rows] = mass * shrink + weights.sum(dim=-1)
+        self.high[rows] = high
+
+    def _add_tokens(self, rows: Tensor, logits: Tensor, start: int) -> None:
+        n, width = logits.shape
+        top_k = self.top_ids.shape[1]
+        if top_k:
+            values, found = logits.topk(min(top_k, width), dim=-1)
+            best, order = torch.cat([self.top_logits[rows], values], dim=-1).topk(top_k, dim=-1)
+            self.top_logits[rows] = best
+            self.top_ids[rows] = torch.cat([self.top_ids[rows], found + start], dim=-1).gather(1, order)
+        if self.ids is not None and self.ids.shape[-1]:
+            ids = self.ids.expand(n, -1) if self.ids.ndim == 1 else self.ids[rows]
+            here = (ids >= start) & (ids < start + width)
+            if here.any():
+                seen = logits.gather(1, (ids - start).clamp(0, width - 1))
+                self.wanted[rows] = torch.where(here, seen, self.wanted[rows])
+
+
+def _read_block(
+    rows: Tensor, block: Tensor, unembedding: Unembedding, sums: _Sums, against: _Reference | None, tile: int
+) -> None:
+    """Adds every vocabulary tile to the sums of the rows of `block`, compared to one block of references."""
+    hidden = normalized(rows[block], unembedding)
+    difference = torch.zeros(len(block), device=hidden.device)
+    for start, weight, bias in _tiles(unembedding, tile):
+        expected = weights = shrink = None
+        if against is not None:
+            expected = _logits(against.hidden, weight, bias, unembedding.softcap)
+            weights, shrink = against.weights(expected)
+        for first in range(0, len(block), ROW_TILE):
+            part = slice(first, first + ROW_TILE)
+            logits = _logits(hidden[part], weight, bias, unembedding.softcap)
+            if against is not None and expected is not None and weights is not None and shrink is not None:
+                of = against.of[part]
+                change = torch.linalg.vecdot(weights[of], expected[of] - logits)
+                difference[part] = difference[part] * shrink[of] + change
+            sums.add(block[part], logits, start)
+    if against is not None:
+        mean = difference / against.mass[against.of]
+        sums.kl[block] = (mean - against.log_z[against.of] + sums.log_z[block]).clamp_min(0)

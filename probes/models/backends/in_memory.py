@@ -1,0 +1,356 @@
+"""What the backends on a transformers module in memory share: checking, refusing, running, decoding."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from probes.anatomy import Anatomy, anatomy_of
+from probes.anatomy.views import Divisor
+from probes.errors import ModelError, OptionError, PointError, PromptError
+from probes.hooks.attention_probabilities import Attended, Watch, watched
+from probes.hooks.forward_hooks import Stop, Taps, tensor_of
+from probes.models.backends.model_card import Displayed
+from probes.models.fingerprint.fingerprint import Fingerprint, fingerprint, keyed
+from probes.models.fingerprint.foreign_code import unkeyable
+from probes.models.interop import copied, from_hf
+from probes.models.placement import fetch_offloaded, main_device
+from probes.models.protocol import Canary, Context, Model, Read, Shape, Unembedding, Write
+from probes.models.sources.digest import weights_digest
+from probes.models.unembedding import unembedding_of
+from probes.models.verify.canary_answer import canary_of
+from probes.models.verify.identities import verify
+from probes.models.verify.recording import Evidence, attention_layers, attention_of, evidence_of
+from probes.points import POINTS, Address
+
+_ORDER = {name: index for index, name in enumerate(POINTS)}
+
+
+class LocalModel(Displayed, Model):
+    """A transformers module behind the `Model` protocol; a backend says only how taps reach its tensors (`_call`).
+
+    Args:
+        module: A transformers model with its language-model head; never moved or cast.
+        weights: Digest of the weights, for the store's keys.
+        anatomy: Where the points lie in `module`; by default what its architecture map says.
+        source: The module that the user gave, where `module` is a copy of it.
+
+    Raises:
+        ModelError: an architecture without a map, weights that are not finite, or a map that does not fit the model.
+    """
+
+    backend: ClassVar[str]
+
+    def __init__(
+        self,
+        module: nn.Module,
+        tokenizer: Any = None,
+        *,
+        ref: str,
+        weights: str,
+        revision: str | None = None,
+        anatomy: Anatomy | None = None,
+        source: nn.Module | None = None,
+    ) -> None:
+        self.module, self.tokenizer, self.ref, self.revision = module, tokenizer, ref, revision
+        self.source = module if source is None else source
+        self._config: Any = module.config.get_text_config()  # type: ignore[union-attr,operator]
+        self._lock = threading.RLock()
+        self._examine(anatomy or anatomy_of(module), weights)
+        self._wrapped = (self._state, weights)
+
+    def _examine(self, guess: Anatomy, weights: str) -> None:
+        """Checks the module as it is, and takes up what it is: anatomy, shape, key and canary."""
+        seen: list[Canary] = []
+
+        def gather(tokens: Tensor) -> Evidence:
+            evidence = self._evidence(guess, tokens)
+            seen.append(canary_of(tokens, evidence.logits))
+            return evidence
+
+        device, dtype = self._place(next(guess.component("embed").parameters()))
+        self.device = device
+        pad = getattr(self._config, "pad_token_id", None)
+        with evaluating(self.module):
+            verified = verify(guess, gather, self.ref, dtype, pad)
+        self.canary = seen[-1]
+        self.anatomy: Anatomy = verified.anatomy
+        self.faithfulness = verified.faithfulness
+        self.shape = _shape(self.anatomy, verified.causal, verified.d_mlp)
+        self._layers = attention_layers(self.module, self.anatomy)
+        self._state = self._fingerprint()
+        attention = str(self._config._attn_implementation)
+        self.context = Context(self._key(weights), self.backend, str(dtype).removeprefix("torch."), attention)
+
+    def current(self) -> Context:
+        """The context of the module as it is now; where it was changed in place, its identities are checked anew.
+
+        Raises:
+            ModelError: no key can say what it computes (a hook or a patched `forward` of somebody else, autocast), or
+                its identities no longer hold.
+        """
+        with self._lock:
+            if reason := unkeyable(self.module):
+                raise ModelError(f"{self.ref}: its rows cannot be told from other rows: {reason}")
+            now = self._fingerprint()
+            if now != self._state:
+                self._follow(now)
+            return self.context
+
+    def _follow(self, now: Fingerprint | None) -> None:
+        """Takes up what the module has become."""
+        state, weights = self._wrapped
+        self._examine(anatomy_of(self.module), weights if now == state else self._digest())
+
+    def _digest(self) -> str:
+        return weights_digest(self.module, partial(fetch_offloaded, self.module, ref=self.ref))
+
+    def _fingerprint(self) -> Fingerprint | None:
+        return fingerprint(self.source)
+
+    def _key(self, weights: str) -> str:
+        return keyed(weights, self.source)
+
+    def _place(self, entry: Tensor) -> tuple[torch.device, torch.dtype]:
+        """Where tokens go and what the model computes in, told by the embedding's weights."""
+        return main_device(self.module) if entry.is_meta else entry.device, entry.dtype
+
+    def _attended(self, anatomy: Anatomy, tokens: Tensor) -> Mapping[int, Attended] | str:
+        """What each layer's attention function receives, or the reason it cannot be had."""
+        return attention_of(self.module, anatomy, self._logits, tokens)
+
+    def _call(self, taps: Taps, tokens: Tensor, **kwargs: Any) -> Any:
+        """The module's own output for `tokens` [batch, pos] and further arguments, with the taps visited on the way."""
+        raise NotImplementedError
+
+    def component(self, name: str, layer: int | None = None) -> nn.Module:
+        """A part of the module by its TransformerLens name, such as `attn.o` or `ln1` of a layer, or `unembed`."""
+        return self.anatomy.component(name, layer)
+
+    def on(self, backend: str) -> Model:
+        """The same module behind another backend.
+
+        Raises:
+            ModelError: no such backend, one that cannot take this module, or one whose package is missing.
+        """
+        return from_hf(self.source, self.tokenizer, backend=backend, ref=self.ref, revision=self.revision)
+
+    def as_bridge(self) -> Any:
+        """A TransformerLens TransformerBridge around a copy of the module, to do with as one likes.
+
+        Raises:
+            ModelError: the bridge cannot wrap it.
+        """
+        from probes.models.backends.transformer_lens import bridge_over
+
+        return bridge_over(copied(self.source, self.ref, sharing=False), self.tokenizer, self.ref)
+
+    def as_nnsight(self) -> Any:
+        """An nnsight model around this very module: a TransformersModel, or the plain wrapper without a tokenizer.
+
+        Raises:
+            ModelError: nnsight is not installed.
+        """
+        from probes.models.backends.nnsight import traced_over
+
+        return traced_over(self.source, self.tokenizer)
+
+    def refusal(self, address: Address) -> str | None:
+        """None where the address can be read, otherwise the reason it cannot."""
+        return self.anatomy.refusal(address)
+
+    def run(
+        self,
+        tokens: Tensor,
+        reads: Mapping[Address, Read],
+        writes: Mapping[Address, Write] | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> None:
+        """One forward over right-padded `tokens` [batch, pos], stopped after the last address asked for.
+
+        Raises:
+            PointError: an address this model refuses, or a write to a derived one; before any computation.
+            PromptError: token ids outside the vocabulary, or more positions than the context window.
+        """
+        writes = writes or {}
+        self._admit(reads, writes)
+        self._admit_tokens(tokens, tokens.shape[1])
+        if not reads and not writes:
+            return
+        with self._lock, evaluating(self.module), torch.inference_mode():
+            taps = self._taps(reads, writes, stop=True)
+            try:
+                self._forward(taps, tokens, lengths)
+            except Stop:
+                return
+            taps.finish()
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        tokens: Sequence[int],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        writes: Callable[[], Mapping[Address, Write]] | None = None,
+    ) -> list[int]:
+        """The tokens the model writes after `tokens`; the last is an end-of-sequence token where it wrote one.
+
+        The draw depends on `seed` alone and leaves the global random state as it was.
+
+        Raises:
+            PointError: the model is not causal, or refuses a write.
+            PromptError: an empty prompt, or one that would outgrow the context window.
+            OptionError: a negative temperature, or `top_p` outside (0, 1].
+        """
+        if not self.shape.causal:
+            raise PointError(f"{self.ref} reads both ways, so it cannot write a continuation")
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise OptionError(f"temperature {temperature} and top_p {top_p}: need temperature >= 0 and 0 < top_p <= 1")
+        step = torch.tensor([list(tokens)], dtype=torch.long)
+        self._admit_tokens(step, step.shape[1] + max_new_tokens)
+        generator = torch.Generator().manual_seed(seed)
+        ends, written, cache = self._ends(), list[int](), None
+        with self._lock, evaluating(self.module):
+            while len(written) < max_new_tokens:
+                edits = writes() if writes else {}
+                self._admit({}, edits)
+                taps = self._taps({}, edits, stop=False)
+                out = self._forward(taps, step, None, past_key_values=cache, use_cache=True)
+                taps.finish()
+                token = _choose(tensor_of(out)[0, -1].float().cpu(), temperature, top_p, generator)
+                written.append(token)
+                if token in ends:
+                    break
+                cache, step = out.past_key_values, torch.tensor([[token]])
+        return written
+
+    def unembedding(self) -> Unembedding:
+        """The final norm and unembedding.
+
+        Raises:
+            PointError: they do not reproduce this model's logits; the message is the reason.
+        """
+        if reason := self.faithfulness.refused.get("lens"):
+            raise PointError(f"{self.ref}: {reason}")
+        return unembedding_of(self.anatomy)
+
+    def _admit(self, reads: Mapping[Address, Read], writes: Mapping[Address, Write]) -> None:
+        for address in (*reads, *writes):
+            if reason := self.refusal(address):
+                raise PointError(f"{self.ref} has no point {str(address)!r}: {reason}")
+        for address in writes:
+            if address.point != "pattern" and isinstance(self.anatomy.site(address).view, Divisor):
+                raise PointError(
+                    f"{address} is computed from the norm's input and cannot be written; write the stream before it"
+                )
+
+    def _admit_tokens(self, tokens: Tensor, n: int) -> None:
+        if tokens.numel() == 0:
+            raise PromptError("an empty prompt has no positions to run; give at least one token")
+        if n > self.shape.n_ctx:
+            raise PromptError(
+                f"{n} positions exceed the context window of {self.ref}, {self.shape.n_ctx} tokens; shorten"
+            )
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.shape.d_vocab:
+            bad = low if low < 0 else high
+            raise PromptError(
+                f"token id {bad} is outside the vocabulary of {self.ref}: legal are 0 to {self.shape.d_vocab - 1}"
+            )
+
+    def _taps(self, reads: Mapping[Address, Read], writes: Mapping[Address, Write], stop: bool) -> Taps:
+        addresses = sorted({*reads, *writes}, key=lambda a: (a.layer or 0, _ORDER[a.point]))
+        elsewhere = frozenset(a for a in addresses if a.point == "pattern" and a.layer not in self.anatomy.patterns)
+        sites = {a: self.anatomy.site(a) for a in addresses if a not in elsewhere}
+        return Taps(sites, reads, writes, elsewhere, stop)
+
+    @contextmanager
+    def _watching(self, taps: Taps) -> Iterator[None]:
+        """Within, the attention function reports the patterns that no module carries."""
+        patterns = {a.layer: a for a in taps.pending if a not in taps.sites}
+        watch = {layer: _report(taps, a) for layer, a in patterns.items()}
+        edits = {layer: taps.writes[a] for layer, a in patterns.items() if a in taps.writes}
+        with watched(self._config, self._layers, watch, edits) if patterns else nullcontext():
+            yield
+
+    def _forward(self, taps: Taps, tokens: Tensor, lengths: Sequence[int] | None, **cache: Any) -> Any:
+        kwargs: dict[str, Any] = {"use_cache": False, **cache} if self.shape.causal else {}
+        if not self.shape.causal and lengths is not None:
+            positions = torch.arange(tokens.shape[1], device=self.device)
+            kwargs["attention_mask"] = (positions < torch.tensor(lengths, device=self.device)[:, None]).long()
+        # A causal model gets no mask: right padding cannot reach a real row, and the fast attention path stays open.
+        with self._watching(taps):
+            return self._call(taps, tokens.to(self.device), **kwargs)
+
+    def _logits(self, tokens: Tensor, taps: Taps | None = None) -> Tensor:
+        taps = taps or Taps({}, {}, {}, stop=False)
+        with torch.inference_mode():
+            return tensor_of(self._call(taps, tokens.to(self.device)))
+
+    def _evidence(self, guess: Anatomy, tokens: Tensor) -> Evidence:
+        attended = {} if guess.patterns else self._attended(guess, tokens)
+        return evidence_of(guess, self._logits, attended, tokens)
+
+    def _ends(self) -> set[int]:
+        for holder in (getattr(self.module, "generation_config", None), self._config):
+            ids = getattr(holder, "eos_token_id", None)
+            if ids is not None:
+                return {ids} if isinstance(ids, int) else set(ids)
+        return set()
+
+
+def _report(taps: Taps, address: Address) -> Watch:
+    def watch(attended: Attended) -> None:
+        if address in taps.reads:
+            taps.reads[address](attended.pattern)
+        taps.done(address)
+
+    return watch
+
+
+def _shape(anatomy: Anatomy, causal: bool, d_mlp: int | None) -> Shape:
+    sizes = anatomy.map.sizes
+    return Shape(
+        architecture=anatomy.map.architecture,
+        n_layers=anatomy.n_layers,
+        d_model=int(sizes.d_model),
+        n_heads=anatomy.n_heads,
+        n_kv_heads=anatomy.n_kv_heads,
+        d_head=anatomy.d_head,
+        d_mlp=int(d_mlp or sizes.d_mlp),
+        d_vocab=int(sizes.d_vocab),
+        n_ctx=int(sizes.n_ctx),
+        causal=causal,
+    )
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Dropout off within; every submodule's own training flag as it was afterwards."""
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """One token id from logits [d_vocab]: the largest at temperature 0, otherwise drawn from the top_p nucleus."""
+    if temperature == 0:
+        return int(logits.argmax())
+    ordered, ids = (logits / temperature).softmax(-1).sort(descending=True)
+    # The token that crosses top_p still belongs, so the nucleus is never empty.
+    kept = torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0.0)
+    return int(ids[torch.multinomial(kept, 1, generator=generator)])

@@ -1,0 +1,79 @@
+"""A model whose blocks hold no weights: everything around the blocks is loaded, the blocks stay on the meta device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from probes.anatomy import anatomy_of
+from probes.errors import ModelError
+from probes.models.backends.streamed import StreamedModel
+from probes.models.fingerprint.plain_model import compute_buffers
+from probes.models.finite import check_finite
+from probes.models.protocol import Model
+from probes.models.sources.block_weights import BlockWeights
+from probes.models.sources.checkpoint import Loading, load_module, load_tokenizer
+from probes.models.sources.digest import weights_digest
+from probes.models.sources.locate import Located
+
+
+def load_streamed(found: Located, config: Any, how: Loading) -> Model:
+    """A model whose blocks stay in its folder.
+
+    Raises:
+        ModelError: weights missing or not finite, or blocks that cannot be read one at a time.
+    """
+    module, blocks = load_shell(found.folder, config, how)
+
+    def fetch(name: str) -> Tensor:
+        tensor = blocks.tensor(name)
+        check_finite(tensor, name, found.ref)
+        return tensor
+
+    weights = weights_digest(module, fetch)
+    tokenizer = load_tokenizer(found.folder, trust_remote_code=how.trust_remote_code)
+    return StreamedModel(module, tokenizer, blocks=blocks, ref=found.ref, weights=weights, revision=found.revision)
+
+
+def load_shell(folder: Path, config: Any, how: Loading) -> tuple[nn.Module, BlockWeights]:
+    """The model of a folder, loaded as always but for its blocks' weight matrices, and where these are read from.
+
+    Raises:
+        ModelError: as an ordinary load, or blocks that share weights with other parts.
+    """
+    module = load_module(folder, config, replace(how, device_map={"": "meta"}))
+    paths, device = block_paths(module), torch.device(how.device)
+    _refuse_shared(module, paths)
+    compute_buffers(module, device)
+    blocks = BlockWeights(folder, module, paths, device)
+    blocks.place_rest()
+    module.tie_weights()  # type: ignore[operator]
+    for name, tensor in module.named_parameters():
+        if tensor.is_meta and not any(name.startswith(f"{path}.") for path in paths):
+            raise ModelError(f"{folder} lacks the weight {name!r}; nothing is guessed")
+    return module, blocks
+
+
+def block_paths(module: nn.Module) -> list[str]:
+    """Dotted path of each block of a model.
+
+    Raises:
+        ModelError: the architecture map does not know this class of model.
+    """
+    known = anatomy_of(module).map
+    paths = [known.path("block", layer) for layer in range(known.n_layers)]
+    return [path for path in paths if path]
+
+
+def _refuse_shared(module: nn.Module, blocks: list[str]) -> None:
+    ties: dict[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
+    for name in (*ties, *ties.values()):
+        if any(name.startswith(f"{block}.") for block in blocks):
+            raise ModelError(
+                f"{type(module).__name__} shares the weight {name!r} between parts, so its blocks cannot be read one at "
+                "a time; load it without streaming"
+            )

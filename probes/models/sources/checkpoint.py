@@ -1,0 +1,196 @@
+"""A Hugging Face folder: what it holds, which class it is for, and its module and tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from probes.errors import ModelError, one_line, shown
+from probes.input_files import kind_of
+from probes.models.silence_loggers import quiet
+from probes.models.sources.config_sizes import check_sizes
+from probes.models.sources.tensor_files import read_object, tensor_shapes
+from probes.norms.large_eps import undo_large_eps
+
+_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a folder is loaded."""
+
+    device: str = "cpu"
+    dtype: str = "auto"
+    """A torch dtype by name, or `auto` for the checkpoint's own."""
+    attention: str = "sdpa"
+    trust_remote_code: bool = False
+    device_map: str | Mapping[str, str | int] | None = None
+    """Where each part goes: a strategy such as `auto`, or device by module path; None puts all on `device`."""
+    max_memory: Mapping[int | str, str] | None = None
+    """The most each device may hold, such as `{0: "20GiB", "cpu": "60GiB"}`."""
+    offload_folder: Path | None = None
+    """Where offloaded weights go that cannot be read from the checkpoint as they are."""
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder that is no model.
+
+    Raises:
+        ModelError: no config.json, no weights, or weights in pickle form only.
+    """
+    if kind_of(folder / "config.json") != "file":
+        try:
+            inside = sorted(path.name for path in folder.iterdir())[:6]
+        except OSError as error:
+            raise ModelError(f"{folder} cannot be read ({error.strerror}); give a folder that can be") from None
+        adapter = (
+            " (adapter_config.json: an adapter; merge it into its base model first)"
+            if "adapter_config.json" in inside
+            else ""
+        )
+        held = ", ".join(inside) or "nothing"
+        raise ModelError(f"{folder} is not a model folder: config.json is missing; it holds {held}{adapter}")
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = [path.name for pattern in _PICKLES for path in folder.glob(pattern)]
+    if pickles:
+        raise ModelError(
+            f"{folder} holds its weights as pickle ({pickles[0]}), which can run code and is never loaded; convert once where "
+            "you trust it: python -c \"from transformers import AutoModel as M; M.from_pretrained('DIR').save_pretrained('NEW')\""
+        )
+    raise ModelError(f"{folder} is not a model folder: it has no *.safetensors weights")
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a folder, its sizes held against the checkpoint's tensors.
+
+    Raises:
+        ModelError: damaged, sizes that its tensors cannot have, or a model type the installed transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    _check_config(folder)
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # The library has no error of its own for a folder that it cannot load.
+        raise ModelError(f"cannot read the configuration of {folder}: {one_line(error)}") from error
+
+
+def _check_config(folder: Path) -> None:
+    path = folder / "config.json"
+    raw = read_object(path, "configuration")
+    classes = raw.get("architectures")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise ModelError(f"{path}: architectures is {shown(classes)}; legal is a list of class names, or null")
+    check_sizes(raw, tensor_shapes(folder), str(path))
+
+
+def model_class(config: Any) -> Any:
+    """The class to load a configuration with: the one its checkpoint was saved from, where that has logits or is bare.
+
+    Raises:
+        ModelError: encoder-decoder models and heads that do not predict tokens.
+    """
+    import transformers
+
+    named = (getattr(config, "architectures", None) or [""])[0]
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"architecture {named or config.model_type!r} is encoder-decoder; legal are decoders and encoders"
+        )
+    if named.endswith("ForPreTraining"):
+        # Pre-training heads add a sentence-level task beside the token predictions.
+        return transformers.AutoModelForMaskedLM
+    if named.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "Model")):
+        found = getattr(transformers, named, None)
+        if found is not None:
+            return found
+    elif "For" in named:
+        raise ModelError(
+            f"architecture {named!r} has a head that does not predict tokens; legal are …ForCausalLM, …LMHeadModel, "
+            "…ForMaskedLM and bare …Model; load the base checkpoint it was made from"
+        )
+    if "auto_map" in config.to_dict():
+        return transformers.AutoModelForCausalLM
+    if named:
+        raise ModelError(
+            f"architecture {named!r} is unknown to transformers {transformers.__version__}; is it a newer model?"
+        )
+    return transformers.AutoModelForCausalLM
+
+
+def load_module(folder: Path, config: Any, how: Loading) -> nn.Module:
+    """The model of a folder, in evaluation mode on its device; never reads pickle, never fills a missing weight.
+
+    Raises:
+        ModelError: weights missing, damaged or of another shape; an attention the model does not have; out of memory.
+    """
+    import torch
+
+    dtype: Any = "auto" if how.dtype == "auto" else getattr(torch, how.dtype)
+    known = model_class(config)
+    try:
+        with quiet():
+            module, info = known.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention_for(known, how.attention),
+                trust_remote_code=how.trust_remote_code,
+                **_placement(how),
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        raise ModelError(
+            f"out of memory on {how.device}: the weights of {folder.name} take {size / 1e9:.1f} GB on disk; "
+            "try --dtype bfloat16, another device or a smaller model"
+        ) from error
+    except Exception as error:  # As for the configuration.
+        raise ModelError(f"cannot load {folder}: {one_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {len(missing)} weight(s) of {type(module).__name__}, first {missing[0]!r}; nothing is guessed"
+        )
+    loaded: nn.Module = module.eval()
+    undo_large_eps(loaded)
+    return loaded
+
+
+def attention_for(known: Any, wanted: str) -> str:
+    """`wanted`, or `eager` where that is the default and the class has no fused attention (Gemma 2, GPT-J, BLOOM)."""
+    return "eager" if wanted == "sdpa" and not getattr(known, "_supports_sdpa", True) else wanted
+
+
+def _placement(how: Loading) -> dict[str, Any]:
+    if how.device_map is None:
+        return {"device_map": None if how.device == "cpu" else how.device}
+    spread = how.device_map if isinstance(how.device_map, str) else dict(how.device_map)
+    memory = None if how.max_memory is None else dict(how.max_memory)
+    return {"device_map": spread, "max_memory": memory, "offload_folder": how.offload_folder}
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder, or None where it has none (prompts are then token ids).
+
+    Raises:
+        ModelError: a tokenizer that cannot be read.
+    """
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # The tokenizers library raises bare Exception for a damaged file.
+        raise ModelError(f"cannot read the tokenizer of {folder}: {one_line(error)}") from error

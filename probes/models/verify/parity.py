@@ -1,0 +1,79 @@
+"""The same points read on several backends, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from probes.html_card import aligned
+from probes.models.protocol import Model
+from probes.models.verify.identities import probe_tokens
+from probes.models.verify.recording import deviation
+from probes.points import POINTS, Address
+
+READ = "read"
+REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class Parity:
+    """One point on every backend."""
+
+    point: str
+    cells: Mapping[str, float | str]
+    """By backend: the largest deviation from the first one, relative to its largest magnitude, over all layers;
+    `read` where there is nothing to compare with; `refused`."""
+
+
+def parity(models: Mapping[str, Model]) -> list[Parity]:
+    """Every point on every backend, from one forward each over two short rows of tokens.
+
+    Args:
+        models: The same model by backend; the others are compared with the first.
+    """
+    shape = next(iter(models.values())).shape
+    tokens = probe_tokens(shape.d_vocab, shape.n_ctx, None)
+    found = {backend: readings(model, tokens) for backend, model in models.items()}
+    first = next(iter(found.values()))
+    return [Parity(point, {backend: _cell(point, seen, first) for backend, seen in found.items()}) for point in POINTS]
+
+
+def readings(model: Model, tokens: Tensor) -> dict[Address, Tensor]:
+    """Every tensor of `tokens` [batch, pos] that the model gives, on the CPU, from one forward."""
+    seen: dict[Address, Tensor] = {}
+
+    def keep(address: Address) -> Callable[[Tensor], None]:
+        def reader(tensor: Tensor) -> None:
+            seen[address] = tensor.detach().to("cpu", copy=True)
+
+        return reader
+
+    every = [
+        Address(name, layer)
+        for name, point in POINTS.items()
+        for layer in (range(model.shape.n_layers) if point.layered else (None,))
+    ]
+    model.run(tokens, {address: keep(address) for address in every if model.refusal(address) is None})
+    return seen
+
+
+def table(rows: Sequence[Parity]) -> list[str]:
+    """The rows as lines of text, one column a backend."""
+    backends = list(rows[0].cells)
+    return aligned(("point", *backends), [(row.point, *map(_shown, row.cells.values())) for row in rows])
+
+
+def _cell(point: str, seen: Mapping[Address, Tensor], first: Mapping[Address, Tensor]) -> float | str:
+    addresses = [address for address in seen if address.point == point]
+    if not addresses:
+        return REFUSED
+    common = [address for address in addresses if address in first]
+    if seen is first or not common:
+        return READ
+    return max(deviation(seen[address], first[address]) for address in common)
+
+
+def _shown(cell: float | str) -> str:
+    return cell if isinstance(cell, str) else f"{cell:.0e}"

@@ -1,0 +1,1 @@
+"""What a head's weights say alone, without a forward. Imported by analyses only."""

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from analyses.interventions import Interventions
+from analyses.results.card import Card, FigureSpec, ProfileSpec, Tables
 from analyses.results.provenance import describe, prompts_digest
-from analyses.results.result import FigureSpec, ProfileSpec, Result, Tables
+from analyses.results.result import Result
 from probes.capture.activations import Activations
 from probes.capture.needs import Need
 from probes.models.protocol import Model
@@ -123,4 +124,4 @@ def make_result(
     keys = [] if activations is None else activations.keys()
     provenance = describe(model, started=clock.started, seed=options.get("seed"), store_keys=keys, counts=counted)
     provenance["prompts"] = prompts_digest(prompts)
-    return Result(analysis.name, options, dict(tables), provenance, tuple(notes))
+    return Result(analysis.name, options, dict(tables), provenance, tuple(notes), Card.of(analysis))

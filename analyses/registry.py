@@ -1,40 +1,61 @@
-"""Every analysis on offer."""
+"""Every analysis on offer, by name; its code is imported when it is asked for."""
 
 from __future__ import annotations
 
-from analyses.back_patching import BackPatching
-from analyses.base import Analysis
-from analyses.communication_channels import CommunicationChannels
-from analyses.concept_depth import ConceptDepth
-from analyses.contextual_decomposition import ContextualDecomposition
-from analyses.depth_use import DepthUse
-from analyses.latent_language import LatentLanguage
-from analyses.logit_lens import LogitLens
-from analyses.norm_removal import NormRemoval
-from analyses.voids import Voids
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
 from probes.errors import OptionError, unknown
 
-ANALYSES: tuple[type[Analysis], ...] = (
-    Voids,
-    LogitLens,
-    BackPatching,
-    CommunicationChannels,
-    ConceptDepth,
-    LatentLanguage,
-    DepthUse,
-    NormRemoval,
-    ContextualDecomposition,
-)
-"""To add an analysis, add its class here."""
+ANALYSES: Mapping[str, str] = {
+    "voids": "analyses.voids:Voids",
+    "logit_lens": "analyses.logit_lens:LogitLens",
+    "back_patching": "analyses.back_patching:BackPatching",
+    "communication_channels": "analyses.communication_channels:CommunicationChannels",
+    "concept_depth": "analyses.concept_depth:ConceptDepth",
+    "latent_language": "analyses.latent_language:LatentLanguage",
+    "depth_use": "analyses.depth_use:DepthUse",
+    "norm_removal": "analyses.norm_removal:NormRemoval",
+    "contextual_decomposition": "analyses.contextual_decomposition:ContextualDecomposition",
+}
+"""Name to the dotted path of the class. To add an analysis here, add its line."""
+
+GROUP = "bathyscope.analyses"
+"""Entry points of this group, in any installed package, add analyses of their own under the entry point's name."""
 
 
-def get_analysis(name: str) -> type[Analysis]:
-    """The analysis of that name.
+def paths() -> dict[str, str]:
+    """The dotted path of every analysis by its name: those shipped, then those of other packages."""
+    elsewhere = {point.name: point.value for point in sorted(entry_points(group=GROUP), key=lambda point: point.name)}
+    return {**ANALYSES, **{name: path for name, path in elsewhere.items() if name not in ANALYSES}}
+
+
+def names() -> tuple[str, ...]:
+    """The names of every analysis, without importing one."""
+    return tuple(paths())
+
+
+def every_analysis() -> tuple[Any, ...]:
+    """The class of every analysis, imported."""
+    return tuple(get_analysis(name) for name in names())
+
+
+def get_analysis(name: str) -> Any:
+    """The class of the analysis of that name, an `analyses.base.Analysis`.
 
     Raises:
-        OptionError: an unknown name, with the legal ones.
+        OptionError: an unknown name, with the legal ones; or one whose package cannot be imported, with the reason.
     """
-    by_name = {analysis.name: analysis for analysis in ANALYSES}
-    if name not in by_name:
-        raise OptionError(unknown("analysis", name, by_name))
-    return by_name[name]
+    known = paths()
+    if name not in known:
+        raise OptionError(unknown("analysis", name, known))
+    module, _, attribute = known[name].partition(":")
+    try:
+        analysis = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise OptionError(f"analysis {name!r} cannot be imported from {known[name]!r}: {error}") from error
+    if analysis.name != name:
+        raise OptionError(f"analysis {name!r} at {known[name]!r} calls itself {analysis.name!r}: use one name")
+    return analysis

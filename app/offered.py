@@ -1,39 +1,17 @@
-"""The registered analyses. Their names are known at once; their code brings torch, which takes seconds, and is imported when needed."""
+"""The analyses on offer. Their names are known at once; their code brings torch, which takes seconds, and is imported when needed."""
 
 from __future__ import annotations
 
-import ast
-import sys
 import threading
-from functools import cache
-from importlib.resources import files
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from analyses.base import Analysis
+from analyses.registry import every_analysis, get_analysis, names
 
-_LOADING = threading.Lock()
+__all__ = ["get_analysis", "label", "load", "load_soon", "names", "ready"]
+
+_LOADED = threading.Event()
 IMPORTER = "import-analyses"
 DELAY = 4.0
 """Seconds."""
-
-
-@cache
-def names() -> tuple[str, ...]:
-    """The names of the registered analyses, read off the registry's source without importing it.
-
-    An analysis is called like its module.
-    """
-    tree = ast.parse(files("analyses").joinpath("registry.py").read_text(encoding="utf-8"))
-    modules = {
-        alias.asname or alias.name: node.module.split(".")[-1]
-        for node in tree.body
-        if isinstance(node, ast.ImportFrom) and node.module
-        for alias in node.names
-    }
-    listed = next(node.value for node in tree.body if isinstance(node, ast.AnnAssign) and node.value)
-    assert isinstance(listed, ast.Tuple)
-    return tuple(modules[item.id] for item in listed.elts if isinstance(item, ast.Name))
 
 
 def label(name: str) -> str:
@@ -43,13 +21,13 @@ def label(name: str) -> str:
 
 def ready() -> bool:
     """Whether the analyses are imported, so that asking for them costs nothing."""
-    return hasattr(sys.modules.get("analyses.registry"), "get_analysis")
+    return _LOADED.is_set()
 
 
 def load() -> None:
     """Imports the analyses."""
-    with _LOADING:
-        import analyses.registry  # noqa: F401
+    every_analysis()
+    _LOADED.set()
 
 
 def load_soon() -> None:
@@ -58,11 +36,3 @@ def load_soon() -> None:
         timer = threading.Timer(DELAY, load)
         timer.name, timer.daemon = IMPORTER, True
         timer.start()
-
-
-def get(name: str) -> type[Analysis]:
-    """The analysis of that name."""
-    load()
-    from analyses.registry import get_analysis
-
-    return get_analysis(name)

@@ -26,7 +26,7 @@ from probes.errors import UserError
 from probes.store import ActivationStore
 
 ROOT = Path(__file__).parents[1]
-NAMES = [analysis.name for analysis in ANALYSES]
+NAMES = list(ANALYSES)
 SECONDS = 60.0
 
 

@@ -39,7 +39,7 @@ def result(tiny: NativeModel, store: ActivationStore) -> Result:
 
 
 def test_the_catalogue_names_what_is_registered_without_importing_it() -> None:
-    assert catalogue.names() == tuple(analysis.name for analysis in ANALYSES)
+    assert catalogue.names() == tuple(ANALYSES)
 
 
 # Selection

@@ -12,7 +12,7 @@ import pytest
 
 from analyses.base import Analysis
 from analyses.cli import main
-from analyses.registry import ANALYSES
+from analyses.registry import every_analysis
 from probes.models import BACKENDS
 from probes.points import POINTS
 from probes.store import ActivationStore
@@ -245,7 +245,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         assert flag in out
 
 
-@pytest.mark.parametrize("analysis", ANALYSES, ids=lambda analysis: analysis.name)
+@pytest.mark.parametrize("analysis", every_analysis(), ids=lambda analysis: analysis.name)
 def test_help_says_what_a_prompt_line_may_carry(analysis: type[Analysis], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", analysis.name, "--help"]) == 0
     words = " ".join(capsys.readouterr().out.split())

@@ -20,7 +20,7 @@ from tiny import native
 from analyses.base import as_prompts
 from analyses.cli import main
 from analyses.options import types_of
-from analyses.registry import ANALYSES
+from analyses.registry import every_analysis
 from analyses.studies import expand, read_study
 from probes.errors import ModelError
 from probes.models import load_model
@@ -32,7 +32,7 @@ from probes.strict_json import JsonFault, check_tree
 
 SHARED = pytest.mark.filterwarnings("ignore")
 LINE = b'{"tokens": [5, 6, 7], "answer_tokens": [8], "group": "a"}\n{"text": "caf\xc3\xa9", "label": 1}\n'
-analyses = st.sampled_from(ANALYSES)
+analyses = st.sampled_from(every_analysis())
 
 
 @pytest.fixture(scope="module")

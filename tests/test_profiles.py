@@ -17,7 +17,7 @@ from analyses.communication_channels.profiles import readers, writers
 from analyses.concept_depth.profiles import selectivity
 from analyses.logit_lens import LogitLens
 from analyses.logit_lens.profiles import agreement
-from analyses.registry import ANALYSES, get_analysis
+from analyses.registry import every_analysis, get_analysis
 from analyses.results.profiles import counts, mean_by_layer
 from analyses.results.result import Result
 from analyses.voids import Voids
@@ -25,7 +25,7 @@ from probes.errors import OptionError
 from probes.store import ActivationStore
 
 
-@pytest.mark.parametrize("analysis", ANALYSES, ids=lambda a: a.name)
+@pytest.mark.parametrize("analysis", every_analysis(), ids=lambda a: a.name)
 def test_every_analysis_says_something_of_each_layer(analysis: type[Analysis]) -> None:
     assert analysis.profiles
     for spec in analysis.profiles.values():

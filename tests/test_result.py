@@ -11,7 +11,7 @@ import pytest
 from small import SMALL
 from tiny import PROMPTS
 
-from analyses.registry import ANALYSES, get_analysis
+from analyses.registry import ANALYSES, every_analysis, get_analysis
 from analyses.results.axes import whole_layers
 from analyses.results.report import render
 from analyses.results.result import Result
@@ -77,7 +77,7 @@ def test_a_failed_save_keeps_the_earlier_result(
     def broken(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("analyses.results.report.write_report", broken)
+    monkeypatch.setattr("analyses.results.result.write_report", broken)
     with pytest.raises(OptionError, match=r"No space left on device.*what stood there stands; make room"):
         result.save(tmp_path / "run")
     assert Result.load(tmp_path / "run").tables.keys() == result.tables.keys()
@@ -132,9 +132,9 @@ def test_the_report_needs_nothing_from_outside(result: Result) -> None:
 
 
 def test_every_analysis_says_what_it_is() -> None:
-    names = [analysis.name for analysis in ANALYSES]
+    names = list(ANALYSES)
     assert len(set(names)) == len(names)
-    for analysis in ANALYSES:
+    for analysis in every_analysis():
         assert analysis.__doc__
         assert analysis.title
         assert analysis.reference

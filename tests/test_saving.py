@@ -133,7 +133,7 @@ def test_what_comes_to_the_place_during_the_save_is_refused_too(
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "thesis.tex").write_text("x")
 
-    monkeypatch.setattr("analyses.results.report.write_report", come)
+    monkeypatch.setattr("analyses.results.result.write_report", come)
     with pytest.raises(OptionError, match="not a result"):
         result.save(tmp_path / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]

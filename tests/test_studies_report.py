@@ -18,7 +18,8 @@ from analyses.base import Analysis, Clock, as_prompts, make_result
 from analyses.cli import main
 from analyses.options import option
 from analyses.registry import ANALYSES
-from analyses.results.result import FigureSpec, ProfileSpec, Result, Tables
+from analyses.results.card import FigureSpec, ProfileSpec, Tables
+from analyses.results.result import Result
 from analyses.studies.index import CURVE, curves, summary
 from analyses.studies.study_figures import PANELS, overlay
 from probes.prompts import Field
@@ -70,7 +71,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text += '[[analyses]]\nanalysis = "bump"\nvary.place = [0.25, 0.75]\noptions.spread = 0.1\n'
     path = study_file(folder, text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("analyses.registry.ANALYSES", (*ANALYSES, Bump))
+        patch.setattr("analyses.registry.ANALYSES", {**ANALYSES, "bump": f"{__name__}:Bump"})
         patch.setattr("analyses.results.result.Result.save", _without_report)
         args = ["batch", str(path), "--workers", "0", "--store", str(folder / "store"), "--out", str(folder / "out")]
         assert main([*args, "--export", "bump.bump"]) == 0
@@ -173,7 +174,7 @@ def test_exports_are_csv_and_latex(study: Path, tmp_path: Path, capsys: pytest.C
     assert len(pd.read_csv(tables / "profiles.csv")) == len(bumps)
     path = study.parent / "study.toml"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("analyses.registry.ANALYSES", (*ANALYSES, Bump))
+        patch.setattr("analyses.registry.ANALYSES", {**ANALYSES, "bump": f"{__name__}:Bump"})
         args = ["batch", str(path), "--workers", "0", "--store", str(tmp_path), "--out", str(study)]
         assert main([*args, "--export", "bump.bmp"]) == 2
     assert "Legal: bump.bump." in capsys.readouterr().err

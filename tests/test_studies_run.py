@@ -24,7 +24,8 @@ from analyses.base import Analysis, Clock, as_prompts, make_result
 from analyses.cli import main
 from analyses.options import option
 from analyses.registry import ANALYSES
-from analyses.results.result import FigureSpec, Result
+from analyses.results.card import FigureSpec
+from analyses.results.result import Result
 from analyses.studies import StudyFolder, expand, local, read_study, run_local, run_study
 from analyses.studies.local import processors
 from analyses.studies.run_cells import Captured, Loaded, Outcome, load, run_unit
@@ -169,7 +170,7 @@ def test_cells_that_write_come_first_so_that_their_rows_serve_the_others(folder:
 def test_a_failing_cell_is_recorded_and_the_others_go_on(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("analyses.registry.ANALYSES", (*ANALYSES, Fails))
+    monkeypatch.setattr("analyses.registry.ANALYSES", {**ANALYSES, Fails.name: f"{__name__}:Fails"})
     fails = '[[analyses]]\nanalysis = "fails"\nvary.how = ["run", "layer", "needs", ""]\n'
     assert batch(folder, BASE + fails + LENS) == 3
     said = capsys.readouterr()

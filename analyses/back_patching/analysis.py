@@ -32,7 +32,8 @@ from analyses.back_patching.verdicts import names, verdicts
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.interventions import Interventions, swept
 from analyses.options import option, validate
-from analyses.results.result import FigureSpec, ProfileSpec, Result
+from analyses.results.card import FigureSpec, ProfileSpec
+from analyses.results.result import Result
 from analyses.tasks.two_hop import sample
 from probes.capture.activations import Activations
 from probes.capture.needs import Need

@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analyses.results.result import FigureSpec, Tables
+from analyses.results.card import FigureSpec, Tables
 from analyses.results.theme import COLOURS, SCALE, finish, whiskers
 
 POSITIONS = {"t1": "t1: the entity's last token", "t2": "t2: the prompt's last token"}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
+from analyses.results.card import ProfileSpec, Tables
 from analyses.results.profiles import mean_by_layer
-from analyses.results.result import ProfileSpec, Tables
 
 ROWS = ["prompt", "position_name"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -16,16 +16,25 @@ from analyses.cli.console import say
 from analyses.cli.demo import demo
 from analyses.cli.exits import UsageError
 from analyses.cli.report import report
-from analyses.registry import ANALYSES
+from analyses.registry import names
 from probes.errors import unknown
 
 
 class _Analyses(TyperGroup):
-    """Names the legal analyses when an unknown one is asked for."""
+    """One command an analysis, made when it is asked for."""
 
-    def resolve_command(self, ctx: typer.Context, args: list[str]):  # type: ignore[no-untyped-def, override]
-        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
-            raise UsageError(unknown("analysis", args[0], [analysis.name for analysis in ANALYSES]))
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names of every analysis."""
+        return list(names())
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of one analysis; None for an unknown name."""
+        return run.command_of(cmd_name) if cmd_name in names() else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that `args` name first; an unknown one is refused with the legal names."""
+        if args and not args[0].startswith("-") and args[0] not in names():
+            raise UsageError(unknown("analysis", args[0], names()))
         return super().resolve_command(ctx, args)
 
 
@@ -51,7 +60,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 analyses_group = typer.Typer(cls=_Analyses, help="Run an analysis and save its result.", no_args_is_help=True)
-run.register(analyses_group)
 app.add_typer(analyses_group, name="run")
 app.add_typer(store.group, name="store")
 app.add_typer(models.group, name="models")

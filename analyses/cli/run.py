@@ -14,7 +14,7 @@ import typer
 from analyses.base import Analysis
 from analyses.cli.console import ConsoleProgress, say
 from analyses.cli.option_flags import build, flags
-from analyses.registry import ANALYSES
+from analyses.registry import get_analysis
 from analyses.results.output_folder import check_output
 from analyses.running.reproduce import with_source
 from probes.capture.dry_run import estimate
@@ -200,10 +200,12 @@ def lines_of(analysis: Analysis, prompts: Path | None) -> list[PromptLine]:
     return []
 
 
-def register(group: typer.Typer) -> None:
-    """Adds one command per analysis."""
-    for analysis in ANALYSES:
-        group.command(analysis.name, epilog=fields_help(analysis))(command_for(analysis))
+def command_of(name: str) -> Any:
+    """The command that runs the analysis of that name."""
+    cls = get_analysis(name)
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    single.command(name, epilog=fields_help(cls))(command_for(cls))
+    return typer.main.get_command(single)
 
 
 def fields_help(analysis: type[Analysis]) -> str:

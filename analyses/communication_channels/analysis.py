@@ -31,7 +31,8 @@ from analyses.communication_channels.task import (
 )
 from analyses.interventions import Interventions, Tally
 from analyses.options import option, validate
-from analyses.results.result import FigureSpec, ProfileSpec, Result
+from analyses.results.card import FigureSpec, ProfileSpec
+from analyses.results.result import Result
 from analyses.tokens import token_text
 from probes.capture.needs import Need
 from probes.errors import PointError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
+from analyses.results.card import ProfileSpec, Tables
 from analyses.results.profiles import counts
-from analyses.results.result import ProfileSpec, Tables
 
 
 def _ends(tables: Tables, side: str) -> pd.DataFrame:

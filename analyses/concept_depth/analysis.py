@@ -28,7 +28,8 @@ from analyses.concept_depth.probing import (
 from analyses.concept_depth.profiles import PROFILES
 from analyses.interventions import Interventions, swept
 from analyses.options import option, validate
-from analyses.results.result import FigureSpec, ProfileSpec, Result
+from analyses.results.card import FigureSpec, ProfileSpec
+from analyses.results.result import Result
 from probes.capture.activations import Activations
 from probes.capture.needs import Need
 from probes.capture.run import capture

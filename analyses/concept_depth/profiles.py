@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from analyses.results.result import ProfileSpec, Tables
+from analyses.results.card import ProfileSpec, Tables
 
 
 def _mean(tables: Tables, value: str, low: str, high: str) -> pd.DataFrame:

@@ -23,7 +23,8 @@ from analyses.contextual_decomposition.scores import Reading
 from analyses.contextual_decomposition.word_relevance import words_table
 from analyses.interventions import Interventions
 from analyses.options import option, validate
-from analyses.results.result import FigureSpec, ProfileSpec, Result
+from analyses.results.card import FigureSpec, ProfileSpec
+from analyses.results.result import Result
 from analyses.tokens import tokens_text
 from probes.capture.needs import Need
 from probes.decomposition import PRESETS, Node, Rules, Source

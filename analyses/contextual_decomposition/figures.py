@@ -10,7 +10,7 @@ from analyses.contextual_decomposition.agreement import STATISTICS, TOP
 from analyses.contextual_decomposition.figures_circuit import circuit, faithfulness
 from analyses.contextual_decomposition.methods import COLOUR, NAMES
 from analyses.contextual_decomposition.tables import layer_profile
-from analyses.results.result import FigureSpec, ProfileSpec, Tables
+from analyses.results.card import FigureSpec, ProfileSpec, Tables
 from analyses.results.theme import finish, menu, token_label, whiskers
 
 DIVERGING = "RdBu"

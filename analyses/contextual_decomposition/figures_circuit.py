@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.contextual_decomposition.methods import COLOUR, NAMES
-from analyses.results.result import Tables
+from analyses.results.card import Tables
 from analyses.results.theme import COLOURS, finish, whiskers
 
 BLUE, RED = "33,102,172", "178,24,43"

@@ -20,7 +20,8 @@ from analyses.depth_use.settings import Distance, Rule, Settings, SkipRule
 from analyses.depth_use.tokens import check_answer_from
 from analyses.interventions import Interventions
 from analyses.options import option, validate
-from analyses.results.result import FigureSpec, ProfileSpec, Result
+from analyses.results.card import FigureSpec, ProfileSpec
+from analyses.results.result import Result
 from analyses.tokens import token_text
 from probes.capture.activations import Activations
 from probes.capture.needs import Need

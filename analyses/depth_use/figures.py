@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analyses.depth_use.figures_proxies import PROXY_FIGURES
-from analyses.results.result import FigureSpec, Tables
+from analyses.results.card import FigureSpec, Tables
 from analyses.results.theme import COLOURS, SCALE, finish, menu, token_label, whiskers
 
 PART_NAMES = {"block": "whole block", "attn": "attention", "mlp": "MLP"}

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pandas as pd
 
+from analyses.results.card import ProfileSpec, Tables
 from analyses.results.profiles import columns
-from analyses.results.result import ProfileSpec, Tables
 
 
 def _read(proxy: str) -> Callable[[Tables], pd.DataFrame]:

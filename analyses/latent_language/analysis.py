@@ -36,7 +36,8 @@ from analyses.latent_language.task_prompts import Form, Framing, Task, queries
 from analyses.latent_language.verdicts import verdicts
 from analyses.latent_language.word_lists import read_words, shipped_words
 from analyses.options import option, validate
-from analyses.results.result import FigureSpec, ProfileSpec, Result
+from analyses.results.card import FigureSpec, ProfileSpec
+from analyses.results.result import Result
 from probes.capture.needs import Need
 from probes.errors import OptionError, PromptError
 from probes.models.protocol import Model

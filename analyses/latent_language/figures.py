@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analyses.results.result import FigureSpec, Tables
+from analyses.results.card import FigureSpec, Tables
 from analyses.results.theme import COLOURS, SCALE, band, finish
 
 LANGUAGE_COLOURS = dict(zip(("en", "fr", "zh", "ja", "de", "es", "ru", "it"), COLOURS, strict=True))

@@ -16,7 +16,8 @@ from analyses.logit_lens.curve import curve
 from analyses.logit_lens.figures import FIGURES
 from analyses.logit_lens.profiles import PROFILES
 from analyses.options import option, validate
-from analyses.results.result import FigureSpec, ProfileSpec, Result
+from analyses.results.card import FigureSpec, ProfileSpec
+from analyses.results.result import Result
 from analyses.tokens import token_text
 from probes.capture.activations import Activations
 from probes.capture.needs import Need

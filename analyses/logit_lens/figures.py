@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analyses.logit_lens.curve import curve
-from analyses.results.result import FigureSpec, Tables
+from analyses.results.card import FigureSpec, Tables
 from analyses.results.theme import COLOURS, SCALE, finish, menu, shorten, token_label, whiskers
 from analyses.tokens import joined
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 
 from analyses.logit_lens.curve import ROWS
+from analyses.results.card import ProfileSpec, Tables
 from analyses.results.profiles import mean_by_layer
-from analyses.results.result import ProfileSpec, Tables
 
 
 def agreement(tables: Tables) -> pd.DataFrame:

@@ -18,7 +18,8 @@ from analyses.norm_removal.measured import needs, switches_of
 from analyses.norm_removal.removal import Plan, most_forwards, remove
 from analyses.norm_removal.training import Setting
 from analyses.options import option, validate
-from analyses.results.result import FigureSpec, ProfileSpec, Result
+from analyses.results.card import FigureSpec, ProfileSpec
+from analyses.results.result import Result
 from probes.blocks.rerouting import module_of
 from probes.capture.activations import Activations
 from probes.capture.needs import Need

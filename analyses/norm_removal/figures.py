@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analyses.norm_removal.figures_training import TRAINING_FIGURES
-from analyses.results.result import FigureSpec, ProfileSpec, Tables
+from analyses.results.card import FigureSpec, ProfileSpec, Tables
 from analyses.results.theme import COLOURS, SCALE, finish, menu, whiskers
 
 NAMES = {

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
+import plotly.graph_objects as go
 
-from analyses.registry import get_analysis
+from analyses.results.card import Card, FigureSpec, Tables
 from analyses.results.page import page
-from analyses.results.result import Result
 from probes.html_card import count
 
 NAMED = 3
@@ -20,23 +20,45 @@ PREVIEW_ROWS = 12
 """Rows of each table shown in the page; the whole table is in the result's folder."""
 
 
-def write_report(results: Sequence[Result], path: str | Path, title: str | None = None) -> Path:
+class Reported(Protocol):
+    """What the page shows of a result."""
+
+    @property
+    def analysis(self) -> str: ...
+    @property
+    def options(self) -> Mapping[str, Any]: ...
+    @property
+    def tables(self) -> Tables: ...
+    @property
+    def provenance(self) -> Mapping[str, Any]: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+    @property
+    def card(self) -> Card: ...
+    @property
+    def figures(self) -> Mapping[str, FigureSpec]: ...
+    def figure(self, name: str) -> go.Figure:
+        """One figure, drawn from the tables."""
+        ...
+
+
+def write_report(results: Sequence[Reported], path: str | Path, title: str | None = None) -> Path:
     """Writes the page; returns its path."""
     path = Path(path)
     path.write_text(render(results, title), encoding="utf-8")
     return path
 
 
-def render(results: Sequence[Result], title: str | None = None) -> str:
+def render(results: Sequence[Reported], title: str | None = None) -> str:
     """The page as text."""
     titles = titles_of(results)
     sections = [_section(number, result, titles[number]) for number, result in enumerate(results)]
     return page("report.html", title=title or heading(results), sections=sections)
 
 
-def heading(results: Sequence[Result]) -> str:
+def heading(results: Sequence[Reported]) -> str:
     """What all the results together are called: their analyses, and their models."""
-    named = list(dict.fromkeys(get_analysis(result.analysis).title for result in results))
+    named = list(dict.fromkeys(result.card.title for result in results))
     models = list(dict.fromkeys(_model(result) for result in results))
     return " · ".join(
         [
@@ -46,9 +68,9 @@ def heading(results: Sequence[Result]) -> str:
     )
 
 
-def titles_of(results: Sequence[Result]) -> list[str]:
+def titles_of(results: Sequence[Reported]) -> list[str]:
     """One title each: analysis and model, and what tells two runs apart that have both in common."""
-    plain = [f"{get_analysis(result.analysis).title} · {_model(result)}" for result in results]
+    plain = [f"{result.card.title} · {_model(result)}" for result in results]
     alike = {title: [r for r, other in zip(results, plain, strict=True) if other == title] for title in plain}
     told = [f"{title}{_apart(result, alike[title])}" for title, result in zip(plain, results, strict=True)]
     return [
@@ -57,7 +79,7 @@ def titles_of(results: Sequence[Result]) -> list[str]:
     ]
 
 
-def _apart(result: Result, alike: Sequence[Result]) -> str:
+def _apart(result: Reported, alike: Sequence[Reported]) -> str:
     """The options and settings in which runs of one analysis on one model differ, as this one has them."""
     every = [_settings(other) for other in alike]
     own = _settings(result)
@@ -65,7 +87,7 @@ def _apart(result: Result, alike: Sequence[Result]) -> str:
     return "".join(f" · {name} {_words(own[name])}" for name in differing)
 
 
-def _settings(result: Result) -> dict[str, Any]:
+def _settings(result: Reported) -> dict[str, Any]:
     provenance = result.provenance
     loaded = {name: provenance.get(name) for name in ("backend", "dtype", "attention")}
     source = {"prompts": Path(provenance.get("prompts_file") or "").name}
@@ -76,14 +98,13 @@ def _words(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value) or "none"
 
 
-def _model(result: Result) -> str:
+def _model(result: Reported) -> str:
     """A model's name: of a folder its last part, since the whole path is a machine's own."""
     ref = str(result.provenance["model"]["ref"])
     return Path(ref).name if Path(ref).is_absolute() or ref.startswith(".") else ref
 
 
-def _section(number: int, result: Result, title: str) -> dict[str, Any]:
-    analysis = get_analysis(result.analysis)
+def _section(number: int, result: Reported, title: str) -> dict[str, Any]:
     figures = [
         {"id": f"figure-{number}-{name}", "spec": spec, "html": _figure_html(result, name)}
         for name, spec in result.figures.items()
@@ -91,8 +112,8 @@ def _section(number: int, result: Result, title: str) -> dict[str, Any]:
     provenance = result.provenance
     return {
         "title": title,
-        "about": (analysis.__doc__ or "").split("\n")[0],
-        "reference": analysis.reference,
+        "about": result.card.about,
+        "reference": result.card.reference,
         "result": result,
         "model": provenance["model"],
         "counts": provenance["counts"],
@@ -105,7 +126,7 @@ def _section(number: int, result: Result, title: str) -> dict[str, Any]:
     }
 
 
-def _figure_html(result: Result, name: str) -> str:
+def _figure_html(result: Reported, name: str) -> str:
     config = {"displaylogo": False, "responsive": True, "toImageButtonOptions": {"format": "svg", "filename": name}}
     return str(result.figure(name).to_html(full_html=False, include_plotlyjs=False, config=config))
 

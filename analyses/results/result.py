@@ -3,55 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.results.axes import whole_layers
+from analyses.registry import get_analysis, names
+from analyses.results.card import Card, FigureSpec, ProfileSpec, Tables
 from analyses.results.exchange import replacing, sweep
 from analyses.results.output_folder import check_output
 from analyses.results.record import FORMAT, read_record
-from analyses.results.theme import plain_names
+from analyses.results.report import write_report
 from probes.errors import OptionError, UserError, unknown
 from probes.html_card import Fold, card, count
-
-Tables = Mapping[str, pd.DataFrame]
-
-
-@dataclass(frozen=True)
-class FigureSpec:
-    """How a figure is drawn from tables, and what it says."""
-
-    title: str
-    caption: str
-    """What is measured, on what, and how to read it; in plain sentences."""
-    draw: Callable[[Tables], go.Figure]
-    applies: Callable[[Tables], bool] = field(default=lambda tables: True)
-    data: Literal["prompts", "weights", "own"] = "prompts"
-    """Drawn from the run's prompts, from weights alone, or from other text, which the caption names."""
-
-    def drawn(self, tables: Tables) -> go.Figure:
-        """The figure of these tables, as every page shows it."""
-        return whole_layers(self.draw(plain_names(tables)))
-
-
-@dataclass(frozen=True)
-class ProfileSpec:
-    """One number a layer, drawn on the depth axis that all analyses share."""
-
-    title: str
-    unit: str
-    """What the number is counted in, for the axis: `share of dimensions`, `nats`."""
-    caption: str
-    """What is measured and how to read it, in a sentence or two."""
-    read: Callable[[Tables], pd.DataFrame]
-    """Columns layer and value, one row a layer, and ci_low, ci_high where there is an interval."""
-    applies: Callable[[Tables], bool] = field(default=lambda tables: True)
 
 
 @dataclass(frozen=True)
@@ -68,16 +36,25 @@ class Result:
     notes: tuple[str, ...] = ()
     """Sentences a reader must know, for instance what was left out and why."""
 
+    given_card: Card | None = field(default=None, repr=False, compare=False)
+    """The card its analysis made; None where it is read by the analysis's name."""
     folder: Path | None = field(default=None, compare=False)
-    """Where it was loaded from; None for one that has just been found."""
+    """Where it was loaded from; None for one that was just computed."""
+
+    @property
+    def card(self) -> Card:
+        """Title, reference, figures and profiles.
+
+        Raises:
+            OptionError: no card was given, and no analysis of that name is installed.
+        """
+        return self.given_card or Card.of(get_analysis(self.analysis))
 
     @property
     def figures(self) -> dict[str, FigureSpec]:
         """The figures that this result's tables can draw, by name."""
-        from analyses.registry import get_analysis
-
+        specs = self.card.figures
         with self.drawing("figures"):
-            specs = get_analysis(self.analysis).figures
             return {name: spec for name, spec in specs.items() if spec.applies(self.tables)}
 
     def figure(self, name: str) -> go.Figure:
@@ -95,10 +72,8 @@ class Result:
     @property
     def profiles(self) -> dict[str, ProfileSpec]:
         """The depth profiles that this result's tables hold, by name."""
-        from analyses.registry import get_analysis
-
+        specs = self.card.profiles
         with self.drawing("profiles"):
-            specs = get_analysis(self.analysis).profiles
             return {name: spec for name, spec in specs.items() if spec.applies(self.tables)}
 
     def profile(self, name: str) -> pd.DataFrame:
@@ -153,8 +128,6 @@ class Result:
         return folder
 
     def _write(self, folder: Path) -> None:
-        from analyses.results.report import write_report
-
         (folder / "tables").mkdir()
         (folder / "figures").mkdir()
         for name, table in self.tables.items():
@@ -170,6 +143,7 @@ class Result:
             "options": dict(self.options),
             "provenance": dict(self.provenance),
             "notes": list(self.notes),
+            "card": self.card.record(self.tables),
             "tables": {name: list(table.columns) for name, table in self.tables.items()},
             "files": ["result.json", *sorted(_files(folder))],
         }
@@ -187,10 +161,11 @@ class Result:
         try:
             record = read_record(folder)
             tables = {name: _table(folder, name, columns) for name, columns in record["tables"].items()}
+            saved_card = None if record["analysis"] in names() else Card.saved(folder, record)
         except (OSError, ValueError) as error:
             raise OptionError(f"{folder} holds no readable result ({error}); give a folder that a run wrote") from None
         said = (record["analysis"], record["options"], tables, record["provenance"], tuple(record["notes"]))
-        return cls(*said, folder=folder)
+        return cls(*said, saved_card, folder)
 
     def __repr__(self) -> str:
         tables = ", ".join(f"{name} ({count(len(table), 'row')})" for name, table in self.tables.items())

@@ -14,7 +14,8 @@ from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.generation import Decoding, respond
 from analyses.interventions import Interventions
 from analyses.options import option, validate
-from analyses.results.result import FigureSpec, ProfileSpec, Result
+from analyses.results.card import FigureSpec, ProfileSpec
+from analyses.results.result import Result
 from analyses.scoring import check_answer, check_choices, score_choices
 from analyses.voids import tables as voids_tables
 from analyses.voids.early_exit import LAST, Masked, Reader, Tokens, run_masked

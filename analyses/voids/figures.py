@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analyses.results.result import FigureSpec, Tables
+from analyses.results.card import FigureSpec, Tables
 from analyses.results.theme import COLOURS, finish, menu, shorten, token_label, whiskers
 from analyses.tokens import joined
 

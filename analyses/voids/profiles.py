@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
+from analyses.results.card import ProfileSpec, Tables
 from analyses.results.profiles import columns
-from analyses.results.result import ProfileSpec, Tables
 
 
 def active(tables: Tables) -> pd.DataFrame:

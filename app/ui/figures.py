@@ -11,7 +11,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.results.axes import axes_of, is_position, layer_step, reference
-from analyses.results.result import Result, Tables
+from analyses.results.card import Tables
+from analyses.results.result import Result
 from app.selection import Selection, narrowed
 from app.ui.window import WIDTH, first_shown, is_long, longest, windowed
 

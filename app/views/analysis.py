@@ -23,7 +23,7 @@ def draw(name: str) -> None:
     if not catalogue.ready():
         with st.spinner("Importing the analyses; this takes a few seconds, once."):
             catalogue.load()
-    cls = catalogue.get(name)
+    cls = catalogue.get_analysis(name)
     st.title(cls.title, anchor=False)
     st.markdown((cls.__doc__ or "").strip().split("\n")[0])
     runs = [run for run in saved_runs() if run.analysis == name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version as version_of
 
 project = "Bathyscope"
-copyright = "2026, The Bathyscope authors"  # noqa: A001
+copyright = "2026, The Bathyscope authors"
 version = release = version_of("bathyscope")
 
 extensions = [
@@ -37,3 +37,5 @@ python_use_unqualified_type_names = True
 nb_execution_mode = "off"
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
 myst_heading_anchors = 3
+# A field named like a builtin (`bytes`) makes every annotation with that builtin ambiguous; links of types are not followed.
+suppress_warnings = ["ref.python"]

@@ -47,7 +47,7 @@ def request(folder: Path, tmp_path: Path, **changes: object) -> Request:
     prompts = prompt_sets.typed('{"tokens": [5, 6, 7]}\n{"tokens": [8, 9]}', {}).save()
     base = Request(
         "run",
-        {"model": str(folder)},
+        {"ref": str(folder)},
         "voids",
         {"alpha": [0.5]},
         str(prompts),
@@ -96,7 +96,7 @@ def test_a_check_tells_the_identities(llama_folder: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model": {"model": "nowhere/at all"}}, "no such model"),
+        ({"model": {"ref": "nowhere/at all"}}, "no such model"),
         ({"options": {"alpha": [7.0]}}, "option alpha is 7.0"),
         ({"analysis": "viods"}, "Did you mean 'voids'"),
         ({"prompts": None}, "needs prompts"),
@@ -144,7 +144,7 @@ def test_a_cancelled_job_keeps_what_was_captured(
 
 
 def test_a_job_cancelled_while_it_waits_never_starts(llama_folder: Path, tmp_path: Path) -> None:
-    write_request(tmp_path / "j", request(llama_folder, tmp_path, model={"model": "nowhere/at all"}))
+    write_request(tmp_path / "j", request(llama_folder, tmp_path, model={"ref": "nowhere/at all"}))
     ask_to_cancel(tmp_path / "j")
     worker.work(tmp_path / "j", threading.Event())
     assert read_status(tmp_path / "j").state == "cancelled"
@@ -337,9 +337,11 @@ def test_a_run_can_be_made_again_from_its_text(llama_folder: Path, tmp_path: Pat
 
 def test_a_text_says_only_what_differs_from_the_defaults(result: Result) -> None:
     line = rebuild.command(result, "runs/x")
-    assert line.startswith("bathyscope run logit_lens --model tiny-llama --prompts PROMPTS.jsonl")
+    assert line.startswith(
+        "bathyscope run logit_lens --model tiny-llama --device cpu --dtype float32 --prompts PROMPTS.jsonl"
+    )
     assert "--top-k" not in line
-    named = rebuild.with_source(result, Path("p.jsonl"))
+    named = replace(result, provenance={**result.provenance, "prompts_file": str(Path("p.jsonl").absolute())})
     assert str(Path("p.jsonl").absolute()) in rebuild.command(named, "runs/x")
     negative = replace(result, options={**result.options, "top_k": -1})
     assert "--top-k=-1" in rebuild.command(negative, "runs/x")

@@ -105,7 +105,7 @@ def test_commands(
         (["--alpha", "2"], ["alpha is 2.0", "0 to 1"]),
         (["--alpha", "x"], ["'x' is not a number"]),
         (["--semantics", "skip"], ["'skip'", "trace", "readout", "mask"]),
-        (["--chat", "maybe"], ["'maybe'", "true", "false"]),
+        (["--no-chatter"], ["--no-chatter"]),
         (["--phases", "prompt,reply"], ["'reply'", "prompt, response"]),
         (["--seed", "-1"], ["seed is -1", "0 to"]),
         (["--seed", "9" * 30], ["seed is 999", "0 to"]),

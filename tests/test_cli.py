@@ -48,13 +48,13 @@ def test_voids_on_token_ids_needs_no_tokenizer(
     assert "no forward pass" in capsys.readouterr().err
 
 
-def test_truth_values_are_read_as_such(llama_folder: Path, prompts: Path, tmp_path: Path) -> None:
+def test_truth_values_are_flags(llama_folder: Path, prompts: Path, tmp_path: Path) -> None:
     base = ["run", "voids", "--model", str(llama_folder), "--prompts", str(prompts), "--semantics", "trace"]
     counts = {}
-    for value in ("true", "false"):
-        assert main([*base, "--include-bos", value, "--out", str(tmp_path / value)]) == 0
-        counts[value] = pd.read_parquet(tmp_path / value / "tables" / "usage.parquet")["n_tokens"].iloc[0]
-    assert counts == {"true": 9, "false": 6}
+    for flag in ("--include-bos", "--no-include-bos"):
+        assert main([*base, flag, "--out", str(tmp_path / flag)]) == 0
+        counts[flag] = pd.read_parquet(tmp_path / flag / "tables" / "usage.parquet")["n_tokens"].iloc[0]
+    assert counts == {"--include-bos": 9, "--no-include-bos": 6}
 
 
 def test_a_dry_run_prints_the_cost_and_runs_nothing(

@@ -14,11 +14,12 @@ from small import SMALL
 from tiny import PROMPTS, native
 
 from analyses.base import Analysis
-from analyses.cli.run import cost
 from analyses.communication_channels import CommunicationChannels
 from analyses.depth_use import DepthUse
 from analyses.norm_removal import NormRemoval
 from analyses.results.result import Result
+from analyses.running.model_spec import ModelSpec
+from analyses.running.runner import dry_run
 from analyses.tasks import ioi
 from analyses.tasks import laundry_list as laundry
 from probes.capture.run import plan_capture
@@ -81,7 +82,7 @@ def check(analysis: Analysis, model: Model, prompts: list[Any], store: Activatio
 def test_a_dry_run_counts_the_forwards_of_interventions(name: str, store: ActivationStore) -> None:
     analysis, prompts = SMALL[name]
     lines = [PromptLine(f"line {i}", None, prompt.tokens, prompt.fields) for i, prompt in enumerate(prompts)]
-    said = "\n".join(cost(analysis, native(), lines, store))
+    said = "\n".join(dry_run(ModelSpec("tiny"), analysis, lines, store, model=native()))
     assert ("forwards with interventions (" in said) == (name != "logit_lens")
 
 

@@ -292,7 +292,7 @@ def test_the_command_line(llama_folder: Path, tmp_path: Path, capsys: pytest.Cap
         "--store",
         str(tmp_path / "store"),
     ]
-    assert main([*common, "--out", str(tmp_path / "out"), "--neurons", "1", "--diagnose", "true"]) == 0
+    assert main([*common, "--out", str(tmp_path / "out"), "--neurons", "1", "--diagnose"]) == 0
     assert "freeze_effect: 13 rows" in capsys.readouterr().out
     loaded = Result.load(tmp_path / "out")
     assert np.isfinite(loaded.tables["freeze_effect"]["delta_ce"]).all()

@@ -10,7 +10,8 @@ from study_makers import BASE, line_of, model_folder, prompt_file, study_file
 
 from analyses.cli import main
 from analyses.registry import ANALYSES
-from analyses.studies import AnalysisSpec, ModelSpec, Override, PromptSet, Study, StudyError, expand, read_study
+from analyses.running.model_spec import ModelSpec
+from analyses.studies import AnalysisSpec, Override, PromptSet, Study, StudyError, StudyModel, expand, read_study
 from analyses.studies.cells import MAX_CELLS, Cell
 
 VOIDS = '[[analyses]]\nanalysis = "voids"\n'
@@ -35,7 +36,7 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("analyses.studies.run_cells.load_model", never)
+    monkeypatch.setattr("probes.models.load.load_model", never)
 
     def run(text: str) -> tuple[str, Path]:
         path = study_file(folder, text)
@@ -124,7 +125,7 @@ def test_included_lists_come_first_and_its_seeds_stand(folder: Path) -> None:
 def test_python_and_file_make_the_same_cells(folder: Path) -> None:
     study = Study(
         "small",
-        models=(ModelSpec(str(folder / "model")),),
+        models=(StudyModel(ModelSpec(str(folder / "model"))),),
         prompts=(PromptSet("ids", folder / "ids.jsonl"),),
         analyses=(AnalysisSpec("voids", vary={"alpha": (0.2, 0.8)}),),
         overrides=(Override(analysis="voids", options={"semantics": "trace"}),),
@@ -134,7 +135,7 @@ def test_python_and_file_make_the_same_cells(folder: Path) -> None:
 
 
 def test_a_study_in_python_is_refused_without_a_file(folder: Path) -> None:
-    model, prompts = ModelSpec(str(folder / "model")), PromptSet("ids", folder / "ids.jsonl")
+    model, prompts = StudyModel(ModelSpec(str(folder / "model"))), PromptSet("ids", folder / "ids.jsonl")
     with pytest.raises(StudyError, match=r"^unknown analysis 'viods'. Did you mean 'voids'"):
         expand(Study("x", (model,), (AnalysisSpec("viods"),), (prompts,)))
 

@@ -103,7 +103,7 @@ def test_a_second_run_does_nothing_and_a_changed_option_runs_its_cells_alone(
     assert "study small: 3 cells run, 3 forward passes" in capsys.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*") if path.is_file()}
     with monkeypatch.context() as context:
-        context.delattr("analyses.studies.run_cells.load_model")
+        context.delattr("probes.models.load.load_model")
         assert batch(folder, BASE + VOIDS + LENS) == 0
     assert "3 cells, all done; nothing to run" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*") if path.is_file()} == before

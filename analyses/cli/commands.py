@@ -15,6 +15,7 @@ from analyses.cli.bench import bench
 from analyses.cli.console import say
 from analyses.cli.demo import demo
 from analyses.cli.exits import UsageError
+from analyses.cli.model_flags import with_model
 from analyses.cli.report import report
 from analyses.registry import names
 from probes.errors import unknown
@@ -64,7 +65,7 @@ app.add_typer(analyses_group, name="run")
 app.add_typer(store.group, name="store")
 app.add_typer(models.group, name="models")
 app.command("capture")(capture.capture)
-app.command("check")(models.check)
+app.command("check")(with_model(models.check, ref=False))
 app.command("report")(report)
 app.command("demo")(demo)
 app.command("app")(open_app)

@@ -21,14 +21,14 @@ from analyses.logit_lens import LogitLens
 from analyses.norm_removal import NormRemoval
 from analyses.results.report import write_report
 from analyses.results.result import Result
-from analyses.running.reproduce import with_source
+from analyses.running.model_spec import ModelSpec
+from analyses.running.runner import run
 from analyses.voids import Voids
 from probes.html_card import count
-from probes.models import load_model
 from probes.prompts import read_prompts
 from probes.store import ActivationStore
 
-DEMO_MODEL = "smollm2-135m"
+DEMO_MODEL = ModelSpec("smollm2-135m")
 DEMO_PROMPTS = Path(str(files("analyses").joinpath("data", "demo.jsonl")))
 
 DEMO: tuple[Analysis, ...] = (
@@ -73,13 +73,15 @@ def demo(
     """Run every analysis on the embedded default model and prompts, and write one report."""
     lines = read_prompts(DEMO_PROMPTS, Voids.prompt_fields)
     activations = ActivationStore(store)
-    model = load_model(DEMO_MODEL, progress=say)
+    model = DEMO_MODEL.load(progress=say)
     results: list[Result] = []
     for analysis in DEMO:
         say(f"{analysis.title}: {count(len(lines), 'prompt')} on {model.ref}")
         progress = ConsoleProgress()
         try:
-            result = with_source(analysis.run(model, lines, store=activations, progress=progress), DEMO_PROMPTS)
+            result = run(
+                DEMO_MODEL, analysis, lines, activations, model=model, prompts_file=DEMO_PROMPTS, progress=progress
+            )
         finally:
             progress.stop()
         result.save(out / analysis.name)

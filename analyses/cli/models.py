@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
 from analyses.cli.console import say, warn
-from analyses.cli.run import Attention, Device, DType, Loading, Revision, Trust
+from analyses.running.model_spec import ModelSpec
 from probes.errors import ModelError
 from probes.html_card import aligned, count, size
 from probes.models import BACKENDS, Model, fetch_model, list_models, model_info
@@ -79,16 +80,9 @@ def info(ref: Ref) -> None:
             say(f"{name:{width}}{value}")
 
 
-def check(
-    ref: Ref,
-    device: Device = "auto",
-    dtype: DType = "auto",
-    attention: Attention = "sdpa",
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
-) -> None:
+def check(ref: Ref, spec: ModelSpec) -> None:
     """The identities of a model on every backend, the points it refuses, and how far the backends agree."""
-    first = Loading(ref, "native", device, dtype, attention, revision, trust_remote_code).load()
+    first = replace(spec, backend="native").load()
     models: dict[str, Model] = {}
     for backend in BACKENDS:
         try:

@@ -6,22 +6,24 @@ import dataclasses
 import inspect
 import typing
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Any, Optional, TypeVar
 
 import typer
 
-from analyses.base import Analysis
 from analyses.options import choices, types_of
 from probes.errors import OptionError
 
-Truth = Literal["true", "false"]
+T = TypeVar("T")
 
 
-def flags(analysis: type[Analysis]) -> list[inspect.Parameter]:
-    """One keyword parameter per option, as Typer reads them; a tuple is given as `a,b` or by repeating the flag."""
-    types = types_of(analysis)
-    made = []
-    for field in dataclasses.fields(analysis):  # type: ignore[arg-type]
+def flags(cls: Any) -> list[inspect.Parameter]:
+    """One keyword parameter per option of a dataclass, as Typer reads them.
+
+    A tuple is given as `a,b` or by repeating the flag, a truth value as `--flag` or `--no-flag`.
+    """
+    types = types_of(cls)
+    parameters = []
+    for field in dataclasses.fields(cls):
         kind, default = types[field.name], field.default
         text = field.metadata.get("help", "")
         if typing.get_origin(kind) is tuple:
@@ -31,23 +33,24 @@ def flags(analysis: type[Analysis]) -> list[inspect.Parameter]:
             annotation: Any = Annotated[Optional[list[str]], typer.Option(help=text, show_default=shown or False)]  # noqa: UP045
             default = None
         elif kind is bool:
-            annotation, default = Annotated[Truth, typer.Option(help=text)], str(default).lower()
+            flag = field.name.replace("_", "-")
+            annotation = Annotated[bool, typer.Option(f"--{flag}/--no-{flag}", help=text)]
         else:
             named = [f"--{field.metadata['flag']}"] if field.metadata.get("flag") else []
             annotation = Annotated[kind, typer.Option(*named, help=text)]
-        made.append(
+        parameters.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         )
-    return made
+    return parameters
 
 
-def build(analysis: type[Analysis], values: Mapping[str, Any]) -> Analysis:
-    """The analysis with the options given on the command line.
+def build(cls: type[T], values: Mapping[str, Any]) -> T:
+    """The dataclass with the options given on the command line.
 
     Raises:
         OptionError: a value that is not legal.
     """
-    types, options = types_of(analysis), {}
+    types, options = types_of(cls), {}
     for name, kind in types.items():
         value = values[name]
         if typing.get_origin(kind) is tuple:
@@ -57,8 +60,8 @@ def build(analysis: type[Analysis], values: Mapping[str, Any]) -> Analysis:
             parts = [part.strip() for text in value for part in text.split(",") if part.strip()]
             options[name] = tuple(_convert(name, part, element) for part in parts)
         else:
-            options[name] = value == "true" if kind is bool else value
-    return analysis(**options)
+            options[name] = value
+    return cls(**options)
 
 
 def _convert(name: str, text: str, element: Any) -> Any:

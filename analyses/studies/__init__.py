@@ -1,7 +1,7 @@
 """Studies: models x prompt sets x analyses x options x seeds, run once each, on one machine or on a cluster."""
 
 from analyses.studies.cells import Cell, expand
-from analyses.studies.definition import AnalysisSpec, ModelSpec, Override, PromptSet, Study
+from analyses.studies.definition import AnalysisSpec, Override, PromptSet, Study, StudyModel
 from analyses.studies.folder import StudyFolder
 from analyses.studies.local import run_local
 from analyses.studies.origin import StudyError
@@ -11,12 +11,12 @@ from analyses.studies.run import StudyRun, run_study
 __all__ = [
     "AnalysisSpec",
     "Cell",
-    "ModelSpec",
     "Override",
     "PromptSet",
     "Study",
     "StudyError",
     "StudyFolder",
+    "StudyModel",
     "StudyRun",
     "expand",
     "read_study",

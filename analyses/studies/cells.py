@@ -16,7 +16,7 @@ from analyses.registry import get_analysis
 from analyses.studies import fingerprint
 from analyses.studies.cell_options import Setting, make
 from analyses.studies.checks import check_lines, check_names, located
-from analyses.studies.definition import AnalysisSpec, ModelSpec, PromptSet, Study
+from analyses.studies.definition import AnalysisSpec, PromptSet, Study, StudyModel
 from analyses.studies.origin import fault
 from probes.prompts import PromptLine
 
@@ -44,7 +44,7 @@ class Cell:
     name: str
     """`ANALYSIS-HASH`; what decides the result is hashed, labels are not."""
     analysis: Analysis
-    model: ModelSpec
+    model: StudyModel
     model_bytes: int
     """Bytes of the model's weights on disk."""
     prompts: Prompts | None
@@ -117,9 +117,9 @@ class _Models:
     """Each model's fingerprint and size, found once."""
 
     def __init__(self) -> None:
-        self._found: dict[ModelSpec, tuple[dict[str, str], int]] = {}
+        self._found: dict[StudyModel, tuple[dict[str, str], int]] = {}
 
-    def __getitem__(self, spec: ModelSpec) -> tuple[dict[str, str], int]:
+    def __getitem__(self, spec: StudyModel) -> tuple[dict[str, str], int]:
         if spec not in self._found:
             with located(spec.origin, "ref"):
                 found = fingerprint.find(spec)
@@ -160,7 +160,7 @@ def _cell(
     spec: AnalysisSpec,
     settings: dict[str, Setting],
     varied: Sequence[str],
-    model: ModelSpec,
+    model: StudyModel,
     models: _Models,
     prompts: Prompts | None,
     seed: int | None,
@@ -194,11 +194,11 @@ def _prompt_labels(study: Study, spec: AnalysisSpec, makes_prompts: bool) -> Seq
     raise fault(f"{spec.analysis} needs prompts: add [[prompts]], or an option that has it make its own", spec.origin)
 
 
-def _models_of(study: Study, spec: AnalysisSpec) -> list[ModelSpec]:
+def _models_of(study: Study, spec: AnalysisSpec) -> list[StudyModel]:
     return [model for model in study.models if spec.models is None or model.label in spec.models]
 
 
-def _overridden(study: Study, spec: AnalysisSpec, model: ModelSpec, prompts: str | None) -> dict[str, Setting] | None:
+def _overridden(study: Study, spec: AnalysisSpec, model: StudyModel, prompts: str | None) -> dict[str, Setting] | None:
     """The options that overrides give these cells, later ones winning; None where they are left out."""
     changed: dict[str, Setting] = {}
     for override in study.overrides:

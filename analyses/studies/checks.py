@@ -6,11 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from analyses.registry import get_analysis
-from analyses.studies.definition import AnalysisSpec, ModelSpec, PromptSet, Study
+from analyses.studies.definition import AnalysisSpec, PromptSet, Study, StudyModel
 from analyses.studies.origin import Key, Origin, StudyError, fault
 from probes.errors import UserError, unknown
-from probes.models.interop import BACKENDS
-from probes.models.load import ATTENTIONS, DTYPES
 from probes.prompts import FieldCheck, PromptLine, check_fields
 
 
@@ -33,14 +31,6 @@ def check_names(study: Study) -> None:
     """
     for kind, specs in (("model", study.models), ("prompts", study.prompts), ("analysis", study.analyses)):
         _check_once(kind, specs)
-    for model in study.models:
-        for key, value, known in (
-            ("backend", model.backend, tuple(BACKENDS)),
-            ("dtype", model.dtype, DTYPES),
-            ("attention", model.attention, ATTENTIONS),
-        ):
-            if value not in known:
-                raise fault(unknown(key, value, known), model.origin, key)
     models, prompts = [m.label for m in study.models], [p.label for p in study.prompts]
     for spec in study.analyses:
         with located(spec.origin, "analysis"):
@@ -55,7 +45,7 @@ def check_names(study: Study) -> None:
     _check_overrides(study, models, prompts)
 
 
-def _check_once(kind: str, specs: Sequence[ModelSpec] | Sequence[PromptSet] | Sequence[AnalysisSpec]) -> None:
+def _check_once(kind: str, specs: Sequence[StudyModel] | Sequence[PromptSet] | Sequence[AnalysisSpec]) -> None:
     first: dict[str, Origin | None] = {}
     for spec in specs:
         if spec.label in first:

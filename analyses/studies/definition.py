@@ -7,29 +7,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from analyses.running.model_spec import ModelSpec
 from analyses.studies.origin import Origin
 from probes.prompts import PromptLine, read_prompts
 
 
 @dataclass(frozen=True)
-class ModelSpec:
-    """A model and how it is loaded."""
+class StudyModel:
+    """A model of a study, and what its figures and tables call it."""
 
-    ref: str
-    """A named model, a folder, a .gguf file or a hub id."""
+    spec: ModelSpec
     name: str = ""
-    """What figures and tables call it; the reference unless given."""
-    backend: str = "native"
-    device: str = "auto"
-    dtype: str = "auto"
-    attention: str = "sdpa"
-    revision: str | None = None
-    trust_remote_code: bool = False
+    """The reference unless given."""
     origin: Origin | None = field(default=None, compare=False, repr=False)
 
     @property
     def label(self) -> str:
-        return self.name or self.ref
+        return self.name or self.spec.ref
 
 
 @dataclass(frozen=True)
@@ -106,7 +100,7 @@ class Study:
     """Models x prompt sets x analyses x option lists x seeds."""
 
     name: str
-    models: tuple[ModelSpec, ...]
+    models: tuple[StudyModel, ...]
     analyses: tuple[AnalysisSpec, ...]
     prompts: tuple[PromptSet, ...] = ()
     seeds: tuple[int, ...] = (0,)

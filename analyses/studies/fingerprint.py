@@ -9,7 +9,7 @@ from typing import Any
 
 import xxhash
 
-from analyses.studies.definition import ModelSpec
+from analyses.studies.definition import StudyModel
 from probes.models.sources.locate import Located, locate
 from probes.prompts import PromptLine
 
@@ -31,19 +31,20 @@ def of_path(path: Path) -> str:
     return digest([[str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
 
 
-def of_model(spec: ModelSpec, found: Located) -> dict[str, str]:
+def of_model(model: StudyModel, found: Located) -> dict[str, str]:
     """A model and what decides its numbers: the commit or pinned digest, or the files of a folder."""
+    spec = model.spec
     weights = found.revision or of_path(found.folder)
     return {"weights": weights, "backend": spec.backend, "dtype": spec.dtype, "attention": spec.attention}
 
 
-def find(spec: ModelSpec) -> Located:
+def find(model: StudyModel) -> Located:
     """The model's folder; what is not on this machine is fetched.
 
     Raises:
         ModelError: no such model; the message says what is at hand.
     """
-    return locate(spec.ref, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+    return locate(model.spec.ref, revision=model.spec.revision, trust_remote_code=model.spec.trust_remote_code)
 
 
 def weight_bytes(found: Located) -> int:

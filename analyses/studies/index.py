@@ -50,7 +50,7 @@ def _labels(cell: Cell) -> dict[str, Any]:
         "entry": cell.entry,
         "analysis": cell.analysis.name,
         "model": cell.model.label,
-        "ref": cell.model.ref,
+        "ref": cell.model.spec.ref,
         "prompts": cell.prompts.label if cell.prompts else "",
         "options": ", ".join(f"{name} {shown(value)}" for name, value in cell.varied.items()),
         "seed": cell.seed,

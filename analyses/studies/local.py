@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from analyses.studies.definition import ModelSpec
+from analyses.studies.definition import StudyModel
 from analyses.studies.folder import StudyFolder
 from analyses.studies.run_cells import Event, Loaded, Outcome, Started, run_unit
 from analyses.studies.units import Unit, take
@@ -98,7 +98,7 @@ class _Worker:
         self._arguments = (device, threads, folder, store)
         self.folder = folder
         self.unit: Unit | None = None
-        self.model: ModelSpec | None = None
+        self.model: StudyModel | None = None
         self._process: multiprocessing.process.BaseProcess | None = None
         self._ended: set[str] = set()
         self._running: str | None = None

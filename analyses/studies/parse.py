@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from analyses.studies.definition import AnalysisSpec, ModelSpec, Override, PromptSet, Study
+from analyses.options import defaults_of
+from analyses.running.model_spec import CHOICES, ModelSpec
+from analyses.studies.definition import AnalysisSpec, Override, PromptSet, Study, StudyModel
 from analyses.studies.fields import Table
 from analyses.studies.origin import Origin, StudyError, fault
-from probes.errors import one_line, shown
+from probes.errors import one_line, shown, unknown
 from probes.input_files import kind_of, read_text
 from probes.strict_json import JsonFault, check_tree
 
@@ -117,23 +119,21 @@ def _seeds(page: Table, seeds: tuple[int, ...]) -> tuple[int, ...]:
     return seeds
 
 
-def _model(table: Table) -> ModelSpec:
+def _model(table: Table) -> StudyModel:
     ref = table.required("ref", '"smollm2-135m"')
     beside = table.origin.file.parent / ref
-    plain = ModelSpec("")
-    spec = ModelSpec(
-        ref=str(beside) if kind_of(beside) != "nothing" else ref,
-        name=table.get("name", "") or ref,
-        backend=table.get("backend", plain.backend),
-        device=table.get("device", plain.device),
-        dtype=table.get("dtype", plain.dtype),
-        attention=table.get("attention", plain.attention),
-        revision=table.get("revision", "") or None,
-        trust_remote_code=table.get("trust_remote_code", False),
-        origin=table.origin,
-    )
+    options: dict[str, Any] = {
+        name: table.get(name, "" if default is None else default) or default
+        for name, default in defaults_of(ModelSpec).items()
+        if name != "ref"
+    }
+    for name, legal in CHOICES.items():
+        if options[name] not in legal:
+            raise fault(unknown(name, options[name], legal), table.origin, name)
+    spec = ModelSpec(str(beside) if kind_of(beside) != "nothing" else ref, **options)
+    model = StudyModel(spec, table.get("name", "") or ref, table.origin)
     table.close()
-    return spec
+    return model
 
 
 def _prompts(table: Table) -> PromptSet:

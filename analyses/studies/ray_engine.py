@@ -104,7 +104,7 @@ def _resources(ray: Any, unit: Unit) -> Resources:
     """A GPU each where the cluster has any, else processors of its smallest node."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
     gpus, memory = int(sum(node.get("GPU", 0) for node in nodes)), int(min(node["memory"] for node in nodes))
-    if gpus and unit.model.device != "cpu":
+    if gpus and unit.model.spec.device != "cpu":
         return Resources(0, 1, gpus, memory)
     cpus = max(1, min(MOST_CPUS, *(int(node["CPU"]) for node in nodes)))
     return Resources(cpus, 0, max(1, sum(int(node["CPU"]) // cpus for node in nodes)), memory)

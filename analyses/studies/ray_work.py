@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from analyses.studies.cells import Cell
-from analyses.studies.definition import ModelSpec
+from analyses.studies.definition import StudyModel
 from analyses.studies.folder import StudyFolder
-from analyses.studies.run_cells import Event, Loaded, failed, load, run_cell
+from analyses.studies.run_cells import Event, Loaded, failed, run_cell
 from analyses.studies.sharing import plans, wants
 from probes.capture.dry_run import block_parameters
 from probes.capture.forward import axis_sizes, batch_tokens_of, row_size
@@ -77,8 +77,8 @@ def pack_rows(planned: Batches) -> list[dict[str, Any]]:
 class CaptureActor:
     """Holds a model and captures batches into shards; what writes them twice leaves them once."""
 
-    def __init__(self, spec: ModelSpec, features: tuple[tuple[Feature, ...], ...], store: Path) -> None:
-        self.model, self.store = load(spec), Outbox(store)
+    def __init__(self, spec: StudyModel, features: tuple[tuple[Feature, ...], ...], store: Path) -> None:
+        self.model, self.store = spec.spec.load(), Outbox(store)
         self.needs = [[Need((str(f.address),), f.reducer) for f in kind] for kind in features]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, int]:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
-from analyses.running.reproduce import with_source
+from analyses.running.runner import run
 from analyses.studies.cells import Cell
-from analyses.studies.definition import ModelSpec
+from analyses.studies.definition import StudyModel
 from analyses.studies.folder import StudyFolder
 from analyses.studies.sharing import groups, wants, writes
 from analyses.studies.units import Unit
 from probes.capture.run import capture
 from probes.errors import UserError
-from probes.models import Model, load_model
+from probes.models import Model
 from probes.store import ActivationStore
 
 
@@ -50,39 +50,24 @@ class Outcome:
 Event = Started | Captured | Outcome
 
 
-def load(spec: ModelSpec, device: str | None = None) -> Model:
-    """The model, on `device` unless the study names one itself."""
-    if device is not None and spec.device == "auto":
-        spec = replace(spec, device=device)
-    return load_model(
-        spec.ref,
-        backend=spec.backend,
-        device=spec.device,
-        dtype=spec.dtype,
-        attention=spec.attention,
-        revision=spec.revision,
-        trust_remote_code=spec.trust_remote_code,
-    )
-
-
 class Loaded:
     """Holds the one model that was asked for last."""
 
     def __init__(self, device: str | None = None) -> None:
         self.device = device
-        self.spec: ModelSpec | None = None
+        self.spec: StudyModel | None = None
         self._model: Model | None = None
 
-    def __call__(self, spec: ModelSpec) -> Model:
+    def __call__(self, spec: StudyModel) -> Model:
         if self._model is None or self.spec != spec:
             # The old one goes first, so that two never share the memory.
             self._model, self.spec = None, None
-            self._model, self.spec = load(spec, self.device), spec
+            self._model, self.spec = spec.spec.on(self.device).load(), spec
         return self._model
 
 
 def run_unit(
-    unit: Unit, loaded: Callable[[ModelSpec], Model], store: ActivationStore, folder: StudyFolder
+    unit: Unit, loaded: Callable[[StudyModel], Model], store: ActivationStore, folder: StudyFolder
 ) -> Iterator[Event]:
     """Runs the cells of a unit; cells whose model writes come before the captures that all the others share."""
     try:
@@ -122,9 +107,9 @@ def run_cell(cell: Cell, model: Model, store: ActivationStore, folder: StudyFold
         started = time.perf_counter()
         if not folder.done(cell.name):
             try:
-                result = cell.analysis.run(model, cell.prompts.lines if cell.prompts else (), store=store)
-                named = with_source(result, cell.prompts.file if cell.prompts else None)
-                named.save(folder.cell(cell.name))
+                lines, file = (cell.prompts.lines, cell.prompts.file) if cell.prompts else (None, None)
+                result = run(cell.model.spec, cell.analysis, lines, store, model=model, prompts_file=file)
+                result.save(folder.cell(cell.name))
             except Exception as error:
                 yield failed(cell, folder, error)
                 return

@@ -25,7 +25,7 @@ def script(units: Sequence[Unit], study: Path, out: Path, store: Path | None, pr
     command += ["--store", str(store.resolve())] if store else []
     largest = max(unit.model_bytes for unit in units)
     memory = (HEADROOM * largest + LIBRARIES) // 2**20
-    cuda = any(unit.model.device.startswith("cuda") for unit in units)
+    cuda = any(unit.model.spec.device.startswith("cuda") for unit in units)
     listed = [f"#   {number}: {unit.label}, {count(len(unit.cells), 'cell')}" for number, unit in enumerate(units)]
     lines = [
         "#!/usr/bin/env bash",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from analyses.studies.cells import Cell
-from analyses.studies.definition import ModelSpec
+from analyses.studies.definition import StudyModel
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Unit:
     cells: tuple[Cell, ...]
 
     @property
-    def model(self) -> ModelSpec:
+    def model(self) -> StudyModel:
         return self.cells[0].model
 
     @property
@@ -31,7 +31,7 @@ class Unit:
 
 def units(cells: Iterable[Cell]) -> tuple[Unit, ...]:
     """The units of some cells, those of the largest model first and of one model in a row."""
-    found: dict[tuple[ModelSpec, str | None], list[Cell]] = {}
+    found: dict[tuple[StudyModel, str | None], list[Cell]] = {}
     for cell in cells:
         found.setdefault((cell.model, cell.prompts.label if cell.prompts else None), []).append(cell)
     made = [Unit(tuple(group)) for group in found.values()]
@@ -40,7 +40,7 @@ def units(cells: Iterable[Cell]) -> tuple[Unit, ...]:
     return tuple(sorted(made, key=lambda unit: models.index(unit.model)))
 
 
-def take(waiting: list[Unit], loaded: ModelSpec | None, elsewhere: Sequence[ModelSpec | None]) -> Unit:
+def take(waiting: list[Unit], loaded: StudyModel | None, elsewhere: Sequence[StudyModel | None]) -> Unit:
     """The next unit for a worker: of the model it has loaded, else of one that no other has, else the first."""
     own = (unit for unit in waiting if unit.model == loaded)
     free = (unit for unit in waiting if unit.model not in elsewhere)

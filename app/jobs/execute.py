@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from analyses.base import Analysis
-from analyses.cli.run import Loading, cost, lines_of
 from analyses.options import types_of
 from analyses.registry import get_analysis
 from analyses.results.output_folder import check_output
-from analyses.running.reproduce import with_source
+from analyses.running.model_spec import ModelSpec
+from analyses.running.runner import dry_run, lines_of, run
 from app.jobs.progress import JobProgress
 from app.jobs.protocol import Request
 from probes.models import Model
 from probes.store import ActivationStore
 
-_HELD: dict[Loading, Model] = {}
+_HELD: dict[ModelSpec, Model] = {}
 """The model of the last job, at most one."""
 
 
@@ -35,14 +35,14 @@ def do(request: Request, progress: JobProgress) -> dict[str, Any]:
     lines = lines_of(analysis, prompts)
     if request.kind == "run":
         check_output(Path(request.out))
-    store, model = ActivationStore(request.store), _model(request, progress)
+    store, spec, model = ActivationStore(request.store), ModelSpec(**request.model), _model(request, progress)
     progress.enter("planning")
-    progress.status = replace(progress.status, lines=tuple(cost(analysis, model, lines, store)))
+    progress.status = replace(progress.status, lines=tuple(dry_run(spec, analysis, lines, store, model=model)))
     progress.publish()
     if request.kind == "estimate":
         return {}
     progress.enter("running")
-    result = with_source(analysis.run(model, lines, store=store, progress=progress), prompts)
+    result = run(spec, analysis, lines, store, model=model, prompts_file=prompts, progress=progress)
     progress.enter("saving")
     result.save(request.out)
     return {"counts": dict(result.provenance["counts"]), "seconds": result.provenance["seconds"]}
@@ -89,9 +89,9 @@ def stamp_of(model: Model) -> dict[str, Any]:
 
 
 def _model(request: Request, progress: JobProgress) -> Model:
-    loading = Loading(**request.model)
-    if loading not in _HELD:
-        progress.enter("loading", loading.model)
+    spec = ModelSpec(**request.model)
+    if spec not in _HELD:
+        progress.enter("loading", spec.ref)
         _HELD.clear()
-        _HELD[loading] = loading.load()
-    return _HELD[loading]
+        _HELD[spec] = spec.load()
+    return _HELD[spec]

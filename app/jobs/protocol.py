@@ -29,7 +29,7 @@ class Request:
 
     kind: Kind
     model: dict[str, Any]
-    """Keyword arguments of `analyses.cli.run.Loading`."""
+    """Keyword arguments of `analyses.running.ModelSpec`."""
     analysis: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     prompts: str | None = None

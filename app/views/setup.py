@@ -19,8 +19,7 @@ from app.ui.prompts import draw_prompts
 from app.ui.words import plural
 from probes.errors import OptionError, UserError
 from probes.models import list_models
-from probes.models.interop import BACKENDS
-from probes.models.load import ATTENTIONS, DTYPES
+from probes.models.choices import ATTENTIONS, BACKENDS, DTYPES
 
 DEFAULT = "smollm2-135m"
 
@@ -66,7 +65,7 @@ def draw_setup(cls: type[Analysis], runs: list[Run]) -> Draft:
 
 
 def draw_model() -> dict[str, Any]:
-    """Which model, and how it is loaded: keyword arguments of `analyses.cli.run.Loading`."""
+    """Which model, and how it is loaded: keyword arguments of `analyses.running.ModelSpec`."""
     at_hand = [info.ref for info in list_models()]
     refs = list(dict.fromkeys([DEFAULT, *(run.model for run in saved_runs()), *at_hand]))
     ref = st.selectbox(
@@ -84,7 +83,7 @@ def draw_model() -> dict[str, Any]:
         )
         device = columns[3].text_input("Device", key=begin("keep:device", "auto"), help="auto, cpu, cuda or cuda:N.")
     return {
-        "model": str(ref or "").strip(),
+        "ref": str(ref or "").strip(),
         "backend": backend,
         "dtype": dtype,
         "attention": attention,

@@ -1,4 +1,4 @@
-from .interop import BACKENDS as BACKENDS
+from .choices import BACKENDS as BACKENDS
 from .interop import from_bridge as from_bridge
 from .interop import from_hf as from_hf
 from .interop import from_nnsight as from_nnsight

@@ -9,18 +9,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from probes.errors import ModelError, unknown
+from probes.models.choices import BACKENDS
 from probes.models.protocol import Model
 from probes.models.sources.digest import weights_digest
-
-BACKENDS = {
-    "native": "probes.models.backends.native:NativeModel",
-    "transformer_lens": "probes.models.backends.transformer_lens:TransformerLensModel",
-    "nnsight": "probes.models.backends.nnsight:NnsightModel",
-}
-"""Backend to the dotted path of its class, imported when asked for.
-
-Each is called as `Backend(module, tokenizer, ref=…, weights=…, revision=…)` with the Hugging Face module.
-"""
 
 
 def backend_class(name: str) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from probes.errors import OptionError, unknown
+from probes.models.choices import ATTENTIONS, DTYPES
 from probes.models.interop import backend_class
 from probes.models.placement import DeviceMap, MaxMemory, fetch_offloaded, spread
 from probes.models.protocol import Model
@@ -15,9 +16,6 @@ from probes.models.sources.checkpoint import Loading, load_module, load_tokenize
 from probes.models.sources.digest import weights_digest
 from probes.models.sources.fetch import Progress
 from probes.models.sources.locate import locate
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 def load_model(

@@ -1,0 +1,112 @@
+"""A model and how it is loaded: the one list of these options, for every front end."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from analyses.options import defaults_of, option
+from probes.errors import OptionError, unknown
+from probes.models.choices import ATTENTIONS, BACKENDS, DTYPES
+
+if TYPE_CHECKING:
+    from probes.models.protocol import Model
+
+CHOICES = {"backend": tuple(BACKENDS), "dtype": DTYPES, "attention": ATTENTIONS}
+"""The legal values of the options that name something."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model and how it is loaded; `load` gives the model.
+
+    Raises:
+        OptionError: a backend, dtype or attention that does not exist, with the legal ones.
+    """
+
+    ref: str = option("", "A named model, a folder, a .gguf file, or a hub id.", flag="model")
+    backend: str = option("native", "What runs the model: native, transformer_lens or nnsight.")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.")
+    dtype: str = option("auto", "auto, float32, bfloat16 or float16.")
+    attention: str = option("sdpa", "The attention implementation.")
+    revision: str | None = option(None, "Branch, tag or commit of a hub id.")
+    trust_remote_code: bool = option(False, "Run code that comes with the checkpoint.")
+    streamed: bool = option(
+        False, "For a model larger than memory: read its blocks one at a time, each for all prompts."
+    )
+    device_map: str | None = option(None, "Spread the model: auto, balanced, balanced_low_0 or sequential.")
+    max_memory: str | None = option(None, "What each device may hold, such as 0=20GiB,cpu=60GiB.")
+    offload: str | None = option(None, "Folder for weights that fit on no device of the map.")
+    remote: bool = option(False, "With --backend nnsight: run the model on an NDIF server (key in NDIF_API_KEY).")
+
+    def __post_init__(self) -> None:
+        if not self.ref:
+            raise OptionError("no model is named: give a named model, a folder, a .gguf file, or a hub id")
+        for name, legal in CHOICES.items():
+            if (value := getattr(self, name)) not in legal:
+                raise OptionError(unknown(name, value, legal))
+
+    def on(self, device: str | None) -> ModelSpec:
+        """The same on `device`, unless a device was chosen already."""
+        return self if device is None or self.device != "auto" else replace(self, device=device)
+
+    def load(self, progress: Any = None) -> Model:
+        """The loaded model.
+
+        Args:
+            progress: receives a line per step of a first fetch.
+
+        Raises:
+            ModelError: a model that cannot be found, loaded or trusted.
+            OptionError: options that do not go together.
+        """
+        from probes.models.load import load_model
+        from probes.models.placement import parse_max_memory
+
+        options = dataclasses.asdict(self)
+        most = options.pop("max_memory")
+        return load_model(
+            options.pop("ref"),
+            **options,
+            max_memory=None if most is None else parse_max_memory(most),
+            progress=progress,
+        )
+
+    def chosen(self) -> dict[str, Any]:
+        """The options that are not at their default, without the model's name."""
+        defaults = defaults_of(type(self))
+        return {n: v for n, v in dataclasses.asdict(self).items() if n != "ref" and v != defaults[n]}
+
+    def flags(self) -> list[str]:
+        """The command-line flags that choose this model."""
+        parts = ["--model", self.ref]
+        for name, value in self.chosen().items():
+            flag = f"--{name.replace('_', '-')}"
+            parts += [flag] if value is True else [flag, str(value)]
+        return parts
+
+    def python(self) -> str:
+        """The Python that loads this model."""
+        from probes.models.placement import parse_max_memory
+
+        chosen = self.chosen()
+        if "max_memory" in chosen:
+            chosen["max_memory"] = parse_max_memory(chosen["max_memory"])
+        return f"load_model({self.ref!r}{''.join(f', {name}={value!r}' for name, value in chosen.items())})"
+
+    def __str__(self) -> str:
+        return shlex.join(self.flags()[1:])
+
+    @classmethod
+    def of(cls, provenance: Mapping[str, Any]) -> ModelSpec:
+        """How the model of a saved result was loaded; of one that does not say, as far as its provenance tells."""
+        if spec := provenance.get("loaded"):
+            known = defaults_of(cls)
+            return cls(**{name: value for name, value in spec.items() if name in known})
+        revision = provenance["model"].get("revision")
+        pinned = None if not revision or str(revision).startswith("sha256:") else str(revision)
+        same: dict[str, Any] = {name: str(provenance[name]) for name in ("backend", "dtype", "attention", "device")}
+        return cls(str(provenance["model"]["ref"]), revision=pinned, streamed=bool(provenance.get("streamed")), **same)

@@ -1,0 +1,94 @@
+"""From a model's spec, an analysis and prompts to a result: what every front end calls."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from analyses.base import Analysis
+from analyses.results.result import Result
+from analyses.running.model_spec import ModelSpec
+from probes.capture.dry_run import estimate
+from probes.capture.run import plan_capture
+from probes.errors import OptionError
+from probes.html_card import count
+from probes.models.protocol import Model
+from probes.progress import QUIET, Progress
+from probes.prompts import PromptLine, read_prompts
+from probes.store import ActivationStore
+
+Prompts = Path | Sequence[PromptLine] | None
+"""A prompt file, lines that were read already, or None where the analysis makes its own."""
+
+MAKING = {"sets": "--sets NAME", "task": "another --task"}
+"""Options that let some analyses make their own prompts, and the flag to name."""
+
+
+def run(
+    spec: ModelSpec,
+    analysis: Analysis,
+    prompts: Prompts,
+    store: ActivationStore | None = None,
+    *,
+    model: Model | None = None,
+    prompts_file: Path | None = None,
+    progress: Progress = QUIET,
+) -> Result:
+    """The result of an analysis on prompts; everything that needs no model is checked before one is loaded.
+
+    Args:
+        store: where rows are kept; the one in the user cache by default.
+        model: the loaded model of `spec`, where there is one already.
+        prompts_file: where `prompts` were read from, for the provenance of lines given as such.
+
+    Raises:
+        OptionError: no prompts, and the analysis makes none.
+        PromptError: a fault in the prompt file, with its line.
+        ModelError: a model that cannot be found, loaded or trusted.
+    """
+    lines = lines_of(analysis, prompts)
+    result = analysis.run(model or spec.load(), lines, store=store or ActivationStore(), progress=progress)
+    file = prompts if isinstance(prompts, Path) else prompts_file
+    provenance = {
+        **result.provenance,
+        "loaded": dataclasses.asdict(spec),
+        "prompts_file": None if file is None else str(file.resolve()),
+    }
+    return dataclasses.replace(result, provenance=provenance)
+
+
+def dry_run(
+    spec: ModelSpec, analysis: Analysis, prompts: Prompts, store: ActivationStore, *, model: Model | None = None
+) -> list[str]:
+    """What a run would capture and take, line by line; raises as `run` does."""
+    lines = lines_of(analysis, prompts)
+    model = model or spec.load()
+    collected = analysis.collect(model, lines)
+    plan = plan_capture(model, [prompt.tokens for prompt in collected], analysis.needs(model), store)
+    more = []
+    if not analysis.needs(model):
+        more.append("and nothing is read from the activation store or added to it")
+    if analysis.max_new_tokens:
+        tokens, each = count(analysis.max_new_tokens, "new token"), count(len(collected), "prompt")
+        more.append(f"and up to {tokens} for each of {each}")
+    if line := analysis.interventions(model, collected).line():
+        more.append(line)
+    return [*estimate(model, [plan]).lines(), *more]
+
+
+def lines_of(analysis: Analysis, prompts: Prompts) -> list[PromptLine]:
+    """The validated lines of a prompt file, or none where the analysis makes its own.
+
+    Raises:
+        OptionError: it makes none, and no file was given.
+        PromptError: a fault in the file.
+    """
+    if isinstance(prompts, Path):
+        return read_prompts(prompts, analysis.prompt_fields)
+    if prompts:
+        return list(prompts)
+    if not analysis.makes_prompts:
+        flags = next((f" or {flag}" for name, flag in MAKING.items() if hasattr(analysis, name)), "")
+        raise OptionError(f"{analysis.name} needs prompts: give --prompts FILE.jsonl{flags}")
+    return []

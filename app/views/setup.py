@@ -29,7 +29,7 @@ class Draft:
     """A run as the form describes it."""
 
     loading: dict[str, Any]
-    """Keyword arguments of `analyses.cli.run.Loading`."""
+    """Keyword arguments of `analyses.running.model_spec.ModelSpec`."""
     prompts: PromptSet | None
     options: dict[str, Any]
     name: str

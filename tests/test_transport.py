@@ -19,7 +19,7 @@ from probes.capture import forward as forward_module
 from probes.capture import run as capture_module
 from probes.capture.needs import Need
 from probes.capture.run import capture, plan_capture
-from probes.device_to_host import HostEngine, HostRing, Lane, Parcel, StreamRing, Transport, aligned
+from probes.device_to_host import HostEngine, HostRing, Lane, PendingTensor, StreamRing, Transport, aligned
 from probes.errors import StoreError
 from probes.reducers import Reducer
 from probes.store import ActivationStore
@@ -35,15 +35,15 @@ def packets(n: int, largest: int = 3000) -> Iterator[tuple[int, Tensor]]:
 def stress(lane: Lane, n: int, slow_reader: float = 0.0) -> int:
     """Sends n tensors while a second thread reads them in bunches out of order; how many elements came out wrong."""
     wrong, draw = 0, random.Random(1)
-    bunch: list[tuple[int, int, Parcel]] = []
+    bunch: list[tuple[int, int, PendingTensor]] = []
 
-    def receive(parcels: list[tuple[int, int, Parcel]]) -> int:
+    def receive(pendings: list[tuple[int, int, PendingTensor]]) -> int:
         errors = 0
-        for number, size, parcel in parcels:
+        for number, size, pending in pendings:
             time.sleep(draw.random() * slow_reader)
-            values = parcel.read()
+            values = pending.read()
             errors += int((values != float(number)).sum()) + abs(len(values) - size)
-            parcel.release()
+            pending.release()
         return errors
 
     with ThreadPoolExecutor(1) as reader:
@@ -80,13 +80,13 @@ def test_poison_shows_a_broken_barrier() -> None:
 
 def test_a_parcel_is_what_was_sent_when_its_source_is_overwritten() -> None:
     lane, source = Lane(ThreadEngine(delay=0.01), 4096, 8192), torch.arange(12.0).bfloat16().view(3, 4)
-    parcel = lane.send((3, 4), torch.bfloat16, lambda out: out.copy_(source))
+    pending = lane.send((3, 4), torch.bfloat16, lambda out: out.copy_(source))
     source.zero_()
-    assert torch.equal(parcel.read(), torch.arange(12.0).bfloat16().view(3, 4))
-    parcel.release()
-    parcel.release()
+    assert torch.equal(pending.read(), torch.arange(12.0).bfloat16().view(3, 4))
+    pending.release()
+    pending.release()
     with pytest.raises(RuntimeError, match="after its memory was given back"):
-        parcel.read()
+        pending.read()
 
 
 def test_a_full_host_ring_makes_the_sender_wait_until_a_reader_is_done() -> None:
@@ -155,9 +155,9 @@ def test_each_device_has_its_own_rings() -> None:
 
     transport = Transport(256, make_engine=make)
     devices = [torch.device("cuda", i % 2) for i in range(6)]
-    parcels = [transport.send(d, (64,), torch.float32, lambda out, i=i: out.fill_(i)) for i, d in enumerate(devices)]
+    pendings = [transport.send(d, (64,), torch.float32, lambda out, i=i: out.fill_(i)) for i, d in enumerate(devices)]
     assert made == devices[:2]
-    assert [float(parcel.read()[0]) for parcel in parcels] == [0, 1, 2, 3, 4, 5]
+    assert [float(pending.read()[0]) for pending in pendings] == [0, 1, 2, 3, 4, 5]
     transport.close()
 
 
@@ -184,16 +184,16 @@ def test_regions_of_a_host_ring_never_overlap() -> None:
     assert ring._room(16 * 256) == 0
 
 
-def test_gathered_parcels_never_fill_the_ring() -> None:
+def test_gathered_pendings_never_fill_the_ring() -> None:
     """The rule of `Transport`: whatever the sizes, a forward that hands over at `gather` bytes does not wait forever."""
     draw, largest = random.Random(3), 1024
     transport = Transport(largest, ring_bytes=1, make_engine=lambda _: ThreadEngine())
-    bunch: list[Parcel] = []
+    bunch: list[PendingTensor] = []
 
-    def receive(parcels: list[Parcel]) -> None:
-        for parcel in parcels:
-            parcel.read()
-            parcel.release()
+    def receive(pendings: list[PendingTensor]) -> None:
+        for pending in pendings:
+            pending.read()
+            pending.release()
 
     with ThreadPoolExecutor(1) as reader:
 
@@ -202,7 +202,7 @@ def test_gathered_parcels_never_fill_the_ring() -> None:
             for _ in range(3000):
                 size = draw.choice([1, 100, 700, largest])
                 bunch.append(transport.send(torch.device("cpu"), (size,), torch.uint8, lambda out: out.zero_()))
-                if sum(parcel.nbytes for parcel in bunch) >= transport.gather:
+                if sum(pending.nbytes for pending in bunch) >= transport.gather:
                     reader.submit(receive, bunch)
                     bunch = []
 

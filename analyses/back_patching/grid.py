@@ -14,7 +14,7 @@ from torch import Tensor
 from analyses.back_patching.cases import Case
 from analyses.interventions import swept
 from analyses.tokens import token_text
-from probes.blocks.cached_prompt import ROWS, Resumable
+from probes.blocks.cached_prompt import ROWS, CachedPrompt
 from probes.lenses import logit as lens
 from probes.models.protocol import Model
 
@@ -63,11 +63,11 @@ class Held:
 
     case: Case
     name: str
-    base: Resumable
+    base: CachedPrompt
 
     @classmethod
     def open(cls, model: Model, case: Case, name: str) -> Held:
-        return cls(case, name, Resumable(model, case.tokens, case.positions[name]))
+        return cls(case, name, CachedPrompt(model, case.tokens, case.positions[name]))
 
     def sources(self) -> Tensor:
         """[layer, d_model], what leaves each block at the position."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from analyses.back_patching.cases import LAST, Case, firsts
 from probes import edits
-from probes.blocks.cached_prompt import Resumable
+from probes.blocks.cached_prompt import CachedPrompt
 from probes.capture.activations import Activations
 from probes.edits import KnockOut
 from probes.lenses import logit as lens
@@ -31,14 +31,14 @@ class Patchscope:
     """The naming prompt, held open at its placeholder."""
 
     prompt: Prompt
-    base: Resumable
+    base: CachedPrompt
     targets: tuple[int, ...]
 
     @classmethod
     def open(cls, model: Model, step: int) -> Patchscope:
         """With a target at every `step`-th block; the placeholder is the token before the last colon."""
         prompt = tokenize([PATCHSCOPE], model)[0]
-        held = Resumable(model, prompt.tokens, len(prompt.tokens) - 2)
+        held = CachedPrompt(model, prompt.tokens, len(prompt.tokens) - 2)
         return cls(prompt, held, tuple(range(0, model.shape.n_layers, step)))
 
     def names(self, sources: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`bathyscope demo`: every analysis on the embedded default model and prompts, one report."""
+"""`bathyscope demo`: every analysis on the bundled default model and prompts, one report."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder of the results and of report.html.")] = Path("runs/demo"),
     store: StoreDir = None,
 ) -> None:
-    """Run every analysis on the embedded default model and prompts, and write one report."""
+    """Run every analysis on the bundled default model and prompts, and write one report."""
     lines = read_prompts(DEMO_PROMPTS, Voids.prompt_fields)
     activations = ActivationStore(store)
     model = DEMO_MODEL.load(progress=say)

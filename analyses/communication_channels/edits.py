@@ -13,7 +13,7 @@ from torch import Tensor
 from analyses.answers import as_merged, forms
 from analyses.results.statistics import cluster_bootstrap
 from analyses.tasks.ioi import Ioi
-from probes.blocks.cached_prompt import Resumable
+from probes.blocks.cached_prompt import CachedPrompt
 from probes.lenses import logit as lens
 from probes.models.protocol import Model, Write
 from probes.points import Address
@@ -51,7 +51,7 @@ class Spots:
 class Names:
     """An indirect-object prompt as the model sees it."""
 
-    held: Resumable
+    held: CachedPrompt
     io: int
     """Token of the name that should come next."""
     s: int
@@ -63,7 +63,7 @@ class Names:
 def open_prompts(model: Model, prompts: Sequence[Ioi]) -> list[Names]:
     """Prompts run once, their last position open; those whose names are not one token each are left out."""
     return [
-        Names(Resumable(model, one.tokens, -1), one.io, one.s, one.io_at, one.s_at) for one in spots(model, prompts)
+        Names(CachedPrompt(model, one.tokens, -1), one.io, one.s, one.io_at, one.s_at) for one in spots(model, prompts)
     ]
 
 
@@ -221,7 +221,7 @@ def pair_effects(
     return effects, pd.DataFrame(coefficients, columns=["prompt", "component", "coefficient"])
 
 
-def head_output(held: Resumable, layer: int, head: int) -> Tensor:
+def head_output(held: CachedPrompt, layer: int, head: int) -> Tensor:
     """A head's z [d_head] at the last position, float32."""
     seen: list[Tensor] = []
     held.edited(layer, 1, {}, {Address("z", layer): lambda z: seen.append(z[0, -1, head].float().cpu().clone())})

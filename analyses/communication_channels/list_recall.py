@@ -16,7 +16,7 @@ from analyses.answers import continuation
 from analyses.communication_channels.edits import head_factors, head_output
 from analyses.results.statistics import wilson
 from analyses.tasks.laundry_list import Laundry
-from probes.blocks.cached_prompt import Resumable
+from probes.blocks.cached_prompt import CachedPrompt
 from probes.edits import HeadWriteEdit, altered
 from probes.lenses import logit as lens
 from probes.models.protocol import Model, Write
@@ -71,7 +71,7 @@ def steering_grid(steps: int, reach: Sequence[float]) -> Tensor:
     return torch.tensor(list(itertools.product(*axes)))
 
 
-def steered(held: Resumable, heads: Heads, dials: Sequence[Dial], points: Tensor) -> Tensor:
+def steered(held: CachedPrompt, heads: Heads, dials: Sequence[Dial], points: Tensor) -> Tensor:
     """What leaves the last block [points, d_model] when each dial is set to its coordinate of each point."""
     writes: dict[Address, Write] = {}
     for layer in dict.fromkeys(dial.layer for dial in dials):
@@ -93,7 +93,7 @@ def _set(heads: Heads, dials: Sequence[tuple[Dial, Tensor]]) -> Write:
     return edit
 
 
-def reach_of(prompts: Sequence[Resumable], heads: Heads, dials: Sequence[Dial]) -> list[float]:
+def reach_of(prompts: Sequence[CachedPrompt], heads: Heads, dials: Sequence[Dial]) -> list[float]:
     """Three times the 99th percentile of each dial's own size over the prompts."""
     sizes = []
     for dial in dials:
@@ -149,7 +149,7 @@ def run(
     points_seen = []
     reach: dict[str, list[float]] = {}
     for n_items, prompts in by_length.items():
-        held = [Resumable(model, prompt.tokens, -1) for prompt in prompts]
+        held = [CachedPrompt(model, prompt.tokens, -1) for prompt in prompts]
         tick(len(held))
         answer = np.array([p.prompt.missing for p in prompts])
         plain = [choices(model, h.entering[-1][-1:], p.items) for h, p in zip(held, prompts, strict=True)]

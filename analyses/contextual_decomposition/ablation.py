@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from analyses.contextual_decomposition.cases import Case
-from probes.blocks.cached_prompt import Resumable
+from probes.blocks.cached_prompt import CachedPrompt
 from probes.decomposition import Baseline, Node
 from probes.models.protocol import Model, Write
 from probes.points import Address
@@ -29,7 +29,7 @@ class Ablation:
     def __init__(self, model: Model, case: Case, baseline: Baseline | None, start: int = 0) -> None:
         self.model, self.case, self.baseline = model, case, baseline
         readable = model.shape.causal and "lens" not in model.faithfulness.refused
-        self.held = Resumable(model, case.tokens, min(start, len(case.tokens) - 1)) if readable else None
+        self.held = CachedPrompt(model, case.tokens, min(start, len(case.tokens) - 1)) if readable else None
         self.start = 0 if self.held is None else self.held.start
         self.forwards = 0
 

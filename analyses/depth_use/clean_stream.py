@@ -13,7 +13,7 @@ from torch import Tensor
 from probes.anatomy import Anatomy
 from probes.blocks.rerouting import Caller, module_of, rerouted
 from probes.capture.activations import Activations
-from probes.hooks.forward_hooks import Taps
+from probes.hooks.forward_hooks import ForwardHooks
 from probes.models.protocol import Model, Read, Write
 from probes.points import Address
 from probes.prompts import Batch, batches
@@ -78,7 +78,7 @@ class Blocks:
         if not reads and not writes:
             return nullcontext()
         sites = {address: self.anatomy.site(address) for address in {*reads, *writes}}
-        taps = Taps(sites, reads, writes, stop=False)
+        taps = ForwardHooks(sites, reads, writes, stop=False)
         return taps.on(self.anatomy.map.module, (hidden.shape[0], hidden.shape[1]))
 
 

@@ -17,7 +17,7 @@ from analyses.latent_language.read import LAST, Reader
 from analyses.latent_language.tables import interval
 from analyses.latent_language.task_prompts import Query, queries
 from analyses.latent_language.word_lists import Word, read_words, shipped_words
-from probes.blocks.cached_prompt import Resumable
+from probes.blocks.cached_prompt import CachedPrompt
 from probes.capture.needs import Need
 from probes.lenses import logit as lens
 from probes.models.protocol import Model
@@ -147,7 +147,7 @@ def _layer(
 ) -> pd.DataFrame:  # fmt: skip
     scores, names, model = [], [], reader.model
     for own, query in enumerate(tested):
-        prompt = Resumable(model, prompt_tokens(model, query.text), -1)
+        prompt = CachedPrompt(model, prompt_tokens(model, query.text), -1)
         row = prompt.entering[layer + 1][-1]
         made = _variants(row, donors[own].to(row), learned, settings)
         hidden = torch.stack([edited.to(row) for *_, edited in made])[:, None]

@@ -20,7 +20,7 @@ from probes.blocks.rerouting import module_of
 from probes.errors import OptionError, TrainingError
 from probes.models.backends.native import NativeModel
 from probes.models.protocol import Model
-from probes.models.silence_loggers import quiet
+from probes.models.silence_loggers import silence_loggers
 from probes.models.sources.digest import weights_digest
 from probes.norms import Scale, Switches, absorb, make_constant, make_large_eps
 from probes.progress import Progress
@@ -180,7 +180,7 @@ def _export(run: Trained, folded: Anatomy, rows: Tensor, folder: str, model: Mod
     exported = copy_of(run.anatomy)
     make_large_eps(exported, run.switches.on)
     module: Any = exported.map.module
-    with quiet():
+    with silence_loggers():
         module.to(torch.float32).save_pretrained(folder)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(folder)
@@ -211,7 +211,7 @@ def largest_difference(folder: Path, folded: nn.Module, tokens: Tensor) -> float
     """
     from transformers import AutoModelForCausalLM
 
-    with quiet():
+    with silence_loggers():
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     device = next(folded.parameters()).device
     found = loaded(input_ids=tokens.cpu(), use_cache=False).logits.float()

@@ -19,7 +19,7 @@ from probes.capture.forward import axis_sizes, batch_tokens_of, row_size
 from probes.capture.needs import Feature, Need
 from probes.capture.run import capture
 from probes.prompts import batches
-from probes.store import ActivationStore, Outbox
+from probes.store import ActivationStore, AppendOnlyWriter
 
 Tokens = tuple[int, ...]
 
@@ -78,7 +78,7 @@ class CaptureActor:
     """Holds a model and captures batches into shards; what writes them twice leaves them once."""
 
     def __init__(self, spec: StudyModel, features: tuple[tuple[Feature, ...], ...], store: Path) -> None:
-        self.model, self.store = spec.spec.load(), Outbox(store)
+        self.model, self.store = spec.spec.load(), AppendOnlyWriter(store)
         self.needs = [[Need((str(f.address),), f.reducer) for f in kind] for kind in features]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, int]:

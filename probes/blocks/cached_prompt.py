@@ -67,7 +67,7 @@ class Resumed:
     """Per layer, the rows' keys and values in the suffix, where they were asked for."""
 
 
-class Resumable:
+class CachedPrompt:
     """A prompt run once, its last positions open to being replaced between any two blocks.
 
     Args:

@@ -34,7 +34,7 @@ def of_stage(mapping: Mapping[Address, T], stage: int, n_layers: int) -> dict[Ad
     return {address: value for address, value in mapping.items() if stage_of(address, n_layers) == stage}
 
 
-class Gates:
+class SingleBlockRunner:
     """Lets the model's forward through to one block: it prepares the block's arguments, and the others pass on."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from probes.capture.needs import Feature
-from probes.device_to_host import Parcel, Transport
+from probes.device_to_host import PendingTensor, Transport
 from probes.kernels import reduce_rows, reduced_shape
 from probes.models.protocol import Model
 from probes.prompts import Batch, select
@@ -21,12 +21,12 @@ LENS_ROWS = 1024
 
 
 class Receiver(Protocol):
-    """Who takes what an outbox sends: the store's writer, or anything else that reads parcels and gives them back."""
+    """Who takes what a device capture sends: the store's writer, or anything else that reads pending tensors and gives them back."""
 
-    def put_parcels(
-        self, sequences: tuple[tuple[int, ...], ...], features: Mapping[str, tuple[Parcel, tuple[int, ...]]]
+    def put_pending(
+        self, sequences: tuple[tuple[int, ...], ...], features: Mapping[str, tuple[PendingTensor, tuple[int, ...]]]
     ) -> None:
-        """Takes parcels by feature key, each with its number of rows per sequence; must not wait for them."""
+        """Takes pending tensors by feature key, each with its number of rows per sequence; must not wait for them."""
         ...
 
 
@@ -50,7 +50,7 @@ def _pattern(tensor: Tensor, batch: Batch, reducer: Reducer) -> tuple[Tensor, tu
     return torch.cat(parts), tuple(len(part) for part in parts)
 
 
-class Outbox:
+class DeviceCapture:
     """Sends the captured tensors of one forward; used as a context around it.
 
     Inside a hook it only queues work: an index and a basis are moved to the device once, the kernel writes into the
@@ -70,7 +70,7 @@ class Outbox:
         self.transport, self.receiver = transport, receiver
         self._indices: dict[tuple[object, torch.device], Tensor] = {}
         self._lens: dict[Reducer, list[tuple[Feature, Tensor]]] = {}
-        self._ready: dict[str, tuple[Parcel, tuple[int, ...]]] = {}
+        self._ready: dict[str, tuple[PendingTensor, tuple[int, ...]]] = {}
 
     def send(self, tensor: Tensor, feature: Feature) -> None:
         """Takes a captured tensor [batch, pos, ...], which may be overwritten as soon as this returns."""
@@ -91,7 +91,7 @@ class Outbox:
         fill = lambda out: reduce_rows(flat, index, wanted, reducer, None, out)  # noqa: E731
         self._dispatch(feature, tensor.device, shape, dtype, fill, counts)
 
-    def __enter__(self) -> Outbox:
+    def __enter__(self) -> DeviceCapture:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -100,8 +100,8 @@ class Outbox:
             for key in list(self._lens):
                 self._read_lens(key)
             self._hand_over()
-        for parcel, _counts in self._ready.values():
-            parcel.release()
+        for pending, _counts in self._ready.values():
+            pending.release()
 
     def _dispatch(
         self,
@@ -113,13 +113,13 @@ class Outbox:
         counts: tuple[int, ...],
     ) -> None:
         self._ready[feature.key] = self.transport.send(device, tuple(shape), dtype, fill), counts
-        if sum(parcel.nbytes for parcel, _ in self._ready.values()) >= self.transport.gather:
+        if sum(pending.nbytes for pending, _ in self._ready.values()) >= self.transport.gather:
             self._hand_over()
 
     def _hand_over(self) -> None:
         ready, self._ready = self._ready, {}
         if ready:
-            self.receiver.put_parcels(self.sequences, ready)
+            self.receiver.put_pending(self.sequences, ready)
 
     def _set_aside(self, feature: Feature, rows: Tensor) -> None:
         key = replace(feature.reducer, positions="all")

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from probes.capture.device_capture import Outbox, reduced
+from probes.capture.device_capture import DeviceCapture, reduced
 from probes.capture.needs import Feature
 from probes.models.protocol import Model, Read, Write
 from probes.points import Address
@@ -19,7 +19,7 @@ PACKET_BYTES = 64 * 2**20
 """Captured bytes per packet, which bounds the memory of a capture."""
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Padded tokens per forward, at most, by the kind of device."""
-PARCEL_BYTES = 128 * 2**20
+PENDING_BYTES = 128 * 2**20
 """Bytes of one captured tensor on its way from a GPU, at most; a single prompt may need more."""
 
 
@@ -36,7 +36,7 @@ def sized(
     longest = max(len(sequence) for sequence in sequences)
     kept = [feature.row_values(width, longest) * size for feature in features]
     # A GPU's rows leave tensor by tensor, so there the largest tensor bounds the batch instead of their sum.
-    most = PARCEL_BYTES // max(*kept, 1) if asynchronous(model) else PACKET_BYTES // max(sum(kept), 1)
+    most = PENDING_BYTES // max(*kept, 1) if asynchronous(model) else PACKET_BYTES // max(sum(kept), 1)
     return batches(sequences, max(1, min(limit or batch_tokens_of(model), most * longest)))
 
 
@@ -50,15 +50,15 @@ def forward(
     batch: Batch,
     features: Sequence[Feature],
     writes: Mapping[Address, Write] | None = None,
-    outbox: Outbox | None = None,
+    device_capture: DeviceCapture | None = None,
 ) -> dict[str, Ragged]:
     """One forward over `batch`, each feature reduced where its tensor is; values on the CPU, by feature key.
 
-    With an outbox the values leave through it, and the dictionary is empty.
+    With a device capture the values leave through it, and the dictionary is empty.
     """
     found: dict[str, Ragged] = {}
-    with outbox or nullcontext():
-        model.run(batch.tokens, readers(model, batch, features, found, outbox), writes, batch.lengths)
+    with device_capture or nullcontext():
+        model.run(batch.tokens, readers(model, batch, features, found, device_capture), writes, batch.lengths)
     return found
 
 
@@ -67,9 +67,9 @@ def readers(
     batch: Batch,
     features: Sequence[Feature],
     found: dict[str, Ragged],
-    outbox: Outbox | None = None,
+    device_capture: DeviceCapture | None = None,
 ) -> dict[Address, Read]:
-    """Reads of a forward over `batch` that put each feature's rows into `found`, by feature key, or into the outbox."""
+    """Reads of a forward over `batch` that put each feature's rows into `found`, by feature key, or into the device_capture."""
     by_address: dict[Address, list[Feature]] = {}
     for feature in features:
         by_address.setdefault(feature.address, []).append(feature)
@@ -77,11 +77,11 @@ def readers(
     def reader(address: Address) -> Read:
         def read(tensor: Tensor) -> None:
             for feature in by_address[address]:
-                if outbox is None:
+                if device_capture is None:
                     values, counts = reduced(model, tensor, batch, feature)
                     found[feature.key] = Ragged(values.cpu().contiguous(), counts)
                 else:
-                    outbox.send(tensor, feature)
+                    device_capture.send(tensor, feature)
 
         return read
 

@@ -12,9 +12,9 @@ import torch
 
 from probes.capture.activations import Activations, Done
 from probes.capture.canary import check_canary, put_canary
-from probes.capture.device_capture import Outbox
+from probes.capture.device_capture import DeviceCapture
 from probes.capture.forward import (
-    PARCEL_BYTES,
+    PENDING_BYTES,
     asynchronous,
     axis_sizes,
     forward,
@@ -157,7 +157,7 @@ def _transport(model: Model, plan: CapturePlan, written: Writer) -> Iterator[Tra
         return
     width, size = axis_sizes(model), number_size(model)
     alone = max(f.row_values(width, max(map(len, w.sequences))) * size for w in plan.work for f in w.features)
-    largest = max(alone, min(PARCEL_BYTES, plan.bytes(width, size)))
+    largest = max(alone, min(PENDING_BYTES, plan.bytes(width, size)))
     poison = os.environ.get("BATHYSCOPE_POISON", "0") not in ("", "0")
     transport = Transport(largest, poison=poison)
     written.failed = transport.fail
@@ -182,11 +182,13 @@ class Run:
     def batch(self, batch: Batch, sequences: Sequence[tuple[int, ...]]) -> None:
         """One forward whose rows go to the writer, or halves of it where memory does not suffice."""
         asked = tuple(sequences[i] for i in batch.indices)
-        outbox = Outbox(self.model, batch, asked, self.transport, self.written) if self.transport else None
+        device_capture = (
+            DeviceCapture(self.model, batch, asked, self.transport, self.written) if self.transport else None
+        )
         try:
             with altered(self.model, self.edits):
                 writes = writes_of(self.model, self.edits, batch.lengths)
-                values = forward(self.model, batch, self.features, writes, outbox)
+                values = forward(self.model, batch, self.features, writes, device_capture)
         except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from probes.capture.lookup import Lookup
-from probes.device_to_host import Parcel
+from probes.device_to_host import PendingTensor
 from probes.store import Packet, Ragged
 
 Tokens = tuple[int, ...]
 
 
 class Writer:
-    """Commits packets in the order given. What waits is bounded: by number, or by the ring that parcels lie in.
+    """Commits packets in the order given. What waits is bounded: by number, or by the ring that pending tensors lie in.
 
     Args:
         prompt_lengths: of each sequence that is a prompt and its response, the tokens of the prompt.
@@ -23,7 +23,7 @@ class Writer:
     def __init__(self, lookup: Lookup, prompt_lengths: Mapping[Tokens, int]) -> None:
         self.lookup, self.prompt_lengths, self.bytes = lookup, prompt_lengths, 0
         self.failed: Callable[[BaseException], None] = lambda _: None
-        """Told at once of what went wrong with parcels, while their sender may be waiting for room."""
+        """Told at once of what went wrong with pending tensors, while their sender may be waiting for room."""
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store-writer")
         self._pending: deque[Future[int]] = deque()
 
@@ -33,23 +33,25 @@ class Writer:
             self.bytes += self._pending.popleft().result()
         self._pending.append(self._pool.submit(self._commit, sequences, features))
 
-    def put_parcels(
-        self, sequences: tuple[Tokens, ...], features: Mapping[str, tuple[Parcel, tuple[int, ...]]]
+    def put_pending(
+        self, sequences: tuple[Tokens, ...], features: Mapping[str, tuple[PendingTensor, tuple[int, ...]]]
     ) -> None:
         """Queues rows that may still be on their way; each is read behind its barrier, then given back."""
         while self._pending and self._pending[0].done():
             self.bytes += self._pending.popleft().result()
         self._pending.append(self._pool.submit(self._receive, sequences, dict(features)))
 
-    def _receive(self, sequences: tuple[Tokens, ...], features: dict[str, tuple[Parcel, tuple[int, ...]]]) -> int:
+    def _receive(
+        self, sequences: tuple[Tokens, ...], features: dict[str, tuple[PendingTensor, tuple[int, ...]]]
+    ) -> int:
         try:
             return self._commit(sequences, {key: Ragged(p.read(), counts) for key, (p, counts) in features.items()})
         except BaseException as error:
             self.failed(error)
             raise
         finally:
-            for parcel, _ in features.values():
-                parcel.release()
+            for pending, _ in features.values():
+                pending.release()
 
     def _commit(self, sequences: tuple[Tokens, ...], features: dict[str, Ragged]) -> int:
         size = self.lookup.store.put(Packet(self.lookup.context, sequences, features)).bytes_written

@@ -1,7 +1,7 @@
 """Captured rows on their way from a device to host memory, without the host or the device waiting for each other."""
 
 from probes.device_to_host.copy_engine import CudaEngine, Engine, Event, HostEngine, engine_for
-from probes.device_to_host.copy_lane import Lane, Parcel
+from probes.device_to_host.copy_lane import Lane, PendingTensor
 from probes.device_to_host.ring_buffers import HostRing, StreamRing, aligned
 from probes.device_to_host.transport import Transport
 
@@ -12,7 +12,7 @@ __all__ = [
     "HostEngine",
     "HostRing",
     "Lane",
-    "Parcel",
+    "PendingTensor",
     "StreamRing",
     "Transport",
     "aligned",

@@ -13,7 +13,7 @@ from probes.device_to_host.copy_engine import Engine, Event
 from probes.device_to_host.ring_buffers import HostRing, StreamRing
 
 
-class Parcel:
+class PendingTensor:
     """A tensor on its way to the host. Its memory belongs to the reader from `read` until `release`."""
 
     def __init__(self, values: Tensor, arrived: Event, nbytes: int, give_back: Callable[[], None]) -> None:
@@ -29,7 +29,7 @@ class Parcel:
         the ring: it must not be used after `release`.
         """
         if self._released:
-            raise RuntimeError("a parcel cannot be read after its memory was given back")
+            raise RuntimeError("a pending cannot be read after its memory was given back")
         self._arrived.wait()
         return self._values
 
@@ -59,7 +59,7 @@ class Lane:
         self._device = StreamRing(engine, device_bytes, poison)
         self._host = HostRing(engine, host_bytes, poison)
 
-    def send(self, shape: tuple[int, ...], dtype: torch.dtype, fill: Callable[[Tensor], object]) -> Parcel:
+    def send(self, shape: tuple[int, ...], dtype: torch.dtype, fill: Callable[[Tensor], object]) -> PendingTensor:
         """Queues a tensor; returns at once unless readers are a whole host ring behind.
 
         Args:
@@ -79,9 +79,9 @@ class Lane:
             self._host.release(region)
             raise
         values = host.view(dtype).view(shape)
-        return Parcel(values, tenant.event, region.stop - region.start, partial(self._host.release, region))
+        return PendingTensor(values, tenant.event, region.stop - region.start, partial(self._host.release, region))
 
-    def send_alone(self, shape: tuple[int, ...], dtype: torch.dtype, fill: Callable[[Tensor], object]) -> Parcel:
+    def send_alone(self, shape: tuple[int, ...], dtype: torch.dtype, fill: Callable[[Tensor], object]) -> PendingTensor:
         """As `send`, for a tensor too large for the rings: in memory of its own, which it frees when given back."""
         size = prod(shape) * dtype.itemsize
         with torch.inference_mode(False):
@@ -90,7 +90,7 @@ class Lane:
         fill(device.view(dtype).view(shape))
         arrived = self.engine.copy(device, host, self.engine.mark())
         # The device's buffer lives until the copy has read it.
-        return Parcel(host.view(dtype).view(shape), arrived, 0, buffers.clear)
+        return PendingTensor(host.view(dtype).view(shape), arrived, 0, buffers.clear)
 
     def fail(self, error: BaseException) -> None:
         """Makes a waiting or later `send` raise `error`."""

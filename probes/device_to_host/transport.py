@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from probes.device_to_host.copy_engine import Engine, engine_for
-from probes.device_to_host.copy_lane import Lane, Parcel
+from probes.device_to_host.copy_lane import Lane, PendingTensor
 from probes.device_to_host.ring_buffers import aligned
 
 SHARE = 4
@@ -19,8 +19,8 @@ SHARE = 4
 class Transport:
     """Sends tensors of any device to the host, each device through its own rings, made when first used.
 
-    Who gathers parcels before handing them to a reader must not hold more than `gather` bytes at a time, or the ring
-    could fill with parcels that no reader knows of: with single tensors of at most a quarter of the ring and gathered
+    Who gathers pending tensors before handing them to a reader must not hold more than `gather` bytes at a time, or the ring
+    could fill with pending tensors that no reader knows of: with single tensors of at most a quarter of the ring and gathered
     ones of less than a quarter when another is asked for, there is always a free stretch once all others are back.
 
     Args:
@@ -45,12 +45,12 @@ class Transport:
 
     @property
     def gather(self) -> int:
-        """Gathered bytes at which parcels must be handed over."""
+        """Gathered bytes at which pending tensors must be handed over."""
         return self.ring_bytes // SHARE
 
     def send(
         self, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, fill: Callable[[Tensor], object]
-    ) -> Parcel:
+    ) -> PendingTensor:
         """See `Lane.send`."""
         if self._error is not None:
             raise self._error

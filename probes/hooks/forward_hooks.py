@@ -60,7 +60,7 @@ def submodule(root: nn.Module, place: Place) -> tuple[nn.Module, str]:
     return root.get_submodule(place[0]), place[1]
 
 
-class Taps:
+class ForwardHooks:
     """One forward's reads and writes by key, and which of them have happened."""
 
     def __init__(

@@ -11,8 +11,8 @@ from .protocol import Read as Read
 from .protocol import Shape as Shape
 from .protocol import Unembedding as Unembedding
 from .protocol import Write as Write
-from .sources.bundled import EMBEDDED as EMBEDDED
-from .sources.bundled import EmbeddedModel as EmbeddedModel
+from .sources.bundled import BUNDLED as BUNDLED
+from .sources.bundled import BundledModel as BundledModel
 from .sources.digest import weights_digest as weights_digest
 from .sources.locate import ModelInfo as ModelInfo
 from .sources.locate import fetch_model as fetch_model

@@ -15,7 +15,7 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_loggers() -> Iterator[None]:
     """No transformers or hub message, warning or progress bar inside; the user's settings are restored on leaving."""
     with _ONE_AT_A_TIME, warnings.catch_warnings(), ExitStack() as restore:
         warnings.simplefilter("ignore")

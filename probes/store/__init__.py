@@ -1,6 +1,6 @@
 """The activation store: safetensors shards found by content, and a catalogue that can be rebuilt from them."""
 
-from probes.store.append_only import Outbox
+from probes.store.append_only import AppendOnlyWriter
 from probes.store.layout import PROTOCOL
 from probes.store.maintenance import GcReport, VerifyReport
 from probes.store.store import ActivationStore, default_root
@@ -9,11 +9,11 @@ from probes.store.values import Context, DamagedShard, MissingRows, Packet, Put,
 __all__ = [
     "PROTOCOL",
     "ActivationStore",
+    "AppendOnlyWriter",
     "Context",
     "DamagedShard",
     "GcReport",
     "MissingRows",
-    "Outbox",
     "Packet",
     "Put",
     "Ragged",

@@ -17,7 +17,7 @@ from probes.store.store import ActivationStore, Sequences
 from probes.store.values import Context, Packet, Put
 
 
-class Outbox(ActivationStore):
+class AppendOnlyWriter(ActivationStore):
     """A store's folder to which shards are only added.
 
     It knows of no rows, so what is put is written. A shard is named by its content: writing the same packet again, as a
@@ -37,7 +37,7 @@ class Outbox(ActivationStore):
         self._folder.prepare()
 
     def __repr__(self) -> str:
-        return f"Outbox({str(self.root)!r})"
+        return f"AppendOnlyWriter({str(self.root)!r})"
 
     def held(self, context: Context, sequences: Sequences, features: Sequence[str]) -> np.ndarray:
         """Nothing: bool [n_sequences, n_features]."""

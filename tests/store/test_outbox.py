@@ -8,11 +8,11 @@ import pytest
 from store_makers import CONTEXT, FEATURES, check_rows, make, numbered, shard_files
 
 from probes.errors import StoreError
-from probes.store import ActivationStore, Outbox
+from probes.store import ActivationStore, AppendOnlyWriter
 
 
 def test_opening_the_store_takes_in_what_was_left(tmp_path: Path) -> None:
-    outbox = Outbox(tmp_path)
+    outbox = AppendOnlyWriter(tmp_path)
     put = outbox.put(make([numbered(0), numbered(1)]))
     assert (put.rows_written, put.already_held) == (2 * len(FEATURES), 0)
     assert put.bytes_written == sum(path.stat().st_size for path in tmp_path.glob("shards/*/*"))
@@ -26,7 +26,7 @@ def test_opening_the_store_takes_in_what_was_left(tmp_path: Path) -> None:
 def test_the_same_packet_twice_is_one_shard(tmp_path: Path) -> None:
     """As from a task that is repeated because its process died after the write."""
     for _ in range(2):
-        put = Outbox(tmp_path).put(make([numbered(0), numbered(1)]))
+        put = AppendOnlyWriter(tmp_path).put(make([numbered(0), numbered(1)]))
     assert (put.bytes_written, put.rows_written) == (0, 0)
     assert len(list(tmp_path.glob("shards/*/*"))) == 1
 
@@ -34,7 +34,7 @@ def test_the_same_packet_twice_is_one_shard(tmp_path: Path) -> None:
 def test_rows_that_are_all_held_elsewhere_are_dropped(tmp_path: Path) -> None:
     """As from a task whose repetition gave other bytes for the same rows."""
     for group in ([0, 1, 2], [2, 1, 0], [3]):
-        Outbox(tmp_path).put(make([numbered(i) for i in group]))
+        AppendOnlyWriter(tmp_path).put(make([numbered(i) for i in group]))
     store = ActivationStore(tmp_path)
     check_rows(store, [numbered(i) for i in range(4)])
     with store._backing.catalogue.reading() as connection:
@@ -46,7 +46,7 @@ def test_rows_that_are_all_held_elsewhere_are_dropped(tmp_path: Path) -> None:
 
 def test_an_outbox_knows_of_nothing(tmp_path: Path) -> None:
     ActivationStore(tmp_path).put(make([numbered(0)]))
-    outbox = Outbox(tmp_path)
+    outbox = AppendOnlyWriter(tmp_path)
     assert not outbox.held(CONTEXT, [numbered(0)], FEATURES).any()
     with outbox.pin():
         outbox.check_space(10**18)
@@ -55,4 +55,4 @@ def test_an_outbox_knows_of_nothing(tmp_path: Path) -> None:
 def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="cannot be used"):
-        Outbox(tmp_path / "file")
+        AppendOnlyWriter(tmp_path / "file")

@@ -11,7 +11,7 @@ import pytest
 from store_makers import CONTEXT, FEATURES, check_rows, make, numbered, shard_files
 
 from probes.errors import StoreError
-from probes.store import ActivationStore, MissingRows, Outbox
+from probes.store import ActivationStore, AppendOnlyWriter, MissingRows
 from probes.store.shard import Shard
 
 SEQUENCES = [numbered(i) for i in range(4)]
@@ -117,7 +117,7 @@ def test_writing_is_refused_before_any_work(store: ActivationStore, deprived: Ca
             lambda: reader.put(make([numbered(9)])),
             lambda: reader.check_space(1),
             lambda: reader.gc(),
-            lambda: Outbox(store.root).put(make([numbered(9)])),
+            lambda: AppendOnlyWriter(store.root).put(make([numbered(9)])),
         ):
             with pytest.raises(StoreError, match=r"can be read here but not written|writing to the store"):
                 refuse()
@@ -134,7 +134,7 @@ def test_without_a_usable_catalogue_the_shards_are_read(
     store.put(make(SEQUENCES[:2]))
     path = store.root / "catalogue.sqlite"
     if damage == "behind":
-        Outbox(store.root).put(make(SEQUENCES[2:]))
+        AppendOnlyWriter(store.root).put(make(SEQUENCES[2:]))
     else:
         store.put(make(SEQUENCES[2:]))
     if damage == "gone":

@@ -15,7 +15,7 @@ from probes.anatomy import Anatomy, anatomy_of
 from probes.anatomy.views import Divisor
 from probes.errors import ModelError, OptionError, PointError, PromptError
 from probes.hooks.attention_probabilities import Attended, Watch, watched
-from probes.hooks.forward_hooks import Stop, Taps, tensor_of
+from probes.hooks.forward_hooks import ForwardHooks, Stop, tensor_of
 from probes.models.backends.model_card import Displayed
 from probes.models.fingerprint.fingerprint import Fingerprint, fingerprint, keyed
 from probes.models.fingerprint.foreign_code import unkeyable
@@ -125,7 +125,7 @@ class LocalModel(Displayed, Model):
         """What each layer's attention function receives, or the reason it cannot be had."""
         return attention_of(self.module, anatomy, self._logits, tokens)
 
-    def _call(self, taps: Taps, tokens: Tensor, **kwargs: Any) -> Any:
+    def _call(self, taps: ForwardHooks, tokens: Tensor, **kwargs: Any) -> Any:
         """The module's own output for `tokens` [batch, pos] and further arguments, with the taps visited on the way."""
         raise NotImplementedError
 
@@ -267,14 +267,14 @@ class LocalModel(Displayed, Model):
                 f"token id {bad} is outside the vocabulary of {self.ref}: legal are 0 to {self.shape.d_vocab - 1}"
             )
 
-    def _taps(self, reads: Mapping[Address, Read], writes: Mapping[Address, Write], stop: bool) -> Taps:
+    def _taps(self, reads: Mapping[Address, Read], writes: Mapping[Address, Write], stop: bool) -> ForwardHooks:
         addresses = sorted({*reads, *writes}, key=lambda a: (a.layer or 0, _ORDER[a.point]))
         elsewhere = frozenset(a for a in addresses if a.point == "pattern" and a.layer not in self.anatomy.patterns)
         sites = {a: self.anatomy.site(a) for a in addresses if a not in elsewhere}
-        return Taps(sites, reads, writes, elsewhere, stop)
+        return ForwardHooks(sites, reads, writes, elsewhere, stop)
 
     @contextmanager
-    def _watching(self, taps: Taps) -> Iterator[None]:
+    def _watching(self, taps: ForwardHooks) -> Iterator[None]:
         """Within, the attention function reports the patterns that no module carries."""
         patterns = {a.layer: a for a in taps.pending if a not in taps.sites}
         watch = {layer: _report(taps, a) for layer, a in patterns.items()}
@@ -282,7 +282,7 @@ class LocalModel(Displayed, Model):
         with watched(self._config, self._layers, watch, edits) if patterns else nullcontext():
             yield
 
-    def _forward(self, taps: Taps, tokens: Tensor, lengths: Sequence[int] | None, **cache: Any) -> Any:
+    def _forward(self, taps: ForwardHooks, tokens: Tensor, lengths: Sequence[int] | None, **cache: Any) -> Any:
         kwargs: dict[str, Any] = {"use_cache": False, **cache} if self.shape.causal else {}
         if not self.shape.causal and lengths is not None:
             positions = torch.arange(tokens.shape[1], device=self.device)
@@ -291,8 +291,8 @@ class LocalModel(Displayed, Model):
         with self._watching(taps):
             return self._call(taps, tokens.to(self.device), **kwargs)
 
-    def _logits(self, tokens: Tensor, taps: Taps | None = None) -> Tensor:
-        taps = taps or Taps({}, {}, {}, stop=False)
+    def _logits(self, tokens: Tensor, taps: ForwardHooks | None = None) -> Tensor:
+        taps = taps or ForwardHooks({}, {}, {}, stop=False)
         with torch.inference_mode():
             return tensor_of(self._call(taps, tokens.to(self.device)))
 
@@ -308,7 +308,7 @@ class LocalModel(Displayed, Model):
         return set()
 
 
-def _report(taps: Taps, address: Address) -> Watch:
+def _report(taps: ForwardHooks, address: Address) -> Watch:
     def watch(attended: Attended) -> None:
         if address in taps.reads:
             taps.reads[address](attended.pattern)

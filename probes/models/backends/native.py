@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from probes.blocks.rerouting import block_outputs
-from probes.hooks.forward_hooks import Taps
+from probes.hooks.forward_hooks import ForwardHooks
 from probes.models.backends.in_memory import LocalModel, evaluating
 from probes.models.protocol import Read, Write
 from probes.points import Address
@@ -21,7 +21,7 @@ class NativeModel(LocalModel):
 
     backend: ClassVar[str] = "native"
 
-    def _call(self, taps: Taps, tokens: Tensor, **kwargs: Any) -> Any:
+    def _call(self, taps: ForwardHooks, tokens: Tensor, **kwargs: Any) -> Any:
         with taps.on(self.module, (tokens.shape[0], tokens.shape[1])):
             return self.module(input_ids=tokens, **kwargs)
 

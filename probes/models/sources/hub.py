@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from probes.errors import ModelError, one_line
-from probes.models.silence_loggers import quiet
+from probes.models.silence_loggers import silence_loggers
 
 PROBE_SECONDS = 4.0
 """How long the hub may take to answer before the local cache is all there is."""
@@ -133,7 +133,7 @@ def _download(ref: str, revision: str | None, wanted: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        with quiet():
+        with silence_loggers():
             return Path(snapshot_download(ref, revision=revision, allow_patterns=list(wanted), ignore_patterns=["*/*"]))
     except Exception as error:
         if not _is_transport(error):

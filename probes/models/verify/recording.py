@@ -13,14 +13,14 @@ from probes.anatomy import Anatomy, Kind, Site
 from probes.anatomy.views import Whole
 from probes.errors import PointError
 from probes.hooks.attention_probabilities import Attended, reason_against, watched
-from probes.hooks.forward_hooks import Taps
+from probes.hooks.forward_hooks import ForwardHooks
 from probes.points import POINTS, Address
 
 
 class Call(Protocol):
     """One plain forward of the model under check."""
 
-    def __call__(self, tokens: Tensor, taps: Taps | None = None) -> Tensor:
+    def __call__(self, tokens: Tensor, taps: ForwardHooks | None = None) -> Tensor:
         """Token ids [batch, pos] to logits [batch, pos, d_vocab]; the taps see what passes their sites."""
         ...
 
@@ -121,7 +121,7 @@ def record(wanted: Mapping[tuple[str, str], Site], call: Call, tokens: Tensor) -
 
         return copy
 
-    call(tokens, Taps(wanted, {key: keep(key) for key in wanted}, {}, stop=False))
+    call(tokens, ForwardHooks(wanted, {key: keep(key) for key in wanted}, {}, stop=False))
     return raw
 
 

@@ -229,7 +229,7 @@ def test_models_commands(llama_folder: Path, capsys: pytest.CaptureFixture[str])
     assert [first[head.index(name) :].split()[0] for name in ("model", "size", "from")] == [
         "smollm2-135m",
         "30",
-        "embedded",
+        "bundled",
     ]
     assert main(["models", "info", str(llama_folder)]) == 0
     facts = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())

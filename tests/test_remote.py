@@ -22,7 +22,7 @@ from analyses.cli import main
 from probes.capture.needs import Need
 from probes.capture.run import capture
 from probes.errors import ModelError, OptionError, PointError
-from probes.models import load_model
+from probes.models import as_bridge, load_model
 from probes.models.backends.remote import RemoteModel, server_client
 from probes.points import POINTS, Address
 from probes.reducers import Reducer
@@ -115,7 +115,7 @@ def test_what_stays_on_the_server_is_refused_by_name(llama: RemoteModel) -> None
     with pytest.raises(PointError, match="attention function runs on the server"):
         llama.run(prompt(), {Address("pattern", 0): lambda _: None})
     with pytest.raises(ModelError, match="stay on the server"):
-        llama.as_bridge()
+        as_bridge(llama)
 
 
 @pytest.mark.parametrize(

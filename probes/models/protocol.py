@@ -126,8 +126,7 @@ class Forward:
 class Model(Protocol):
     """A loaded model behind one of the backends. Analyses never ask which.
 
-    In a notebook, a model made by another library comes in by `Model.from_hf`, `Model.from_bridge` or
-    `Model.from_nnsight`, and goes out by the `as_bridge` and `as_nnsight` of the backends in memory.
+    In a notebook, a model made by another library comes in, and ours goes out, by `probes.models.interop`.
     """
 
     ref: str
@@ -184,27 +183,6 @@ class Model(Protocol):
     def unembedding(self) -> Unembedding:
         """The final norm and unembedding; raises PointError where they do not reproduce the logits."""
         ...
-
-    @staticmethod
-    def from_hf(module: nn.Module, tokenizer: Any = None, *, backend: str = "native", ref: str | None = None) -> Model:
-        """A transformers model in memory; raises ModelError where its identities fail."""
-        from probes.models.interop import from_hf
-
-        return from_hf(module, tokenizer, backend=backend, ref=ref)
-
-    @staticmethod
-    def from_bridge(bridge: Any, *, ref: str | None = None) -> Model:
-        """A TransformerLens TransformerBridge; raises ModelError where its identities fail."""
-        from probes.models.interop import from_bridge
-
-        return from_bridge(bridge, ref=ref)
-
-    @staticmethod
-    def from_nnsight(traced: Any, *, ref: str | None = None) -> Model:
-        """An nnsight model whose weights are in memory; raises ModelError where its identities fail."""
-        from probes.models.interop import from_nnsight
-
-        return from_nnsight(traced, ref=ref)
 
 
 @runtime_checkable

@@ -19,7 +19,6 @@ from probes.hooks.forward_hooks import ForwardHooks, Stop, tensor_of
 from probes.models.backends.model_card import Displayed
 from probes.models.fingerprint.fingerprint import Fingerprint, fingerprint, keyed
 from probes.models.fingerprint.foreign_code import unkeyable
-from probes.models.interop import copied, from_hf
 from probes.models.placement import fetch_offloaded, main_device
 from probes.models.protocol import Canary, Context, Model, Read, Shape, Unembedding, Write
 from probes.models.sources.digest import weights_digest
@@ -132,34 +131,6 @@ class LocalModel(Displayed, Model):
     def component(self, name: str, layer: int | None = None) -> nn.Module:
         """A part of the module by its TransformerLens name, such as `attn.o` or `ln1` of a layer, or `unembed`."""
         return self.anatomy.component(name, layer)
-
-    def on(self, backend: str) -> Model:
-        """The same module behind another backend.
-
-        Raises:
-            ModelError: no such backend, one that cannot take this module, or one whose package is missing.
-        """
-        return from_hf(self.source, self.tokenizer, backend=backend, ref=self.ref, revision=self.revision)
-
-    def as_bridge(self) -> Any:
-        """A TransformerLens TransformerBridge around a copy of the module, to do with as one likes.
-
-        Raises:
-            ModelError: the bridge cannot wrap it.
-        """
-        from probes.models.backends.transformer_lens import bridge_over
-
-        return bridge_over(copied(self.source, self.ref, sharing=False), self.tokenizer, self.ref)
-
-    def as_nnsight(self) -> Any:
-        """An nnsight model around this very module: a TransformersModel, or the plain wrapper without a tokenizer.
-
-        Raises:
-            ModelError: nnsight is not installed.
-        """
-        from probes.models.backends.nnsight import traced_over
-
-        return traced_over(self.source, self.tokenizer)
 
     def refusal(self, address: Address) -> str | None:
         """None where the address can be read, otherwise the reason it cannot."""

@@ -48,15 +48,11 @@ class NnsightModel(LocalModel):
         self._parts = set(inner.modules())
         super().__init__(inner, tokenizer, ref=ref, weights=weights, revision=revision)
 
-    def as_nnsight(self) -> Any:
-        """The nnsight model itself."""
-        return self.traced
-
     def _follow(self, now: Fingerprint | None) -> None:
         if self._parts != set(self.module.modules()):
             raise ModelError(
                 f"{self.ref}: parts of its module were exchanged since nnsight was put around it; wrap the module again "
-                "(Model.from_hf or Model.from_nnsight)"
+                "(from_hf or from_nnsight)"
             )
         super()._follow(now)
 

@@ -76,14 +76,6 @@ class RemoteModel(LocalModel):
             "leave out --remote, or ask for no new tokens"
         )
 
-    def as_bridge(self) -> NoReturn:
-        """Refused: raises ModelError, because the weights stay on the server."""
-        raise ModelError(f"{self.ref}: {_NO_LENS}; load it without remote to hand it over")
-
-    def as_nnsight(self) -> Any:
-        """The nnsight model itself."""
-        return self.traced
-
     def current(self) -> Context:
         """The context, which is the server's: nothing done here can change the model there."""
         return self.context

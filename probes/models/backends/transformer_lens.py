@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from probes.anatomy import Anatomy, ArchitectureMap, Site, anatomy_of
 from probes.errors import ModelError
 from probes.hooks.forward_hooks import ForwardHooks, Place
+from probes.models.backends.bare_copy import bare_copy
 from probes.models.backends.in_memory import LocalModel, evaluating
 from probes.models.backends.native import NativeModel
 from probes.models.fingerprint.fingerprint import Fingerprint
-from probes.models.interop import copied
 from probes.models.protocol import Unembedding
 from probes.models.sources.digest import weights_digest
 from probes.models.verify.identities import TOLERANCE, absent, probe_tokens
@@ -46,7 +46,7 @@ class TransformerLensModel(LocalModel):
         self, module: nn.Module, tokenizer: Any = None, *, ref: str, weights: str, revision: str | None = None
     ) -> None:
         plain = NativeModel(module, tokenizer, ref=ref, weights=weights, revision=revision)
-        self.bridge = bridge_over(copied(module, ref, sharing=True), tokenizer, ref)
+        self.bridge = bridge_over(bare_copy(module, ref, share_tensors=True), tokenizer, ref)
         self._wrap(tokenizer, ref, weights, revision, module)
         self._compare(plain)
         self._unembedding = None if "lens" in plain.faithfulness.refused else plain.unembedding()
@@ -68,10 +68,6 @@ class TransformerLensModel(LocalModel):
         """The final norm and unembedding; raises PointError where they do not reproduce the logits."""
         return self._unembedding or super().unembedding()
 
-    def as_bridge(self) -> Any:
-        """The user's own bridge, or one around a copy of the module, so that what is done to it changes nothing here."""
-        return self.bridge if self.source is self.module else super().as_bridge()
-
     def _wrap(self, tokenizer: Any, ref: str, weights: str, revision: str | None, source: nn.Module) -> None:
         wrapped: nn.Module = self.bridge.original_model
         self.module = wrapped
@@ -84,7 +80,7 @@ class TransformerLensModel(LocalModel):
     def _follow(self, now: Fingerprint | None) -> None:
         raise ModelError(
             f"{self.ref}: its module was changed in place since a TransformerBridge was put around it, and what the bridge "
-            "took over then no longer follows it; wrap the module again (Model.from_hf or Model.from_bridge)"
+            "took over then no longer follows it; wrap the module again (from_hf or from_bridge)"
         )
 
     def _call(self, taps: ForwardHooks, tokens: Tensor, **kwargs: Any) -> Any:

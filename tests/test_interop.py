@@ -61,10 +61,10 @@ def test_a_bridge_with_processed_weights_is_read_as_it_is(family: str) -> None:
     assert model.context.weights != before, "its rows must not be taken for those of the plain weights"
     with torch.no_grad():
         _, cache = bridge.run_with_cache(prompt(rows=2), names_filter=["blocks.1.hook_out"])
-    found = one(model, address, prompt(rows=2))
-    close(found, cache["blocks.1.hook_out"])
+    rows = one(model, address, prompt(rows=2))
+    close(rows, cache["blocks.1.hook_out"])
     if family == "gpt2":
-        assert not torch.allclose(found, expected(family)[str(address)], atol=1e-3), "centred weights"
+        assert not torch.allclose(rows, expected(family)[str(address)], atol=1e-3), "centred weights"
 
 
 def test_an_nnsight_model_comes_in() -> None:

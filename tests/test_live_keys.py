@@ -54,8 +54,8 @@ def stored(model: Model, store: ActivationStore) -> tuple[list[Tensor], int]:
     return [*done.get("resid_post.2"), *done.get("logits")], done.done.forwards
 
 
-def alike(found: list[Tensor], expected: list[Tensor], half: bool = False) -> None:
-    for one, other in zip(found, expected, strict=True):
+def alike(rows: list[Tensor], expected: list[Tensor], half: bool = False) -> None:
+    for one, other in zip(rows, expected, strict=True):
         torch.testing.assert_close(
             one, other, **({"atol": 0.1, "rtol": 0.05} if half else {"atol": 2e-5, "rtol": 1e-4})
         )
@@ -141,10 +141,10 @@ def test_points_follow_a_part_that_was_exchanged(store: ActivationStore) -> None
     module = make("llama")
     model = from_hf(module)
     with CHANGES["adapter"](module):
-        found = capture(model, PROMPTS, [Need("pattern.1"), Need("attn_out.1")], store)
+        activations = capture(model, PROMPTS, [Need("pattern.1"), Need("attn_out.1")], store)
         fresh = from_hf(module)
         assert capture(fresh, PROMPTS, [Need("attn_out.1")], store).done.forwards == 0
-        assert found.get("pattern.1")[0].shape == (4, 4, 4)
+        assert activations.get("pattern.1")[0].shape == (4, 4, 4)
 
 
 def test_two_functions_of_one_name_are_told_apart(store: ActivationStore) -> None:
@@ -172,9 +172,9 @@ def test_the_other_backends_follow_or_refuse(backend: str, store: ActivationStor
         with pytest.raises(ModelError, match="wrap the module again"):
             capture(model, PROMPTS, plain, store)
         return
-    found = capture(model, PROMPTS, plain, store)
-    assert found.done.forwards == len(PROMPTS)
-    for row, other in zip(found.get("resid_post.2"), hooked(module), strict=False):
+    activations = capture(model, PROMPTS, plain, store)
+    assert activations.done.forwards == len(PROMPTS)
+    for row, other in zip(activations.get("resid_post.2"), hooked(module), strict=False):
         torch.testing.assert_close(row, other, atol=2e-5, rtol=1e-4)
     mlp(module).act_fn = nn.Tanh()
     with pytest.raises(ModelError, match="wrap the module again"):
@@ -205,13 +205,15 @@ def test_a_bridge_with_a_user_s_hook_is_run_but_not_stored(store: ActivationStor
 
 def test_rows_of_a_model_changed_since_are_not_read_through_its_unembedding(store: ActivationStore) -> None:
     module = make("llama")
-    found = capture(from_hf(module), PROMPTS, [Need("resid_post.1")], store)
-    before = found.packed("resid_post.1").clone()
+    activations = capture(from_hf(module), PROMPTS, [Need("resid_post.1")], store)
+    before = activations.packed("resid_post.1").clone()
     with torch.no_grad():
         module.lm_head.weight.mul_(2)  # type: ignore[union-attr,operator]
-    assert torch.equal(found.packed("resid_post.1"), before), "stored rows stay those of the model that was captured"
+    assert torch.equal(activations.packed("resid_post.1"), before), (
+        "stored rows stay those of the model that was captured"
+    )
     with pytest.raises(ModelError, match="has been changed since these rows were captured"):
-        found.get("resid_post.1", Reducer("lens_ids", ids=(3,)))
+        activations.get("resid_post.1", Reducer("lens_ids", ids=(3,)))
 
 
 def test_damaged_rows_of_a_model_changed_since_are_not_captured_from_what_it_is_now(store: ActivationStore) -> None:
@@ -221,11 +223,11 @@ def test_damaged_rows_of_a_model_changed_since_are_not_captured_from_what_it_is_
         data = bytearray(shard.read_bytes())
         data[-5] ^= 0xFF
         shard.write_bytes(data)
-    found = capture(from_hf(module), PROMPTS, [Need("resid_post.1")], ActivationStore(store.root))
+    activations = capture(from_hf(module), PROMPTS, [Need("resid_post.1")], ActivationStore(store.root))
     with torch.no_grad():
         mlp(module).up_proj.weight.mul_(2)
     with pytest.raises(ModelError, match="has been changed since these rows were captured"):
-        found.get("resid_post.1")
+        activations.get("resid_post.1")
 
 
 def test_a_model_that_computes_something_else_under_the_same_key_is_refused(
@@ -291,11 +293,11 @@ def test_texts_are_taken_as_analyses_take_them(store: ActivationStore) -> None:
     model = NativeModel(make("llama"), Letters(), ref="letters", weights="letters")
     texts: Sequences = ["abc", (5, 6), [7, 8, 9]]
     assert plan_capture(model, texts, [Need("resid_post.1")], store).forwards == 3
-    found = capture(model, texts, [Need("resid_post.1")], store)
-    assert found.sequences == [(3, 4, 5), (5, 6), (7, 8, 9)]
+    activations = capture(model, texts, [Need("resid_post.1")], store)
+    assert activations.sequences == [(3, 4, 5), (5, 6), (7, 8, 9)]
     again = capture(model, [(3, 4, 5)], [Need("resid_post.1")], store)
     assert again.done.forwards == 0
-    assert torch.equal(again.get("resid_post.1")[0], found.get("resid_post.1")[0])
+    assert torch.equal(again.get("resid_post.1")[0], activations.get("resid_post.1")[0])
 
 
 def test_what_is_no_prompt_is_refused_by_what_it_is(tiny: NativeModel, store: ActivationStore) -> None:

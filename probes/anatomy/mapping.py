@@ -59,10 +59,10 @@ class ArchitectureMap:
         name = component if layer is None else f"blocks.{layer}" + ("" if component == "block" else f".{component}")
         try:
             path = self._own(self.adapter.translate_transformer_lens_path(name))
-            found = self.module.get_submodule(path)
+            part = self.module.get_submodule(path)
         except (ValueError, AttributeError):
             return None
-        return path if isinstance(found, nn.Module) else None
+        return path if isinstance(part, nn.Module) else None
 
     def components(self, layer: int | None) -> tuple[str, ...]:
         """The components this model has at a layer, or outside the blocks."""

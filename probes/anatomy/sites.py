@@ -183,8 +183,8 @@ class Anatomy:
 def outputs(projection: nn.Module, n_inputs: int) -> int:
     """How many outputs a linear layer has, whichever class and orientation it is."""
     for name in ("out_features", "nf"):
-        if isinstance(found := getattr(projection, name, None), int):
-            return found
+        if isinstance(count := getattr(projection, name, None), int):
+            return count
     weight = projection.weight
     assert isinstance(weight, Tensor)
     return weight.numel() // n_inputs

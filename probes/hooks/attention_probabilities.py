@@ -109,8 +109,8 @@ def _original(module: nn.Module, name: str) -> Callable[..., Any]:
 
     home = sys.modules[type(module).__module__]
     table = getattr(home, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
-    found: Callable[..., Any] = table.get_interface(name, getattr(home, "eager_attention_forward", None))
-    return found
+    function: Callable[..., Any] = table.get_interface(name, getattr(home, "eager_attention_forward", None))
+    return function
 
 
 @contextmanager

@@ -27,8 +27,8 @@ def tensor_of(output: Any) -> Tensor:
     """The tensor that carries the stream in a module's output: bare, a model output's logits, or the first there is."""
     if isinstance(output, Tensor):
         return output
-    found: Tensor = output["logits"] if isinstance(output, Mapping) and "logits" in output else output[0]
-    return found
+    tensor: Tensor = output["logits"] if isinstance(output, Mapping) and "logits" in output else output[0]
+    return tensor
 
 
 def replaced(output: Any, new: Tensor) -> Any:

@@ -51,24 +51,24 @@ def parse_max_memory(text: str) -> dict[int | str, str]:
     Raises:
         OptionError: text of another form.
     """
-    found: dict[int | str, str] = {}
+    sizes: dict[int | str, str] = {}
     for part in text.split(","):
         place, sign, size = (piece.strip() for piece in part.partition("="))
         if not sign or not (place.isdecimal() or place == "cpu"):
             raise OptionError(
                 f"max memory {text!r}: write a GPU's number or cpu with its size, such as 0=20GiB,cpu=60GiB"
             )
-        found[int(place) if place.isdecimal() else place] = size
-    return found
+        sizes[int(place) if place.isdecimal() else place] = size
+    return sizes
 
 
 def data_of(part: nn.Module, name: str) -> Tensor | None:
     """A module's own parameter, read from where accelerate keeps it if that is elsewhere; None where it has none."""
-    found = getattr(part, name, None)
-    if not isinstance(found, Tensor) or not found.is_meta:
-        return found
+    value = getattr(part, name, None)
+    if not isinstance(value, Tensor) or not value.is_meta:
+        return value
     kept = getattr(getattr(part, "_hf_hook", None), "weights_map", None)
-    return found if kept is None else kept[name]
+    return value if kept is None else kept[name]
 
 
 def fetch_offloaded(module: nn.Module, name: str, *, ref: str) -> Tensor:

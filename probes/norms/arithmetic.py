@@ -32,8 +32,8 @@ class NormParts:
     @property
     def bias(self) -> Tensor | None:
         """[width] float32, or None."""
-        found = getattr(self.norm, "bias", None)
-        return found.float() if isinstance(found, Tensor) else None
+        bias = getattr(self.norm, "bias", None)
+        return bias.float() if isinstance(bias, Tensor) else None
 
     def inverse_scale(self, x: Tensor) -> Tensor:
         """One over each row's own scale sqrt(var + eps), [..., width] -> [..., 1] float32, as the norm itself computes it."""

@@ -21,7 +21,7 @@ def constant_scales(norms: tuple[Norm, ...], on: Mapping[NormSite, Scale]) -> di
     Raises:
         OptionError: a site that is not frozen, not constant, or not at the same scale as its norm's other sites.
     """
-    found = {}
+    scales = {}
     for norm in norms:
         missing = [site for site in norm.sites if site not in on]
         if missing:
@@ -31,8 +31,8 @@ def constant_scales(norms: tuple[Norm, ...], on: Mapping[NormSite, Scale]) -> di
             raise OptionError(
                 f"the scale of {norm.sites[0]} differs between positions or paths; give its norm one number"
             )
-        found[norm.path] = values.pop()
-    return found
+        scales[norm.path] = values.pop()
+    return scales
 
 
 def make_constant(anatomy: Anatomy, on: Mapping[NormSite, Scale]) -> None:
@@ -96,7 +96,7 @@ def _plans(anatomy: Anatomy, layer: int) -> list[_Plan]:
     # Without an input projection of its own the MLP is a mixture, whose gate alone is a linear map.
     mlp = present("mlp.in", "mlp.gate") if has("mlp.in", layer) else ("mlp",)
     shared = anatomy.parallel and not has("ln2", layer)
-    wanted = (
+    candidates = (
         ("ln1", (*attention, *(mlp if shared else ())), True),
         ("ln2", mlp, True),
         ("ln1_post", ("attn.o",), False),
@@ -106,7 +106,7 @@ def _plans(anatomy: Anatomy, layer: int) -> list[_Plan]:
     )
     return [
         (path, names, layer, before)
-        for component, names, before in wanted
+        for component, names, before in candidates
         if (path := has(component, layer)) and isinstance(root.get_submodule(path), ConstantNorm)
     ]
 

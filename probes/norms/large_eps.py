@@ -36,14 +36,14 @@ def is_large(norm: nn.Module) -> bool:
 
 def undo_large_eps(module: nn.Module) -> int:
     """Puts the linear maps that norms of this form are in their places; returns how many there were."""
-    found = [(path, norm) for path, norm in module.named_modules() if is_large(norm)]
-    for path, norm in found:
+    norms = [(path, norm) for path, norm in module.named_modules() if is_large(norm)]
+    for path, norm in norms:
         assert isinstance(norm.weight, Tensor)
         parts = parts_of(norm, norm.weight.numel(), LARGE_EPS)
         gain = parts.gain / math.sqrt(parts.eps)
         constant = ConstantNorm(gain.to(norm.weight.dtype), getattr(norm, "bias", None), parts.centred)
         replace(module, path, constant.train(norm.training))
-    return len(found)
+    return len(norms)
 
 
 @torch.no_grad()

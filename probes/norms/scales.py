@@ -12,7 +12,7 @@ from probes.errors import OptionError
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Which positions of a batch are special, each [batch, pos]."""
+    """Which positions of a batch are not ordinary text, each [batch, pos]."""
 
     first: Tensor
     """True at position 0."""
@@ -71,13 +71,13 @@ class Scale:
                 raise OptionError(
                     f"scales for {len(self.positions)} positions, but a sequence has {first.shape[1]}: measure longer ones"
                 )
-            found = self.positions.to(first.device).float()[: first.shape[1]].expand(first.shape)
+            scales = self.positions.to(first.device).float()[: first.shape[1]].expand(first.shape)
         else:
-            found = torch.full(first.shape, self.value, device=first.device)
+            scales = torch.full(first.shape, self.value, device=first.device)
             if self.first is not None:
-                special = first | rows.end_of_text if self.ends_as_first else first
-                found = torch.where(special, self.first, found)
-        return found[(..., *[None] * (1 + extra_dims))]
+                like_first = first | rows.end_of_text if self.ends_as_first else first
+                scales = torch.where(like_first, self.first, scales)
+        return scales[(..., *[None] * (1 + extra_dims))]
 
 
 class RunningScale:

@@ -138,13 +138,13 @@ class Switches:
                 self._observe(norm, x, rows)
             if not frozen:
                 return None
-            made: dict[int, Tensor] = {}
+            outputs: dict[int, Tensor] = {}
             for site in frozen:
                 scale = self.on[site]
-                if id(scale) not in made:
+                if id(scale) not in outputs:
                     new = norm.parts.own(x) if scale.own else norm.parts.divided(x, scale.at(rows, x.ndim - 3))
-                    made[id(scale)] = back(new).to(output.dtype)
-                self._passed[site] = made[id(scale)]
+                    outputs[id(scale)] = back(new).to(output.dtype)
+                self._passed[site] = outputs[id(scale)]
             return self._passed[frozen[0]] if self._whole(norm) else None
 
         return hook

@@ -32,7 +32,7 @@ _ORDER = {name: index for index, name in enumerate(POINTS)}
 
 
 class LocalModel(Displayed, Model):
-    """A transformers module behind the `Model` protocol; a backend says only how taps reach its tensors (`_call`).
+    """A transformers module behind the `Model` protocol; a backend says only how hooks reach its tensors (`_call`).
 
     Args:
         module: A transformers model with its language-model head; never moved or cast.
@@ -124,8 +124,8 @@ class LocalModel(Displayed, Model):
         """What each layer's attention function receives, or the reason it cannot be had."""
         return attention_of(self.module, anatomy, self._logits, tokens)
 
-    def _call(self, taps: ForwardHooks, tokens: Tensor, **kwargs: Any) -> Any:
-        """The module's own output for `tokens` [batch, pos] and further arguments, with the taps visited on the way."""
+    def _call(self, hooks: ForwardHooks, tokens: Tensor, **kwargs: Any) -> Any:
+        """The module's own output for `tokens` [batch, pos] and further arguments, with the hooks visited on the way."""
         raise NotImplementedError
 
     def component(self, name: str, layer: int | None = None) -> nn.Module:
@@ -155,12 +155,12 @@ class LocalModel(Displayed, Model):
         if not reads and not writes:
             return
         with self._lock, evaluating(self.module), torch.inference_mode():
-            taps = self._taps(reads, writes, stop=True)
+            hooks = self._hooks(reads, writes, stop=True)
             try:
-                self._forward(taps, tokens, lengths)
+                self._forward(hooks, tokens, lengths)
             except Stop:
                 return
-            taps.finish()
+            hooks.finish()
 
     @torch.inference_mode()
     def generate(
@@ -194,9 +194,9 @@ class LocalModel(Displayed, Model):
             while len(written) < max_new_tokens:
                 edits = writes() if writes else {}
                 self._admit({}, edits)
-                taps = self._taps({}, edits, stop=False)
-                out = self._forward(taps, step, None, past_key_values=cache, use_cache=True)
-                taps.finish()
+                hooks = self._hooks({}, edits, stop=False)
+                out = self._forward(hooks, step, None, past_key_values=cache, use_cache=True)
+                hooks.finish()
                 token = _choose(tensor_of(out)[0, -1].float().cpu(), temperature, top_p, generator)
                 written.append(token)
                 if token in ends:
@@ -238,34 +238,34 @@ class LocalModel(Displayed, Model):
                 f"token id {bad} is outside the vocabulary of {self.ref}: legal are 0 to {self.shape.d_vocab - 1}"
             )
 
-    def _taps(self, reads: Mapping[Address, Read], writes: Mapping[Address, Write], stop: bool) -> ForwardHooks:
+    def _hooks(self, reads: Mapping[Address, Read], writes: Mapping[Address, Write], stop: bool) -> ForwardHooks:
         addresses = sorted({*reads, *writes}, key=lambda a: (a.layer or 0, _ORDER[a.point]))
         elsewhere = frozenset(a for a in addresses if a.point == "pattern" and a.layer not in self.anatomy.patterns)
         sites = {a: self.anatomy.site(a) for a in addresses if a not in elsewhere}
         return ForwardHooks(sites, reads, writes, elsewhere, stop)
 
     @contextmanager
-    def _watching(self, taps: ForwardHooks) -> Iterator[None]:
+    def _watching(self, hooks: ForwardHooks) -> Iterator[None]:
         """Within, the attention function reports the patterns that no module carries."""
-        patterns = {a.layer: a for a in taps.pending if a not in taps.sites}
-        watch = {layer: _report(taps, a) for layer, a in patterns.items()}
-        edits = {layer: taps.writes[a] for layer, a in patterns.items() if a in taps.writes}
+        patterns = {a.layer: a for a in hooks.pending if a not in hooks.sites}
+        watch = {layer: _report(hooks, a) for layer, a in patterns.items()}
+        edits = {layer: hooks.writes[a] for layer, a in patterns.items() if a in hooks.writes}
         with watched(self._config, self._layers, watch, edits) if patterns else nullcontext():
             yield
 
-    def _forward(self, taps: ForwardHooks, tokens: Tensor, lengths: Sequence[int] | None, **cache: Any) -> Any:
+    def _forward(self, hooks: ForwardHooks, tokens: Tensor, lengths: Sequence[int] | None, **cache: Any) -> Any:
         kwargs: dict[str, Any] = {"use_cache": False, **cache} if self.shape.causal else {}
         if not self.shape.causal and lengths is not None:
             positions = torch.arange(tokens.shape[1], device=self.device)
             kwargs["attention_mask"] = (positions < torch.tensor(lengths, device=self.device)[:, None]).long()
         # A causal model gets no mask: right padding cannot reach a real row, and the fast attention path stays open.
-        with self._watching(taps):
-            return self._call(taps, tokens.to(self.device), **kwargs)
+        with self._watching(hooks):
+            return self._call(hooks, tokens.to(self.device), **kwargs)
 
-    def _logits(self, tokens: Tensor, taps: ForwardHooks | None = None) -> Tensor:
-        taps = taps or ForwardHooks({}, {}, {}, stop=False)
+    def _logits(self, tokens: Tensor, hooks: ForwardHooks | None = None) -> Tensor:
+        hooks = hooks or ForwardHooks({}, {}, {}, stop=False)
         with torch.inference_mode():
-            return tensor_of(self._call(taps, tokens.to(self.device)))
+            return tensor_of(self._call(hooks, tokens.to(self.device)))
 
     def _evidence(self, guess: Anatomy, tokens: Tensor) -> Evidence:
         attended = {} if guess.patterns else self._attended(guess, tokens)
@@ -279,11 +279,11 @@ class LocalModel(Displayed, Model):
         return set()
 
 
-def _report(taps: ForwardHooks, address: Address) -> Watch:
+def _report(hooks: ForwardHooks, address: Address) -> Watch:
     def watch(attended: Attended) -> None:
-        if address in taps.reads:
-            taps.reads[address](attended.pattern)
-        taps.done(address)
+        if address in hooks.reads:
+            hooks.reads[address](attended.pattern)
+        hooks.done(address)
 
     return watch
 

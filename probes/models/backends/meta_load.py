@@ -21,22 +21,22 @@ from probes.models.sources.digest import weights_digest
 from probes.models.sources.locate import Located
 
 
-def load_streamed(found: Located, config: Any, how: Loading) -> Model:
+def load_streamed(located: Located, config: Any, how: Loading) -> Model:
     """A model whose blocks stay in its folder.
 
     Raises:
         ModelError: weights missing or not finite, or blocks that cannot be read one at a time.
     """
-    module, blocks = load_shell(found.folder, config, how)
+    module, blocks = load_shell(located.folder, config, how)
 
     def fetch(name: str) -> Tensor:
         tensor = blocks.tensor(name)
-        check_finite(tensor, name, found.ref)
+        check_finite(tensor, name, located.ref)
         return tensor
 
     weights = weights_digest(module, fetch)
-    tokenizer = load_tokenizer(found.folder, trust_remote_code=how.trust_remote_code)
-    return StreamedModel(module, tokenizer, blocks=blocks, ref=found.ref, weights=weights, revision=found.revision)
+    tokenizer = load_tokenizer(located.folder, trust_remote_code=how.trust_remote_code)
+    return StreamedModel(module, tokenizer, blocks=blocks, ref=located.ref, weights=weights, revision=located.revision)
 
 
 def load_shell(folder: Path, config: Any, how: Loading) -> tuple[nn.Module, BlockWeights]:

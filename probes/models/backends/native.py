@@ -21,8 +21,8 @@ class NativeModel(LocalModel):
 
     backend: ClassVar[str] = "native"
 
-    def _call(self, taps: ForwardHooks, tokens: Tensor, **kwargs: Any) -> Any:
-        with taps.on(self.module, (tokens.shape[0], tokens.shape[1])):
+    def _call(self, hooks: ForwardHooks, tokens: Tensor, **kwargs: Any) -> Any:
+        with hooks.on(self.module, (tokens.shape[0], tokens.shape[1])):
             return self.module(input_ids=tokens, **kwargs)
 
     def block_output_lengths(self) -> tuple[int | None, ...]:
@@ -46,6 +46,6 @@ class NativeModel(LocalModel):
     ) -> Iterator[None]:
         """Reads and writes happen whenever the blocks run inside, on (batch, pos) rows; for callers of single blocks."""
         self._admit(reads, writes)
-        taps = self._taps(reads, writes, stop=False)
-        with self._lock, self._watching(taps), taps.on(self.module, rows):
+        hooks = self._hooks(reads, writes, stop=False)
+        with self._lock, self._watching(hooks), hooks.on(self.module, rows):
             yield

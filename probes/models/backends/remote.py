@@ -92,27 +92,27 @@ class RemoteModel(LocalModel):
     def _attended(self, anatomy: Anatomy, tokens: Tensor) -> str:
         return _NO_PATTERN
 
-    def _logits(self, tokens: Tensor, taps: ForwardHooks | None = None) -> Tensor:
-        if taps is not None:
-            self._call(taps, tokens)
+    def _logits(self, tokens: Tensor, hooks: ForwardHooks | None = None) -> Tensor:
+        if hooks is not None:
+            self._call(hooks, tokens)
         root = [(self.module, "output", False)]
-        return self._fetch(tokens, {}, root, {}, 0, True)[0] if taps is None else torch.empty(0)
+        return self._fetch(tokens, {}, root, {}, 0, True)[0] if hooks is None else torch.empty(0)
 
-    def _call(self, taps: ForwardHooks, tokens: Tensor, **kwargs: Any) -> None:
-        taps.rows = (tokens.shape[0], tokens.shape[1])
+    def _call(self, hooks: ForwardHooks, tokens: Tensor, **kwargs: Any) -> None:
+        hooks.rows = (tokens.shape[0], tokens.shape[1])
         visits, keys_of = [], []
-        for (path, side), keys in sorted(taps.places().items(), key=lambda item: self._when(item[0])):
+        for (path, side), keys in sorted(hooks.places().items(), key=lambda item: self._when(item[0])):
             if self._when((path, side)) >= 0:
-                in_place = any(taps.sites[key].in_place for key in keys)
+                in_place = any(hooks.sites[key].in_place for key in keys)
                 visits.append((self.module.get_submodule(path), side, in_place))
                 keys_of.append(keys)
         fixed: dict[int, Tensor] = {}
         after = 0
-        written = [i for i, keys in enumerate(keys_of) if any(key in taps.writes for key in keys)]
+        written = [i for i, keys in enumerate(keys_of) if any(key in hooks.writes for key in keys)]
         for last in sorted({*written, len(visits) - 1}):
-            found = self._fetch(tokens, kwargs, visits[: last + 1], fixed, after, stop=taps.stop or last in written)
-            for number, raw in enumerate(found, after):
-                new = taps.visit(keys_of[number], raw)
+            tensors = self._fetch(tokens, kwargs, visits[: last + 1], fixed, after, stop=hooks.stop or last in written)
+            for number, raw in enumerate(tensors, after):
+                new = hooks.visit(keys_of[number], raw)
                 if number in written:
                     fixed[number] = new
             after = last + 1
@@ -124,20 +124,20 @@ class RemoteModel(LocalModel):
         """The norms' few weights, so that the identities can be checked here."""
         layers = [(name, layer) for layer in range(anatomy.n_layers) for name in _NORMS]
         paths = [anatomy.map.path(name, layer) for name, layer in [*layers, ("ln_final", None)]]
-        wanted = [
+        parameters = [
             (anatomy.map.module.get_submodule(path), name)
             for path in dict.fromkeys(paths)
             if path
             for name in anatomy.map.module.get_submodule(path).state_dict()
         ]
-        names = [f"{self._paths[part]}.{name}" for part, name in wanted]
+        names = [f"{self._paths[part]}.{name}" for part, name in parameters]
         traced, tokens = self.traced, torch.ones(1, 1, dtype=torch.long)
         with _clear(self.ref), traced.trace(input_ids=tokens, backend=self.client(traced)) as tracer:
             weights = list().save()  # type: ignore[attr-defined]  # noqa: C408
             for name in names:
                 weights.append(traced.get(name))
             tracer.stop()
-        for (part, name), weight in zip(wanted, weights, strict=True):
+        for (part, name), weight in zip(parameters, weights, strict=True):
             setattr(part, name, nn.Parameter(weight.detach(), requires_grad=False))
 
     def _fetch(
@@ -158,7 +158,7 @@ class RemoteModel(LocalModel):
         changed = dict(fixed)
         # What stands inside the block is sent to the server as source, so it uses nothing of this package.
         with _clear(self.ref), traced.trace(input_ids=tokens, backend=self.client(traced), **kwargs) as tracer:
-            found = list().save()  # type: ignore[attr-defined]  # noqa: C408
+            tensors = list().save()  # type: ignore[attr-defined]  # noqa: C408
             for number, (path, side, in_place) in enumerate(places):
                 part = traced.get(path) if path else traced
                 value = part.input if side == "input" else part.output
@@ -177,10 +177,10 @@ class RemoteModel(LocalModel):
                     else:
                         part.output = (new, *value[1:])
                 if number >= after:
-                    found.append(tensor)
+                    tensors.append(tensor)
             if stop:
                 tracer.stop()
-        return [tensor.detach().cpu() for tensor in found]
+        return [tensor.detach().cpu() for tensor in tensors]
 
 
 @contextmanager

@@ -83,8 +83,8 @@ class TransformerLensModel(LocalModel):
             "took over then no longer follows it; wrap the module again (from_hf or from_bridge)"
         )
 
-    def _call(self, taps: ForwardHooks, tokens: Tensor, **kwargs: Any) -> Any:
-        with taps.on(self.module, (tokens.shape[0], tokens.shape[1]), hook_point):
+    def _call(self, hooks: ForwardHooks, tokens: Tensor, **kwargs: Any) -> Any:
+        with hooks.on(self.module, (tokens.shape[0], tokens.shape[1]), hook_point):
             return self.module(input_ids=tokens, **kwargs)
 
     def _patterns(self, anatomy: Anatomy) -> dict[int, Site]:
@@ -152,17 +152,17 @@ class BridgedMap(ArchitectureMap):
     """The map of a wrapped module: its own projections instead of a joint one, and the parts that carry hook points."""
 
     def _find(self, component: str, layer: int | None) -> str | None:
-        found = super()._find(component, layer)
+        path = super()._find(component, layer)
         part = component.removeprefix("attn.")
         if layer is None or part == component:
-            return found
+            return path
         attention = super()._find("attn", layer)
         if part == "qkv" and self.path("attn.q", layer):
             return None
-        if found and attention and not hasattr(self.module.get_submodule(found), "hook_out"):
+        if path and attention and not hasattr(self.module.get_submodule(path), "hook_out"):
             own = f"{attention}.{part}"
-            return own if hasattr(self.module.get_submodule(attention), part) else found
-        return found
+            return own if hasattr(self.module.get_submodule(attention), part) else path
+        return path
 
 
 def bridged_anatomy(module: nn.Module) -> Anatomy:

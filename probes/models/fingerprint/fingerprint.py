@@ -48,7 +48,7 @@ def keyed(weights: str, module: nn.Module) -> str:
 
 def _tensors(module: nn.Module) -> tuple[dict[str, Tensor], set[Path]]:
     """Every parameter and buffer by name, and the files of those that accelerate keeps on disk."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     files: set[Path] = set()
     for path, part in module.named_modules(remove_duplicate=False):
         for name, tensor in (*part._parameters.items(), *part._buffers.items()):
@@ -56,9 +56,9 @@ def _tensors(module: nn.Module) -> tuple[dict[str, Tensor], set[Path]]:
                 continue
             kept = getattr(getattr(part, "_hf_hook", None), "weights_map", None) if tensor.is_meta else None
             inside, file = _offloaded(kept, name)
-            found[f"{path}.{name}" if path else name] = tensor if inside is None else inside
+            tensors[f"{path}.{name}" if path else name] = tensor if inside is None else inside
             files |= {file} if file else set()
-    return found, files
+    return tensors, files
 
 
 def _offloaded(kept: Any, name: str) -> tuple[Tensor | None, Path | None]:

@@ -1,4 +1,4 @@
-"""The sizes a model configuration states, held against the tensors of its checkpoint before any module is built."""
+"""The sizes a model configuration states, compared with the tensors of its checkpoint before any module is built."""
 
 from __future__ import annotations
 

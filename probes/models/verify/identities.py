@@ -47,8 +47,8 @@ def structure(anatomy: Anatomy, seen: Recording) -> dict[str, float]:
     """The identities of the residual stream for this kind of block, each with its worst error over layers."""
     worst: dict[str, float] = {}
     for layer in range(anatomy.n_layers):
-        for name, (found, expected) in _layer_identities(anatomy, seen, layer).items():
-            worst[name] = max(worst.get(name, 0.0), deviation(found, expected))
+        for name, (actual, expected) in _layer_identities(anatomy, seen, layer).items():
+            worst[name] = max(worst.get(name, 0.0), deviation(actual, expected))
     return worst
 
 

@@ -35,9 +35,11 @@ def parity(models: Mapping[str, Model]) -> list[Parity]:
     """
     shape = next(iter(models.values())).shape
     tokens = probe_tokens(shape.d_vocab, shape.n_ctx, None)
-    found = {backend: readings(model, tokens) for backend, model in models.items()}
-    first = next(iter(found.values()))
-    return [Parity(point, {backend: _cell(point, seen, first) for backend, seen in found.items()}) for point in POINTS]
+    by_backend = {backend: readings(model, tokens) for backend, model in models.items()}
+    first = next(iter(by_backend.values()))
+    return [
+        Parity(point, {backend: _cell(point, seen, first) for backend, seen in by_backend.items()}) for point in POINTS
+    ]
 
 
 def readings(model: Model, tokens: Tensor) -> dict[Address, Tensor]:

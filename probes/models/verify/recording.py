@@ -20,17 +20,17 @@ from probes.points import POINTS, Address
 class Call(Protocol):
     """One plain forward of the model under check."""
 
-    def __call__(self, tokens: Tensor, taps: ForwardHooks | None = None) -> Tensor:
-        """Token ids [batch, pos] to logits [batch, pos, d_vocab]; the taps see what passes their sites."""
+    def __call__(self, tokens: Tensor, hooks: ForwardHooks | None = None) -> Tensor:
+        """Token ids [batch, pos] to logits [batch, pos, d_vocab]; the hooks see what passes their sites."""
         ...
 
 
-def deviation(found: Tensor, expected: Tensor) -> float:
-    """Largest |found - expected| over largest |expected|, in float32; infinite for other shapes or NaN."""
-    if found.shape != expected.shape:
+def deviation(actual: Tensor, expected: Tensor) -> float:
+    """Largest |actual - expected| over largest |expected|, in float32; infinite for other shapes or NaN."""
+    if actual.shape != expected.shape:
         return float("inf")
-    found, expected = found.float(), expected.float()
-    error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    actual, expected = actual.float(), expected.float()
+    error = float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     return error if error == error else float("inf")
 
 
@@ -50,14 +50,14 @@ class Recording:
         site = self.sites.get(address)
         if site is None:
             raise PointError(f"{address} has no place in this model")
-        found = self.raw.get((site.modules[0], site.side))
-        if found is None:
+        raw = self.raw.get((site.modules[0], site.side))
+        if raw is None:
             raise PointError(f"{address}: module {site.modules[0]!r} never ran in a forward pass")
         try:
-            return site.view.read(found)
+            return site.view.read(raw)
         except (RuntimeError, IndexError) as error:
             raise PointError(
-                f"{address}: {site.modules[0]!r} carries {found.shape[-1]} values a position, which do not divide into "
+                f"{address}: {site.modules[0]!r} carries {raw.shape[-1]} values a position, which do not divide into "
                 f"this model's heads"
             ) from error
 
@@ -96,23 +96,23 @@ class Evidence:
 
 def evidence_of(guess: Anatomy, call: Call, attended: Mapping[int, Attended] | str, tokens: Tensor) -> Evidence:
     """What forwards over `tokens` [batch, pos] show of a model in memory."""
-    return Evidence(call(tokens).cpu(), record(wanted_sites(guess), call, tokens), attended)
+    return Evidence(call(tokens).cpu(), record(checked_sites(guess), call, tokens), attended)
 
 
-def wanted_sites(guess: Anatomy) -> dict[tuple[str, str], Site]:
+def checked_sites(guess: Anatomy) -> dict[tuple[str, str], Site]:
     """Every (path, side) that the checks look at, whichever kind the blocks turn out to be."""
-    wanted: dict[tuple[str, str], Site] = {}
+    sites: dict[tuple[str, str], Site] = {}
     for kind in get_args(Kind):
         for site in every_site(replace(guess, kind=kind)).values():
             for path in site.modules:
-                wanted[path, site.side] = replace(site, modules=(path,), view=Whole())
+                sites[path, site.side] = replace(site, modules=(path,), view=Whole())
     for path in _outputs(guess):
-        wanted[path, "output"] = Site((path,), "output")
-    return wanted
+        sites[path, "output"] = Site((path,), "output")
+    return sites
 
 
-def record(wanted: Mapping[tuple[str, str], Site], call: Call, tokens: Tensor) -> dict[tuple[str, str], Tensor]:
-    """One forward over `tokens` [batch, pos], everything that passes the wanted places copied to the CPU."""
+def record(sites: Mapping[tuple[str, str], Site], call: Call, tokens: Tensor) -> dict[tuple[str, str], Tensor]:
+    """One forward over `tokens` [batch, pos], everything that passes the sites copied to the CPU."""
     raw: dict[tuple[str, str], Tensor] = {}
 
     def keep(key: tuple[str, str]) -> Callable[[Tensor], None]:
@@ -121,22 +121,22 @@ def record(wanted: Mapping[tuple[str, str], Site], call: Call, tokens: Tensor) -
 
         return copy
 
-    call(tokens, ForwardHooks(wanted, {key: keep(key) for key in wanted}, {}, stop=False))
+    call(tokens, ForwardHooks(sites, {key: keep(key) for key in sites}, {}, stop=False))
     return raw
 
 
 def recorded(anatomy: Anatomy, call: Call, tokens: Tensor) -> Recording:
     """One forward over `tokens` [batch, pos], as the anatomy's sites read it."""
-    return Recording(record(wanted_sites(anatomy), call, tokens), every_site(anatomy))
+    return Recording(record(checked_sites(anatomy), call, tokens), every_site(anatomy))
 
 
 def _outputs(anatomy: Anatomy) -> list[str]:
     """Modules whose outputs the checks compare, besides the sites."""
-    found = [anatomy.map.path("ln_final")]
+    paths = [anatomy.map.path("ln_final")]
     for layer in range(anatomy.n_layers):
         names = ("ln1", "ln2", "attn", "attn.o", "attn.qkv", "mlp", "mlp.out")
-        found += [anatomy.map.path(name, layer) for name in names]
-    return [path for path in found if path]
+        paths += [anatomy.map.path(name, layer) for name in names]
+    return [path for path in paths if path]
 
 
 def attention_layers(module: nn.Module, anatomy: Anatomy) -> dict[nn.Module, int]:
@@ -165,10 +165,10 @@ def attention_of(
         return copy
 
     outside = f"the attention of {anatomy.map.architecture} does not go through transformers' attention interface"
-    wanted = range(anatomy.n_layers) if only is None else only
-    layers = {part: layer for part, layer in attention_layers(module, anatomy).items() if layer in wanted}
+    chosen = range(anatomy.n_layers) if only is None else only
+    layers = {part: layer for part, layer in attention_layers(module, anatomy).items() if layer in chosen}
     try:
-        with watched(config, layers, {layer: keep(layer) for layer in wanted}), torch.inference_mode():
+        with watched(config, layers, {layer: keep(layer) for layer in chosen}), torch.inference_mode():
             call(tokens)
     except (TypeError, KeyError, ValueError, RuntimeError, AttributeError) as error:
         return f"{outside} ({type(error).__name__} when routed through it)"

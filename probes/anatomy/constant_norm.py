@@ -1,4 +1,4 @@
-"""What is left of a norm whose divisor is a constant: a linear map."""
+"""The linear map that a norm with a constant divisor is."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ConstantNorm(nn.Module):
         self.centred = centred
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., width] to [..., width], computed in float32."""
+        """Return the map's output [..., width] of `x` [..., width], computed in float32."""
         rows = x.float()
         if self.centred:
             rows = rows - rows.mean(-1, keepdim=True)
@@ -32,9 +32,10 @@ class ConstantNorm(nn.Module):
         return (out if self.bias is None else out + self.bias.float()).to(x.dtype)
 
     def extra_repr(self) -> str:
+        """Return the width and whether the mean is subtracted, for the module's repr."""
         return f"{self.weight.numel()}, centred={self.centred}"
 
 
 def is_constant(norm: nn.Module) -> bool:
-    """Whether a module in a norm's place divides by no function of its input."""
+    """Return whether a module in a norm's place divides by no function of its input."""
     return isinstance(norm, ConstantNorm | nn.Identity)

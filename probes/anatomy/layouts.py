@@ -22,7 +22,7 @@ class Layout:
 
 
 def joint_layouts(known: ArchitectureMap, width: int, heads: int, kv_heads: int, d_head: int) -> Iterator[Layout]:
-    """Every layout that fits; the one in use is told apart by the values it yields, never by the family's name."""
+    """Give every layout that fits; which one is in use is told by the values it yields, never by the family's name."""
     rows = torch.arange(width)
     if width == (heads + 2 * kv_heads) * d_head:
         q, k, v = torch.split(rows, [heads * d_head, kv_heads * d_head, kv_heads * d_head])

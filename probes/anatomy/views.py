@@ -1,4 +1,4 @@
-"""How a point is read out of, and written into, the tensor that passes a module."""
+"""Views: how a point is read out of, and written into, the tensor that passes a module."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ from torch import Tensor
 class View(Protocol):
     """A pure pair of functions between a module's tensor [batch, pos, width] and a point's tensor [batch, pos, ...]."""
 
-    def read(self, raw: Tensor) -> Tensor: ...
+    def read(self, raw: Tensor) -> Tensor:
+        """Return the point's tensor out of the module's."""
+        ...
 
-    def write(self, raw: Tensor, new: Tensor) -> Tensor: ...
+    def write(self, raw: Tensor, new: Tensor) -> Tensor:
+        """Return the module's tensor with the point's exchanged for `new`."""
+        ...
 
 
 @dataclass(frozen=True)
-class Whole:
+class IdentityView:
     """The tensor itself."""
 
     def read(self, raw: Tensor) -> Tensor:
+        """Return the tensor itself."""
         return raw
 
     def write(self, raw: Tensor, new: Tensor) -> Tensor:
+        """Return a copy of `new`."""
         # A copy, because some blocks add to their MLP's output in place.
         return new.clone()
 
@@ -36,9 +42,11 @@ class Heads:
     width: int
 
     def read(self, raw: Tensor) -> Tensor:
+        """Return the heads, [batch, pos, head, width]."""
         return raw.view(*raw.shape[:-1], self.n, self.width)
 
     def write(self, raw: Tensor, new: Tensor) -> Tensor:
+        """Return the heads `new` side by side, in the shape of `raw`."""
         return new.reshape(raw.shape).clone()
 
 
@@ -49,9 +57,11 @@ class Gather:
     index: Tensor
 
     def read(self, raw: Tensor) -> Tensor:
+        """Return the outputs at `index`, [batch, pos, head, d_head]."""
         return raw[..., self.index.to(raw.device)]
 
     def write(self, raw: Tensor, new: Tensor) -> Tensor:
+        """Return `raw` with the outputs at `index` exchanged for `new`."""
         out = raw.clone()
         out[..., self.index.to(raw.device)] = new
         return out
@@ -67,6 +77,7 @@ class Divisor:
     """Whether the norm is a linear map, whose divisor is one."""
 
     def read(self, raw: Tensor) -> Tensor:
+        """Return the divisor of each row."""
         x = raw.float()
         if self.constant:
             return x.new_ones(x.shape[:-1])
@@ -75,10 +86,11 @@ class Divisor:
         return (x.square().mean(-1) + self.eps).sqrt()
 
     def write(self, raw: Tensor, new: Tensor) -> Tensor:
+        """Raise AssertionError: a divisor is never written."""
         raise AssertionError("a divisor is derived, so a write to it is refused before the forward")
 
     def normalised(self, raw: Tensor) -> Tensor:
-        """The norm's input after division, before its weights, in float32."""
+        """Return the norm's input after division, before its weights, in float32."""
         x = raw.float()
         if self.centred:
             x = x - x.mean(-1, keepdim=True)
@@ -92,6 +104,6 @@ class Site:
     modules: tuple[str, ...]
     """Dotted paths. Where there are several, all receive the same input, and the first to run stands for all."""
     side: Literal["input", "output"]
-    view: View = Whole()
+    view: View = IdentityView()
     in_place: bool = False
     """Whether a write must change the tensor itself, because the block goes on to use it besides this module."""

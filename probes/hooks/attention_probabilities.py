@@ -1,6 +1,6 @@
 """Attention probabilities of a forward pass, through transformers' own attention interface.
 
-The model keeps its attention implementation. While a pattern is wanted, its configuration names a function of
+The model keeps its attention implementation. While a pattern is read or written, its configuration names a function of
 ours, which calls that implementation for the output and recomputes the probabilities beside it.
 """
 
@@ -43,7 +43,7 @@ Watch = Callable[[Attended], None]
 
 
 def reason_against(config: Any) -> str | None:
-    """Why patterns cannot be had under the model's attention implementation, or None where they may."""
+    """Return why patterns cannot be had under the model's attention implementation, or None where they can."""
     name = config._attn_implementation
     if name in ("sdpa", "eager"):
         return None
@@ -54,7 +54,7 @@ def reason_against(config: Any) -> str | None:
 
 
 def grouped(states: Tensor, n_heads: int) -> Tensor:
-    """Key or value states [batch, kv_head, pos, width] repeated to one per query head."""
+    """Return key or value states [batch, kv_head, pos, width] repeated to one per query head."""
     return states.repeat_interleave(n_heads // states.shape[1], dim=1)
 
 
@@ -72,7 +72,7 @@ def probabilities(
     blocked: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """Attention probabilities [batch, head, query, key] in float32, from the arguments of an attention function.
+    """Return attention probabilities [batch, head, query, key] in float32, from the arguments of an attention function.
 
     `query` [batch, head, query, d_head], `key` [batch, kv_head, key, d_head]; `mask` is boolean (True attends) or
     additive and broadcasts to the scores; `s_aux` [head] are attention sinks;
@@ -137,7 +137,7 @@ def _named(function: Callable[..., Any], config: Any) -> Iterator[None]:
 def watched(
     config: Any, layers: Mapping[nn.Module, int], watch: Mapping[int, Watch], edits: Mapping[int, Write] | None = None
 ) -> Iterator[None]:
-    """Within, every forward of `config`'s model reports the attention of the layers in `watch`.
+    """Make every forward of `config`'s model inside the context report the attention of the layers in `watch`.
 
     `layers` says which layer each module inside an attention block belongs to. An edit receives the pattern and
     returns the one that weighs the values instead. The configuration is restored on the way out.

@@ -19,7 +19,7 @@ from probes.models.sources.digest import weights_digest
 
 
 def backend_class(name: str) -> Any:
-    """The class of a backend.
+    """Return the class of a backend.
 
     Raises:
         ModelError: no backend of that name.
@@ -38,7 +38,7 @@ def from_hf(
     ref: str | None = None,
     revision: str | None = None,
 ) -> Model:
-    """A transformers model in memory, which is neither moved nor cast.
+    """Wrap a transformers model in memory, which is neither moved nor cast.
 
     Raises:
         ModelError: no such backend, an architecture without a map, or identities that fail.
@@ -49,7 +49,7 @@ def from_hf(
 
 
 def from_bridge(bridge: Any, *, ref: str | None = None) -> Model:
-    """A TransformerLens TransformerBridge, with its hooks and processed weights in force.
+    """Wrap a TransformerLens TransformerBridge, with its hooks and processed weights in force.
 
     Raises:
         ModelError: not a bridge around a transformers model, or identities that fail.
@@ -60,7 +60,7 @@ def from_bridge(bridge: Any, *, ref: str | None = None) -> Model:
 
 
 def from_nnsight(traced: Any, *, ref: str | None = None) -> Model:
-    """An nnsight model whose weights are in memory.
+    """Wrap an nnsight model whose weights are in memory.
 
     Raises:
         ModelError: not an nnsight model, one without weights, or identities that fail.
@@ -78,7 +78,7 @@ def from_nnsight(traced: Any, *, ref: str | None = None) -> Model:
 
 
 def on_backend(model: Model, backend: str) -> Model:
-    """The same module behind another backend.
+    """Return the same module behind another backend.
 
     Raises:
         ModelError: no such backend, one that cannot take this module, or one whose package is missing.
@@ -88,7 +88,7 @@ def on_backend(model: Model, backend: str) -> Model:
 
 
 def as_bridge(model: Model) -> Any:
-    """A TransformerLens TransformerBridge around a copy of the model's module, to do with as one likes.
+    """Return a TransformerLens TransformerBridge around a copy of the model's module, to do with as one likes.
 
     A model that came in as a bridge goes out as that very bridge.
 
@@ -102,7 +102,7 @@ def as_bridge(model: Model) -> Any:
 
 
 def as_nnsight(model: Model) -> Any:
-    """An nnsight model around this very module: a TransformersModel, or the plain wrapper without a tokenizer.
+    """Return an nnsight model around this very module: a TransformersModel, or the plain wrapper without a tokenizer.
 
     Raises:
         ModelError: nnsight is not installed.

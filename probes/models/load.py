@@ -1,4 +1,4 @@
-"""`load_model`: a reference to a loaded model behind one of the backends."""
+"""`load_model`: from a reference to a model behind one of the backends."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def load_model(
     remote: bool = False,
     progress: Progress | None = None,
 ) -> Model:
-    """Loads a model, ready to be read; its identities are checked on the way.
+    """Load a model, ready to be read; its identities are checked on the way.
 
     Args:
         ref: a named model (`smollm2-135m`), a folder, a `.gguf` file, or a hub id.

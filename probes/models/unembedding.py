@@ -12,7 +12,7 @@ from probes.models.protocol import Unembedding
 
 
 def apply(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)` on the module's own device; the result is on `x`'s."""
+    """Return `module(x)`, computed on the module's own device, on `x`'s."""
     weight = next(module.parameters(), None)
     device = x.device if weight is None or weight.is_meta else weight.device
     out: Tensor = module(x.to(device))
@@ -20,7 +20,7 @@ def apply(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def unembedding_of(anatomy: Anatomy) -> Unembedding:
-    """The unembedding as the map states it, not yet compared with the model's logits.
+    """Return the unembedding as the map states it, not yet compared with the model's logits.
 
     Raises:
         PointError: there is no unembedding, or it does not take the residual stream's width.
@@ -45,7 +45,7 @@ def unembedding_of(anatomy: Anatomy) -> Unembedding:
 
 
 def logits_of(unembedding: Unembedding, residual: Tensor) -> Tensor:
-    """Logits [..., d_vocab] of a residual [..., d_model], in the weights' dtype, on the weights' device."""
+    """Return the logits [..., d_vocab] of a residual [..., d_model], in the weights' dtype, on the weights' device."""
     normed = unembedding.norm(residual.to(unembedding.weight))
     out = nn.functional.linear(normed.to(unembedding.weight), unembedding.weight, unembedding.bias)
     return out if unembedding.softcap is None else unembedding.softcap * torch.tanh(out / unembedding.softcap)

@@ -36,21 +36,21 @@ class NormParts:
         return bias.float() if isinstance(bias, Tensor) else None
 
     def inverse_scale(self, x: Tensor) -> Tensor:
-        """One over each row's own scale sqrt(var + eps), [..., width] -> [..., 1] float32, as the norm itself computes it."""
+        """Return one over each row's own scale sqrt(var + eps), [..., width] -> [..., 1] float32, as the norm itself computes it."""
         rows = x.float()
         if self.centred:
             return torch.native_layer_norm(rows, [rows.shape[-1]], None, None, self.eps)[2]
         return torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + self.eps)
 
     def scale(self, x: Tensor) -> Tensor:
-        """Each row's own scale, [..., width] -> [...] float32, differentiable."""
+        """Return each row's own scale, [..., width] -> [...] float32, differentiable."""
         rows = x.float()
         if self.centred:
             rows = rows - rows.mean(-1, keepdim=True)
         return (rows.square().mean(-1) + self.eps).sqrt()
 
     def own(self, x: Tensor) -> Tensor:
-        """The norm put together again from its parts with every row's own scale, in the norm's order of operations."""
+        """Return the norm put together again from its parts with every row's own scale, in the norm's order of operations."""
         rows = x.float()
         if not self.centred:
             return self._affine(rows * self.inverse_scale(rows)).to(x.dtype)
@@ -58,7 +58,7 @@ class NormParts:
         return self._affine((rows - mean) * inverse).to(x.dtype)
 
     def divided(self, x: Tensor, scale: Tensor) -> Tensor:
-        """The norm with a given scale [..., 1] or scalar in place of its own, in `x`'s dtype; differentiable."""
+        """Return the norm with a given scale [..., 1] or scalar in place of its own, in `x`'s dtype; differentiable."""
         rows = x.float()
         if self.centred:
             rows = rows - rows.mean(-1, keepdim=True)
@@ -71,7 +71,7 @@ class NormParts:
 
 @torch.no_grad()
 def parts_of(norm: nn.Module, width: int, eps: float) -> NormParts:
-    """A norm's parts, found by comparing it with every way of putting them together.
+    """Return a norm's parts, told by comparing it with every way of putting them together.
 
     Args:
         eps: used where the module does not state its own.

@@ -16,7 +16,7 @@ from probes.norms.sites import Norm, NormSite, norms_of
 
 
 def constant_scales(norms: tuple[Norm, ...], on: Mapping[NormSite, Scale]) -> dict[str, float]:
-    """The one scale of each norm, by path.
+    """Return the one scale of each norm, by path.
 
     Raises:
         OptionError: a site that is not frozen, not constant, or not at the same scale as its norm's other sites.
@@ -36,7 +36,7 @@ def constant_scales(norms: tuple[Norm, ...], on: Mapping[NormSite, Scale]) -> di
 
 
 def make_constant(anatomy: Anatomy, on: Mapping[NormSite, Scale]) -> None:
-    """Puts a linear map in every norm's place, in the anatomy's own module; `on` holds every site's frozen scale.
+    """Put a linear map in every norm's place, in the anatomy's own module; `on` holds every site's frozen scale.
 
     Raises:
         OptionError: see `constant_scales`.
@@ -49,14 +49,14 @@ def make_constant(anatomy: Anatomy, on: Mapping[NormSite, Scale]) -> None:
 
 
 def replace(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts `module` at `path`."""
+    """Put `module` at `path`."""
     parent, _, name = path.rpartition(".")
     setattr(root.get_submodule(parent), name, module)
 
 
 @torch.no_grad()
 def absorb(anatomy: Anatomy) -> None:
-    """Multiplies every constant norm into the linear maps beside it and leaves an identity in its place.
+    """Multiply every constant norm into the linear maps beside it and leave an identity in its place.
 
     A norm before a map W, c becomes W' = (I - 11ᵀ/d) diag(g) W and c' = bW + c; one after a map (of what attention or
     MLP add, of queries and keys per head) scales its outputs. The unembedding gets weights of its own.
@@ -160,7 +160,7 @@ def _set_bias(linear: nn.Module, value: Tensor, add: bool) -> None:
 
 
 def _untie(anatomy: Anatomy) -> None:
-    """Gives the unembedding weights of its own where it shares the embedding's."""
+    """Give the unembedding weights of its own where it shares the embedding's."""
     embed, unembed = anatomy.component("embed"), anatomy.component("unembed")
     if unembed.weight is embed.weight:
         assert isinstance(unembed.weight, Tensor)

@@ -21,7 +21,7 @@ class Rows:
 
     @classmethod
     def of(cls, tokens: Tensor, end_of_text: int | None = None) -> Rows:
-        """The rows of token ids [batch, pos]."""
+        """Return the rows of token ids [batch, pos]."""
         first = torch.zeros_like(tokens, dtype=torch.bool)
         first[:, 0] = True
         ends = torch.zeros_like(first) if end_of_text is None else tokens == end_of_text
@@ -29,7 +29,7 @@ class Rows:
 
     @property
     def ordinary(self) -> Tensor:
-        """[batch, pos], True where a position is neither; all True where none would be."""
+        """True where a position [batch, pos] is neither; all True where none would be."""
         plain = ~self.first & ~self.end_of_text
         return plain if bool(plain.any()) else torch.ones_like(plain)
 
@@ -64,7 +64,7 @@ class Scale:
         return self.first is None and self.positions is None and not self.own
 
     def at(self, rows: Rows, extra_dims: int = 0) -> Tensor:
-        """[batch, pos, 1, ...] float32, with as many axes of one after pos as the norm's input has axes there."""
+        """Return the scale of each row, [batch, pos, 1, ...] float32, with as many axes of one after pos as the norm's input has axes there."""
         first = rows.first
         if self.positions is not None:
             if len(self.positions) < first.shape[1]:
@@ -92,7 +92,7 @@ class RunningScale:
         self.first: float | None = None
 
     def enter(self, scale: Tensor, rows: Rows) -> None:
-        """Scales [batch, pos] of one forward pass."""
+        """Take in the scales [batch, pos] of one forward pass."""
         self.value = self._moved(self.value, float(scale[rows.ordinary].mean()))
         self.first = self._moved(self.first, float(scale[rows.first].mean()))
 

@@ -62,7 +62,7 @@ class Norm:
 
 
 def norms_of(anatomy: Anatomy) -> tuple[Norm, ...]:
-    """Every norm with a scale of its own, in the order in which they run.
+    """Return every norm with a scale of its own, in the order in which they run.
 
     Raises:
         NoNormError: the model has no norm whose scale could be frozen.
@@ -129,7 +129,7 @@ def _norm(anatomy: Anatomy, path: str, readers: dict[NormSite, tuple[str, ...]])
 
 
 def choose(sites: Iterable[NormSite], names: Iterable[str]) -> tuple[NormSite, ...]:
-    """The sites named by `mlp`, `qk.*`, `v.0-3`, `final` or `all`, in their order.
+    """Return the sites named by `mlp`, `qk.*`, `v.0-3`, `final` or `all`, in their order.
 
     Raises:
         OptionError: a name that no site of this model has.

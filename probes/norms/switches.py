@@ -27,7 +27,7 @@ class Switches:
     The module's parameters stay where they are and keep their names, and frozen sites train them.
 
     Args:
-        end_of_text: the token id that ends a text, where it is to be told apart.
+        end_of_text: The token id that ends a text, where such tokens get a scale of their own.
         momentum: of the running scales, kept while the module trains; one update a forward.
 
     Raises:
@@ -75,7 +75,7 @@ class Switches:
             self.on[site] = scale or shared or self.measured(site)
 
     def measured(self, site: NormSite, first: bool = False) -> Scale:
-        """The running scale of a site's norm; with `first`, position 0 has its own.
+        """Return the running scale of a site's norm; with `first`, position 0 has its own.
 
         Raises:
             OptionError: nothing has run yet.
@@ -95,12 +95,12 @@ class Switches:
         self._rows = Rows.of(tokens, self.end_of_text)
 
     def ordinary(self, tokens: Tensor) -> Tensor:
-        """[batch, pos], True where token ids [batch, pos] are neither at position 0 nor the end of a text."""
+        """Return a mask [batch, pos], True where token ids [batch, pos] are neither at position 0 nor the end of a text."""
         return Rows.of(tokens, self.end_of_text).ordinary
 
     @contextmanager
     def attached(self) -> Iterator[Switches]:
-        """Switches act inside; hooks are gone and the module is bitwise as it was outside."""
+        """Let the switches act inside the context; outside it the module is bitwise as it was."""
         with ExitStack() as stack:
             stack.callback(self.module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
             for norm in self.norms:

@@ -1,4 +1,4 @@
-"""Copies of a module without what others put on it."""
+"""Copies of a module without the hooks and controllers that others put on it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from probes.errors import ModelError
 
 
 def bare_copy(module: nn.Module, ref: str, *, share_tensors: bool) -> nn.Module:
-    """A copy of a module tree without the hooks and controllers that others put on it.
+    """Return a copy of a module tree without the hooks and controllers that others put on it.
 
     Args:
         module: The tree, left as it is.

@@ -1,4 +1,4 @@
-"""What the backends on a transformers module in memory share: checking, refusing, running, decoding."""
+"""The base of the backends whose transformers module is in memory: checking, refusing, running, decoding."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class LocalModel(Displayed, Model):
         self._wrapped = (self._state, weights)
 
     def _examine(self, guess: Anatomy, weights: str) -> None:
-        """Checks the module as it is, and takes up what it is: anatomy, shape, key and canary."""
+        """Check the module as it is, and set what follows from it: anatomy, shape, key and canary."""
         seen: list[Canary] = []
 
         def gather(tokens: Tensor) -> Evidence:
@@ -88,7 +88,7 @@ class LocalModel(Displayed, Model):
         self.context = Context(self._key(weights), self.backend, str(dtype).removeprefix("torch."), attention)
 
     def current(self) -> Context:
-        """The context of the module as it is now; where it was changed in place, its identities are checked anew.
+        """Return the context of the module as it is now; where it was changed in place, its identities are checked anew.
 
         Raises:
             ModelError: no key can say what it computes (a hook or a patched `forward` of somebody else, autocast), or
@@ -103,7 +103,7 @@ class LocalModel(Displayed, Model):
             return self.context
 
     def _follow(self, now: Fingerprint | None) -> None:
-        """Takes up what the module has become."""
+        """Examine the module anew after it was changed."""
         state, weights = self._wrapped
         self._examine(anatomy_of(self.module), weights if now == state else self._digest())
 
@@ -117,7 +117,7 @@ class LocalModel(Displayed, Model):
         return keyed(weights, self.source)
 
     def _place(self, entry: Tensor) -> tuple[torch.device, torch.dtype]:
-        """Where tokens go and what the model computes in, told by the embedding's weights."""
+        """The device that tokens go to and the dtype of the computation, by the embedding's weights."""
         return main_device(self.module) if entry.is_meta else entry.device, entry.dtype
 
     def _attended(self, anatomy: Anatomy, tokens: Tensor) -> Mapping[int, Attended] | str:
@@ -129,11 +129,11 @@ class LocalModel(Displayed, Model):
         raise NotImplementedError
 
     def component(self, name: str, layer: int | None = None) -> nn.Module:
-        """A part of the module by its TransformerLens name, such as `attn.o` or `ln1` of a layer, or `unembed`."""
+        """Return a part of the module by its TransformerLens name, such as `attn.o` or `ln1` of a layer, or `unembed`."""
         return self.anatomy.component(name, layer)
 
     def refusal(self, address: Address) -> str | None:
-        """None where the address can be read, otherwise the reason it cannot."""
+        """Return why the address cannot be read, or None where it can."""
         return self.anatomy.refusal(address)
 
     def run(
@@ -143,7 +143,7 @@ class LocalModel(Displayed, Model):
         writes: Mapping[Address, Write] | None = None,
         lengths: Sequence[int] | None = None,
     ) -> None:
-        """One forward over right-padded `tokens` [batch, pos], stopped after the last address asked for.
+        """Run one forward over right-padded `tokens` [batch, pos], stopped after the last address read or written.
 
         Raises:
             PointError: an address this model refuses, or a write to a derived one; before any computation.
@@ -173,7 +173,7 @@ class LocalModel(Displayed, Model):
         seed: int = 0,
         writes: Callable[[], Mapping[Address, Write]] | None = None,
     ) -> list[int]:
-        """The tokens the model writes after `tokens`; the last is an end-of-sequence token where it wrote one.
+        """Return the tokens the model writes after `tokens`; the last is an end-of-sequence token where it wrote one.
 
         The draw depends on `seed` alone and leaves the global random state as it was.
 
@@ -205,7 +205,7 @@ class LocalModel(Displayed, Model):
         return written
 
     def unembedding(self) -> Unembedding:
-        """The final norm and unembedding.
+        """Return the final norm and unembedding.
 
         Raises:
             PointError: they do not reproduce this model's logits; the message is the reason.
@@ -246,7 +246,7 @@ class LocalModel(Displayed, Model):
 
     @contextmanager
     def _watching(self, hooks: ForwardHooks) -> Iterator[None]:
-        """Within, the attention function reports the patterns that no module carries."""
+        """A context in which the attention function reports the patterns that no module carries."""
         patterns = {a.layer: a for a in hooks.pending if a not in hooks.sites}
         watch = {layer: _report(hooks, a) for layer, a in patterns.items()}
         edits = {layer: hooks.writes[a] for layer, a in patterns.items() if a in hooks.writes}
@@ -306,7 +306,7 @@ def _shape(anatomy: Anatomy, causal: bool, d_mlp: int | None) -> Shape:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Dropout off within; every submodule's own training flag as it was afterwards."""
+    """Put a module in evaluation mode inside the context; every submodule has its own training flag back afterwards."""
     training = [m for m in module.modules() if m.training]
     for m in training:
         m.training = False

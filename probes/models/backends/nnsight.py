@@ -67,7 +67,7 @@ class NnsightModel(LocalModel):
         return outputs[0]
 
     def _visits(self, hooks: ForwardHooks) -> list[tuple[Visit, Any, list[Any]]]:
-        """What to do at which of nnsight's parts, in the order of the forward."""
+        """The visits to nnsight's parts, in the order of the forward."""
         passages = []
         for (path, side), keys in hooks.places().items():
             part = self.module.get_submodule(path)
@@ -98,7 +98,7 @@ def _visit_output(part: Any, hooks: ForwardHooks, keys: list[Any]) -> None:
 
 
 def library() -> Any:
-    """The nnsight package.
+    """Import the nnsight package.
 
     Raises:
         ModelError: it is not installed.
@@ -112,7 +112,7 @@ def library() -> Any:
 
 
 def traced_over(module: nn.Module, tokenizer: Any) -> Any:
-    """An nnsight model around `module`: a TransformersModel, or the plain wrapper where there is no tokenizer."""
+    """Return an nnsight model around `module`: a TransformersModel, or the plain wrapper where there is no tokenizer."""
     nnsight = library()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -123,7 +123,7 @@ def traced_over(module: nn.Module, tokenizer: Any) -> Any:
 
 
 def execution_order(module: nn.Module, tokens: Tensor) -> Mapping[Passage, int]:
-    """The passages of one forward over `tokens` [batch, pos], numbered in their order; -1 for one that comes again."""
+    """Number the passages of one forward over `tokens` [batch, pos] in their order; -1 for one that comes again."""
     order: dict[Passage, int] = {}
 
     def note(part: nn.Module, side: str) -> Callable[..., None]:

@@ -66,18 +66,18 @@ class RemoteModel(LocalModel):
         super().__init__(module, traced.tokenizer, ref=ref, weights=weights, revision=revision, anatomy=anatomy)
 
     def unembedding(self) -> Unembedding:
-        """Refused: raises PointError, because the weights stay on the server."""
+        """Refuse: raises PointError, because the weights stay on the server."""
         raise PointError(f"{self.ref}: {_NO_LENS}")
 
     def generate(self, tokens: Sequence[int], max_new_tokens: int, **_: Any) -> NoReturn:
-        """Refused: raises PointError, because a server keeps no cache from one request to the next."""
+        """Refuse: raises PointError, because a server keeps no cache from one request to the next."""
         raise PointError(
             f"{self.ref}: decoding is not done remotely, because the server keeps no cache between requests; "
             "leave out --remote, or ask for no new tokens"
         )
 
     def current(self) -> Context:
-        """The context, which is the server's: nothing done here can change the model there."""
+        """Return the context, which is the server's: nothing done here can change the model there."""
         return self.context
 
     def _fingerprint(self) -> None:
@@ -185,7 +185,7 @@ class RemoteModel(LocalModel):
 
 @contextmanager
 def _clear(ref: str) -> Iterator[None]:
-    """Within, a server's refusal or an outage becomes a ModelError; whatever was committed to a store stays."""
+    """Turn a server's refusal or an outage inside the context into a ModelError; what is already in a store stays."""
     from nnsight.intervention.backends.remote import RemoteError
 
     try:
@@ -205,7 +205,7 @@ def _clear(ref: str) -> Iterator[None]:
 def load_remote(
     ref: str, *, attention: str = "sdpa", revision: str | None = None, trust_remote_code: bool = False
 ) -> RemoteModel:
-    """A model on an NDIF server, with the key from the environment.
+    """Load a model on an NDIF server, with the key from the environment.
 
     Raises:
         OptionError: no key in the environment.
@@ -233,7 +233,7 @@ def load_remote(
 
 
 def server_client(key: str) -> Client:
-    """nnsight's own client, with a key; the server is nnsight's default or the one the environment names."""
+    """Return the client of nnsight itself, with a key; the server is nnsight's default or the one the environment names."""
 
     def client(traced: Any) -> Any:
         from nnsight.intervention.backends.display import StatusDisplay
@@ -248,7 +248,7 @@ def server_client(key: str) -> Client:
 
 
 def _rehearsed(module: nn.Module, ref: str) -> Mapping[tuple[nn.Module, str], int]:
-    """The order of a forward, told without weights."""
+    """The order in which a forward runs the parts, from one without weights."""
     try:
         with torch.inference_mode():
             return execution_order(module, torch.ones(1, 2, dtype=torch.long, device="meta"))

@@ -45,7 +45,7 @@ class Spill:
         self._meta: dict[int, tuple[torch.Size, torch.dtype]] = {}
 
     def write(self, slot: int, stream: Tensor) -> None:
-        """Keeps `stream` [batch, pos, d_model] in a slot."""
+        """Write `stream` [batch, pos, d_model] into a slot."""
         flat = stream.detach().cpu().contiguous()
         assert flat.nbytes <= self._starts[slot + 1] - self._starts[slot]
         self._meta[slot] = (flat.shape, flat.dtype)
@@ -56,7 +56,7 @@ class Spill:
             data, at = data[done:], at + done
 
     def read(self, slot: int) -> Tensor:
-        """The stream last written to a slot, [batch, pos, d_model], on the CPU."""
+        """Return the stream last written to a slot, [batch, pos, d_model], on the CPU."""
         shape, dtype = self._meta[slot]
         stream = torch.empty(shape, dtype=dtype)
         data = _bytes(stream)

@@ -65,7 +65,7 @@ class StreamedModel(NativeModel):
                 )
 
     def run_all(self, forwards: Sequence[Forward]) -> Iterator[int]:
-        """Every forward, block by block; a block's weights are read once for as many forwards as the spill file holds.
+        """Run every forward, block by block; a block's weights are read once for as many forwards as the spill file holds.
 
         Gives a forward's index each time one more block of it is done.
 
@@ -91,7 +91,7 @@ class StreamedModel(NativeModel):
         writes: Mapping[Address, Write] | None = None,
         lengths: Sequence[int] | None = None,
     ) -> None:
-        """One forward over right-padded `tokens` [batch, pos], reading every block up to the last address's once.
+        """Run one forward over right-padded `tokens` [batch, pos], reading every block up to the last address's once.
 
         Raises:
             PointError, PromptError, ModelError: as `run_all`.
@@ -100,7 +100,7 @@ class StreamedModel(NativeModel):
             pass
 
     def generate(self, tokens: Sequence[int], max_new_tokens: int, **_: Any) -> NoReturn:
-        """Refused: each token written would read every weight again.
+        """Refuse: each token written would read every weight again.
 
         Raises:
             PointError: always.
@@ -119,7 +119,7 @@ class StreamedModel(NativeModel):
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Refused: the blocks are not in memory.
+        """Refuse: the blocks are not in memory.
 
         Raises:
             PointError: always.

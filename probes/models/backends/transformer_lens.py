@@ -53,7 +53,7 @@ class TransformerLensModel(LocalModel):
 
     @classmethod
     def from_bridge(cls, bridge: Any, ref: str | None = None) -> TransformerLensModel:
-        """A user's own bridge, whose hooks and processed weights stay in force.
+        """Wrap a user's own bridge, whose hooks and processed weights stay in force.
 
         Raises:
             ModelError: its identities do not hold, as after some of its weight processing.
@@ -65,7 +65,7 @@ class TransformerLensModel(LocalModel):
         return self
 
     def unembedding(self) -> Unembedding:
-        """The final norm and unembedding; raises PointError where they do not reproduce the logits."""
+        """Return the final norm and unembedding; raises PointError where they do not reproduce the logits."""
         return self._unembedding or super().unembedding()
 
     def _wrap(self, tokenizer: Any, ref: str, weights: str, revision: str | None, source: nn.Module) -> None:
@@ -124,7 +124,7 @@ class TransformerLensModel(LocalModel):
 
 
 def bridge_over(module: nn.Module, tokenizer: Any, ref: str) -> Any:
-    """A TransformerBridge that takes `module` over, with a tokenizer of its own.
+    """Return a TransformerBridge that takes `module` over, with a tokenizer of its own.
 
     Raises:
         ModelError: the bridge cannot wrap it; the message is the library's own.
@@ -166,13 +166,13 @@ class BridgedMap(ArchitectureMap):
 
 
 def bridged_anatomy(module: nn.Module) -> Anatomy:
-    """The anatomy of a module that a bridge has taken over."""
+    """Return the anatomy of a module that a bridge has taken over."""
     plain = anatomy_of(module)
     return replace(plain, map=BridgedMap(module, plain.map.architecture, plain.map.adapter))
 
 
 def hook_point(root: nn.Module, place: Place) -> tuple[nn.Module, str]:
-    """The hook point at a place; the module itself where TransformerLens has none there."""
+    """Return the hook point at a place; the module itself where TransformerLens has none there."""
     path, side = place
     module = root.get_submodule(path)
     point = getattr(module, "hook_in" if side == "input" else "hook_out", None) if path else None

@@ -1,4 +1,4 @@
-"""Everything that decides a module's numbers, as it is now: cheap enough to be asked at every capture."""
+"""Everything that decides a module's numbers at one moment, cheap enough to compute at every capture."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Fingerprint:
 
 
 def fingerprint(module: nn.Module, files: tuple[Path, ...] = ()) -> Fingerprint:
-    """What a module is now. `files` hold weights that are read when they are needed."""
+    """Return the fingerprint of a module now; `files` hold weights of it that are read when they are needed."""
     tensors, offloaded = _tensors(module)
     sums = checksums(tensors)
     facts = {name: (str(t.dtype), tuple(t.shape), sums[name]) for name, t in tensors.items()}
@@ -41,7 +41,7 @@ def fingerprint(module: nn.Module, files: tuple[Path, ...] = ()) -> Fingerprint:
 
 
 def keyed(weights: str, module: nn.Module) -> str:
-    """The key of a module: its weights digest, unless more than a plain load of these weights decides its numbers."""
+    """Return the key of a module: its weights digest, unless more than a plain load of these weights decides its numbers."""
     more = deviations(module)
     return combined([weights, *more]) if more else weights
 

@@ -46,7 +46,7 @@ class Ledger:
 
 
 class BlockWeights:
-    """The block parameters of a shell, in its folder; memory-mapped while they are copied, then let go.
+    """The block parameters of a model without them, in its folder; mapped while they are copied, then let go.
 
     Args:
         module: a model whose block parameters are on the meta device.
@@ -74,7 +74,7 @@ class BlockWeights:
         return tuple(sorted(set(self._files.values())))
 
     def read(self, layer: int) -> dict[str, Tensor]:
-        """The parameters of block `layer` by their full name, on the device, in the shell's dtype.
+        """Read the parameters of block `layer` by their full name, on the device, in the model's dtype.
 
         Raises:
             ModelError: the folder lacks one, or holds it in another shape.
@@ -91,7 +91,7 @@ class BlockWeights:
         return {name: tensor for name, tensor in tensors.items() if name in self._empty}
 
     def sweep(self, layers: Sequence[int]) -> Generator[int]:
-        """Each layer in turn, with its weights in place until the next is asked for; a thread reads ahead by one block."""
+        """Give each layer in turn, its weights in place until the next one; a thread reads ahead by one block."""
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="block-reader") as pool:
             coming = pool.submit(self.read, layers[0]) if layers else None
             for i, layer in enumerate(layers):
@@ -103,7 +103,7 @@ class BlockWeights:
                     yield layer
 
     def tensor(self, name: str) -> Tensor:
-        """One parameter of a block, read for this call alone.
+        """Read one parameter of a block, for this call alone.
 
         Raises:
             ModelError: the folder does not hold it.
@@ -116,14 +116,14 @@ class BlockWeights:
             parameters = self._read(group)
             if name in parameters:
                 parameter = parameters.pop(name)
-                # A conversion makes several parameters of the same tensors; the others are asked for next.
+                # A conversion makes several parameters of the same tensors; the others are read next.
                 self._spare = parameters
                 return parameter
         raise ModelError(f"the folder lacks the weight {name!r}")
 
     @contextmanager
     def placed(self, layer: int, tensors: dict[str, Tensor]) -> Iterator[None]:
-        """The block's parameters in place within, and empty again afterwards."""
+        """Put the block's parameters in place inside the context; they are empty again afterwards."""
         self.ledger.blocks[layer] += 1
         names = list(tensors)
         self._set(tensors)
@@ -134,7 +134,7 @@ class BlockWeights:
             self._set({name: self._empty[name] for name in names})
 
     def place_rest(self) -> None:
-        """Puts in place, to stay, all that is outside the blocks, and norm weights and biases inside them.
+        """Put in place, to stay, all that is outside the blocks, and norm weights and biases inside them.
 
         Those inside are small, and the checks of a load use them after a block's matrices are gone.
         """

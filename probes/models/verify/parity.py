@@ -28,7 +28,7 @@ class Parity:
 
 
 def parity(models: Mapping[str, Model]) -> list[Parity]:
-    """Every point on every backend, from one forward each over two short rows of tokens.
+    """Compare every point on every backend, from one forward each over two short rows of tokens.
 
     Args:
         models: The same model by backend; the others are compared with the first.
@@ -43,7 +43,7 @@ def parity(models: Mapping[str, Model]) -> list[Parity]:
 
 
 def readings(model: Model, tokens: Tensor) -> dict[Address, Tensor]:
-    """Every tensor of `tokens` [batch, pos] that the model gives, on the CPU, from one forward."""
+    """Return every point of `tokens` [batch, pos] that the model gives, on the CPU, from one forward."""
     seen: dict[Address, Tensor] = {}
 
     def keep(address: Address) -> Callable[[Tensor], None]:
@@ -62,7 +62,7 @@ def readings(model: Model, tokens: Tensor) -> dict[Address, Tensor]:
 
 
 def table(rows: Sequence[Parity]) -> list[str]:
-    """The rows as lines of text, one column a backend."""
+    """Return the rows as lines of text, one column a backend."""
     backends = list(rows[0].cells)
     return aligned(("point", *backends), [(row.point, *map(_shown, row.cells.values())) for row in rows])
 

@@ -1,4 +1,4 @@
-"""Everything that passes a model's sites in one small forward, kept for checking."""
+"""The tensors that pass a model's sites in one small forward, kept for checking."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy, Kind, Site
-from probes.anatomy.views import Whole
+from probes.anatomy.views import IdentityView
 from probes.errors import PointError
 from probes.hooks.attention_probabilities import Attended, reason_against, watched
 from probes.hooks.forward_hooks import ForwardHooks
@@ -21,12 +21,12 @@ class Call(Protocol):
     """One plain forward of the model under check."""
 
     def __call__(self, tokens: Tensor, hooks: ForwardHooks | None = None) -> Tensor:
-        """Token ids [batch, pos] to logits [batch, pos, d_vocab]; the hooks see what passes their sites."""
+        """Return the logits [batch, pos, d_vocab] of token ids [batch, pos]; the hooks see what passes their sites."""
         ...
 
 
 def deviation(actual: Tensor, expected: Tensor) -> float:
-    """Largest |actual - expected| over largest |expected|, in float32; infinite for other shapes or NaN."""
+    """Return the largest |actual - expected| over the largest |expected|, in float32; infinite for other shapes or NaN."""
     if actual.shape != expected.shape:
         return float("inf")
     actual, expected = actual.float(), expected.float()
@@ -42,7 +42,7 @@ class Recording:
     sites: Mapping[Address, Site]
 
     def need(self, address: Address) -> Tensor:
-        """The address's tensor [batch, pos, ...] on the CPU.
+        """Return the address's tensor [batch, pos, ...] on the CPU.
 
         Raises:
             PointError: it has no site, its module never ran, or its tensor does not have the shape of the point.
@@ -62,6 +62,7 @@ class Recording:
             ) from error
 
     def lacks(self, address: Address) -> bool:
+        """Whether `need` would raise for the address."""
         try:
             self.need(address)
         except PointError:
@@ -70,7 +71,7 @@ class Recording:
 
 
 def every_site(anatomy: Anatomy) -> dict[Address, Site]:
-    """The site of every address the anatomy can place."""
+    """Return the site of every address the anatomy can place."""
     sites: dict[Address, Site] = {}
     for name, point in POINTS.items():
         for layer in range(anatomy.n_layers) if point.layered else (None,):
@@ -84,7 +85,7 @@ def every_site(anatomy: Anatomy) -> dict[Address, Site]:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What one small forward shows of a model; all on the CPU."""
+    """The tensors of one small forward that the checks compare; all on the CPU."""
 
     logits: Tensor
     """[batch, pos, d_vocab], of a forward without hooks."""
@@ -95,24 +96,24 @@ class Evidence:
 
 
 def evidence_of(guess: Anatomy, call: Call, attended: Mapping[int, Attended] | str, tokens: Tensor) -> Evidence:
-    """What forwards over `tokens` [batch, pos] show of a model in memory."""
+    """Gather the evidence of forwards over `tokens` [batch, pos] of a model in memory."""
     return Evidence(call(tokens).cpu(), record(checked_sites(guess), call, tokens), attended)
 
 
 def checked_sites(guess: Anatomy) -> dict[tuple[str, str], Site]:
-    """Every (path, side) that the checks look at, whichever kind the blocks turn out to be."""
+    """Return a site for every (path, side) that the checks compare, whichever kind the blocks turn out to be."""
     sites: dict[tuple[str, str], Site] = {}
     for kind in get_args(Kind):
         for site in every_site(replace(guess, kind=kind)).values():
             for path in site.modules:
-                sites[path, site.side] = replace(site, modules=(path,), view=Whole())
+                sites[path, site.side] = replace(site, modules=(path,), view=IdentityView())
     for path in _outputs(guess):
         sites[path, "output"] = Site((path,), "output")
     return sites
 
 
 def record(sites: Mapping[tuple[str, str], Site], call: Call, tokens: Tensor) -> dict[tuple[str, str], Tensor]:
-    """One forward over `tokens` [batch, pos], everything that passes the sites copied to the CPU."""
+    """Run one forward over `tokens` [batch, pos] and return what passes the sites, copied to the CPU."""
     raw: dict[tuple[str, str], Tensor] = {}
 
     def keep(key: tuple[str, str]) -> Callable[[Tensor], None]:
@@ -126,7 +127,7 @@ def record(sites: Mapping[tuple[str, str], Site], call: Call, tokens: Tensor) ->
 
 
 def recorded(anatomy: Anatomy, call: Call, tokens: Tensor) -> Recording:
-    """One forward over `tokens` [batch, pos], as the anatomy's sites read it."""
+    """Record one forward over `tokens` [batch, pos] as the anatomy's sites read it."""
     return Recording(record(checked_sites(anatomy), call, tokens), every_site(anatomy))
 
 
@@ -140,7 +141,7 @@ def _outputs(anatomy: Anatomy) -> list[str]:
 
 
 def attention_layers(module: nn.Module, anatomy: Anatomy) -> dict[nn.Module, int]:
-    """Every module inside an attention block, with its layer."""
+    """Return every module inside an attention block, with its layer."""
     out: dict[nn.Module, int] = {}
     for layer in range(anatomy.n_layers):
         if path := anatomy.map.path("attn", layer):
@@ -151,7 +152,7 @@ def attention_layers(module: nn.Module, anatomy: Anatomy) -> dict[nn.Module, int
 def attention_of(
     module: nn.Module, anatomy: Anatomy, call: Call, tokens: Tensor, only: Sequence[int] | None = None
 ) -> dict[int, Attended] | str:
-    """What each layer's (or some layers') attention function received, or the reason it cannot be had."""
+    """Return what the attention function of each layer (of `only` some) received, or the reason it cannot be had."""
     config = module.config.get_text_config()  # type: ignore[union-attr,operator]
     if against := reason_against(config):
         return against

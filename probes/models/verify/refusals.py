@@ -34,7 +34,7 @@ _IDENTITY = {
 def refusals(
     anatomy: Anatomy, seen: Recording, attended: Mapping[int, Attended] | str, causal: bool, tolerance: float
 ) -> tuple[Anatomy, dict[str, float]]:
-    """The anatomy with its joint layout chosen and false points refused, and the errors of the identities that hold."""
+    """Return the anatomy with its joint layout chosen and false points refused, and the errors of the identities that hold."""
     seen_attention = {} if isinstance(attended, str) else attended
     layout, against = _layout(anatomy, seen, seen_attention, causal, tolerance)
     anatomy = replace(anatomy, layout=layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 
@@ -17,13 +18,13 @@ class ConstantNorm(nn.Module):
         centred: whether the mean over the last axis is subtracted.
     """
 
-    def __init__(self, gain: Tensor, bias: Tensor | None, centred: bool) -> None:
+    def __init__(self, gain: Float[Tensor, width], bias: Float[Tensor, width] | None, centred: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(gain.detach().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.centred = centred
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*rest width"]) -> Float[Tensor, "*rest width"]:
         """Return the map's output [..., width] of `x` [..., width], computed in float32."""
         rows = x.float()
         if self.centred:

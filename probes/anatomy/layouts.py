@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from probes.anatomy.mapping import ArchitectureMap
@@ -16,9 +17,9 @@ class Layout:
     """Indices into the joint projection's outputs: `q` [head, d_head], `k` and `v` [kv_head, d_head]."""
 
     name: str
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    q: Int[Tensor, "head d_head"]
+    k: Int[Tensor, "kv_head d_head"]
+    v: Int[Tensor, "kv_head d_head"]
 
 
 def joint_layouts(known: ArchitectureMap, width: int, heads: int, kv_heads: int, d_head: int) -> Iterator[Layout]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from probes.models.protocol import Write
@@ -25,13 +26,13 @@ _serial = itertools.count()
 class Attended:
     """One layer's attention, as the attention function received it."""
 
-    query: Tensor
+    query: Float[Tensor, "batch head query d_head"]
     """[batch, head, query, d_head], after rotary embedding and q norm."""
-    key: Tensor
+    key: Float[Tensor, "batch kv_head key d_head"]
     """[batch, kv_head, key, d_head]."""
-    value: Tensor
+    value: Float[Tensor, "batch kv_head key d_value"]
     """[batch, kv_head, key, d_value]."""
-    pattern: Tensor
+    pattern: Float[Tensor, "batch head query key"]
     """[batch, head, query, key], float32."""
     mask: Tensor | None = None
     """Boolean (True attends) or additive, as the attention function received it."""
@@ -53,25 +54,25 @@ def reason_against(config: Any) -> str | None:
     )
 
 
-def grouped(states: Tensor, n_heads: int) -> Tensor:
+def grouped(states: Float[Tensor, "batch kv_head pos width"], n_heads: int) -> Float[Tensor, "batch head pos width"]:
     """Return key or value states [batch, kv_head, pos, width] repeated to one per query head."""
     return states.repeat_interleave(n_heads // states.shape[1], dim=1)
 
 
 def probabilities(
     module: nn.Module,
-    query: Tensor,
-    key: Tensor,
+    query: Float[Tensor, "batch head query d_head"],
+    key: Float[Tensor, "batch kv_head key d_head"],
     mask: Tensor | None,
     *,
     scaling: float | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
-    s_aux: Tensor | None = None,
-    blocked: Tensor | None = None,
+    s_aux: Float[Tensor, head] | None = None,
+    blocked: Bool[Tensor, "batch head query key"] | None = None,
     **_: Any,
-) -> Tensor:
+) -> Float[Tensor, "batch head query key"]:
     """Return attention probabilities [batch, head, query, key] in float32, from the arguments of an attention function.
 
     `query` [batch, head, query, d_head], `key` [batch, kv_head, key, d_head]; `mask` is boolean (True attends) or

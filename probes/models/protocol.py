@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
@@ -62,9 +63,9 @@ class Context:
 class Canary:
     """A model's outputs on a fixed short input; a model that reproduces them is taken for the same one."""
 
-    tokens: Tensor
+    tokens: Int[Tensor, "batch pos"]
     """[rows, pos], without padding."""
-    values: Tensor
+    values: Float[Tensor, "batch pos width"]
     """[rows, pos, width], float32: some of the model's outputs at every position."""
     tolerance: float
     """Relative difference that another device or library may make."""
@@ -105,9 +106,9 @@ class Unembedding:
 
     norm: Callable[[Tensor], Tensor]
     """The model's own final norm, [..., d_model] -> [..., d_model]."""
-    weight: Tensor
+    weight: Float[Tensor, "d_vocab d_model"]
     """[d_vocab, d_model]."""
-    bias: Tensor | None = None
+    bias: Float[Tensor, d_vocab] | None = None
     """[d_vocab]."""
     softcap: float | None = None
     """Logits become `softcap * tanh(logits / softcap)`."""
@@ -117,7 +118,7 @@ class Unembedding:
 class Forward:
     """One forward pass as data; the fields are the arguments of `Model.run`."""
 
-    tokens: Tensor
+    tokens: Int[Tensor, "batch pos"]
     """[batch, pos], right-padded."""
     reads: Mapping[Address, Read]
     writes: Mapping[Address, Write] = field(default_factory=dict)
@@ -154,7 +155,7 @@ class Model(Protocol):
 
     def run(
         self,
-        tokens: Tensor,
+        tokens: Int[Tensor, "batch pos"],
         reads: Mapping[Address, Read],
         writes: Mapping[Address, Write] | None = None,
         lengths: Sequence[int] | None = None,

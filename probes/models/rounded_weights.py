@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from probes.errors import ModelError
@@ -39,7 +40,7 @@ def fake_quantised(model: Model, bits: int) -> NativeModel:
     return NativeModel(module, model.tokenizer, ref=ref, weights=weights_digest(module), revision=model.revision)
 
 
-def rounded(weight: Tensor, bits: int, channels: int) -> Tensor:
+def rounded(weight: Float[Tensor, "*shape"], bits: int, channels: int) -> Float[Tensor, "*shape"]:
     """Round weights to a symmetric grid of 2^bits - 1 values per channel of axis `channels`, scaled by the channel's largest."""
     limit = 2 ** (bits - 1) - 1
     others = [axis for axis in range(weight.dim()) if axis != channels % weight.dim()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
@@ -11,7 +12,7 @@ from probes.models.placement import data_of
 from probes.models.protocol import Unembedding
 
 
-def apply(module: nn.Module, x: Tensor) -> Tensor:
+def apply(module: nn.Module, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Return `module(x)`, computed on the module's own device, on `x`'s."""
     weight = next(module.parameters(), None)
     device = x.device if weight is None or weight.is_meta else weight.device
@@ -44,7 +45,7 @@ def unembedding_of(anatomy: Anatomy) -> Unembedding:
     return Unembedding(norm, weight.detach(), None if bias is None else bias.detach(), cap if cap > 0 else None)
 
 
-def logits_of(unembedding: Unembedding, residual: Tensor) -> Tensor:
+def logits_of(unembedding: Unembedding, residual: Float[Tensor, "*rest d_model"]) -> Float[Tensor, "*rest d_vocab"]:
     """Return the logits [..., d_vocab] of a residual [..., d_model], in the weights' dtype, on the weights' device."""
     normed = unembedding.norm(residual.to(unembedding.weight))
     out = nn.functional.linear(normed.to(unembedding.weight), unembedding.weight, unembedding.bias)

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
@@ -90,11 +91,11 @@ class Switches:
         for site in sites:
             self.on.pop(site, None)
 
-    def enter(self, tokens: Tensor) -> None:
+    def enter(self, tokens: Int[Tensor, "batch pos"]) -> None:
         """Say which token ids [batch, pos] are running, where the module itself is not called."""
         self._rows = Rows.of(tokens, self.end_of_text)
 
-    def ordinary(self, tokens: Tensor) -> Tensor:
+    def ordinary(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
         """Return a mask [batch, pos], True where token ids [batch, pos] are neither at position 0 nor the end of a text."""
         return Rows.of(tokens, self.end_of_text).ordinary
 

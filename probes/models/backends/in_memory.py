@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy, anatomy_of
@@ -138,7 +139,7 @@ class LocalModel(Displayed, Model):
 
     def run(
         self,
-        tokens: Tensor,
+        tokens: Int[Tensor, "batch pos"],
         reads: Mapping[Address, Read],
         writes: Mapping[Address, Write] | None = None,
         lengths: Sequence[int] | None = None,

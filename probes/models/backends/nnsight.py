@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from probes.errors import ModelError
@@ -122,7 +123,7 @@ def traced_over(module: nn.Module, tokenizer: Any) -> Any:
         return nnsight.TransformersModel(module, tokenizer=copy.deepcopy(tokenizer))
 
 
-def execution_order(module: nn.Module, tokens: Tensor) -> Mapping[Passage, int]:
+def execution_order(module: nn.Module, tokens: Int[Tensor, "batch pos"]) -> Mapping[Passage, int]:
     """Number the passages of one forward over `tokens` [batch, pos] in their order; -1 for one that comes again."""
     order: dict[Passage, int] = {}
 

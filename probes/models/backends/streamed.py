@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any, NoReturn
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
@@ -86,7 +87,7 @@ class StreamedModel(NativeModel):
 
     def run(
         self,
-        tokens: Tensor,
+        tokens: Int[Tensor, "batch pos"],
         reads: Mapping[Address, Read],
         writes: Mapping[Address, Write] | None = None,
         lengths: Sequence[int] | None = None,

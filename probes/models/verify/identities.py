@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from probes.anatomy import Anatomy, Kind
@@ -35,7 +36,7 @@ class Verified:
     """The width seen at the input of the MLP's output projection; None where there is no such projection."""
 
 
-def probe_tokens(n_vocab: int, n_ctx: int, avoid: int | None) -> Tensor:
+def probe_tokens(n_vocab: int, n_ctx: int, avoid: int | None) -> Int[Tensor, "2 pos"]:
     """Return two rows [2, pos] of ids spread over the vocabulary that differ in the last one only."""
     pool = [1 + (i + 1) * (n_vocab - 2) // 11 for i in range(10)]
     pool = [token for token in dict.fromkeys(pool) if token != avoid]

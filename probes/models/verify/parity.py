@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from jaxtyping import Int
 from torch import Tensor
 
 from probes.html_card import aligned
@@ -42,7 +43,7 @@ def parity(models: Mapping[str, Model]) -> list[Parity]:
     ]
 
 
-def readings(model: Model, tokens: Tensor) -> dict[Address, Tensor]:
+def readings(model: Model, tokens: Int[Tensor, "batch pos"]) -> dict[Address, Tensor]:
     """Return every point of `tokens` [batch, pos] that the model gives, on the CPU, from one forward."""
     seen: dict[Address, Tensor] = {}
 

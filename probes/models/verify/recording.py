@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, get_args
+from typing import Protocol, get_args, runtime_checkable
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy, Kind, Site
@@ -17,15 +18,18 @@ from probes.hooks.forward_hooks import ForwardHooks
 from probes.points import POINTS, Address
 
 
+@runtime_checkable
 class Call(Protocol):
     """One plain forward of the model under check."""
 
-    def __call__(self, tokens: Tensor, hooks: ForwardHooks | None = None) -> Tensor:
+    def __call__(
+        self, tokens: Int[Tensor, "batch pos"], hooks: ForwardHooks | None = None
+    ) -> Float[Tensor, "batch pos d_vocab"]:
         """Return the logits [batch, pos, d_vocab] of token ids [batch, pos]; the hooks see what passes their sites."""
         ...
 
 
-def deviation(actual: Tensor, expected: Tensor) -> float:
+def deviation(actual: Shaped[Tensor, ...], expected: Shaped[Tensor, ...]) -> float:
     """Return the largest |actual - expected| over the largest |expected|, in float32; infinite for other shapes or NaN."""
     if actual.shape != expected.shape:
         return float("inf")
@@ -87,7 +91,7 @@ def every_site(anatomy: Anatomy) -> dict[Address, Site]:
 class Evidence:
     """The tensors of one small forward that the checks compare; all on the CPU."""
 
-    logits: Tensor
+    logits: Float[Tensor, "batch pos d_vocab"]
     """[batch, pos, d_vocab], of a forward without hooks."""
     raw: Mapping[tuple[str, str], Tensor]
     """Module tensors by (path, side)."""
@@ -95,7 +99,9 @@ class Evidence:
     """What each layer's attention function received, or the reason it cannot be had."""
 
 
-def evidence_of(guess: Anatomy, call: Call, attended: Mapping[int, Attended] | str, tokens: Tensor) -> Evidence:
+def evidence_of(
+    guess: Anatomy, call: Call, attended: Mapping[int, Attended] | str, tokens: Int[Tensor, "batch pos"]
+) -> Evidence:
     """Gather the evidence of forwards over `tokens` [batch, pos] of a model in memory."""
     return Evidence(call(tokens).cpu(), record(checked_sites(guess), call, tokens), attended)
 
@@ -112,7 +118,9 @@ def checked_sites(guess: Anatomy) -> dict[tuple[str, str], Site]:
     return sites
 
 
-def record(sites: Mapping[tuple[str, str], Site], call: Call, tokens: Tensor) -> dict[tuple[str, str], Tensor]:
+def record(
+    sites: Mapping[tuple[str, str], Site], call: Call, tokens: Int[Tensor, "batch pos"]
+) -> dict[tuple[str, str], Tensor]:
     """Run one forward over `tokens` [batch, pos] and return what passes the sites, copied to the CPU."""
     raw: dict[tuple[str, str], Tensor] = {}
 
@@ -126,7 +134,7 @@ def record(sites: Mapping[tuple[str, str], Site], call: Call, tokens: Tensor) ->
     return raw
 
 
-def recorded(anatomy: Anatomy, call: Call, tokens: Tensor) -> Recording:
+def recorded(anatomy: Anatomy, call: Call, tokens: Int[Tensor, "batch pos"]) -> Recording:
     """Record one forward over `tokens` [batch, pos] as the anatomy's sites read it."""
     return Recording(record(checked_sites(anatomy), call, tokens), every_site(anatomy))
 
@@ -150,7 +158,7 @@ def attention_layers(module: nn.Module, anatomy: Anatomy) -> dict[nn.Module, int
 
 
 def attention_of(
-    module: nn.Module, anatomy: Anatomy, call: Call, tokens: Tensor, only: Sequence[int] | None = None
+    module: nn.Module, anatomy: Anatomy, call: Call, tokens: Int[Tensor, "batch pos"], only: Sequence[int] | None = None
 ) -> dict[int, Attended] | str:
     """Return what the attention function of each layer (of `only` some) received, or the reason it cannot be had."""
     config = module.config.get_text_config()  # type: ignore[union-attr,operator]

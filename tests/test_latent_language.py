@@ -267,7 +267,7 @@ def test_answers_are_judged_by_the_word_written(
 ) -> None:
     said = [speaking.tokenizer.id(p) for p in ("dog", '"', "h")]
     monkeypatch.setattr(
-        "analyses.latent_language.answers.respond", lambda m, s, d, *a, **k: ([tuple(said)] * len(s), 0)
+        "analyses.latent_language.answers.respond", lambda m, s, d, *a, **k: ([tuple(said)] * len(s), [])
     )
     monkeypatch.setattr("analyses.latent_language.answers.could_start", lambda *_: True)
     targets = [{"fr": ["cane"], "en": ["Dog"]}, {"fr": ["cane"], "en": ["Hund"]}]

@@ -304,7 +304,7 @@ def test_what_is_no_prompt_is_refused_by_what_it_is(tiny: NativeModel, store: Ac
     for sequences, message in (
         (["some text"], "has no tokenizer"),
         ("some text", "one text 'some text' where a list belongs"),
-        ([""], "the text is empty"),
+        ([""], "must be a string that is not empty"),
         ([()], "not empty"),
         ([(1.5,)], "1.5 is not an int"),
         ([(97,)], "outside the vocabulary"),

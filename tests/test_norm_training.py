@@ -337,10 +337,15 @@ def test_divergence_and_calibration_by_hand() -> None:
     assert calibration_error(confidence, correct) == pytest.approx(0.5 * 0.4 + 0.5 * 0.15)
     loss = np.array([[1.0, 2.0], [3.0, 6.0]])
     control = Predictions(loss, loss, np.full((2, 2), 0.5), np.ones((2, 2)))
-    table = loss_table({"control": control, "worse": replace(control, loss=loss + 1)}, "control", 0).set_index(
-        "variant"
-    )
-    assert table.loc["worse", ["mean", "median", "gap_to_control", "gap_low", "gap_high"]].tolist() == [4, 3.5, 1, 1, 1]
+    table = loss_table({"control": control, "worse": replace(control, loss=loss + 1)}, "control", 0).set_index("variant")
+    assert table.loc["worse", ["mean", "median", "gap_to_control"]].tolist() == [4, 3.5, 1]
+    assert table.loc["worse", ["gap_low", "gap_high"]].isna().all(), "two blocks support no interval"
+    many = {
+        name: Predictions(*(np.repeat(v, 3, 0) for v in vars(p).values()))
+        for name, p in {"control": control, "worse": replace(control, loss=loss + 1)}.items()
+    }
+    gaps = loss_table(many, "control", 0)
+    assert gaps.set_index("variant").loc["worse", ["gap_low", "gap_high"]].tolist() == [1, 1]
 
 
 def test_predictions_are_the_models_own() -> None:

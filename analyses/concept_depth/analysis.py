@@ -237,7 +237,7 @@ class ConceptDepth(Analysis):
         blind = depths[~depths["decodable"] & ~few]
         if len(blind):
             notes.append(
-                f"Not shown to be decodable anywhere (the interval of the best layer reaches down to the best control layer): "
+                f"Not shown to be decodable anywhere (the interval of what the best layer has over the best control layer reaches zero): "
                 f"{_named(blind)}; its depths mean nothing."
             )
         notes += _control_notes(tables["sets"])

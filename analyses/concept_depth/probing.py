@@ -154,8 +154,10 @@ def depths_table(probed: list[Probed], seed: int) -> pd.DataFrame:
         low, high = percentiles(draws[:, int(one.curve.argmax())], clusters)
         row["peak_accuracy_low"], row["peak_accuracy_high"] = float(low), float(high)
         # The best of many layers looks good by chance; the control's best layer is what it has to pass.
-        control = max(float(evaluation.shuffled.mean()) for evaluation in one.layers)
-        row |= {"majority": one.chance, "best_control_accuracy": control}
-        row["decodable"] = bool(row["peak_accuracy_low"] > max(control, one.chance))
+        control = max((evaluation.shuffled for evaluation in one.layers), key=lambda rows: float(rows.mean()))
+        gap = cluster_bootstrap(correct[:, int(one.curve.argmax())] - control, one.test_groups, seed=seed)
+        row |= {"majority": one.chance, "best_control_accuracy": float(control.mean())}
+        row |= {"peak_gain_low": float(gap.low[0]), "peak_gain_high": float(gap.high[0])}
+        row["decodable"] = bool(row["peak_accuracy_low"] > one.chance and gap.low[0] > 0)
         rows.append({**one.key, **row})
     return pd.DataFrame(rows)

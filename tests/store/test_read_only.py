@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,8 +59,11 @@ def imported(tmp_path: Path) -> None:
 @pytest.fixture(params=WAYS)
 def deprived(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Path, Callable[[], None]], None]:
     """Runs a check in a child that may read a folder but not write it."""
-    for parent in [tmp_path, *tmp_path.parents][:3]:
-        parent.chmod(0o755)
+    common = Path(tempfile.gettempdir()).resolve()
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder == common:
+            break
+        folder.chmod(0o755)
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     temporary.chmod(0o777)

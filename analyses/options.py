@@ -13,6 +13,8 @@ from probes.strict_json import text_fault
 
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 """The types an option or a key of a study may have, as messages call them."""
+OPTIONAL = str | None
+"""The type of a text that may be left out."""
 LARGEST = 2**31 - 1
 """The largest whole number that an option without a limit of its own takes."""
 LONGEST = 4096
@@ -31,6 +33,15 @@ def option(
     start = default if form is None else form
     limits = {"low": low, "high": high}
     return dataclasses.field(default=default, metadata={"help": help, "flag": flag, "form": start, **limits})
+
+
+def as_flag(name: str, value: Any) -> list[str]:
+    """The command-line words that give an option this value."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return [f"--{flag}={text}"] if text.startswith("-") else [f"--{flag}", text]
 
 
 def choices(annotation: Any) -> tuple[str, ...] | None:
@@ -73,6 +84,8 @@ def validate(instance: Any) -> None:
 
 def _check_value(field: dataclasses.Field[Any], value: Any, kind: Any) -> None:
     legal = choices(kind)
+    if kind == OPTIONAL:
+        kind = type(None) if value is None else str
     if legal is not None:
         if value not in legal:
             raise OptionError(unknown(field.name, value, legal))

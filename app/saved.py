@@ -12,6 +12,7 @@ import pandas as pd
 import streamlit as st
 import xxhash
 
+from analyses.results.record import read_profiles
 from analyses.results.result import Result
 from app.places import runs_root
 from probes.errors import OptionError, unknown
@@ -136,7 +137,7 @@ def profiles_of(run: Run) -> list[Profile]:
     """What the run says of each layer; empty where it says nothing or cannot be read."""
     try:
         records = _profiles(str(run.folder), run.stamp)
-    except (OSError, ValueError, KeyError, OptionError):
+    except (OSError, ValueError, OptionError):
         return []
     return [
         Profile(run.name, run.analysis, name, r["title"], r["unit"], r["caption"], pd.DataFrame(r["columns"]))
@@ -146,9 +147,8 @@ def profiles_of(run: Run) -> list[Profile]:
 
 @st.cache_data(max_entries=256, show_spinner=False)
 def _profiles(folder: str, stamp: int) -> dict[str, Any]:
-    path = Path(folder) / "profiles.json"
-    if path.is_file():
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+    if profiles := read_profiles(Path(folder)):
+        return profiles
     result = _result(folder, stamp)  # a run of an earlier version
     return {
         name: {

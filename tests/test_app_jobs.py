@@ -20,7 +20,8 @@ from tiny import PROMPTS
 from analyses.cli import main
 from analyses.logit_lens import LogitLens
 from analyses.results.result import Result
-from analyses.running import reproduce as rebuild
+from analyses.running import reproduce
+from analyses.running.model_spec import ModelSpec
 from app import places, prompt_sets
 from app.jobs import queue as queue_module
 from app.jobs import worker
@@ -47,7 +48,7 @@ def request(folder: Path, tmp_path: Path, **changes: object) -> Request:
     prompts = prompt_sets.typed('{"tokens": [5, 6, 7]}\n{"tokens": [8, 9]}', {}).save()
     base = Request(
         "run",
-        {"ref": str(folder)},
+        ModelSpec(str(folder)),
         "voids",
         {"alpha": [0.5]},
         str(prompts),
@@ -96,7 +97,7 @@ def test_a_check_tells_the_identities(llama_folder: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model": {"ref": "nowhere/at all"}}, "no such model"),
+        ({"model": ModelSpec("nowhere/at all")}, "no such model"),
         ({"options": {"alpha": [7.0]}}, "option alpha is 7.0"),
         ({"analysis": "viods"}, "Did you mean 'voids'"),
         ({"prompts": None}, "needs prompts"),
@@ -144,7 +145,7 @@ def test_a_cancelled_job_keeps_what_was_captured(
 
 
 def test_a_job_cancelled_while_it_waits_never_starts(llama_folder: Path, tmp_path: Path) -> None:
-    write_request(tmp_path / "j", request(llama_folder, tmp_path, model={"ref": "nowhere/at all"}))
+    write_request(tmp_path / "j", request(llama_folder, tmp_path, model=ModelSpec("nowhere/at all")))
     ask_to_cancel(tmp_path / "j")
     worker.work(tmp_path / "j", threading.Event())
     assert read_status(tmp_path / "j").state == "cancelled"
@@ -223,10 +224,10 @@ def slow(request, progress):
     progress.enter("running")
     progress.start(1, "forward")
     if request.analysis == "slow":
-        work._HELD["model"] = "half a forward"
+        work._LOADED["model"] = "half a forward"
         while True:
             time.sleep(0.05)
-    return {"counts": {}, "seconds": 0.0, "held": len(work._HELD)}
+    return {"counts": {}, "seconds": 0.0, "held": len(work._LOADED)}
 
 work.do = slow
 worker.main(Path(sys.argv[1]))
@@ -323,7 +324,7 @@ def test_a_run_can_be_made_again_from_its_text(llama_folder: Path, tmp_path: Pat
     wanted = request(llama_folder, tmp_path, options={"alpha": [0.5, 0.25], "include_bos": False, "semantics": "trace"})
     assert did(tmp_path / "j", wanted).state == "done"
     result, store = Result.load(tmp_path / "runs" / "a"), tmp_path / "store"
-    made = getattr(rebuild, text)(result, tmp_path / "again", store)
+    made = getattr(reproduce, text)(result, tmp_path / "again", store)
     if text == "command":
         assert main(shlex.split(made)[1:]) == 0
     else:
@@ -336,12 +337,10 @@ def test_a_run_can_be_made_again_from_its_text(llama_folder: Path, tmp_path: Pat
 
 
 def test_a_text_says_only_what_differs_from_the_defaults(result: Result) -> None:
-    line = rebuild.command(result, "runs/x")
-    assert line.startswith(
-        "bathyscope run logit_lens --model tiny-llama --device cpu --dtype float32 --prompts PROMPTS.jsonl"
-    )
+    line = reproduce.command(result, "runs/x")
+    assert line.startswith("bathyscope run logit_lens --model tiny-llama --dtype float32 --prompts PROMPTS.jsonl")
     assert "--top-k" not in line
     named = replace(result, provenance={**result.provenance, "prompts_file": str(Path("p.jsonl").absolute())})
-    assert str(Path("p.jsonl").absolute()) in rebuild.command(named, "runs/x")
+    assert str(Path("p.jsonl").absolute()) in reproduce.command(named, "runs/x")
     negative = replace(result, options={**result.options, "top_k": -1})
-    assert "--top-k=-1" in rebuild.command(negative, "runs/x")
+    assert "--top-k=-1" in reproduce.command(negative, "runs/x")

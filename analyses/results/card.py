@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import plotly.graph_objects as go
 import plotly.io
 
 from analyses.results.axes import whole_layers
+from analyses.results.record import read_profiles
 from analyses.results.theme import plain_names
 
 Tables = Mapping[str, pd.DataFrame]
@@ -68,10 +68,13 @@ class Card:
 
     @classmethod
     def saved(cls, folder: Path, record: Mapping[str, Any]) -> Card:
-        """The card of a saved result whose analysis is not at hand: its figures and profiles are those in the folder.
+        """Return the card of a saved result whose analysis is not at hand: figures and profiles as they were saved.
 
         Args:
-            record: the parsed `result.json`.
+            record: what `read_record` read.
+
+        Raises:
+            OSError, ValueError: the saved profiles cannot be read.
         """
         said = record.get("card", {})
         figures = {
@@ -82,7 +85,7 @@ class Card:
         }
         profiles = {
             name: ProfileSpec(entry["title"], entry["unit"], entry["caption"], _reading(entry["columns"]))
-            for name, entry in json.loads((folder / "profiles.json").read_text(encoding="utf-8")).items()
+            for name, entry in read_profiles(folder).items()
         }
         title = said.get("title", record["analysis"])
         return cls(title, said.get("about", ""), said.get("reference", ""), figures, profiles)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from analyses.options import defaults_of, option
+from analyses.options import as_flag, defaults_of, option, validate
 from probes.errors import OptionError, unknown
 from probes.models.choices import ATTENTIONS, BACKENDS, DTYPES
 
@@ -45,6 +45,7 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if not self.ref:
             raise OptionError("no model is named: give a named model, a folder, a .gguf file, or a hub id")
+        validate(self)
         for name, legal in CHOICES.items():
             if (value := getattr(self, name)) not in legal:
                 raise OptionError(unknown(name, value, legal))
@@ -82,11 +83,10 @@ class ModelSpec:
 
     def flags(self) -> list[str]:
         """The command-line flags that choose this model."""
-        parts = ["--model", self.ref]
-        for name, value in self.chosen().items():
-            flag = f"--{name.replace('_', '-')}"
-            parts += [flag] if value is True else [flag, str(value)]
-        return parts
+        return [*as_flag("model", self.ref), *self._loading_flags()]
+
+    def _loading_flags(self) -> list[str]:
+        return [word for name, value in self.chosen().items() for word in as_flag(name, value)]
 
     def python(self) -> str:
         """The Python that loads this model."""
@@ -98,15 +98,23 @@ class ModelSpec:
         return f"load_model({self.ref!r}{''.join(f', {name}={value!r}' for name, value in chosen.items())})"
 
     def __str__(self) -> str:
-        return shlex.join(self.flags()[1:])
+        return shlex.join([self.ref, *self._loading_flags()])
 
     @classmethod
     def of(cls, provenance: Mapping[str, Any]) -> ModelSpec:
-        """How the model of a saved result was loaded; of one that does not say, as far as its provenance tells."""
-        if spec := provenance.get("loaded"):
-            known = defaults_of(cls)
-            return cls(**{name: value for name, value in spec.items() if name in known})
+        """Return how the model of a saved result was loaded; of one that does not say, as far as its provenance tells.
+
+        The revision is pinned to the one that was loaded. Where the provenance does not say what was chosen, the device
+        is left open: it tells where the model ran, not that anybody chose it.
+
+        Raises:
+            OptionError: the provenance of a damaged result.
+        """
         revision = provenance["model"].get("revision")
         pinned = None if not revision or str(revision).startswith("sha256:") else str(revision)
-        same: dict[str, Any] = {name: str(provenance[name]) for name in ("backend", "dtype", "attention", "device")}
-        return cls(str(provenance["model"]["ref"]), revision=pinned, streamed=bool(provenance.get("streamed")), **same)
+        if loaded := provenance.get("loaded"):
+            known = {name: value for name, value in loaded.items() if name in defaults_of(cls)}
+            return cls(**{**known, "revision": known.get("revision") or pinned})
+        resolved: dict[str, Any] = {name: str(provenance[name]) for name in ("backend", "dtype", "attention")}
+        streamed = bool(provenance.get("streamed"))
+        return cls(str(provenance["model"]["ref"]), revision=pinned, streamed=streamed, **resolved)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from analyses.base import Analysis
-from analyses.options import defaults_of
+from analyses.options import as_flag, defaults_of
 from analyses.registry import get_analysis, paths
 from analyses.results.result import Result
 from analyses.running.model_spec import ModelSpec
@@ -31,7 +31,7 @@ def command(result: Result, out: str | Path, store: str | Path | None = None) ->
     given = prompts_of(result)
     parts += [] if given is None else ["--prompts", given]
     for name, value in changed(analysis, result.options).items():
-        parts += _flag(name, value)
+        parts += as_flag(name, value)
     parts += [] if store is None else ["--store", str(store)]
     return shlex.join([*parts, "--out", str(out)])
 
@@ -57,11 +57,3 @@ def prompts_of(result: Result) -> str | None:
     """The prompt file the result names, None where it had none, `PROMPTS` where it does not say."""
     named: str | None = result.provenance.get("prompts_file", PROMPTS)
     return named
-
-
-def _flag(name: str, value: Any) -> list[str]:
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{flag}" if value else f"--no-{flag}"]
-    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    return [f"--{flag}={text}"] if text.startswith("-") else [f"--{flag}", text]

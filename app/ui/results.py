@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import streamlit as st
 
-from analyses.registry import get_analysis
 from analyses.results.result import Result
 from app.saved import Run
 from app.selection import Selection, current, select
@@ -106,7 +105,7 @@ def draw_figure(run: Run, result: Result, name: str, key: str) -> None:
     if said:
         st.caption(f":material/filter_alt: {said}")
     st.markdown(f"**What am I looking at?** {spec.caption}")
-    st.caption(f"Method: {get_analysis(result.analysis).reference}")
+    st.caption(f"Method: {result.card.reference}")
     left, right = st.columns([1, 5])
     with left:
         figure_downloads(

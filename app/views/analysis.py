@@ -20,10 +20,12 @@ from probes.errors import UserError
 
 def draw(name: str) -> None:
     """The page of the analysis `name`."""
-    if not catalogue.ready():
-        with st.spinner("Importing the analyses; this takes a few seconds, once."):
-            catalogue.load()
-    cls = catalogue.get_analysis(name)
+    try:
+        with catalogue.importing():
+            cls = catalogue.get_analysis(name)
+    except UserError as error:
+        st.error(str(error), icon=":material/extension_off:")
+        return
     st.title(cls.title, anchor=False)
     st.markdown((cls.__doc__ or "").strip().split("\n")[0])
     runs = [run for run in saved_runs() if run.analysis == name]

@@ -128,7 +128,6 @@ def _cut(profile: Profile, run: Run, part: Selection) -> Profile | None:
     result = open_run(run)
     tables = {name: narrowed(table, part) for name, table in result.tables.items()}
     tables = {name: table if len(table) else result.tables[name] for name, table in tables.items()}
-    catalogue.load()
     try:
         table = result.profiles[profile.name].read(tables)
     except (KeyError, ValueError, IndexError):

@@ -7,11 +7,11 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from app import offered as catalogue
 from app.jobs.protocol import Request
 from app.jobs.queue import queue
 from app.saved import saved_runs
 from app.ui import progress
+from app.views.setup import draw_model
 from probes.errors import UserError
 
 JOB = "job:check"
@@ -19,25 +19,24 @@ JOB = "job:check"
 
 def draw() -> None:
     """The page."""
-    if not catalogue.ready():
-        with st.spinner("Importing the analyses; this takes a few seconds, once."):
-            catalogue.load()
-    from app.views.setup import draw_model
-
     st.title("Model", anchor=False)
     st.caption(
         "Loading a model checks, on a real forward pass, that the tensors read from it add up: streams to streams, the last lens to the "
         "logits. Every result carries this stamp."
     )
-    loading = draw_model()
-    if st.button(
-        "Load and check",
-        type="primary",
-        key="model:check",
-        help="Loads the model in the worker process; seconds to minutes.",
+    spec = draw_model()
+    if (
+        st.button(
+            "Load and check",
+            type="primary",
+            key="model:check",
+            disabled=spec is None,
+            help="Loads the model in the worker process; seconds to minutes.",
+        )
+        and spec
     ):
         try:
-            st.session_state[JOB] = queue().submit(Request("check", loading))
+            st.session_state[JOB] = queue().submit(Request("check", spec))
         except UserError as error:
             st.error(str(error), icon=":material/block:")
         else:

@@ -72,7 +72,6 @@ def _open(names: dict[str, Run]) -> None:
     run = names[st.selectbox("Run", list(names), key=key)]
     try:
         result = open_run(run)
-        catalogue.get_analysis(run.analysis)
     except UserError as error:
         st.error(str(error), icon=":material/broken_image:")
         return

@@ -52,8 +52,8 @@ class Run:
     @property
     def prompts(self) -> str:
         """Which prompts it ran on: equal for runs on the same ones, whatever the analysis and the model."""
-        made = self.record["provenance"]
-        known = made.get("prompts") or made.get("prompts_file") or self.name
+        provenance = self.record["provenance"]
+        known = provenance.get("prompts") or provenance.get("prompts_file") or self.name
         return xxhash.xxh3_64_hexdigest(str(known).encode())
 
     @property
@@ -77,8 +77,8 @@ class Profile:
 
 def saved_runs() -> list[Run]:
     """Every readable run, newest first."""
-    found = [run for path in _records(runs_root(), DEPTH) if (run := _run(path))]
-    return sorted(found, key=lambda run: (run.created, run.stamp), reverse=True)
+    runs = [run for path in _records(runs_root(), DEPTH) if (run := _run(path))]
+    return sorted(runs, key=lambda run: (run.created, run.stamp), reverse=True)
 
 
 def get_run(name: str) -> Run:
@@ -115,8 +115,8 @@ def _run(path: Path) -> Run | None:
 
 @st.cache_data(max_entries=256, show_spinner=False)
 def _record(path: str, stamp: int) -> dict[str, Any]:
-    found = json.loads(Path(path).read_text(encoding="utf-8"))
-    return found if isinstance(found, dict) else {}
+    record = json.loads(Path(path).read_text(encoding="utf-8"))
+    return record if isinstance(record, dict) else {}
 
 
 def open_run(run: Run) -> Result:

@@ -19,13 +19,13 @@ PACKAGES = ("bathyscope", "torch", "transformers", "transformer-lens", "nnsight"
 
 def versions() -> dict[str, str]:
     """Versions of the installed packages that decide numbers."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def tokenizer_digest(tokenizer: Any) -> str | None:

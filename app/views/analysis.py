@@ -82,9 +82,9 @@ def _saved(cls: type[Analysis], runs: list[Run]) -> None:
         return
     by_name = {run.name: run for run in runs}
     key = f"keep:run:{cls.name}"
-    asked = st.query_params.get("run")
+    requested = st.query_params.get("run")
     if st.session_state.get(key) not in by_name:
-        st.session_state[key] = asked if asked in by_name else runs[0].name
+        st.session_state[key] = requested if requested in by_name else runs[0].name
     chosen = st.selectbox("Saved run", list(by_name), key=key, help="Newest first.")
     run = by_name[chosen]
     try:

@@ -24,7 +24,7 @@ LONGEST = 4096
 def option(
     default: Any, help: str, *, low: float | None = None, high: float | None = None, flag: str = "", form: Any = None
 ) -> Any:
-    """A field with a help text, and the closed range of a number (or of each number of a tuple).
+    """Return a dataclass field with a help text, and the closed range of a number (or of each number of a tuple).
 
     Args:
         flag: its name on the command line where that is not the field's own.
@@ -36,7 +36,7 @@ def option(
 
 
 def as_flag(name: str, value: Any) -> list[str]:
-    """The command-line words that give an option this value."""
+    """Return the command-line words that give an option this value."""
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
@@ -45,7 +45,7 @@ def as_flag(name: str, value: Any) -> list[str]:
 
 
 def choices(annotation: Any) -> tuple[str, ...] | None:
-    """The legal values of an option typed `Literal[...]` or `tuple[Literal[...], ...]`, else None."""
+    """Return the legal values of an option typed `Literal[...]` or `tuple[Literal[...], ...]`, else None."""
     if typing.get_origin(annotation) is typing.Literal:
         return typing.get_args(annotation)
     if typing.get_origin(annotation) is tuple:
@@ -54,18 +54,18 @@ def choices(annotation: Any) -> tuple[str, ...] | None:
 
 
 def types_of(cls: type) -> Mapping[str, Any]:
-    """The resolved type of each option."""
+    """Return the resolved type of each option."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def defaults_of(cls: type) -> dict[str, Any]:
-    """The default of each option."""
+    """Return the default of each option."""
     return {field.name: field.default for field in dataclasses.fields(cls)}
 
 
 def validate(instance: Any) -> None:
-    """Checks every option against its type's legal values and its range.
+    """Check every option against its type's legal values and its range.
 
     Raises:
         OptionError: the first illegal value, with the legal ones.

@@ -32,7 +32,7 @@ def against_hooks(model: Model, family: str) -> dict[str, float | None]:
     worst: dict[str, float | None] = dict.fromkeys(POINTS)
     for address, tensor in rows.items():
         reference = right[str(address)]
-        error = float((tensor - reference).abs().max()) / max(1.0, float(expected.abs().max()))
+        error = float((tensor - reference).abs().max()) / max(1.0, float(reference.abs().max()))
         worst[address.point] = max(worst[address.point] or 0.0, error)
     return worst
 

@@ -62,6 +62,7 @@ class Workspace:
 
     @property
     def draft(self) -> Path:
+        """Where the new folder is written."""
         return self.root / "new"
 
     @property
@@ -71,6 +72,7 @@ class Workspace:
 
     @property
     def plan(self) -> Path:
+        """The file that says which exchange is under way."""
         return self.root / "plan.json"
 
     def exchange(self, folder: Path, files: frozenset[str]) -> bool:

@@ -51,11 +51,11 @@ class ModelSpec:
                 raise OptionError(unknown(name, value, legal))
 
     def on(self, device: str | None) -> ModelSpec:
-        """The same on `device`, unless a device was chosen already."""
+        """Return the same on `device`, unless a device was chosen already."""
         return self if device is None or self.device != "auto" else replace(self, device=device)
 
     def load(self, progress: Any = None) -> Model:
-        """The loaded model.
+        """Load the model.
 
         Args:
             progress: receives a line per step of a first fetch.
@@ -77,19 +77,19 @@ class ModelSpec:
         )
 
     def chosen(self) -> dict[str, Any]:
-        """The options that are not at their default, without the model's name."""
+        """Return the options that are not at their default, without the model's name."""
         defaults = defaults_of(type(self))
         return {n: v for n, v in dataclasses.asdict(self).items() if n != "ref" and v != defaults[n]}
 
     def flags(self) -> list[str]:
-        """The command-line flags that choose this model."""
+        """Return the command-line flags that choose this model."""
         return [*as_flag("model", self.ref), *self._loading_flags()]
 
     def _loading_flags(self) -> list[str]:
         return [word for name, value in self.chosen().items() for word in as_flag(name, value)]
 
     def python(self) -> str:
-        """The Python that loads this model."""
+        """Return the Python that loads this model."""
         from probes.models.placement import parse_max_memory
 
         chosen = self.chosen()

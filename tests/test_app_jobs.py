@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pandas as pd
@@ -29,6 +29,7 @@ from app.jobs.interrupt import Interrupt
 from app.jobs.progress import Cancelled, JobProgress
 from app.jobs.protocol import CANCEL, Request, Status, ask_to_cancel, read_status, write_request
 from app.jobs.queue import JobQueue
+from probes.errors import OptionError
 from probes.models.backends.native import NativeModel
 from probes.store import ActivationStore
 
@@ -344,3 +345,45 @@ def test_a_text_says_only_what_differs_from_the_defaults(result: Result) -> None
     assert str(Path("p.jsonl").absolute()) in reproduce.command(named, "runs/x")
     negative = replace(result, options={**result.options, "top_k": -1})
     assert "--top-k=-1" in reproduce.command(negative, "runs/x")
+
+
+SPECS = [
+    ModelSpec("m"),
+    ModelSpec("org/m", revision="main", trust_remote_code=True, backend="nnsight", remote=True, attention="eager"),
+    ModelSpec("./a folder", streamed=True, dtype="bfloat16", device="cuda:1"),
+    ModelSpec("-m", device_map="auto", max_memory="0=20GiB,cpu=60GiB", offload="spare disk"),
+]
+
+
+def test_the_specs_above_choose_every_loading_option() -> None:
+    assert {name for spec in SPECS for name in spec.chosen()} == {field.name for field in fields(ModelSpec)} - {"ref"}
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_the_texts_of_a_run_load_its_model_as_it_was_loaded(
+    spec: ModelSpec, result: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = replace(result, provenance={**result.provenance, "loaded": asdict(spec), "prompts_file": None})
+    asked: list[ModelSpec] = []
+    monkeypatch.setattr("analyses.cli.run.lines_of", lambda *_: [])
+    monkeypatch.setattr("analyses.cli.run.cost_of", lambda spec, *_: asked.append(spec) or [])
+    assert main([*shlex.split(reproduce.command(ran, "runs/x"))[1:], "--dry-run"]) == 0
+    assert asked == [spec]
+    loading = next(line for line in reproduce.python(ran, "runs/x").splitlines() if "load_model(" in line)
+    calls: list[dict[str, object]] = []
+    load = lambda ref, **options: calls.append({"ref": ref, **options})  # noqa: E731
+    monkeypatch.setattr("probes.models.load.load_model", load)
+    exec(loading, {"load_model": load})
+    spec.load()
+    written, loaded = calls
+    assert written == {name: value for name, value in loaded.items() if name in written}
+    assert set(written) == {"ref", *spec.chosen()}
+
+
+def test_a_device_that_nobody_chose_is_not_named_and_the_revision_that_was_loaded_is(result: Result) -> None:
+    model = {**result.provenance["model"], "revision": "0123abc"}
+    provenance = {**result.provenance, "loaded": asdict(ModelSpec("org/m")), "model": model}
+    assert ModelSpec.of(provenance) == ModelSpec("org/m", revision="0123abc")
+    assert ModelSpec.of({**provenance, "loaded": None}).device == "auto"
+    with pytest.raises(OptionError, match="option streamed"):
+        ModelSpec.of({**provenance, "loaded": {"ref": "m", "streamed": "yes"}})

@@ -12,6 +12,7 @@ import pytest
 from families import make
 
 from analyses.results.result import Result
+from app.ui.figures import data_of
 from probes.errors import OptionError
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +83,7 @@ assert "torch" not in sys.modules
 from analyses.cli import main
 from analyses.registry import get_analysis, names
 from analyses.results.result import Result
+from app.ui.figures import data_of
 from analyses.running import reproduce
 
 folder, model, root = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -166,6 +168,7 @@ def test_a_class_of_a_notebook_is_saved_drawn_and_loaded_without_being_registere
     assert result.profile("length")["value"].tolist() == result.tables["lengths"]["value"].tolist()
     again = Result.load(result.save(tmp_path / "copy"))
     assert again.figure("lengths") == result.figure("lengths")
+    assert len(data_of(result.figure("lengths"))) == len(result.tables["lengths"])
     assert "Lengths by layer" in (tmp_path / "copy" / "report.html").read_text()
 
 

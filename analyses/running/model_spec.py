@@ -45,7 +45,6 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if not self.ref:
             raise OptionError("no model is named: give a named model, a folder, a .gguf file, or a hub id")
-        validate(self)
         for name, legal in CHOICES.items():
             if (value := getattr(self, name)) not in legal:
                 raise OptionError(unknown(name, value, legal))
@@ -114,7 +113,9 @@ class ModelSpec:
         pinned = None if not revision or str(revision).startswith("sha256:") else str(revision)
         if loaded := provenance.get("loaded"):
             known = {name: value for name, value in loaded.items() if name in defaults_of(cls)}
-            return cls(**{**known, "revision": known.get("revision") or pinned})
+            spec = cls(**{**known, "revision": known.get("revision") or pinned})
+            validate(spec)
+            return spec
         resolved: dict[str, Any] = {name: str(provenance[name]) for name in ("backend", "dtype", "attention")}
         streamed = bool(provenance.get("streamed"))
         return cls(str(provenance["model"]["ref"]), revision=pinned, streamed=streamed, **resolved)

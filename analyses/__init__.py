@@ -1,1 +1,1 @@
-"""The published methods, the registry, results and the command line."""
+"""The published methods, a folder each, with results, runs, studies and commands; on `probes` alone, and below `app`."""

@@ -39,7 +39,7 @@ class Analysis(Protocol):
     """What a prompt line may carry beside its text or tokens, by name."""
     figures: ClassVar[Mapping[str, FigureSpec]]
     profiles: ClassVar[Mapping[str, ProfileSpec]] = {}
-    """What it says of each layer, for the depth axis all analyses share."""
+    """Its numbers by layer, for the depth axis that all analyses share."""
     chat: bool = False
     """Whether each text is wrapped as one user turn of the chat template."""
     max_new_tokens: int = 0
@@ -47,32 +47,32 @@ class Analysis(Protocol):
 
     @property
     def makes_prompts(self) -> bool:
-        """Whether it runs without prompts being given, on ones it makes or on weights alone."""
+        """Whether it runs without given prompts: on prompts that it makes, or on weights alone."""
         return False
 
     def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
-        """The forwards it runs beside those that capture, on the prompts that `collect` gave."""
+        """Return how many forwards it runs beside those that capture, on the prompts that `collect` returned."""
         return Interventions()
 
     def collect(self, model: Model, prompts: PromptsLike) -> list[Prompt]:
-        """The prompts it will read: those given, and those it makes."""
+        """Return the prompts it will read: those given, and those it makes."""
         return as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
 
     def needs(self, model: Model) -> list[Need]:
-        """What it wants captured of each prompt."""
+        """Return what must be captured of each prompt."""
         ...
 
     def run(
         self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
     ) -> Result:
-        """The result on these prompts; captures only what the store lacks."""
+        """Return the result on these prompts; only what the store lacks is captured."""
         ...
 
 
 def as_prompts(
     prompts: PromptsLike, model: Model, fields: Mapping[str, FieldCheck], *, chat: bool = False
 ) -> list[Prompt]:
-    """Any accepted form of prompts, as `model` sees them.
+    """Convert any accepted form of prompts to token ids of `model`.
 
     Raises:
         PromptError: as `tokenize`, or a field that is not what `fields` asks for.
@@ -104,7 +104,7 @@ def make_result(
     counts: Mapping[str, int] | None = None,
     interventions: int = 0,
 ) -> Result:
-    """The result of `analysis`, with its provenance.
+    """Return the result of `analysis`, with its provenance and card.
 
     Args:
         activations: None where nothing was captured.

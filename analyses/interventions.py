@@ -1,4 +1,4 @@
-"""How many forwards an analysis runs in which something is changed, said before they run and counted after."""
+"""How many forwards with a change an analysis runs: announced before they run, counted after."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class Interventions:
     forwards: Mapping[str, int] = field(default_factory=dict)
     """What is done (`block removals`, `knock-outs`) to its forwards."""
     exact: bool = True
-    """False where what is found decides how many: then the numbers are the most there can be."""
+    """False where results on the way decide how many: then the numbers are upper bounds."""
 
     @property
     def total(self) -> int:
+        """All forwards together."""
         return sum(self.forwards.values())
 
     def line(self) -> str | None:
@@ -42,17 +43,17 @@ class Tally:
         self.forwards = 0
 
     def start(self, forwards: int, what: str) -> None:
-        """So many forwards of one kind are about to be run."""
+        """Announce forwards of one kind that are about to be run."""
         self.progress.start(forwards, what)
 
     def tick(self, forwards: int) -> None:
-        """So many were run."""
+        """Count forwards that were run."""
         self.forwards += forwards
         self.progress.advance(forwards)
 
 
 def swept(n: int, chosen: Sequence[int], stride: int, name: str = "layer") -> list[int]:
-    """The indices of a sweep over `range(n)`: those chosen, or every `stride`-th where none is.
+    """Return the indices of a sweep over `range(n)`: those chosen, or every `stride`-th where none is chosen.
 
     Raises:
         OptionError: a chosen index outside the range, with the legal ones.

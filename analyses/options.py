@@ -13,6 +13,8 @@ from probes.strict_json import text_fault
 
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 """The types an option or a key of a study may have, as messages call them."""
+OPTIONAL = str | None
+"""The type of a text that may be left out."""
 LARGEST = 2**31 - 1
 """The largest whole number that an option without a limit of its own takes."""
 LONGEST = 4096
@@ -22,7 +24,7 @@ LONGEST = 4096
 def option(
     default: Any, help: str, *, low: float | None = None, high: float | None = None, flag: str = "", form: Any = None
 ) -> Any:
-    """A field with a help text, and the closed range of a number (or of each number of a tuple).
+    """Return a dataclass field with a help text, and the closed range of a number (or of each number of a tuple).
 
     Args:
         flag: its name on the command line where that is not the field's own.
@@ -33,8 +35,17 @@ def option(
     return dataclasses.field(default=default, metadata={"help": help, "flag": flag, "form": start, **limits})
 
 
+def as_flag(name: str, value: Any) -> list[str]:
+    """Return the command-line words that give an option this value."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return [f"--{flag}={text}"] if text.startswith("-") else [f"--{flag}", text]
+
+
 def choices(annotation: Any) -> tuple[str, ...] | None:
-    """The legal values of an option typed `Literal[...]` or `tuple[Literal[...], ...]`, else None."""
+    """Return the legal values of an option typed `Literal[...]` or `tuple[Literal[...], ...]`, else None."""
     if typing.get_origin(annotation) is typing.Literal:
         return typing.get_args(annotation)
     if typing.get_origin(annotation) is tuple:
@@ -43,18 +54,18 @@ def choices(annotation: Any) -> tuple[str, ...] | None:
 
 
 def types_of(cls: type) -> Mapping[str, Any]:
-    """The resolved type of each option."""
+    """Return the resolved type of each option."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def defaults_of(cls: type) -> dict[str, Any]:
-    """The default of each option."""
+    """Return the default of each option."""
     return {field.name: field.default for field in dataclasses.fields(cls)}
 
 
 def validate(instance: Any) -> None:
-    """Checks every option against its type's legal values and its range.
+    """Check every option against its type's legal values and its range.
 
     Raises:
         OptionError: the first illegal value, with the legal ones.
@@ -73,6 +84,8 @@ def validate(instance: Any) -> None:
 
 def _check_value(field: dataclasses.Field[Any], value: Any, kind: Any) -> None:
     legal = choices(kind)
+    if kind == OPTIONAL:
+        kind = type(None) if value is None else str
     if legal is not None:
         if value not in legal:
             raise OptionError(unknown(field.name, value, legal))

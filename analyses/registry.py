@@ -27,23 +27,23 @@ GROUP = "bathyscope.analyses"
 
 
 def paths() -> dict[str, str]:
-    """The dotted path of every analysis by its name: those shipped, then those of other packages."""
+    """Return the dotted path of every analysis by its name: those shipped, then those of other packages."""
     elsewhere = {point.name: point.value for point in sorted(entry_points(group=GROUP), key=lambda point: point.name)}
     return {**ANALYSES, **{name: path for name, path in elsewhere.items() if name not in ANALYSES}}
 
 
 def names() -> tuple[str, ...]:
-    """The names of every analysis, without importing one."""
+    """Return the name of every analysis, without importing any."""
     return tuple(paths())
 
 
 def every_analysis() -> tuple[Any, ...]:
-    """The class of every analysis, imported."""
+    """Import every analysis; return their classes."""
     return tuple(get_analysis(name) for name in names())
 
 
 def get_analysis(name: str) -> Any:
-    """The class of the analysis of that name, an `analyses.base.Analysis`.
+    """Import the analysis of that name; return its class, an `analyses.base.Analysis`.
 
     Raises:
         OptionError: an unknown name, with the legal ones; or one whose package cannot be imported, with the reason.

@@ -41,10 +41,8 @@ def _home() -> None:
 
 
 def _analysis(name: str) -> None:
-    if not catalogue.ready():
-        with st.spinner("Importing the analyses; this takes a few seconds, once."):
-            catalogue.load()
-    from app.views import analysis
+    with catalogue.importing():
+        from app.views import analysis
 
     analysis.draw(name)
 
@@ -62,7 +60,8 @@ def _store() -> None:
 
 
 def _model() -> None:
-    from app.views import model
+    with catalogue.importing():
+        from app.views import model
 
     model.draw()
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 
-from analyses.registry import every_analysis, get_analysis, names
+import streamlit as st
 
-__all__ = ["get_analysis", "label", "load", "load_soon", "names", "ready"]
+from analyses.registry import get_analysis, names
+
+__all__ = ["get_analysis", "importing", "label", "load_soon", "names"]
 
 _LOADED = threading.Event()
 IMPORTER = "import-analyses"
@@ -19,20 +23,24 @@ def label(name: str) -> str:
     return name.replace("_", " ").capitalize()
 
 
-def ready() -> bool:
-    """Whether the analyses are imported, so that asking for them costs nothing."""
-    return _LOADED.is_set()
-
-
-def load() -> None:
-    """Imports the analyses."""
-    every_analysis()
-    _LOADED.set()
+@contextmanager
+def importing() -> Iterator[None]:
+    """Show why the page waits while what happens inside imports analyses for the first time."""
+    first = not _LOADED.is_set()
+    with st.spinner("Importing the analysis; this takes a few seconds, once.") if first else nullcontext():
+        yield
 
 
 def load_soon() -> None:
-    """Imports the analyses in the background, a little later: the browser first draws the page it has."""
-    if not ready() and not any(thread.name == IMPORTER for thread in threading.enumerate()):
-        timer = threading.Timer(DELAY, load)
+    """Import the analyses in the background, a little later: the browser first draws the page it has."""
+    if not _LOADED.is_set() and not any(thread.name == IMPORTER for thread in threading.enumerate()):
+        timer = threading.Timer(DELAY, _load)
         timer.name, timer.daemon = IMPORTER, True
         timer.start()
+
+
+def _load() -> None:
+    for name in names():
+        with suppress(Exception):  # its own page says what is wrong with it
+            get_analysis(name)
+    _LOADED.set()

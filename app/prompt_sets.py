@@ -53,8 +53,8 @@ def typed(text: str, fields: Mapping[str, object]) -> PromptSet:
         PromptError: the first fault, with its line.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    made = [line if line.startswith("{") else json.dumps({"text": line}, ensure_ascii=False) for line in lines]
-    return check("\n".join(made) + "\n", "typed", fields)
+    records = [line if line.startswith("{") else json.dumps({"text": line}, ensure_ascii=False) for line in lines]
+    return check("\n".join(records) + "\n", "typed", fields)
 
 
 def uploaded(name: str, data: bytes, fields: Mapping[str, object]) -> PromptSet:

@@ -12,6 +12,7 @@ import pandas as pd
 import streamlit as st
 import xxhash
 
+from analyses.results.record import read_profiles
 from analyses.results.result import Result
 from app.places import runs_root
 from probes.errors import OptionError, unknown
@@ -51,8 +52,8 @@ class Run:
     @property
     def prompts(self) -> str:
         """Which prompts it ran on: equal for runs on the same ones, whatever the analysis and the model."""
-        made = self.record["provenance"]
-        known = made.get("prompts") or made.get("prompts_file") or self.name
+        provenance = self.record["provenance"]
+        known = provenance.get("prompts") or provenance.get("prompts_file") or self.name
         return xxhash.xxh3_64_hexdigest(str(known).encode())
 
     @property
@@ -76,8 +77,8 @@ class Profile:
 
 def saved_runs() -> list[Run]:
     """Every readable run, newest first."""
-    found = [run for path in _records(runs_root(), DEPTH) if (run := _run(path))]
-    return sorted(found, key=lambda run: (run.created, run.stamp), reverse=True)
+    runs = [run for path in _records(runs_root(), DEPTH) if (run := _run(path))]
+    return sorted(runs, key=lambda run: (run.created, run.stamp), reverse=True)
 
 
 def get_run(name: str) -> Run:
@@ -114,8 +115,8 @@ def _run(path: Path) -> Run | None:
 
 @st.cache_data(max_entries=256, show_spinner=False)
 def _record(path: str, stamp: int) -> dict[str, Any]:
-    found = json.loads(Path(path).read_text(encoding="utf-8"))
-    return found if isinstance(found, dict) else {}
+    record = json.loads(Path(path).read_text(encoding="utf-8"))
+    return record if isinstance(record, dict) else {}
 
 
 def open_run(run: Run) -> Result:
@@ -136,7 +137,7 @@ def profiles_of(run: Run) -> list[Profile]:
     """What the run says of each layer; empty where it says nothing or cannot be read."""
     try:
         records = _profiles(str(run.folder), run.stamp)
-    except (OSError, ValueError, KeyError, OptionError):
+    except (OSError, ValueError, OptionError):
         return []
     return [
         Profile(run.name, run.analysis, name, r["title"], r["unit"], r["caption"], pd.DataFrame(r["columns"]))
@@ -146,9 +147,8 @@ def profiles_of(run: Run) -> list[Profile]:
 
 @st.cache_data(max_entries=256, show_spinner=False)
 def _profiles(folder: str, stamp: int) -> dict[str, Any]:
-    path = Path(folder) / "profiles.json"
-    if path.is_file():
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+    if profiles := read_profiles(Path(folder)):
+        return profiles
     result = _result(folder, stamp)  # a run of an earlier version
     return {
         name: {

@@ -81,8 +81,8 @@ def current() -> Selection:
     """This session's selection, at first the one the address names."""
     if KEY not in st.session_state:
         st.session_state[KEY] = parse(st.query_params.to_dict())
-    found: Selection = st.session_state[KEY]
-    return found
+    selection: Selection = st.session_state[KEY]
+    return selection
 
 
 def select(
@@ -142,14 +142,14 @@ def _head_names(table: pd.DataFrame, pair: tuple[str, str]) -> pd.Series:
 
 def named_by(rows: pd.DataFrame) -> dict[str, Any]:
     """What chosen rows of a table name, by kind."""
-    found: dict[str, Any] = {}
+    named: dict[str, Any] = {}
     columns = {"layers": [c for c in LAYERS if c in rows], "prompts": ["prompt"], "tokens": ["position"]}
     for kind, names in columns.items():
         whole = [c for c in names if c in rows and pd.api.types.is_integer_dtype(rows[c])]
         values = sorted({int(v) for c in whole for v in rows[c]})
         if values:
-            found[kind] = values
+            named[kind] = values
     heads = [name for pair in HEADS if set(pair) <= set(rows) for name in _head_names(rows, pair)]
     if heads:
-        found["heads"] = list(dict.fromkeys(heads))
-    return found
+        named["heads"] = list(dict.fromkeys(heads))
+    return named

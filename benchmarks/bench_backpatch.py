@@ -44,9 +44,9 @@ def naive(model: NativeModel, tokens: Tensor, cells: list[tuple[int, int]]) -> T
 
 def resumed(model: NativeModel, tokens: Tensor, cells: list[tuple[int, int]]) -> Tensor:
     """The same cells, each resumed from the block after its target."""
-    held = CachedPrompt(model, tokens[0].tolist(), -1)
-    hidden = torch.stack([held.entering[s + 1] for s, _ in cells])
-    return held.resume([t + 1 for _, t in cells], hidden).last
+    cached = CachedPrompt(model, tokens[0].tolist(), -1)
+    hidden = torch.stack([cached.entering[s + 1] for s, _ in cells])
+    return cached.resume([t + 1 for _, t in cells], hidden).last
 
 
 def main() -> None:
@@ -65,13 +65,13 @@ def main() -> None:
     record: dict[str, object] = {"layers": options.layers, "tokens": options.tokens, "threads": options.threads}
     pairs = itertools.product(range(options.layers), repeat=2)
     cells = [(s, t) for s, t in pairs if options.cells == "full" or s > t]
-    seconds, found = {"naive": float("inf"), "resumed": float("inf")}, {}
+    seconds, rows = {"naive": float("inf"), "resumed": float("inf")}, {}
     for _ in range(options.repeats):
         for how in (resumed, naive):
             started = time.perf_counter()
-            found[how.__name__] = how(model, tokens, cells)
+            rows[how.__name__] = how(model, tokens, cells)
             seconds[how.__name__] = min(seconds[how.__name__], time.perf_counter() - started)
-    difference = float((found["naive"] - found["resumed"]).abs().max() / found["naive"].abs().max())
+    difference = float((rows["naive"] - rows["resumed"]).abs().max() / rows["naive"].abs().max())
     record = {
         "layers": options.layers, "tokens": options.tokens, "threads": options.threads,
         "cells": len(cells), **{f"{k}_s": round(v, 4) for k, v in seconds.items()},

@@ -45,9 +45,9 @@ def ablated(model: NativeModel, case: Case, baseline: Baseline, sources: list[So
     tokens, ids = torch.tensor([case.tokens]), list(case.ids)
 
     def metric(writes: dict[Address, Callable[[Tensor], Tensor]]) -> float:
-        found: list[Tensor] = []
-        model.run(tokens, {Address("logits"): lambda t: found.append(t[0, -1, ids].clone())}, writes)
-        return float(case.metric(found[0]))
+        logits: list[Tensor] = []
+        model.run(tokens, {Address("logits"): lambda t: logits.append(t[0, -1, ids].clone())}, writes)
+        return float(case.metric(logits[0]))
 
     full, out = metric({}), []
     for (node,) in sources:

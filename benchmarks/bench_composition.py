@@ -38,8 +38,8 @@ def ours(module: torch.nn.Module, kinds: list[str]) -> tuple[float, dict[str, Te
     model = NativeModel(module, ref="gpt2-shape", weights="random")
     started = time.perf_counter()
     heads = head_weights(model, fold_norm=False)
-    found = {kind: composition_scores(heads.ov, heads.reader(kind)).nan_to_num(0.0) for kind in kinds}  # type: ignore[arg-type]
-    return time.perf_counter() - started, found
+    scores = {kind: composition_scores(heads.ov, heads.reader(kind)).nan_to_num(0.0) for kind in kinds}  # type: ignore[arg-type]
+    return time.perf_counter() - started, scores
 
 
 def theirs(module: torch.nn.Module, kinds: list[str]) -> tuple[float, dict[str, Tensor]]:
@@ -49,8 +49,8 @@ def theirs(module: torch.nn.Module, kinds: list[str]) -> tuple[float, dict[str, 
     bridge = TransformerBridge.boot_transformers("gpt2", hf_model=module, tokenizer=_tokenizer())
     started = time.perf_counter()
     with torch.no_grad():
-        found = {kind: bridge.all_composition_scores(kind.upper()).scores for kind in kinds}
-    return time.perf_counter() - started, found
+        scores = {kind: bridge.all_composition_scores(kind.upper()).scores for kind in kinds}
+    return time.perf_counter() - started, scores
 
 
 def _tokenizer() -> object:
@@ -68,9 +68,9 @@ def one(who: str, kinds: list[str], threads: int, out: Path) -> None:
     torch.set_num_threads(threads)
     module = gpt2_shape()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds, found = (ours if who == "ours" else theirs)(module, kinds)
+    seconds, scores = (ours if who == "ours" else theirs)(module, kinds)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    torch.save({"seconds": seconds, "peak_mib": peak / 1024, "before_mib": before / 1024, "scores": found}, out)
+    torch.save({"seconds": seconds, "peak_mib": peak / 1024, "before_mib": before / 1024, "scores": scores}, out)
 
 
 def main() -> None:
@@ -85,19 +85,21 @@ def main() -> None:
     if options.one:
         one(options.one, kinds, options.threads, options.out)
         return
-    found = {}
+    measured = {}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for who in ("ours", "theirs"):
         part = options.out.with_suffix(f".{who}.pt")
         arguments = ["--one", who, "--kinds", options.kinds, "--threads", str(options.threads), "--out", str(part)]
         subprocess.run([sys.executable, __file__, *arguments], check=True)
-        found[who] = torch.load(part, weights_only=True)
+        measured[who] = torch.load(part, weights_only=True)
         part.unlink()
-    difference = max(float((found["ours"]["scores"][k] - found["theirs"]["scores"][k]).abs().max()) for k in kinds)
+    difference = max(
+        float((measured["ours"]["scores"][k] - measured["theirs"]["scores"][k]).abs().max()) for k in kinds
+    )
     record = {
         "kinds": options.kinds, "threads": options.threads,
-        **{f"{who}_{key}": round(found[who][key], 2) for who in found for key in ("seconds", "peak_mib")},
-        "ratio": round(found["theirs"]["seconds"] / found["ours"]["seconds"], 1), "largest_difference": difference,
+        **{f"{who}_{key}": round(measured[who][key], 2) for who in measured for key in ("seconds", "peak_mib")},
+        "ratio": round(measured["theirs"]["seconds"] / measured["ours"]["seconds"], 1), "largest_difference": difference,
     }  # fmt: skip
     line = json.dumps(record)
     print(line)

@@ -27,15 +27,15 @@ Finals = dict[tuple[Part, int], Tensor]
 
 def whole(model: NativeModel, chunk: Chunk) -> Finals:
     """The stream leaving the last block when each part is left out, by one whole forward each."""
-    found: Finals = {}
+    finals: Finals = {}
     lengths = chunk.real.sum(1).tolist()
     end = Address("resid_post", chunk.n_layers - 1)
     for part in PARTS:
         for layer in range(chunk.n_layers):
             gone: list[tuple[Part, int]] = [("attn", layer), ("mlp", layer)] if part == "block" else [(part, layer)]
-            reads = {end: lambda t, key=(part, layer): found.__setitem__(key, t.clone())}
+            reads = {end: lambda t, key=(part, layer): finals.__setitem__(key, t.clone())}
             model.run(chunk.tokens, reads, left_out(gone), lengths)  # type: ignore[arg-type]
-    return found
+    return finals
 
 
 def restarted(model: NativeModel, chunk: Chunk) -> Finals:
@@ -49,9 +49,9 @@ def best(work: Callable[[], Finals], repeats: int) -> tuple[float, Finals]:
     seconds = []
     for _ in range(repeats):
         started = time.process_time()
-        found = work()
+        finals = work()
         seconds.append(time.process_time() - started)
-    return min(seconds), found
+    return min(seconds), finals
 
 
 def main() -> None:
@@ -73,10 +73,10 @@ def main() -> None:
         activations = capture(model, [tuple(row) for row in tokens], needs, ActivationStore(Path(folder)))
         (chunk,) = chunks(activations, range(options.prompts), together=True)
         naive, expected = best(lambda: whole(model, chunk), options.repeats)
-        fast, found = best(lambda: restarted(model, chunk), options.repeats)
-    difference = max(float((found[p] - expected[p]).abs().max() / expected[p].abs().max()) for p in found)
+        fast, finals = best(lambda: restarted(model, chunk), options.repeats)
+    difference = max(float((finals[p] - expected[p]).abs().max() / expected[p].abs().max()) for p in finals)
     line = {
-        "removals": len(found),
+        "removals": len(finals),
         "whole_s": naive,
         "restarted_s": fast,
         "ratio": naive / fast,

@@ -41,7 +41,7 @@ class Measured:
     seconds: float
     rise_bytes: int
     """Growth of the resident memory above what the model and the rows take, at its peak."""
-    found: dict[str, np.ndarray]
+    readings: dict[str, np.ndarray]
 
 
 def tiled(rows: Tensor, model: Model, ids: Tensor) -> dict[str, np.ndarray]:
@@ -58,14 +58,14 @@ def naive(rows: Tensor, model: Model, ids: Tensor) -> dict[str, np.ndarray]:
     unembedding = model.unembedding()
     n_layers = model.shape.n_layers
     parts = []
-    for layer, wanted in zip(rows.chunk(n_layers), ids.chunk(n_layers), strict=True):
+    for layer, layer_ids in zip(rows.chunk(n_layers), ids.chunk(n_layers), strict=True):
         logits = unembedding.norm(layer) @ unembedding.weight.T
         if unembedding.softcap is not None:
             logits = torch.tanh(logits / unembedding.softcap) * unembedding.softcap
         logprobs = logits.log_softmax(-1)
         probs = logprobs.exp()
         entropy = -torch.special.xlogy(probs, probs).sum(-1) / lens.LOG2
-        parts.append((logits.logsumexp(-1), entropy, logits.argmax(-1), logprobs.gather(1, wanted[:, None])[:, 0]))
+        parts.append((logits.logsumexp(-1), entropy, logits.argmax(-1), logprobs.gather(1, layer_ids[:, None])[:, 0]))
     names = ("log_z", "entropy", "top", "logprob")
     return {name: torch.cat(column).numpy() for name, column in zip(names, zip(*parts, strict=True), strict=True)}
 
@@ -79,13 +79,13 @@ def float64(rows: Tensor, model: Model, ids: Tensor) -> dict[str, np.ndarray]:
     """The same numbers with logits, their exponentials and all sums in float64, from the same float32 normalised rows."""
     unembedding = model.unembedding()
     weight, parts = unembedding.weight.double(), []
-    for few, wanted in zip(lens.normalized(rows, unembedding).split(128), ids.split(128), strict=True):
+    for few, few_ids in zip(lens.normalized(rows, unembedding).split(128), ids.split(128), strict=True):
         logits = few.double() @ weight.T
         if unembedding.softcap is not None:
             logits = torch.tanh(logits / unembedding.softcap) * unembedding.softcap
         logprobs = logits.log_softmax(-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1) / lens.LOG2
-        parts.append((logits.logsumexp(-1), entropy, logprobs.gather(1, wanted[:, None])[:, 0]))
+        parts.append((logits.logsumexp(-1), entropy, logprobs.gather(1, few_ids[:, None])[:, 0]))
     return {name: torch.cat(column).numpy() for name, column in zip(COLUMNS, zip(*parts, strict=True), strict=True)}
 
 
@@ -97,10 +97,13 @@ def compare(ours: Measured, theirs: Measured, exact: dict[str, np.ndarray], chos
 
     lines = ["| | tiled and float64 | naive and float64 | tiled and naive |", "|---|---|---|---|"]
     for name in COLUMNS:
-        a, b = ours.found[name], theirs.found[name]
+        a, b = ours.readings[name], theirs.readings[name]
         errors = (apart(a[chosen], exact[name]), apart(b[chosen], exact[name]), apart(a, b))
         lines.append(f"| {name} | " + " | ".join(f"{error:.1e}" for error in errors) + " |")
-    p = {name: np.exp(found["logprob"]) for name, found in (("a", ours.found), ("b", theirs.found), ("exact", exact))}
+    p = {
+        name: np.exp(readings["logprob"])
+        for name, readings in (("a", ours.readings), ("b", theirs.readings), ("exact", exact))
+    }
     errors = [
         np.abs(x - y).max() for x, y in ((p["a"][chosen], p["exact"]), (p["b"][chosen], p["exact"]), (p["a"], p["b"]))
     ]
@@ -136,15 +139,15 @@ class Peak:
 def child(way: str, ref: str, folder: str, threads: int, pipe: object) -> None:
     torch.set_num_threads(threads)
     model = load_model(ref)
-    held = torch.load(Path(folder) / "rows.pt", weights_only=True)
-    rows, ids = held["rows"], held["ids"]
+    inputs = torch.load(Path(folder) / "rows.pt", weights_only=True)
+    rows, ids = inputs["rows"], inputs["ids"]
     few = slice(0, model.shape.n_layers)
     WAYS[way](rows[few], model, ids[few])
     with Peak() as peak:
         started = time.perf_counter()
-        found = WAYS[way](rows, model, ids)
+        readings = WAYS[way](rows, model, ids)
         seconds = time.perf_counter() - started
-    pipe.send(Measured(way, seconds, peak.high - peak.start, found))  # type: ignore[attr-defined]
+    pipe.send(Measured(way, seconds, peak.high - peak.start, readings))  # type: ignore[attr-defined]
 
 
 def measure(way: str, ref: str, folder: str, threads: int) -> Measured:
@@ -153,9 +156,9 @@ def measure(way: str, ref: str, folder: str, threads: int) -> Measured:
     process = context.Process(target=child, args=(way, ref, folder, threads, theirs))
     process.start()
     theirs.close()
-    found = ours.recv()
+    measured = ours.recv()
     process.join()
-    return found
+    return measured
 
 
 def write_rows(ref: str, sequences: int, length: int, folder: Path) -> tuple[int, int]:
@@ -165,8 +168,8 @@ def write_rows(ref: str, sequences: int, length: int, folder: Path) -> tuple[int
     prompts = [
         tuple(torch.randint(3, model.shape.d_vocab, (length,), generator=generator).tolist()) for _ in range(sequences)
     ]
-    held = capture(model, prompts, [Need("resid_post.*")], ActivationStore(folder / "store"))
-    layers = [held.packed(Address("resid_post", layer)).float() for layer in range(model.shape.n_layers)]
+    activations = capture(model, prompts, [Need("resid_post.*")], ActivationStore(folder / "store"))
+    layers = [activations.packed(Address("resid_post", layer)).float() for layer in range(model.shape.n_layers)]
     best = lens.read(layers[-1], model.unembedding(), top_k=1).top_ids[:, 0]
     rows = torch.cat(layers)
     torch.save({"rows": rows, "ids": best.repeat(len(layers))}, folder / "rows.pt")
@@ -186,13 +189,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             n_rows, n_layers = write_rows(flags.model, flags.sequences, length, Path(name))
             ours, theirs = (measure(way, flags.model, name, flags.threads) for way in WAYS)
-            held = torch.load(Path(name) / "rows.pt", weights_only=True)
+            inputs = torch.load(Path(name) / "rows.pt", weights_only=True)
         chosen = np.unique(np.linspace(0, n_rows - 1, min(n_rows, flags.reference_rows)).astype(np.int64))
-        exact = float64(held["rows"][chosen], load_model(flags.model), held["ids"][chosen])
+        exact = float64(inputs["rows"][chosen], load_model(flags.model), inputs["ids"][chosen])
         print(f"\n{flags.model}, {n_layers} layers x {flags.sequences} x {length} tokens = {n_rows:,} rows")
         print(f"largest differences (with float64 on {len(chosen):,} rows), relative where a number exceeds 1:")
         print(compare(ours, theirs, exact, chosen))
-        print(f"same top token: {(ours.found['top'] == theirs.found['top']).mean():.4%}")
+        print(f"same top token: {(ours.readings['top'] == theirs.readings['top']).mean():.4%}")
         print("| way | seconds | peak above the rows, MiB |\n|---|---|---|")
         for way in (ours, theirs):
             print(f"| {way.way} | {way.seconds:.2f} | {way.rise_bytes / 2**20:.0f} |")

@@ -38,15 +38,15 @@ def reference_text() -> str:
 
 def tokenizer_of(text: str) -> PreTrainedTokenizerFast:
     """A byte-pair tokenizer trained on `text`."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
     )
-    made.train_from_iterator([text], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")
+    tokenizer.train_from_iterator([text], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
 
 
 def untrained(family: str, layers: int, width: int) -> torch.nn.Module:

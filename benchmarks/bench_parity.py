@@ -28,11 +28,11 @@ def against_hooks(model: Model, family: str) -> dict[str, float | None]:
     """By point: the largest deviation from plain hooks over all layers, relative to max(1, magnitude); None: refused."""
     right, tokens = expected(family), prompt(rows=2)
     given = [a for point in POINTS for a in addresses(point, model) if model.refusal(a) is None]
-    found = read(model, given, tokens)
+    rows = read(model, given, tokens)
     worst: dict[str, float | None] = dict.fromkeys(POINTS)
-    for address, tensor in found.items():
-        wanted = right[str(address)]
-        error = float((tensor - wanted).abs().max()) / max(1.0, float(wanted.abs().max()))
+    for address, tensor in rows.items():
+        reference = right[str(address)]
+        error = float((tensor - reference).abs().max()) / max(1.0, float(reference.abs().max()))
         worst[address.point] = max(worst[address.point] or 0.0, error)
     return worst
 
@@ -47,16 +47,16 @@ def cell(worst: dict[str, float | None]) -> str:
 
 def cells(family: str, largest: dict[str, float]) -> tuple[str, ...]:
     """One cell a backend; `largest` collects the largest deviation of each."""
-    made = []
+    cells = []
     for backend in BACKENDS:
         try:
             worst = against_hooks(from_hf(shared(family), backend=backend, ref=family), family)
         except ModelError:
-            made.append("model refused")
+            cells.append("model refused")
             continue
         largest[backend] = max([largest.get(backend, 0.0), *(error or 0.0 for error in worst.values())])
-        made.append(cell(worst))
-    return tuple(made)
+        cells.append(cell(worst))
+    return tuple(cells)
 
 
 def parity_table() -> str:
@@ -65,7 +65,7 @@ def parity_table() -> str:
     lines: dict[tuple[str, ...], list[str]] = {}
     for family in FAMILIES:
         lines.setdefault(cells(family, largest), []).append(family)
-    rows = [f"| {', '.join(families)} | {' | '.join(made)} |" for made, families in lines.items()]
+    rows = [f"| {', '.join(families)} | {' | '.join(cells)} |" for cells, families in lines.items()]
     head = [f"| family | {' | '.join(BACKENDS)} |", "|---" * (len(BACKENDS) + 1) + "|"]
     deviations = " | ".join(f"{largest[backend]:.0e}" for backend in BACKENDS)
     return "\n".join([*head, *rows, f"| largest deviation | {deviations} |"])

@@ -55,9 +55,9 @@ def stored(ref: str, n: int, n_layers: int, folder: Path) -> Data:
     prompts = as_prompts(load_set("city_country", limit=n), model, {})
     layers = range(min(n_layers, model.shape.n_layers))
     needs = [Need(tuple(f"resid_post.{layer}" for layer in layers), LAST)]
-    held = capture(model, [prompt.tokens for prompt in prompts], needs, ActivationStore(folder))
+    activations = capture(model, [prompt.tokens for prompt in prompts], needs, ActivationStore(folder))
     started = time.perf_counter()
-    rows = [held.packed(f"resid_post.{layer}", LAST).float().numpy() for layer in layers]
+    rows = [activations.packed(f"resid_post.{layer}", LAST).float().numpy() for layer in layers]
     say(
         f"{len(prompts)} rows x {len(rows)} layers x {rows[0].shape[1]}: read from the store in {time.perf_counter() - started:.2f} s"
     )
@@ -70,8 +70,8 @@ def stored(ref: str, n: int, n_layers: int, folder: Path) -> Data:
 
 def ours(data: Data, recipe: Recipe) -> Scores:
     """`probe_layers`, with both controls."""
-    found = probe_layers(data.layers, data.labels, groups=data.groups, types=data.types, recipe=recipe)
-    return np.array([[e.accuracy, e.f1, e.auc, e.shuffled.mean(), np.nanmean(e.typed)] for e in found])
+    evaluations = probe_layers(data.layers, data.labels, groups=data.groups, types=data.types, recipe=recipe)
+    return np.array([[e.accuracy, e.f1, e.auc, e.shuffled.mean(), np.nanmean(e.typed)] for e in evaluations])
 
 
 def plain_released(data: Data, recipe: Recipe) -> Scores:
@@ -141,20 +141,20 @@ def timed(name: str, work: Callable[[Data, Recipe], Scores], data: Data, recipe:
     wall, cpu = time.perf_counter(), time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        found = work(data, recipe)
+        scores = work(data, recipe)
     seconds = time.perf_counter() - wall
     say(f"  {name:<38} {seconds:8.2f} s   {time.process_time() - cpu:8.2f} processor seconds")
-    return seconds, found
+    return seconds, scores
 
 
 def compare(preset: str, data: Data, threaded: bool) -> None:
     """One preset: ours, then the plain loop on one processor, and as it comes where `threaded`."""
     recipe, loop = (RELEASED, plain_released) if preset == "released" else (SOUND, plain_sound)
     say(f"{preset} preset, both controls:")
-    fast, mine = timed("probe_layers", ours, data, recipe)
+    fast, scores = timed("probe_layers", ours, data, recipe)
     with threadpool_limits(1):
         slow, theirs = timed("plain loop, one BLAS thread", loop, data, recipe)
-    difference = np.abs(mine - theirs).max(axis=0)
+    difference = np.abs(scores - theirs).max(axis=0)
     say(f"  ratio {slow / fast:.2f}; largest difference: accuracy {difference[0]:.1e}, F1 {difference[1]:.1e}, AUC {difference[2]:.1e}, "
         f"controls {difference[3:].max():.1e}")  # fmt: skip
     if threaded:

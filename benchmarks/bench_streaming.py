@@ -89,15 +89,15 @@ def parts(sizes: Sizes) -> Iterator[dict[str, Tensor]]:
 
 def write(folder: Path, sizes: Sizes) -> int:
     """Writes the checkpoint; its bytes."""
-    held: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     total, count = 0, sizes.layers + 2
     for number, tensors in enumerate(parts(sizes), 1):
         name = f"model-{number:05d}-of-{count:05d}.safetensors"
         save_file(tensors, folder / name, metadata={"format": "pt"})
-        held |= dict.fromkeys(tensors, name)
+        weight_map |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())
         forget(folder / name)
-    index = {"metadata": {"total_size": total}, "weight_map": held}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {
         "architectures": ["LlamaForCausalLM"],

@@ -112,12 +112,12 @@ def same_rows(way: Way, expected: Tensor) -> float:
     """The way's deviation from plain hooks, relative to their largest value; infinite for another shape."""
     way.prepare()
     rows = way.run()
-    found = rows() if rows else expected
+    captured = rows() if rows else expected
     way.prepare()
-    if found.shape != expected.shape:
+    if captured.shape != expected.shape:
         return float("inf")
     scale = max(float(layer.float().abs().max()) for layer in expected)
-    pairs = zip(found, expected, strict=True)
+    pairs = zip(captured, expected, strict=True)
     return max(float((a.float() - b.float()).abs().max()) for a, b in pairs) / scale
 
 
@@ -145,21 +145,21 @@ def compare(shape: random_llama.LlamaShape, tokens: Tensor, rounds: int, scratch
     payload = expected.numel() * expected.itemsize
     model = NativeModel(module, ref="random llama", weights="random")
     bare = ways.plain_without_logits(module, tokens)
-    mine = [way for way in own_ways(model, tokens, scratch, payload) if admitted(way, expected)]
-    found = [measure(way, base, bare, rounds, device) for way in (base, bare, *mine, replace(hooks, moved=payload))]
+    own = [way for way in own_ways(model, tokens, scratch, payload) if admitted(way, expected)]
+    measured = [measure(way, base, bare, rounds, device) for way in (base, bare, *own, replace(hooks, moved=payload))]
     tokenizer = random_llama.save_stub(shape, scratch)
     for name, make in ways.PEERS.items():
         try:
             way = make(random_llama.make(shape, device, dtype), tokens, scratch, tokenizer)
             if admitted(way, expected):
-                found.append(measure(replace(way, moved=payload), base, bare, rounds, device))
+                measured.append(measure(replace(way, moved=payload), base, bare, rounds, device))
         except Exception as error:
             print(f"left out: {name} ({type(error).__name__}: {' '.join(str(error).split())[:160]})")
         way = None
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return found
+    return measured
 
 
 def admitted(way: Way, expected: Tensor) -> bool:
@@ -171,11 +171,11 @@ def admitted(way: Way, expected: Tensor) -> bool:
     return True
 
 
-def table(found: list[Measured], bus: float) -> str:
+def table(measured: list[Measured], bus: float) -> str:
     """Markdown; `bus` is the measured copy bandwidth in bytes per second."""
     head = "| way | median ms | × plain | × plain without logits | added ms | MB moved | GB/s | GB/s of the added time"
     lines = [f"{head} | % of bus | peak GiB |", "|---" * 10 + "|"]
-    for m in found:
+    for m in measured:
         cells = [m.way.name, f"{m.seconds * 1e3:.2f}", f"{m.ratio:.3f}", f"{m.bare_ratio:.3f}", f"{m.added * 1e3:+.2f}"]
         if m.way.moved:
             bound = "> " if m.added < m.counted else ""
@@ -188,16 +188,16 @@ def table(found: list[Measured], bus: float) -> str:
     return "\n".join(lines)
 
 
-def verdict(found: list[Measured]) -> list[str]:
+def verdict(measured: list[Measured]) -> list[str]:
     """What the table says of our aims, which are for a GPU, one line each."""
-    by_name = {m.way.name: m for m in found}
+    by_name = {m.way.name: m for m in measured}
     limits = {"all rows to the host": 1.05, "norm only": 1.02, "last only": 1.02, "lens of 8 ids, last token": 1.02}
     lines = []
     for name, limit in limits.items():
         if way := by_name.get(f"bathyscope, {name}"):
             word = "held" if way.bare_ratio <= limit else "not held"
             lines.append(f"- {name}: {way.bare_ratio:.3f}× the plain forward without logits (aim {limit}×: {word})")
-    peers = [m for m in found if m.way.peer]
+    peers = [m for m in measured if m.way.peer]
     if peers and (own := by_name.get("bathyscope, all rows to the host")):
         best = min(peers, key=lambda m: m.counted)
         factor = best.counted / own.counted
@@ -239,10 +239,10 @@ def main() -> None:
             batch, length = getattr(shape, work)
             tokens = torch.randint(3, shape.d_vocab, (batch, length), generator=torch.Generator().manual_seed(0))
             with tempfile.TemporaryDirectory() as scratch:
-                found = compare(shape, tokens.to(device), options.rounds, Path(scratch))
+                measured = compare(shape, tokens.to(device), options.rounds, Path(scratch))
             title = f"{name}, {work}: {batch} prompts of {length} tokens, bfloat16, medians of {options.rounds} rounds"
-            aims = verdict(found) if device.type == "cuda" else []
-            parts.append("\n".join([f"**{title}**", "", table(found, bus), "", *aims]).rstrip())
+            aims = verdict(measured) if device.type == "cuda" else []
+            parts.append("\n".join([f"**{title}**", "", table(measured, bus), "", *aims]).rstrip())
             print(f"\n{parts[-1]}\n", flush=True)
     text = "\n\n".join(parts) + "\n"
     if options.out:

@@ -104,9 +104,9 @@ def ours_to_store(model: NativeModel, tokens: Tensor, folder: Path) -> Way:
     sequences = [tuple(row) for row in tokens.tolist()]
 
     def run() -> Rows:
-        found = capture(model, sequences, [Need("resid_post.*")], ActivationStore(folder))
+        activations = capture(model, sequences, [Need("resid_post.*")], ActivationStore(folder))
         layers = range(model.shape.n_layers)
-        return lambda: torch.stack([torch.stack(found.get(f"resid_post.{i}")) for i in layers])
+        return lambda: torch.stack([torch.stack(activations.get(f"resid_post.{i}")) for i in layers])
 
     moved = model.shape.n_layers * tokens.numel() * model.shape.d_model * model.module.dtype.itemsize
     clear = lambda: shutil.rmtree(folder, ignore_errors=True)  # noqa: E731
@@ -123,16 +123,16 @@ def _bare(output: Any) -> Tensor:
 
 def plain_hooks(module: nn.Module, tokens: Tensor) -> Way:
     def run() -> Rows:
-        found: list[Tensor] = []
+        rows: list[Tensor] = []
         hooks = [
-            block.register_forward_hook(lambda _, __, out: found.append(_bare(out).to("cpu", copy=True)))
+            block.register_forward_hook(lambda _, __, out: rows.append(_bare(out).to("cpu", copy=True)))
             for block in _blocks(module)
         ]
         with torch.inference_mode():
             module(tokens, use_cache=False)
         for hook in hooks:
             hook.remove()
-        return lambda: torch.stack(found)
+        return lambda: torch.stack(rows)
 
     return Way("plain hooks with .cpu()", run, peer=True)
 
@@ -180,8 +180,8 @@ def interp_engine(module: nn.Module, tokens: Tensor, folder: Path, tokenizer: An
 
     def run() -> Rows:
         cache = ie.capture(model, tokens, points)
-        found = [cache[point].cpu() for point in points]
-        return lambda: torch.stack(found)
+        rows = [cache[point].cpu() for point in points]
+        return lambda: torch.stack(rows)
 
     return Way("interp-engine eager capture", run, peer=True)
 

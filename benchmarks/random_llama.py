@@ -63,7 +63,7 @@ def save_stub(shape: LlamaShape, folder: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     words = {f"w{i}": i for i in range(shape.d_vocab)}
-    made = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")),
         unk_token="w0",
         bos_token="w1",
@@ -71,5 +71,5 @@ def save_stub(shape: LlamaShape, folder: Path) -> Any:
         pad_token="w0",
     )
     config(shape).save_pretrained(folder)
-    made.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)

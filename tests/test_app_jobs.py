@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +20,8 @@ from tiny import PROMPTS
 from analyses.cli import main
 from analyses.logit_lens import LogitLens
 from analyses.results.result import Result
-from analyses.running import reproduce as rebuild
+from analyses.running import reproduce
+from analyses.running.model_spec import ModelSpec
 from app import places, prompt_sets
 from app.jobs import queue as queue_module
 from app.jobs import worker
@@ -28,6 +29,7 @@ from app.jobs.interrupt import Interrupt
 from app.jobs.progress import Cancelled, JobProgress
 from app.jobs.protocol import CANCEL, Request, Status, ask_to_cancel, read_status, write_request
 from app.jobs.queue import JobQueue
+from probes.errors import OptionError
 from probes.models.backends.native import NativeModel
 from probes.store import ActivationStore
 
@@ -47,7 +49,7 @@ def request(folder: Path, tmp_path: Path, **changes: object) -> Request:
     prompts = prompt_sets.typed('{"tokens": [5, 6, 7]}\n{"tokens": [8, 9]}', {}).save()
     base = Request(
         "run",
-        {"ref": str(folder)},
+        ModelSpec(str(folder)),
         "voids",
         {"alpha": [0.5]},
         str(prompts),
@@ -96,7 +98,7 @@ def test_a_check_tells_the_identities(llama_folder: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model": {"ref": "nowhere/at all"}}, "no such model"),
+        ({"model": ModelSpec("nowhere/at all")}, "no such model"),
         ({"options": {"alpha": [7.0]}}, "option alpha is 7.0"),
         ({"analysis": "viods"}, "Did you mean 'voids'"),
         ({"prompts": None}, "needs prompts"),
@@ -144,7 +146,7 @@ def test_a_cancelled_job_keeps_what_was_captured(
 
 
 def test_a_job_cancelled_while_it_waits_never_starts(llama_folder: Path, tmp_path: Path) -> None:
-    write_request(tmp_path / "j", request(llama_folder, tmp_path, model={"ref": "nowhere/at all"}))
+    write_request(tmp_path / "j", request(llama_folder, tmp_path, model=ModelSpec("nowhere/at all")))
     ask_to_cancel(tmp_path / "j")
     worker.work(tmp_path / "j", threading.Event())
     assert read_status(tmp_path / "j").state == "cancelled"
@@ -223,10 +225,10 @@ def slow(request, progress):
     progress.enter("running")
     progress.start(1, "forward")
     if request.analysis == "slow":
-        work._HELD["model"] = "half a forward"
+        work._LOADED["model"] = "half a forward"
         while True:
             time.sleep(0.05)
-    return {"counts": {}, "seconds": 0.0, "held": len(work._HELD)}
+    return {"counts": {}, "seconds": 0.0, "held": len(work._LOADED)}
 
 work.do = slow
 worker.main(Path(sys.argv[1]))
@@ -323,7 +325,7 @@ def test_a_run_can_be_made_again_from_its_text(llama_folder: Path, tmp_path: Pat
     wanted = request(llama_folder, tmp_path, options={"alpha": [0.5, 0.25], "include_bos": False, "semantics": "trace"})
     assert did(tmp_path / "j", wanted).state == "done"
     result, store = Result.load(tmp_path / "runs" / "a"), tmp_path / "store"
-    made = getattr(rebuild, text)(result, tmp_path / "again", store)
+    made = getattr(reproduce, text)(result, tmp_path / "again", store)
     if text == "command":
         assert main(shlex.split(made)[1:]) == 0
     else:
@@ -336,12 +338,52 @@ def test_a_run_can_be_made_again_from_its_text(llama_folder: Path, tmp_path: Pat
 
 
 def test_a_text_says_only_what_differs_from_the_defaults(result: Result) -> None:
-    line = rebuild.command(result, "runs/x")
-    assert line.startswith(
-        "bathyscope run logit_lens --model tiny-llama --device cpu --dtype float32 --prompts PROMPTS.jsonl"
-    )
+    line = reproduce.command(result, "runs/x")
+    assert line.startswith("bathyscope run logit_lens --model tiny-llama --dtype float32 --prompts PROMPTS.jsonl")
     assert "--top-k" not in line
     named = replace(result, provenance={**result.provenance, "prompts_file": str(Path("p.jsonl").absolute())})
-    assert str(Path("p.jsonl").absolute()) in rebuild.command(named, "runs/x")
+    assert str(Path("p.jsonl").absolute()) in reproduce.command(named, "runs/x")
     negative = replace(result, options={**result.options, "top_k": -1})
-    assert "--top-k=-1" in rebuild.command(negative, "runs/x")
+    assert "--top-k=-1" in reproduce.command(negative, "runs/x")
+
+
+SPECS = [
+    ModelSpec("m"),
+    ModelSpec("org/m", revision="main", trust_remote_code=True, backend="nnsight", remote=True, attention="eager"),
+    ModelSpec("./a folder", streamed=True, dtype="bfloat16", device="cuda:1"),
+    ModelSpec("-m", device_map="auto", max_memory="0=20GiB,cpu=60GiB", offload="spare disk"),
+]
+
+
+def test_the_specs_above_choose_every_loading_option() -> None:
+    assert {name for spec in SPECS for name in spec.chosen()} == {field.name for field in fields(ModelSpec)} - {"ref"}
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_the_texts_of_a_run_load_its_model_as_it_was_loaded(
+    spec: ModelSpec, result: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = replace(result, provenance={**result.provenance, "loaded": asdict(spec), "prompts_file": None})
+    asked: list[ModelSpec] = []
+    monkeypatch.setattr("analyses.cli.run.lines_of", lambda *_: [])
+    monkeypatch.setattr("analyses.cli.run.cost_of", lambda spec, *_: asked.append(spec) or [])
+    assert main([*shlex.split(reproduce.command(ran, "runs/x"))[1:], "--dry-run"]) == 0
+    assert asked == [spec]
+    loading = next(line for line in reproduce.python(ran, "runs/x").splitlines() if "load_model(" in line)
+    calls: list[dict[str, object]] = []
+    load = lambda ref, **options: calls.append({"ref": ref, **options})  # noqa: E731
+    monkeypatch.setattr("probes.models.load.load_model", load)
+    exec(loading, {"load_model": load})
+    spec.load()
+    written, loaded = calls
+    assert written == {name: value for name, value in loaded.items() if name in written}
+    assert set(written) == {"ref", *spec.chosen()}
+
+
+def test_a_device_that_nobody_chose_is_not_named_and_the_revision_that_was_loaded_is(result: Result) -> None:
+    model = {**result.provenance["model"], "revision": "0123abc"}
+    provenance = {**result.provenance, "loaded": asdict(ModelSpec("org/m")), "model": model}
+    assert ModelSpec.of(provenance) == ModelSpec("org/m", revision="0123abc")
+    assert ModelSpec.of({**provenance, "loaded": None}).device == "auto"
+    with pytest.raises(OptionError, match="option streamed"):
+        ModelSpec.of({**provenance, "loaded": {"ref": "m", "streamed": "yes"}})

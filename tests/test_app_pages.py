@@ -18,6 +18,7 @@ from analyses.logit_lens import LogitLens
 from analyses.options import choices, types_of
 from analyses.registry import ANALYSES, get_analysis
 from analyses.results.result import Result
+from analyses.running.model_spec import ModelSpec
 from analyses.voids import Voids
 from app.jobs.protocol import PHASES, Request, Status
 from app.ui.option_widgets import key_of
@@ -272,8 +273,8 @@ def test_a_refusal_takes_the_place_of_the_last_ending(line: Line) -> None:
 
 def test_a_page_loaded_anew_finds_what_is_under_way_and_can_cancel_it(line: Line) -> None:
     """Another session started it, or this one did before its page was loaded again."""
-    line.submit(Request("run", {"model": "m"}, "voids"))
-    line.submit(Request("run", {"model": "m"}, "logit_lens"))
+    line.submit(Request("run", ModelSpec("m"), "voids"))
+    line.submit(Request("run", ModelSpec("m"), "logit_lens"))
     line.says = Status("running", "running", "forward", done=3, total=12, began=0.0)
     at = fine(page("analysis", "draw('voids')").run())
     assert ["forward: 3 of 12" in bar.text for bar in at.get("progress")] == [True]

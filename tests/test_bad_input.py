@@ -157,7 +157,7 @@ def test_a_fault_in_the_prompts_is_found_before_a_model_is_loaded(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded first")
 
-    monkeypatch.setattr("analyses.cli.run.load_model", refuse)
+    monkeypatch.setattr("analyses.running.model_spec.ModelSpec.load", refuse)
     prompts.write_text('{"text": 7}\n')
     assert "p.jsonl:1" in refused(voids("anything", prompts), capsys)
     assert "does not exist" in refused(voids("anything", prompts.parent / "none.jsonl"), capsys)
@@ -215,7 +215,7 @@ def test_an_output_whose_parent_cannot_be_made(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded first")
 
-    monkeypatch.setattr("analyses.cli.run.load_model", refuse)
+    monkeypatch.setattr("analyses.running.model_spec.ModelSpec.load", refuse)
     refused([*voids("x", prompts), "--out", str(prompts.parent / path)], capsys)
 
 

@@ -1,4 +1,4 @@
-"""The command line: `bathyscope`."""
+"""The command line, `bathyscope`; nothing but its tests imports it."""
 
 from __future__ import annotations
 

@@ -23,18 +23,18 @@ def bench(
     name: Annotated[str, typer.Argument(help="Which benchmark; its own flags follow it.")] = "capture",
 ) -> None:
     """Measure side by side with other tools, in one run; needs a source checkout."""
-    found = benchmarks()
-    if not found:
+    scripts = benchmarks()
+    if not scripts:
         raise OptionError(
             "benchmarks are part of the source checkout, not of the wheel: clone the repository and run it there"
         )
     flags = list(context.args)
     if name.startswith("-"):
         name, flags = "capture", [name, *flags]
-    if name not in found:
-        raise OptionError(unknown("benchmark", name, found))
-    previous, sys.argv = sys.argv, [str(found[name]), *flags]
+    if name not in scripts:
+        raise OptionError(unknown("benchmark", name, scripts))
+    previous, sys.argv = sys.argv, [str(scripts[name]), *flags]
     try:
-        runpy.run_path(str(found[name]), run_name="__main__")
+        runpy.run_path(str(scripts[name]), run_name="__main__")
     finally:
         sys.argv = previous

@@ -39,8 +39,8 @@ class _Analyses(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(given: bool) -> None:
+    if given:
         say(f"bathyscope {version('bathyscope')}")
         raise typer.Exit()
 

@@ -31,6 +31,7 @@ class ConsoleProgress(Progress):
         self._what = ""
 
     def start(self, total: int, what: str) -> None:
+        """Begin to count `total` of something; 0 where nothing is counted."""
         self.stop()
         self._total, self._done, self._what = total, 0, what
         if total and self._console.is_terminal:
@@ -40,6 +41,7 @@ class ConsoleProgress(Progress):
             self._bar.start()
 
     def advance(self, done: int = 1) -> None:
+        """Count so many as done."""
         before, self._done = self._done, self._done + done
         if self._bar is not None:
             self._bar.advance(self._task, done)
@@ -47,6 +49,7 @@ class ConsoleProgress(Progress):
             warn(f"{self._what}: {self._done:,} of {self._total:,}")
 
     def note(self, line: str) -> None:
+        """Print a line."""
         warn(line)
 
     def stop(self) -> None:

@@ -28,9 +28,9 @@ group = typer.Typer(help="The activation store.", no_args_is_help=True)
 @group.command("ls")
 def ls(store: StoreDir = None) -> None:
     """What is held, one line per model and setting."""
-    held = ActivationStore(store)
-    table = held.ls()
-    say(f"{held.root}: {human(held.bytes_held())} in {count(int(table['shards'].sum()), 'shard')}")
+    activations = ActivationStore(store)
+    table = activations.ls()
+    say(f"{activations.root}: {human(activations.bytes_held())} in {count(int(table['shards'].sum()), 'shard')}")
     for line in aligned(LISTED, [_listed(row) for row in table.to_dict("records")]) if len(table) else ():
         say(line)
 
@@ -68,9 +68,9 @@ def gc(
     verbose: Annotated[bool, typer.Option("--verbose", help="Also name every shard that was evicted.")] = False,
 ) -> None:
     """Remove leftovers, and least recently used shards above a size."""
-    held = ActivationStore(store)
-    before = held.bytes_held()
-    report = held.gc(None if max_bytes is None else parse_size(max_bytes))
+    activations = ActivationStore(store)
+    before = activations.bytes_held()
+    report = activations.gc(None if max_bytes is None else parse_size(max_bytes))
     for name in report.evicted if verbose else ():
         say(f"evicted: {name}")
     say(
@@ -78,7 +78,7 @@ def gc(
         f"{count(report.quarantined, 'damaged shard')} and {count(report.temporary, 'leftover file')}: "
         f"{human(report.bytes_freed)} freed"
     )
-    say(f"{human(before)} before, {human(held.bytes_held())} now")
+    say(f"{human(before)} before, {human(activations.bytes_held())} now")
 
 
 @group.command("export")
@@ -109,17 +109,19 @@ def import_rows(
     ] = None,
 ) -> None:
     """Read rows another tool computed; they are marked as foreign and never stand in for captured ones."""
-    held = ActivationStore(store)
+    activations = ActivationStore(store)
     if tool == "vllm":
         if tokens is not None:
             raise OptionError("--tokens is for datasets; vLLM's files hold their token ids")
-        done = import_vllm(path, held, model=of, layers=parse_layers(layers))
+        done = import_vllm(path, activations, model=of, layers=parse_layers(layers))
     else:
         if layers is not None:
             raise OptionError("--layers is for vllm; a data set names its points by its columns")
-        done = import_datasets(path, held, model=of, tokens=tokens)
+        done = import_datasets(path, activations, model=of, tokens=tokens)
     say(f"{count(done.sequences, 'sequence')}, {count(len(done.features), 'point')}: {', '.join(done.features)}")
-    say(f"{done.rows_written:,} written ({human(done.bytes_written)}) as {done.context['weights']} to {held.root}")
+    say(
+        f"{done.rows_written:,} written ({human(done.bytes_written)}) as {done.context['weights']} to {activations.root}"
+    )
 
 
 def parse_layers(text: str | None) -> list[int]:

@@ -1,1 +1,1 @@
-"""What every analysis returns: tables, figures, profiles, provenance, and the page they make. Knows no analysis."""
+"""What every analysis returns: tables, figures, profiles, provenance, and the page they make. Below the methods: it knows no analysis."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
+from base64 import b64decode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-import plotly.io
 
 from analyses.results.axes import whole_layers
+from analyses.results.record import parse, read_profiles
 from analyses.results.theme import plain_names
 
 Tables = Mapping[str, pd.DataFrame]
@@ -68,10 +69,13 @@ class Card:
 
     @classmethod
     def saved(cls, folder: Path, record: Mapping[str, Any]) -> Card:
-        """The card of a saved result whose analysis is not at hand: its figures and profiles are those in the folder.
+        """Return the card of a saved result whose analysis is not at hand: figures and profiles as they were saved.
 
         Args:
-            record: the parsed `result.json`.
+            record: what `read_record` read.
+
+        Raises:
+            OSError, ValueError: the saved profiles cannot be read.
         """
         said = record.get("card", {})
         figures = {
@@ -82,7 +86,7 @@ class Card:
         }
         profiles = {
             name: ProfileSpec(entry["title"], entry["unit"], entry["caption"], _reading(entry["columns"]))
-            for name, entry in json.loads((folder / "profiles.json").read_text(encoding="utf-8")).items()
+            for name, entry in read_profiles(folder).items()
         }
         title = said.get("title", record["analysis"])
         return cls(title, said.get("about", ""), said.get("reference", ""), figures, profiles)
@@ -98,7 +102,19 @@ class Card:
 
 
 def _drawing(path: Path) -> Callable[[Tables], go.Figure]:
-    return lambda _: plotly.io.from_json(path.read_text(encoding="utf-8"))
+    return lambda _: go.Figure(_decoded(parse(path)))
+
+
+def _decoded(value: Any) -> Any:
+    """A figure's JSON with its packed arrays as arrays, as a figure that was just drawn has them."""
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "bdata" not in value:
+        return {key: _decoded(item) for key, item in value.items()}
+    array = np.frombuffer(b64decode(value["bdata"]), value["dtype"])
+    return array.reshape([int(size) for size in str(value.get("shape", array.size)).split(",")])
 
 
 def _reading(columns: Mapping[str, Any]) -> Callable[[Tables], pd.DataFrame]:

@@ -62,6 +62,7 @@ class Workspace:
 
     @property
     def draft(self) -> Path:
+        """Where the new folder is written."""
         return self.root / "new"
 
     @property
@@ -71,6 +72,7 @@ class Workspace:
 
     @property
     def plan(self) -> Path:
+        """The file that says which exchange is under way."""
         return self.root / "plan.json"
 
     def exchange(self, folder: Path, files: frozenset[str]) -> bool:
@@ -176,18 +178,18 @@ def sweep(parent: Path) -> None:
 
 def _take_over(workspace: Workspace) -> None:
     locks = list(workspace.root.glob("*.lock"))
-    held = [fd for path in locks if (fd := lock_for_removal(path)) is not None]
+    locked = [fd for path in locks if (fd := lock_for_removal(path)) is not None]
     try:
-        if len(held) == len(locks) and locks:
+        if len(locked) == len(locks) and locks:
             workspace.settle()
             workspace.discard()
             for path in locks:
                 path.unlink(missing_ok=True)
         # Without a lock it is being made or removed; only an empty one can be.
-        if len(held) == len(locks):
+        if len(locked) == len(locks):
             workspace.root.rmdir()
     finally:
-        for fd in held:
+        for fd in locked:
             os.close(fd)
 
 

@@ -58,7 +58,7 @@ def check_output(folder: Path) -> frozenset[str]:
     if os.path.ismount(folder):
         raise OptionError(f"--out {str(folder)!r} is where a disk is mounted: give a folder inside it")
     try:
-        record = parse(folder)
+        record = parse(folder / "result.json")
     except (OSError, ValueError):
         record = {}
     if "format" not in record or not isinstance(record.get("analysis"), str):

@@ -18,14 +18,14 @@ PACKAGES = ("bathyscope", "torch", "transformers", "transformer-lens", "nnsight"
 
 
 def versions() -> dict[str, str]:
-    """Versions of the installed packages that decide numbers."""
-    found = {"python": platform.python_version()}
+    """Return the versions of the installed packages that decide numbers."""
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def tokenizer_digest(tokenizer: Any) -> str | None:
@@ -49,7 +49,7 @@ def describe(
     store_keys: Sequence[str],
     counts: Mapping[str, int],
 ) -> dict[str, Any]:
-    """The provenance of a result.
+    """Return the provenance of a result.
 
     Args:
         started: `time.perf_counter()` when the run began.

@@ -24,19 +24,40 @@ class Reported(Protocol):
     """What the page shows of a result."""
 
     @property
-    def analysis(self) -> str: ...
+    def analysis(self) -> str:
+        """The analysis's name."""
+        ...
+
     @property
-    def options(self) -> Mapping[str, Any]: ...
+    def options(self) -> Mapping[str, Any]:
+        """The options it ran with."""
+        ...
+
     @property
-    def tables(self) -> Tables: ...
+    def tables(self) -> Tables:
+        """Its tables by name."""
+        ...
+
     @property
-    def provenance(self) -> Mapping[str, Any]: ...
+    def provenance(self) -> Mapping[str, Any]:
+        """Where its numbers come from."""
+        ...
+
     @property
-    def notes(self) -> tuple[str, ...]: ...
+    def notes(self) -> tuple[str, ...]:
+        """Sentences a reader must know."""
+        ...
+
     @property
-    def card(self) -> Card: ...
+    def card(self) -> Card:
+        """What its analysis says of it."""
+        ...
+
     @property
-    def figures(self) -> Mapping[str, FigureSpec]: ...
+    def figures(self) -> Mapping[str, FigureSpec]:
+        """The figures its tables can draw."""
+        ...
+
     def figure(self, name: str) -> go.Figure:
         """One figure, drawn from the tables."""
         ...
@@ -72,15 +93,15 @@ def titles_of(results: Sequence[Reported]) -> list[str]:
     """One title each: analysis and model, and what tells two runs apart that have both in common."""
     plain = [f"{result.card.title} · {_model(result)}" for result in results]
     alike = {title: [r for r, other in zip(results, plain, strict=True) if other == title] for title in plain}
-    told = [f"{title}{_apart(result, alike[title])}" for title, result in zip(plain, results, strict=True)]
+    told = [f"{title}{_differences(result, alike[title])}" for title, result in zip(plain, results, strict=True)]
     return [
         f"{title} · run {told[: i + 1].count(title)}" if told.count(title) > 1 else title
         for i, title in enumerate(told)
     ]
 
 
-def _apart(result: Reported, alike: Sequence[Reported]) -> str:
-    """The options and settings in which runs of one analysis on one model differ, as this one has them."""
+def _differences(result: Reported, alike: Sequence[Reported]) -> str:
+    """This run's values of the options and settings in which runs of one analysis on one model differ."""
     every = [_settings(other) for other in alike]
     own = _settings(result)
     differing = [name for name in own if any(other.get(name) != own[name] for other in every)]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from analyses.options import defaults_of, option
+from analyses.options import as_flag, defaults_of, option, validate
 from probes.errors import OptionError, unknown
 from probes.models.choices import ATTENTIONS, BACKENDS, DTYPES
 
@@ -50,11 +50,11 @@ class ModelSpec:
                 raise OptionError(unknown(name, value, legal))
 
     def on(self, device: str | None) -> ModelSpec:
-        """The same on `device`, unless a device was chosen already."""
+        """Return the same on `device`, unless a device was chosen already."""
         return self if device is None or self.device != "auto" else replace(self, device=device)
 
     def load(self, progress: Any = None) -> Model:
-        """The loaded model.
+        """Load the model.
 
         Args:
             progress: receives a line per step of a first fetch.
@@ -76,20 +76,19 @@ class ModelSpec:
         )
 
     def chosen(self) -> dict[str, Any]:
-        """The options that are not at their default, without the model's name."""
+        """Return the options that are not at their default, without the model's name."""
         defaults = defaults_of(type(self))
         return {n: v for n, v in dataclasses.asdict(self).items() if n != "ref" and v != defaults[n]}
 
     def flags(self) -> list[str]:
-        """The command-line flags that choose this model."""
-        parts = ["--model", self.ref]
-        for name, value in self.chosen().items():
-            flag = f"--{name.replace('_', '-')}"
-            parts += [flag] if value is True else [flag, str(value)]
-        return parts
+        """Return the command-line flags that choose this model."""
+        return [*as_flag("model", self.ref), *self._loading_flags()]
+
+    def _loading_flags(self) -> list[str]:
+        return [word for name, value in self.chosen().items() for word in as_flag(name, value)]
 
     def python(self) -> str:
-        """The Python that loads this model."""
+        """Return the Python that loads this model."""
         from probes.models.placement import parse_max_memory
 
         chosen = self.chosen()
@@ -98,15 +97,25 @@ class ModelSpec:
         return f"load_model({self.ref!r}{''.join(f', {name}={value!r}' for name, value in chosen.items())})"
 
     def __str__(self) -> str:
-        return shlex.join(self.flags()[1:])
+        return shlex.join([self.ref, *self._loading_flags()])
 
     @classmethod
     def of(cls, provenance: Mapping[str, Any]) -> ModelSpec:
-        """How the model of a saved result was loaded; of one that does not say, as far as its provenance tells."""
-        if spec := provenance.get("loaded"):
-            known = defaults_of(cls)
-            return cls(**{name: value for name, value in spec.items() if name in known})
+        """Return how the model of a saved result was loaded; of one that does not say, as far as its provenance tells.
+
+        The revision is pinned to the one that was loaded. Where the provenance does not say what was chosen, the device
+        is left open: it tells where the model ran, not that anybody chose it.
+
+        Raises:
+            OptionError: the provenance of a damaged result.
+        """
         revision = provenance["model"].get("revision")
         pinned = None if not revision or str(revision).startswith("sha256:") else str(revision)
-        same: dict[str, Any] = {name: str(provenance[name]) for name in ("backend", "dtype", "attention", "device")}
-        return cls(str(provenance["model"]["ref"]), revision=pinned, streamed=bool(provenance.get("streamed")), **same)
+        if loaded := provenance.get("loaded"):
+            known = {name: value for name, value in loaded.items() if name in defaults_of(cls)}
+            spec = cls(**{**known, "revision": known.get("revision") or pinned})
+            validate(spec)
+            return spec
+        resolved: dict[str, Any] = {name: str(provenance[name]) for name in ("backend", "dtype", "attention")}
+        streamed = bool(provenance.get("streamed"))
+        return cls(str(provenance["model"]["ref"]), revision=pinned, streamed=streamed, **resolved)

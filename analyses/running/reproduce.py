@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from analyses.base import Analysis
-from analyses.options import defaults_of
+from analyses.options import as_flag, defaults_of
 from analyses.registry import get_analysis, paths
 from analyses.results.result import Result
 from analyses.running.model_spec import ModelSpec
@@ -18,26 +18,26 @@ PROMPTS = "PROMPTS.jsonl"
 
 
 def changed(analysis: type[Analysis], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are not at their default; lists become tuples."""
+    """Return the options that are not at their default; lists become tuples."""
     known = defaults_of(analysis)
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
     return {name: value for name, value in values.items() if name in known and value != known[name]}
 
 
 def command(result: Result, out: str | Path, store: str | Path | None = None) -> str:
-    """The command line that makes `result` again, into `out`."""
+    """Return the command line that makes `result` again, into `out`."""
     provenance, analysis = result.provenance, get_analysis(result.analysis)
     parts = ["bathyscope", "run", result.analysis, *ModelSpec.of(provenance).flags()]
     given = prompts_of(result)
     parts += [] if given is None else ["--prompts", given]
     for name, value in changed(analysis, result.options).items():
-        parts += _flag(name, value)
+        parts += as_flag(name, value)
     parts += [] if store is None else ["--store", str(store)]
     return shlex.join([*parts, "--out", str(out)])
 
 
 def python(result: Result, out: str | Path, store: str | Path | None = None) -> str:
-    """The Python that makes `result` again, into `out`."""
+    """Return the Python that makes `result` again, into `out`."""
     analysis, given = get_analysis(result.analysis), prompts_of(result)
     options = ", ".join(f"{name}={value!r}" for name, value in changed(analysis, result.options).items())
     return "\n".join(
@@ -54,14 +54,6 @@ def python(result: Result, out: str | Path, store: str | Path | None = None) -> 
 
 
 def prompts_of(result: Result) -> str | None:
-    """The prompt file the result names, None where it had none, `PROMPTS` where it does not say."""
+    """Return the prompt file that the result names, None where it had none, `PROMPTS` where it does not say."""
     named: str | None = result.provenance.get("prompts_file", PROMPTS)
     return named
-
-
-def _flag(name: str, value: Any) -> list[str]:
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{flag}" if value else f"--no-{flag}"]
-    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    return [f"--{flag}={text}"] if text.startswith("-") else [f"--{flag}", text]

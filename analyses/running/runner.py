@@ -35,7 +35,7 @@ def run(
     prompts_file: Path | None = None,
     progress: Progress = QUIET,
 ) -> Result:
-    """The result of an analysis on prompts; everything that needs no model is checked before one is loaded.
+    """Return the result of an analysis on prompts; everything that needs no model is checked before one is loaded.
 
     Args:
         store: where rows are kept; the one in the user cache by default.
@@ -61,7 +61,7 @@ def run(
 def dry_run(
     spec: ModelSpec, analysis: Analysis, prompts: Prompts, store: ActivationStore, *, model: Model | None = None
 ) -> list[str]:
-    """What a run would capture and take, line by line; raises as `run` does."""
+    """Return what a run would capture and cost, line by line; raises as `run` does."""
     lines = lines_of(analysis, prompts)
     model = model or spec.load()
     collected = analysis.collect(model, lines)
@@ -78,7 +78,7 @@ def dry_run(
 
 
 def lines_of(analysis: Analysis, prompts: Prompts) -> list[PromptLine]:
-    """The validated lines of a prompt file, or none where the analysis makes its own.
+    """Return the validated lines of a prompt file, or none where the analysis makes its own.
 
     Raises:
         OptionError: it makes none, and no file was given.

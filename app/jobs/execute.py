@@ -17,7 +17,7 @@ from app.jobs.protocol import Request
 from probes.models import Model
 from probes.store import ActivationStore
 
-_HELD: dict[ModelSpec, Model] = {}
+_LOADED: dict[ModelSpec, Model] = {}
 """The model of the last job, at most one."""
 
 
@@ -35,7 +35,7 @@ def do(request: Request, progress: JobProgress) -> dict[str, Any]:
     lines = lines_of(analysis, prompts)
     if request.kind == "run":
         check_output(Path(request.out))
-    store, spec, model = ActivationStore(request.store), ModelSpec(**request.model), _model(request, progress)
+    store, spec, model = ActivationStore(request.store), request.model, _model(request, progress)
     progress.enter("planning")
     progress.status = replace(progress.status, lines=tuple(dry_run(spec, analysis, lines, store, model=model)))
     progress.publish()
@@ -50,7 +50,7 @@ def do(request: Request, progress: JobProgress) -> dict[str, Any]:
 
 def drop_model() -> None:
     """Forgets the model of the last job."""
-    _HELD.clear()
+    _LOADED.clear()
 
 
 def analysis_of(request: Request) -> Analysis:
@@ -89,9 +89,9 @@ def stamp_of(model: Model) -> dict[str, Any]:
 
 
 def _model(request: Request, progress: JobProgress) -> Model:
-    spec = ModelSpec(**request.model)
-    if spec not in _HELD:
+    spec = request.model
+    if spec not in _LOADED:
         progress.enter("loading", spec.ref)
-        _HELD.clear()
-        _HELD[spec] = spec.load()
-    return _HELD[spec]
+        _LOADED.clear()
+        _LOADED[spec] = spec.load(progress=progress.note)
+    return _LOADED[spec]

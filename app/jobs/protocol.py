@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from analyses.running.model_spec import ModelSpec
+
 Kind = Literal["run", "estimate", "check"]
 Phase = Literal["", "loading", "planning", "running", "saving"]
 PHASES: tuple[Phase, ...] = ("loading", "planning", "running", "saving")
@@ -28,8 +30,7 @@ class Request:
     """What the worker is asked to do."""
 
     kind: Kind
-    model: dict[str, Any]
-    """Keyword arguments of `analyses.running.ModelSpec`."""
+    model: ModelSpec
     analysis: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     prompts: str | None = None
@@ -87,7 +88,8 @@ def write_request(folder: Path, request: Request) -> None:
 
 def read_request(folder: Path) -> Request:
     """The request of a job."""
-    return Request(**json.loads((folder / "request.json").read_text(encoding="utf-8")))
+    record = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    return Request(**{**record, "model": ModelSpec(**record["model"])})
 
 
 def write_status(folder: Path, status: Status) -> None:

@@ -31,5 +31,5 @@ def begin(name: str, value: Any) -> str:
 def _copy() -> dict[str, Any]:
     if _COPY not in st.session_state:
         st.session_state[_COPY] = {}
-    found: dict[str, Any] = st.session_state[_COPY]
-    return found
+    kept: dict[str, Any] = st.session_state[_COPY]
+    return kept

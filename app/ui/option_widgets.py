@@ -1,48 +1,73 @@
-"""Widgets for the options of an analysis, drawn from its dataclass."""
+"""Widgets for the options of an analysis or of a model's loading, drawn from the dataclass that holds them."""
 
 from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import streamlit as st
 
 from analyses.base import Analysis
-from analyses.options import choices, defaults_of, types_of
+from analyses.options import OPTIONAL, choices, defaults_of, types_of
 from app.ui.keep import begin
 from probes.errors import OptionError
 
 FIRST = 6
 """Options shown at once; the others are one click away."""
+Field = dataclasses.Field[Any]
 PREFIX = "keep:option:"
 """Widget keys that begin with `keep:` outlive a change of page."""
 
 
 def draw_options(cls: type[Analysis]) -> dict[str, Any]:
-    """A widget for each option; returns the values, not yet checked as a whole.
+    """Draw a widget for each option; return the values, not yet checked as a whole.
 
     Raises:
         OptionError: a text that is not the list of numbers it should be.
     """
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    values = draw_fields(cls, fields[:FIRST])
+    if more := fields[FIRST:]:
+        with st.expander(f"{len(more)} more options{changed(cls, more)}", key=f"keep:more:{cls.name}"):
+            values |= draw_fields(cls, more)
+    return values
+
+
+def draw_fields(cls: type, fields: Sequence[Field], legal: Mapping[str, Sequence[str]] = {}) -> dict[str, Any]:
+    """Draw a widget for each of some fields of `cls`, three in a row; return the values.
+
+    Args:
+        legal: the values to choose from, of fields whose type does not say them.
+
+    Raises:
+        OptionError: a text that is not the list of numbers it should be.
+    """
+    types, columns = types_of(cls), st.columns(3)
+    values = {}
+    for i, field in enumerate(fields):
+        kind = types[field.name]
+        with columns[i % len(columns)]:
+            shown = _widget(cls, field, kind, legal.get(field.name) or choices(kind))
+        values[field.name] = _value(field.name, kind, shown)
+    return values
+
+
+def changed(cls: type, fields: Sequence[Field]) -> str:
+    """How many of the fields are not as the form began, for a label; empty for none."""
     types = types_of(cls)
-    texts: dict[str, Any] = {}
-    _rows(cls, fields[:FIRST], types, texts)
-    if fields[FIRST:]:
-        changed = _changed(cls, fields[FIRST:])
-        label = f"{len(fields) - FIRST} more options" + (f", {changed} changed" if changed else "")
-        with st.expander(label, key=f"keep:more:{cls.name}"):
-            _rows(cls, fields[FIRST:], types, texts)
-    return {name: _value(name, types[name], text) for name, text in texts.items()}
+    starts = {key_of(cls, field.name): _start(field, types[field.name]) for field in fields}
+    count = sum(st.session_state.get(key, start) != start for key, start in starts.items())
+    return f", {count} changed" if count else ""
 
 
-def key_of(cls: type[Analysis], name: str) -> str:
-    """The widget key of an option."""
-    return f"{PREFIX}{cls.name}:{name}"
+def key_of(cls: type, name: str) -> str:
+    """The widget key of a field."""
+    return f"{PREFIX}{getattr(cls, 'name', cls.__name__)}:{name}"
 
 
-def set_options(cls: type[Analysis], options: typing.Mapping[str, Any]) -> None:
+def set_options(cls: type[Analysis], options: Mapping[str, Any]) -> None:
     """Gives the widgets of an analysis these values, for instance those of a saved run; the others get their default."""
     types = types_of(cls)
     for name, default in defaults_of(cls).items():
@@ -50,38 +75,23 @@ def set_options(cls: type[Analysis], options: typing.Mapping[str, Any]) -> None:
         st.session_state[key_of(cls, name)] = _shown(types[name], value)
 
 
-def _rows(
-    cls: type[Analysis], fields: typing.Sequence[Any], types: typing.Mapping[str, Any], texts: dict[str, Any]
-) -> None:
-    columns = st.columns(3)
-    for i, field in enumerate(fields):
-        with columns[i % 3]:
-            texts[field.name] = _widget(cls, field, types[field.name])
-
-
-def _changed(cls: type[Analysis], fields: typing.Sequence[Any]) -> int:
-    types = types_of(cls)
-    return sum(
-        st.session_state.get(key_of(cls, f.name), _start(f, types[f.name])) != _start(f, types[f.name]) for f in fields
-    )
-
-
 def _shown(kind: Any, value: Any) -> Any:
     """A value as its widget holds it."""
     if typing.get_origin(kind) is tuple:
         return list(value) if choices(kind) else ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value)
+    if kind == OPTIONAL:
+        return value or ""
     return float(value) if kind is float else value
 
 
-def _start(field: dataclasses.Field[Any], kind: Any) -> Any:
+def _start(field: Field, kind: Any) -> Any:
     """What a form begins with, as the widget holds it."""
     return _shown(kind, field.metadata.get("form", field.default))
 
 
-def _widget(cls: type[Analysis], field: dataclasses.Field[Any], kind: Any) -> Any:
+def _widget(cls: type, field: Field, kind: Any, legal: Sequence[Any] | None) -> Any:
     key, label, help_ = key_of(cls, field.name), field.name.replace("_", " "), field.metadata.get("help", "")
-    start, legal = _start(field, kind), choices(kind)
-    begin(key, start)
+    begin(key, _start(field, kind))
     low, high = field.metadata.get("low"), field.metadata.get("high")
     if typing.get_origin(kind) is tuple and legal:
         return st.multiselect(label, legal, key=key, help=help_)
@@ -110,6 +120,8 @@ def _float(limit: float | None) -> float | None:
 
 def _value(name: str, kind: Any, shown: Any) -> Any:
     """What the analysis is given for a widget's value."""
+    if kind == OPTIONAL:
+        return shown.strip() or None
     if typing.get_origin(kind) is not tuple:
         return shown
     if choices(kind):

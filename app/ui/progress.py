@@ -16,8 +16,8 @@ PERIOD = 0.6
 def title_of(request: Request) -> str:
     """A job in a few words."""
     if request.kind == "check":
-        return f"checking {request.model['model']}"
-    return f"{request.analysis} on {request.model['model']}" + (" (estimate)" if request.kind == "estimate" else "")
+        return f"checking {request.model.ref}"
+    return f"{request.analysis} on {request.model.ref}" + (" (estimate)" if request.kind == "estimate" else "")
 
 
 def jobs_of(key: str, belongs: Callable[[Request], bool]) -> list[str]:

@@ -35,16 +35,16 @@ def draw_prompts(cls: type[Analysis]) -> PromptSet | None:
             "One prompt a line", key=begin("keep:prompts:text", EXAMPLE), height=120,
             help='Plain text, or JSON objects such as {"text": "…"} or {"tokens": [5, 6]} for token ids as they are.',
         )  # fmt: skip
-        found = typed(text, cls.prompt_fields)
+        prompts = typed(text, cls.prompt_fields)
     elif how == UPLOADED:
-        found = _upload(cls)
+        prompts = _upload(cls)
     elif how == SHIPPED:
-        found = _shipped(cls)
+        prompts = _shipped(cls)
     else:
         st.caption("The analysis makes its own prompts, from its options, or works on weights alone.")
         return None
-    st.caption(plural(found.count, "prompt"))
-    return found
+    st.caption(plural(prompts.count, "prompt"))
+    return prompts
 
 
 def _upload(cls: type[Analysis]) -> PromptSet:
@@ -53,8 +53,8 @@ def _upload(cls: type[Analysis]) -> PromptSet:
         help=f"At most {MAX_LINES:,} lines here; the command line takes more.",
     )  # fmt: skip
     if given is not None:
-        found = uploaded(given.name, given.getvalue(), {})
-        st.session_state["uploaded"] = (found.source, str(found.save()))
+        prompts = uploaded(given.name, given.getvalue(), {})
+        st.session_state["uploaded"] = (prompts.source, str(prompts.save()))
     if "uploaded" not in st.session_state:
         raise PromptError("no file yet: upload one, or choose another source of prompts")
     source, path = st.session_state["uploaded"]

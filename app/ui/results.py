@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import streamlit as st
 
-from analyses.registry import get_analysis
 from analyses.results.result import Result
 from app.saved import Run
 from app.selection import Selection, current, select
@@ -48,9 +47,9 @@ def draw_result(run: Run, result: Result, key: str) -> None:
 
 def draw_facts(run: Run) -> None:
     """Model, prompts, cost and faithfulness in a line."""
-    made, counts = run.provenance, run.provenance["counts"]
-    stamp = made["faithfulness"]
-    held = (
+    provenance, counts = run.provenance, run.provenance["counts"]
+    stamp = provenance["faithfulness"]
+    badge = (
         f":green-badge[{len(stamp['identities'])} identities hold]"
         if stamp["holds"]
         else ":red-badge[identities FAIL: see Model]"
@@ -59,9 +58,9 @@ def draw_facts(run: Run) -> None:
         f":blue-badge[{run.model} · {run.layers} layers]",
         f":gray-badge[{plural(counts.get('prompts', 0), 'prompt')}, {plural(counts.get('tokens', 0), 'token')}]",
         f":gray-badge[{plural(counts.get('forwards', 0), 'forward pass', 'forward passes')}]",
-        f":gray-badge[{made['backend']} · {made['dtype']} · {made['attention']} · {made['device']}]",
-        f":gray-badge[{made.get('seconds', 0):.1f} s · {run.created[:16].replace('T', ' ')}]",
-        held,
+        f":gray-badge[{provenance['backend']} · {provenance['dtype']} · {provenance['attention']} · {provenance['device']}]",
+        f":gray-badge[{provenance.get('seconds', 0):.1f} s · {run.created[:16].replace('T', ' ')}]",
+        badge,
     ]
     st.markdown(" ".join(facts))
 
@@ -106,7 +105,7 @@ def draw_figure(run: Run, result: Result, name: str, key: str) -> None:
     if said:
         st.caption(f":material/filter_alt: {said}")
     st.markdown(f"**What am I looking at?** {spec.caption}")
-    st.caption(f"Method: {get_analysis(result.analysis).reference}")
+    st.caption(f"Method: {result.card.reference}")
     left, right = st.columns([1, 5])
     with left:
         figure_downloads(

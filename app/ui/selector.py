@@ -41,8 +41,8 @@ def offer_of(result: Result, of: str = "") -> Offer:
     for table in result.tables.values():
         if "prompt" in table and len(table):
             words = _words(table)
-            asked = table["prompt"].astype(int).unique().tolist()
-            prompts |= {p: prompts.get(p) or words.get(p, "") for p in asked}
+            numbers = table["prompt"].astype(int).unique().tolist()
+            prompts |= {p: prompts.get(p) or words.get(p, "") for p in numbers}
         if "position" in table and table["position"].dtype.kind == "i" and len(table):
             tokens = max(tokens, int(table["position"].max()) + 1)
         for layer, head in HEADS:
@@ -64,37 +64,37 @@ def _words(table: pd.DataFrame) -> dict[int, str]:
     return {p: "".join(group[column].astype(str))[:48] for p, group in first.groupby(first["prompt"].astype(int))}
 
 
-def offer(found: Offer) -> None:
+def offer(offered: Offer) -> None:
     """Says what this page's runs let one select."""
-    st.session_state["offer"] = found
-    settle(found.of)
+    st.session_state["offer"] = offered
+    settle(offered.of)
 
 
 def draw() -> None:
     """The side bar's widgets."""
-    found: Offer = st.session_state.get("offer", Offer())
+    offered: Offer = st.session_state.get("offer", Offer())
     st.subheader("Selection", anchor=False)
-    if left := current().left_out(found.of):
+    if left := current().left_out(offered.of):
         st.caption(f":material/filter_alt_off: {left}")
-    _choose("layers", range(found.layers))
-    _choose("prompts", list(found.prompts), found.prompts)
-    _choose("tokens", range(found.tokens))
-    _choose("heads", found.heads)
+    _choose("layers", range(offered.layers))
+    _choose("prompts", list(offered.prompts), offered.prompts)
+    _choose("tokens", range(offered.tokens))
+    _choose("heads", offered.heads)
     st.button(
         "Clear the selection", on_click=clear, disabled=not current(), width="stretch", icon=":material/filter_alt_off:"
     )
 
 
 def _choose(kind: str, options: Sequence[int] | Sequence[str] | range, words: dict[int, str] | None = None) -> None:
-    found: Offer = st.session_state.get("offer", Offer())
-    chosen = list(getattr(current().of_run(found.of), kind))
-    offered = list(dict.fromkeys([*list(options)[:MOST], *chosen]))
+    of = st.session_state.get("offer", Offer()).of
+    chosen = list(getattr(current().of_run(of), kind))
+    choices = list(dict.fromkeys([*list(options)[:MOST], *chosen]))
     key = f"choose:{kind}"
     st.session_state[key] = chosen
     st.multiselect(
-        kind.capitalize(), offered, key=key, help=HELP[kind], disabled=not offered, placeholder="all" if offered else "none here",
+        kind.capitalize(), choices, key=key, help=HELP[kind], disabled=not choices, placeholder="all" if choices else "none here",
         format_func=lambda value: f"{value} · {words[value]}" if words and words.get(value) else str(value),
-        on_change=lambda: select(**{kind: st.session_state[key]}, of=found.of),
+        on_change=lambda: select(**{kind: st.session_state[key]}, of=of),
     )  # fmt: skip
 
 

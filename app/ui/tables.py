@@ -32,10 +32,10 @@ def draw_table(table: pd.DataFrame, selection: Selection, stem: str, key: str, o
         alt=f"Table {stem}, {said}",
     )  # fmt: skip
     rows = [row for row in state.selection.rows if row < len(shown)]
-    found = named_by(shown.iloc[rows]) if rows else {}
-    if found:
-        words = "; ".join(f"{kind} {', '.join(map(str, values[:6]))}" for kind, values in found.items())
+    named = named_by(shown.iloc[rows]) if rows else {}
+    if named:
+        words = "; ".join(f"{kind} {', '.join(map(str, values[:6]))}" for kind, values in named.items())
         st.button(
-            f"Select {words}", key=f"select:{key}", on_click=lambda: select(**found, of=of), icon=":material/ads_click:"
+            f"Select {words}", key=f"select:{key}", on_click=lambda: select(**named, of=of), icon=":material/ads_click:"
         )
     table_downloads(cut, stem, key)

@@ -16,6 +16,7 @@ from analyses.results.result import Result
 from app.places import store_root
 from app.saved import Run
 from app.ui.figures import data_of
+from probes.errors import UserError
 
 MIME = {"svg": "image/svg+xml", "png": "image/png", "html": "text/html", "csv": "text/csv"}
 KEYS_SHOWN = 200
@@ -67,14 +68,17 @@ def _image(make: Callable[[], go.Figure], kind: str) -> bytes:
 
 def rebuild(run: Run, result: Result) -> None:
     """The command line and the Python that make a run again, and the store keys it read."""
-    from analyses.running import reproduce as text
+    from analyses.running import reproduce
 
     folder = Path("runs") / run.name
     with st.expander("Make this run again", icon=":material/terminal:", key=f"rebuild:{run.name}"):
-        if text.prompts_of(result) == text.PROMPTS:
-            st.caption(f"This run does not say which prompt file it read: put yours in place of `{text.PROMPTS}`.")
-        st.code(text.command(result, folder, store_root()), language="bash", wrap_lines=True)
-        st.code(text.python(result, folder, store_root()), language="python", wrap_lines=True)
+        if reproduce.prompts_of(result) == reproduce.PROMPTS:
+            st.caption(f"This run does not say which prompt file it read: put yours in place of `{reproduce.PROMPTS}`.")
+        try:
+            st.code(reproduce.command(result, folder, store_root()), language="bash", wrap_lines=True)
+            st.code(reproduce.python(result, folder, store_root()), language="python", wrap_lines=True)
+        except UserError as error:
+            st.caption(f"No command makes it again: {error}")
         keys = list(result.provenance.get("store_keys", []))
         st.caption(
             f"It read {len(keys):,} shards of the activation store."

@@ -20,10 +20,12 @@ from probes.errors import UserError
 
 def draw(name: str) -> None:
     """The page of the analysis `name`."""
-    if not catalogue.ready():
-        with st.spinner("Importing the analyses; this takes a few seconds, once."):
-            catalogue.load()
-    cls = catalogue.get_analysis(name)
+    try:
+        with catalogue.importing():
+            cls = catalogue.get_analysis(name)
+    except UserError as error:
+        st.error(str(error), icon=":material/extension_off:")
+        return
     st.title(cls.title, anchor=False)
     st.markdown((cls.__doc__ or "").strip().split("\n")[0])
     runs = [run for run in saved_runs() if run.analysis == name]
@@ -80,9 +82,9 @@ def _saved(cls: type[Analysis], runs: list[Run]) -> None:
         return
     by_name = {run.name: run for run in runs}
     key = f"keep:run:{cls.name}"
-    asked = st.query_params.get("run")
+    requested = st.query_params.get("run")
     if st.session_state.get(key) not in by_name:
-        st.session_state[key] = asked if asked in by_name else runs[0].name
+        st.session_state[key] = requested if requested in by_name else runs[0].name
     chosen = st.selectbox("Saved run", list(by_name), key=key, help="Newest first.")
     run = by_name[chosen]
     try:

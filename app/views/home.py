@@ -30,14 +30,14 @@ def draw() -> None:
     models = list(dict.fromkeys(f"{run.model} · {run.layers} layers" for run in runs))
     left, right = st.columns([1, 2])
     model = left.selectbox("Model", models, key="keep:home:model", help="Runs on one model share one layer axis.")
-    mine = [run for run in runs if f"{run.model} · {run.layers} layers" == model]
-    newest = {run.analysis: run.name for run in reversed(mine)}
+    own_runs = [run for run in runs if f"{run.model} · {run.layers} layers" == model]
+    newest = {run.analysis: run.name for run in reversed(own_runs)}
     order = [name for name in catalogue.names() if name in newest] + [n for n in newest if n not in catalogue.names()]
     chosen = right.multiselect(
-        "Saved runs", [run.name for run in mine], default=[newest[name] for name in order], key=f"home:runs:{model}",
+        "Saved runs", [run.name for run in own_runs], default=[newest[name] for name in order], key=f"home:runs:{model}",
         help="The newest run of each analysis, unless you choose others.",
     )  # fmt: skip
-    shown = [run for name in chosen for run in mine if run.name == name]
+    shown = [run for name in chosen for run in own_runs if run.name == name]
     if not shown:
         st.info("Choose a saved run above to see its layers.", icon=":material/arrow_upward:")
         return
@@ -65,18 +65,18 @@ def _offer(runs: list[Run]) -> selector.Offer:
 
 def _profiles(runs: list[Run]) -> None:
     selection = current()
-    found = [profile for run in runs for profile in profiles_of(run)]
-    if not found:
+    profiles = [profile for run in runs for profile in profiles_of(run)]
+    if not profiles:
         st.info("These runs say nothing of single layers. Open them under Runs.", icon=":material/info:")
         return
-    labels = {_label(profile, runs): profile for profile in found}
+    labels = {_label(profile, runs): profile for profile in profiles}
     first = {profile.run: label for label, profile in reversed(labels.items())}
     default = [label for label in labels if label in first.values()][:MOST]
-    wanted = st.pills(
+    chosen = st.pills(
         "Profiles", list(labels), selection_mode="multi", default=default, key=f"home:profiles:{','.join(r.name for r in runs)}",
         help="What is drawn for each layer. Up to twelve are drawn beside each other.",
     )  # fmt: skip
-    profiles = [labels[label] for label in wanted][:MOST]
+    profiles = [labels[label] for label in chosen][:MOST]
     if not profiles:
         st.info("Choose at least one profile.", icon=":material/arrow_upward:")
         return
@@ -91,12 +91,12 @@ def _profiles(runs: list[Run]) -> None:
 
 def _peaks(profiles: list[Profile]) -> None:
     """Where each profile is largest, in words: read before the figure is drawn, and without seeing it."""
-    found = []
+    peaks = []
     for profile in profiles:
         table = profile.table.dropna(subset="value")
         if len(table):
-            found.append(f"{profile.title} **{int(table['layer'].iloc[int(table['value'].argmax())])}**")
-    st.caption("Layer at which each is largest: " + " · ".join(found))
+            peaks.append(f"{profile.title} **{int(table['layer'].iloc[int(table['value'].argmax())])}**")
+    st.caption("Layer at which each is largest: " + " · ".join(peaks))
 
 
 def _label(profile: Profile, runs: list[Run]) -> str:
@@ -128,7 +128,6 @@ def _cut(profile: Profile, run: Run, part: Selection) -> Profile | None:
     result = open_run(run)
     tables = {name: narrowed(table, part) for name, table in result.tables.items()}
     tables = {name: table if len(table) else result.tables[name] for name, table in tables.items()}
-    catalogue.load()
     try:
         table = result.profiles[profile.name].read(tables)
     except (KeyError, ValueError, IndexError):

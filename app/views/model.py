@@ -7,11 +7,11 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from app import offered as catalogue
 from app.jobs.protocol import Request
 from app.jobs.queue import queue
 from app.saved import saved_runs
 from app.ui import progress
+from app.views.setup import draw_model
 from probes.errors import UserError
 
 JOB = "job:check"
@@ -19,25 +19,24 @@ JOB = "job:check"
 
 def draw() -> None:
     """The page."""
-    if not catalogue.ready():
-        with st.spinner("Importing the analyses; this takes a few seconds, once."):
-            catalogue.load()
-    from app.views.setup import draw_model
-
     st.title("Model", anchor=False)
     st.caption(
         "Loading a model checks, on a real forward pass, that the tensors read from it add up: streams to streams, the last lens to the "
         "logits. Every result carries this stamp."
     )
-    loading = draw_model()
-    if st.button(
-        "Load and check",
-        type="primary",
-        key="model:check",
-        help="Loads the model in the worker process; seconds to minutes.",
+    spec = draw_model()
+    if (
+        st.button(
+            "Load and check",
+            type="primary",
+            key="model:check",
+            disabled=spec is None,
+            help="Loads the model in the worker process; seconds to minutes.",
+        )
+        and spec
     ):
         try:
-            st.session_state[JOB] = queue().submit(Request("check", loading))
+            st.session_state[JOB] = queue().submit(Request("check", spec))
         except UserError as error:
             st.error(str(error), icon=":material/block:")
         else:
@@ -53,8 +52,8 @@ def draw() -> None:
     _saved()
 
 
-def _stamp(found: dict[str, Any]) -> None:
-    st.subheader(str(found["ref"]), anchor=False)
+def _stamp(stamp: dict[str, Any]) -> None:
+    st.subheader(str(stamp["ref"]), anchor=False)
     names = (
         "architecture",
         "layers",
@@ -67,13 +66,13 @@ def _stamp(found: dict[str, Any]) -> None:
         "attention",
         "weights",
     )
-    facts = pd.DataFrame([(name, str(found[name])) for name in names], columns=["what", "value"])
+    facts = pd.DataFrame([(name, str(stamp[name])) for name in names], columns=["what", "value"])
     left, right = st.columns([1, 2])
     left.dataframe(facts, hide_index=True, key="model:facts", alt="Sizes and settings of the model")
     with right:
-        draw_identities(found["identities"], "model:identities")
-    _refused(found["refused"])
-    if not found["tokenizer"]:
+        draw_identities(stamp["identities"], "model:identities")
+    _refused(stamp["refused"])
+    if not stamp["tokenizer"]:
         st.info("This model came without a tokenizer: give prompts as token ids.", icon=":material/info:")
 
 
@@ -103,15 +102,17 @@ def _saved() -> None:
     st.subheader("Models of the saved runs", anchor=False)
     seen: dict[tuple[str, ...], Any] = {}
     for run in saved_runs():
-        made = run.provenance
-        seen.setdefault((made["model"]["weights"], made["backend"], made["dtype"], made["attention"]), run)
+        provenance = run.provenance
+        seen.setdefault(
+            (provenance["model"]["weights"], provenance["backend"], provenance["dtype"], provenance["attention"]), run
+        )
     if not seen:
         st.info("No saved run yet.", icon=":material/water:")
         return
     for number, run in enumerate(list(seen.values())[:20]):
-        made, stamp = run.provenance, run.provenance["faithfulness"]
+        provenance, stamp = run.provenance, run.provenance["faithfulness"]
         verdict = "all identities hold" if stamp["holds"] else "SOME IDENTITIES FAIL"
-        head = f"{run.model} · {made['model']['architecture']} · {run.layers} layers · {made['backend']} · {made['dtype']} · {verdict}"
+        head = f"{run.model} · {provenance['model']['architecture']} · {run.layers} layers · {provenance['backend']} · {provenance['dtype']} · {verdict}"
         with st.expander(head, expanded=number == 0, key=f"model:saved:{number}"):
             draw_identities(stamp["identities"], f"model:saved-identities:{number}")
             for point, reason in stamp["refused"].items():

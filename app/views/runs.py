@@ -67,12 +67,11 @@ def _open(names: dict[str, Run]) -> None:
 
     key = "keep:open"
     if st.session_state.get(key) not in names:
-        asked = st.query_params.get("run")
-        st.session_state[key] = asked if asked in names else next(iter(names))
+        requested = st.query_params.get("run")
+        st.session_state[key] = requested if requested in names else next(iter(names))
     run = names[st.selectbox("Run", list(names), key=key)]
     try:
         result = open_run(run)
-        catalogue.get_analysis(run.analysis)
     except UserError as error:
         st.error(str(error), icon=":material/broken_image:")
         return
@@ -107,11 +106,11 @@ def _differences(first: Run, second: Run) -> None:
 
 
 def _facts(run: Run) -> dict[str, str]:
-    made = run.provenance
+    provenance = run.provenance
     named = {
-        "analysis": run.analysis, "model": run.model, "weights": made["model"]["weights"], "backend": made["backend"],
-        "dtype": made["dtype"], "attention": made["attention"], "device": made["device"],
-        "prompts file": made.get("prompts_file"), **{f"count: {k}": v for k, v in made["counts"].items()},
+        "analysis": run.analysis, "model": run.model, "weights": provenance["model"]["weights"], "backend": provenance["backend"],
+        "dtype": provenance["dtype"], "attention": provenance["attention"], "device": provenance["device"],
+        "prompts file": provenance.get("prompts_file"), **{f"count: {k}": v for k, v in provenance["counts"].items()},
         **{f"option: {k}": v for k, v in run.record["options"].items()},
     }  # fmt: skip
     return {name: str(value) for name, value in named.items()}

@@ -22,18 +22,18 @@ def draw() -> None:
     )
     try:
         store = _store(str(root))
-        table, held = store.ls(), store.bytes_held()
+        table, stored_bytes = store.ls(), store.bytes_held()
     except UserError as error:
         st.error(str(error), icon=":material/database_off:")
         return
-    _held(table, held)
-    _verify(store, held)
+    _held(table, stored_bytes)
+    _verify(store, stored_bytes)
     _evict(store)
 
 
-def _held(table: pd.DataFrame, held: int) -> None:
+def _held(table: pd.DataFrame, stored_bytes: int) -> None:
     left, middle, right = st.columns(3)
-    left.metric("Held", human(held))
+    left.metric("Held", human(stored_bytes))
     middle.metric("Shards", int(table["shards"].sum()))
     right.metric("Models and settings", len(table))
     if not len(table):
@@ -45,12 +45,12 @@ def _held(table: pd.DataFrame, held: int) -> None:
     table_downloads(table, "store", "store")
 
 
-def _verify(store: ActivationStore, held: int) -> None:
+def _verify(store: ActivationStore, stored_bytes: int) -> None:
     st.subheader("Is it sound?", anchor=False)
     words = "Reads every byte against its checksum."
     if not st.button("Verify every shard", key="store:verify", icon=":material/verified:", help=words):
         return
-    with st.spinner(f"Reading {human(held)} …"):
+    with st.spinner(f"Reading {human(stored_bytes)} …"):
         report = store.verify()
     said = f"{report.checked:,} shards ({human(report.bytes)}) checked, {len(report.damaged)} damaged."
     if report.damaged:

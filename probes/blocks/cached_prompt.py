@@ -161,7 +161,7 @@ class CachedPrompt:
             if address.layer is None or address.layer < first_block:
                 raise PointError(f"{address} is not inside the blocks from {first_block} on, which are all that runs")
         hidden = self.entering[first_block].expand(rows, -1, -1)
-        with self.model.tapped(reads or {}, writes, (rows, hidden.shape[1])):  # type: ignore[attr-defined]
+        with self.model.hooked(reads or {}, writes, (rows, hidden.shape[1])):  # type: ignore[attr-defined]
             return self._run([first_block] * rows, hidden, keep=False).last
 
     @torch.no_grad()
@@ -174,7 +174,7 @@ class CachedPrompt:
         for address in writes:
             if address.layer != layer:
                 raise PointError(f"{address} is not inside block {layer}, which is all that runs")
-        with self.model.tapped({}, writes, (len(hidden), hidden.shape[1])), module_of(self.model):  # type: ignore[attr-defined]
+        with self.model.hooked({}, writes, (len(hidden), hidden.shape[1])), module_of(self.model):  # type: ignore[attr-defined]
             return self._call(layer, hidden, (self._cache, _Kept(self._prefix)))
 
     def _held(self, layer: int, active: int, order: Tensor, kept: _Kept) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ def rerouted(model: Model, program: Program, cached: bool = True) -> Iterator[No
         assert path is not None
         parent = module.get_submodule(path.rpartition(".")[0])
         blocks = dict(parent.named_children())
-        route = _Route(program, model.block_outputs, cached)  # type: ignore[attr-defined]
+        route = _Route(program, model.block_output_lengths(), cached)  # type: ignore[attr-defined]
         for index, (name, block) in enumerate(blocks.items()):
             parent._modules[name] = route.slot(index, block)
         try:

@@ -1,4 +1,4 @@
-"""Interventions as data: frozen values that any backend applies and that enter a store key."""
+"""Interventions as data: frozen values that any backend applies and that enter a store key. Imported by capture and analyses."""
 
 from probes.edits.attention import KnockOut
 from probes.edits.block_order import BlockPath, repeat, skip

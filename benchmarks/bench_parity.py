@@ -17,7 +17,7 @@ from families import FAMILIES, prompt, shared
 from reference import expected
 
 from probes.errors import ModelError
-from probes.models import BACKENDS, Model
+from probes.models import BACKENDS, Model, from_hf
 from probes.points import POINTS
 
 BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"
@@ -50,7 +50,7 @@ def cells(family: str, largest: dict[str, float]) -> tuple[str, ...]:
     made = []
     for backend in BACKENDS:
         try:
-            worst = against_hooks(Model.from_hf(shared(family), backend=backend, ref=family), family)
+            worst = against_hooks(from_hf(shared(family), backend=backend, ref=family), family)
         except ModelError:
             made.append("model refused")
             continue

@@ -27,30 +27,30 @@ def addresses(point: str, model: Model) -> list[Address]:
 
 
 def read(
-    model: Model, wanted: list[Address], tokens: Tensor, writes: Mapping[Address, Write] | None = None, **how: object
+    model: Model, at: list[Address], tokens: Tensor, writes: Mapping[Address, Write] | None = None, **how: object
 ) -> dict[Address, Tensor]:
-    """The tensors at `wanted`, each handed over exactly once."""
-    found: dict[Address, Tensor] = {}
+    """The tensors at `at`, each handed over exactly once."""
+    tensors: dict[Address, Tensor] = {}
 
     def keep(address: Address):  # type: ignore[no-untyped-def]
         def reader(tensor: Tensor) -> None:
-            assert address not in found, f"{address} was handed over twice"
-            found[address] = tensor.detach().cpu().clone()
+            assert address not in tensors, f"{address} was handed over twice"
+            tensors[address] = tensor.detach().cpu().clone()
 
         return reader
 
-    model.run(tokens, {address: keep(address) for address in wanted}, writes, **how)  # type: ignore[arg-type]
-    assert set(found) == set(wanted)
-    return found
+    model.run(tokens, {address: keep(address) for address in at}, writes, **how)  # type: ignore[arg-type]
+    assert set(tensors) == set(at)
+    return tensors
 
 
 def one(model: Model, address: Address, tokens: Tensor, writes: Mapping[Address, Write] | None = None) -> Tensor:
     return read(model, [address], tokens, writes)[address]
 
 
-def close(found: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> None:
-    assert found.shape == wanted.shape
-    assert float((found.float() - wanted.float()).abs().max()) <= tolerance * max(1.0, float(wanted.abs().max()))
+def close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
+    assert actual.shape == expected.shape
+    assert float((actual.float() - expected.float()).abs().max()) <= tolerance * max(1.0, float(expected.abs().max()))
 
 
 def hooks(module: nn.Module) -> int:
@@ -146,9 +146,9 @@ class Conformance:
     @pytest.mark.parametrize("family", FAMILIES)
     def test_many_points_of_one_forward_equal_each_alone(self, family: str) -> None:
         model, tokens = self.model(family), prompt()
-        wanted = [a for name in POINTS for a in addresses(name, model) if model.refusal(a) is None]
-        together = read(model, wanted, tokens)
-        for address in wanted[:: max(1, len(wanted) // 8)]:
+        readable = [a for name in POINTS for a in addresses(name, model) if model.refusal(a) is None]
+        together = read(model, readable, tokens)
+        for address in readable[:: max(1, len(readable) // 8)]:
             close(together[address], one(model, address, tokens))
 
     @pytest.mark.parametrize("family", FAMILIES)
@@ -179,19 +179,19 @@ class Conformance:
         rows = [prompt(n, seed=n)[0] for n in lengths]
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         points = ("resid_post", "z", "mlp_out", "attn_in")
-        wanted = [a for p in points for a in addresses(p, model) if model.refusal(a) is None] + [Address("logits")]
-        batched = read(model, wanted, padded, lengths=lengths)
+        readable = [a for p in points for a in addresses(p, model) if model.refusal(a) is None] + [Address("logits")]
+        batched = read(model, readable, padded, lengths=lengths)
         for i, row in enumerate(rows):
-            alone = read(model, wanted, row[None])
-            for address in wanted:
+            alone = read(model, readable, row[None])
+            for address in readable:
                 close(batched[address][i, : lengths[i]], alone[address][0])
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_the_same_forward_twice_is_bit_identical(self, family: str) -> None:
         model = self.model(family)
-        wanted = [Address("resid_post", 1), Address("logits")]
-        first, second = read(model, wanted, prompt()), read(model, wanted, prompt())
-        assert all(torch.equal(first[a], second[a]) for a in wanted)
+        sites = [Address("resid_post", 1), Address("logits")]
+        first, second = read(model, sites, prompt()), read(model, sites, prompt())
+        assert all(torch.equal(first[a], second[a]) for a in sites)
 
     @pytest.mark.parametrize("point", WRITABLE)
     @pytest.mark.parametrize("family", FAMILIES)
@@ -225,12 +225,12 @@ class Conformance:
     @pytest.mark.parametrize("family", FAMILIES)
     def test_a_written_attention_input_reaches_queries_keys_and_values(self, family: str) -> None:
         model = self.model(family)
-        wanted = [Address(p, 1) for p in ("attn_in", "q", "k", "v")]
-        if any(model.refusal(address) for address in wanted):
+        sites = [Address(p, 1) for p in ("attn_in", "q", "k", "v")]
+        if any(model.refusal(address) for address in sites):
             pytest.skip("this model does not have the points")
-        found = read(model, wanted, prompt(), {wanted[0]: lambda old: old * 0})
-        for address in wanted:
-            close(found[address], found[address][:, :1].expand_as(found[address]))
+        tensors = read(model, sites, prompt(), {sites[0]: lambda old: old * 0})
+        for address in sites:
+            close(tensors[address], tensors[address][:, :1].expand_as(tensors[address]))
 
     @pytest.mark.parametrize("family", FAMILIES)
     @pytest.mark.parametrize("point", [p for p in WRITABLE if p != "pattern"])
@@ -250,16 +250,16 @@ class Conformance:
         mid, mlp, post = (Address(p, 1) for p in ("resid_mid", "mlp_out", "resid_post"))
         if model.refusal(mid) is not None:
             pytest.skip("this model does not have the point")
-        found = read(model, [mid, mlp, post], tokens, {mid: lambda old: old.roll(1, -1) * 2})
-        close(found[post], found[mid] + found[mlp])
-        assert not torch.allclose(found[mlp], one(model, mlp, tokens), atol=1e-4)
+        tensors = read(model, [mid, mlp, post], tokens, {mid: lambda old: old.roll(1, -1) * 2})
+        close(tensors[post], tensors[mid] + tensors[mlp])
+        assert not torch.allclose(tensors[mlp], one(model, mlp, tokens), atol=1e-4)
 
     def test_writes_to_several_points_compose(self) -> None:
         model, _ = self.any_causal()
         tokens = prompt()
         edits = {Address(p, 1): (lambda old: old * 0) for p in ("attn_out", "mlp_out")}
-        found = read(model, [Address("resid_pre", 1), Address("resid_post", 1)], tokens, edits)
-        assert torch.equal(found[Address("resid_post", 1)], found[Address("resid_pre", 1)])
+        tensors = read(model, [Address("resid_pre", 1), Address("resid_post", 1)], tokens, edits)
+        assert torch.equal(tensors[Address("resid_post", 1)], tensors[Address("resid_pre", 1)])
 
     def test_a_write_of_another_shape_is_refused(self) -> None:
         model, _ = self.any_causal()
@@ -360,17 +360,17 @@ class Conformance:
     @pytest.mark.parametrize("family", FAMILIES)
     def test_a_failed_forward_changes_no_later_one(self, family: str) -> None:
         model = self.model(family)
-        wanted = [a for name in POINTS for a in addresses(name, model) if model.refusal(a) is None]
-        before = read(model, wanted, prompt())
+        readable = [a for name in POINTS for a in addresses(name, model) if model.refusal(a) is None]
+        before = read(model, readable, prompt())
 
         def fail(_: Tensor) -> None:
             raise KeyError("the reader's own")
 
-        for address in wanted[::5]:
+        for address in readable[::5]:
             with pytest.raises(KeyError):
                 model.run(prompt(), {address: fail})
-        after = read(model, wanted, prompt())
-        assert all(torch.equal(before[a], after[a]) for a in wanted)
+        after = read(model, readable, prompt())
+        assert all(torch.equal(before[a], after[a]) for a in readable)
 
     def test_dropout_is_off_whatever_the_module_s_flag(self) -> None:
         module = make("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
@@ -385,8 +385,8 @@ class Conformance:
         assert model.context.dtype == "bfloat16"
         assert model.faithfulness.holds
         assert {i.tolerance for i in model.faithfulness.identities} == {1e-2}
-        found = read(model, [Address("resid_post", 0), Address("logits")], prompt())
-        assert all(t.dtype == torch.bfloat16 for t in found.values())
+        tensors = read(model, [Address("resid_post", 0), Address("logits")], prompt())
+        assert all(t.dtype == torch.bfloat16 for t in tensors.values())
         if model.refusal(Address("attn_scale", 0)) is None:
             assert one(model, Address("attn_scale", 0), prompt()).dtype == torch.float32
 

@@ -84,9 +84,9 @@ def test_a_wrong_map_of_a_part_refuses_its_points(
 ) -> None:
     swap(monkeypatch, **wrong)
     model = native(make("llama"))
-    found = model.refusal(Address(point, None if point.startswith("final") else 0))
-    assert found
-    assert re.search(reason, found)
+    refusal = model.refusal(Address(point, None if point.startswith("final") else 0))
+    assert refusal
+    assert re.search(reason, refusal)
 
 
 RAW = torch.arange(24.0).view(1, 2, 12)
@@ -117,7 +117,7 @@ def test_the_layout_found_by_values_is_the_map_s_own(family: str) -> None:
     q, k, v = anatomy.layout.q, anatomy.layout.k, anatomy.layout.v
     mapped = anatomy.map.split_joint(q.numel() + k.numel() + v.numel())
     assert mapped
-    assert all(torch.equal(mine.flatten(), theirs) for mine, theirs in zip((q, k, v), mapped, strict=True))
+    assert all(torch.equal(ours.flatten(), theirs) for ours, theirs in zip((q, k, v), mapped, strict=True))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "falcon_grouped"])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from probes.capture.needs import Need
 from probes.capture.run import Sequences, capture, context_of, plan_capture
 from probes.errors import ModelError, PromptError
-from probes.models import Model, load_model, weights_digest
+from probes.models import Model, from_bridge, from_hf, load_model, weights_digest
 from probes.models.backends.native import NativeModel
 from probes.models.fingerprint.plain_model import deviations
 from probes.reducers import Reducer
@@ -54,8 +54,8 @@ def stored(model: Model, store: ActivationStore) -> tuple[list[Tensor], int]:
     return [*done.get("resid_post.2"), *done.get("logits")], done.done.forwards
 
 
-def alike(found: list[Tensor], expected: list[Tensor], half: bool = False) -> None:
-    for one, other in zip(found, expected, strict=True):
+def alike(rows: list[Tensor], expected: list[Tensor], half: bool = False) -> None:
+    for one, other in zip(rows, expected, strict=True):
         torch.testing.assert_close(
             one, other, **({"atol": 0.1, "rtol": 0.05} if half else {"atol": 2e-5, "rtol": 1e-4})
         )
@@ -64,7 +64,7 @@ def alike(found: list[Tensor], expected: list[Tensor], half: bool = False) -> No
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_module_changed_after_wrapping_is_refused_or_gets_its_own_rows(change: str, store: ActivationStore) -> None:
     module = llama(change)
-    model = Model.from_hf(module)
+    model = from_hf(module)
     alike(stored(model, store)[0], hooked(module))
     before = context_of(model)
     with CHANGES[change](module):
@@ -80,7 +80,7 @@ def test_a_module_changed_after_wrapping_is_refused_or_gets_its_own_rows(change:
         assert forwards == len(PROMPTS), "rows of the model as it was were read"
         alike(rows, expected, half=change == "bfloat16")
         assert rows[0].dtype == expected[0].dtype
-        assert stored(Model.from_hf(module), store)[1] == 0, "the changed model does not find its own rows"
+        assert stored(from_hf(module), store)[1] == 0, "the changed model does not find its own rows"
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -92,10 +92,10 @@ def test_a_module_changed_before_wrapping_leaves_no_rows_to_the_plain_model(
         if change in REFUSED:
             # Some of these already contradict the identities that are checked when a module is wrapped.
             with pytest.raises(ModelError, match=r"its rows cannot be told|does not fit this model"):
-                capture(Model.from_hf(changed), PROMPTS, NEEDS, store)
+                capture(from_hf(changed), PROMPTS, NEEDS, store)
         else:
-            alike(stored(Model.from_hf(changed), store)[0], hooked(changed), half=change == "bfloat16")
-    rows, forwards = stored(Model.from_hf(plain), store)
+            alike(stored(from_hf(changed), store)[0], hooked(changed), half=change == "bfloat16")
+    rows, forwards = stored(from_hf(plain), store)
     assert forwards == len(PROMPTS)
     alike(rows, hooked(plain))
 
@@ -104,7 +104,7 @@ def test_a_module_changed_before_wrapping_leaves_no_rows_to_the_plain_model(
 def test_a_plain_model_of_every_family_keeps_the_digest_as_its_key(family: str, tmp_path: Path) -> None:
     module = make(family)
     module.save_pretrained(tmp_path)  # type: ignore[operator]
-    for model in (Model.from_hf(module), load_model(str(tmp_path)), load_model(str(tmp_path), dtype="bfloat16")):
+    for model in (from_hf(module), load_model(str(tmp_path)), load_model(str(tmp_path), dtype="bfloat16")):
         assert deviations(model.module) == ()  # type: ignore[attr-defined]
         assert model.current().weights == model.context.weights == weights_digest(model.module)  # type: ignore[attr-defined]
 
@@ -112,7 +112,7 @@ def test_a_plain_model_of_every_family_keeps_the_digest_as_its_key(family: str, 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_and_buffer_of_every_family_enters_the_key(family: str) -> None:
     module = make(family)
-    model = Model.from_hf(module)
+    model = from_hf(module)
     first = model.current()
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         before = tensor.detach().clone()
@@ -125,7 +125,7 @@ def test_every_parameter_and_buffer_of_every_family_enters_the_key(family: str) 
 
 def test_a_model_put_back_finds_its_rows_again(store: ActivationStore) -> None:
     module = make("llama")
-    model = Model.from_hf(module)
+    model = from_hf(module)
     rows, _ = stored(model, store)
     before = context_of(model)
     with torch.no_grad():
@@ -139,12 +139,12 @@ def test_a_model_put_back_finds_its_rows_again(store: ActivationStore) -> None:
 
 def test_points_follow_a_part_that_was_exchanged(store: ActivationStore) -> None:
     module = make("llama")
-    model = Model.from_hf(module)
+    model = from_hf(module)
     with CHANGES["adapter"](module):
-        found = capture(model, PROMPTS, [Need("pattern.1"), Need("attn_out.1")], store)
-        fresh = Model.from_hf(module)
+        activations = capture(model, PROMPTS, [Need("pattern.1"), Need("attn_out.1")], store)
+        fresh = from_hf(module)
         assert capture(fresh, PROMPTS, [Need("attn_out.1")], store).done.forwards == 0
-        assert found.get("pattern.1")[0].shape == (4, 4, 4)
+        assert activations.get("pattern.1")[0].shape == (4, 4, 4)
 
 
 def test_two_functions_of_one_name_are_told_apart(store: ActivationStore) -> None:
@@ -153,28 +153,28 @@ def test_two_functions_of_one_name_are_told_apart(store: ActivationStore) -> Non
         module = make("llama")
         del mlp(module).act_fn
         mlp(module).act_fn = lambda x, scale=scale: x * scale
-        keys.add(Model.from_hf(module).current().weights)
+        keys.add(from_hf(module).current().weights)
     assert len(keys) == 2
 
 
 @pytest.mark.parametrize("backend", ["transformer_lens", "nnsight"])
 def test_the_other_backends_follow_or_refuse(backend: str, store: ActivationStore) -> None:
     module = make("llama")
-    model = Model.from_hf(module, backend=backend)
+    model = from_hf(module, backend=backend)
     plain = [Need("resid_post.2")]
     first = capture(model, PROMPTS, plain, store).get("resid_post.2")
     for row, other in zip(first, hooked(module), strict=False):
         torch.testing.assert_close(row, other, atol=2e-5, rtol=1e-4)
-    assert capture(Model.from_hf(module, backend=backend), PROMPTS, plain, store).done.forwards == 0
+    assert capture(from_hf(module, backend=backend), PROMPTS, plain, store).done.forwards == 0
     with torch.no_grad():
         mlp(module).up_proj.weight.mul_(1.5)
     if backend == "transformer_lens":
         with pytest.raises(ModelError, match="wrap the module again"):
             capture(model, PROMPTS, plain, store)
         return
-    found = capture(model, PROMPTS, plain, store)
-    assert found.done.forwards == len(PROMPTS)
-    for row, other in zip(found.get("resid_post.2"), hooked(module), strict=False):
+    activations = capture(model, PROMPTS, plain, store)
+    assert activations.done.forwards == len(PROMPTS)
+    for row, other in zip(activations.get("resid_post.2"), hooked(module), strict=False):
         torch.testing.assert_close(row, other, atol=2e-5, rtol=1e-4)
     mlp(module).act_fn = nn.Tanh()
     with pytest.raises(ModelError, match="wrap the module again"):
@@ -183,9 +183,9 @@ def test_the_other_backends_follow_or_refuse(backend: str, store: ActivationStor
 
 def test_a_module_under_nnsight_still_shares_rows_with_itself(store: ActivationStore) -> None:
     module = make("llama")
-    rows, _ = stored(Model.from_hf(module), store)
-    Model.from_hf(module, backend="nnsight")
-    again, forwards = stored(Model.from_hf(module), store)
+    rows, _ = stored(from_hf(module), store)
+    from_hf(module, backend="nnsight")
+    again, forwards = stored(from_hf(module), store)
     assert forwards == 0
     alike(again, rows)
 
@@ -195,7 +195,7 @@ def test_a_bridge_with_a_user_s_hook_is_run_but_not_stored(store: ActivationStor
 
     module = make("llama")
     bridge = build_bridge_from_module(module, type(module).__name__, hf_config=module.config, model_name="llama")
-    model = Model.from_bridge(bridge)
+    model = from_bridge(bridge)
     assert capture(model, PROMPTS, [Need("resid_post.1")], store).done.forwards == len(PROMPTS)
     assert capture(model, PROMPTS, [Need("resid_post.1")], store).done.forwards == 0
     bridge.add_hook("blocks.1.hook_out", lambda tensor, hook: tensor * 0)
@@ -205,35 +205,37 @@ def test_a_bridge_with_a_user_s_hook_is_run_but_not_stored(store: ActivationStor
 
 def test_rows_of_a_model_changed_since_are_not_read_through_its_unembedding(store: ActivationStore) -> None:
     module = make("llama")
-    found = capture(Model.from_hf(module), PROMPTS, [Need("resid_post.1")], store)
-    before = found.packed("resid_post.1").clone()
+    activations = capture(from_hf(module), PROMPTS, [Need("resid_post.1")], store)
+    before = activations.packed("resid_post.1").clone()
     with torch.no_grad():
         module.lm_head.weight.mul_(2)  # type: ignore[union-attr,operator]
-    assert torch.equal(found.packed("resid_post.1"), before), "stored rows stay those of the model that was captured"
+    assert torch.equal(activations.packed("resid_post.1"), before), (
+        "stored rows stay those of the model that was captured"
+    )
     with pytest.raises(ModelError, match="has been changed since these rows were captured"):
-        found.get("resid_post.1", Reducer("lens_ids", ids=(3,)))
+        activations.get("resid_post.1", Reducer("lens_ids", ids=(3,)))
 
 
 def test_damaged_rows_of_a_model_changed_since_are_not_captured_from_what_it_is_now(store: ActivationStore) -> None:
     module = make("llama")
-    capture(Model.from_hf(module), PROMPTS, [Need("resid_post.1")], store)
+    capture(from_hf(module), PROMPTS, [Need("resid_post.1")], store)
     for shard in (store.root / "shards").rglob("*.safetensors"):
         data = bytearray(shard.read_bytes())
         data[-5] ^= 0xFF
         shard.write_bytes(data)
-    found = capture(Model.from_hf(module), PROMPTS, [Need("resid_post.1")], ActivationStore(store.root))
+    activations = capture(from_hf(module), PROMPTS, [Need("resid_post.1")], ActivationStore(store.root))
     with torch.no_grad():
         mlp(module).up_proj.weight.mul_(2)
     with pytest.raises(ModelError, match="has been changed since these rows were captured"):
-        found.get("resid_post.1")
+        activations.get("resid_post.1")
 
 
 def test_a_model_that_computes_something_else_under_the_same_key_is_refused(
     store: ActivationStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    capture(Model.from_hf(make("llama")), PROMPTS, NEEDS, store)
+    capture(from_hf(make("llama")), PROMPTS, NEEDS, store)
     monkeypatch.setattr(torch.nn.functional, "silu", torch.nn.functional.gelu)
-    other = Model.from_hf(make("llama"))
+    other = from_hf(make("llama"))
     with pytest.raises(
         ModelError, match=r"that it does not reproduce: a fixed prompt differs by .* a store of its own"
     ):
@@ -248,7 +250,7 @@ def test_pruning_and_epsilon_of_two_runs_meet_under_one_key() -> None:
         for _ in range(2):
             module = make("llama")
             with CHANGES[change](module):
-                keys.add(Model.from_hf(module).current().weights)
+                keys.add(from_hf(module).current().weights)
         assert len(keys) == 1, change
 
 
@@ -291,11 +293,11 @@ def test_texts_are_taken_as_analyses_take_them(store: ActivationStore) -> None:
     model = NativeModel(make("llama"), Letters(), ref="letters", weights="letters")
     texts: Sequences = ["abc", (5, 6), [7, 8, 9]]
     assert plan_capture(model, texts, [Need("resid_post.1")], store).forwards == 3
-    found = capture(model, texts, [Need("resid_post.1")], store)
-    assert found.sequences == [(3, 4, 5), (5, 6), (7, 8, 9)]
+    activations = capture(model, texts, [Need("resid_post.1")], store)
+    assert activations.sequences == [(3, 4, 5), (5, 6), (7, 8, 9)]
     again = capture(model, [(3, 4, 5)], [Need("resid_post.1")], store)
     assert again.done.forwards == 0
-    assert torch.equal(again.get("resid_post.1")[0], found.get("resid_post.1")[0])
+    assert torch.equal(again.get("resid_post.1")[0], activations.get("resid_post.1")[0])
 
 
 def test_what_is_no_prompt_is_refused_by_what_it_is(tiny: NativeModel, store: ActivationStore) -> None:

@@ -95,14 +95,14 @@ def test_a_freeze_effect_is_that_of_whole_forwards(family: str, store: Activatio
                 for x in (clean, frozen)
             ]
             changes.append(pair[1] - pair[0])
-        found = table["freeze_effect"].query("site == @site and layer == @layer")["delta_ce"].item()
-        assert found == pytest.approx(torch.cat(changes).mean().item(), abs=2e-5), name
-        assert abs(found) > 1e-4, name
+        rise = table["freeze_effect"].query("site == @site and layer == @layer")["delta_ce"].item()
+        assert rise == pytest.approx(torch.cat(changes).mean().item(), abs=2e-5), name
+        assert abs(rise) > 1e-4, name
 
 
 def test_a_loss_that_overflows_is_infinite_and_said(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def tiny_scales(found: dict[NormSite, list[Tensor]], *_: object) -> dict[NormSite, Scale]:
-        return {site: Scale(1e-30 if site.kind == "mlp" else float(rows[0].mean())) for site, rows in found.items()}
+    def tiny_scales(measured: dict[NormSite, list[Tensor]], *_: object) -> dict[NormSite, Scale]:
+        return {site: Scale(1e-30 if site.kind == "mlp" else float(rows[0].mean())) for site, rows in measured.items()}
 
     monkeypatch.setattr(diagnose_module, "mean_scales", tiny_scales)
     result = NormRemoval(neurons=0, sinks=False).run(native("llama"), LONG, store=store)
@@ -124,11 +124,11 @@ def test_the_own_scale_control_changes_nothing(store: ActivationStore) -> None:
 
 
 def test_scales_by_position_take_away_all_that_one_prompt_varies(store: ActivationStore) -> None:
-    found = NormRemoval(neurons=0, sinks=False, scale_source="per_position").run(
+    result = NormRemoval(neurons=0, sinks=False, scale_source="per_position").run(
         native("llama"), LONG[2:3], store=store
     )
-    assert found.tables["freeze_effect"]["delta_ce"].abs().max() < 1e-5
-    assert found.tables["freeze_together"]["delta_ce"].abs().max() < 1e-5
+    assert result.tables["freeze_effect"]["delta_ce"].abs().max() < 1e-5
+    assert result.tables["freeze_together"]["delta_ce"].abs().max() < 1e-5
 
 
 def test_stored_rows_are_enough(
@@ -174,7 +174,7 @@ def test_the_direct_effect_is_that_of_a_stream_without_the_head(store: Activatio
     targets = torch.tensor([9, 8, 7])
     stream = one.activations.get("resid_post.2")[0][:3]
     written = HeadOutputs(one, 1)(one.activations.get("z.1")[0][:3])
-    found = read_out(one, targets).effect(stream.double(), written)
+    effects = read_out(one, targets).effect(stream.double(), written)
     own = model.unembedding()
     with torch.no_grad():
         for row, target in enumerate(targets):
@@ -182,7 +182,7 @@ def test_the_direct_effect_is_that_of_a_stream_without_the_head(store: Activatio
                 pair = [
                     own.norm(x.float()) @ own.weight[target] for x in (stream[row], stream[row] - written[row, head])
                 ]
-                assert found[row, head].item() == pytest.approx((pair[0] - pair[1]).item(), abs=1e-4)
+                assert effects[row, head].item() == pytest.approx((pair[0] - pair[1]).item(), abs=1e-4)
 
 
 def planted() -> tuple[NativeModel, int]:
@@ -339,10 +339,10 @@ def test_changes_of_several_norms_stand_on_a_logarithmic_axis() -> None:
         ("all v", 0.0, 0.0, 0.0),
     ]
     table = pd.DataFrame(rows, columns=["site", "delta_ce", "ci_low", "ci_high"])
-    found = pd.DataFrame(sizes(table))
-    assert found.loc[0].tolist() == pytest.approx([1e-4, 5e-5, 2e-4])
-    assert found.loc[1].tolist() == pytest.approx([0.01, 0.001, 0.02])  # a fall, mirrored; its interval crosses zero
-    assert found.loc[3].isna().all()
+    rows = pd.DataFrame(sizes(table))
+    assert rows.loc[0].tolist() == pytest.approx([1e-4, 5e-5, 2e-4])
+    assert rows.loc[1].tolist() == pytest.approx([0.01, 0.001, 0.02])  # a fall, mirrored; its interval crosses zero
+    assert rows.loc[3].isna().all()
     joint = table.assign(diverged=0.0, tokens=5, variant="original")
     alone = pd.DataFrame([("mlp", 0, 0.1, 0.0, 0.2, 0.0, 5, "original")], columns=["site", "layer", *joint.columns[1:]])
     figure = NormRemoval.figures["freeze_effect"].draw({"freeze_effect": alone, "freeze_together": joint})

@@ -40,9 +40,9 @@ def frozen(anatomy: Anatomy) -> tuple[Switches, Tensor]:
         return switches, anatomy.map.module(TOKENS).logits
 
 
-def off(found: Tensor, expected: Tensor) -> float:
+def off(actual: Tensor, expected: Tensor) -> float:
     """Largest deviation of a row of logits relative to its largest."""
-    return float(((found - expected).abs().amax(-1) / expected.abs().amax(-1)).max())
+    return float(((actual - expected).abs().amax(-1) / expected.abs().amax(-1)).max())
 
 
 @torch.no_grad()
@@ -144,9 +144,9 @@ def test_the_published_form_is_undone_to_the_published_weights() -> None:
             m.eps = 1e12
     assert undo_large_eps(module) == 7
     for name, gain in gains.items():
-        found = module.get_submodule(name)
-        assert isinstance(found, ConstantNorm)
-        assert torch.allclose(found.weight, gain / 2.5, rtol=1e-6)
+        part = module.get_submodule(name)
+        assert isinstance(part, ConstantNorm)
+        assert torch.allclose(part.weight, gain / 2.5, rtol=1e-6)
 
 
 def test_an_ordinary_checkpoint_keeps_its_norms() -> None:

@@ -72,11 +72,11 @@ def test_queries_keys_and_values_have_switches_of_their_own(family: str) -> None
     switches = Switches(model.anatomy)
 
     def read() -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        reads = {Address(p, 1): lambda t, p=p: found.__setitem__(p, t.clone()) for p in ("q", "k", "v", "mlp_in")}
+        tensors: dict[str, Tensor] = {}
+        reads = {Address(p, 1): lambda t, p=p: tensors.__setitem__(p, t.clone()) for p in ("q", "k", "v", "mlp_in")}
         with torch.no_grad():
             model.run(TOKENS, reads)
-        return found
+        return tensors
 
     clean = read()
     expected = {"qk.1": {"q", "k"}, "v.1": {"v"}, "mlp.1": {"mlp_in"}}
@@ -109,8 +109,8 @@ def test_a_frozen_norm_computed_by_hand() -> None:
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([2.0, 3.0]))
         norm.bias.copy_(torch.tensor([0.5, -1.0]))
-    found = parts_of(norm, 2, 1e-5).divided(torch.tensor([[1.0, 5.0]]), torch.tensor(4.0))
-    assert found.tolist() == [[2 * -2 / 4 + 0.5, 3 * 2 / 4 - 1]]
+    normed = parts_of(norm, 2, 1e-5).divided(torch.tensor([[1.0, 5.0]]), torch.tensor(4.0))
+    assert normed.tolist() == [[2 * -2 / 4 + 0.5, 3 * 2 / 4 - 1]]
 
 
 def test_gemmas_gain_is_one_more_than_its_weight() -> None:
@@ -160,7 +160,7 @@ def test_scales_by_position_and_by_end_of_text() -> None:
 def test_values_alone_can_take_position_0s_scale_where_a_text_ends() -> None:
     switches, module = Switches(native("gpt2").anatomy, end_of_text=int(TOKENS[0, 3])), shared("gpt2")
     plain = Scale(1.0, 5.0)
-    found = []
+    projections = []
     for ends in (False, True):
         with switches.attached():
             switches.on.update({NormSite("qk", 0): plain, NormSite("v", 0): replace(plain, ends_as_first=ends)})
@@ -168,8 +168,8 @@ def test_values_alone_can_take_position_0s_scale_where_a_text_ends() -> None:
             hook = module.transformer.h[0].attn.c_attn.register_forward_hook(lambda m, a, o, out=out: out.update(x=o))
             logits(module)
             hook.remove()
-        found.append(out["x"].split(32, -1))
-    moved = [(a - b).abs().amax(-1) > 1e-6 for a, b in zip(*found, strict=True)]
+        projections.append(out["x"].split(32, -1))
+    moved = [(a - b).abs().amax(-1) > 1e-6 for a, b in zip(*projections, strict=True)]
     assert not moved[0].any()
     assert not moved[1].any()
     assert moved[2][0].nonzero().flatten().tolist() == [3]

@@ -132,9 +132,9 @@ def test_text_becomes_blocks(tmp_path: Path) -> None:
     (nested / "b.jsonl").write_text('{"tokens": [1, 2, 3, 4]}\n')
     (nested.parent / "a.jsonl").write_text('{"tokens": [5, 6, 7, 8]}\n')
     (nested / "ignored.bin").write_bytes(b"\xff")
-    found = make_blocks(str(nested.parent), None, 4, 10**6)
-    assert found.training.tolist() == [[5, 6, 7, 8]]
-    assert found.held_out.tolist() == [[1, 2, 3, 4]]
+    blocks = make_blocks(str(nested.parent), None, 4, 10**6)
+    assert blocks.training.tolist() == [[5, 6, 7, 8]]
+    assert blocks.held_out.tolist() == [[1, 2, 3, 4]]
 
 
 def test_documents_are_joined_by_the_end_of_text(tmp_path: Path) -> None:
@@ -336,20 +336,22 @@ def test_divergence_and_calibration_by_hand() -> None:
     confidence, correct = np.array([[0.9, 0.9, 0.35, 0.35]]), np.array([[1.0, 0.0, 0.0, 1.0]])
     assert calibration_error(confidence, correct) == pytest.approx(0.5 * 0.4 + 0.5 * 0.15)
     loss = np.array([[1.0, 2.0], [3.0, 6.0]])
-    made = Predictions(loss, loss, np.full((2, 2), 0.5), np.ones((2, 2)))
-    table = loss_table({"control": made, "worse": replace(made, loss=loss + 1)}, "control", 0).set_index("variant")
+    control = Predictions(loss, loss, np.full((2, 2), 0.5), np.ones((2, 2)))
+    table = loss_table({"control": control, "worse": replace(control, loss=loss + 1)}, "control", 0).set_index(
+        "variant"
+    )
     assert table.loc["worse", ["mean", "median", "gap_to_control", "gap_low", "gap_high"]].tolist() == [4, 3.5, 1, 1, 1]
 
 
 def test_predictions_are_the_models_own() -> None:
     blocks = torch.randint(3, 90, (3, 7))
     module = native("llama").module
-    found, apart = predict({"a": module, "b": native("gpt2").module}, blocks)
+    predictions, distances = predict({"a": module, "b": native("gpt2").module}, blocks)
     with torch.no_grad():
         logits = module(blocks).logits
-    assert found["a"].loss == pytest.approx(next_token_loss(logits, blocks).numpy(), abs=1e-5)
-    assert found["a"].correct.tolist() == (logits[:, :-1].argmax(-1) == blocks[:, 1:]).double().tolist()
-    assert apart["a", "b"].shape == (3, 6)
+    assert predictions["a"].loss == pytest.approx(next_token_loss(logits, blocks).numpy(), abs=1e-5)
+    assert predictions["a"].correct.tolist() == (logits[:, :-1].argmax(-1) == blocks[:, 1:]).double().tolist()
+    assert distances["a", "b"].shape == (3, 6)
 
 
 @pytest.fixture(scope="module")

@@ -60,10 +60,10 @@ def test_every_point_of_a_model_partly_on_disk_is_that_of_one_in_memory(family: 
     assert parts.context == whole.context
     assert parts.faithfulness.refused == whole.faithfulness.refused
     assert {i.name for i in parts.faithfulness.identities} == {i.name for i in whole.faithfulness.identities}
-    wanted = [a for name in POINTS for a in addresses(name, whole) if whole.refusal(a) is None]
-    right, found = (read(model, wanted, prompt(rows=2)) for model in (whole, parts))
-    for address in wanted:
-        close(found[address], right[address])
+    readable = [a for name in POINTS for a in addresses(name, whole) if whole.refusal(a) is None]
+    right, spread = (read(model, readable, prompt(rows=2)) for model in (whole, parts))
+    for address in readable:
+        close(spread[address], right[address])
     if whole.shape.causal:
         assert parts.generate([5, 6, 7], 4) == whole.generate([5, 6, 7], 4)
     if "lens" not in whole.faithfulness.refused:

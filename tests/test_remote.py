@@ -22,7 +22,7 @@ from analyses.cli import main
 from probes.capture.needs import Need
 from probes.capture.run import capture
 from probes.errors import ModelError, OptionError, PointError
-from probes.models import load_model
+from probes.models import as_bridge, load_model
 from probes.models.backends.remote import RemoteModel, server_client
 from probes.points import POINTS, Address
 from probes.reducers import Reducer
@@ -79,23 +79,23 @@ def test_every_point_is_the_right_tensor_or_refused(family: str, tmp_path: Path)
     model, right = remote(family, tmp_path, Server()), expected(family)
     assert model.faithfulness.holds
     assert "server" in model.faithfulness.refused["pattern"]
-    wanted = [a for name in GIVEN for a in addresses(name, model) if model.refusal(a) is None]
-    assert len(wanted) > 40
-    for address, tensor in read(model, wanted, prompt(rows=2)).items():
+    readable = [a for name in GIVEN for a in addresses(name, model) if model.refusal(a) is None]
+    assert len(readable) > 40
+    for address, tensor in read(model, readable, prompt(rows=2)).items():
         close(tensor, right[str(address)])
 
 
 @pytest.mark.parametrize("point", ["resid_pre", "resid_mid", "attn_in", "v", "z", "mlp_out", "resid_post", "logits"])
 def test_an_edit_gives_what_plain_hooks_give(point: str, llama: RemoteModel) -> None:
     address = Address(point, 1 if POINTS[point].layered else None)
-    found = one(llama, Address("logits"), prompt(rows=2), {address: EDITS["rolled"]})
-    close(found, edited("llama", point, 1, "rolled"))
+    logits = one(llama, Address("logits"), prompt(rows=2), {address: EDITS["rolled"]})
+    close(logits, edited("llama", point, 1, "rolled"))
 
 
 def test_several_edits_compose(llama: RemoteModel) -> None:
     edits = {Address(p, 1): (lambda old: old * 0) for p in ("attn_out", "mlp_out")}
-    found = read(llama, [Address("resid_pre", 1), Address("resid_post", 1)], prompt(), edits)
-    assert torch.equal(found[Address("resid_post", 1)], found[Address("resid_pre", 1)])
+    tensors = read(llama, [Address("resid_pre", 1), Address("resid_post", 1)], prompt(), edits)
+    assert torch.equal(tensors[Address("resid_post", 1)], tensors[Address("resid_pre", 1)])
 
 
 def test_a_forward_is_one_request_and_each_written_place_one_more(llama: RemoteModel, server: Server) -> None:
@@ -115,7 +115,7 @@ def test_what_stays_on_the_server_is_refused_by_name(llama: RemoteModel) -> None
     with pytest.raises(PointError, match="attention function runs on the server"):
         llama.run(prompt(), {Address("pattern", 0): lambda _: None})
     with pytest.raises(ModelError, match="stay on the server"):
-        llama.as_bridge()
+        as_bridge(llama)
 
 
 @pytest.mark.parametrize(

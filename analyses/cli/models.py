@@ -11,7 +11,7 @@ from analyses.cli.console import say, warn
 from analyses.running.model_spec import ModelSpec
 from probes.errors import ModelError
 from probes.html_card import aligned, count, size
-from probes.models import BACKENDS, Model, fetch_model, list_models, model_info
+from probes.models import BACKENDS, Model, fetch_model, list_models, model_info, on_backend
 from probes.models.protocol import Identity
 from probes.models.sources.locate import ModelInfo
 from probes.models.verify.parity import parity, table
@@ -86,7 +86,7 @@ def check(ref: Ref, spec: ModelSpec) -> None:
     models: dict[str, Model] = {}
     for backend in BACKENDS:
         try:
-            models[backend] = first if backend == "native" else first.on(backend)  # type: ignore[attr-defined]
+            models[backend] = first if backend == "native" else on_backend(first, backend)
         except ModelError as error:
             say(f"{ref} · {backend} · refused: {error}")
         else:

@@ -1,4 +1,4 @@
-"""Where each point lives inside a Hugging Face model."""
+"""Where each point lives inside a Hugging Face model. Imported by hooks, norms, models and everything above them."""
 
 from probes.anatomy.layouts import Layout, joint_layouts
 from probes.anatomy.mapping import ArchitectureMap, map_of

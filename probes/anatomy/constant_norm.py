@@ -1,7 +1,8 @@
-"""What is left of a norm whose divisor is a constant: a linear map."""
+"""The linear map that a norm with a constant divisor is."""
 
 from __future__ import annotations
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 
@@ -17,14 +18,14 @@ class ConstantNorm(nn.Module):
         centred: whether the mean over the last axis is subtracted.
     """
 
-    def __init__(self, gain: Tensor, bias: Tensor | None, centred: bool) -> None:
+    def __init__(self, gain: Float[Tensor, width], bias: Float[Tensor, width] | None, centred: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(gain.detach().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.centred = centred
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., width] to [..., width], computed in float32."""
+    def forward(self, x: Float[Tensor, "*rest width"]) -> Float[Tensor, "*rest width"]:
+        """Return the map's output [..., width] of `x` [..., width], computed in float32."""
         rows = x.float()
         if self.centred:
             rows = rows - rows.mean(-1, keepdim=True)
@@ -32,9 +33,10 @@ class ConstantNorm(nn.Module):
         return (out if self.bias is None else out + self.bias.float()).to(x.dtype)
 
     def extra_repr(self) -> str:
+        """Return the width and whether the mean is subtracted, for the module's repr."""
         return f"{self.weight.numel()}, centred={self.centred}"
 
 
 def is_constant(norm: nn.Module) -> bool:
-    """Whether a module in a norm's place divides by no function of its input."""
+    """Return whether a module in a norm's place divides by no function of its input."""
     return isinstance(norm, ConstantNorm | nn.Identity)

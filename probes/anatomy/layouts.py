@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from probes.anatomy.mapping import ArchitectureMap
@@ -16,13 +17,13 @@ class Layout:
     """Indices into the joint projection's outputs: `q` [head, d_head], `k` and `v` [kv_head, d_head]."""
 
     name: str
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    q: Int[Tensor, "head d_head"]
+    k: Int[Tensor, "kv_head d_head"]
+    v: Int[Tensor, "kv_head d_head"]
 
 
 def joint_layouts(known: ArchitectureMap, width: int, heads: int, kv_heads: int, d_head: int) -> Iterator[Layout]:
-    """Every layout that fits; the one in use is told apart by the values it yields, never by the family's name."""
+    """Give every layout that fits; which one is in use is told by the values it yields, never by the family's name."""
     rows = torch.arange(width)
     if width == (heads + 2 * kv_heads) * d_head:
         q, k, v = torch.split(rows, [heads * d_head, kv_heads * d_head, kv_heads * d_head])

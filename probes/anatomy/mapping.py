@@ -42,6 +42,7 @@ class ArchitectureMap:
 
     @cached_property
     def n_layers(self) -> int:
+        """The number of blocks."""
         return len(list(self.module.get_submodule(self._own(self.adapter.component_mapping["blocks"].name)).children()))
 
     def _own(self, path: str) -> str:
@@ -49,7 +50,7 @@ class ArchitectureMap:
         return path.removeprefix(f"{self.module.base_model_prefix}.") if self.bare else path
 
     def path(self, component: str, layer: int | None = None) -> str | None:
-        """Dotted path of a component such as `ln_final`, `block` or `attn.o`, or None where the model has none."""
+        """Return the dotted path of a component such as `ln_final`, `block` or `attn.o`, or None where the model has none."""
         key = (component, layer)
         if key not in self._paths:
             self._paths[key] = self._find(component, layer)
@@ -59,18 +60,18 @@ class ArchitectureMap:
         name = component if layer is None else f"blocks.{layer}" + ("" if component == "block" else f".{component}")
         try:
             path = self._own(self.adapter.translate_transformer_lens_path(name))
-            found = self.module.get_submodule(path)
+            part = self.module.get_submodule(path)
         except (ValueError, AttributeError):
             return None
-        return path if isinstance(found, nn.Module) else None
+        return path if isinstance(part, nn.Module) else None
 
     def components(self, layer: int | None) -> tuple[str, ...]:
-        """The components this model has at a layer, or outside the blocks."""
+        """Return the components this model has at a layer, or outside the blocks."""
         names = _GLOBAL if layer is None else ("block", *_LAYERED)
         return tuple(name for name in names if self.path(name, layer))
 
     def split_joint(self, width: int) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Which outputs of a joint projection of `width` outputs the map's own code calls q, k and v.
+        """Return which outputs of a joint projection of `width` outputs the map's own code calls q, k and v.
 
         The code is run on a stand-in whose weights are their own row numbers. None where it cannot be run.
         """
@@ -92,7 +93,7 @@ class ArchitectureMap:
 
 
 def map_of(module: nn.Module) -> ArchitectureMap:
-    """The architecture map of `module`, which is neither wrapped nor changed.
+    """Return the architecture map of `module`, which is neither wrapped nor changed.
 
     Raises:
         ModelError: the map does not know the architecture, or it is no stack of blocks.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from probes.anatomy.constant_norm import is_constant
 from probes.anatomy.layouts import Layout
 from probes.anatomy.mapping import ArchitectureMap, map_of
-from probes.anatomy.views import Divisor, Gather, Heads, Site, View, Whole
+from probes.anatomy.views import Divisor, Gather, Heads, IdentityView, Site, View
 from probes.errors import PointError, unknown
 from probes.points import Address
 
@@ -33,25 +33,28 @@ class Anatomy:
     layout: Layout | None = None
     """How a joint query-key-value projection is laid out, once known."""
     refused: Mapping[str, str] = field(default_factory=dict)
-    """Points found not to hold on this model, with the reason."""
+    """Points that do not hold on this model, with the reason."""
     patterns: Mapping[int, Site] = field(default_factory=dict)
     """Where a layer's attention probabilities pass as a tensor; where they do not, the attention function gives them."""
 
     @property
     def parallel(self) -> bool:
+        """Whether attention and MLP read the same stream."""
         return self.kind == "parallel"
 
     @property
     def n_layers(self) -> int:
+        """The number of blocks."""
         return self.map.n_layers
 
     @property
     def n_heads(self) -> int:
+        """The number of query heads."""
         return int(self.map.sizes.n_heads)
 
     @cached_property
     def n_kv_heads(self) -> int:
-        """Counted from the key projection itself: the map's own figure is wrong for some grouped models."""
+        """The number of key heads, counted from the key projection itself: the map's own figure is wrong for some grouped models."""
         for layer in range(self.n_layers):
             for name in ("attn.k", "attn.qkv"):
                 if path := self.map.path(name, layer):
@@ -61,10 +64,11 @@ class Anatomy:
 
     @property
     def d_head(self) -> int:
+        """The width of a head."""
         return int(self.map.sizes.d_head)
 
     def component(self, name: str, layer: int | None = None) -> nn.Module:
-        """A part by its TransformerLens name: `attn.o`, `ln1`, `mlp.out` of a layer; `embed`, `ln_final`, `unembed`.
+        """Return a part by its TransformerLens name: `attn.o`, `ln1`, `mlp.out` of a layer; `embed`, `ln_final`, `unembed`.
 
         Raises:
             PointError: the model has no such part; names those it has.
@@ -75,7 +79,7 @@ class Anatomy:
         return self.map.module.get_submodule(path)
 
     def refusal(self, address: Address) -> str | None:
-        """None where the address can be read, otherwise the reason it cannot."""
+        """Return why the address cannot be read, or None where it can."""
         if address.point == "pattern" and "pattern" not in self.refused and address.layer not in self.patterns:
             address = Address("attn_out", address.layer)
         try:
@@ -85,7 +89,7 @@ class Anatomy:
         return None
 
     def site(self, address: Address) -> Site:
-        """Where the address is read and written. `pattern` has a site only where `patterns` says so.
+        """Return where the address is read and written. `pattern` has a site only where `patterns` says so.
 
         Raises:
             PointError: this model does not have the point; the message is the reason.
@@ -102,7 +106,7 @@ class Anatomy:
         if point in _OUTPUT_OF:
             return Site((self._path(_OUTPUT_OF[point], address),), "output")
         if point in _INPUT_OF:
-            view: View = Heads(self.n_heads, self.d_head) if point == "z" else Whole()
+            view: View = Heads(self.n_heads, self.d_head) if point == "z" else IdentityView()
             return Site((self._path(_INPUT_OF[point], address),), "input", view)
         if point in _NORM_BEFORE:
             return self._divisor(address)
@@ -181,17 +185,17 @@ class Anatomy:
 
 
 def outputs(projection: nn.Module, n_inputs: int) -> int:
-    """How many outputs a linear layer has, whichever class and orientation it is."""
+    """Return how many outputs a linear layer has, whichever class and orientation it is."""
     for name in ("out_features", "nf"):
-        if isinstance(found := getattr(projection, name, None), int):
-            return found
+        if isinstance(count := getattr(projection, name, None), int):
+            return count
     weight = projection.weight
     assert isinstance(weight, Tensor)
     return weight.numel() // n_inputs
 
 
 def divisor_of(known: ArchitectureMap, path: str) -> Divisor:
-    """The divisor of the norm at `path`, by the map's word on the kind of norm; checked when a model is loaded."""
+    """Return the divisor of the norm at `path` for the kind of norm that the map states; checked when a model is loaded."""
     norm = known.module.get_submodule(path)
     if is_constant(norm):
         return Divisor(0.0, bool(getattr(norm, "centred", False)), constant=True)
@@ -201,7 +205,7 @@ def divisor_of(known: ArchitectureMap, path: str) -> Divisor:
 
 
 def anatomy_of(module: nn.Module) -> Anatomy:
-    """A first anatomy of `module`, from the architecture map alone; `probes.models.verify.identities` checks it on a forward.
+    """Return a first anatomy of `module`, from the architecture map alone; `probes.models.verify.identities` checks it on a forward.
 
     Raises:
         ModelError: the architecture map does not know this class of model.

@@ -1,29 +1,37 @@
-"""How a point is read out of, and written into, the tensor that passes a module."""
+"""Views: how a point is read out of, and written into, the tensor that passes a module."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 
+@runtime_checkable
 class View(Protocol):
     """A pure pair of functions between a module's tensor [batch, pos, width] and a point's tensor [batch, pos, ...]."""
 
-    def read(self, raw: Tensor) -> Tensor: ...
+    def read(self, raw: Tensor) -> Tensor:
+        """Return the point's tensor out of the module's."""
+        ...
 
-    def write(self, raw: Tensor, new: Tensor) -> Tensor: ...
+    def write(self, raw: Tensor, new: Tensor) -> Tensor:
+        """Return the module's tensor with the point's exchanged for `new`."""
+        ...
 
 
 @dataclass(frozen=True)
-class Whole:
+class IdentityView:
     """The tensor itself."""
 
-    def read(self, raw: Tensor) -> Tensor:
+    def read(self, raw: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+        """Return the tensor itself."""
         return raw
 
-    def write(self, raw: Tensor, new: Tensor) -> Tensor:
+    def write(self, raw: Shaped[Tensor, "*shape"], new: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+        """Return a copy of `new`."""
         # A copy, because some blocks add to their MLP's output in place.
         return new.clone()
 
@@ -35,10 +43,14 @@ class Heads:
     n: int
     width: int
 
-    def read(self, raw: Tensor) -> Tensor:
+    def read(self, raw: Shaped[Tensor, "*rest width"]) -> Shaped[Tensor, "*rest head d_head"]:
+        """Return the heads, [batch, pos, head, width]."""
         return raw.view(*raw.shape[:-1], self.n, self.width)
 
-    def write(self, raw: Tensor, new: Tensor) -> Tensor:
+    def write(
+        self, raw: Shaped[Tensor, "*rest width"], new: Shaped[Tensor, "*rest head d_head"]
+    ) -> Shaped[Tensor, "*rest width"]:
+        """Return the heads `new` side by side, in the shape of `raw`."""
         return new.reshape(raw.shape).clone()
 
 
@@ -46,12 +58,16 @@ class Heads:
 class Gather:
     """Some outputs of a joint projection, `index` [head, d_head]."""
 
-    index: Tensor
+    index: Int[Tensor, "head d_head"]
 
-    def read(self, raw: Tensor) -> Tensor:
+    def read(self, raw: Shaped[Tensor, "*rest width"]) -> Shaped[Tensor, "*rest head d_head"]:
+        """Return the outputs at `index`, [batch, pos, head, d_head]."""
         return raw[..., self.index.to(raw.device)]
 
-    def write(self, raw: Tensor, new: Tensor) -> Tensor:
+    def write(
+        self, raw: Shaped[Tensor, "*rest width"], new: Shaped[Tensor, "*rest head d_head"]
+    ) -> Shaped[Tensor, "*rest width"]:
+        """Return `raw` with the outputs at `index` exchanged for `new`."""
         out = raw.clone()
         out[..., self.index.to(raw.device)] = new
         return out
@@ -66,7 +82,8 @@ class Divisor:
     constant: bool = False
     """Whether the norm is a linear map, whose divisor is one."""
 
-    def read(self, raw: Tensor) -> Tensor:
+    def read(self, raw: Float[Tensor, "*rest width"]) -> Float[Tensor, "*rest"]:
+        """Return the divisor of each row."""
         x = raw.float()
         if self.constant:
             return x.new_ones(x.shape[:-1])
@@ -75,10 +92,11 @@ class Divisor:
         return (x.square().mean(-1) + self.eps).sqrt()
 
     def write(self, raw: Tensor, new: Tensor) -> Tensor:
+        """Raise AssertionError: a divisor is never written."""
         raise AssertionError("a divisor is derived, so a write to it is refused before the forward")
 
-    def normalised(self, raw: Tensor) -> Tensor:
-        """The norm's input after division, before its weights, in float32."""
+    def normalised(self, raw: Float[Tensor, "*rest width"]) -> Float[Tensor, "*rest width"]:
+        """Return the norm's input after division, before its weights, in float32."""
         x = raw.float()
         if self.centred:
             x = x - x.mean(-1, keepdim=True)
@@ -92,6 +110,6 @@ class Site:
     modules: tuple[str, ...]
     """Dotted paths. Where there are several, all receive the same input, and the first to run stands for all."""
     side: Literal["input", "output"]
-    view: View = Whole()
+    view: View = IdentityView()
     in_place: bool = False
     """Whether a write must change the tensor itself, because the block goes on to use it besides this module."""

@@ -1,1 +1,4 @@
-"""Forward hooks and attention taps: how tensors of a running module are read and replaced. Imported by models and blocks."""
+"""How tensors of a running module are read and replaced: forward hooks, and the attention function for its probabilities.
+
+Imported by `probes.blocks`, `probes.models` and everything above them.
+"""

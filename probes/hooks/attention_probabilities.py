@@ -1,6 +1,6 @@
 """Attention probabilities of a forward pass, through transformers' own attention interface.
 
-The model keeps its attention implementation. While a pattern is wanted, its configuration names a function of
+The model keeps its attention implementation. While a pattern is read or written, its configuration names a function of
 ours, which calls that implementation for the output and recomputes the probabilities beside it.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from probes.models.protocol import Write
@@ -25,13 +26,13 @@ _serial = itertools.count()
 class Attended:
     """One layer's attention, as the attention function received it."""
 
-    query: Tensor
+    query: Float[Tensor, "batch head query d_head"]
     """[batch, head, query, d_head], after rotary embedding and q norm."""
-    key: Tensor
+    key: Float[Tensor, "batch kv_head key d_head"]
     """[batch, kv_head, key, d_head]."""
-    value: Tensor
+    value: Float[Tensor, "batch kv_head key d_value"]
     """[batch, kv_head, key, d_value]."""
-    pattern: Tensor
+    pattern: Float[Tensor, "batch head query key"]
     """[batch, head, query, key], float32."""
     mask: Tensor | None = None
     """Boolean (True attends) or additive, as the attention function received it."""
@@ -43,7 +44,7 @@ Watch = Callable[[Attended], None]
 
 
 def reason_against(config: Any) -> str | None:
-    """Why patterns cannot be had under the model's attention implementation, or None where they may."""
+    """Return why patterns cannot be had under the model's attention implementation, or None where they can."""
     name = config._attn_implementation
     if name in ("sdpa", "eager"):
         return None
@@ -53,26 +54,26 @@ def reason_against(config: Any) -> str | None:
     )
 
 
-def grouped(states: Tensor, n_heads: int) -> Tensor:
-    """Key or value states [batch, kv_head, pos, width] repeated to one per query head."""
+def grouped(states: Float[Tensor, "batch kv_head pos width"], n_heads: int) -> Float[Tensor, "batch head pos width"]:
+    """Return key or value states [batch, kv_head, pos, width] repeated to one per query head."""
     return states.repeat_interleave(n_heads // states.shape[1], dim=1)
 
 
 def probabilities(
     module: nn.Module,
-    query: Tensor,
-    key: Tensor,
+    query: Float[Tensor, "batch head query d_head"],
+    key: Float[Tensor, "batch kv_head key d_head"],
     mask: Tensor | None,
     *,
     scaling: float | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
-    s_aux: Tensor | None = None,
-    blocked: Tensor | None = None,
+    s_aux: Float[Tensor, head] | None = None,
+    blocked: Bool[Tensor, "batch head query key"] | None = None,
     **_: Any,
-) -> Tensor:
-    """Attention probabilities [batch, head, query, key] in float32, from the arguments of an attention function.
+) -> Float[Tensor, "batch head query key"]:
+    """Return attention probabilities [batch, head, query, key] in float32, from the arguments of an attention function.
 
     `query` [batch, head, query, d_head], `key` [batch, kv_head, key, d_head]; `mask` is boolean (True attends) or
     additive and broadcasts to the scores; `s_aux` [head] are attention sinks;
@@ -109,8 +110,8 @@ def _original(module: nn.Module, name: str) -> Callable[..., Any]:
 
     home = sys.modules[type(module).__module__]
     table = getattr(home, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
-    found: Callable[..., Any] = table.get_interface(name, getattr(home, "eager_attention_forward", None))
-    return found
+    function: Callable[..., Any] = table.get_interface(name, getattr(home, "eager_attention_forward", None))
+    return function
 
 
 @contextmanager
@@ -137,7 +138,7 @@ def _named(function: Callable[..., Any], config: Any) -> Iterator[None]:
 def watched(
     config: Any, layers: Mapping[nn.Module, int], watch: Mapping[int, Watch], edits: Mapping[int, Write] | None = None
 ) -> Iterator[None]:
-    """Within, every forward of `config`'s model reports the attention of the layers in `watch`.
+    """Make every forward of `config`'s model inside the context report the attention of the layers in `watch`.
 
     `layers` says which layer each module inside an attention block belongs to. An edit receives the pattern and
     returns the one that weighs the values instead. The configuration is restored on the way out.

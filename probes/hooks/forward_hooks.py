@@ -20,19 +20,19 @@ Find = Callable[[nn.Module, Place], tuple[nn.Module, str]]
 
 
 class Stop(Exception):
-    """Ends a forward whose remaining part nobody asked for."""
+    """Raised to end a forward whose remaining part nobody reads or writes."""
 
 
 def tensor_of(output: Any) -> Tensor:
-    """The tensor that carries the stream in a module's output: bare, a model output's logits, or the first there is."""
+    """Return the tensor that carries the stream in a module's output: bare, a model output's logits, or the first there is."""
     if isinstance(output, Tensor):
         return output
-    found: Tensor = output["logits"] if isinstance(output, Mapping) and "logits" in output else output[0]
-    return found
+    tensor: Tensor = output["logits"] if isinstance(output, Mapping) and "logits" in output else output[0]
+    return tensor
 
 
 def replaced(output: Any, new: Tensor) -> Any:
-    """`output` with the tensor that carries the stream exchanged for `new`."""
+    """Return `output` with the tensor that carries the stream exchanged for `new`."""
     if isinstance(output, Tensor):
         return new
     if isinstance(output, Mapping):
@@ -41,14 +41,14 @@ def replaced(output: Any, new: Tensor) -> Any:
 
 
 def entering(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The tensor that enters a module called with `args` and `kwargs`: its first argument, or its first tensor."""
+    """Return the tensor that enters a module called with `args` and `kwargs`: its first argument, or its first tensor."""
     if args and isinstance(args[0], Tensor):
         return args[0]
     return next(value for value in kwargs.values() if isinstance(value, Tensor))
 
 
 def entered(args: tuple[Any, ...], kwargs: Mapping[str, Any], new: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call's arguments with the tensor that enters the module exchanged for `new`."""
+    """Return the call's arguments with the tensor that enters the module exchanged for `new`."""
     if args and isinstance(args[0], Tensor):
         return (new, *args[1:]), dict(kwargs)
     name = next(key for key, value in kwargs.items() if isinstance(value, Tensor))
@@ -56,7 +56,7 @@ def entered(args: tuple[Any, ...], kwargs: Mapping[str, Any], new: Tensor) -> tu
 
 
 def submodule(root: nn.Module, place: Place) -> tuple[nn.Module, str]:
-    """The module at the place's path, hooked at the place's side."""
+    """Return the module at the place's path, hooked at the place's side."""
     return root.get_submodule(place[0]), place[1]
 
 
@@ -78,7 +78,7 @@ class ForwardHooks:
         self.rows: tuple[int, int] = (0, 0)
 
     def places(self) -> dict[Place, list[Any]]:
-        """The keys of every place, each in the order of the sites."""
+        """Return the keys of every place, each in the order of the sites."""
         places: dict[Place, list[Any]] = {}
         for key, site in self.sites.items():
             for path in site.modules:
@@ -87,7 +87,7 @@ class ForwardHooks:
 
     @contextmanager
     def on(self, root: nn.Module, rows: tuple[int, int], find: Find = submodule) -> Iterator[None]:
-        """Hooks on `root`'s modules for forwards over `rows` (batch, pos); removed on the way out."""
+        """Hang the hooks on `root`'s modules inside the context, for forwards over `rows` (batch, pos)."""
         self.rows = rows
         with ExitStack() as stack:
             for place, keys in self.places().items():
@@ -101,7 +101,7 @@ class ForwardHooks:
             yield
 
     def done(self, key: Any) -> None:
-        """Note that a key has happened; ends the forward when it was the last."""
+        """Note that a key has happened; end the forward when it was the last."""
         if key not in self.pending:
             raise ModelError(f"{key}: its module ran more than once in one forward, so the point is ambiguous")
         self.pending.discard(key)
@@ -109,7 +109,7 @@ class ForwardHooks:
             raise Stop
 
     def finish(self) -> None:
-        """Raises ModelError where a key never happened."""
+        """Raise ModelError where a key never happened."""
         if self.pending:
             missing = ", ".join(sorted(str(key) for key in self.pending))
             raise ModelError(f"{missing}: the module never ran in this forward")
@@ -131,7 +131,7 @@ class ForwardHooks:
         return hook
 
     def visit(self, keys: list[Any], raw: Tensor) -> Tensor:
-        """The writes and reads of `keys` on the tensor that passes their place; returns the one to go on with."""
+        """Apply the writes and reads of `keys` to the tensor that passes their place; return the one to go on with."""
         flat = raw.dim() == 2 and raw.shape[0] == self.rows[0] * self.rows[1]
         current = raw.view(*self.rows, raw.shape[-1]) if flat else raw
         shaped = current

@@ -1,7 +1,10 @@
 from .choices import BACKENDS as BACKENDS
+from .interop import as_bridge as as_bridge
+from .interop import as_nnsight as as_nnsight
 from .interop import from_bridge as from_bridge
 from .interop import from_hf as from_hf
 from .interop import from_nnsight as from_nnsight
+from .interop import on_backend as on_backend
 from .load import load_model as load_model
 from .protocol import Context as Context
 from .protocol import Faithfulness as Faithfulness

@@ -1,4 +1,4 @@
-"""Weights that are not numbers are refused."""
+"""Refusal of weights that are NaN or infinite."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from probes.errors import ModelError
 
 
 def check_weights(module: nn.Module, ref: str) -> None:
-    """Raises ModelError naming the first tensor with a NaN or an infinite value."""
+    """Raise ModelError naming the first tensor with a NaN or an infinite value."""
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         check_finite(tensor, name, ref)
 
 
 def check_finite(tensor: Tensor, name: str, ref: str) -> None:
-    """Raises ModelError naming a weight with a NaN or an infinite value; one without data passes."""
+    """Raise ModelError naming a weight with a NaN or an infinite value; one without data passes."""
     if tensor.is_meta or not tensor.is_floating_point():
         return
     # One sum is cheaper than a test of each value; it can overflow where all are finite, hence the second look.

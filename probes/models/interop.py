@@ -1,21 +1,25 @@
-"""Models handed over from notebooks, by the libraries that made them, and back."""
+"""Models that other libraries made come in, and models go out to them, with the same numbers."""
 
 from __future__ import annotations
 
-import copy
 from importlib import import_module
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from probes.errors import ModelError, unknown
+from probes.models.backends.bare_copy import bare_copy
+from probes.models.backends.in_memory import LocalModel
+from probes.models.backends.nnsight import NnsightModel, traced_over
+from probes.models.backends.remote import RemoteModel
+from probes.models.backends.transformer_lens import TransformerLensModel, bridge_over
 from probes.models.choices import BACKENDS
 from probes.models.protocol import Model
 from probes.models.sources.digest import weights_digest
 
 
 def backend_class(name: str) -> Any:
-    """The class of a backend.
+    """Return the class of a backend.
 
     Raises:
         ModelError: no backend of that name.
@@ -34,7 +38,7 @@ def from_hf(
     ref: str | None = None,
     revision: str | None = None,
 ) -> Model:
-    """A transformers model in memory, which is neither moved nor cast.
+    """Wrap a transformers model in memory, which is neither moved nor cast.
 
     Raises:
         ModelError: no such backend, an architecture without a map, or identities that fail.
@@ -45,18 +49,18 @@ def from_hf(
 
 
 def from_bridge(bridge: Any, *, ref: str | None = None) -> Model:
-    """A TransformerLens TransformerBridge, with its hooks and processed weights in force.
+    """Wrap a TransformerLens TransformerBridge, with its hooks and processed weights in force.
 
     Raises:
         ModelError: not a bridge around a transformers model, or identities that fail.
     """
     if not isinstance(getattr(bridge, "original_model", None), nn.Module):
         raise ModelError(f"{type(bridge).__name__} is no TransformerBridge: give what boot_transformers returns")
-    return cast(Model, backend_class("transformer_lens").from_bridge(bridge, ref))
+    return TransformerLensModel.from_bridge(bridge, ref)
 
 
 def from_nnsight(traced: Any, *, ref: str | None = None) -> Model:
-    """An nnsight model whose weights are in memory.
+    """Wrap an nnsight model whose weights are in memory.
 
     Raises:
         ModelError: not an nnsight model, one without weights, or identities that fail.
@@ -70,33 +74,46 @@ def from_nnsight(traced: Any, *, ref: str | None = None) -> Model:
             "load_model(ref, backend='nnsight', remote=True)"
         )
     name = ref or getattr(traced, "repo_id", None) or type(module).__name__
-    tokenizer = getattr(traced, "tokenizer", None)
-    return cast(Model, backend_class("nnsight")(traced, tokenizer, ref=name, weights=weights_digest(module)))
+    return NnsightModel(traced, getattr(traced, "tokenizer", None), ref=name, weights=weights_digest(module))
 
 
-def copied(module: nn.Module, ref: str, *, sharing: bool) -> nn.Module:
-    """A copy of a module tree without the hooks and controllers that others put on it.
-
-    Args:
-        sharing: around the very same tensors, rather than copies of them.
+def on_backend(model: Model, backend: str) -> Model:
+    """Return the same module behind another backend.
 
     Raises:
-        ModelError: a model spread over devices, whose parts cannot be copied.
+        ModelError: no such backend, one that cannot take this module, or one whose package is missing.
     """
-    if any(hasattr(m, "_hf_hook") for m in module.modules()):
-        raise ModelError(f"{ref}: a model spread over devices cannot be copied; use backend native or nnsight")
-    tensors: list[Tensor] = [*module.parameters(), *module.buffers()] if sharing else []
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
-    controllers = [m.__dict__[name] for m in module.modules() for name in _CONTROLLERS if name in m.__dict__]
-    made = copy.deepcopy(module, memo | {id(controller): None for controller in controllers})
-    for part in made.modules():
-        part._forward_hooks.clear()
-        part._forward_pre_hooks.clear()
-        for name in _CONTROLLERS:
-            if part.__dict__.get(name, part) is None:
-                del part.__dict__[name]
-    return made
+    local = _local(model)
+    return from_hf(local.source, local.tokenizer, backend=backend, ref=local.ref, revision=local.revision)
 
 
-_CONTROLLERS = ("__nnsight__", "forward")
-"""What nnsight leaves on the parts of a module that it has wrapped."""
+def as_bridge(model: Model) -> Any:
+    """Return a TransformerLens TransformerBridge around a copy of the model's module, to do with as one likes.
+
+    A model that came in as a bridge goes out as that very bridge.
+
+    Raises:
+        ModelError: the bridge cannot wrap it, or the weights are not here.
+    """
+    local = _local(model)
+    if isinstance(local, TransformerLensModel) and local.source is local.module:
+        return local.bridge
+    return bridge_over(bare_copy(local.source, local.ref, share_tensors=False), local.tokenizer, local.ref)
+
+
+def as_nnsight(model: Model) -> Any:
+    """Return an nnsight model around this very module: a TransformersModel, or the plain wrapper without a tokenizer.
+
+    Raises:
+        ModelError: nnsight is not installed.
+    """
+    if isinstance(model, NnsightModel | RemoteModel):
+        return model.traced
+    local = _local(model)
+    return traced_over(local.source, local.tokenizer)
+
+
+def _local(model: Model) -> LocalModel:
+    if isinstance(model, LocalModel) and not isinstance(model, RemoteModel):
+        return model
+    raise ModelError(f"{model.ref}: its weights stay on the server; load it without remote to hand it over")

@@ -1,4 +1,4 @@
-"""`load_model`: a reference to a loaded model behind one of the backends."""
+"""`load_model`: from a reference to a model behind one of the backends."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def load_model(
     remote: bool = False,
     progress: Progress | None = None,
 ) -> Model:
-    """Loads a model, ready to be read; its identities are checked on the way.
+    """Load a model, ready to be read; its identities are checked on the way.
 
     Args:
         ref: a named model (`smollm2-135m`), a folder, a `.gguf` file, or a hub id.
@@ -66,16 +66,16 @@ def load_model(
     how = replace(how, **spread(device, device_map, max_memory, offload))
     if streamed and (backend != "native" or device_map is not None):
         raise OptionError("a streamed model runs on backend native, without a device map: it holds one block at a time")
-    found = locate(ref, revision=revision, offline=offline, trust_remote_code=trust_remote_code, progress=progress)
-    config = read_config(found.folder, trust_remote_code=trust_remote_code)
+    located = locate(ref, revision=revision, offline=offline, trust_remote_code=trust_remote_code, progress=progress)
+    config = read_config(located.folder, trust_remote_code=trust_remote_code)
     if streamed:
         from probes.models.backends.meta_load import load_streamed
 
-        return load_streamed(found, config, how)
-    module = load_module(found.folder, config, how)
-    tokenizer = load_tokenizer(found.folder, trust_remote_code=trust_remote_code)
+        return load_streamed(located, config, how)
+    module = load_module(located.folder, config, how)
+    tokenizer = load_tokenizer(located.folder, trust_remote_code=trust_remote_code)
     weights = weights_digest(module, partial(fetch_offloaded, module, ref=ref))
-    return cast(Model, build(module, tokenizer, ref=ref, weights=weights, revision=found.revision))
+    return cast(Model, build(module, tokenizer, ref=ref, weights=weights, revision=located.revision))
 
 
 def _remote(ref: str, backend: str, offline: bool, *, attention: str, revision: str | None, trust: bool) -> Model:

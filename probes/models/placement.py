@@ -1,4 +1,4 @@
-"""Models spread over devices by accelerate: what may be asked for, and the data of parts that are elsewhere."""
+"""Models spread over devices by accelerate: the legal ways, and the data of parts that are elsewhere."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SIZE = re.compile(r"\d+(\.\d+)?\s*([KMGT]i?B)", re.IGNORECASE)
 def spread(
     device: str, device_map: DeviceMap | None, max_memory: MaxMemory | None, offload: str | Path | None
 ) -> dict[str, Any]:
-    """The fields of `Loading` that place a model's parts.
+    """Return the fields of `Loading` that place a model's parts.
 
     Raises:
         OptionError: an unknown strategy, a size that is none, or a combination that says two things at once.
@@ -46,33 +46,33 @@ def spread(
 
 
 def parse_max_memory(text: str) -> dict[int | str, str]:
-    """Sizes by device from text such as `0=20GiB,cpu=60GiB`.
+    """Parse sizes by device from text such as `0=20GiB,cpu=60GiB`.
 
     Raises:
         OptionError: text of another form.
     """
-    found: dict[int | str, str] = {}
+    sizes: dict[int | str, str] = {}
     for part in text.split(","):
         place, sign, size = (piece.strip() for piece in part.partition("="))
         if not sign or not (place.isdecimal() or place == "cpu"):
             raise OptionError(
                 f"max memory {text!r}: write a GPU's number or cpu with its size, such as 0=20GiB,cpu=60GiB"
             )
-        found[int(place) if place.isdecimal() else place] = size
-    return found
+        sizes[int(place) if place.isdecimal() else place] = size
+    return sizes
 
 
 def data_of(part: nn.Module, name: str) -> Tensor | None:
-    """A module's own parameter, read from where accelerate keeps it if that is elsewhere; None where it has none."""
-    found = getattr(part, name, None)
-    if not isinstance(found, Tensor) or not found.is_meta:
-        return found
+    """Return a module's own parameter, read from where accelerate keeps it if that is elsewhere; None where it has none."""
+    value = getattr(part, name, None)
+    if not isinstance(value, Tensor) or not value.is_meta:
+        return value
     kept = getattr(getattr(part, "_hf_hook", None), "weights_map", None)
-    return found if kept is None else kept[name]
+    return value if kept is None else kept[name]
 
 
 def fetch_offloaded(module: nn.Module, name: str, *, ref: str) -> Tensor:
-    """A finite tensor of a model by its full name, from where accelerate keeps it.
+    """Return a finite tensor of a model by its full name, from where accelerate keeps it.
 
     Raises:
         ModelError: a value that is not finite.
@@ -85,7 +85,7 @@ def fetch_offloaded(module: nn.Module, name: str, *, ref: str) -> Tensor:
 
 
 def main_device(module: nn.Module) -> torch.device:
-    """Where the inputs of a spread model belong: its first device that computes."""
+    """Return the device that a spread model takes its inputs on: its first that computes."""
     places = [place for place in getattr(module, "hf_device_map", {}).values() if place not in ("cpu", "disk")]
     place = places[0] if places else "cpu"
     return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)

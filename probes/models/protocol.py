@@ -1,4 +1,4 @@
-"""What every model backend gives: named tensors of one forward pass, with edits."""
+"""The interface of every model backend: named tensors of one forward pass, with edits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
@@ -39,7 +40,7 @@ class Shape:
     """Whether position p depends on positions <= p only."""
 
     def width(self, dim: str) -> int:
-        """The size of a named axis of `probes.points` other than pos, query and key."""
+        """Return the size of a named axis of `probes.points` other than pos, query and key."""
         sizes = {"head": self.n_heads, "kv_head": self.n_kv_heads, **asdict(self)}
         return int(sizes[dim])
 
@@ -60,11 +61,11 @@ class Context:
 
 @dataclass(frozen=True, eq=False)
 class Canary:
-    """What a model computes on a fixed short input; whatever reproduces it is believed to be the same model."""
+    """A model's outputs on a fixed short input; a model that reproduces them is taken for the same one."""
 
-    tokens: Tensor
+    tokens: Int[Tensor, "batch pos"]
     """[rows, pos], without padding."""
-    values: Tensor
+    values: Float[Tensor, "batch pos width"]
     """[rows, pos, width], float32: some of the model's outputs at every position."""
     tolerance: float
     """Relative difference that another device or library may make."""
@@ -81,6 +82,7 @@ class Identity:
 
     @property
     def holds(self) -> bool:
+        """Whether the deviation is within the tolerance."""
         return self.error <= self.tolerance
 
 
@@ -94,18 +96,19 @@ class Faithfulness:
 
     @property
     def holds(self) -> bool:
+        """Whether every identity holds."""
         return all(identity.holds for identity in self.identities)
 
 
 @dataclass(frozen=True)
 class Unembedding:
-    """How a residual is read: final norm, then unembedding, then softcap."""
+    """The map from a residual to logits: final norm, then unembedding, then softcap."""
 
     norm: Callable[[Tensor], Tensor]
     """The model's own final norm, [..., d_model] -> [..., d_model]."""
-    weight: Tensor
+    weight: Float[Tensor, "d_vocab d_model"]
     """[d_vocab, d_model]."""
-    bias: Tensor | None = None
+    bias: Float[Tensor, d_vocab] | None = None
     """[d_vocab]."""
     softcap: float | None = None
     """Logits become `softcap * tanh(logits / softcap)`."""
@@ -115,7 +118,7 @@ class Unembedding:
 class Forward:
     """One forward pass as data; the fields are the arguments of `Model.run`."""
 
-    tokens: Tensor
+    tokens: Int[Tensor, "batch pos"]
     """[batch, pos], right-padded."""
     reads: Mapping[Address, Read]
     writes: Mapping[Address, Write] = field(default_factory=dict)
@@ -126,8 +129,7 @@ class Forward:
 class Model(Protocol):
     """A loaded model behind one of the backends. Analyses never ask which.
 
-    In a notebook, a model made by another library comes in by `Model.from_hf`, `Model.from_bridge` or
-    `Model.from_nnsight`, and goes out by the `as_bridge` and `as_nnsight` of the backends in memory.
+    In a notebook, a model made by another library comes in, and ours goes out, by `probes.models.interop`.
     """
 
     ref: str
@@ -141,24 +143,24 @@ class Model(Protocol):
     canary: Canary
 
     def current(self) -> Context:
-        """The context of the model as it is now, whatever was done to it since it was wrapped.
+        """Return the context of the model as it is now, whatever was done to it since it was wrapped.
 
         Raises ModelError where no key can say what it computes: a hook or a patched `forward` of somebody else, autocast.
         """
         ...
 
     def refusal(self, address: Address) -> str | None:
-        """None where the address can be read, otherwise the reason it cannot."""
+        """Return why the address cannot be read, or None where it can."""
         ...
 
     def run(
         self,
-        tokens: Tensor,
+        tokens: Int[Tensor, "batch pos"],
         reads: Mapping[Address, Read],
         writes: Mapping[Address, Write] | None = None,
         lengths: Sequence[int] | None = None,
     ) -> None:
-        """One forward over right-padded `tokens` [batch, pos], stopped after the last address asked for.
+        """Run one forward over right-padded `tokens` [batch, pos], stopped after the last address read or written.
 
         A read sees its tensor after the write of the same address. `lengths` are the unpadded lengths; None
         means no padding. Raises PointError for an address the model refuses, before any computation.
@@ -175,44 +177,23 @@ class Model(Protocol):
         seed: int = 0,
         writes: Callable[[], Mapping[Address, Write]] | None = None,
     ) -> list[int]:
-        """The tokens the model writes after `tokens` (greedy at temperature 0), ended by an end-of-sequence token.
+        """Return the tokens the model writes after `tokens` (greedy at temperature 0), ended by an end-of-sequence token.
 
         `writes` makes fresh writes for every forward of the decoding.
         """
         ...
 
     def unembedding(self) -> Unembedding:
-        """The final norm and unembedding; raises PointError where they do not reproduce the logits."""
+        """Return the final norm and unembedding; raises PointError where they do not reproduce the logits."""
         ...
-
-    @staticmethod
-    def from_hf(module: nn.Module, tokenizer: Any = None, *, backend: str = "native", ref: str | None = None) -> Model:
-        """A transformers model in memory; raises ModelError where its identities fail."""
-        from probes.models.interop import from_hf
-
-        return from_hf(module, tokenizer, backend=backend, ref=ref)
-
-    @staticmethod
-    def from_bridge(bridge: Any, *, ref: str | None = None) -> Model:
-        """A TransformerLens TransformerBridge; raises ModelError where its identities fail."""
-        from probes.models.interop import from_bridge
-
-        return from_bridge(bridge, ref=ref)
-
-    @staticmethod
-    def from_nnsight(traced: Any, *, ref: str | None = None) -> Model:
-        """An nnsight model whose weights are in memory; raises ModelError where its identities fail."""
-        from probes.models.interop import from_nnsight
-
-        return from_nnsight(traced, ref=ref)
 
 
 @runtime_checkable
 class LayerMajor(Protocol):
-    """A model for which many forwards together are cheaper than one after another: block by block, each over all."""
+    """A model that runs many forwards together more cheaply: block by block, each block over all of them."""
 
     def run_all(self, forwards: Sequence[Forward]) -> Iterator[int]:
-        """Runs all of them, giving a forward's index each time one more block of it is done and its reads have happened.
+        """Run all forwards, giving a forward's index each time one more block of it is done and its reads have happened.
 
         Raises PointError for an address the model refuses, before any computation.
         """
@@ -232,7 +213,7 @@ class BlockAccess(Model, Protocol):
     """Where the points lie in `module`."""
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """A context in which no other thread runs the model, for alterations of the module that end with it.
+        """Return a context in which no other thread runs the model, for alterations of the module that end with it.
 
         Raises PointError where the blocks are not in memory.
         """
@@ -241,12 +222,12 @@ class BlockAccess(Model, Protocol):
     def hooked(
         self, reads: Mapping[Address, Read], writes: Mapping[Address, Write], rows: tuple[int, int]
     ) -> AbstractContextManager[None]:
-        """A context in which reads and writes happen whenever a block runs, on `rows` (batch, pos).
+        """Return a context in which reads and writes happen whenever a block runs, on `rows` (batch, pos).
 
         Raises PointError for an address the model refuses.
         """
         ...
 
     def block_output_lengths(self) -> tuple[int | None, ...]:
-        """Per block, the length of the tuple it returns; None where it returns a bare tensor."""
+        """Return the length of the tuple that each block returns; None where it returns a bare tensor."""
         ...

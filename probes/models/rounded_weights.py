@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from probes.errors import ModelError
@@ -17,7 +18,7 @@ BITS = (4, 8)
 
 
 def fake_quantised(model: Model, bits: int) -> NativeModel:
-    """A copy of `model` with every weight matrix inside its blocks rounded, per output channel, to `bits` bits.
+    """Return a copy of `model` with every weight matrix inside its blocks rounded, per output channel, to `bits` bits.
 
     Weights only: embeddings, unembedding, norms and biases stay, and activations are never rounded. The copy has its own
     weights digest, so its rows never mix with the model's.
@@ -39,8 +40,8 @@ def fake_quantised(model: Model, bits: int) -> NativeModel:
     return NativeModel(module, model.tokenizer, ref=ref, weights=weights_digest(module), revision=model.revision)
 
 
-def rounded(weight: Tensor, bits: int, channels: int) -> Tensor:
-    """Weights on a symmetric grid of 2^bits - 1 values per channel of axis `channels`, scaled by the channel's largest."""
+def rounded(weight: Float[Tensor, "*shape"], bits: int, channels: int) -> Float[Tensor, "*shape"]:
+    """Round weights to a symmetric grid of 2^bits - 1 values per channel of axis `channels`, scaled by the channel's largest."""
     limit = 2 ** (bits - 1) - 1
     others = [axis for axis in range(weight.dim()) if axis != channels % weight.dim()]
     # Stacked experts [expert, out, in] have a scale for each expert's every channel.

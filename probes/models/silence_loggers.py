@@ -16,7 +16,7 @@ _ONE_AT_A_TIME = threading.RLock()
 
 @contextmanager
 def silence_loggers() -> Iterator[None]:
-    """No transformers or hub message, warning or progress bar inside; the user's settings are restored on leaving."""
+    """Silence the messages, warnings and progress bars of transformers and the hub inside the context; restore them after."""
     with _ONE_AT_A_TIME, warnings.catch_warnings(), ExitStack() as restore:
         warnings.simplefilter("ignore")
         restore.callback(_bars_off())

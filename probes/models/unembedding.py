@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
@@ -11,8 +12,8 @@ from probes.models.placement import data_of
 from probes.models.protocol import Unembedding
 
 
-def apply(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)` on the module's own device; the result is on `x`'s."""
+def apply(module: nn.Module, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Return `module(x)`, computed on the module's own device, on `x`'s."""
     weight = next(module.parameters(), None)
     device = x.device if weight is None or weight.is_meta else weight.device
     out: Tensor = module(x.to(device))
@@ -20,7 +21,7 @@ def apply(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def unembedding_of(anatomy: Anatomy) -> Unembedding:
-    """The unembedding as the map states it, not yet compared with the model's logits.
+    """Return the unembedding as the map states it, not yet compared with the model's logits.
 
     Raises:
         PointError: there is no unembedding, or it does not take the residual stream's width.
@@ -44,8 +45,8 @@ def unembedding_of(anatomy: Anatomy) -> Unembedding:
     return Unembedding(norm, weight.detach(), None if bias is None else bias.detach(), cap if cap > 0 else None)
 
 
-def logits_of(unembedding: Unembedding, residual: Tensor) -> Tensor:
-    """Logits [..., d_vocab] of a residual [..., d_model], in the weights' dtype, on the weights' device."""
+def logits_of(unembedding: Unembedding, residual: Float[Tensor, "*rest d_model"]) -> Float[Tensor, "*rest d_vocab"]:
+    """Return the logits [..., d_vocab] of a residual [..., d_model], in the weights' dtype, on the weights' device."""
     normed = unembedding.norm(residual.to(unembedding.weight))
     out = nn.functional.linear(normed.to(unembedding.weight), unembedding.weight, unembedding.bias)
     return out if unembedding.softcap is None else unembedding.softcap * torch.tanh(out / unembedding.softcap)

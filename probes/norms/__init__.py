@@ -1,4 +1,7 @@
-"""Norms with frozen scales, and their removal: sites, switches, folding and the form that plain transformers loads."""
+"""Norms with frozen scales, and their removal: sites, switches, folding and the form that plain transformers loads.
+
+Imported by `probes.models` and everything above it.
+"""
 
 from probes.norms.arithmetic import NormParts, parts_of
 from probes.norms.folding import absorb, make_constant

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from probes.errors import PointError
@@ -32,33 +33,33 @@ class NormParts:
     @property
     def bias(self) -> Tensor | None:
         """[width] float32, or None."""
-        found = getattr(self.norm, "bias", None)
-        return found.float() if isinstance(found, Tensor) else None
+        bias = getattr(self.norm, "bias", None)
+        return bias.float() if isinstance(bias, Tensor) else None
 
-    def inverse_scale(self, x: Tensor) -> Tensor:
-        """One over each row's own scale sqrt(var + eps), [..., width] -> [..., 1] float32, as the norm itself computes it."""
+    def inverse_scale(self, x: Float[Tensor, "*rest width"]) -> Float[Tensor, "*rest 1"]:
+        """Return one over each row's own scale sqrt(var + eps), [..., width] -> [..., 1] float32, as the norm itself computes it."""
         rows = x.float()
         if self.centred:
             return torch.native_layer_norm(rows, [rows.shape[-1]], None, None, self.eps)[2]
         return torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + self.eps)
 
-    def scale(self, x: Tensor) -> Tensor:
-        """Each row's own scale, [..., width] -> [...] float32, differentiable."""
+    def scale(self, x: Float[Tensor, "*rest width"]) -> Float[Tensor, "*rest"]:
+        """Return each row's own scale, [..., width] -> [...] float32, differentiable."""
         rows = x.float()
         if self.centred:
             rows = rows - rows.mean(-1, keepdim=True)
         return (rows.square().mean(-1) + self.eps).sqrt()
 
-    def own(self, x: Tensor) -> Tensor:
-        """The norm put together again from its parts with every row's own scale, in the norm's order of operations."""
+    def own(self, x: Float[Tensor, "*rest width"]) -> Float[Tensor, "*rest width"]:
+        """Return the norm put together again from its parts with every row's own scale, in the norm's order of operations."""
         rows = x.float()
         if not self.centred:
             return self._affine(rows * self.inverse_scale(rows)).to(x.dtype)
         _, mean, inverse = torch.native_layer_norm(rows, [rows.shape[-1]], None, None, self.eps)
         return self._affine((rows - mean) * inverse).to(x.dtype)
 
-    def divided(self, x: Tensor, scale: Tensor) -> Tensor:
-        """The norm with a given scale [..., 1] or scalar in place of its own, in `x`'s dtype; differentiable."""
+    def divided(self, x: Float[Tensor, "*rest width"], scale: Float[Tensor, ...]) -> Float[Tensor, "*rest width"]:
+        """Return the norm with a given scale [..., 1] or scalar in place of its own, in `x`'s dtype; differentiable."""
         rows = x.float()
         if self.centred:
             rows = rows - rows.mean(-1, keepdim=True)
@@ -71,7 +72,7 @@ class NormParts:
 
 @torch.no_grad()
 def parts_of(norm: nn.Module, width: int, eps: float) -> NormParts:
-    """A norm's parts, found by comparing it with every way of putting them together.
+    """Return a norm's parts, told by comparing it with every way of putting them together.
 
     Args:
         eps: used where the module does not state its own.

@@ -16,12 +16,12 @@ from probes.norms.sites import Norm, NormSite, norms_of
 
 
 def constant_scales(norms: tuple[Norm, ...], on: Mapping[NormSite, Scale]) -> dict[str, float]:
-    """The one scale of each norm, by path.
+    """Return the one scale of each norm, by path.
 
     Raises:
         OptionError: a site that is not frozen, not constant, or not at the same scale as its norm's other sites.
     """
-    found = {}
+    scales = {}
     for norm in norms:
         missing = [site for site in norm.sites if site not in on]
         if missing:
@@ -31,12 +31,12 @@ def constant_scales(norms: tuple[Norm, ...], on: Mapping[NormSite, Scale]) -> di
             raise OptionError(
                 f"the scale of {norm.sites[0]} differs between positions or paths; give its norm one number"
             )
-        found[norm.path] = values.pop()
-    return found
+        scales[norm.path] = values.pop()
+    return scales
 
 
 def make_constant(anatomy: Anatomy, on: Mapping[NormSite, Scale]) -> None:
-    """Puts a linear map in every norm's place, in the anatomy's own module; `on` holds every site's frozen scale.
+    """Put a linear map in every norm's place, in the anatomy's own module; `on` holds every site's frozen scale.
 
     Raises:
         OptionError: see `constant_scales`.
@@ -49,14 +49,14 @@ def make_constant(anatomy: Anatomy, on: Mapping[NormSite, Scale]) -> None:
 
 
 def replace(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts `module` at `path`."""
+    """Put `module` at `path`."""
     parent, _, name = path.rpartition(".")
     setattr(root.get_submodule(parent), name, module)
 
 
 @torch.no_grad()
 def absorb(anatomy: Anatomy) -> None:
-    """Multiplies every constant norm into the linear maps beside it and leaves an identity in its place.
+    """Multiply every constant norm into the linear maps beside it and leave an identity in its place.
 
     A norm before a map W, c becomes W' = (I - 11ᵀ/d) diag(g) W and c' = bW + c; one after a map (of what attention or
     MLP add, of queries and keys per head) scales its outputs. The unembedding gets weights of its own.
@@ -96,7 +96,7 @@ def _plans(anatomy: Anatomy, layer: int) -> list[_Plan]:
     # Without an input projection of its own the MLP is a mixture, whose gate alone is a linear map.
     mlp = present("mlp.in", "mlp.gate") if has("mlp.in", layer) else ("mlp",)
     shared = anatomy.parallel and not has("ln2", layer)
-    wanted = (
+    candidates = (
         ("ln1", (*attention, *(mlp if shared else ())), True),
         ("ln2", mlp, True),
         ("ln1_post", ("attn.o",), False),
@@ -106,7 +106,7 @@ def _plans(anatomy: Anatomy, layer: int) -> list[_Plan]:
     )
     return [
         (path, names, layer, before)
-        for component, names, before in wanted
+        for component, names, before in candidates
         if (path := has(component, layer)) and isinstance(root.get_submodule(path), ConstantNorm)
     ]
 
@@ -160,7 +160,7 @@ def _set_bias(linear: nn.Module, value: Tensor, add: bool) -> None:
 
 
 def _untie(anatomy: Anatomy) -> None:
-    """Gives the unembedding weights of its own where it shares the embedding's."""
+    """Give the unembedding weights of its own where it shares the embedding's."""
     embed, unembed = anatomy.component("embed"), anatomy.component("unembed")
     if unembed.weight is embed.weight:
         assert isinstance(unembed.weight, Tensor)

@@ -29,26 +29,26 @@ _IN_CONFIG = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "layernorm
 
 
 def is_large(norm: nn.Module) -> bool:
-    """Whether a module is a norm in the large-epsilon form."""
+    """Return whether a module is a norm in the large-epsilon form."""
     eps = next((getattr(norm, name) for name in _IN_MODULE if hasattr(norm, name)), 0.0)
     return isinstance(eps, float | int) and eps >= SMALLEST_LARGE and isinstance(getattr(norm, "weight", None), Tensor)
 
 
 def undo_large_eps(module: nn.Module) -> int:
-    """Puts the linear maps that norms of this form are in their places; returns how many there were."""
-    found = [(path, norm) for path, norm in module.named_modules() if is_large(norm)]
-    for path, norm in found:
+    """Replace every norm of this form by the linear map that it is; return how many there were."""
+    norms = [(path, norm) for path, norm in module.named_modules() if is_large(norm)]
+    for path, norm in norms:
         assert isinstance(norm.weight, Tensor)
         parts = parts_of(norm, norm.weight.numel(), LARGE_EPS)
         gain = parts.gain / math.sqrt(parts.eps)
         constant = ConstantNorm(gain.to(norm.weight.dtype), getattr(norm, "bias", None), parts.centred)
         replace(module, path, constant.train(norm.training))
-    return len(found)
+    return len(norms)
 
 
 @torch.no_grad()
 def make_large_eps(anatomy: Anatomy, on: Mapping[NormSite, Scale]) -> None:
-    """Gives the norms of the anatomy's own module this form; `on` holds every site's frozen scale.
+    """Give the norms of the anatomy's own module this form; `on` holds every site's frozen scale.
 
     Raises:
         OptionError: a scale that is not constant, or a configuration that states no epsilon.

@@ -62,7 +62,7 @@ class Norm:
 
 
 def norms_of(anatomy: Anatomy) -> tuple[Norm, ...]:
-    """Every norm with a scale of its own, in the order in which they run.
+    """Return every norm with a scale of its own, in the order in which they run.
 
     Raises:
         NoNormError: the model has no norm whose scale could be frozen.
@@ -73,23 +73,23 @@ def norms_of(anatomy: Anatomy) -> tuple[Norm, ...]:
             f"{anatomy.map.architecture} normalises the stream itself after each sum, so its norms cannot be folded into "
             "the next linear map; norms can be frozen where they stand before attention, MLP and unembedding"
         )
-    found: dict[str, dict[NormSite, tuple[str, ...]]] = {}
+    by_path: dict[str, dict[NormSite, tuple[str, ...]]] = {}
     for layer in range(anatomy.n_layers):
         for kind in ("qk", "v", "q_norm", "k_norm", "attn_post", "mlp", "mlp_post"):
-            _enter(anatomy, NormSite(kind, layer), found)
-    _enter(anatomy, NormSite("final"), found)
-    if not found:
+            _enter(anatomy, NormSite(kind, layer), by_path)
+    _enter(anatomy, NormSite("final"), by_path)
+    if not by_path:
         raise NoNormError(
             f"{anatomy.map.architecture} has no norm whose scale depends on its input, so there is nothing to freeze; "
             "is it norm-free already?"
         )
-    return tuple(_norm(anatomy, path, readers) for path, readers in found.items())
+    return tuple(_norm(anatomy, path, readers) for path, readers in by_path.items())
 
 
-def _enter(anatomy: Anatomy, site: NormSite, found: dict[str, dict[NormSite, tuple[str, ...]]]) -> None:
+def _enter(anatomy: Anatomy, site: NormSite, by_path: dict[str, dict[NormSite, tuple[str, ...]]]) -> None:
     path = _path(anatomy, site)
     if path is not None and not is_constant(anatomy.map.module.get_submodule(path)):
-        found.setdefault(path, {})[site] = _readers(anatomy, site)
+        by_path.setdefault(path, {})[site] = _readers(anatomy, site)
 
 
 def _path(anatomy: Anatomy, site: NormSite) -> str | None:
@@ -129,7 +129,7 @@ def _norm(anatomy: Anatomy, path: str, readers: dict[NormSite, tuple[str, ...]])
 
 
 def choose(sites: Iterable[NormSite], names: Iterable[str]) -> tuple[NormSite, ...]:
-    """The sites named by `mlp`, `qk.*`, `v.0-3`, `final` or `all`, in their order.
+    """Return the sites named by `mlp`, `qk.*`, `v.0-3`, `final` or `all`, in their order.
 
     Raises:
         OptionError: a name that no site of this model has.

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
@@ -27,7 +28,7 @@ class Switches:
     The module's parameters stay where they are and keep their names, and frozen sites train them.
 
     Args:
-        end_of_text: the token id that ends a text, where it is to be told apart.
+        end_of_text: The token id that ends a text, where such tokens get a scale of their own.
         momentum: of the running scales, kept while the module trains; one update a forward.
 
     Raises:
@@ -75,7 +76,7 @@ class Switches:
             self.on[site] = scale or shared or self.measured(site)
 
     def measured(self, site: NormSite, first: bool = False) -> Scale:
-        """The running scale of a site's norm; with `first`, position 0 has its own.
+        """Return the running scale of a site's norm; with `first`, position 0 has its own.
 
         Raises:
             OptionError: nothing has run yet.
@@ -90,17 +91,17 @@ class Switches:
         for site in sites:
             self.on.pop(site, None)
 
-    def enter(self, tokens: Tensor) -> None:
+    def enter(self, tokens: Int[Tensor, "batch pos"]) -> None:
         """Say which token ids [batch, pos] are running, where the module itself is not called."""
         self._rows = Rows.of(tokens, self.end_of_text)
 
-    def ordinary(self, tokens: Tensor) -> Tensor:
-        """[batch, pos], True where token ids [batch, pos] are neither at position 0 nor the end of a text."""
+    def ordinary(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        """Return a mask [batch, pos], True where token ids [batch, pos] are neither at position 0 nor the end of a text."""
         return Rows.of(tokens, self.end_of_text).ordinary
 
     @contextmanager
     def attached(self) -> Iterator[Switches]:
-        """Switches act inside; hooks are gone and the module is bitwise as it was outside."""
+        """Let the switches act inside the context; outside it the module is bitwise as it was."""
         with ExitStack() as stack:
             stack.callback(self.module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
             for norm in self.norms:
@@ -138,13 +139,13 @@ class Switches:
                 self._observe(norm, x, rows)
             if not frozen:
                 return None
-            made: dict[int, Tensor] = {}
+            outputs: dict[int, Tensor] = {}
             for site in frozen:
                 scale = self.on[site]
-                if id(scale) not in made:
+                if id(scale) not in outputs:
                     new = norm.parts.own(x) if scale.own else norm.parts.divided(x, scale.at(rows, x.ndim - 3))
-                    made[id(scale)] = back(new).to(output.dtype)
-                self._passed[site] = made[id(scale)]
+                    outputs[id(scale)] = back(new).to(output.dtype)
+                self._passed[site] = outputs[id(scale)]
             return self._passed[frozen[0]] if self._whole(norm) else None
 
         return hook

@@ -1,4 +1,4 @@
-"""What the backends on a transformers module in memory share: checking, refusing, running, decoding."""
+"""The base of the backends whose transformers module is in memory: checking, refusing, running, decoding."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy, anatomy_of
@@ -19,7 +20,6 @@ from probes.hooks.forward_hooks import ForwardHooks, Stop, tensor_of
 from probes.models.backends.model_card import Displayed
 from probes.models.fingerprint.fingerprint import Fingerprint, fingerprint, keyed
 from probes.models.fingerprint.foreign_code import unkeyable
-from probes.models.interop import copied, from_hf
 from probes.models.placement import fetch_offloaded, main_device
 from probes.models.protocol import Canary, Context, Model, Read, Shape, Unembedding, Write
 from probes.models.sources.digest import weights_digest
@@ -33,7 +33,7 @@ _ORDER = {name: index for index, name in enumerate(POINTS)}
 
 
 class LocalModel(Displayed, Model):
-    """A transformers module behind the `Model` protocol; a backend says only how taps reach its tensors (`_call`).
+    """A transformers module behind the `Model` protocol; a backend says only how hooks reach its tensors (`_call`).
 
     Args:
         module: A transformers model with its language-model head; never moved or cast.
@@ -66,7 +66,7 @@ class LocalModel(Displayed, Model):
         self._wrapped = (self._state, weights)
 
     def _examine(self, guess: Anatomy, weights: str) -> None:
-        """Checks the module as it is, and takes up what it is: anatomy, shape, key and canary."""
+        """Check the module as it is, and set what follows from it: anatomy, shape, key and canary."""
         seen: list[Canary] = []
 
         def gather(tokens: Tensor) -> Evidence:
@@ -89,7 +89,7 @@ class LocalModel(Displayed, Model):
         self.context = Context(self._key(weights), self.backend, str(dtype).removeprefix("torch."), attention)
 
     def current(self) -> Context:
-        """The context of the module as it is now; where it was changed in place, its identities are checked anew.
+        """Return the context of the module as it is now; where it was changed in place, its identities are checked anew.
 
         Raises:
             ModelError: no key can say what it computes (a hook or a patched `forward` of somebody else, autocast), or
@@ -104,7 +104,7 @@ class LocalModel(Displayed, Model):
             return self.context
 
     def _follow(self, now: Fingerprint | None) -> None:
-        """Takes up what the module has become."""
+        """Examine the module anew after it was changed."""
         state, weights = self._wrapped
         self._examine(anatomy_of(self.module), weights if now == state else self._digest())
 
@@ -118,61 +118,33 @@ class LocalModel(Displayed, Model):
         return keyed(weights, self.source)
 
     def _place(self, entry: Tensor) -> tuple[torch.device, torch.dtype]:
-        """Where tokens go and what the model computes in, told by the embedding's weights."""
+        """The device that tokens go to and the dtype of the computation, by the embedding's weights."""
         return main_device(self.module) if entry.is_meta else entry.device, entry.dtype
 
     def _attended(self, anatomy: Anatomy, tokens: Tensor) -> Mapping[int, Attended] | str:
         """What each layer's attention function receives, or the reason it cannot be had."""
         return attention_of(self.module, anatomy, self._logits, tokens)
 
-    def _call(self, taps: ForwardHooks, tokens: Tensor, **kwargs: Any) -> Any:
-        """The module's own output for `tokens` [batch, pos] and further arguments, with the taps visited on the way."""
+    def _call(self, hooks: ForwardHooks, tokens: Tensor, **kwargs: Any) -> Any:
+        """The module's own output for `tokens` [batch, pos] and further arguments, with the hooks visited on the way."""
         raise NotImplementedError
 
     def component(self, name: str, layer: int | None = None) -> nn.Module:
-        """A part of the module by its TransformerLens name, such as `attn.o` or `ln1` of a layer, or `unembed`."""
+        """Return a part of the module by its TransformerLens name, such as `attn.o` or `ln1` of a layer, or `unembed`."""
         return self.anatomy.component(name, layer)
 
-    def on(self, backend: str) -> Model:
-        """The same module behind another backend.
-
-        Raises:
-            ModelError: no such backend, one that cannot take this module, or one whose package is missing.
-        """
-        return from_hf(self.source, self.tokenizer, backend=backend, ref=self.ref, revision=self.revision)
-
-    def as_bridge(self) -> Any:
-        """A TransformerLens TransformerBridge around a copy of the module, to do with as one likes.
-
-        Raises:
-            ModelError: the bridge cannot wrap it.
-        """
-        from probes.models.backends.transformer_lens import bridge_over
-
-        return bridge_over(copied(self.source, self.ref, sharing=False), self.tokenizer, self.ref)
-
-    def as_nnsight(self) -> Any:
-        """An nnsight model around this very module: a TransformersModel, or the plain wrapper without a tokenizer.
-
-        Raises:
-            ModelError: nnsight is not installed.
-        """
-        from probes.models.backends.nnsight import traced_over
-
-        return traced_over(self.source, self.tokenizer)
-
     def refusal(self, address: Address) -> str | None:
-        """None where the address can be read, otherwise the reason it cannot."""
+        """Return why the address cannot be read, or None where it can."""
         return self.anatomy.refusal(address)
 
     def run(
         self,
-        tokens: Tensor,
+        tokens: Int[Tensor, "batch pos"],
         reads: Mapping[Address, Read],
         writes: Mapping[Address, Write] | None = None,
         lengths: Sequence[int] | None = None,
     ) -> None:
-        """One forward over right-padded `tokens` [batch, pos], stopped after the last address asked for.
+        """Run one forward over right-padded `tokens` [batch, pos], stopped after the last address read or written.
 
         Raises:
             PointError: an address this model refuses, or a write to a derived one; before any computation.
@@ -184,12 +156,12 @@ class LocalModel(Displayed, Model):
         if not reads and not writes:
             return
         with self._lock, evaluating(self.module), torch.inference_mode():
-            taps = self._taps(reads, writes, stop=True)
+            hooks = self._hooks(reads, writes, stop=True)
             try:
-                self._forward(taps, tokens, lengths)
+                self._forward(hooks, tokens, lengths)
             except Stop:
                 return
-            taps.finish()
+            hooks.finish()
 
     @torch.inference_mode()
     def generate(
@@ -202,7 +174,7 @@ class LocalModel(Displayed, Model):
         seed: int = 0,
         writes: Callable[[], Mapping[Address, Write]] | None = None,
     ) -> list[int]:
-        """The tokens the model writes after `tokens`; the last is an end-of-sequence token where it wrote one.
+        """Return the tokens the model writes after `tokens`; the last is an end-of-sequence token where it wrote one.
 
         The draw depends on `seed` alone and leaves the global random state as it was.
 
@@ -223,9 +195,9 @@ class LocalModel(Displayed, Model):
             while len(written) < max_new_tokens:
                 edits = writes() if writes else {}
                 self._admit({}, edits)
-                taps = self._taps({}, edits, stop=False)
-                out = self._forward(taps, step, None, past_key_values=cache, use_cache=True)
-                taps.finish()
+                hooks = self._hooks({}, edits, stop=False)
+                out = self._forward(hooks, step, None, past_key_values=cache, use_cache=True)
+                hooks.finish()
                 token = _choose(tensor_of(out)[0, -1].float().cpu(), temperature, top_p, generator)
                 written.append(token)
                 if token in ends:
@@ -234,7 +206,7 @@ class LocalModel(Displayed, Model):
         return written
 
     def unembedding(self) -> Unembedding:
-        """The final norm and unembedding.
+        """Return the final norm and unembedding.
 
         Raises:
             PointError: they do not reproduce this model's logits; the message is the reason.
@@ -267,34 +239,34 @@ class LocalModel(Displayed, Model):
                 f"token id {bad} is outside the vocabulary of {self.ref}: legal are 0 to {self.shape.d_vocab - 1}"
             )
 
-    def _taps(self, reads: Mapping[Address, Read], writes: Mapping[Address, Write], stop: bool) -> ForwardHooks:
+    def _hooks(self, reads: Mapping[Address, Read], writes: Mapping[Address, Write], stop: bool) -> ForwardHooks:
         addresses = sorted({*reads, *writes}, key=lambda a: (a.layer or 0, _ORDER[a.point]))
         elsewhere = frozenset(a for a in addresses if a.point == "pattern" and a.layer not in self.anatomy.patterns)
         sites = {a: self.anatomy.site(a) for a in addresses if a not in elsewhere}
         return ForwardHooks(sites, reads, writes, elsewhere, stop)
 
     @contextmanager
-    def _watching(self, taps: ForwardHooks) -> Iterator[None]:
-        """Within, the attention function reports the patterns that no module carries."""
-        patterns = {a.layer: a for a in taps.pending if a not in taps.sites}
-        watch = {layer: _report(taps, a) for layer, a in patterns.items()}
-        edits = {layer: taps.writes[a] for layer, a in patterns.items() if a in taps.writes}
+    def _watching(self, hooks: ForwardHooks) -> Iterator[None]:
+        """A context in which the attention function reports the patterns that no module carries."""
+        patterns = {a.layer: a for a in hooks.pending if a not in hooks.sites}
+        watch = {layer: _report(hooks, a) for layer, a in patterns.items()}
+        edits = {layer: hooks.writes[a] for layer, a in patterns.items() if a in hooks.writes}
         with watched(self._config, self._layers, watch, edits) if patterns else nullcontext():
             yield
 
-    def _forward(self, taps: ForwardHooks, tokens: Tensor, lengths: Sequence[int] | None, **cache: Any) -> Any:
+    def _forward(self, hooks: ForwardHooks, tokens: Tensor, lengths: Sequence[int] | None, **cache: Any) -> Any:
         kwargs: dict[str, Any] = {"use_cache": False, **cache} if self.shape.causal else {}
         if not self.shape.causal and lengths is not None:
             positions = torch.arange(tokens.shape[1], device=self.device)
             kwargs["attention_mask"] = (positions < torch.tensor(lengths, device=self.device)[:, None]).long()
         # A causal model gets no mask: right padding cannot reach a real row, and the fast attention path stays open.
-        with self._watching(taps):
-            return self._call(taps, tokens.to(self.device), **kwargs)
+        with self._watching(hooks):
+            return self._call(hooks, tokens.to(self.device), **kwargs)
 
-    def _logits(self, tokens: Tensor, taps: ForwardHooks | None = None) -> Tensor:
-        taps = taps or ForwardHooks({}, {}, {}, stop=False)
+    def _logits(self, tokens: Tensor, hooks: ForwardHooks | None = None) -> Tensor:
+        hooks = hooks or ForwardHooks({}, {}, {}, stop=False)
         with torch.inference_mode():
-            return tensor_of(self._call(taps, tokens.to(self.device)))
+            return tensor_of(self._call(hooks, tokens.to(self.device)))
 
     def _evidence(self, guess: Anatomy, tokens: Tensor) -> Evidence:
         attended = {} if guess.patterns else self._attended(guess, tokens)
@@ -308,11 +280,11 @@ class LocalModel(Displayed, Model):
         return set()
 
 
-def _report(taps: ForwardHooks, address: Address) -> Watch:
+def _report(hooks: ForwardHooks, address: Address) -> Watch:
     def watch(attended: Attended) -> None:
-        if address in taps.reads:
-            taps.reads[address](attended.pattern)
-        taps.done(address)
+        if address in hooks.reads:
+            hooks.reads[address](attended.pattern)
+        hooks.done(address)
 
     return watch
 
@@ -335,7 +307,7 @@ def _shape(anatomy: Anatomy, causal: bool, d_mlp: int | None) -> Shape:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Dropout off within; every submodule's own training flag as it was afterwards."""
+    """Put a module in evaluation mode inside the context; every submodule has its own training flag back afterwards."""
     training = [m for m in module.modules() if m.training]
     for m in training:
         m.training = False

@@ -1,4 +1,4 @@
-"""A model whose blocks hold no weights: everything around the blocks is loaded, the blocks stay on the meta device."""
+"""Loading a model without its blocks' weights, which stay on disk: everything else is in memory."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from probes.models.sources.digest import weights_digest
 from probes.models.sources.locate import Located
 
 
-def load_streamed(found: Located, config: Any, how: Loading) -> Model:
-    """A model whose blocks stay in its folder.
+def load_streamed(located: Located, config: Any, how: Loading) -> Model:
+    """Load a model whose blocks stay in its folder.
 
     Raises:
         ModelError: weights missing or not finite, or blocks that cannot be read one at a time.
     """
-    module, blocks = load_shell(found.folder, config, how)
+    module, blocks = load_without_blocks(located.folder, config, how)
 
     def fetch(name: str) -> Tensor:
         tensor = blocks.tensor(name)
-        check_finite(tensor, name, found.ref)
+        check_finite(tensor, name, located.ref)
         return tensor
 
     weights = weights_digest(module, fetch)
-    tokenizer = load_tokenizer(found.folder, trust_remote_code=how.trust_remote_code)
-    return StreamedModel(module, tokenizer, blocks=blocks, ref=found.ref, weights=weights, revision=found.revision)
+    tokenizer = load_tokenizer(located.folder, trust_remote_code=how.trust_remote_code)
+    return StreamedModel(module, tokenizer, blocks=blocks, ref=located.ref, weights=weights, revision=located.revision)
 
 
-def load_shell(folder: Path, config: Any, how: Loading) -> tuple[nn.Module, BlockWeights]:
-    """The model of a folder, loaded as always but for its blocks' weight matrices, and where these are read from.
+def load_without_blocks(folder: Path, config: Any, how: Loading) -> tuple[nn.Module, BlockWeights]:
+    """Load the model of a folder without its blocks' weight matrices; returns it with the reader of these matrices.
 
     Raises:
         ModelError: as an ordinary load, or blocks that share weights with other parts.
@@ -59,7 +59,7 @@ def load_shell(folder: Path, config: Any, how: Loading) -> tuple[nn.Module, Bloc
 
 
 def block_paths(module: nn.Module) -> list[str]:
-    """Dotted path of each block of a model.
+    """Return the dotted path of each block of a model.
 
     Raises:
         ModelError: the architecture map does not know this class of model.

@@ -21,12 +21,12 @@ class NativeModel(LocalModel):
 
     backend: ClassVar[str] = "native"
 
-    def _call(self, taps: ForwardHooks, tokens: Tensor, **kwargs: Any) -> Any:
-        with taps.on(self.module, (tokens.shape[0], tokens.shape[1])):
+    def _call(self, hooks: ForwardHooks, tokens: Tensor, **kwargs: Any) -> Any:
+        with hooks.on(self.module, (tokens.shape[0], tokens.shape[1])):
             return self.module(input_ids=tokens, **kwargs)
 
     def block_output_lengths(self) -> tuple[int | None, ...]:
-        """Per block, the length of the tuple it returns; None where it returns a bare tensor."""
+        """Return the length of the tuple that each block returns; None where it returns a bare tensor."""
         return self._block_output_lengths
 
     @cached_property
@@ -36,7 +36,7 @@ class NativeModel(LocalModel):
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """No other thread runs this model inside; for alterations of the module that are undone on the way out."""
+        """Keep other threads from running the model inside, for alterations of the module that are undone on the way out."""
         with self._lock, evaluating(self.module):
             yield
 
@@ -44,8 +44,8 @@ class NativeModel(LocalModel):
     def hooked(
         self, reads: Mapping[Address, Read], writes: Mapping[Address, Write], rows: tuple[int, int]
     ) -> Iterator[None]:
-        """Reads and writes happen whenever the blocks run inside, on (batch, pos) rows; for callers of single blocks."""
+        """Make reads and writes happen whenever a block runs inside, on `rows` (batch, pos); for callers of single blocks."""
         self._admit(reads, writes)
-        taps = self._taps(reads, writes, stop=False)
-        with self._lock, self._watching(taps), taps.on(self.module, rows):
+        hooks = self._hooks(reads, writes, stop=False)
+        with self._lock, self._watching(hooks), hooks.on(self.module, rows):
             yield

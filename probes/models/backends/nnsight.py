@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from probes.errors import ModelError
@@ -20,7 +21,7 @@ Passage = tuple[nn.Module, str]
 """A module and a side of it, `input` or `output`."""
 
 Visit = Callable[[Any, ForwardHooks, list[Any]], None]
-"""Shows the tensor at one of nnsight's parts to the taps of some keys."""
+"""Shows the tensor at one of nnsight's parts to the hooks of some keys."""
 
 
 class NnsightModel(LocalModel):
@@ -48,61 +49,57 @@ class NnsightModel(LocalModel):
         self._parts = set(inner.modules())
         super().__init__(inner, tokenizer, ref=ref, weights=weights, revision=revision)
 
-    def as_nnsight(self) -> Any:
-        """The nnsight model itself."""
-        return self.traced
-
     def _follow(self, now: Fingerprint | None) -> None:
         if self._parts != set(self.module.modules()):
             raise ModelError(
                 f"{self.ref}: parts of its module were exchanged since nnsight was put around it; wrap the module again "
-                "(Model.from_hf or Model.from_nnsight)"
+                "(from_hf or from_nnsight)"
             )
         super()._follow(now)
 
-    def _call(self, taps: ForwardHooks, tokens: Tensor, **kwargs: Any) -> Any:
-        taps.rows = (tokens.shape[0], tokens.shape[1])
-        visits = self._visits(taps)
+    def _call(self, hooks: ForwardHooks, tokens: Tensor, **kwargs: Any) -> Any:
+        hooks.rows = (tokens.shape[0], tokens.shape[1])
+        visits = self._visits(hooks)
         outputs: list[Any] = []
         with self.traced.trace(input_ids=tokens, **kwargs):
             for visit, part, keys in visits:
-                visit(part, taps, keys)
+                visit(part, hooks, keys)
             outputs.append(self.traced.output)
         return outputs[0]
 
-    def _visits(self, taps: ForwardHooks) -> list[tuple[Visit, Any, list[Any]]]:
-        """What to do at which of nnsight's parts, in the order of the forward."""
-        found = []
-        for (path, side), keys in taps.places().items():
+    def _visits(self, hooks: ForwardHooks) -> list[tuple[Visit, Any, list[Any]]]:
+        """The visits to nnsight's parts, in the order of the forward."""
+        passages = []
+        for (path, side), keys in hooks.places().items():
             part = self.module.get_submodule(path)
             when = self._order.get((part, side))
             if when == -1:
                 raise ModelError(f"{keys[0]}: its module ran more than once in one forward, so the point is ambiguous")
             if when is not None:
-                found.append((when, part, side, keys))
+                passages.append((when, part, side, keys))
         envoys = self.traced.interleaver.envoys
         visits = {"input": _visit_input, "output": _visit_output}
-        return [(visits[side], envoys[id(part)], keys) for _, part, side, keys in sorted(found, key=lambda f: f[0])]
+        return [(visits[side], envoys[id(part)], keys) for _, part, side, keys in sorted(passages, key=lambda f: f[0])]
 
 
-def _visit_input(part: Any, taps: ForwardHooks, keys: list[Any]) -> None:
+def _visit_input(part: Any, hooks: ForwardHooks, keys: list[Any]) -> None:
     args, kwargs = part.inputs
     old = entering(args, kwargs)
-    new = taps.visit(keys, old)
+    new = hooks.visit(keys, old)
     if new is not old:
         part.inputs = entered(args, kwargs, new)
 
 
-def _visit_output(part: Any, taps: ForwardHooks, keys: list[Any]) -> None:
+def _visit_output(part: Any, hooks: ForwardHooks, keys: list[Any]) -> None:
     output = part.output
     old = tensor_of(output)
-    new = taps.visit(keys, old)
+    new = hooks.visit(keys, old)
     if new is not old:
         part.output = replaced(output, new)
 
 
 def library() -> Any:
-    """The nnsight package.
+    """Import the nnsight package.
 
     Raises:
         ModelError: it is not installed.
@@ -116,7 +113,7 @@ def library() -> Any:
 
 
 def traced_over(module: nn.Module, tokenizer: Any) -> Any:
-    """An nnsight model around `module`: a TransformersModel, or the plain wrapper where there is no tokenizer."""
+    """Return an nnsight model around `module`: a TransformersModel, or the plain wrapper where there is no tokenizer."""
     nnsight = library()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -126,8 +123,8 @@ def traced_over(module: nn.Module, tokenizer: Any) -> Any:
         return nnsight.TransformersModel(module, tokenizer=copy.deepcopy(tokenizer))
 
 
-def execution_order(module: nn.Module, tokens: Tensor) -> Mapping[Passage, int]:
-    """The passages of one forward over `tokens` [batch, pos], numbered in their order; -1 for one that comes again."""
+def execution_order(module: nn.Module, tokens: Int[Tensor, "batch pos"]) -> Mapping[Passage, int]:
+    """Number the passages of one forward over `tokens` [batch, pos] in their order; -1 for one that comes again."""
     order: dict[Passage, int] = {}
 
     def note(part: nn.Module, side: str) -> Callable[..., None]:

@@ -66,26 +66,18 @@ class RemoteModel(LocalModel):
         super().__init__(module, traced.tokenizer, ref=ref, weights=weights, revision=revision, anatomy=anatomy)
 
     def unembedding(self) -> Unembedding:
-        """Refused: raises PointError, because the weights stay on the server."""
+        """Refuse: raises PointError, because the weights stay on the server."""
         raise PointError(f"{self.ref}: {_NO_LENS}")
 
     def generate(self, tokens: Sequence[int], max_new_tokens: int, **_: Any) -> NoReturn:
-        """Refused: raises PointError, because a server keeps no cache from one request to the next."""
+        """Refuse: raises PointError, because a server keeps no cache from one request to the next."""
         raise PointError(
             f"{self.ref}: decoding is not done remotely, because the server keeps no cache between requests; "
             "leave out --remote, or ask for no new tokens"
         )
 
-    def as_bridge(self) -> NoReturn:
-        """Refused: raises ModelError, because the weights stay on the server."""
-        raise ModelError(f"{self.ref}: {_NO_LENS}; load it without remote to hand it over")
-
-    def as_nnsight(self) -> Any:
-        """The nnsight model itself."""
-        return self.traced
-
     def current(self) -> Context:
-        """The context, which is the server's: nothing done here can change the model there."""
+        """Return the context, which is the server's: nothing done here can change the model there."""
         return self.context
 
     def _fingerprint(self) -> None:
@@ -100,27 +92,27 @@ class RemoteModel(LocalModel):
     def _attended(self, anatomy: Anatomy, tokens: Tensor) -> str:
         return _NO_PATTERN
 
-    def _logits(self, tokens: Tensor, taps: ForwardHooks | None = None) -> Tensor:
-        if taps is not None:
-            self._call(taps, tokens)
+    def _logits(self, tokens: Tensor, hooks: ForwardHooks | None = None) -> Tensor:
+        if hooks is not None:
+            self._call(hooks, tokens)
         root = [(self.module, "output", False)]
-        return self._fetch(tokens, {}, root, {}, 0, True)[0] if taps is None else torch.empty(0)
+        return self._fetch(tokens, {}, root, {}, 0, True)[0] if hooks is None else torch.empty(0)
 
-    def _call(self, taps: ForwardHooks, tokens: Tensor, **kwargs: Any) -> None:
-        taps.rows = (tokens.shape[0], tokens.shape[1])
+    def _call(self, hooks: ForwardHooks, tokens: Tensor, **kwargs: Any) -> None:
+        hooks.rows = (tokens.shape[0], tokens.shape[1])
         visits, keys_of = [], []
-        for (path, side), keys in sorted(taps.places().items(), key=lambda item: self._when(item[0])):
+        for (path, side), keys in sorted(hooks.places().items(), key=lambda item: self._when(item[0])):
             if self._when((path, side)) >= 0:
-                in_place = any(taps.sites[key].in_place for key in keys)
+                in_place = any(hooks.sites[key].in_place for key in keys)
                 visits.append((self.module.get_submodule(path), side, in_place))
                 keys_of.append(keys)
         fixed: dict[int, Tensor] = {}
         after = 0
-        written = [i for i, keys in enumerate(keys_of) if any(key in taps.writes for key in keys)]
+        written = [i for i, keys in enumerate(keys_of) if any(key in hooks.writes for key in keys)]
         for last in sorted({*written, len(visits) - 1}):
-            found = self._fetch(tokens, kwargs, visits[: last + 1], fixed, after, stop=taps.stop or last in written)
-            for number, raw in enumerate(found, after):
-                new = taps.visit(keys_of[number], raw)
+            tensors = self._fetch(tokens, kwargs, visits[: last + 1], fixed, after, stop=hooks.stop or last in written)
+            for number, raw in enumerate(tensors, after):
+                new = hooks.visit(keys_of[number], raw)
                 if number in written:
                     fixed[number] = new
             after = last + 1
@@ -132,20 +124,20 @@ class RemoteModel(LocalModel):
         """The norms' few weights, so that the identities can be checked here."""
         layers = [(name, layer) for layer in range(anatomy.n_layers) for name in _NORMS]
         paths = [anatomy.map.path(name, layer) for name, layer in [*layers, ("ln_final", None)]]
-        wanted = [
+        parameters = [
             (anatomy.map.module.get_submodule(path), name)
             for path in dict.fromkeys(paths)
             if path
             for name in anatomy.map.module.get_submodule(path).state_dict()
         ]
-        names = [f"{self._paths[part]}.{name}" for part, name in wanted]
+        names = [f"{self._paths[part]}.{name}" for part, name in parameters]
         traced, tokens = self.traced, torch.ones(1, 1, dtype=torch.long)
         with _clear(self.ref), traced.trace(input_ids=tokens, backend=self.client(traced)) as tracer:
             weights = list().save()  # type: ignore[attr-defined]  # noqa: C408
             for name in names:
                 weights.append(traced.get(name))
             tracer.stop()
-        for (part, name), weight in zip(wanted, weights, strict=True):
+        for (part, name), weight in zip(parameters, weights, strict=True):
             setattr(part, name, nn.Parameter(weight.detach(), requires_grad=False))
 
     def _fetch(
@@ -166,7 +158,7 @@ class RemoteModel(LocalModel):
         changed = dict(fixed)
         # What stands inside the block is sent to the server as source, so it uses nothing of this package.
         with _clear(self.ref), traced.trace(input_ids=tokens, backend=self.client(traced), **kwargs) as tracer:
-            found = list().save()  # type: ignore[attr-defined]  # noqa: C408
+            tensors = list().save()  # type: ignore[attr-defined]  # noqa: C408
             for number, (path, side, in_place) in enumerate(places):
                 part = traced.get(path) if path else traced
                 value = part.input if side == "input" else part.output
@@ -185,15 +177,15 @@ class RemoteModel(LocalModel):
                     else:
                         part.output = (new, *value[1:])
                 if number >= after:
-                    found.append(tensor)
+                    tensors.append(tensor)
             if stop:
                 tracer.stop()
-        return [tensor.detach().cpu() for tensor in found]
+        return [tensor.detach().cpu() for tensor in tensors]
 
 
 @contextmanager
 def _clear(ref: str) -> Iterator[None]:
-    """Within, a server's refusal or an outage becomes a ModelError; whatever was committed to a store stays."""
+    """Turn a server's refusal or an outage inside the context into a ModelError; what is already in a store stays."""
     from nnsight.intervention.backends.remote import RemoteError
 
     try:
@@ -213,7 +205,7 @@ def _clear(ref: str) -> Iterator[None]:
 def load_remote(
     ref: str, *, attention: str = "sdpa", revision: str | None = None, trust_remote_code: bool = False
 ) -> RemoteModel:
-    """A model on an NDIF server, with the key from the environment.
+    """Load a model on an NDIF server, with the key from the environment.
 
     Raises:
         OptionError: no key in the environment.
@@ -241,7 +233,7 @@ def load_remote(
 
 
 def server_client(key: str) -> Client:
-    """nnsight's own client, with a key; the server is nnsight's default or the one the environment names."""
+    """Return the client of nnsight itself, with a key; the server is nnsight's default or the one the environment names."""
 
     def client(traced: Any) -> Any:
         from nnsight.intervention.backends.display import StatusDisplay
@@ -256,7 +248,7 @@ def server_client(key: str) -> Client:
 
 
 def _rehearsed(module: nn.Module, ref: str) -> Mapping[tuple[nn.Module, str], int]:
-    """The order of a forward, told without weights."""
+    """The order in which a forward runs the parts, from one without weights."""
     try:
         with torch.inference_mode():
             return execution_order(module, torch.ones(1, 2, dtype=torch.long, device="meta"))

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from probes.errors import ModelError
@@ -44,8 +45,8 @@ class Spill:
         self._file = tempfile.TemporaryFile(dir=folder, prefix="residuals-")  # noqa: SIM115
         self._meta: dict[int, tuple[torch.Size, torch.dtype]] = {}
 
-    def write(self, slot: int, stream: Tensor) -> None:
-        """Keeps `stream` [batch, pos, d_model] in a slot."""
+    def write(self, slot: int, stream: Float[Tensor, "batch pos d_model"]) -> None:
+        """Write `stream` [batch, pos, d_model] into a slot."""
         flat = stream.detach().cpu().contiguous()
         assert flat.nbytes <= self._starts[slot + 1] - self._starts[slot]
         self._meta[slot] = (flat.shape, flat.dtype)
@@ -55,8 +56,8 @@ class Spill:
             done = os.pwrite(self._file.fileno(), data, at)
             data, at = data[done:], at + done
 
-    def read(self, slot: int) -> Tensor:
-        """The stream last written to a slot, [batch, pos, d_model], on the CPU."""
+    def read(self, slot: int) -> Float[Tensor, "batch pos d_model"]:
+        """Return the stream last written to a slot, [batch, pos, d_model], on the CPU."""
         shape, dtype = self._meta[slot]
         stream = torch.empty(shape, dtype=dtype)
         data = _bytes(stream)

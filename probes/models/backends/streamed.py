@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any, NoReturn
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
@@ -24,7 +25,7 @@ from probes.models.protocol import Forward, Read, Write
 from probes.models.sources.block_weights import BlockWeights
 from probes.models.sources.digest import weights_digest
 from probes.models.verify.identities import HOOKED
-from probes.models.verify.recording import Call, Evidence, attention_of, record, wanted_sites
+from probes.models.verify.recording import Call, Evidence, attention_of, checked_sites, record
 from probes.points import Address
 
 SPILL_BYTES = 16 * 2**30
@@ -55,7 +56,7 @@ class StreamedModel(NativeModel):
         spill_bytes: int = SPILL_BYTES,
     ) -> None:
         self.blocks, self.spill_bytes = blocks, spill_bytes
-        self._gates = SingleBlockRunner([module.get_submodule(path) for path in blocks.paths])
+        self._runner = SingleBlockRunner([module.get_submodule(path) for path in blocks.paths])
         super().__init__(module, tokenizer, ref=ref, weights=weights, revision=revision)
         for identity in self.faithfulness.identities:
             if identity.name == HOOKED and not identity.holds:
@@ -65,7 +66,7 @@ class StreamedModel(NativeModel):
                 )
 
     def run_all(self, forwards: Sequence[Forward]) -> Iterator[int]:
-        """Every forward, block by block; a block's weights are read once for as many forwards as the spill file holds.
+        """Run every forward, block by block; a block's weights are read once for as many forwards as the spill file holds.
 
         Gives a forward's index each time one more block of it is done.
 
@@ -86,12 +87,12 @@ class StreamedModel(NativeModel):
 
     def run(
         self,
-        tokens: Tensor,
+        tokens: Int[Tensor, "batch pos"],
         reads: Mapping[Address, Read],
         writes: Mapping[Address, Write] | None = None,
         lengths: Sequence[int] | None = None,
     ) -> None:
-        """One forward over right-padded `tokens` [batch, pos], reading every block up to the last address's once.
+        """Run one forward over right-padded `tokens` [batch, pos], reading every block up to the last address's once.
 
         Raises:
             PointError, PromptError, ModelError: as `run_all`.
@@ -100,7 +101,7 @@ class StreamedModel(NativeModel):
             pass
 
     def generate(self, tokens: Sequence[int], max_new_tokens: int, **_: Any) -> NoReturn:
-        """Refused: each token written would read every weight again.
+        """Refuse: each token written would read every weight again.
 
         Raises:
             PointError: always.
@@ -119,7 +120,7 @@ class StreamedModel(NativeModel):
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Refused: the blocks are not in memory.
+        """Refuse: the blocks are not in memory.
 
         Raises:
             PointError: always.
@@ -153,13 +154,13 @@ class StreamedModel(NativeModel):
         """One block of one forward, or what follows the blocks; what leaves the block, [batch, pos, d_model]."""
         n_layers = self.anatomy.n_layers
         reads, writes = of_stage(forward.reads, layer, n_layers), of_stage(forward.writes, layer, n_layers)
-        taps = self._taps(reads, writes, stop=layer == n_layers)
-        left = self._through(layer, entering, partial(self._forward, taps, lengths=forward.lengths), forward.tokens)
-        taps.finish()
+        hooks = self._hooks(reads, writes, stop=layer == n_layers)
+        left = self._through(layer, entering, partial(self._forward, hooks, lengths=forward.lengths), forward.tokens)
+        hooks.finish()
         return left
 
     def _through(self, layer: int, entering: Tensor | None, call: Any, *given: Any) -> Tensor:
-        with self._gates.only(layer, entering) as left, suppress(Stop):
+        with self._runner.only(layer, entering) as left, suppress(Stop):
             call(*given)
         return left[0] if left else torch.empty(0)
 
@@ -172,16 +173,16 @@ class StreamedModel(NativeModel):
 
         with ExitStack() as stack:
             stack.callback(sweep.close)
-            for block in self._gates.blocks:
+            for block in self._runner.blocks:
                 stack.callback(block.register_forward_pre_hook(advance).remove)
-            stack.enter_context(self._gates.watched())
+            stack.enter_context(self._runner.watched())
             return self._logits(tokens)
 
     @torch.inference_mode()
     def _evidence(self, guess: Anatomy, tokens: Tensor) -> Evidence:
         """What the checks look at: logits of a plain forward, everything else from a streamed one."""
         logits, n_layers = self._plain(tokens).cpu(), guess.n_layers
-        sites, raw = wanted_sites(guess), dict[tuple[str, str], Tensor]()
+        sites, raw = checked_sites(guess), dict[tuple[str, str], Tensor]()
         attended: dict[int, Attended] | str = {}
         entering: Tensor | None = None
         embed = guess.map.path("embed")
@@ -191,8 +192,8 @@ class StreamedModel(NativeModel):
             call = partial(self._through, layer, entering, self._logits)
             raw.update(record(inside, partial(_kept, call, left), tokens))
             if layer < n_layers and not isinstance(attended, str):
-                found = attention_of(self.module, guess, call, tokens, [layer])
-                attended = found if isinstance(found, str) else {**attended, **found}
+                of_layer = attention_of(self.module, guess, call, tokens, [layer])
+                attended = of_layer if isinstance(of_layer, str) else {**attended, **of_layer}
             entering = left[0]
         return Evidence(logits, raw, attended)
 
@@ -203,8 +204,8 @@ class StreamedModel(NativeModel):
         return 0 if path == embed else len(self.blocks.paths)
 
 
-def _kept(call: Call, results: list[Tensor], tokens: Tensor, taps: ForwardHooks | None = None) -> Tensor:
-    results.append(call(tokens, taps))
+def _kept(call: Call, results: list[Tensor], tokens: Tensor, hooks: ForwardHooks | None = None) -> Tensor:
+    results.append(call(tokens, hooks))
     return results[-1]
 
 

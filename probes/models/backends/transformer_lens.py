@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from probes.anatomy import Anatomy, ArchitectureMap, Site, anatomy_of
 from probes.errors import ModelError
 from probes.hooks.forward_hooks import ForwardHooks, Place
+from probes.models.backends.bare_copy import bare_copy
 from probes.models.backends.in_memory import LocalModel, evaluating
 from probes.models.backends.native import NativeModel
 from probes.models.fingerprint.fingerprint import Fingerprint
-from probes.models.interop import copied
 from probes.models.protocol import Unembedding
 from probes.models.sources.digest import weights_digest
 from probes.models.verify.identities import TOLERANCE, absent, probe_tokens
@@ -46,14 +46,14 @@ class TransformerLensModel(LocalModel):
         self, module: nn.Module, tokenizer: Any = None, *, ref: str, weights: str, revision: str | None = None
     ) -> None:
         plain = NativeModel(module, tokenizer, ref=ref, weights=weights, revision=revision)
-        self.bridge = bridge_over(copied(module, ref, sharing=True), tokenizer, ref)
+        self.bridge = bridge_over(bare_copy(module, ref, share_tensors=True), tokenizer, ref)
         self._wrap(tokenizer, ref, weights, revision, module)
         self._compare(plain)
         self._unembedding = None if "lens" in plain.faithfulness.refused else plain.unembedding()
 
     @classmethod
     def from_bridge(cls, bridge: Any, ref: str | None = None) -> TransformerLensModel:
-        """A user's own bridge, whose hooks and processed weights stay in force.
+        """Wrap a user's own bridge, whose hooks and processed weights stay in force.
 
         Raises:
             ModelError: its identities do not hold, as after some of its weight processing.
@@ -65,12 +65,8 @@ class TransformerLensModel(LocalModel):
         return self
 
     def unembedding(self) -> Unembedding:
-        """The final norm and unembedding; raises PointError where they do not reproduce the logits."""
+        """Return the final norm and unembedding; raises PointError where they do not reproduce the logits."""
         return self._unembedding or super().unembedding()
-
-    def as_bridge(self) -> Any:
-        """The user's own bridge, or one around a copy of the module, so that what is done to it changes nothing here."""
-        return self.bridge if self.source is self.module else super().as_bridge()
 
     def _wrap(self, tokenizer: Any, ref: str, weights: str, revision: str | None, source: nn.Module) -> None:
         wrapped: nn.Module = self.bridge.original_model
@@ -84,11 +80,11 @@ class TransformerLensModel(LocalModel):
     def _follow(self, now: Fingerprint | None) -> None:
         raise ModelError(
             f"{self.ref}: its module was changed in place since a TransformerBridge was put around it, and what the bridge "
-            "took over then no longer follows it; wrap the module again (Model.from_hf or Model.from_bridge)"
+            "took over then no longer follows it; wrap the module again (from_hf or from_bridge)"
         )
 
-    def _call(self, taps: ForwardHooks, tokens: Tensor, **kwargs: Any) -> Any:
-        with taps.on(self.module, (tokens.shape[0], tokens.shape[1]), hook_point):
+    def _call(self, hooks: ForwardHooks, tokens: Tensor, **kwargs: Any) -> Any:
+        with hooks.on(self.module, (tokens.shape[0], tokens.shape[1]), hook_point):
             return self.module(input_ids=tokens, **kwargs)
 
     def _patterns(self, anatomy: Anatomy) -> dict[int, Site]:
@@ -128,7 +124,7 @@ class TransformerLensModel(LocalModel):
 
 
 def bridge_over(module: nn.Module, tokenizer: Any, ref: str) -> Any:
-    """A TransformerBridge that takes `module` over, with a tokenizer of its own.
+    """Return a TransformerBridge that takes `module` over, with a tokenizer of its own.
 
     Raises:
         ModelError: the bridge cannot wrap it; the message is the library's own.
@@ -156,27 +152,27 @@ class BridgedMap(ArchitectureMap):
     """The map of a wrapped module: its own projections instead of a joint one, and the parts that carry hook points."""
 
     def _find(self, component: str, layer: int | None) -> str | None:
-        found = super()._find(component, layer)
+        path = super()._find(component, layer)
         part = component.removeprefix("attn.")
         if layer is None or part == component:
-            return found
+            return path
         attention = super()._find("attn", layer)
         if part == "qkv" and self.path("attn.q", layer):
             return None
-        if found and attention and not hasattr(self.module.get_submodule(found), "hook_out"):
+        if path and attention and not hasattr(self.module.get_submodule(path), "hook_out"):
             own = f"{attention}.{part}"
-            return own if hasattr(self.module.get_submodule(attention), part) else found
-        return found
+            return own if hasattr(self.module.get_submodule(attention), part) else path
+        return path
 
 
 def bridged_anatomy(module: nn.Module) -> Anatomy:
-    """The anatomy of a module that a bridge has taken over."""
+    """Return the anatomy of a module that a bridge has taken over."""
     plain = anatomy_of(module)
     return replace(plain, map=BridgedMap(module, plain.map.architecture, plain.map.adapter))
 
 
 def hook_point(root: nn.Module, place: Place) -> tuple[nn.Module, str]:
-    """The hook point at a place; the module itself where TransformerLens has none there."""
+    """Return the hook point at a place; the module itself where TransformerLens has none there."""
     path, side = place
     module = root.get_submodule(path)
     point = getattr(module, "hook_in" if side == "input" else "hook_out", None) if path else None

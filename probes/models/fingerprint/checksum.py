@@ -1,4 +1,4 @@
-"""Checksums of tensors at the speed of memory, on the device where each tensor is."""
+"""Checksums of single tensors at the speed of memory, on the device where each is; `sources.digest` names whole models."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from probes.models.sources.digest import storage_of
+
 _LANES = 1 << 13
 """64-bit words summed together on a GPU; each has a weight of its own."""
 _GPU_WORDS = 1 << 24
@@ -18,7 +20,7 @@ _GPU_WORDS = 1 << 24
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """One 64-bit number per tensor, which follows from its bytes; tied tensors are read once. Meta tensors get 0.
+    """Return one 64-bit number per tensor, which follows from its bytes; tied tensors are read once, meta tensors get 0.
 
     Numbers from a CPU and from a GPU are not comparable.
     """
@@ -29,7 +31,7 @@ def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def checksum(tensor: Tensor) -> int:
-    """A 64-bit number that follows from the bytes of a tensor."""
+    """Return a 64-bit number that follows from the bytes of a tensor."""
     if tensor.is_meta or not tensor.numel():
         return 0
     with torch.no_grad():
@@ -37,14 +39,14 @@ def checksum(tensor: Tensor) -> int:
 
 
 def host_bytes(tensor: Tensor) -> Any:
-    """The bytes of a tensor as a numpy array; a view of its memory where it is contiguous and on the CPU."""
+    """Return the bytes of a tensor as a numpy array; a view of its memory where it is contiguous and on the CPU."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
 
 
 def _place(name: str, tensor: Tensor) -> tuple[Any, ...]:
     if tensor.is_meta or not tensor.numel():
         return (name,)
-    return (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+    return storage_of(tensor)
 
 
 def _each(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -87,5 +89,5 @@ def _weights(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def combined(texts: Iterable[str]) -> str:
-    """xxh3_128 of texts, 32 hex digits."""
+    """Return the xxh3_128 of texts, as 32 hex digits."""
     return str(xxhash.xxh3_128_hexdigest("\0".join(texts).encode()))

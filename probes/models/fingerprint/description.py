@@ -1,4 +1,4 @@
-"""A module in words: the types, names and attributes of its parts, which decide a forward beside its tensors."""
+"""A module in words: the types and attributes of its parts, which decide a forward beside its tensors."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ _INERT = frozenset(
 
 
 def describe(module: nn.Module, known: set[int] | None = None) -> Described:
-    """Every part of a module in words, without its parameters and buffers.
+    """Describe every part of a module in words, without its parameters and buffers.
 
     Args:
-        known: ids of modules that are described elsewhere, to which those described here are added.
+        module: The module.
+        known: Ids of modules that are described elsewhere, to which those described here are added.
     """
     out: Described = dict(_ambient(module)) if known is None else {}
     parts = list(module.named_modules(remove_duplicate=False))
@@ -48,7 +49,7 @@ def describe(module: nn.Module, known: set[int] | None = None) -> Described:
         out[path, ""] = _named(type(part))
         for name, value in vars(part).items():
             if name not in _INERT and not _scratch(part, name, value):
-                out[path, name] = said(value, known)
+                out[path, name] = words_of(value, known)
         own = vars(part).get("config")
         if own is not None and id(own) not in configs:
             out[path, "config"] = canonical_config(part)
@@ -62,7 +63,7 @@ def _scratch(part: nn.Module, name: str, value: Any) -> bool:
 
 
 def _ambient(module: nn.Module) -> Iterator[tuple[tuple[str, str], str]]:
-    """torch's own switches, where they are not as torch starts."""
+    """The switches of torch itself that are not as torch starts."""
     if torch.get_default_dtype() != torch.float32:
         yield ("", "torch.get_default_dtype"), str(torch.get_default_dtype())
     single = any(p.dtype == torch.float32 for p in module.parameters())
@@ -78,8 +79,8 @@ def _matmul_precision() -> str:
         return "mixed"
 
 
-def said(value: Any, known: set[int] | None = None, depth: int = 4) -> str:
-    """A value in words that are the same in every process; what has no such words is told by its type alone."""
+def words_of(value: Any, known: set[int] | None = None, depth: int = 4) -> str:
+    """Describe a value in words that are the same in every process; one without such words by its type alone."""
     if value is None or isinstance(value, bool | int | float | str | bytes | torch.dtype):
         return repr(value)
     if depth == 0 or isinstance(value, torch.device | types.ModuleType):
@@ -88,18 +89,18 @@ def said(value: Any, known: set[int] | None = None, depth: int = 4) -> str:
         return f"{value.dtype}{tuple(value.shape)}{checksum(value.cpu()):x}"
     if isinstance(value, np.ndarray):
         return f"{value.dtype}{value.shape}{combined([repr(value.tolist())])}"
-    further = functools.partial(said, known=known, depth=depth - 1)
+    further = functools.partial(words_of, known=known, depth=depth - 1)
     if isinstance(value, Mapping):
         return json.dumps(sorted((further(k), further(v)) for k, v in value.items()))
     if isinstance(value, list | tuple | set | frozenset):
         items = [further(item) for item in value]
         return f"{type(value).__name__}{sorted(items) if isinstance(value, set | frozenset) else items}"
     if isinstance(value, nn.Module):
-        return _said_of_module(value, set() if known is None else known)
-    return _said_of_code(value, further) or _said_of_object(value, functools.partial(said, known=known, depth=1))
+        return _words_of_module(value, set() if known is None else known)
+    return _words_of_code(value, further) or _words_of_object(value, functools.partial(words_of, known=known, depth=1))
 
 
-def _said_of_code(value: Any, further: Callable[[Any], str]) -> str | None:
+def _words_of_code(value: Any, further: Callable[[Any], str]) -> str | None:
     if isinstance(value, functools.partial):
         return f"partial({further(value.func)},{further(value.args)},{further(value.keywords)})"
     if isinstance(value, types.MethodType):
@@ -113,17 +114,17 @@ def _said_of_code(value: Any, further: Callable[[Any], str]) -> str | None:
     return None
 
 
-def _said_of_module(value: nn.Module, known: set[int]) -> str:
-    """A module that is held outside the tree of modules; one inside it is described there."""
+def _words_of_module(value: nn.Module, known: set[int]) -> str:
+    """Describe a module that is an attribute outside the tree of modules; one inside the tree is described there."""
     if id(value) in known:
         return _named(type(value))
     known |= {id(part) for part in value.modules()}
     parts = sorted((" ".join(where), text) for where, text in describe(value, known).items())
-    tensors = [(name, said(tensor)) for name, tensor in (*value.named_parameters(), *value.named_buffers())]
+    tensors = [(name, words_of(tensor)) for name, tensor in (*value.named_parameters(), *value.named_buffers())]
     return combined([json.dumps([parts, tensors])])
 
 
-def _said_of_object(value: Any, further: Callable[[Any], str]) -> str:
+def _words_of_object(value: Any, further: Callable[[Any], str]) -> str:
     if hasattr(value, "to_dict"):
         return f"{_named(type(value))}{canonical_config(types.SimpleNamespace(config=value))}"
     inside = {name: item for name, item in getattr(value, "__dict__", {}).items() if not callable(item)}

@@ -1,4 +1,4 @@
-"""Everything that decides a module's numbers, as it is now: cheap enough to be asked at every capture."""
+"""Everything that decides a module's numbers at one moment, cheap enough to compute at every capture."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Fingerprint:
 
 
 def fingerprint(module: nn.Module, files: tuple[Path, ...] = ()) -> Fingerprint:
-    """What a module is now. `files` hold weights that are read when they are needed."""
+    """Return the fingerprint of a module now; `files` hold weights of it that are read when they are needed."""
     tensors, offloaded = _tensors(module)
     sums = checksums(tensors)
     facts = {name: (str(t.dtype), tuple(t.shape), sums[name]) for name, t in tensors.items()}
@@ -41,14 +41,14 @@ def fingerprint(module: nn.Module, files: tuple[Path, ...] = ()) -> Fingerprint:
 
 
 def keyed(weights: str, module: nn.Module) -> str:
-    """The key of a module: its weights digest, unless more than a plain load of these weights decides its numbers."""
+    """Return the key of a module: its weights digest, unless more than a plain load of these weights decides its numbers."""
     more = deviations(module)
     return combined([weights, *more]) if more else weights
 
 
 def _tensors(module: nn.Module) -> tuple[dict[str, Tensor], set[Path]]:
     """Every parameter and buffer by name, and the files of those that accelerate keeps on disk."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     files: set[Path] = set()
     for path, part in module.named_modules(remove_duplicate=False):
         for name, tensor in (*part._parameters.items(), *part._buffers.items()):
@@ -56,9 +56,9 @@ def _tensors(module: nn.Module) -> tuple[dict[str, Tensor], set[Path]]:
                 continue
             kept = getattr(getattr(part, "_hf_hook", None), "weights_map", None) if tensor.is_meta else None
             inside, file = _offloaded(kept, name)
-            found[f"{path}.{name}" if path else name] = tensor if inside is None else inside
+            tensors[f"{path}.{name}" if path else name] = tensor if inside is None else inside
             files |= {file} if file else set()
-    return found, files
+    return tensors, files
 
 
 def _offloaded(kept: Any, name: str) -> tuple[Tensor | None, Path | None]:

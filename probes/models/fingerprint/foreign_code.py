@@ -1,4 +1,4 @@
-"""What stands between a module and its class's own forward, and why no key can say what it does."""
+"""Hooks and patched forwards of others, and global switches, under which no key can say what a module computes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KNOWN_HOOKS = ("torch.nn.utils.", "transformers.", "accelerate.", "transformer_
 
 
 def unkeyable(module: nn.Module) -> str | None:
-    """Why rows of a module cannot be told from those of another one, with what to do; None where they can."""
+    """Return why no key can say what a module computes, with what to do about it; None where one can."""
     if torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks:
         return "a global module hook of torch runs in every forward; remove it (its handle has `remove()`)"
     for path, part in module.named_modules():

@@ -1,4 +1,4 @@
-"""A model as its class and configuration alone would make it, to tell what else was done to it."""
+"""A module compared with its class built anew from the configuration, which shows what else was done to it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from probes.norms.large_eps import undo_large_eps
 
 
 def deviations(module: nn.Module) -> tuple[str, ...]:
-    """What decides a module's numbers beside its state dict and configuration, in words; empty for a plain load.
+    """Describe what decides a module's numbers beside its state dict and configuration; nothing for a plain load.
 
     A plain load is compared with its own class, built anew, so that keys do not follow a library's private attributes.
     """
@@ -32,7 +32,7 @@ def deviations(module: nn.Module) -> tuple[str, ...]:
 
 
 def unsaved(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers that the state dict leaves out, by full name."""
+    """Return the parameters and buffers that the state dict leaves out, by full name."""
     saved = set(module.state_dict())
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return {name: tensor for name, tensor in tensors if name not in saved}
@@ -75,7 +75,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def compute_buffers(module: nn.Module, device: torch.device) -> None:
-    """Buffers that no checkpoint holds (frequencies, position tables) are computed by the model's own class."""
+    """Compute the buffers that no checkpoint holds (frequencies, position tables), by the model's own class."""
     from transformers import PreTrainedModel
 
     models = {name: part for name, part in module.named_modules() if isinstance(part, PreTrainedModel)}

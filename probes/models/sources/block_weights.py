@@ -46,7 +46,7 @@ class Ledger:
 
 
 class BlockWeights:
-    """The block parameters of a shell, in its folder; memory-mapped while they are copied, then let go.
+    """The block parameters of a model without them, in its folder; mapped while they are copied, then let go.
 
     Args:
         module: a model whose block parameters are on the meta device.
@@ -74,24 +74,24 @@ class BlockWeights:
         return tuple(sorted(set(self._files.values())))
 
     def read(self, layer: int) -> dict[str, Tensor]:
-        """The parameters of block `layer` by their full name, on the device, in the shell's dtype.
+        """Read the parameters of block `layer` by their full name, on the device, in the model's dtype.
 
         Raises:
             ModelError: the folder lacks one, or holds it in another shape.
         """
         prefix = f"{self.paths[layer]}."
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for target, group in self._groups.items():
             if target.startswith(prefix):
-                found.update(self._read(group))
+                tensors.update(self._read(group))
         for name in (name for name in self._empty if name.startswith(prefix)):
-            if name not in found or found[name].shape != self._empty[name].shape:
-                held = tuple(found[name].shape) if name in found else "nothing"
-                raise ModelError(f"weight {name!r} should be {tuple(self._empty[name].shape)}; the folder has {held}")
-        return {name: tensor for name, tensor in found.items() if name in self._empty}
+            if name not in tensors or tensors[name].shape != self._empty[name].shape:
+                stored = tuple(tensors[name].shape) if name in tensors else "nothing"
+                raise ModelError(f"weight {name!r} should be {tuple(self._empty[name].shape)}; the folder has {stored}")
+        return {name: tensor for name, tensor in tensors.items() if name in self._empty}
 
     def sweep(self, layers: Sequence[int]) -> Generator[int]:
-        """Each layer in turn, with its weights in place until the next is asked for; a thread reads ahead by one block."""
+        """Give each layer in turn, its weights in place until the next one; a thread reads ahead by one block."""
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="block-reader") as pool:
             coming = pool.submit(self.read, layers[0]) if layers else None
             for i, layer in enumerate(layers):
@@ -103,7 +103,7 @@ class BlockWeights:
                     yield layer
 
     def tensor(self, name: str) -> Tensor:
-        """One parameter of a block, read for this call alone.
+        """Read one parameter of a block, for this call alone.
 
         Raises:
             ModelError: the folder does not hold it.
@@ -113,17 +113,17 @@ class BlockWeights:
         block = next((f"{path}." for path in self.paths if name.startswith(f"{path}.")), name)
         own = [self._groups[name]] if name in self._groups else []
         for group in own or (g for g in self._groups.values() if g.target.startswith(block) and g.converted):
-            made = self._read(group)
-            if name in made:
-                found = made.pop(name)
-                # A conversion makes several parameters of the same tensors; the others are asked for next.
-                self._spare = made
-                return found
+            parameters = self._read(group)
+            if name in parameters:
+                parameter = parameters.pop(name)
+                # A conversion makes several parameters of the same tensors; the others are read next.
+                self._spare = parameters
+                return parameter
         raise ModelError(f"the folder lacks the weight {name!r}")
 
     @contextmanager
     def placed(self, layer: int, tensors: dict[str, Tensor]) -> Iterator[None]:
-        """The block's parameters in place within, and empty again afterwards."""
+        """Put the block's parameters in place inside the context; they are empty again afterwards."""
         self.ledger.blocks[layer] += 1
         names = list(tensors)
         self._set(tensors)
@@ -134,16 +134,16 @@ class BlockWeights:
             self._set({name: self._empty[name] for name in names})
 
     def place_rest(self) -> None:
-        """Puts in place, to stay, all that is outside the blocks, and norm weights and biases inside them.
+        """Put in place, to stay, all that is outside the blocks, and norm weights and biases inside them.
 
         Those inside are small, and the checks of a load use them after a block's matrices are gone.
         """
         for target, group in list(self._groups.items()):
             template = self._empty.get(target)
             if not self._inside(target) or (template is not None and template.dim() <= 1 and not group.converted):
-                made = self._read(group)
-                self._set({name: made[name] for name in made if name in self._names})
-                for name in made:
+                parameters = self._read(group)
+                self._set({name: parameters[name] for name in parameters if name in self._names})
+                for name in parameters:
                     self._empty.pop(name, None)
                 del self._groups[target]
 
@@ -191,8 +191,8 @@ class BlockWeights:
         converter = copy.deepcopy(converter)
         for source, own in group.sources:
             converter.add_tensor(group.target, source, own, partial(self._tensor, source, dtype))
-        made = converter.convert(group.target, model=self.module, config=self.module.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        converted = converter.convert(group.target, model=self.module, config=self.module.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
     def _tensor(self, source: str, dtype: torch.dtype | None) -> Tensor:
         """A tensor of the checkpoint, copied out of the mapped file, which is closed with its last view."""
@@ -205,8 +205,8 @@ class BlockWeights:
 def _files(folder: Path) -> dict[str, Path]:
     """Every tensor name of the folder's checkpoint with the file that holds it."""
     if (folder / _INDEX).is_file() and not (folder / _SINGLE).is_file():
-        held: dict[str, str] = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-        return {name: folder / file for name, file in held.items()}
+        file_names: dict[str, str] = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+        return {name: folder / file for name, file in file_names.items()}
     with safe_open(folder / _SINGLE, framework="pt", device="cpu") as file:
         return dict.fromkeys(file.keys(), folder / _SINGLE)
 

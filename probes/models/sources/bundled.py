@@ -18,6 +18,7 @@ class Wheel:
 
     @property
     def requirement(self) -> str:
+        """The package and version as pip takes them."""
         return f"{self.package}=={self.version}"
 
 

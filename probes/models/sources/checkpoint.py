@@ -38,7 +38,7 @@ class Loading:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses a folder that is no model.
+    """Refuse a folder that is no model.
 
     Raises:
         ModelError: no config.json, no weights, or weights in pickle form only.
@@ -53,8 +53,8 @@ def check_folder(folder: Path) -> None:
             if "adapter_config.json" in inside
             else ""
         )
-        held = ", ".join(inside) or "nothing"
-        raise ModelError(f"{folder} is not a model folder: config.json is missing; it holds {held}{adapter}")
+        contents = ", ".join(inside) or "nothing"
+        raise ModelError(f"{folder} is not a model folder: config.json is missing; it holds {contents}{adapter}")
     if any(folder.glob("*.safetensors")):
         return
     pickles = [path.name for pattern in _PICKLES for path in folder.glob(pattern)]
@@ -67,7 +67,7 @@ def check_folder(folder: Path) -> None:
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The configuration of a folder, its sizes held against the checkpoint's tensors.
+    """Return the configuration of a folder, its sizes compared with the checkpoint's tensors.
 
     Raises:
         ModelError: damaged, sizes that its tensors cannot have, or a model type the installed transformers does not know.
@@ -92,7 +92,7 @@ def _check_config(folder: Path) -> None:
 
 
 def model_class(config: Any) -> Any:
-    """The class to load a configuration with: the one its checkpoint was saved from, where that has logits or is bare.
+    """Return the class to load a configuration with: the one its checkpoint was saved from, where that has logits or is bare.
 
     Raises:
         ModelError: encoder-decoder models and heads that do not predict tokens.
@@ -108,9 +108,9 @@ def model_class(config: Any) -> Any:
         # Pre-training heads add a sentence-level task beside the token predictions.
         return transformers.AutoModelForMaskedLM
     if named.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "Model")):
-        found = getattr(transformers, named, None)
-        if found is not None:
-            return found
+        named_class = getattr(transformers, named, None)
+        if named_class is not None:
+            return named_class
     elif "For" in named:
         raise ModelError(
             f"architecture {named!r} has a head that does not predict tokens; legal are …ForCausalLM, …LMHeadModel, "
@@ -126,7 +126,7 @@ def model_class(config: Any) -> Any:
 
 
 def load_module(folder: Path, config: Any, how: Loading) -> nn.Module:
-    """The model of a folder, in evaluation mode on its device; never reads pickle, never fills a missing weight.
+    """Load the model of a folder, in evaluation mode on its device; never reads pickle, never fills a missing weight.
 
     Raises:
         ModelError: weights missing, damaged or of another shape; an attention the model does not have; out of memory.
@@ -166,9 +166,9 @@ def load_module(folder: Path, config: Any, how: Loading) -> nn.Module:
     return loaded
 
 
-def attention_for(known: Any, wanted: str) -> str:
-    """`wanted`, or `eager` where that is the default and the class has no fused attention (Gemma 2, GPT-J, BLOOM)."""
-    return "eager" if wanted == "sdpa" and not getattr(known, "_supports_sdpa", True) else wanted
+def attention_for(known: Any, attention: str) -> str:
+    """Return `attention`, or `eager` where that is the default and the class has no fused attention (Gemma 2, GPT-J, BLOOM)."""
+    return "eager" if attention == "sdpa" and not getattr(known, "_supports_sdpa", True) else attention
 
 
 def _placement(how: Loading) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def _placement(how: Loading) -> dict[str, Any]:
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a folder, or None where it has none (prompts are then token ids).
+    """Load the tokenizer of a folder, or return None where it has none (prompts are then token ids).
 
     Raises:
         ModelError: a tokenizer that cannot be read.

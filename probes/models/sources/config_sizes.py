@@ -1,4 +1,4 @@
-"""The sizes a model configuration states, held against the tensors of its checkpoint before any module is built."""
+"""The sizes a model configuration states, compared with the tensors of its checkpoint before any module is built."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ MOST = 2**31 - 1
 
 
 def check_sizes(config: Mapping[str, Any], shapes: Shapes, where: str) -> None:
-    """Refuses a configuration whose sizes are no whole numbers from 1, or larger than its tensors can be.
+    """Refuse a configuration whose sizes are no whole numbers from 1, or larger than its tensors can be.
 
     A module built from such sizes may take all memory before the library sees that no tensor fits.
 
     Args:
-        where: the file, for messages.
+        config: The configuration as it is written.
+        shapes: The shape of each tensor by name.
+        where: The file, for messages.
 
     Raises:
         ModelError: the first such size, with the legal values.

@@ -1,4 +1,4 @@
-"""The digest of a model: equal exactly where weights and computation are equal, whatever path they came from."""
+"""The name of a model's weights: one digest wherever weights and configuration are equal, in every process and on every device."""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ Fetch = Callable[[str], Tensor]
 
 
 def weights_digest(module: nn.Module, fetch: Fetch | None = None) -> str:
-    """xxh3_128, as 32 hex digits, of every parameter, persistent buffer and configuration field of a model.
+    """Return the xxh3_128, as 32 hex digits, of every parameter, persistent buffer and configuration field of a model.
 
     Tensors enter by name, dtype, shape and bytes, sorted by name; tied tensors enter once, under the first of their
     names. Two models with one digest compute the same numbers, up to the attention implementation and the device.
 
     Args:
-        fetch: gives the data of tensors on the meta device, one at a time, so that the model need not fit in memory.
+        module: The model.
+        fetch: Gives the data of tensors on the meta device, one at a time, so that the model need not fit in memory.
 
     Raises:
         ModelError: a tensor without data (weights left on the meta device) and no `fetch`.
@@ -55,7 +56,7 @@ def weights_digest(module: nn.Module, fetch: Fetch | None = None) -> str:
 
 
 def canonical_config(module: Any) -> str:
-    """The fields of `module.config` that decide the computation, as JSON with sorted keys; `{}` without a config."""
+    """Return the fields of `module.config` that decide the computation, as JSON with sorted keys; `{}` without a config."""
     config = getattr(module, "config", None)
     fields = config.to_dict() if config is not None else {}
     return json.dumps(_substance(fields), sort_keys=True, separators=(",", ":"), default=str)
@@ -77,7 +78,7 @@ def _tensors(module: nn.Module, fetch: Fetch | None) -> Iterator[tuple[str, Tens
     state = sorted((name, tensor) for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor))
     elsewhere = {ties.get(name, name) for name, tensor in state if tensor.device.type == "meta"}
     for name, tensor in state:
-        place: tuple[Any, ...] = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        place = storage_of(tensor)
         if ties.get(name, name) in elsewhere:
             # A tensor without data has no address to know it by.
             place = ("tied", ties.get(name, name))
@@ -89,6 +90,11 @@ def _tensors(module: nn.Module, fetch: Fetch | None) -> Iterator[tuple[str, Tens
                 raise ModelError(f"weight {name!r} holds no data; load the model with its weights")
             tensor = fetch(name)
         yield name, tensor
+
+
+def storage_of(tensor: Tensor) -> tuple[Any, ...]:
+    """What two tensors have in common where they are the same memory read in the same way."""
+    return (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
 
 
 def _bytes(tensor: Tensor, limit: int = 1 << 28) -> Iterator[Any]:

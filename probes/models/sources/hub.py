@@ -13,7 +13,7 @@ from probes.models.silence_loggers import silence_loggers
 PROBE_SECONDS = 4.0
 """How long the hub may take to answer before the local cache is all there is."""
 
-_WANTED = ("*.json", "*.jinja", "*.txt", "*.model", "model.safetensors", "model-*-of-*.safetensors")
+_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "model.safetensors", "model-*-of-*.safetensors")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 MAX_ID = 96
@@ -29,14 +29,14 @@ class HubMissing(ModelError):
 
 
 def is_hub_id(ref: str) -> bool:
-    """Whether a reference has the form of a hub id: `name` or `owner/name`."""
+    """Return whether a reference has the form of a hub id: `name` or `owner/name`."""
     return len(ref) <= MAX_ID and _HUB_ID.fullmatch(ref) is not None
 
 
 def hub_folder(
     ref: str, *, revision: str | None = None, offline: bool = False, trust_remote_code: bool = False
 ) -> tuple[Path, str | None]:
-    """The snapshot folder of a hub model and its commit.
+    """Return the snapshot folder of a hub model and its commit.
 
     The hub is asked once, briefly, which commit is meant; what is cached of that commit is not downloaded again.
 
@@ -55,12 +55,12 @@ def hub_folder(
             f"model {ref!r} has no safetensors weights on the hub, and pickle is never loaded; "
             "convert it once where you trust it, then load the folder"
         )
-    folder = _download(ref, revision, (*_WANTED, "*.py") if trust_remote_code else _WANTED)
+    folder = _download(ref, revision, (*_PATTERNS, "*.py") if trust_remote_code else _PATTERNS)
     return folder, folder.name
 
 
 def cached_models() -> tuple[str, ...]:
-    """The hub ids in the local hub cache that can be loaded: a configuration and safetensors weights."""
+    """Return the hub ids in the local hub cache that can be loaded: a configuration and safetensors weights."""
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -72,7 +72,7 @@ def cached_models() -> tuple[str, ...]:
         repository.repo_id
         for repository in repositories
         if repository.repo_type == "model"
-        and any(_complete(Path(found.snapshot_path)) for found in repository.revisions)
+        and any(_complete(Path(snapshot.snapshot_path)) for snapshot in repository.revisions)
     ]
     return tuple(sorted(usable))
 
@@ -122,19 +122,21 @@ def _is_transport(error: BaseException) -> bool:
 def _cached(ref: str, revision: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(ref, "config.json", revision=revision)
-    if not isinstance(found, str):
+    config_path = try_to_load_from_cache(ref, "config.json", revision=revision)
+    if not isinstance(config_path, str):
         return None
-    folder = Path(found).parent
+    folder = Path(config_path).parent
     return folder if _complete(folder) else None
 
 
-def _download(ref: str, revision: str | None, wanted: tuple[str, ...]) -> Path:
+def _download(ref: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         with silence_loggers():
-            return Path(snapshot_download(ref, revision=revision, allow_patterns=list(wanted), ignore_patterns=["*/*"]))
+            return Path(
+                snapshot_download(ref, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"])
+            )
     except Exception as error:
         if not _is_transport(error):
             raise

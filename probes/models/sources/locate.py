@@ -30,7 +30,7 @@ class Located:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is known of a model without loading it."""
+    """Facts about a model that needed no load."""
 
     ref: str
     source: str
@@ -56,7 +56,7 @@ def locate(
     progress: Progress | None = None,
     download: Download | None = None,
 ) -> Located:
-    """The local folder of a reference; a bundled model is fetched and a GGUF file converted on first use.
+    """Return the local folder of a reference; a bundled model is fetched and a GGUF file converted on first use.
 
     Raises:
         ModelError: nothing of that name, or a source that cannot be used; the message says what is at hand.
@@ -88,7 +88,7 @@ def fetch_model(
     progress: Progress | None = None,
     download: Download | None = None,
 ) -> Path:
-    """Brings a model to this machine and returns its folder.
+    """Bring a model to this machine and return its folder.
 
     Args:
         accept_license: the user has read and accepts the licence; needed once for models that ask for it.
@@ -107,12 +107,12 @@ def fetch_model(
 
 
 def list_models() -> tuple[ModelInfo, ...]:
-    """The bundled models, then what the hub cache holds; asks no network."""
+    """List the bundled models, then what the hub cache holds; asks no network."""
     return (*map(_embedded_info, BUNDLED.values()), *map(_hub_info, cached_models()))
 
 
 def model_info(ref: str, *, trust_remote_code: bool = False) -> ModelInfo:
-    """What is known of one model without loading its weights.
+    """Return what is known of one model without loading its weights.
 
     A bundled model is answered from the table; a hub id may be downloaded to be described.
 

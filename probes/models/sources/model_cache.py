@@ -35,12 +35,12 @@ class Source:
 
 
 def models_dir() -> Path:
-    """The folder of converted models."""
+    """Return the folder of converted models."""
     return cache_root() / "models"
 
 
 def installed(name: str, digest: str) -> Path | None:
-    """The folder of a converted model, or None where there is none made from `digest` by this converter."""
+    """Return the folder of a model that this converter made from `digest`, or None where there is none."""
     folder = models_dir() / name
     try:
         note = json.loads((folder / NOTE).read_text())
@@ -50,7 +50,7 @@ def installed(name: str, digest: str) -> Path | None:
 
 
 def install(source: Source, build: Callable[[Path, Path], None], *, n_bytes: int, force: bool = False) -> Path:
-    """The folder of `source`, made by `build(work, folder)` unless it is there; made once however many processes ask.
+    """Return the folder of `source`, built by `build(work, folder)` unless it is there; once, however many processes call.
 
     Args:
         build: fills `folder`; `work` is a scratch folder beside it. Nothing is kept when it raises.
@@ -67,9 +67,9 @@ def install(source: Source, build: Callable[[Path, Path], None], *, n_bytes: int
     with _disk_errors(target.parent, n_bytes):
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.parent / f"{source.name}.lock"):
-            found = None if force else installed(source.name, source.digest)
-            if found:
-                return found
+            present = None if force else installed(source.name, source.digest)
+            if present:
+                return present
             for left in target.parent.glob(f".{source.name}.*"):
                 shutil.rmtree(left, ignore_errors=True)
             _check_space(target.parent, n_bytes)

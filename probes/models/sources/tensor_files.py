@@ -18,7 +18,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def tensor_shapes(folder: Path) -> Shapes:
-    """The shape of every tensor in a folder's safetensors files.
+    """Return the shape of every tensor in a folder's safetensors files.
 
     Raises:
         ModelError: a file that is damaged, cut short or no file; an index that names a shard which is not there or lies
@@ -31,7 +31,7 @@ def tensor_shapes(folder: Path) -> Shapes:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up a checkpoint: the single one, those of its index, or all there are.
+    """Return the safetensors files that make up a checkpoint: the single one, those of its index, or all there are.
 
     Raises:
         ModelError: as `tensor_shapes`.
@@ -50,7 +50,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_object(path: Path, what: str) -> dict[str, Any]:
-    """The object in a JSON file of a model folder.
+    """Return the object in a JSON file of a model folder.
 
     Raises:
         ModelError: a file that cannot be read, or another thing than one object of sound JSON.

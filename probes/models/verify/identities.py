@@ -1,4 +1,4 @@
-"""What is checked on a small forward pass when a model is loaded, and the anatomy that passes."""
+"""The identities checked on a small forward pass when a model is loaded, and the anatomy that passes them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from probes.anatomy import Anatomy, Kind
@@ -35,20 +36,20 @@ class Verified:
     """The width seen at the input of the MLP's output projection; None where there is no such projection."""
 
 
-def probe_tokens(n_vocab: int, n_ctx: int, avoid: int | None) -> Tensor:
-    """Two rows [2, pos] of ids spread over the vocabulary that differ in the last one only."""
+def probe_tokens(n_vocab: int, n_ctx: int, avoid: int | None) -> Int[Tensor, "2 pos"]:
+    """Return two rows [2, pos] of ids spread over the vocabulary that differ in the last one only."""
     pool = [1 + (i + 1) * (n_vocab - 2) // 11 for i in range(10)]
     pool = [token for token in dict.fromkeys(pool) if token != avoid]
     row = [pool[i % (len(pool) - 1)] for i in range(min(8, n_ctx))]
     return torch.tensor([row, [*row[:-1], pool[-1]]])
 
 
-def structure(anatomy: Anatomy, seen: Recording) -> dict[str, float]:
-    """The identities of the residual stream for this kind of block, each with its worst error over layers."""
+def stream_errors(anatomy: Anatomy, seen: Recording) -> dict[str, float]:
+    """Return the identities of the residual stream for this kind of block, each with its worst error over layers."""
     worst: dict[str, float] = {}
     for layer in range(anatomy.n_layers):
-        for name, (found, expected) in _layer_identities(anatomy, seen, layer).items():
-            worst[name] = max(worst.get(name, 0.0), deviation(found, expected))
+        for name, (actual, expected) in _layer_identities(anatomy, seen, layer).items():
+            worst[name] = max(worst.get(name, 0.0), deviation(actual, expected))
     return worst
 
 
@@ -90,7 +91,7 @@ def _fitting(
         anatomy = replace(guess, kind=kind)
         try:
             seen = Recording(raw, every_site(anatomy))
-            errors = structure(anatomy, seen)
+            errors = stream_errors(anatomy, seen)
         except PointError:
             continue
         failed = {name: error for name, error in errors.items() if not error <= tolerance}
@@ -164,7 +165,7 @@ def verify(
 
 
 def absent(anatomy: Anatomy) -> Mapping[str, str]:
-    """Points no layer has, with the reason."""
+    """Return the points that no layer has, with the reason."""
     out: dict[str, str] = {}
     for name, point in POINTS.items():
         layers = range(anatomy.n_layers) if point.layered else (None,)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from jaxtyping import Int
 from torch import Tensor
 
 from probes.html_card import aligned
@@ -28,20 +29,22 @@ class Parity:
 
 
 def parity(models: Mapping[str, Model]) -> list[Parity]:
-    """Every point on every backend, from one forward each over two short rows of tokens.
+    """Compare every point on every backend, from one forward each over two short rows of tokens.
 
     Args:
         models: The same model by backend; the others are compared with the first.
     """
     shape = next(iter(models.values())).shape
     tokens = probe_tokens(shape.d_vocab, shape.n_ctx, None)
-    found = {backend: readings(model, tokens) for backend, model in models.items()}
-    first = next(iter(found.values()))
-    return [Parity(point, {backend: _cell(point, seen, first) for backend, seen in found.items()}) for point in POINTS]
+    by_backend = {backend: readings(model, tokens) for backend, model in models.items()}
+    first = next(iter(by_backend.values()))
+    return [
+        Parity(point, {backend: _cell(point, seen, first) for backend, seen in by_backend.items()}) for point in POINTS
+    ]
 
 
-def readings(model: Model, tokens: Tensor) -> dict[Address, Tensor]:
-    """Every tensor of `tokens` [batch, pos] that the model gives, on the CPU, from one forward."""
+def readings(model: Model, tokens: Int[Tensor, "batch pos"]) -> dict[Address, Tensor]:
+    """Return every point of `tokens` [batch, pos] that the model gives, on the CPU, from one forward."""
     seen: dict[Address, Tensor] = {}
 
     def keep(address: Address) -> Callable[[Tensor], None]:
@@ -60,7 +63,7 @@ def readings(model: Model, tokens: Tensor) -> dict[Address, Tensor]:
 
 
 def table(rows: Sequence[Parity]) -> list[str]:
-    """The rows as lines of text, one column a backend."""
+    """Return the rows as lines of text, one column a backend."""
     backends = list(rows[0].cells)
     return aligned(("point", *backends), [(row.point, *map(_shown, row.cells.values())) for row in rows])
 

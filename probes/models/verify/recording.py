@@ -1,36 +1,40 @@
-"""Everything that passes a model's sites in one small forward, kept for checking."""
+"""The tensors that pass a model's sites in one small forward, kept for checking."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, get_args
+from typing import Protocol, get_args, runtime_checkable
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy, Kind, Site
-from probes.anatomy.views import Whole
+from probes.anatomy.views import IdentityView
 from probes.errors import PointError
 from probes.hooks.attention_probabilities import Attended, reason_against, watched
 from probes.hooks.forward_hooks import ForwardHooks
 from probes.points import POINTS, Address
 
 
+@runtime_checkable
 class Call(Protocol):
     """One plain forward of the model under check."""
 
-    def __call__(self, tokens: Tensor, taps: ForwardHooks | None = None) -> Tensor:
-        """Token ids [batch, pos] to logits [batch, pos, d_vocab]; the taps see what passes their sites."""
+    def __call__(
+        self, tokens: Int[Tensor, "batch pos"], hooks: ForwardHooks | None = None
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Return the logits [batch, pos, d_vocab] of token ids [batch, pos]; the hooks see what passes their sites."""
         ...
 
 
-def deviation(found: Tensor, expected: Tensor) -> float:
-    """Largest |found - expected| over largest |expected|, in float32; infinite for other shapes or NaN."""
-    if found.shape != expected.shape:
+def deviation(actual: Shaped[Tensor, ...], expected: Shaped[Tensor, ...]) -> float:
+    """Return the largest |actual - expected| over the largest |expected|, in float32; infinite for other shapes or NaN."""
+    if actual.shape != expected.shape:
         return float("inf")
-    found, expected = found.float(), expected.float()
-    error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    actual, expected = actual.float(), expected.float()
+    error = float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     return error if error == error else float("inf")
 
 
@@ -42,7 +46,7 @@ class Recording:
     sites: Mapping[Address, Site]
 
     def need(self, address: Address) -> Tensor:
-        """The address's tensor [batch, pos, ...] on the CPU.
+        """Return the address's tensor [batch, pos, ...] on the CPU.
 
         Raises:
             PointError: it has no site, its module never ran, or its tensor does not have the shape of the point.
@@ -50,18 +54,19 @@ class Recording:
         site = self.sites.get(address)
         if site is None:
             raise PointError(f"{address} has no place in this model")
-        found = self.raw.get((site.modules[0], site.side))
-        if found is None:
+        raw = self.raw.get((site.modules[0], site.side))
+        if raw is None:
             raise PointError(f"{address}: module {site.modules[0]!r} never ran in a forward pass")
         try:
-            return site.view.read(found)
+            return site.view.read(raw)
         except (RuntimeError, IndexError) as error:
             raise PointError(
-                f"{address}: {site.modules[0]!r} carries {found.shape[-1]} values a position, which do not divide into "
+                f"{address}: {site.modules[0]!r} carries {raw.shape[-1]} values a position, which do not divide into "
                 f"this model's heads"
             ) from error
 
     def lacks(self, address: Address) -> bool:
+        """Whether `need` would raise for the address."""
         try:
             self.need(address)
         except PointError:
@@ -70,7 +75,7 @@ class Recording:
 
 
 def every_site(anatomy: Anatomy) -> dict[Address, Site]:
-    """The site of every address the anatomy can place."""
+    """Return the site of every address the anatomy can place."""
     sites: dict[Address, Site] = {}
     for name, point in POINTS.items():
         for layer in range(anatomy.n_layers) if point.layered else (None,):
@@ -84,9 +89,9 @@ def every_site(anatomy: Anatomy) -> dict[Address, Site]:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What one small forward shows of a model; all on the CPU."""
+    """The tensors of one small forward that the checks compare; all on the CPU."""
 
-    logits: Tensor
+    logits: Float[Tensor, "batch pos d_vocab"]
     """[batch, pos, d_vocab], of a forward without hooks."""
     raw: Mapping[tuple[str, str], Tensor]
     """Module tensors by (path, side)."""
@@ -94,25 +99,29 @@ class Evidence:
     """What each layer's attention function received, or the reason it cannot be had."""
 
 
-def evidence_of(guess: Anatomy, call: Call, attended: Mapping[int, Attended] | str, tokens: Tensor) -> Evidence:
-    """What forwards over `tokens` [batch, pos] show of a model in memory."""
-    return Evidence(call(tokens).cpu(), record(wanted_sites(guess), call, tokens), attended)
+def evidence_of(
+    guess: Anatomy, call: Call, attended: Mapping[int, Attended] | str, tokens: Int[Tensor, "batch pos"]
+) -> Evidence:
+    """Gather the evidence of forwards over `tokens` [batch, pos] of a model in memory."""
+    return Evidence(call(tokens).cpu(), record(checked_sites(guess), call, tokens), attended)
 
 
-def wanted_sites(guess: Anatomy) -> dict[tuple[str, str], Site]:
-    """Every (path, side) that the checks look at, whichever kind the blocks turn out to be."""
-    wanted: dict[tuple[str, str], Site] = {}
+def checked_sites(guess: Anatomy) -> dict[tuple[str, str], Site]:
+    """Return a site for every (path, side) that the checks compare, whichever kind the blocks turn out to be."""
+    sites: dict[tuple[str, str], Site] = {}
     for kind in get_args(Kind):
         for site in every_site(replace(guess, kind=kind)).values():
             for path in site.modules:
-                wanted[path, site.side] = replace(site, modules=(path,), view=Whole())
+                sites[path, site.side] = replace(site, modules=(path,), view=IdentityView())
     for path in _outputs(guess):
-        wanted[path, "output"] = Site((path,), "output")
-    return wanted
+        sites[path, "output"] = Site((path,), "output")
+    return sites
 
 
-def record(wanted: Mapping[tuple[str, str], Site], call: Call, tokens: Tensor) -> dict[tuple[str, str], Tensor]:
-    """One forward over `tokens` [batch, pos], everything that passes the wanted places copied to the CPU."""
+def record(
+    sites: Mapping[tuple[str, str], Site], call: Call, tokens: Int[Tensor, "batch pos"]
+) -> dict[tuple[str, str], Tensor]:
+    """Run one forward over `tokens` [batch, pos] and return what passes the sites, copied to the CPU."""
     raw: dict[tuple[str, str], Tensor] = {}
 
     def keep(key: tuple[str, str]) -> Callable[[Tensor], None]:
@@ -121,26 +130,26 @@ def record(wanted: Mapping[tuple[str, str], Site], call: Call, tokens: Tensor) -
 
         return copy
 
-    call(tokens, ForwardHooks(wanted, {key: keep(key) for key in wanted}, {}, stop=False))
+    call(tokens, ForwardHooks(sites, {key: keep(key) for key in sites}, {}, stop=False))
     return raw
 
 
-def recorded(anatomy: Anatomy, call: Call, tokens: Tensor) -> Recording:
-    """One forward over `tokens` [batch, pos], as the anatomy's sites read it."""
-    return Recording(record(wanted_sites(anatomy), call, tokens), every_site(anatomy))
+def recorded(anatomy: Anatomy, call: Call, tokens: Int[Tensor, "batch pos"]) -> Recording:
+    """Record one forward over `tokens` [batch, pos] as the anatomy's sites read it."""
+    return Recording(record(checked_sites(anatomy), call, tokens), every_site(anatomy))
 
 
 def _outputs(anatomy: Anatomy) -> list[str]:
     """Modules whose outputs the checks compare, besides the sites."""
-    found = [anatomy.map.path("ln_final")]
+    paths = [anatomy.map.path("ln_final")]
     for layer in range(anatomy.n_layers):
         names = ("ln1", "ln2", "attn", "attn.o", "attn.qkv", "mlp", "mlp.out")
-        found += [anatomy.map.path(name, layer) for name in names]
-    return [path for path in found if path]
+        paths += [anatomy.map.path(name, layer) for name in names]
+    return [path for path in paths if path]
 
 
 def attention_layers(module: nn.Module, anatomy: Anatomy) -> dict[nn.Module, int]:
-    """Every module inside an attention block, with its layer."""
+    """Return every module inside an attention block, with its layer."""
     out: dict[nn.Module, int] = {}
     for layer in range(anatomy.n_layers):
         if path := anatomy.map.path("attn", layer):
@@ -149,9 +158,9 @@ def attention_layers(module: nn.Module, anatomy: Anatomy) -> dict[nn.Module, int
 
 
 def attention_of(
-    module: nn.Module, anatomy: Anatomy, call: Call, tokens: Tensor, only: Sequence[int] | None = None
+    module: nn.Module, anatomy: Anatomy, call: Call, tokens: Int[Tensor, "batch pos"], only: Sequence[int] | None = None
 ) -> dict[int, Attended] | str:
-    """What each layer's (or some layers') attention function received, or the reason it cannot be had."""
+    """Return what the attention function of each layer (of `only` some) received, or the reason it cannot be had."""
     config = module.config.get_text_config()  # type: ignore[union-attr,operator]
     if against := reason_against(config):
         return against
@@ -165,10 +174,10 @@ def attention_of(
         return copy
 
     outside = f"the attention of {anatomy.map.architecture} does not go through transformers' attention interface"
-    wanted = range(anatomy.n_layers) if only is None else only
-    layers = {part: layer for part, layer in attention_layers(module, anatomy).items() if layer in wanted}
+    chosen = range(anatomy.n_layers) if only is None else only
+    layers = {part: layer for part, layer in attention_layers(module, anatomy).items() if layer in chosen}
     try:
-        with watched(config, layers, {layer: keep(layer) for layer in wanted}), torch.inference_mode():
+        with watched(config, layers, {layer: keep(layer) for layer in chosen}), torch.inference_mode():
             call(tokens)
     except (TypeError, KeyError, ValueError, RuntimeError, AttributeError) as error:
         return f"{outside} ({type(error).__name__} when routed through it)"

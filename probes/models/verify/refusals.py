@@ -34,7 +34,7 @@ _IDENTITY = {
 def refusals(
     anatomy: Anatomy, seen: Recording, attended: Mapping[int, Attended] | str, causal: bool, tolerance: float
 ) -> tuple[Anatomy, dict[str, float]]:
-    """The anatomy with its joint layout chosen and false points refused, and the errors of the identities that hold."""
+    """Return the anatomy with its joint layout chosen and false points refused, and the errors of the identities that hold."""
     seen_attention = {} if isinstance(attended, str) else attended
     layout, against = _layout(anatomy, seen, seen_attention, causal, tolerance)
     anatomy = replace(anatomy, layout=layout)
@@ -48,16 +48,16 @@ def refusals(
         **_scale_errors(anatomy, seen),
         **_part_errors(anatomy, seen),
     }
-    held: dict[str, float] = {}
+    holding: dict[str, float] = {}
     for point, error in errors.items():
         if error <= tolerance and point not in refused:
-            held[_IDENTITY[point]] = error
+            holding[_IDENTITY[point]] = error
         elif point not in refused:
             refused[point] = f"{_IDENTITY[point]} does not hold on this model (off by {error:.1e} relative)"
     if reason := _final_norm(anatomy, seen, tolerance):
         refused |= {"final_norm": reason, "final_scale": reason}
-        held.pop(_IDENTITY["final_scale"], None)
-    return replace(anatomy, refused=refused), held
+        holding.pop(_IDENTITY["final_scale"], None)
+    return replace(anatomy, refused=refused), holding
 
 
 def _misfit(anatomy: Anatomy, seen: Recording, name: str) -> str | None:
@@ -149,19 +149,19 @@ def _unrotated_error(anatomy: Anatomy, rows: Tensor, states: Tensor, norm: str, 
 
     At the first position rotary embedding is the identity (up to a permutation in some models, and a factor in others).
     """
-    found = rows[:, :1]
+    first = rows[:, :1]
     if anatomy.map.path(f"attn.{norm}", layer):
         module = anatomy.component(f"attn.{norm}", layer)
         weight = next(module.parameters(), None)
-        flat = weight is not None and weight.numel() == found[0, 0].numel()
-        shaped = found.flatten(2) if flat else found
-        found = apply(module, shaped).reshape(found.shape)
+        flat = weight is not None and weight.numel() == first[0, 0].numel()
+        shaped = first.flatten(2) if flat else first
+        first = apply(module, shaped).reshape(first.shape)
     expected = _as_rows(states, rows.shape[2])[:, :1]
 
     def canonical(x: Tensor) -> Tensor:
         return torch.nn.functional.normalize(x.float(), dim=-1).sort(-1).values
 
-    return deviation(canonical(found), canonical(expected)) if found.shape == expected.shape else float("inf")
+    return deviation(canonical(first), canonical(expected)) if first.shape == expected.shape else float("inf")
 
 
 def _scale_errors(anatomy: Anatomy, seen: Recording) -> dict[str, float]:
@@ -191,9 +191,9 @@ def _part_errors(anatomy: Anatomy, seen: Recording) -> dict[str, float]:
     """Worst error over layers of what ties z and mlp_post to their parts' outputs, and inputs to the stream."""
     worst: dict[str, float] = {}
 
-    def note(point: str, found: Tensor | None, wanted: Tensor | None) -> None:
-        if found is not None and wanted is not None:
-            worst[point] = max(worst.get(point, 0.0), deviation(found, wanted))
+    def note(point: str, actual: Tensor | None, expected: Tensor | None) -> None:
+        if actual is not None and expected is not None:
+            worst[point] = max(worst.get(point, 0.0), deviation(actual, expected))
 
     def output(component: str, layer: int) -> Tensor | None:
         path = anatomy.map.path(component, layer)

@@ -13,7 +13,7 @@ from reference import expected
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 from probes.errors import ModelError
-from probes.models import Model
+from probes.models import Model, as_bridge, as_nnsight, from_bridge, from_hf, from_nnsight
 from probes.points import Address
 
 POINTS = ("resid_post.1", "q.1", "z.1", "pattern.1", "mlp_post.1", "logits")
@@ -31,7 +31,7 @@ def bridged(family: str) -> Any:
 
 @pytest.mark.parametrize("backend", ["native", "transformer_lens", "nnsight"])
 def test_a_module_comes_in_on_every_backend(backend: str) -> None:
-    model = Model.from_hf(make("llama"), backend=backend)
+    model = from_hf(make("llama"), backend=backend)
     assert isinstance(model, Model)
     assert (model.context.backend, model.ref) == (backend, "LlamaForCausalLM")
     same(model, "llama")
@@ -40,7 +40,7 @@ def test_a_module_comes_in_on_every_backend(backend: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon_multi_query"])
 def test_a_bridge_comes_in_with_the_user_s_hooks_in_force(family: str) -> None:
     bridge = bridged(family)
-    model = Model.from_bridge(bridge)
+    model = from_bridge(bridge)
     assert (model.context.backend, model.ref) == ("transformer_lens", family)
     same(model, family)
     seen: list[Any] = []
@@ -49,37 +49,37 @@ def test_a_bridge_comes_in_with_the_user_s_hooks_in_force(family: str) -> None:
     with pytest.raises(KeyError):
         model.run(prompt(), {Address("resid_pre", 1): lambda _: {}["the reader's own"]})
     assert len(bridge.blocks[1].hook_out.fwd_hooks) == 1
-    assert model.as_bridge() is bridge  # type: ignore[attr-defined]
+    assert as_bridge(model) is bridge
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_bridge_with_processed_weights_is_read_as_it_is(family: str) -> None:
     bridge = bridged(family)
-    before = Model.from_bridge(bridge).context.weights
+    before = from_bridge(bridge).context.weights
     bridge.enable_compatibility_mode()
-    model, address = Model.from_bridge(bridge), Address("resid_post", 1)
+    model, address = from_bridge(bridge), Address("resid_post", 1)
     assert model.context.weights != before, "its rows must not be taken for those of the plain weights"
     with torch.no_grad():
         _, cache = bridge.run_with_cache(prompt(rows=2), names_filter=["blocks.1.hook_out"])
-    found = one(model, address, prompt(rows=2))
-    close(found, cache["blocks.1.hook_out"])
+    rows = one(model, address, prompt(rows=2))
+    close(rows, cache["blocks.1.hook_out"])
     if family == "gpt2":
-        assert not torch.allclose(found, expected(family)[str(address)], atol=1e-3), "centred weights"
+        assert not torch.allclose(rows, expected(family)[str(address)], atol=1e-3), "centred weights"
 
 
 def test_an_nnsight_model_comes_in() -> None:
     traced = nnsight.NNsight(make("llama"))
-    model = Model.from_nnsight(traced)
+    model = from_nnsight(traced)
     same(model, "llama")
-    assert model.as_nnsight() is traced  # type: ignore[attr-defined]
+    assert as_nnsight(model) is traced
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("backend", ["native", "nnsight", "transformer_lens"])
 def test_a_model_goes_out_as_a_bridge_of_its_own(family: str, backend: str) -> None:
     module = make(family)
-    model = Model.from_hf(module, backend=backend)
-    bridge = model.as_bridge()  # type: ignore[attr-defined]
+    model = from_hf(module, backend=backend)
+    bridge = as_bridge(model)
     with torch.no_grad():
         logits, cache = bridge.run_with_cache(prompt(rows=2))
     close(logits, expected(family)["logits"])
@@ -92,7 +92,7 @@ def test_a_model_goes_out_as_a_bridge_of_its_own(family: str, backend: str) -> N
 
 def test_a_model_goes_out_to_nnsight() -> None:
     for backend in ("native", "transformer_lens"):
-        traced = Model.from_hf(make("llama"), backend=backend).as_nnsight()  # type: ignore[attr-defined]
+        traced = as_nnsight(from_hf(make("llama"), backend=backend))
         with traced.trace(input_ids=prompt(rows=2)):
             hidden = traced.model.layers[1].output.save()
         close(hidden.detach(), expected("llama")["resid_post.1"])
@@ -100,10 +100,10 @@ def test_a_model_goes_out_to_nnsight() -> None:
 
 def test_what_is_no_model_is_refused_by_name() -> None:
     with pytest.raises(ModelError, match="no TransformerBridge"):
-        Model.from_bridge(shared("llama"))
+        from_bridge(shared("llama"))
     with pytest.raises(ModelError, match="no nnsight model"):
-        Model.from_nnsight(shared("llama"))
+        from_nnsight(shared("llama"))
     with pytest.raises(ModelError, match=r"unknown backend 'nnsite'.*Did you mean 'nnsight'"):
-        Model.from_hf(shared("llama"), backend="nnsite")
+        from_hf(shared("llama"), backend="nnsite")
     with torch.device("meta"), pytest.raises(ModelError, match="dispatch=True"):
-        Model.from_nnsight(nnsight.NNsight(make("llama")))
+        from_nnsight(nnsight.NNsight(make("llama")))

@@ -117,7 +117,7 @@ def make_result(
         "tokens": sum(len(prompt.tokens) for prompt in prompts),
         "forwards": done.forwards if done else 0,
         "rows_captured": done.plan.rows if done else 0,
-        "held_before": done.plan.held if done else 0,
+        "held_before": done.plan.stored if done else 0,
         "intervention_forwards": interventions,
         **(counts or {}),
     }

@@ -80,7 +80,7 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """The address whose string form is `text`."""
+        """Return the address whose string form is `text`."""
         point, dot, layer = text.partition(".")
         if dot and not re.fullmatch(_LAYER, layer):
             raise PointError(f"address {shown(text)}: the part after the dot must be a layer number")
@@ -95,28 +95,28 @@ class Address:
 
 
 def expand(patterns: str | Iterable[str], n_layers: int) -> tuple[Address, ...]:
-    """Addresses named by patterns such as `resid_post.*`, `z.0-3`, `logits`, comma-separated or listed.
+    """Return the addresses named by patterns such as `resid_post.*`, `z.0-3`, `logits`, comma-separated or listed.
 
     Raises:
         PointError: an unknown point or a layer outside `0..n_layers-1`.
     """
     parts = patterns.split(",") if isinstance(patterns, str) else list(patterns)
-    found: dict[Address, None] = {}
+    addresses: dict[Address, None] = {}
     for part in (p.strip() for p in parts):
         point, _, layers = part.partition(".")
         span = re.fullmatch(f"({_LAYER})-({_LAYER})", layers)
         if layers == "*":
-            wanted = [Address(point, layer) for layer in range(n_layers)]
+            named = [Address(point, layer) for layer in range(n_layers)]
         elif span:
-            wanted = [Address(point, layer) for layer in range(int(span[1]), min(int(span[2]), n_layers) + 1)]
+            named = [Address(point, layer) for layer in range(int(span[1]), min(int(span[2]), n_layers) + 1)]
         else:
-            wanted = [Address.parse(part)]
-        if not wanted:
+            named = [Address.parse(part)]
+        if not named:
             raise PointError(f"points {shown(part)} name no layer: write the lower layer first")
-        for address in wanted:
+        for address in named:
             if address.layer is not None and address.layer >= n_layers:
                 raise PointError(
                     f"layer {address.layer} of {shown(part)} is outside this model: legal layers are 0 to {n_layers - 1}"
                 )
-            found[address] = None
-    return tuple(found)
+            addresses[address] = None
+    return tuple(addresses)

@@ -1,4 +1,4 @@
-"""How long work reports itself; front ends subclass it."""
+"""Progress reports of long work; front ends subclass it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ragged prompts: read and validated line by line, batched with pad rows that never leave this file."""
+"""Prompts of different lengths: read and validated line by line, tokenized, selected from and batched with padding."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from probes.errors import PromptError, shown
@@ -25,7 +26,7 @@ FieldCheck = Callable[[Any], str | None]
 
 
 def check_ids(value: Any) -> str | None:
-    """What is wrong with a list of token ids, or None."""
+    """Return what is wrong with a list of token ids, or None."""
     good = isinstance(value, list | tuple) and value and all(type(v) is int and v >= 0 for v in value)
     return None if good else "must be a list of token ids that is not empty, such as [262]"
 
@@ -41,6 +42,7 @@ class Field:
     """The token ids in a value that passes the check; they are held against the vocabulary once a model is known."""
 
     def __call__(self, value: Any) -> str | None:
+        """Return what is wrong with a value, or None."""
         return self.check(value)
 
 
@@ -76,19 +78,19 @@ class Batch:
 
     indices: tuple[int, ...]
     """Position of each row's sequence in the list that was batched."""
-    tokens: Tensor
-    """[batch, pos]; pads are id 0."""
+    tokens: Int[Tensor, "batch pos"]
+    """Token ids; pads are id 0."""
     lengths: tuple[int, ...]
 
-    def row_index(self, positions: str | tuple[int, ...] = "all") -> Tensor:
-        """Flat indices into [batch * pos] of the real rows wanted, sequence by sequence; [rows]."""
+    def row_index(self, positions: str | tuple[int, ...] = "all") -> Int[Tensor, row]:
+        """Return flat indices into [batch * pos] of the real rows at `positions`, sequence by sequence."""
         width = self.tokens.shape[1]
         parts = [row * width + select(n, positions) for row, n in enumerate(self.lengths)]
         return torch.cat(parts)
 
 
-def select(length: int, positions: str | tuple[int, ...]) -> Tensor:
-    """Positions of a sequence of `length` tokens named by `all`, `last`, `after_first` or ints (negative from the end); [n].
+def select(length: int, positions: str | tuple[int, ...]) -> Int[Tensor, row]:
+    """Return the positions of a sequence of `length` tokens named by `all`, `last`, `after_first` or ints (negative from the end).
 
     `after_first` leaves out the first token, whose norm can dwarf the others'; a sequence of one token keeps it.
 
@@ -99,17 +101,17 @@ def select(length: int, positions: str | tuple[int, ...]) -> Tensor:
         return torch.arange(length)
     if positions == "after_first":
         return torch.arange(min(1, length - 1), length)
-    wanted = (-1,) if positions == "last" else positions
-    for position in wanted:
+    named = (-1,) if positions == "last" else positions
+    for position in named:
         if not -length <= int(position) < length:
             raise PromptError(
                 f"position {position} is outside a prompt of {length} tokens: legal are {-length} to {length - 1}"
             )
-    return torch.tensor([int(p) % length for p in wanted], dtype=torch.long)
+    return torch.tensor([int(p) % length for p in named], dtype=torch.long)
 
 
 def batches(sequences: Sequence[Sequence[int]], max_tokens: int) -> Iterator[Batch]:
-    """Batches of similar length whose padded size is at most `max_tokens` (a longer sequence goes alone)."""
+    """Yield batches of similar length whose padded size is at most `max_tokens` (a longer sequence goes alone)."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     group: list[int] = []
     for index in order:
@@ -130,9 +132,10 @@ def _pad(sequences: Sequence[Sequence[int]], group: list[int]) -> Batch:
 
 
 def read_prompts(path: str | Path, checks: Mapping[str, FieldCheck] | None = None) -> list[PromptLine]:
-    """The validated lines of a JSON-lines prompt file; needs no model.
+    """Return the validated lines of a JSON-lines prompt file; no model is needed.
 
     Args:
+        path: the file.
         checks: further fields a line may carry, each with a check of its value.
 
     Raises:
@@ -171,7 +174,7 @@ def _read_line(raw: str, where: str, checks: Mapping[str, FieldCheck]) -> Prompt
 def check_fields(
     fields: Mapping[str, Any], where: str, checks: Mapping[str, FieldCheck], model: Model | None = None
 ) -> None:
-    """Refuses fields that are not what an analysis asks for, or token ids that `model` does not have.
+    """Refuse fields that are not what an analysis asks for, or token ids that `model` does not have.
 
     Raises:
         PromptError: the first fault.
@@ -214,10 +217,11 @@ def _token_ids(tokens: Any, where: str) -> tuple[int, ...]:
 
 
 def tokenize(lines: Sequence[PromptLine | str | Sequence[int]], model: Model, *, chat: bool = False) -> list[Prompt]:
-    """Prompts as `model` sees them: texts as its tokenizer encodes them, ids as given.
+    """Return prompts as `model` sees them: texts as its tokenizer encodes them, ids as given.
 
     Args:
         lines: lines of a prompt file, texts, or lists of token ids.
+        model: the model.
         chat: wrap each text as one user turn of the tokenizer's chat template.
 
     Raises:
@@ -227,7 +231,7 @@ def tokenize(lines: Sequence[PromptLine | str | Sequence[int]], model: Model, *,
 
 
 def token_ids(lines: Sequence[PromptLine | str | Sequence[int]], model: Model) -> list[tuple[int, ...]]:
-    """The token ids of texts, as `model`'s tokenizer encodes them, and of ids, as given.
+    """Return the token ids of texts, as `model`'s tokenizer encodes them, or ids as given.
 
     Raises:
         PromptError: as `tokenize`, or one text where a list of them belongs.
@@ -238,7 +242,7 @@ def token_ids(lines: Sequence[PromptLine | str | Sequence[int]], model: Model) -
 
 
 def as_line(line: PromptLine | str | Sequence[int], index: int) -> PromptLine:
-    """A prompt in any of its forms as a line; `index` names it in messages.
+    """Return a prompt in any of its forms as a line; `index` names it in messages.
 
     Raises:
         PromptError: an empty text, half a character, or ids that are none.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import xxhash
+from jaxtyping import Float
 from torch import Tensor
 
 from probes.errors import PointError, unknown
@@ -14,7 +15,7 @@ Positions = str | tuple[int, ...]
 
 KINDS = ("rows", "int8", "mean", "norm", "moments", "project", "lens_ids", "lens_top")
 NAMED = ("rows", "int8", "mean", "norm", "moments")
-"""Those that a command line asks for by name alone."""
+"""Kinds that a command line names without an argument."""
 TAIL = 8
 """Bytes behind the codes of an int8 row: its scale and its error, float32 each."""
 
@@ -36,8 +37,8 @@ class Reducer:
     """Token ids, for `lens_ids`."""
     top_k: int = 0
     """How many tokens, for `lens_top`."""
-    basis: Tensor | None = None
-    """[k, width], for `project`."""
+    basis: Float[Tensor, "k width"] | None = None
+    """Directions, for `project`."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -69,7 +70,7 @@ class Reducer:
 
     @classmethod
     def parse(cls, text: str) -> Reducer:
-        """The reducer named on a command line: rows, int8, last, mean, norm, moments, at:0,-1 or lens:10."""
+        """Return the reducer named on a command line: rows, int8, last, mean, norm, moments, at:0,-1 or lens:10."""
         name, _, detail = text.partition(":")
         try:
             if name == "at":
@@ -85,7 +86,7 @@ class Reducer:
         return cls(name)
 
     def count(self, length: int) -> int:
-        """Rows kept of a sequence of `length` tokens."""
+        """Return how many rows are kept of a sequence of `length` tokens."""
         if self.kind == "mean":
             return 1
         if isinstance(self.positions, str):

@@ -43,7 +43,7 @@ def test_only_missing_features_are_planned_and_twins_run_once() -> None:
     assert plan.sequences == 2
     assert plan.forwards == 2
     assert plan.tokens == 5
-    assert [str(f.address) for f in plan.work[0].features] == ["resid_post.1", "resid_post.2"]
+    assert [str(f.address) for f in plan.missing[0].features] == ["resid_post.1", "resid_post.2"]
     assert plan.rows == 10
     width = {"d_model": 8}
     assert plan.bytes(width, 2) == 10 * 8 * 2

@@ -251,7 +251,7 @@ class LatentLanguage(Analysis):
         counts = {
             "prompts": len(items), "tokens": sum(len(item.tokens) for item in items),
             "forwards": sum(d.forwards for d in done), "rows_captured": sum(d.plan.rows for d in done),
-            "held_before": sum(d.plan.held for d in done), "answers_written": written,
+            "held_before": sum(d.plan.stored for d in done), "answers_written": written,
         }  # fmt: skip
         notes = (*verdicts(tables["summary"]), *self._notes(tables["dropped"], items))
         result = make_result(self, model, [], tables, reader.captures[0], clock, notes, counts, reader.patched)

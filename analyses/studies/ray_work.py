@@ -55,7 +55,7 @@ def plan_unit(cells: Sequence[Cell], store: Path) -> Batches:
     size = 0
     for plan in plans(model, wants(cells, model), held):
         size += plan.bytes(axis_sizes(model), row_size(model))
-        for work in plan.work:
+        for work in plan.missing:
             for batch in batches(work.sequences, batch_tokens_of(model)):
                 rows.append((len(kinds), tuple(work.sequences[i] for i in batch.indices)))
             kinds.append(work.features)

@@ -1,4 +1,4 @@
-"""Running one block of a model at a time, called by the model's own forward."""
+"""One block of a model at a time, run by the model's own forward."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from probes.blocks.block_outputs import imitated, watched_widths
 from probes.hooks.forward_hooks import Stop, tensor_of
 from probes.models.protocol import Forward
 from probes.points import Address
@@ -17,25 +19,25 @@ T = TypeVar("T")
 
 
 def stage_of(address: Address, n_layers: int) -> int:
-    """The block whose call an address is seen in; `n_layers` for what follows the blocks."""
+    """Return the block during whose call an address is read or written; `n_layers` for what follows the blocks."""
     if address.layer is not None:
         return address.layer
     return 0 if address.point == "embed" else n_layers
 
 
 def steps(forward: Forward, n_layers: int) -> int:
-    """How many stages a forward has to run, up to the last it has an address in."""
+    """Return how many stages a forward has to run, up to the last that it has an address in."""
     stages = (stage_of(address, n_layers) for address in (*forward.reads, *forward.writes))
     return 1 + max(stages, default=-1)
 
 
 def of_stage(mapping: Mapping[Address, T], stage: int, n_layers: int) -> dict[Address, T]:
-    """The entries seen in one stage."""
+    """Return the entries of one stage."""
     return {address: value for address, value in mapping.items() if stage_of(address, n_layers) == stage}
 
 
 class SingleBlockRunner:
-    """Lets the model's forward through to one block: it prepares the block's arguments, and the others pass on."""
+    """Runs one block by the model's own forward, which prepares its arguments; the other blocks pass their input on."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self.blocks = tuple(blocks)
@@ -43,21 +45,17 @@ class SingleBlockRunner:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """A whole forward inside shows what each block returns, which a block that passes on has to imitate."""
-        with ExitStack() as stack:
-            for index, block in enumerate(self.blocks):
-                stack.callback(block.register_forward_hook(partial(self._note, index)).remove)
+        """Learn from a whole forward inside what each block returns, which a block that passes on has to imitate."""
+        with watched_widths(self.blocks) as self._widths:
             yield
 
-    def _note(self, index: int, _: nn.Module, __: Any, output: Any) -> None:
-        self._widths[index] = None if isinstance(output, Tensor) else len(output)
-
     @contextmanager
-    def only(self, layer: int, entering: Tensor | None) -> Iterator[list[Tensor]]:
-        """A forward inside runs block `layer` alone and stops after it; the list receives what leaves the block.
+    def only(self, layer: int, entering: Float[Tensor, "batch pos d_model"] | None) -> Iterator[list[Tensor]]:
+        """Make a forward inside run block `layer` alone and stop after it; the list receives what leaves the block.
 
-        `entering` [batch, pos, d_model] is what enters it, None for the first block. With as many as there are blocks,
-        `entering` is what leaves the last one and the forward runs what follows.
+        Args:
+            layer: the block; the number of blocks stands for what follows them.
+            entering: what enters the block, None for the first; where `layer` follows the blocks, what leaves the last.
         """
         left: list[Tensor] = []
 
@@ -84,6 +82,4 @@ class SingleBlockRunner:
 
     def _pass_on(self, index: int, given: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        out = hidden if given is None else given.to(hidden.device)
-        width = self._widths[index]
-        return out if width is None else (out, *[None] * (width - 1))
+        return imitated(hidden if given is None else given.to(hidden.device), self._widths[index])

@@ -1,4 +1,4 @@
-"""Capturing rows into the store: what is wanted, what is missing, the forwards that fill it, and reading rows back."""
+"""Capturing rows into the store: needs, the plan of what is missing, the forwards, reading back. Imported by analyses."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Captured rows of a list of prompts, read from the store when asked for."""
+"""Captured rows of a list of prompts, read back from the store on demand."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -22,19 +23,28 @@ from probes.store import DamagedShard
 
 
 @dataclass(frozen=True)
-class Done:
-    """What a capture did."""
+class CaptureReport:
+    """What a capture had to do, and did."""
 
     plan: CapturePlan
     forwards: int
-    """Sequences run through the model, including rows recaptured after damage."""
+    """Sequences run through the model, those of rows recaptured after damage among them."""
     bytes_written: int
 
 
 class Activations:
-    """Captured rows of a list of prompts, read from the store when asked for.
+    """Captured rows of a list of prompts, read back from the store on demand.
 
     Whatever follows from stored rows (a norm, the last row, a lens) is computed from them, with no forward.
+
+    Args:
+        model: the model that the rows were captured from.
+        sequences: the prompts' token ids.
+        lookup: the store, and the context under which it has the rows.
+        done: what the capture did.
+        live: returns the model's context as it is now.
+        recapture: captures again what the store set aside as damaged.
+        pinned: keeps the store's shards in place until these activations are gone.
     """
 
     def __init__(
@@ -42,9 +52,9 @@ class Activations:
         model: Model,
         sequences: list[tuple[int, ...]],
         lookup: Lookup,
-        done: Done,
+        done: CaptureReport,
         live: Callable[[], dict[str, str]],
-        recapture: Callable[[], Done],
+        recapture: Callable[[], CaptureReport],
         pinned: ExitStack,
     ) -> None:
         weakref.finalize(self, pinned.close)
@@ -53,35 +63,38 @@ class Activations:
         self._read: dict[tuple[str, tuple[int, ...]], None] = {}
 
     def get(self, address: Address | str, reducer: Reducer = ROWS) -> list[Tensor]:
-        """One tensor per prompt, [rows, ...] ([head, query, key] for `pattern`).
+        """Return one tensor per prompt, [rows, ...] ([head, query, key] for `pattern`).
 
         Raises:
             StoreError: the rows were never captured.
             ModelError: they need the model once more (a lens, or damage), and it is no longer the one that made them.
         """
         address = Address.parse(address) if isinstance(address, str) else address
-        wanted = Feature(address.canonical, reducer)
+        feature = Feature(address.canonical, reducer)
         try:
-            return self._get(wanted)
+            return self._get(feature)
         except DamagedShard:
             # The store has set the shard aside; its rows are captured again, once.
             self._check_unchanged()
             self.done = replace(self.done, forwards=self.done.forwards + self._recapture().forwards)
-            return self._get(wanted)
+            return self._get(feature)
 
-    def _get(self, wanted: Feature) -> list[Tensor]:
-        candidates = (wanted, *wanted.parents())
-        found: dict[int, Tensor] = {}
+    def _get(self, feature: Feature) -> list[Tensor]:
+        candidates = (feature, *feature.parents())
         groups: dict[Feature, list[tuple[int, tuple[int, ...]]]] = {}
         for i, row in enumerate(self._lookup.sources(self.sequences, candidates)):
-            held = next((column for column, source in enumerate(row) if source is not None), None)
-            if held is None:
-                raise StoreError(f"prompt {i} has no {wanted.key!r} in the store: capture it first")
-            groups.setdefault(candidates[held], []).append((i, row[held] or ()))
-        for feature, members in groups.items():
-            values = self._values(feature, members, wanted.reducer)
-            found.update(zip((i for i, _ in members), values, strict=True))
-        return [found[i] for i in range(len(self.sequences))]
+            stored = [
+                (candidate, source) for candidate, source in zip(candidates, row, strict=True) if source is not None
+            ]
+            if not stored:
+                raise StoreError(f"prompt {i} has no {feature.key!r} in the store: capture it first")
+            candidate, source = stored[0]
+            groups.setdefault(candidate, []).append((i, source))
+        by_prompt: dict[int, Tensor] = {}
+        for candidate, members in groups.items():
+            values = self._values(candidate, members, feature.reducer)
+            by_prompt.update(zip((i for i, _ in members), values, strict=True))
+        return [by_prompt[i] for i in range(len(self.sequences))]
 
     def _values(self, feature: Feature, members: list[tuple[int, tuple[int, ...]]], reducer: Reducer) -> list[Tensor]:
         sequences, sources = [self.sequences[i] for i, _ in members], [source for _, source in members]
@@ -105,17 +118,17 @@ class Activations:
             )
 
     def packed(self, address: Address | str, reducer: Reducer = ROWS) -> Tensor:
-        """The rows of all prompts one after the other."""
+        """Return the rows of all prompts, one after the other."""
         return torch.cat(self.get(address, reducer))
 
     def keys(self) -> list[str]:
-        """Shards read so far, for provenance."""
+        """Return the shards read so far, for provenance."""
         by_feature: dict[str, list[tuple[int, ...]]] = {}
         for feature, sequence in self._read:
             by_feature.setdefault(feature, []).append(sequence)
         store, context = self._lookup.store, self._lookup.context
-        shards = [store.shards_of(context, sequences, [feature]) for feature, sequences in by_feature.items()]
-        return list(dict.fromkeys(shard for found in shards for shard in found))
+        shards = (store.shards_of(context, sequences, [feature]) for feature, sequences in by_feature.items())
+        return list(dict.fromkeys(chain.from_iterable(shards)))
 
     def _derive(self, values: Tensor, sequence: tuple[int, ...], source: Feature, reducer: Reducer) -> Tensor:
         whole = source.reducer.positions == "all"

@@ -1,4 +1,4 @@
-"""A stored answer of the model to a fixed short input, which whoever reads or adds rows has to reproduce."""
+"""The model's stored answer to a fixed short input, which a model has to reproduce before it reads or adds rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CANARY = "canary"
 
 
 def check_canary(model: Model, context: Mapping[str, str], store: ActivationStore) -> None:
-    """Refuses a store whose rows under this context were made by something that computes other numbers.
+    """Refuse a store whose rows under this context come from something that computes other numbers.
 
     Raises:
         ModelError: the stored canary is not what this model computes.
@@ -34,7 +34,7 @@ def check_canary(model: Model, context: Mapping[str, str], store: ActivationStor
 
 
 def put_canary(model: Model, context: Mapping[str, str], store: ActivationStore) -> None:
-    """Gives the store this model's canary, before rows are added under a context that has none.
+    """Put this model's canary into the store, before rows are added under a context that has none.
 
     Raises:
         ModelError: another process was first, with a canary that this model does not compute.
@@ -57,7 +57,7 @@ def _stored(model: Model, context: Mapping[str, str], store: ActivationStore) ->
 
 
 def _plain(context: Mapping[str, str]) -> dict[str, str]:
-    """The context without edits: those are applied to one and the same model."""
+    """The context without edits, which are applied to one and the same model."""
     return {**context, "edits": "none"}
 
 

@@ -1,12 +1,13 @@
-"""What one forward captures, reduced where it is and sent to the writer while the forward goes on."""
+"""What one forward captures, reduced on its device and sent to the writer while the forward goes on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from probes.capture.needs import Feature
@@ -20,24 +21,27 @@ LENS_ROWS = 1024
 """Residual rows that wait for one pass through the unembedding; with fewer, reading its weights costs most."""
 
 
+@runtime_checkable
 class Receiver(Protocol):
-    """Who takes what a device capture sends: the store's writer, or anything else that reads pending tensors and gives them back."""
+    """Takes what a device capture sends: the store's writer, or anything else that reads and releases pending tensors."""
 
     def put_pending(
         self, sequences: tuple[tuple[int, ...], ...], features: Mapping[str, tuple[PendingTensor, tuple[int, ...]]]
     ) -> None:
-        """Takes pending tensors by feature key, each with its number of rows per sequence; must not wait for them."""
+        """Take pending tensors by feature key, each with its number of rows per sequence; must not wait for them."""
         ...
 
 
-def reduced(model: Model, tensor: Tensor, batch: Batch, feature: Feature) -> tuple[Tensor, tuple[int, ...]]:
-    """A captured tensor [batch, pos, ...] reduced, on its device, and how many of its rows each sequence has."""
+def reduced(
+    model: Model, tensor: Shaped[Tensor, batch * rest], batch: Batch, feature: Feature
+) -> tuple[Shaped[Tensor, row * rest], tuple[int, ...]]:
+    """Return a captured tensor reduced, on its device, and how many of its rows each sequence has."""
     reducer = feature.reducer
     if feature.address.point == "pattern":
         return _pattern(tensor, batch, reducer)
-    wanted = tuple(len(select(n, reducer.positions)) for n in batch.lengths)
+    selected = tuple(len(select(n, reducer.positions)) for n in batch.lengths)
     index = batch.row_index(reducer.positions)
-    values = reduce_rows(tensor.flatten(0, 1), index, wanted, reducer, model.unembedding)
+    values = reduce_rows(tensor.flatten(0, 1), index, selected, reducer, model.unembedding)
     return values, tuple(reducer.count(n) for n in batch.lengths)
 
 
@@ -51,7 +55,7 @@ def _pattern(tensor: Tensor, batch: Batch, reducer: Reducer) -> tuple[Tensor, tu
 
 
 class DeviceCapture:
-    """Sends the captured tensors of one forward; used as a context around it.
+    """Sends the captured tensors of one forward to a receiver; used as a context around the forward.
 
     Inside a hook it only queues work: an index and a basis are moved to the device once, the kernel writes into the
     transport's ring, and the copy and the store follow by themselves. Residuals for the lens are set aside and read
@@ -72,30 +76,30 @@ class DeviceCapture:
         self._lens: dict[Reducer, list[tuple[Feature, Tensor]]] = {}
         self._ready: dict[str, tuple[PendingTensor, tuple[int, ...]]] = {}
 
-    def send(self, tensor: Tensor, feature: Feature) -> None:
-        """Takes a captured tensor [batch, pos, ...], which may be overwritten as soon as this returns."""
+    def send(self, tensor: Shaped[Tensor, batch * rest], feature: Feature) -> None:
+        """Send a captured tensor, which may be overwritten as soon as this returns."""
         reducer = feature.reducer
         if feature.address.point == "pattern":
             values, counts = _pattern(tensor, self.batch, reducer)
             self._dispatch(feature, tensor.device, values.shape, values.dtype, lambda out: out.copy_(values), counts)
             return
         flat, index = tensor.flatten(0, 1), self._index(reducer, tensor.device)
-        wanted = tuple(len(select(n, reducer.positions)) for n in self.batch.lengths)
+        selected = tuple(len(select(n, reducer.positions)) for n in self.batch.lengths)
         if reducer.kind in ("lens_ids", "lens_top"):
-            self._set_aside(feature, reduce_rows(flat, index, wanted, ROWS))
+            self._set_aside(feature, reduce_rows(flat, index, selected, ROWS))
             return
         if reducer.basis is not None:
             reducer = replace(reducer, basis=self._basis(reducer.basis, tensor.device))
-        shape, dtype = reduced_shape(flat.shape, flat.dtype, len(index), wanted, reducer)
+        shape, dtype = reduced_shape(flat.shape, flat.dtype, len(index), selected, reducer)
         counts = tuple(reducer.count(n) for n in self.batch.lengths)
-        fill = lambda out: reduce_rows(flat, index, wanted, reducer, None, out)  # noqa: E731
+        fill = lambda out: reduce_rows(flat, index, selected, reducer, None, out)  # noqa: E731
         self._dispatch(feature, tensor.device, shape, dtype, fill, counts)
 
     def __enter__(self) -> DeviceCapture:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Hands the rest over; after a fault, gives back what was not handed over."""
+        """Hand the rest over; after a fault, release what was not handed over."""
         if kind is None:
             for key in list(self._lens):
                 self._read_lens(key)

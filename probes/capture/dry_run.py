@@ -1,4 +1,4 @@
-"""What a capture will cost, before it runs."""
+"""The dry run of a capture: what it will cost, told before it runs."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ class Estimate:
     tokens: int
     rows: int
     bytes: int
-    held: int
+    stored: int
+    """(sequence, feature) pairs the store already holds."""
     seconds: float
     peak_bytes: int
     speed: DeviceSpeed | None = None
     """What was measured; None where nothing is left to run."""
 
     def lines(self) -> list[str]:
-        """The estimate as a user reads it."""
+        """Return the estimate as lines for a user."""
         measured = []
         if self.speed:
             rates = (
@@ -45,14 +46,14 @@ class Estimate:
             *measured,
             f"forwards           {count(self.forwards, 'prompt')}, {count(self.tokens, 'token')}",
             f"rows to capture    {self.rows:,} ({human(self.bytes)})",
-            f"already held       {self.held:,} (prompt, feature) pairs",
+            f"already held       {self.stored:,} (prompt, feature) pairs",
             f"estimated time     {self.seconds:.1f} s",
             f"estimated memory   {human(self.peak_bytes)} at the peak",
         ]
 
 
 def human(size: float) -> str:
-    """A size in bytes with a unit."""
+    """Return a size in bytes as text with a unit."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
@@ -61,14 +62,14 @@ def human(size: float) -> str:
 
 
 def block_parameters(shape: Shape) -> int:
-    """Weights of one block's attention and gated MLP."""
+    """Return the number of weights of one block's attention and gated MLP."""
     attention = shape.d_model * shape.d_head * (2 * shape.n_heads + 2 * shape.n_kv_heads)
     return attention + 3 * shape.d_model * shape.d_mlp
 
 
 @dataclass(frozen=True)
 class DeviceSpeed:
-    """What the model's device did in a short measurement."""
+    """The speed of a model's device in a short measurement."""
 
     name: str
     multiply_adds: float
@@ -78,7 +79,7 @@ class DeviceSpeed:
 
 
 def measured_speed(model: Model, seconds: float) -> DeviceSpeed:
-    """Speed and bandwidth of the model's device, half of `seconds` for each."""
+    """Measure the speed and the bandwidth of the model's device, each for half of `seconds`."""
     device = model.device
     dtype = getattr(torch, model.context.dtype)
     rows = 4096 if device.type == "cuda" else 256
@@ -90,7 +91,7 @@ def measured_speed(model: Model, seconds: float) -> DeviceSpeed:
 
 
 def copy_bandwidth(device: torch.device, seconds: float = 1.0) -> float:
-    """Bytes per second from `device` to (on CUDA, page-locked) host memory."""
+    """Measure the bytes per second from `device` to host memory, which is page-locked on CUDA."""
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.zeros(COPY_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
     runs, elapsed = _repeated(lambda: target.copy_(source, non_blocking=True), device, seconds)
@@ -98,7 +99,7 @@ def copy_bandwidth(device: torch.device, seconds: float = 1.0) -> float:
 
 
 def _repeated(work: Callable[[], object], device: torch.device, seconds: float) -> tuple[int, float]:
-    """(runs, elapsed seconds) of work repeated for about `seconds`, after one run that does not count."""
+    """Repeat work for about `seconds`, after one run that does not count; return (runs, elapsed seconds)."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -116,11 +117,17 @@ def _repeated(work: Callable[[], object], device: torch.device, seconds: float) 
 
 
 def estimate(model: Model, plans: Sequence[CapturePlan], speed: DeviceSpeed | None = None) -> Estimate:
-    """The cost of `plans` on this model and this machine; `speed` as measured before, or None to measure it."""
+    """Return the cost of plans on this model and this machine.
+
+    Args:
+        model: the model that will run them.
+        plans: what is missing from the store.
+        speed: the device's speed where it was measured before; None measures it.
+    """
     width, size, shape = axis_sizes(model), row_size(model), model.shape
     tokens, captured = sum(plan.tokens for plan in plans), sum(plan.bytes(width, size) for plan in plans)
     block = block_parameters(shape)
-    # A streamed model holds the block at work and the one being read.
+    # A streamed model keeps the block at work and the one being read.
     in_memory = min(2, shape.n_layers) if isinstance(model, LayerMajor) else shape.n_layers
     weights = (in_memory * block + 2 * shape.d_vocab * shape.d_model) * size
     activations = batch_tokens_of(model) * size * (4 * shape.d_model + 3 * shape.d_mlp)
@@ -135,7 +142,7 @@ def estimate(model: Model, plans: Sequence[CapturePlan], speed: DeviceSpeed | No
         tokens=tokens,
         rows=sum(plan.rows for plan in plans),
         bytes=captured,
-        held=sum(plan.held for plan in plans),
+        stored=sum(plan.stored for plan in plans),
         seconds=seconds,
         peak_bytes=weights + activations + min(captured, 3 * PACKET_BYTES),
         speed=speed,

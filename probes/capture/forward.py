@@ -1,4 +1,4 @@
-"""One forward pass over one batch, sized to fit, each captured tensor reduced where it is."""
+"""One forward pass over one batch, sized to fit, with each captured tensor reduced on its device."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ PENDING_BYTES = 128 * 2**20
 
 
 def batch_tokens_of(model: Model) -> int:
-    """Padded tokens per forward, at most, unless a caller says otherwise."""
+    """Return the padded tokens per forward, at most, unless a caller says otherwise."""
     return BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"])
 
 
 def sized(
     model: Model, sequences: Sequence[tuple[int, ...]], features: Sequence[Feature], limit: int | None
 ) -> Iterator[Batch]:
-    """Batches of `sequences` whose captured rows and padded tokens stay within bounds."""
+    """Return batches of `sequences` whose captured rows and padded tokens stay within bounds."""
     width, size = axis_sizes(model), number_size(model)
     longest = max(len(sequence) for sequence in sequences)
     kept = [feature.row_values(width, longest) * size for feature in features]
@@ -41,7 +41,7 @@ def sized(
 
 
 def asynchronous(model: Model) -> bool:
-    """Whether rows leave the model's device beside the forward."""
+    """Tell whether rows leave the model's device beside the forward."""
     return model.device.type == "cuda"
 
 
@@ -52,24 +52,24 @@ def forward(
     writes: Mapping[Address, Write] | None = None,
     device_capture: DeviceCapture | None = None,
 ) -> dict[str, Ragged]:
-    """One forward over `batch`, each feature reduced where its tensor is; values on the CPU, by feature key.
+    """Run one forward over `batch`; return each feature's rows on the CPU, by feature key.
 
-    With a device capture the values leave through it, and the dictionary is empty.
+    With a device capture the rows leave through it, and the dictionary is empty.
     """
-    found: dict[str, Ragged] = {}
+    rows: dict[str, Ragged] = {}
     with device_capture or nullcontext():
-        model.run(batch.tokens, readers(model, batch, features, found, device_capture), writes, batch.lengths)
-    return found
+        model.run(batch.tokens, readers(model, batch, features, rows, device_capture), writes, batch.lengths)
+    return rows
 
 
 def readers(
     model: Model,
     batch: Batch,
     features: Sequence[Feature],
-    found: dict[str, Ragged],
+    rows: dict[str, Ragged],
     device_capture: DeviceCapture | None = None,
 ) -> dict[Address, Read]:
-    """Reads of a forward over `batch` that put each feature's rows into `found`, by feature key, or into the device_capture."""
+    """Return reads that put each feature's rows into `rows`, by feature key, or send them by `device_capture`."""
     by_address: dict[Address, list[Feature]] = {}
     for feature in features:
         by_address.setdefault(feature.address, []).append(feature)
@@ -79,7 +79,7 @@ def readers(
             for feature in by_address[address]:
                 if device_capture is None:
                     values, counts = reduced(model, tensor, batch, feature)
-                    found[feature.key] = Ragged(values.cpu().contiguous(), counts)
+                    rows[feature.key] = Ragged(values.cpu().contiguous(), counts)
                 else:
                     device_capture.send(tensor, feature)
 
@@ -89,21 +89,21 @@ def readers(
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory did not suffice, on any device."""
+    """Tell whether `error` says that memory did not suffice, on any device."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def axis_sizes(model: Model) -> dict[str, int]:
-    """The size of each axis name of the point table."""
+    """Return the size of each axis of the point table."""
     names = ("d_model", "head", "kv_head", "d_head", "d_mlp", "d_vocab")
     return {name: model.shape.width(name) for name in names}
 
 
 def number_size(model: Model) -> int:
-    """Bytes of one number at most, on its way to the host: rows keep the model's type, the rest is float32."""
+    """Return the bytes of one number on its way to the host, at most: rows keep the model's type, the rest is float32."""
     return max(row_size(model), 4) if asynchronous(model) else row_size(model)
 
 
 def row_size(model: Model) -> int:
-    """Bytes of one captured number."""
+    """Return the bytes of one number of a captured row."""
     return int(getattr(torch, model.context.dtype).itemsize)

@@ -1,4 +1,4 @@
-"""The schedule of a capture for a model that wants all forwards at once, block by block."""
+"""The schedule of a capture for a model that runs all forwards together, block by block."""
 
 from __future__ import annotations
 
@@ -21,33 +21,36 @@ from probes.store import Ragged
 def layer_major(
     model: Model, plan: CapturePlan, edits: Sequence[Edit], limit: int | None, progress: Progress
 ) -> Iterator[tuple[tuple[Tokens, ...], dict[str, Ragged]]]:
-    """(sequences, rows by feature key) of everything planned, all batches block by block.
+    """Run everything planned, all batches together, block by block; yield (sequences, rows by feature key).
 
-    What is found is given away whenever a packet's bytes have gathered.
+    Rows are yielded whenever a packet's bytes have gathered.
 
     Raises:
         ModelError: memory does not suffice.
     """
     assert isinstance(model, LayerMajor)
     sequences: list[tuple[Tokens, ...]] = []
-    found: list[dict[str, Ragged]] = []
+    captured: list[dict[str, Ragged]] = []
     forwards: list[Forward] = []
-    for work in plan.work:
-        for batch in sized(model, work.sequences, _heaviest(model, work.features), limit):
-            found.append({})
-            reads, writes = readers(model, batch, work.features, found[-1]), writes_of(model, edits, batch.lengths)
+    for missing in plan.missing:
+        for batch in sized(model, missing.sequences, _heaviest(model, missing.features), limit):
+            captured.append({})
+            reads, writes = (
+                readers(model, batch, missing.features, captured[-1]),
+                writes_of(model, edits, batch.lengths),
+            )
             forwards.append(Forward(batch.tokens, reads, writes, batch.lengths))
-            sequences.append(tuple(work.sequences[i] for i in batch.indices))
-    sizes = [0] * len(found)
+            sequences.append(tuple(missing.sequences[i] for i in batch.indices))
+    sizes = [0] * len(captured)
     progress.start(sum(steps(forward, model.shape.n_layers) for forward in forwards), "block")
     with altered(model, edits), _refusing(model):
         for index in model.run_all(forwards):
             progress.advance()
-            sizes[index] = sum(rows.values.nbytes for rows in found[index].values())
+            sizes[index] = sum(rows.values.nbytes for rows in captured[index].values())
             if sum(sizes) > PACKET_BYTES:
-                yield from _taken(sequences, found)
-                sizes = [0] * len(found)
-    yield from _taken(sequences, found)
+                yield from _taken(sequences, captured)
+                sizes = [0] * len(captured)
+    yield from _taken(sequences, captured)
 
 
 @contextmanager
@@ -63,9 +66,9 @@ def _refusing(model: Model) -> Iterator[None]:
 
 
 def _taken(
-    sequences: Sequence[tuple[Tokens, ...]], found: Sequence[dict[str, Ragged]]
+    sequences: Sequence[tuple[Tokens, ...]], captured: Sequence[dict[str, Ragged]]
 ) -> Iterator[tuple[tuple[Tokens, ...], dict[str, Ragged]]]:
-    for done, rows in zip(sequences, found, strict=True):
+    for done, rows in zip(sequences, captured, strict=True):
         if rows:
             yield done, dict(rows)
             rows.clear()

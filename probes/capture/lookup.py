@@ -1,4 +1,4 @@
-"""Where the rows of a prompt are held: under its own tokens, or as the beginning of a longer sequence."""
+"""Where the store has the rows of a prompt: under its own tokens, or as the beginning of a longer sequence."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Lookup:
-    """Finds rows in a store. In a causal model a row does not depend on later tokens, so a prompt's rows are also the
-    first rows of any captured sequence that continues it."""
+    """Finds rows in a store.
+
+    In a causal model a row does not depend on later tokens, so a prompt's rows are also the first rows of any captured
+    sequence that continues it.
+    """
 
     store: ActivationStore
     context: Mapping[str, str]
@@ -32,7 +35,7 @@ class Lookup:
         return self.causal and self.context["edits"] == "none"
 
     def remember(self, sequences: Sequence[Tokens], prompt_lengths: Mapping[Tokens, int]) -> None:
-        """Notes that each sequence continues the prompt of its first `prompt_lengths` tokens."""
+        """Note in the store that each sequence continues the prompt of its first `prompt_lengths` tokens."""
         pairs = {s[: prompt_lengths[s]]: s for s in sequences if prompt_lengths.get(s, len(s)) < len(s)}
         if self._prefixes and pairs:
             ids = torch.tensor([token for s in pairs.values() for token in s], dtype=torch.int64)
@@ -40,33 +43,33 @@ class Lookup:
             self.store.put(Packet(self.context, tuple(pairs), {CONTINUATION: longer}))
 
     def sources(self, sequences: Sequence[Tokens], features: Sequence[Feature]) -> list[list[Tokens | None]]:
-        """[sequences][features]: the sequence under which the feature's rows are held, or None."""
+        """Return [sequences][features]: the sequence under which the store has the feature's rows, or None."""
         keys = [feature.key for feature in features]
         own = self.store.held(self.context, sequences, keys)
         longer = self._continuations(sequences) if self._prefixes and not own.all() else {}
         closed = np.array([feature.reducer.per_position for feature in features])
-        after = {s: row & closed for s, row in self._held(list(longer.values()), keys).items()}
+        after = {s: row & closed for s, row in self._stored_by_sequence(list(longer.values()), keys).items()}
         nothing = np.zeros(len(features), dtype=bool)
-        found: list[list[Tokens | None]] = []
+        sources: list[list[Tokens | None]] = []
         for sequence, row in zip(sequences, own, strict=True):
             whole = longer.get(sequence)
             more = after[whole] if whole is not None else nothing
-            found.append([sequence if o else whole if m else None for o, m in zip(row, more, strict=True)])
-        return found
+            sources.append([sequence if o else whole if m else None for o, m in zip(row, more, strict=True)])
+        return sources
 
-    def held(self, sequences: Sequence[Tokens], features: Sequence[Feature]) -> np.ndarray:
-        """[sequences, features], whether the rows can be read."""
+    def stored(self, sequences: Sequence[Tokens], features: Sequence[Feature]) -> np.ndarray:
+        """Return whether the rows can be read, bool [sequences, features]."""
         return np.array([[s is not None for s in row] for row in self.sources(sequences, features)]).reshape(
             len(sequences), len(features)
         )
 
     def read(self, sequences: Sequence[Tokens], feature: Feature, sources: Sequence[Tokens]) -> list[Tensor]:
-        """Stored values of `feature` for each sequence, from its source."""
+        """Return the stored values of `feature` for each sequence, read from its source."""
         values = self.store.read(self.context, sources, feature.key)
         triples = zip(values, sequences, sources, strict=True)
         return [value if s == whole else _beginning(value, feature, len(s), len(whole)) for value, s, whole in triples]
 
-    def _held(self, sequences: list[Tokens], keys: list[str]) -> dict[Tokens, np.ndarray]:
+    def _stored_by_sequence(self, sequences: list[Tokens], keys: list[str]) -> dict[Tokens, np.ndarray]:
         if not sequences:
             return {}
         return dict(zip(sequences, self.store.held(self.context, sequences, keys), strict=True))

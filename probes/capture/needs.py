@@ -1,10 +1,9 @@
-"""What an analysis wants captured, and the union of all wants into one plan."""
+"""What an analysis needs captured, and the union of all needs as one plan of what is missing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -23,19 +22,19 @@ class Feature:
 
     @property
     def key(self) -> str:
-        """Its name in the store; two addresses of the same tensor share it."""
+        """The feature's name in the store; two addresses of the same tensor share it."""
         return f"{self.address.canonical}/{self.reducer}"
 
     def parents(self) -> tuple[Feature, ...]:
-        """Features from which this one follows without a forward, cheapest first."""
+        """Return the features from which this one follows without a forward, cheapest first."""
         if self.reducer == ROWS:
             return ()
         same_rows = Reducer(positions=self.reducer.positions)
-        found = [Feature(self.address, same_rows)] if same_rows not in (ROWS, self.reducer) else []
-        return (*found, Feature(self.address))
+        selected = [Feature(self.address, same_rows)] if same_rows not in (ROWS, self.reducer) else []
+        return (*selected, Feature(self.address))
 
     def row_values(self, width: Mapping[str, int], length: int) -> int:
-        """Numbers kept of a sequence of `length` tokens; `width` gives the size of each axis."""
+        """Return how many numbers are kept of a sequence of `length` tokens; `width` gives the size of each axis."""
         rows = self.reducer.count(length)
         dims = POINTS[self.address.point].dims
         if self.address.point == "pattern":
@@ -50,13 +49,17 @@ class Feature:
 
 @dataclass(frozen=True)
 class Need:
-    """What an analysis wants captured: points (patterns such as `resid_post.*`) reduced in one way."""
+    """What an analysis needs captured: points (patterns such as `resid_post.*`) reduced in one way."""
 
     points: str | tuple[str, ...]
     reducer: Reducer = ROWS
 
     def features(self, n_layers: int) -> list[Feature]:
-        """Its features in a model of `n_layers`, resolved to stored addresses."""
+        """Return its features in a model of `n_layers`, resolved to stored addresses.
+
+        Raises:
+            PointError: a point or layer that does not exist, or attention patterns reduced.
+        """
         addresses = expand(self.points, n_layers)
         for address in addresses:
             if address.point == "pattern" and self.reducer.kind != "rows":
@@ -64,14 +67,12 @@ class Need:
         return [Feature(address.canonical, self.reducer) for address in addresses]
 
 
-class Held(Protocol):
-    """What a plan asks of a store: which sequence has which feature; bool [sequences, features]."""
-
-    def __call__(self, sequences: Sequence[tuple[int, ...]], features: Sequence[Feature]) -> np.ndarray: ...
+Stored = Callable[[Sequence[tuple[int, ...]], Sequence[Feature]], np.ndarray]
+"""What a plan asks of a store: which of the sequences has which of the features; bool [sequences, features]."""
 
 
 @dataclass(frozen=True)
-class Work:
+class MissingRows:
     """Sequences that lack the same features."""
 
     sequences: tuple[tuple[int, ...], ...]
@@ -82,69 +83,77 @@ class Work:
 class CapturePlan:
     """The forwards that remain, and what they will keep."""
 
-    work: tuple[Work, ...]
+    missing: tuple[MissingRows, ...]
+    """What has to be captured, by the features that are missing."""
     sequences: int
-    """Distinct sequences asked for."""
+    """Distinct sequences that were requested."""
     features: int
-    """Features asked for per sequence, after those that follow from others are dropped."""
-    held: int
+    """Requested features per sequence, without those that follow from others."""
+    stored: int
     """(sequence, feature) pairs the store already holds."""
 
     @property
     def forwards(self) -> int:
-        """Sequences that need a forward pass."""
-        return sum(len(work.sequences) for work in self.work)
+        """Number of sequences that need a forward pass."""
+        return sum(len(rows.sequences) for rows in self.missing)
 
     @property
     def tokens(self) -> int:
-        """Tokens to run through the model."""
-        return sum(len(sequence) for work in self.work for sequence in work.sequences)
+        """Number of tokens to run through the model."""
+        return sum(len(sequence) for rows in self.missing for sequence in rows.sequences)
 
     @property
     def rows(self) -> int:
-        """Rows to be captured."""
-        return sum(f.reducer.count(len(s)) for w in self.work for s in w.sequences for f in w.features)
+        """Number of rows to be captured."""
+        return sum(f.reducer.count(len(s)) for rows in self.missing for s in rows.sequences for f in rows.features)
 
     def summary(self, size: int) -> str:
-        """The plan in one line; `size` is what it will capture, in bytes."""
+        """Return the plan in one line; `size` is what it will capture, in bytes."""
         if not self.forwards:
-            return f"plan: no forward pass; the store holds {count(self.held, 'feature')} of {count(self.sequences, 'prompt')}"
+            return f"plan: no forward pass; the store holds {count(self.stored, 'feature')} of {count(self.sequences, 'prompt')}"
         return (
             f"plan: {self.forwards:,} of {count(self.sequences, 'prompt')} to run ({count(self.tokens, 'token')}); "
-            f"{count(self.rows, 'row')}, {count(size, 'byte')}; {count(self.held, 'feature')} already held"
+            f"{count(self.rows, 'row')}, {count(size, 'byte')}; {count(self.stored, 'feature')} already held"
         )
 
     def bytes(self, width: Mapping[str, int], row_size: int) -> int:
-        """Bytes of the tensors to be captured; `row_size` is the size of one captured number."""
+        """Return the bytes to be captured.
+
+        Args:
+            width: the size of each axis of the point table.
+            row_size: bytes of one number of a captured row.
+        """
         size = {"rows": row_size, "int8": 1}
         return sum(
             feature.row_values(width, len(sequence)) * size.get(feature.reducer.kind, 4)
-            for work in self.work
-            for sequence in work.sequences
-            for feature in work.features
+            for rows in self.missing
+            for sequence in rows.sequences
+            for feature in rows.features
         )
 
 
 def features_of(needs: Iterable[Need], n_layers: int) -> tuple[Feature, ...]:
-    """The union of all needs, without those that follow from another wanted feature."""
-    wanted = dict.fromkeys(feature for need in needs for feature in need.features(n_layers))
-    return tuple(f for f in wanted if not any(parent in wanted for parent in f.parents()))
+    """Return the features of all needs, without those that follow from another of them."""
+    features = dict.fromkeys(feature for need in needs for feature in need.features(n_layers))
+    return tuple(f for f in features if not any(parent in features for parent in f.parents()))
 
 
-def make_plan(sequences: Sequence[tuple[int, ...]], needs: Iterable[Need], n_layers: int, held: Held) -> CapturePlan:
-    """What must still be captured so that every sequence has every need."""
+def make_plan(
+    sequences: Sequence[tuple[int, ...]], needs: Iterable[Need], n_layers: int, stored: Stored
+) -> CapturePlan:
+    """Return what must still be captured so that every sequence has every need."""
     distinct = list(dict.fromkeys(sequences))
     features = features_of(needs, n_layers)
     if not features:
         return CapturePlan((), len(distinct), 0, 0)
     candidates = list(dict.fromkeys(c for f in features for c in (f, *f.parents())))
     column = {candidate: i for i, candidate in enumerate(candidates)}
-    table = held(distinct, candidates)
+    table = stored(distinct, candidates)
     has = np.stack([table[:, [column[c] for c in (f, *f.parents())]].any(axis=1) for f in features], axis=1)
     groups: dict[tuple[Feature, ...], list[tuple[int, ...]]] = {}
     for row, sequence in enumerate(distinct):
         missing = tuple(f for i, f in enumerate(features) if not has[row, i])
         if missing:
             groups.setdefault(missing, []).append(sequence)
-    work = tuple(Work(tuple(group), missing) for missing, group in groups.items())
-    return CapturePlan(work, len(distinct), len(features), int(has.sum()))
+    rows = tuple(MissingRows(tuple(group), missing) for missing, group in groups.items())
+    return CapturePlan(rows, len(distinct), len(features), int(has.sum()))

@@ -1,4 +1,4 @@
-"""Model and plan to packets of rows in the store, and reading them back."""
+"""The capture: what the store lacks is run through the model and written, then all of it can be read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from probes.capture.activations import Activations, Done
+from probes.capture.activations import Activations, CaptureReport
 from probes.capture.canary import check_canary, put_canary
 from probes.capture.device_capture import DeviceCapture
 from probes.capture.forward import (
@@ -40,7 +40,7 @@ Sequences = Sequence[str | Sequence[int]]
 
 
 def context_of(model: Model, edits: Sequence[Edit] = ()) -> dict[str, str]:
-    """Everything but the tokens that decides a row's numbers now, as the store keys it.
+    """Return everything but the tokens that decides a row's numbers now, as the store keys it.
 
     Raises:
         ModelError: no key can say what the model computes, as under a hook of somebody else.
@@ -52,7 +52,7 @@ def context_of(model: Model, edits: Sequence[Edit] = ()) -> dict[str, str]:
 def plan_capture(
     model: Model, sequences: Sequences, needs: Iterable[Need], store: ActivationStore, edits: Sequence[Edit] = ()
 ) -> CapturePlan:
-    """The forwards that remain before every sequence has every need.
+    """Return the plan of the forwards that remain before every sequence has every need.
 
     Raises:
         PointError: a point this model refuses, with its reason.
@@ -70,7 +70,7 @@ def _planned(model: Model, sequences: Sequence[Tokens], needs: Sequence[Need], l
             reason = model.refusal(feature.address)
             if reason:
                 raise PointError(f"{model.ref} has no point {str(feature.address)!r}: {reason}")
-    return make_plan(sequences, needs, model.shape.n_layers, lookup.held)
+    return make_plan(sequences, needs, model.shape.n_layers, lookup.stored)
 
 
 def capture(
@@ -84,19 +84,25 @@ def capture(
     progress: Progress = QUIET,
     batch_tokens: int | None = None,
 ) -> Activations:
-    """Captures what the store lacks, then gives access to all of it.
+    """Capture what the store lacks, and return access to all of it.
 
-    What the model computes is looked at anew at every call: rows of a module that was changed in place go under a key of
-    their own, and stored rows are believed only where the model reproduces the store's canary.
+    The model is examined anew at every call: rows of a module that was changed in place go under a key of their own, and
+    stored rows are believed only where the model reproduces the store's canary.
 
     Rows are committed packet by packet: after an interruption the same call does only the rest.
 
-    On CUDA, rows leave the device beside the forward (see `probes.capture.device_capture`); elsewhere each batch is captured in turn.
+    On CUDA, rows leave the device beside the forward (see `probes.capture.device_capture`); elsewhere batch follows batch.
 
     Args:
+        model: the model to run.
         sequences: texts, as the model's tokenizer encodes them, or token ids.
-        prompt_lengths: of each sequence that is a prompt and its response, the tokens of the prompt; a later run on the
-            prompt alone then finds its rows in these.
+        needs: the points to capture, and how they are reduced.
+        store: where rows are looked up and written.
+        edits: interventions under which the model runs.
+        prompt_lengths: per sequence, how many of its tokens are the prompt, the others being the response to it; a later
+            capture of the prompt alone then reads its rows from these.
+        progress: told of every sequence that was run.
+        batch_tokens: padded tokens per forward, at most.
 
     Raises:
         PointError: a point this model refuses.
@@ -114,98 +120,84 @@ def capture(
         store.check_space(size)
         progress.note(plan.summary(size))
         progress.start(plan.forwards, "forward")
-        if plan.work:
+        if plan.missing:
             put_canary(model, lookup.context, store)
         lengths = dict(zip(sequences, prompt_lengths or map(len, sequences), strict=True))
-        written = Writer(lookup, lengths)
-        ready = resolve(model, edits) if plan.work else []
-        with written, _transport(model, plan, written) as transport:
+        resolved = resolve(model, edits) if plan.missing else []
+        with Writer(lookup, lengths) as writer, _transport(model, plan, writer) as transport:
             if isinstance(model, LayerMajor):
-                for done_sequences, rows in layer_major(model, plan, ready, batch_tokens, progress):
-                    written.put(done_sequences, rows)
+                for members, rows in layer_major(model, plan, resolved, batch_tokens, progress):
+                    writer.put(members, rows)
             else:
-                _batch_major(model, plan, ready, batch_tokens, progress, transport, written)
+                for missing in plan.missing:
+                    runner = BatchRunner(model, missing.features, resolved, progress, transport, writer)
+                    for batch in sized(model, missing.sequences, missing.features, batch_tokens):
+                        runner.run(batch, missing.sequences)
+                        progress.advance(len(batch.indices))
         store.names.add(model.context.weights, model.ref)
-        done = Done(plan, plan.forwards, written.bytes)
+        done = CaptureReport(plan, plan.forwards, writer.bytes)
         again = partial(capture, model, sequences, needs, store, edits=edits, batch_tokens=batch_tokens)
         live = partial(context_of, model, edits)
         return Activations(model, sequences, lookup, done, live, lambda: again().done, stack.pop_all())
 
 
-def _batch_major(
-    model: Model,
-    plan: CapturePlan,
-    edits: Sequence[Edit],
-    limit: int | None,
-    progress: Progress,
-    transport: Transport | None,
-    written: Writer,
-) -> None:
-    """Everything planned, one batch after another through the whole model."""
-    for work in plan.work:
-        run = Run(model, work.features, edits, progress, transport, written)
-        for batch in sized(model, work.sequences, work.features, limit):
-            run.batch(batch, work.sequences)
-            progress.advance(len(batch.indices))
-
-
 @contextmanager
-def _transport(model: Model, plan: CapturePlan, written: Writer) -> Iterator[Transport | None]:
+def _transport(model: Model, plan: CapturePlan, writer: Writer) -> Iterator[Transport | None]:
     """The way from the model's devices to the host, or None where the model is on the host."""
-    if not plan.work or not asynchronous(model) or isinstance(model, LayerMajor):
+    if not plan.missing or not asynchronous(model) or isinstance(model, LayerMajor):
         yield None
         return
     width, size = axis_sizes(model), number_size(model)
-    alone = max(f.row_values(width, max(map(len, w.sequences))) * size for w in plan.work for f in w.features)
+    alone = max(f.row_values(width, max(map(len, m.sequences))) * size for m in plan.missing for f in m.features)
     largest = max(alone, min(PENDING_BYTES, plan.bytes(width, size)))
     poison = os.environ.get("BATHYSCOPE_POISON", "0") not in ("", "0")
     transport = Transport(largest, poison=poison)
-    written.failed = transport.fail
+    writer.failed = transport.fail
     try:
         yield transport
     finally:
-        # Parcels still on their way are read by the writer, whose end comes after this one.
+        # Tensors still on their way are read by the writer, whose end comes after this one.
         transport.close()
 
 
 @dataclass(frozen=True)
-class Run:
-    """What all batches of one piece of work share."""
+class BatchRunner:
+    """Runs batches of sequences that lack the same features, one after another, and sends their rows to the writer."""
 
     model: Model
     features: Sequence[Feature]
     edits: Sequence[Edit]
     progress: Progress
     transport: Transport | None
-    written: Writer
+    writer: Writer
 
-    def batch(self, batch: Batch, sequences: Sequence[tuple[int, ...]]) -> None:
-        """One forward whose rows go to the writer, or halves of it where memory does not suffice."""
-        asked = tuple(sequences[i] for i in batch.indices)
+    def run(self, batch: Batch, sequences: Sequence[tuple[int, ...]]) -> None:
+        """Run one forward over a batch of `sequences`, or one over each half of it where memory does not suffice."""
+        members = tuple(sequences[i] for i in batch.indices)
         device_capture = (
-            DeviceCapture(self.model, batch, asked, self.transport, self.written) if self.transport else None
+            DeviceCapture(self.model, batch, members, self.transport, self.writer) if self.transport else None
         )
         try:
             with altered(self.model, self.edits):
                 writes = writes_of(self.model, self.edits, batch.lengths)
-                values = forward(self.model, batch, self.features, writes, device_capture)
+                rows = forward(self.model, batch, self.features, writes, device_capture)
         except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            self._halves(batch, asked)
+            self._run_halves(batch, members)
             return
-        if values:
-            self.written.put(asked, values)
+        if rows:
+            self.writer.put(members, rows)
 
-    def _halves(self, batch: Batch, asked: tuple[tuple[int, ...], ...]) -> None:
-        if len(asked) == 1:
+    def _run_halves(self, batch: Batch, members: tuple[tuple[int, ...], ...]) -> None:
+        if len(members) == 1:
             size = batch.lengths[0]
             raise ModelError(
                 f"out of memory on one prompt of {size} tokens with {self.model.ref}; about {size // 2} tokens may "
                 "fit: shorten the prompt, ask for fewer points, or use a smaller dtype"
             ) from None
-        half = len(asked) // 2
-        self.progress.note(f"out of memory: batch halved from {len(asked)} to {half} prompts")
-        for part in (asked[:half], asked[half:]):
+        half = len(members) // 2
+        self.progress.note(f"out of memory: batch halved from {len(members)} to {half} prompts")
+        for part in (members[:half], members[half:]):
             for smaller in batches(part, max(map(len, part)) * len(part)):
-                self.batch(smaller, part)
+                self.run(smaller, part)

@@ -1,4 +1,4 @@
-"""Packets into the store on a thread of its own, so that the disk and the model work at the same time."""
+"""The writer of a capture: packets go into the store on a thread of its own, while the model goes on."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ Tokens = tuple[int, ...]
 
 
 class Writer:
-    """Commits packets in the order given. What waits is bounded: by number, or by the ring that pending tensors lie in.
+    """Commits packets in the order in which it receives them. Only so many wait: two, or what fits the transport's ring.
 
     Args:
+        lookup: the store, and the context under which packets go into it.
         prompt_lengths: of each sequence that is a prompt and its response, the tokens of the prompt.
     """
 
     def __init__(self, lookup: Lookup, prompt_lengths: Mapping[Tokens, int]) -> None:
         self.lookup, self.prompt_lengths, self.bytes = lookup, prompt_lengths, 0
         self.failed: Callable[[BaseException], None] = lambda _: None
-        """Told at once of what went wrong with pending tensors, while their sender may be waiting for room."""
+        """Called with what went wrong with pending tensors, at once: their sender may be waiting for room."""
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store-writer")
         self._pending: deque[Future[int]] = deque()
 
     def put(self, sequences: tuple[Tokens, ...], features: dict[str, Ragged]) -> None:
-        """Queues rows in host memory; at most two packets wait."""
+        """Queue rows in host memory; wait while two packets do."""
         while len(self._pending) >= 2:
             self.bytes += self._pending.popleft().result()
         self._pending.append(self._pool.submit(self._commit, sequences, features))
@@ -36,7 +37,7 @@ class Writer:
     def put_pending(
         self, sequences: tuple[Tokens, ...], features: Mapping[str, tuple[PendingTensor, tuple[int, ...]]]
     ) -> None:
-        """Queues rows that may still be on their way; each is read behind its barrier, then given back."""
+        """Queue rows that may still be on their way; each is read once it has arrived, then released."""
         while self._pending and self._pending[0].done():
             self.bytes += self._pending.popleft().result()
         self._pending.append(self._pool.submit(self._receive, sequences, dict(features)))

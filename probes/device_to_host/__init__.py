@@ -1,4 +1,4 @@
-"""Captured rows on their way from a device to host memory, without the host or the device waiting for each other."""
+"""Copies of captured rows from a device to host memory beside the work of both. Imported by capture."""
 
 from probes.device_to_host.copy_engine import CudaEngine, Engine, Event, HostEngine, engine_for
 from probes.device_to_host.copy_lane import Lane, PendingTensor

@@ -1,46 +1,48 @@
-"""What the transport asks of a device: buffers, a mark in its work, and copies that run beside it."""
+"""What the transport needs of a device: buffers, marks in its work, and copies that run beside it."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 
+@runtime_checkable
 class Event(Protocol):
     """A point in a device's work."""
 
     def wait(self) -> None:
-        """Returns once the device has passed it."""
+        """Return once the device has passed it."""
         ...
 
 
+@runtime_checkable
 class Engine(Protocol):
     """One device with two queues: the compute queue, which runs the model, and the copy queue."""
 
     def device_buffer(self, size: int) -> Tensor:
-        """`size` bytes on the device, uint8."""
+        """Return `size` bytes on the device, uint8."""
         ...
 
     def host_buffer(self, size: int) -> Tensor:
-        """`size` bytes of host memory that the copy queue can write to, uint8."""
+        """Return `size` bytes of host memory that the copy queue can write to, uint8."""
         ...
 
     def mark(self) -> Event:
-        """The point after everything that the compute queue was given so far."""
+        """Return the point after everything that the compute queue was given so far."""
         ...
 
     def hold(self, event: Event) -> None:
-        """The compute queue goes on only when `event` has passed; the host does not wait."""
+        """Let the compute queue go on only when `event` has passed; the host does not wait."""
         ...
 
     def copy(self, source: Tensor, target: Tensor, after: Event) -> Event:
-        """Queues a copy from device to host once `after` has passed; the event of its end."""
+        """Queue a copy from device to host once `after` has passed; return the event of its end."""
         ...
 
     def finish(self) -> None:
-        """Returns once all copies have ended."""
+        """Return once all copies have ended."""
         ...
 
 
@@ -63,20 +65,25 @@ class CudaEngine:
         self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def device_buffer(self, size: int) -> Tensor:
+        """Return `size` bytes on the device, uint8."""
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def host_buffer(self, size: int) -> Tensor:
+        """Return `size` bytes of host memory, uint8."""
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
     def mark(self) -> Event:
+        """Return the point after the work queued so far."""
         with torch.cuda.device(self.device):
             return _CudaEvent(torch.cuda.current_stream(self.device))
 
     def hold(self, event: Event) -> None:
+        """Let the compute queue wait for `event`."""
         assert isinstance(event, _CudaEvent)
         torch.cuda.current_stream(self.device).wait_event(event.event)
 
     def copy(self, source: Tensor, target: Tensor, after: Event) -> Event:
+        """Queue a copy behind `after`; return the event of its end."""
         assert isinstance(after, _CudaEvent)
         with torch.cuda.device(self.device), torch.cuda.stream(self.copies):
             self.copies.wait_event(after.event)
@@ -84,6 +91,7 @@ class CudaEngine:
             return _CudaEvent(self.copies)
 
     def finish(self) -> None:
+        """Wait for all copies."""
         self.copies.synchronize()
 
 
@@ -98,26 +106,32 @@ class HostEngine:
     """Host memory in the place of a device: every queue is the calling thread."""
 
     def device_buffer(self, size: int) -> Tensor:
+        """Return `size` bytes on the device, uint8."""
         return torch.empty(size, dtype=torch.uint8)
 
     def host_buffer(self, size: int) -> Tensor:
+        """Return `size` bytes of host memory, uint8."""
         return torch.empty(size, dtype=torch.uint8)
 
     def mark(self) -> Event:
+        """Return the point after the work queued so far."""
         return _Passed()
 
     def hold(self, event: Event) -> None:
+        """Let the compute queue wait for `event`."""
         event.wait()
 
     def copy(self, source: Tensor, target: Tensor, after: Event) -> Event:
+        """Queue a copy behind `after`; return the event of its end."""
         after.wait()
         target.copy_(source)
         return _Passed()
 
     def finish(self) -> None:
-        return None
+        """Wait for all copies."""
+        return
 
 
 def engine_for(device: torch.device) -> Engine:
-    """The engine of a device."""
+    """Return the engine of a device."""
     return CudaEngine(device) if device.type == "cuda" else HostEngine()

@@ -1,4 +1,4 @@
-"""One device's way to the host: a ring on either side and a copy queue between them."""
+"""The copies from one device to the host: a ring on either side, and a copy queue between them."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class PendingTensor:
         self._released = False
 
     def read(self) -> Tensor:
-        """The read barrier: waits until the copy has ended, then gives the tensor in page-locked host memory.
+        """Wait until the copy has ended, then return the tensor in page-locked host memory.
 
         There is no other way to the values, so nobody can see a row that has not arrived. The tensor is a view of
         the ring: it must not be used after `release`.
         """
         if self._released:
-            raise RuntimeError("a pending cannot be read after its memory was given back")
+            raise RuntimeError("a pending tensor cannot be read after its memory was given back")
         self._arrived.wait()
         return self._values
 
     def release(self) -> None:
-        """Gives the memory back to the ring; once."""
+        """Give the memory back to the ring; a second call does nothing."""
         if not self._released:
             self._released = True
             # The copy may still be writing where a reader gave up early.
@@ -49,6 +49,7 @@ class Lane:
     host's ring; the compute queue waits for a copy only when the ring has come round to the same bytes.
 
     Args:
+        engine: the device.
         device_bytes: size of the ring on the device.
         host_bytes: size of the ring on the host, which bounds what readers can be behind.
         poison: fill bytes with NaN before they are reused, so that a broken barrier shows as NaN.
@@ -60,9 +61,11 @@ class Lane:
         self._host = HostRing(engine, host_bytes, poison)
 
     def send(self, shape: tuple[int, ...], dtype: torch.dtype, fill: Callable[[Tensor], object]) -> PendingTensor:
-        """Queues a tensor; returns at once unless readers are a whole host ring behind.
+        """Queue a tensor; return at once unless readers are a whole host ring behind.
 
         Args:
+            shape: the tensor's shape.
+            dtype: the tensor's type.
             fill: gives the compute queue the work that writes the tensor, of `shape` and `dtype`, on the device.
         """
         size = prod(shape) * dtype.itemsize
@@ -82,7 +85,7 @@ class Lane:
         return PendingTensor(values, tenant.event, region.stop - region.start, partial(self._host.release, region))
 
     def send_alone(self, shape: tuple[int, ...], dtype: torch.dtype, fill: Callable[[Tensor], object]) -> PendingTensor:
-        """As `send`, for a tensor too large for the rings: in memory of its own, which it frees when given back."""
+        """Queue a tensor that is too large for the rings, in memory of its own that is freed when it is released."""
         size = prod(shape) * dtype.itemsize
         with torch.inference_mode(False):
             buffers = [self.engine.device_buffer(size), self.engine.host_buffer(size)]
@@ -93,9 +96,9 @@ class Lane:
         return PendingTensor(host.view(dtype).view(shape), arrived, 0, buffers.clear)
 
     def fail(self, error: BaseException) -> None:
-        """Makes a waiting or later `send` raise `error`."""
+        """Make a waiting or later `send` raise `error`."""
         self._host.fail(error)
 
     def close(self) -> None:
-        """Returns once nothing writes to the rings any more."""
+        """Return once nothing writes to the rings any more."""
         self.engine.finish()

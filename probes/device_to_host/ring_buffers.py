@@ -1,4 +1,4 @@
-"""Two circular buffers of bytes: on the device, reused in the order of its work; on the host, given back by a reader."""
+"""Two circular buffers of bytes: one on the device, reused in the order of its work; one on the host, released by readers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ POISON = 0xFF
 
 
 def aligned(size: int) -> int:
-    """`size` rounded up to whole alignments, at least one."""
+    """Return `size` rounded up to whole alignments, at least one."""
     return max(1, -(-size // ALIGNMENT)) * ALIGNMENT
 
 
@@ -33,6 +33,7 @@ class Region:
     released: bool = field(default=False)
 
     def overlaps(self, start: int, stop: int) -> bool:
+        """Tell whether the region shares a byte with [start, stop)."""
         return self.start < stop and start < self.stop
 
 
@@ -51,7 +52,7 @@ class StreamRing:
         self._tenants: deque[Region] = deque()
 
     def reserve(self, size: int) -> tuple[Region, Tensor]:
-        """A region of `size` bytes and its memory, which the compute queue may write from here on."""
+        """Return a region of `size` bytes and its memory, which the compute queue may write from here on."""
         total, needed = len(self.buffer), aligned(size)
         if needed > total:
             raise ValueError(f"{size} bytes do not fit a ring of {total}")
@@ -73,18 +74,18 @@ class StreamRing:
 
 
 class HostRing:
-    """The host's ring: a region is reused once its reader gave it back; a full ring makes the sender wait."""
+    """The host's ring: a region is reused once its reader released it; a full ring makes the sender wait."""
 
     def __init__(self, engine: Engine, size: int, poison: bool = False) -> None:
         self.poison = poison
         with torch.inference_mode(False):
             self.buffer = engine.host_buffer(aligned(size))
         self._changed = threading.Condition()
-        self._held: deque[Region] = deque()
+        self._regions: deque[Region] = deque()
         self._error: BaseException | None = None
 
     def reserve(self, size: int) -> tuple[Region, Tensor]:
-        """A region of `size` bytes and its memory; waits for readers while there is no room.
+        """Return a region of `size` bytes and its memory; wait for readers while there is no room.
 
         Raises:
             BaseException: what `fail` was given.
@@ -99,21 +100,21 @@ class HostRing:
                 raise self._error
             assert start is not None
             region = Region(start, start + needed)
-            self._held.append(region)
+            self._regions.append(region)
         return region, self.buffer[region.start : region.start + size]
 
     def release(self, region: Region) -> None:
-        """Gives a region back; regions may come back in any order."""
+        """Release a region, in any order; its bytes are used again once all older regions are released too."""
         if self.poison:
             self.buffer[region.start : region.stop].fill_(POISON)
         with self._changed:
             region.released = True
-            while self._held and self._held[0].released:
-                self._held.popleft()
+            while self._regions and self._regions[0].released:
+                self._regions.popleft()
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
-        """From now on `reserve` raises `error`, also where it is waiting."""
+        """Make `reserve` raise `error` from now on, also where it is waiting."""
         with self._changed:
             self._error = error
             self._changed.notify_all()
@@ -121,10 +122,10 @@ class HostRing:
     def _room(self, needed: int) -> int | None:
         """Where `needed` bytes are free behind the newest region, or at the beginning; None where nowhere."""
         total = len(self.buffer)
-        if not self._held:
+        if not self._regions:
             return 0
-        first, last = self._held[0].start, self._held[-1].stop
-        if self._held[-1].start >= first:
+        first, last = self._regions[0].start, self._regions[-1].stop
+        if self._regions[-1].start >= first:
             if last + needed <= total:
                 return last
             return 0 if needed <= first else None

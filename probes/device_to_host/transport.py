@@ -1,4 +1,4 @@
-"""The lanes of a capture, one a device."""
+"""The transport of a capture: one lane per device."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ SHARE = 4
 
 
 class Transport:
-    """Sends tensors of any device to the host, each device through its own rings, made when first used.
+    """Sends tensors of any device to the host, each device through rings of its own.
 
-    Who gathers pending tensors before handing them to a reader must not hold more than `gather` bytes at a time, or the ring
-    could fill with pending tensors that no reader knows of: with single tensors of at most a quarter of the ring and gathered
-    ones of less than a quarter when another is asked for, there is always a free stretch once all others are back.
+    A sender may gather pending tensors before it hands them to a reader, but hands them over as soon as they take `gather`
+    bytes. Otherwise they could fill the ring while no reader knows of them, and `send` would wait for ever. With this bound
+    `send` always finds room once readers have released the rest: what is gathered and the next tensor each take at most a
+    quarter of the ring, so at least a quarter of it lies free in one piece.
 
     Args:
         largest: bytes of the largest tensor that goes through the rings; a larger one goes by itself, in memory of its
             own.
-        ring_bytes: a host ring larger than four of them.
+        ring_bytes: size of a host ring, where it is to be larger than four of these.
         poison: debug mode; see `Lane`.
+        make_engine: makes the engine of a device.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class Transport:
     def send(
         self, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, fill: Callable[[Tensor], object]
     ) -> PendingTensor:
-        """See `Lane.send`."""
+        """Queue a tensor of a device, as `Lane.send` does."""
         if self._error is not None:
             raise self._error
         if device not in self._lanes:
@@ -63,12 +65,12 @@ class Transport:
         return lane.send_alone(shape, dtype, fill) if alone else lane.send(shape, dtype, fill)
 
     def fail(self, error: BaseException) -> None:
-        """Makes a waiting or later `send` raise `error`, so that a reader's fault stops the forward."""
+        """Make a waiting or later `send` raise `error`, so that a reader's fault stops the forward."""
         self._error = error
         for lane in list(self._lanes.values()):
             lane.fail(error)
 
     def close(self) -> None:
-        """Returns once all copies have ended."""
+        """Return once all copies have ended."""
         for lane in self._lanes.values():
             lane.close()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from probes.edits.edit import Scope
@@ -39,10 +40,11 @@ class KnockOut:
             raise OptionError("scope 'every_step' needs queries 'all', and keys counted from the start of the prompt")
 
     def text(self) -> str:
+        """Return the edit as it enters store keys."""
         return f"knockout({self.layers},{self.queries},{self.keys},{self.heads},{self.scope})"
 
     def writes(self, shape: Shape, lengths: Sequence[int] | None = None) -> Mapping[Address, Write]:
-        """One write of the pattern per layer, none where nothing is named.
+        """Return one write of the pattern per layer, none where nothing is named.
 
         Raises:
             PointError: a layer or head this model does not have.
@@ -62,8 +64,8 @@ class Blocked:
     edit: KnockOut
     lengths: Sequence[int] | None
 
-    def mask(self, batch: int, n_heads: int, n_queries: int, n_keys: int) -> Tensor:
-        """[batch, head, query, key], True where attention is forbidden."""
+    def mask(self, batch: int, n_heads: int, n_queries: int, n_keys: int) -> Bool[Tensor, "batch head query key"]:
+        """Return where attention is forbidden."""
         out = torch.zeros(batch, n_heads, n_queries, n_keys, dtype=torch.bool)
         heads = torch.arange(n_heads) if self.edit.heads is None else torch.tensor(self.edit.heads)
         for row, n in enumerate(self.lengths or [n_keys] * batch):
@@ -73,7 +75,8 @@ class Blocked:
             out[row, heads[:, None, None], queries[None, :, None], keys[None, None, :]] = True
         return out
 
-    def __call__(self, pattern: Tensor) -> Tensor:
+    def __call__(self, pattern: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
+        """Return the probabilities without the forbidden keys, the others grown to the same sum."""
         batch, n_heads, n_queries, n_keys = pattern.shape
         blocked = self.mask(batch, n_heads, n_queries, n_keys).to(pattern.device)
         left = pattern.masked_fill(blocked, 0.0)

@@ -1,4 +1,4 @@
-"""Path programs: the order in which a model's blocks run."""
+"""Edits of the order in which a model's blocks run: left out, repeated or exchanged."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ class BlockPath:
     uncached: ClassVar[bool] = True
 
     def text(self) -> str:
+        """Return the edit as it enters store keys."""
         return f"block_path({','.join(map(str, self.order))})"
 
     def writes(self, shape: Shape, lengths: Sequence[int] | None = None) -> Mapping[Address, Write]:
-        """None: a path changes the order of the blocks, not a tensor."""
+        """Return none: a path changes the order of the blocks, not a tensor."""
         return {}
 
     @contextmanager
     def within(self, model: Model) -> Iterator[None]:
-        """The model with its blocks in this order; the plain order changes nothing.
+        """Run the model with its blocks in this order inside; the plain order changes nothing.
 
         Raises:
             PointError: a block this model does not have, or a backend without access to its blocks.
@@ -57,12 +58,12 @@ class BlockPath:
 
 
 def skip(n_layers: int, *layers: int) -> BlockPath:
-    """The path that leaves out these blocks."""
+    """Return the path that leaves out these blocks."""
     return BlockPath(tuple(layer for layer in range(n_layers) if layer not in layers))
 
 
 def repeat(n_layers: int, first: int, last: int, times: int = 2) -> BlockPath:
-    """The path that runs blocks first..last `times` times in a row.
+    """Return the path that runs blocks first..last `times` times in a row.
 
     Raises:
         OptionError: a span that is empty or reaches outside, or less than one time.

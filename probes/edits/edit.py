@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from probes.errors import OptionError
@@ -16,13 +17,16 @@ Scope = Literal["prefill", "every_step"]
 """When an edit acts while the model writes: on the prompt only, or also on every token written."""
 
 
+@runtime_checkable
 class Edit(Protocol):
     """An intervention: its text enters store keys, its writes are made anew for every forward."""
 
-    def text(self) -> str: ...
+    def text(self) -> str:
+        """Return the edit as text; two edits that compute different numbers have different texts."""
+        ...
 
     def writes(self, shape: Shape, lengths: Sequence[int] | None = None) -> Mapping[Address, Write]:
-        """Writes for one forward over prompts of these unpadded lengths; None means no padding."""
+        """Return writes for one forward over prompts of these unpadded lengths; None means no padding."""
         ...
 
 
@@ -31,7 +35,7 @@ class Borrowing(Protocol):
     """An edit whose values come from another prompt."""
 
     def resolved(self, model: Model) -> Edit:
-        """The same edit, its values read from the model; `text` stays as it was."""
+        """Return the same edit with its values read from the model; `text` stays as it was."""
         ...
 
 
@@ -40,18 +44,18 @@ class Altering(Protocol):
     """An edit of the module itself: of its weights, or of the order in which its blocks run."""
 
     def within(self, model: Model) -> AbstractContextManager[None]:
-        """The model altered inside, and exactly as before outside."""
+        """Alter the model inside; outside it is exactly as before."""
         ...
 
 
 def resolve(model: Model, edits: Sequence[Edit]) -> list[Edit]:
-    """Edits that need no further forward to make their writes."""
+    """Return edits that need no further forward to make their writes."""
     return [edit.resolved(model) if isinstance(edit, Borrowing) else edit for edit in edits]
 
 
 @contextmanager
 def altered(model: Model, edits: Sequence[Edit]) -> Iterator[None]:
-    """Weights and paths as the edits want them inside, restored outside even after an error."""
+    """Alter weights and block order as the edits say inside; restore them outside, even after an error."""
     with ExitStack() as stack:
         for edit in edits:
             if isinstance(edit, Altering):
@@ -60,7 +64,7 @@ def altered(model: Model, edits: Sequence[Edit]) -> Iterator[None]:
 
 
 def writes_of(model: Model, edits: Sequence[Edit], lengths: Sequence[int] | None = None) -> dict[Address, Write]:
-    """Fresh writes of all edits for one forward, composed in order where they share an address."""
+    """Return fresh writes of all edits for one forward, composed in order where they share an address."""
     combined: dict[Address, Write] = {}
     for edit in edits:
         for address, write in edit.writes(model.shape, lengths).items():
@@ -74,7 +78,7 @@ def _composed(first: Write, second: Write) -> Write:
 
 
 def decoding_writes(model: Model, edits: Sequence[Edit]) -> Callable[[], dict[Address, Write]]:
-    """Writes for the forwards of one `generate`: the first reads the prompt, each later one a single new token."""
+    """Return a maker of writes for the forwards of one `generate`: the first reads the prompt, each later one a new token."""
     forwards = 0
 
     def writes() -> dict[Address, Write]:
@@ -87,7 +91,7 @@ def decoding_writes(model: Model, edits: Sequence[Edit]) -> Callable[[], dict[Ad
 
 
 def generate(model: Model, tokens: Sequence[int], max_new_tokens: int, edits: Sequence[Edit], **how: Any) -> list[int]:
-    """`model.generate` under the edits.
+    """Return the tokens that the model writes under the edits; further arguments go to `model.generate`.
 
     Raises:
         OptionError: a path program together with edits of the prompt alone, which no cache then tells apart.
@@ -110,23 +114,25 @@ def generate(model: Model, tokens: Sequence[int], max_new_tokens: int, edits: Se
         return written
 
 
-def logits(model: Model, tokens: Tensor, edits: Sequence[Edit] = (), lengths: Sequence[int] | None = None) -> Tensor:
-    """The model's own logits [batch, pos, d_vocab] under the edits, for right-padded tokens [batch, pos]."""
+def logits(
+    model: Model, tokens: Int[Tensor, "batch pos"], edits: Sequence[Edit] = (), lengths: Sequence[int] | None = None
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """Return the model's own logits under the edits, for right-padded tokens."""
     return read(model, tokens, [Address("logits")], edits, lengths)[Address("logits")]
 
 
 def read(
     model: Model,
-    tokens: Tensor,
+    tokens: Int[Tensor, "batch pos"],
     addresses: Sequence[Address],
     edits: Sequence[Edit] = (),
     lengths: Sequence[int] | None = None,
 ) -> dict[Address, Tensor]:
-    """Copies of points [batch, pos, ...] under the edits, for right-padded tokens [batch, pos]."""
-    found: dict[Address, Tensor] = {}
-    reads = {a: lambda t, a=a: found.__setitem__(a, t.clone()) for a in addresses}
+    """Return copies of points [batch, pos, ...] under the edits, for right-padded tokens."""
+    values: dict[Address, Tensor] = {}
+    reads = {a: lambda t, a=a: values.__setitem__(a, t.clone()) for a in addresses}
     ready = resolve(model, edits)
     with altered(model, ready):
         model.run(tokens, reads, writes_of(model, ready, lengths), lengths)
     # Cloned once more outside the forward, so that autograd accepts them.
-    return {address: tensor.clone() for address, tensor in found.items()}
+    return {address: tensor.clone() for address, tensor in values.items()}

@@ -49,20 +49,21 @@ class PointEdit:
             )
 
     def text(self) -> str:
+        """Return the edit as it enters store keys."""
         heads = "" if self.heads is None else f",heads={','.join(map(str, self.heads))}"
         at = self.positions if isinstance(self.positions, str) else ",".join(map(str, self.positions))
         return f"{type(self).__name__.lower()}({self.address}@{at}{heads},{self.scope},{self.detail()})"
 
     def detail(self) -> str:
-        """The part of the text that says what is done."""
+        """Return the part of the text that says what is done."""
         raise NotImplementedError
 
     def changed(self, rows: Tensor, order: Tensor) -> Tensor:
-        """New rows [n, ...] for old ones; `order` [n] says which of the named positions each row is."""
+        """Return new rows [n, ...] for old ones; `order` [n] says which of the named positions each row is."""
         raise NotImplementedError
 
     def writes(self, shape: Shape, lengths: Sequence[int] | None = None) -> Mapping[Address, Write]:
-        """One write, or none where no position or head is named.
+        """Return one write, or none where no position or head is named.
 
         Raises:
             PointError: a head this model does not have.
@@ -107,13 +108,15 @@ class Replace(PointEdit):
     value: Values | Source
 
     def detail(self) -> str:
+        """Return what is done, as text."""
         return self.value.text()
 
     def resolved(self, model: Model) -> Edit:
-        """The values read from their own prompt."""
+        """Return the edit with the values read from their own prompt."""
         return replace(self, value=self.value.read(model)) if isinstance(self.value, Source) else self
 
     def changed(self, rows: Tensor, order: Tensor) -> Tensor:
+        """Return the new rows for `rows` [n, ...]."""
         if isinstance(self.value, Source):
             raise OptionError("values from another prompt must be resolved on a model first: probes.edits.resolve")
         return _rows(self.value.tensor, rows, order)
@@ -127,9 +130,11 @@ class Add(PointEdit):
     factor: float = 1.0
 
     def detail(self) -> str:
+        """Return what is done, as text."""
         return f"{self.factor!r}*{self.value.text()}"
 
     def changed(self, rows: Tensor, order: Tensor) -> Tensor:
+        """Return the new rows for `rows` [n, ...]."""
         return rows + self.factor * _rows(self.value.tensor, rows, order)
 
 
@@ -140,9 +145,11 @@ class Scale(PointEdit):
     factor: float
 
     def detail(self) -> str:
+        """Return what is done, as text."""
         return repr(self.factor)
 
     def changed(self, rows: Tensor, order: Tensor) -> Tensor:
+        """Return the new rows for `rows` [n, ...]."""
         return rows * self.factor
 
 
@@ -159,9 +166,11 @@ class Coefficients(PointEdit):
     offset: tuple[float, ...] = ()
 
     def detail(self) -> str:
+        """Return what is done, as text."""
         return f"{self.read.text()},{self.write.text()},{self.keep!r},{self.offset!r}"
 
     def changed(self, rows: Tensor, order: Tensor) -> Tensor:
+        """Return the new rows for `rows` [n, ...]."""
         x = rows.float()
         read, write = (values.tensor.to(x.device, torch.float32) for values in (self.read, self.write))
         change = (self.keep - 1) * (x @ read.T)
@@ -171,7 +180,7 @@ class Coefficients(PointEdit):
 
 
 def project_out(address: Address, directions: Tensor, keep: float = 0.0, **where: object) -> Coefficients:
-    """The part of a point inside the span of `directions` [m, width] is multiplied by `keep`.
+    """Return the edit that multiplies the part of a point inside the span of `directions` [m, width] by `keep`.
 
     Raises:
         OptionError: directions that are not linearly independent.

@@ -24,10 +24,12 @@ class Values:
 
     @cached_property
     def digest(self) -> str:
+        """Hash of the tensor's shape and content."""
         array = self.tensor.detach().cpu().float().contiguous().numpy()
         return xxhash.xxh3_128_hexdigest(repr(array.shape).encode() + array.tobytes())
 
     def text(self) -> str:
+        """Return the label, or the digest where there is none."""
         return self.label or self.digest
 
     def __eq__(self, other: object) -> bool:
@@ -47,11 +49,12 @@ class Source:
     """Negative from the end."""
 
     def text(self) -> str:
+        """Return address, positions and a hash of the tokens."""
         ids = xxhash.xxh3_128_hexdigest(",".join(map(str, self.tokens)).encode())
         return f"{self.address}@{','.join(map(str, self.positions))}:{ids}"
 
     def read(self, model: Model) -> Values:
-        """The rows [positions, ...] (one row for all positions where there is one), from one forward.
+        """Return the rows [positions, ...] of one forward; a single position's row without that axis.
 
         Raises:
             PromptError: a position outside the tokens.
@@ -61,8 +64,8 @@ class Source:
             raise PromptError(f"source position {bad[0]} is outside a prompt of {n} tokens: legal are {-n} to {n - 1}")
         if POINTS[self.address.point].dims[0] != "pos":
             raise PromptError(f"{self.address} has no rows per position to take from another prompt")
-        found: list[Tensor] = []
+        reads: list[Tensor] = []
         tokens = torch.tensor([self.tokens])
-        model.run(tokens, {self.address: lambda t: found.append(t[0, [p % n for p in self.positions]].clone())})
-        rows = found[0]
+        model.run(tokens, {self.address: lambda t: reads.append(t[0, [p % n for p in self.positions]].clone())})
+        rows = reads[0]
         return Values(rows[0] if len(self.positions) == 1 else rows, self.text())

@@ -31,15 +31,16 @@ class HeadWriteEdit:
     keep: float = 0.0
 
     def text(self) -> str:
+        """Return the edit as it enters store keys."""
         return f"head_write_edit({self.layer},{self.head},{self.directions.text()},{self.keep!r})"
 
     def writes(self, shape: Shape, lengths: Sequence[int] | None = None) -> Mapping[Address, Write]:
-        """None: the weights themselves are changed."""
+        """Return none: the weights themselves are changed."""
         return {}
 
     @contextmanager
     def within(self, model: Model) -> Iterator[None]:
-        """The model with these weights; the very same bits as before outside.
+        """Give the model these weights inside; outside it has the very same bits as before.
 
         Raises:
             PointError: a head this model does not have, or weights that are not a plain matrix.
@@ -67,7 +68,7 @@ class HeadWriteEdit:
 
 
 def matrix(projection: nn.Module, n_inputs: int) -> tuple[Tensor, bool]:
-    """(a projection's weights, whether their rows are its inputs).
+    """Return (a projection's weights, whether their rows are its inputs).
 
     Raises:
         PointError: the weights are quantised, offloaded or no matrix of this many inputs.

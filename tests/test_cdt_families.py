@@ -174,7 +174,7 @@ def test_biases_go_to_the_irrelevant_part_and_nothing_else_does() -> None:
     decomposer = Decomposer(model, TOKENS)
     everything = [tuple(token(p) for p in range(len(TOKENS)))]
     found = decompose(decomposer, TOKENS, everything, points=["attn_in.0", "q.0", "v.0"], rules=Rules())
-    block, bias = decomposer.structure.blocks[0], model.component("ln1", 0).bias
+    block, bias = decomposer.operations.blocks[0], model.component("ln1", 0).bias
     assert torch.allclose(found["attn_in.0"].irrelevant[0], bias.expand(9, -1), atol=EXACT)  # type: ignore[operator,union-attr,arg-type]
     for name, linear in (("q.0", block.q), ("v.0", block.v)):
         expected = bias @ linear.weight + linear.bias  # type: ignore[operator]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from probes.decomposition import Rules, decompose, head
 from probes.decomposition import rules as rule
-from probes.decomposition.sources import groups
+from probes.decomposition.nodes import groups
 from probes.errors import OptionError
 from probes.models.backends.native import NativeModel
 from probes.points import Address

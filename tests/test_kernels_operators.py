@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from probes.kernels import RowOutputs, capture_rows, lens_rows, operators, sequence_means
+from probes.kernels import RowOutputs, capture_rows, lens_rows, sequence_means, torch_operators
 
 
 class Tapped(nn.Module):
@@ -74,7 +74,7 @@ def test_the_operators_keep_torchs_contract() -> None:
         operator.sequence_means.default, (x, index, torch.tensor([0, 1, 2]), torch.zeros(2, 8)), test_utils=tests
     )
     torch.library.opcheck(operator.lens_rows.default, (x, torch.randn(20, 8), None, None, index, 3), test_utils=tests)
-    assert operators.capture_rows is capture_rows
+    assert torch_operators.capture_rows is capture_rows
 
 
 def test_functionalisation_keeps_the_writes() -> None:

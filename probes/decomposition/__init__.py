@@ -1,8 +1,8 @@
 """Contextual decomposition: what of an activation comes from chosen heads, MLPs or tokens."""
 
 from probes.decomposition.decomposer import Decomposer, Parts, decompose, rules_of
+from probes.decomposition.nodes import Baseline, Node, Source, head, mlp, token
 from probes.decomposition.rules import PRESETS, Rules
-from probes.decomposition.sources import Baseline, Node, Source, head, mlp, token
 
 __all__ = [
     "PRESETS",

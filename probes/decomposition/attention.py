@@ -19,7 +19,9 @@ from probes.models.verify.recording import attention_layers
 
 
 @contextmanager
-def heard(module: nn.Module, anatomy: Anatomy, found: dict[int, Attended], layers: tuple[int, ...]) -> Iterator[None]:
+def capture_attention_inputs(
+    module: nn.Module, anatomy: Anatomy, found: dict[int, Attended], layers: tuple[int, ...]
+) -> Iterator[None]:
     """Within, forwards of `module` leave in `found` what attention of `layers` received, the latest call of each.
 
     Attention is heard at transformers' attention interface, or where a model goes past it at torch's own function.
@@ -119,7 +121,7 @@ def rotation_of(
     attention = anatomy.component("attn", layer)
     hidden = _first(call).new_zeros(d_head, *sizes)
     with ExitStack() as stack:
-        stack.enter_context(heard(module, anatomy, found, (layer,)))
+        stack.enter_context(capture_attention_inputs(module, anatomy, found, (layer,)))
         for name in ("attn.q", "attn.k", "attn.v", "attn.qkv"):
             if anatomy.map.path(name, layer):
                 hook = anatomy.component(name, layer).register_forward_hook(_units(d_head))

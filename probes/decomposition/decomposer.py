@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from probes.anatomy import Anatomy
 from probes.blocks.rerouting import module_of
 from probes.decomposition.attention import Rotation, rotation_of, scoring_of
-from probes.decomposition.final_norm import Readout, readout_of
-from probes.decomposition.operations import Structure, structure_of
-from probes.decomposition.operators import tolerance
+from probes.decomposition.block_operations import ModelOperations, read_model_operations
+from probes.decomposition.logit_operations import LogitOperations, read_logit_operations
+from probes.decomposition.module_reading import tolerance
+from probes.decomposition.nodes import Baseline, Source, check, groups
 from probes.decomposition.rules import PRESETS, Attending, Rules, by_heads, mix
-from probes.decomposition.sources import Baseline, Source, check, groups
 from probes.decomposition.trace import Trace, trace
 from probes.decomposition.walk import Prepared, Visit, Walk, head_normed
 from probes.errors import OptionError, PointError, unknown
@@ -74,25 +74,25 @@ class Decomposer:
         seen = trace(model, tokens)
         with module_of(model) as (module, anatomy):
             config = module.config.get_text_config()  # type: ignore[union-attr,operator]
-            self.structure: Structure = structure_of(anatomy, model.shape.causal, seen, config)
+            self.operations: ModelOperations = read_model_operations(anatomy, model.shape.causal, seen, config)
             cap = float(anatomy.map.sizes.output_logits_soft_cap)
             last = seen.get("block", "out", anatomy.n_layers - 1)
-            self._readout: Readout | PointError
+            self._logit_operations: LogitOperations | PointError
             try:
-                self._readout = readout_of(module, seen, last, cap if cap > 0 else None)
+                self._logit_operations = read_logit_operations(module, seen, last, cap if cap > 0 else None)
             except PointError as reason:
-                self._readout = reason
+                self._logit_operations = reason
 
     @property
-    def readout(self) -> Readout:
+    def logit_operations(self) -> LogitOperations:
         """The operations after the last block.
 
         Raises:
             PointError: they are unknown to the rules.
         """
-        if isinstance(self._readout, PointError):
-            raise self._readout
-        return self._readout
+        if isinstance(self._logit_operations, PointError):
+            raise self._logit_operations
+        return self._logit_operations
 
     @torch.no_grad()
     def prepare(self, tokens: Sequence[int], *, joint: bool = True) -> Prepared:
@@ -101,7 +101,7 @@ class Decomposer:
         Raises:
             PointError: attention that the rules do not reproduce, by block.
         """
-        seen, shape = trace(self.model, tokens), self.structure
+        seen, shape = trace(self.model, tokens), self.operations
         patterns, scorings, entering, received = [], [], [], []
         with module_of(self.model) as (module, anatomy):
             for layer in range(anatomy.n_layers):
@@ -133,14 +133,14 @@ class Decomposer:
 
     def _check(self, prepared: Prepared, layer: int) -> None:
         """The pattern times the values is z; rotated queries are those that attention received."""
-        block, received = self.structure.blocks[layer], prepared.received[layer]
+        block, received = self.operations.blocks[layer], prepared.received[layer]
         bound = tolerance(getattr(torch, self.model.context.dtype))
         z = mix(prepared.patterns[layer], received.value).flatten(-2)
         errors = {"attention probabilities": deviation(z, prepared.trace.get("attn.o", "in", layer))}
         if prepared.rotations:
             for name, linear, norm in (("query", block.q, block.q_norm), ("key", block.k, block.k_norm)):
                 flat = linear.total(prepared.entering[layer])
-                states = by_heads(flat, self.structure.d_head)
+                states = by_heads(flat, self.operations.d_head)
                 if norm is not None:
                     states = head_normed(states, norm, flat, lambda x, _, norm=norm: norm.total(x))  # type: ignore[misc]
                 turned = prepared.rotations[layer].turned(states, name, slice(None))
@@ -178,10 +178,10 @@ class Decomposer:
         """
         chosen = rules_of(rules)
         n = len(prompt.trace.tokens)
-        check(sources, len(self.structure.blocks), self.structure.n_heads, n)
+        check(sources, len(self.operations.blocks), self.operations.n_heads, n)
         if chosen.attention != "frozen" and not prompt.rotations:
             raise PointError("this prompt was prepared for frozen attention only; prepare it with joint=True")
-        for indices in groups(sources, n, rows, self.structure.causal):
+        for indices in groups(sources, n, rows, self.operations.causal):
             visits, end = visit(indices)
             batch = [sources[i] for i in indices]
             self._one(prompt, batch, chosen, baseline, visits, end, keep, restart)
@@ -199,8 +199,8 @@ class Decomposer:
     ) -> None:
         reach = {**visits}
         if end is not None:
-            reach.setdefault(Address("resid_post", len(self.structure.blocks) - 1), lambda *_: None)
-        walk = Walk(self.structure, prompt, batch, rules, baseline, reach, None, restart)
+            reach.setdefault(Address("resid_post", len(self.operations.blocks) - 1), lambda *_: None)
+        walk = Walk(self.operations, prompt, batch, rules, baseline, reach, None, restart)
         if keep is not None:
             begin = int(walk.at[0]) if len(walk.at) else 0
             wanted = sorted({position % len(prompt.trace.tokens) for position in keep})
@@ -258,13 +258,13 @@ def decompose(
         visits = {a: _putting(put, str(a), indices) for a in addresses}
 
         def end(rel: Tensor, at: Tensor) -> None:
-            last = prompt.trace.get("block", "out", len(decomposer.structure.blocks) - 1)[at]
-            put("logits", indices, *decomposer.readout.relevant(rel, last, ids, chosen), at)
+            last = prompt.trace.get("block", "out", len(decomposer.operations.blocks) - 1)[at]
+            put("logits", indices, *decomposer.logit_operations.relevant(rel, last, ids, chosen), at)
 
         return visits, end if len(ids) else None
 
     if len(ids):
-        _ = decomposer.readout
+        _ = decomposer.logit_operations
     # An empty source, carried through everything, brings every total; batches that begin later do not pass them all.
     decomposer.walk(prompt, [()], lambda _: visit([0]), rules=chosen, restart=False)
     decomposer.walk(prompt, sources, visit, rules=chosen, baseline=baseline, restart=restart, rows=rows)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
 from probes.blocks.rerouting import module_of
-from probes.decomposition.attention import Call, heard
-from probes.decomposition.operators import working
+from probes.decomposition.attention import Call, capture_attention_inputs
+from probes.decomposition.module_reading import working
 from probes.errors import PointError, PromptError
 from probes.hooks.attention_probabilities import Attended
 from probes.hooks.forward_hooks import tensor_of
@@ -131,7 +131,7 @@ def trace(model: Model, tokens: Sequence[int]) -> Trace:
         recorder = _Recorder(anatomy, len(tokens))
         _hooked(recorder, module, anatomy, stack)
         layers = tuple(range(anatomy.n_layers))
-        stack.enter_context(heard(module, anatomy, found, layers))
+        stack.enter_context(capture_attention_inputs(module, anatomy, found, layers))
         output = module(input_ids=torch.tensor([list(tokens)], device=model.device), **_plain(model))
         missing = [layer for layer in layers if layer not in found]
         if missing:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from probes.decomposition import rules as rule
 from probes.decomposition.attention import Rotation
-from probes.decomposition.operations import Block, Dense, Structure
+from probes.decomposition.block_operations import BlockOperations, Dense, ModelOperations
+from probes.decomposition.nodes import Baseline, Kind, Placing, Source, first_layer, first_position, placings
 from probes.decomposition.rules import Attending, Linear, Norm, Rules, Scoring
-from probes.decomposition.sources import Baseline, Kind, Placing, Source, first_layer, first_position, placings
 from probes.decomposition.trace import Trace
 from probes.points import Address
 
@@ -51,7 +51,7 @@ class Walk:
 
     def __init__(
         self,
-        structure: Structure,
+        operations: ModelOperations,
         prompt: Prepared,
         batch: Sequence[Source],
         rules: Rules,
@@ -60,10 +60,16 @@ class Walk:
         keep: Tensor | None = None,
         restart: bool = True,
     ) -> None:
-        self.structure, self.prompt, self.rules, self.baseline, self.visits = structure, prompt, rules, baseline, visits
+        self.operations, self.prompt, self.rules, self.baseline, self.visits = (
+            operations,
+            prompt,
+            rules,
+            baseline,
+            visits,
+        )
         self.n = len(prompt.trace.tokens)
         self.batch, self.placed = batch, placings(batch, self.n)
-        start = min(first_position(source) for source in batch) if restart and structure.causal else 0
+        start = min(first_position(source) for source in batch) if restart and operations.causal else 0
         self.at = torch.arange(start, self.n)
         self.keep = keep
         self.last = max(address.layer or 0 for address in visits)
@@ -119,8 +125,8 @@ class Walk:
         return rel if norm is None else rule.norm(rel, norm, self.total(name, "in", layer), self.rules)
 
     def _block(self, layer: int, rel: Tensor) -> Tensor:
-        block = self.structure.blocks[layer]
-        kind = self.structure.kind
+        block = self.operations.blocks[layer]
+        kind = self.operations.kind
         rel = self._declare("token", layer, rel, self.total("block", "in", layer))
         self._visit("resid_pre", layer, rel, lambda: self.total("block", "in", layer))
         entering, before = rel, self.at
@@ -146,10 +152,10 @@ class Walk:
         return self.total("block", "in", layer) + self._attn_added(layer)
 
     def _attn_added(self, layer: int) -> Tensor:
-        name = "ln1_post" if self.structure.blocks[layer].ln1_post is not None else "attn.o"
+        name = "ln1_post" if self.operations.blocks[layer].ln1_post is not None else "attn.o"
         return self.total(name, "out", layer)
 
-    def _attention(self, block: Block, layer: int, rel: Tensor) -> Tensor:
+    def _attention(self, block: BlockOperations, layer: int, rel: Tensor) -> Tensor:
         """What attention adds [source, pos, d_model]; after it, the last block's unwanted positions are let go."""
         z = self._z(block, layer, rel)
         z = self._declare("head", layer, z, self._z_total(layer))
@@ -162,16 +168,16 @@ class Walk:
         return added
 
     def _z_total(self, layer: int) -> Tensor:
-        return rule.by_heads(self.total("attn.o", "in", layer), self.structure.d_head)
+        return rule.by_heads(self.total("attn.o", "in", layer), self.operations.d_head)
 
-    def _z(self, block: Block, layer: int, rel: Tensor) -> Tensor:
+    def _z(self, block: BlockOperations, layer: int, rel: Tensor) -> Tensor:
         """The relevant part of the weighted values [source, pos, head, d_head], before sources are declared."""
         if ("token", layer) in self.placed or self._wanted(layer, "attn_in", "q", "k", "v"):
             return self._weighted(block, layer, rel)
         # Of sources that begin here at heads or an MLP, nothing is relevant yet.
         before = self._begun(layer - 1)
         queries = self._queries(layer)
-        z = rel.new_zeros(len(rel), len(queries), self.structure.n_heads, self.structure.d_head)
+        z = rel.new_zeros(len(rel), len(queries), self.operations.n_heads, self.operations.d_head)
         if not before:
             self.at = queries
         else:
@@ -182,9 +188,9 @@ class Walk:
         """Positions whose weighted values are wanted."""
         return self.keep if layer == self.last and self.keep is not None and not self._wanted(layer, "z") else self.at
 
-    def _weighted(self, block: Block, layer: int, rel: Tensor) -> Tensor:
+    def _weighted(self, block: BlockOperations, layer: int, rel: Tensor) -> Tensor:
         keys, queries = self.at, self._queries(layer)
-        normed = self.structure.kind != "post_norm"
+        normed = self.operations.kind != "post_norm"
         h = self._norm("ln1", block.ln1, layer, rel) if normed else rel
         total = self.prompt.entering[layer][keys]
         self._visit("attn_in", layer, h, lambda: total)
@@ -204,12 +210,12 @@ class Walk:
         return rule.attention(scoring, own, relevant, self.prompt.received[layer], queries)
 
     def _projected(self, name: str, linear: Linear, layer: int, h: Tensor, total: Tensor) -> Tensor:
-        d_head = self.structure.d_head
+        d_head = self.operations.d_head
         out = rule.by_heads(self._linear(h, linear, total), d_head)
         self._visit(name, layer, out, lambda: rule.by_heads(linear.total(total), d_head))
         return out
 
-    def _turned(self, block: Block, layer: int, q: Tensor, k: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    def _turned(self, block: BlockOperations, layer: int, q: Tensor, k: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         """The relevant queries and keys [source, pos, head, d_head] as attention receives them."""
         rotation, entering = self.prompt.rotations[layer], self.prompt.entering[layer][at]
         turned = []
@@ -224,7 +230,7 @@ class Walk:
             turned.append(rotation.turned(states, name, at))
         return turned[0], turned[1]
 
-    def _mlp(self, block: Block, layer: int, rel: Tensor) -> Tensor:
+    def _mlp(self, block: BlockOperations, layer: int, rel: Tensor) -> Tensor:
         """What the MLP adds [source, pos, d_model]."""
         mlp = block.mlp
         if isinstance(mlp, Dense):

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from probes.kernels import eager
 from probes.kernels.int8_codes import Codes, unpacked
-from probes.kernels.operators import capture_rows, lens_rows, sequence_means
 from probes.kernels.outputs import LensOutputs, RowOutputs, reduced_shape
+from probes.kernels.torch_operators import capture_rows, lens_rows, sequence_means
 from probes.kernels.triton_choice import forced, has_triton, kernels_for
 from probes.models.protocol import Unembedding
 from probes.reducers import Reducer

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from probes.kernels.int8_codes import Codes
-from probes.kernels.operators import capture_rows, lens_rows, sequence_means
 from probes.kernels.outputs import RowOutputs, reduced_shape
+from probes.kernels.torch_operators import capture_rows, lens_rows, sequence_means
 from probes.models.protocol import Unembedding
 from probes.reducers import Reducer
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy, Kind
-from probes.decomposition.operators import activation_of, linear_of, norm_of, tolerance
+from probes.decomposition.module_reading import activation_of, linear_of, norm_of, tolerance
 from probes.decomposition.rules import Linear, Norm
 from probes.decomposition.trace import Trace
 from probes.errors import PointError
@@ -69,7 +69,7 @@ def _routed(router: nn.Module, routed: Any, at: Tensor, n: int, sources: int) ->
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class BlockOperations:
     """One block's operations; None where it has no such part."""
 
     ln1: Norm | None
@@ -86,11 +86,11 @@ class Block:
 
 
 @dataclass(frozen=True, eq=False)
-class Structure:
+class ModelOperations:
     """What a walk over a model needs to know."""
 
     kind: Kind
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockOperations, ...]
     n_heads: int
     n_kv_heads: int
     d_head: int
@@ -98,7 +98,7 @@ class Structure:
 
 
 @torch.no_grad()
-def structure_of(anatomy: Anatomy, causal: bool, seen: Trace, config: object) -> Structure:
+def read_model_operations(anatomy: Anatomy, causal: bool, seen: Trace, config: object) -> ModelOperations:
     """A model's blocks read from its anatomy and checked on one traced prompt.
 
     Raises:
@@ -106,7 +106,7 @@ def structure_of(anatomy: Anatomy, causal: bool, seen: Trace, config: object) ->
     """
     reader = _Reader(anatomy, seen, config)
     blocks = tuple(reader.block(layer) for layer in range(anatomy.n_layers))
-    return Structure(anatomy.kind, blocks, anatomy.n_heads, anatomy.n_kv_heads, anatomy.d_head, causal)
+    return ModelOperations(anatomy.kind, blocks, anatomy.n_heads, anatomy.n_kv_heads, anatomy.d_head, causal)
 
 
 class _Reader:
@@ -116,13 +116,13 @@ class _Reader:
         self.anatomy, self.seen, self.config = anatomy, seen, config
         self.d_model = int(anatomy.map.sizes.d_model)
 
-    def block(self, layer: int) -> Block:
+    def block(self, layer: int) -> BlockOperations:
         norms = {
             name: self._norm(name, layer)
             for name in ("ln1", "ln1_post", "ln2", "ln2_post", "attn.q_norm", "attn.k_norm")
         }
         q, k, v = self._projections(layer)
-        return Block(
+        return BlockOperations(
             **{name.removeprefix("attn."): norm for name, norm in norms.items()},
             q=q,
             k=k,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from probes.decomposition import rules as rule
-from probes.decomposition.operators import linear_of, norm_of, tolerance
+from probes.decomposition.module_reading import linear_of, norm_of, tolerance
 from probes.decomposition.rules import Linear, Norm, Rules
 from probes.decomposition.trace import Trace
 from probes.errors import PointError
@@ -19,7 +19,7 @@ Step = Linear | Norm | Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Readout:
+class LogitOperations:
     """Operations from the last residual to the logits: the last Linear is the unembedding."""
 
     steps: tuple[Step, ...]
@@ -53,7 +53,7 @@ def _step(step: Step, rel: Tensor, total: Tensor, rules: Rules) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def readout_of(module: nn.Module, seen: Trace, last: Tensor, softcap: float | None) -> Readout:
+def read_logit_operations(module: nn.Module, seen: Trace, last: Tensor, softcap: float | None) -> LogitOperations:
     """The operations after the last block, read from the modules that ran and checked to be a chain to the logits.
 
     Args:
@@ -75,7 +75,7 @@ def readout_of(module: nn.Module, seen: Trace, last: Tensor, softcap: float | No
     out = current if softcap is None else softcap * torch.tanh(current / softcap)
     if not steps or not isinstance(steps[-1], Linear) or deviation(out, seen.logits) > 1e-2:
         raise PointError("the modules after the last block do not lead to the logits, so these cannot be decomposed")
-    return Readout(tuple(steps), softcap)
+    return LogitOperations(tuple(steps), softcap)
 
 
 def _read(part: nn.Module, path: str, x: Tensor, y: Tensor) -> Step:

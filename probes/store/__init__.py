@@ -3,6 +3,7 @@
 from probes.store.append_only import AppendOnlyWriter
 from probes.store.layout import PROTOCOL
 from probes.store.maintenance import GcReport, VerifyReport
+from probes.store.row_store import RowStore
 from probes.store.store import ActivationStore, default_root
 from probes.store.values import Context, DamagedShard, MissingRows, Packet, Put, Ragged
 
@@ -17,6 +18,7 @@ __all__ = [
     "Packet",
     "Put",
     "Ragged",
+    "RowStore",
     "VerifyReport",
     "default_root",
 ]

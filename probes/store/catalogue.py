@@ -146,7 +146,7 @@ class Catalogue:
                     places.setdefault(sequence, []).append(Place(shard, ordinal))
         return places
 
-    def held(self, context: str, digests: Sequence[bytes], features: Sequence[str]) -> tuple[np.ndarray, set[str]]:
+    def contains(self, context: str, digests: Sequence[bytes], features: Sequence[str]) -> tuple[np.ndarray, set[str]]:
         """Which rows are held, bool [n_sequences, n_features], and the shards that hold them."""
         places = self.locate(context, digests)
         columns = {feature: j for j, feature in enumerate(features)}

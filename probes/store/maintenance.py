@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from probes.errors import StoreError
-from probes.store.backing import Backing, Vanished
+from probes.store.backing import Backing, Vanished, read_only
 from probes.store.catalogue import DamagedCatalogue
-from probes.store.eviction import read_only, shrink
+from probes.store.eviction import shrink
 from probes.store.files import remove, remove_if_unlocked
 from probes.store.shard import Damage, Shard, Unreadable
 from probes.store.values import DamagedShard, Entry
@@ -179,7 +179,7 @@ def _scan(backing: Backing, path: Path) -> Entry | None:
 
 def _index(backing: Backing, entry: Entry) -> None:
     """Add a shard, or remove it where other shards hold all its rows already."""
-    held, _ = backing.catalogue.held(entry.context, entry.sequences, entry.features)
+    held, _ = backing.catalogue.contains(entry.context, entry.sequences, entry.features)
     if not held.all():
         backing.catalogue.add(entry)
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -16,9 +15,8 @@ from torch import Tensor
 from probes.cache_folder import cache_root
 from probes.errors import StoreError
 from probes.html_card import Fold, card, count, size
-from probes.store import eviction as room
-from probes.store import maintenance
-from probes.store.backing import Backing, Vanished
+from probes.store import eviction, maintenance
+from probes.store.backing import Backing, Vanished, read_only
 from probes.store.catalogue import Catalogue, DamagedCatalogue
 from probes.store.export import export
 from probes.store.files import Partial, touch
@@ -26,13 +24,10 @@ from probes.store.layout import encode
 from probes.store.maintenance import GcReport, VerifyReport
 from probes.store.names import Names
 from probes.store.shard import Shard
-from probes.store.values import Context, MissingRows, Packet, Put, canonical, sequence_digest
+from probes.store.values import Context, MissingRows, Packet, Put, Sequences, canonical, sequence_digest
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Sequences = Sequence[Sequence[int]]
-"""Token ids of several sequences."""
 
 
 def default_root() -> Path:
@@ -107,10 +102,10 @@ class ActivationStore:
         return ActivationStore, (self.root, self.max_bytes)
 
     @healing
-    def held(self, context: Context, sequences: Sequences, features: Sequence[str]) -> np.ndarray:
+    def contains(self, context: Context, sequences: Sequences, features: Sequence[str]) -> np.ndarray:
         """Which rows are here: bool [n_sequences, n_features]. Inside `pin` they stay until its end."""
         digests = [sequence_digest(tokens) for tokens in sequences]
-        return self._held(canonical(context), digests, features)
+        return self._contains(canonical(context), digests, features)
 
     @healing
     def put(self, packet: Packet) -> Put:
@@ -123,13 +118,13 @@ class ActivationStore:
         digests = [sequence_digest(tokens) for tokens in packet.sequences]
         total, text = len(digests) * len(packet.features), canonical(packet.context)
         while True:
-            wanted = ~self._held(text, digests, list(packet.features))
+            wanted = ~self._contains(text, digests, list(packet.features))
             if wanted.any() and self._backing.read_only:
-                raise room.read_only(self.root)
+                raise read_only(self.root)
             partials: list[Partial] = []
             try:
                 for part in packet.parts(wanted):
-                    partials.append(self._write(part))
+                    partials.append(self._backing.write(encode(part)))
                 if self._commit(partials):
                     written = sum(partial.entry.nbytes for partial in partials)
                     return Put(written, int(wanted.sum()), total - int(wanted.sum()))
@@ -195,7 +190,7 @@ class ActivationStore:
         Raises:
             StoreError: says how many bytes to free, or how far to raise `max_bytes`.
         """
-        room.check_space(self._backing, self.max_bytes, n_bytes)
+        eviction.check_space(self._backing, self.max_bytes, n_bytes)
 
     @healing
     def bytes_held(self) -> int:
@@ -250,22 +245,15 @@ class ActivationStore:
             maintenance.reconcile(self._backing)
         return catalogue
 
-    def _held(self, context: str, digests: Sequence[bytes], features: Sequence[str]) -> np.ndarray:
+    def _contains(self, context: str, digests: Sequence[bytes], features: Sequence[str]) -> np.ndarray:
         index, pins = self._index, self._backing.pins
         if not pins.active:
-            return index.held(context, digests, features)[0]
+            return index.contains(context, digests, features)[0]
         # An evictor reads the pins inside its own transaction, so it sees these or has already taken effect.
         with index.writing():
-            held, shards = index.held(context, digests, features)
+            held, shards = index.contains(context, digests, features)
             pins.add(shards)
             return held
-
-    def _write(self, packet: Packet) -> Partial:
-        encoded = encode(packet)
-        try:
-            return Partial(self._backing.folder.tmp, encoded)
-        except OSError as error:
-            raise self._failed(error, encoded.entry.nbytes) from error
 
     def _commit(self, partials: Sequence[Partial]) -> bool:
         """Publish and index the files, unless some of their rows have been committed meanwhile."""
@@ -273,22 +261,14 @@ class ActivationStore:
         nbytes = sum(entry.nbytes for entry in entries)
         index = self._index
         with index.writing():
-            if any(index.held(entry.context, entry.sequences, entry.features)[0].any() for entry in entries):
+            if any(index.contains(entry.context, entry.sequences, entry.features)[0].any() for entry in entries):
                 return False
-            room.make_room(self._backing, self.max_bytes, nbytes)
+            eviction.make_room(self._backing, self.max_bytes, nbytes)
             self._backing.pins.add(entry.digest for entry in entries)
             for partial in partials:
-                try:
-                    partial.publish(self._backing.folder.shard(partial.entry.digest))
-                except OSError as error:
-                    raise self._failed(error, nbytes) from error
+                self._backing.publish(partial)
                 index.add(partial.entry)
         return True
-
-    def _failed(self, error: OSError, nbytes: int) -> StoreError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return room.disk_full(self.root, nbytes, nbytes)
-        return StoreError(f"writing to the store {str(self.root)!r} failed: {error}; what was committed stays")
 
     def _gather(
         self, context: Context, sequences: Sequences, feature: str, take: Callable[[Shard, int, int], Tensor]

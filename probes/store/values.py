@@ -15,6 +15,9 @@ from probes.errors import StoreError
 Context = Mapping[str, str]
 """Everything besides the tokens that decides a row's numbers: weights digest, backend, dtype, attention, edits."""
 
+Sequences = Sequence[Sequence[int]]
+"""Token ids of several sequences."""
+
 
 @dataclass(frozen=True, eq=False)
 class Ragged:

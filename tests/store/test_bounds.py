@@ -25,7 +25,7 @@ def bounded(tmp_path: Path, shards: int) -> ActivationStore:
 
 
 def held(store: ActivationStore, n: int) -> list[int]:
-    found = store.held(CONTEXT, [numbered(i) for i in range(n)], FEATURES)
+    found = store.contains(CONTEXT, [numbered(i) for i in range(n)], FEATURES)
     return [i for i in range(n) if found[i].all()]
 
 
@@ -72,7 +72,7 @@ def test_a_run_never_evicts_its_own_rows(tmp_path: Path) -> None:
     store.put(make([numbered(0)]))
     store.put(make([numbered(1)]))
     with store.pin():
-        assert store.held(CONTEXT, [numbered(0)], FEATURES).all()
+        assert store.contains(CONTEXT, [numbered(0)], FEATURES).all()
         for i in (2, 3):
             store.put(make([numbered(i)]))
         assert held(store, 4) == [0, 2, 3]

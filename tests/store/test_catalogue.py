@@ -52,7 +52,7 @@ def test_a_deleted_catalogue_comes_back_equal(store: ActivationStore, how: str) 
 def test_deleting_it_under_an_open_store_goes_unnoticed(store: ActivationStore) -> None:
     sequences = fill(store)
     (store.root / "catalogue.sqlite").unlink()
-    assert store.held(CONTEXT, sequences, FEATURES).all()
+    assert store.contains(CONTEXT, sequences, FEATURES).all()
     check_rows(store, sequences)
 
 
@@ -84,9 +84,9 @@ def publish_without_catalogue(store: ActivationStore, sequences: list[tuple[int,
 
 def test_a_shard_published_but_not_committed_is_found_at_the_next_open(store: ActivationStore) -> None:
     publish_without_catalogue(store, [numbered(0)])
-    assert not store.held(CONTEXT, [numbered(0)], FEATURES).any()
+    assert not store.contains(CONTEXT, [numbered(0)], FEATURES).any()
     check_rows(ActivationStore(store.root), [numbered(0)])
-    assert store.held(CONTEXT, [numbered(0)], FEATURES).all()
+    assert store.contains(CONTEXT, [numbered(0)], FEATURES).all()
 
 
 def test_a_second_copy_left_by_a_killed_writer_is_removed(store: ActivationStore) -> None:

@@ -47,7 +47,7 @@ def lie(store: ActivationStore, script: str) -> None:
 
 def works(store: ActivationStore, sequences: list[tuple[int, ...]]) -> None:
     """Everything can be asked; rows are right, or said to be missing, and can then be written."""
-    store.held(CONTEXT, sequences, FEATURES)
+    store.contains(CONTEXT, sequences, FEATURES)
     store.bytes_held()
     repr(store)
     store.ls()

@@ -144,7 +144,7 @@ def test_a_writer_killed_at_any_moment_loses_nothing_it_had_committed(tmp_path: 
         committed = [int(line) for line in log.read_text().split("\n")[:-1]]
         store = ActivationStore(root)
         assert list((root / "tmp").iterdir()) == []
-        held = store.held(CONTEXT, [numbered(i) for i in order], FEATURES).all(1)
+        held = store.contains(CONTEXT, [numbered(i) for i in order], FEATURES).all(1)
         assert held[committed].all()
         report = store.verify()
         assert report.damaged == ()

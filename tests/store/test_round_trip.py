@@ -47,7 +47,7 @@ def test_any_packet_comes_back_bit_for_bit(packet: Packet) -> None:
         put = ActivationStore(root).put(packet)
         store = ActivationStore(root)
         assert put.rows_written == len(packet.sequences) * len(packet.features)
-        assert store.held(CONTEXT, packet.sequences, list(packet.features)).all()
+        assert store.contains(CONTEXT, packet.sequences, list(packet.features)).all()
         for name, rows in packet.features.items():
             for got, want in zip(store.read(CONTEXT, packet.sequences, name), rows.split(), strict=True):
                 assert same(got, want)

@@ -48,14 +48,14 @@ def test_bias_and_softcap() -> None:
 def test_nothing_asked_for_but_the_distribution() -> None:
     with forced("fused"):
         found = lens_rows(rand(3, 40), rand(300, 40, seed=1))
-    assert found.wanted.shape == found.top_ids.shape == (3, 0)
+    assert found.logprobs.shape == found.top_ids.shape == (3, 0)
     torch.testing.assert_close(found.log_z, (rand(3, 40) @ rand(300, 40, seed=1).T).logsumexp(-1))
 
 
 def test_no_rows() -> None:
     with forced("fused"):
         found = lens_rows(rand(0, 40), rand(300, 40, seed=1), ids=IDS, top_k=2)
-    assert (found.log_z.shape, found.wanted.shape, found.top_ids.shape) == ((0,), (0, 4), (0, 2))
+    assert (found.log_z.shape, found.logprobs.shape, found.top_ids.shape) == ((0,), (0, 4), (0, 2))
 
 
 def test_shares_of_the_vocabulary_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ class Tapped(nn.Module):
         stream = self.second(self.first(x).relu())
         return stream, lens_rows(
             stream.flatten(0, 1), self.second.weight, self.second.bias, None, self.index[:2], 2
-        ).wanted
+        ).logprobs
 
 
 def tapped() -> Tapped:

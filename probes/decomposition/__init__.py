@@ -1,4 +1,4 @@
-"""Contextual decomposition: what of an activation comes from chosen heads, MLPs or tokens."""
+"""Contextual decomposition: what part of an activation comes from chosen heads, MLPs or tokens. Imported by analyses only."""
 
 from probes.decomposition.decomposer import Decomposer, Parts, decompose, rules_of
 from probes.decomposition.nodes import Baseline, Node, Source, head, mlp, token

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy, Kind
@@ -29,7 +30,7 @@ class Dense:
     activation: Callable[[Tensor], Tensor]
 
     def units(self, *inputs: Tensor) -> Tensor:
-        """The hidden units of (up,) or (gate, up) pre-activations."""
+        """Return the hidden units of (up,) or (gate, up) pre-activations."""
         return self.activation(inputs[0]) * inputs[1] if len(inputs) == 2 else self.activation(inputs[0])
 
 
@@ -40,8 +41,10 @@ class Mixture:
     module: nn.Module
     router: nn.Module
 
-    def apply(self, x: Tensor, routed: Any, at: Tensor, n: int) -> Tensor:
-        """Output [source, pos, d_model] for inputs at positions `at` of a prompt of n; routing as in the plain forward."""
+    def apply(
+        self, x: Float[Tensor, "source pos d_model"], routed: Any, at: Int[Tensor, " pos"], n: int
+    ) -> Float[Tensor, "source pos d_model"]:
+        """Return the output for inputs at positions `at` of a prompt of n tokens, routed as in the plain forward."""
         dtype = next(self.module.parameters()).dtype
         with _routed(self.router, routed, at, n, x.shape[0]):
             out = tensor_of(self.module(x.to(dtype)))
@@ -87,7 +90,7 @@ class BlockOperations:
 
 @dataclass(frozen=True, eq=False)
 class ModelOperations:
-    """What a walk over a model needs to know."""
+    """The operations of every block, and the sizes that a walk over them needs."""
 
     kind: Kind
     blocks: tuple[BlockOperations, ...]
@@ -99,7 +102,7 @@ class ModelOperations:
 
 @torch.no_grad()
 def read_model_operations(anatomy: Anatomy, causal: bool, seen: Trace, config: object) -> ModelOperations:
-    """A model's blocks read from its anatomy and checked on one traced prompt.
+    """Read a model's blocks from its anatomy and check them on one traced prompt.
 
     Raises:
         PointError: a part that the rules do not know, by name.
@@ -140,16 +143,16 @@ class _Reader:
 
     def _linear(self, name: str, layer: int, n_inputs: int, columns: Tensor | None = None) -> Linear:
         module = self.anatomy.component(name, layer)
-        found = linear_of(module, n_inputs, columns)
+        linear = linear_of(module, n_inputs, columns)
         x, y = (self.seen.get(name, side, layer) for side in ("in", "out"))
         y = y if columns is None else y[..., columns.to(y.device)]
-        error = deviation(found.total(x), y)
+        error = deviation(linear.total(x), y)
         if error > tolerance(next(module.parameters()).dtype):
             raise PointError(
                 f"block {layer}, {name}: {type(module).__name__} does not compute its weights times its input "
                 f"(off by {error:.1e}), so it cannot be decomposed"
             )
-        return found
+        return linear
 
     def _projections(self, layer: int) -> tuple[Linear, Linear, Linear]:
         if self.anatomy.map.path("attn.qkv", layer):

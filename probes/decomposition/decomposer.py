@@ -42,11 +42,12 @@ class Parts:
 
     @property
     def irrelevant(self) -> Tensor:
+        """Return what the total holds beside the relevant part."""
         return self.total - self.relevant
 
 
 def rules_of(preset: str | Rules) -> Rules:
-    """The rules of a preset by name, or as given.
+    """Return the rules of a preset by name, or the rules given.
 
     Raises:
         OptionError: an unknown preset, with the legal ones.
@@ -85,7 +86,7 @@ class Decomposer:
 
     @property
     def logit_operations(self) -> LogitOperations:
-        """The operations after the last block.
+        """Return the operations after the last block.
 
         Raises:
             PointError: they are unknown to the rules.
@@ -96,7 +97,7 @@ class Decomposer:
 
     @torch.no_grad()
     def prepare(self, tokens: Sequence[int], *, joint: bool = True) -> Prepared:
-        """A prompt traced once; `joint` also reads what attention does to queries and keys, which frozen attention needs not.
+        """Trace a prompt once; `joint` also reads what attention does to queries and keys, which frozen attention does not need.
 
         Raises:
             PointError: attention that the rules do not reproduce, by block.
@@ -122,7 +123,7 @@ class Decomposer:
         return prepared
 
     def _rotated(self, module: nn.Module, anatomy: Anatomy, seen: Trace, n: int) -> tuple[Rotation, ...]:
-        """Every layer's rotation, measured once for each length of prompt; `_check` holds it against each prompt."""
+        """Return every layer's rotation, measured once for each length of prompt; `_check` tests it on each prompt."""
         if n not in self._rotations:
             dtype, sizes = seen.logits.dtype, (n, self.model.shape.d_model)
             self._rotations[n] = tuple(
@@ -132,7 +133,7 @@ class Decomposer:
         return self._rotations[n]
 
     def _check(self, prepared: Prepared, layer: int) -> None:
-        """The pattern times the values is z; rotated queries are those that attention received."""
+        """Check that the pattern times the values is z, and that rotated queries and keys are those that attention received."""
         block, received = self.operations.blocks[layer], prepared.received[layer]
         bound = tolerance(getattr(torch, self.model.context.dtype))
         z = mix(prepared.patterns[layer], received.value).flatten(-2)
@@ -164,13 +165,13 @@ class Decomposer:
         restart: bool = True,
         rows: int = ROWS,
     ) -> None:
-        """Carries every source of a prompt, in batches that each source joins at its own layer.
+        """Carry every source of a prompt to what is visited, in batches that each source joins at its own layer.
 
         Args:
             visit: for a batch (indices of its sources, in the order in which they begin), what is done at which
                 addresses, and what is done with what leaves the last block [source, pos, d_model] at its positions
                 [pos], or None to stop before. Sources that begin later than an address are not among those given.
-            keep: the positions still wanted after the last block's attention.
+            keep: the positions carried on after the last block's attention; all unless given.
             restart: begin each source at its layer, and a batch at its earliest position.
 
         Raises:
@@ -184,9 +185,9 @@ class Decomposer:
         for indices in groups(sources, n, rows, self.operations.causal):
             visits, end = visit(indices)
             batch = [sources[i] for i in indices]
-            self._one(prompt, batch, chosen, baseline, visits, end, keep, restart)
+            self._walk_batch(prompt, batch, chosen, baseline, visits, end, keep, restart)
 
-    def _one(
+    def _walk_batch(
         self,
         prompt: Prepared,
         batch: Sequence[Source],
@@ -203,8 +204,8 @@ class Decomposer:
         walk = Walk(self.operations, prompt, batch, rules, baseline, reach, None, restart)
         if keep is not None:
             begin = int(walk.at[0]) if len(walk.at) else 0
-            wanted = sorted({position % len(prompt.trace.tokens) for position in keep})
-            walk.keep = torch.tensor([p for p in wanted if p >= begin], dtype=torch.long, device=self.model.device)
+            chosen = sorted({position % len(prompt.trace.tokens) for position in keep})
+            walk.keep = torch.tensor([p for p in chosen if p >= begin], dtype=torch.long, device=self.model.device)
             if not len(walk.keep):
                 return
         rel = walk.run()
@@ -224,12 +225,12 @@ def decompose(
     restart: bool = True,
     rows: int = ROWS,
 ) -> dict[str, Parts]:
-    """Both parts of activations for each source, by address; `logits` holds those of the token ids asked for.
+    """Return both parts of activations for each source, by address; of logits those of chosen token ids, under `logits`.
 
     Args:
         sources: sets of nodes (`head`, `mlp`, `token`), each declared relevant together.
         points: addresses such as `resid_post.3` or `z.2`.
-        logits: token ids whose logits are wanted.
+        logits: token ids whose logits are decomposed.
         baseline: the mean to which a node's activation is compared; None declares it relevant as it is.
         restart: begin at the earliest source instead of at block 0; the result is the same.
 
@@ -245,14 +246,14 @@ def decompose(
         if reason := decomposer.model.refusal(address):
             raise PointError(f"{decomposer.model.ref} has no point {str(address)!r}: {reason}")
     prompt = decomposer.prepare(tokens, joint=chosen.attention != "frozen")
-    n, found = len(tokens), dict[str, Parts]()
+    n, parts = len(tokens), dict[str, Parts]()
     ids = torch.tensor(list(logits), dtype=torch.long, device=decomposer.model.device)
 
     def put(name: str, indices: list[int], rel: Tensor, total: Tensor, at: Tensor) -> None:
-        if name not in found:
-            found[name] = Parts(rel.new_zeros(len(sources), n, *rel.shape[2:]), total.new_zeros(n, *total.shape[1:]))
-        found[name].relevant[torch.tensor(indices[: len(rel)])[:, None], at] = rel
-        found[name].total[at] = total
+        if name not in parts:
+            parts[name] = Parts(rel.new_zeros(len(sources), n, *rel.shape[2:]), total.new_zeros(n, *total.shape[1:]))
+        parts[name].relevant[torch.tensor(indices[: len(rel)])[:, None], at] = rel
+        parts[name].total[at] = total
 
     def visit(indices: list[int]) -> tuple[dict[Address, Visit], Callable[[Tensor, Tensor], None] | None]:
         visits = {a: _putting(put, str(a), indices) for a in addresses}
@@ -268,7 +269,7 @@ def decompose(
     # An empty source, carried through everything, brings every total; batches that begin later do not pass them all.
     decomposer.walk(prompt, [()], lambda _: visit([0]), rules=chosen, restart=False)
     decomposer.walk(prompt, sources, visit, rules=chosen, baseline=baseline, restart=restart, rows=rows)
-    return found
+    return parts
 
 
 def _putting(put: Callable[..., None], name: str, indices: list[int]) -> Visit:

@@ -1,4 +1,4 @@
-"""What stands between the last block and the logits, as operations that the rules know."""
+"""What stands between the last block and the logits, the final norm first, as operations that the rules know."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class LogitOperations:
     softcap: float | None
 
     def capped(self, x: Tensor) -> Tensor:
-        """Logits after the softcap."""
+        """Return logits after the softcap."""
         return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
 
     def relevant(self, rel: Tensor, total: Tensor, ids: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
-        """Relevant [source, pos, ids] and total [pos, ids] logits of some tokens, for a last residual [source, pos, d_model]."""
+        """Return relevant [source, pos, ids] and total [pos, ids] logits of some tokens, for a last residual [source, pos, d_model]."""
         for step in self.steps[:-1]:
             rel, total = _step(step, rel, total, rules)
         unembed = self.steps[-1]
@@ -54,7 +54,7 @@ def _step(step: Step, rel: Tensor, total: Tensor, rules: Rules) -> tuple[Tensor,
 
 @torch.no_grad()
 def read_logit_operations(module: nn.Module, seen: Trace, last: Tensor, softcap: float | None) -> LogitOperations:
-    """The operations after the last block, read from the modules that ran and checked to be a chain to the logits.
+    """Read the operations after the last block from the modules that ran, and check that they lead to the logits.
 
     Args:
         last: what leaves the last block [pos, d_model].

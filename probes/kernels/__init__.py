@@ -1,14 +1,17 @@
-"""Reducers of captured tensors: the reference in plain torch, and fused ones in Triton, chosen by the tensor's device."""
+"""Kernels that reduce captured tensors: the reference in plain torch, and fused ones in Triton, chosen by the tensor's
+device. Imported by capture and by models/verify; knows no backend.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from probes.kernels import eager
 from probes.kernels.int8_codes import Codes, unpacked
-from probes.kernels.outputs import LensOutputs, RowOutputs, reduced_shape
+from probes.kernels.outputs import RowOutputs, reduced_shape
 from probes.kernels.torch_operators import capture_rows, lens_rows, sequence_means
 from probes.kernels.triton_choice import forced, has_triton, kernels_for
 from probes.models.protocol import Unembedding
@@ -16,14 +19,14 @@ from probes.reducers import Reducer
 
 
 def reduce_rows(
-    tensor: Tensor,
-    index: Tensor,
+    tensor: Shaped[Tensor, "source ..."],
+    index: Int[Tensor, " row"],
     counts: Sequence[int],
     reducer: Reducer,
     unembedding: Callable[[], Unembedding] | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Rows of `tensor` reduced, packed sequence by sequence, and written into `out` where it is given.
+    out: Shaped[Tensor, "reduced ..."] | None = None,
+) -> Shaped[Tensor, "reduced ..."]:
+    """Reduce chosen rows of `tensor`, packed sequence by sequence and written into `out` where it is given.
 
     See `probes.kernels.eager.reduce_rows`, whose numbers the fused kernels reproduce to float32 rounding.
     """
@@ -31,13 +34,12 @@ def reduce_rows(
         from probes.kernels import fused
 
         return fused.reduce_rows(tensor, index, counts, reducer, unembedding, out)
-    found = eager.reduce_rows(tensor, index, counts, reducer, unembedding)
-    return found if out is None else out.copy_(found)
+    rows = eager.reduce_rows(tensor, index, counts, reducer, unembedding)
+    return rows if out is None else out.copy_(rows)
 
 
 __all__ = [
     "Codes",
-    "LensOutputs",
     "RowOutputs",
     "capture_rows",
     "forced",

@@ -1,4 +1,4 @@
-"""The activation store: safetensors shards found by content, and a catalogue that can be rebuilt from them."""
+"""The activation store: safetensors shards named by content, and a catalogue rebuilt from them; knows no model and no point."""
 
 from probes.store.append_only import AppendOnlyWriter
 from probes.store.layout import PROTOCOL

@@ -44,13 +44,13 @@ class Backing:
 
     @property
     def crowded(self) -> bool:
-        """Whether so many mapped shards are alive that rows should be copied out instead of viewed."""
+        """Return whether so many mapped shards are alive that rows should be copied out instead of viewed."""
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         return len(self._maps) >= min(512, soft // 4)
 
     @contextmanager
     def shard(self, digest: str, fresh: bool = False) -> Iterator[Shard]:
-        """The open shard; `fresh` forgets earlier checks.
+        """Open a shard; `fresh` forgets earlier checks.
 
         Raises:
             Vanished: the file is gone.
@@ -126,7 +126,7 @@ class Backing:
         return catalogue
 
     def _forget_process_state(self) -> None:
-        # A lock inherited through a fork may be held by a thread that does not exist here.
+        # A lock inherited through a fork may be locked by a thread that does not exist here.
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._known: OrderedDict[str, Known] = OrderedDict()
@@ -134,7 +134,7 @@ class Backing:
 
 
 def disk_full(root: Path, nbytes: int, short: int) -> StoreError:
-    """The error of a disk that lacks `short` bytes for writing `nbytes`."""
+    """Return the error of a disk that lacks `short` bytes for writing `nbytes`."""
     return StoreError(
         f"no room for {nbytes:,} bytes in the store {str(root)!r}: what was committed stays; free at least "
         f"{short:,} bytes on that disk (for instance with bathyscope store gc) and run again"
@@ -142,7 +142,7 @@ def disk_full(root: Path, nbytes: int, short: int) -> StoreError:
 
 
 def read_only(root: Path) -> StoreError:
-    """The error of writing where one may only read."""
+    """Return the error of writing where one may only read."""
     return StoreError(
         f"the store {str(root)!r} can be read here but not written: what it holds can be used; "
         "for anything else give a store of your own (--store FOLDER, or BATHYSCOPE_STORE)"

@@ -12,10 +12,10 @@ from probes.store.files import lock_for_removal
 
 
 def check_space(backing: Backing, max_bytes: int | None, nbytes: int) -> None:
-    """Whether `nbytes` more can be written.
+    """Refuse to write `nbytes` more where they do not fit.
 
     Raises:
-        StoreError: they cannot; says how many bytes to free, or how far to raise the limit.
+        StoreError: says how many bytes to free, or how far to raise the limit.
     """
     if nbytes and backing.read_only:
         raise read_only(backing.folder.root)

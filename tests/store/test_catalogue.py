@@ -11,7 +11,7 @@ from store_makers import CONTEXT, FEATURES, check_rows, make, numbered, shard_fi
 
 from probes.store import ActivationStore
 from probes.store.catalogue import Catalogue
-from probes.store.files import Held, Partial
+from probes.store.files import LockedFile, Partial
 from probes.store.layout import encode
 
 
@@ -136,7 +136,7 @@ def test_only_files_whose_writer_is_gone_are_swept(store: ActivationStore) -> No
         path.write_bytes(b"left")
     stranger = tmp / "notes.txt"
     stranger.write_text("not ours")
-    living = Held(tmp, "partial")
+    living = LockedFile(tmp, "partial")
     ActivationStore(store.root)
     assert not any(path.exists() for path in dead)
     assert living.path.exists()

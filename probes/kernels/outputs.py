@@ -37,7 +37,7 @@ class RowOutputs:
     coordinates: Tensor | None = None
     """[capacity, k] float32, on `basis`."""
 
-    def filled(self) -> tuple[Tensor, "..."]:
+    def filled(self) -> tuple[Tensor, ...]:
         """Return the outputs that are not left out."""
         outputs = (self.packed, self.scale, self.error, self.norm, self.moments, self.change, self.coordinates)
         return tuple(tensor for tensor in outputs if tensor is not None)

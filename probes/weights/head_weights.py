@@ -59,7 +59,7 @@ def _inputs(projection: nn.Module, d_model: int) -> Tensor:
     return (weight if rows else weight.T).detach().float().cpu()
 
 
-def _layer(anatomy: Anatomy, layer: int) -> tuple[Tensor, "..."]:
+def _layer(anatomy: Anatomy, layer: int) -> tuple[Tensor, ...]:
     d_model, k = int(anatomy.map.sizes.d_model), anatomy.d_head
     if anatomy.map.path("attn.qkv", layer):
         joint = _inputs(anatomy.component("attn.qkv", layer), d_model)

@@ -50,11 +50,11 @@ def test_a_compiled_model_keeps_the_kernels_in_one_graph() -> None:
     run = torch.compile(compiled, backend=backend, fullgraph=True)
     for step in range(2):
         x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(step))
-        for expected, found in zip(plain(x), run(x), strict=True):
-            torch.testing.assert_close(found, expected)
-    for expected, found in zip(plain.out.filled(), compiled.out.filled(), strict=True):
-        assert torch.equal(found, expected)
-        assert found[[0, 1, 3, 4]].any()
+        for expected, actual in zip(plain(x), run(x), strict=True):
+            torch.testing.assert_close(actual, expected)
+    for expected, actual in zip(plain.out.filled(), compiled.out.filled(), strict=True):
+        assert torch.equal(actual, expected)
+        assert actual[[0, 1, 3, 4]].any()
     assert torch.equal(plain.means, compiled.means)
     assert int(compiled.offset) == 6
     assert len(graphs) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,7 @@ ROWS, BLOCK = 16, 128
 
 
 @triton.jit
+@no_type_check
 def means_kernel(
     x,
     index,

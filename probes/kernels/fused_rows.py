@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -18,11 +20,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit
+@no_type_check
 def _place(c, inner, outer_stride, inner_stride):
     return (c // inner).to(tl.int64) * outer_stride + (c % inner).to(tl.int64) * inner_stride
 
 
 @triton.jit
+@no_type_check
 def _stored(raw, value, target: tl.constexpr):
     """A captured value in the storage type, rounded to nearest even; `raw` where it already has that type."""
     if raw.dtype == target:
@@ -36,6 +40,7 @@ def _stored(raw, value, target: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def rows_kernel(
     x,
     index,

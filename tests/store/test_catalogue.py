@@ -162,9 +162,9 @@ def test_a_transaction_that_fails_leaves_no_trace(store: ActivationStore) -> Non
 def test_a_forked_child_uses_a_connection_of_its_own(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path / "catalogue.sqlite")
     with catalogue.reading() as connection:
-        mine = id(connection)
+        own = id(connection)
     child = os.fork()
     if child == 0:
         with catalogue.reading() as connection:
-            os._exit(0 if id(connection) != mine else 1)
+            os._exit(0 if id(connection) != own else 1)
     assert os.waitpid(child, 0)[1] == 0

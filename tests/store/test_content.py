@@ -15,9 +15,9 @@ from probes.store.values import sequence_digest
 def test_held_answers_per_sequence_and_feature(store: ActivationStore) -> None:
     store.put(make([numbered(0), numbered(1)], FEATURES[:1]))
     store.put(make([numbered(1), numbered(2)], FEATURES[1:2]))
-    asked = [numbered(i) for i in (2, 0, 1, 3, 1)]
+    sequences = [numbered(i) for i in (2, 0, 1, 3, 1)]
     want = [[0, 1, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0], [1, 1, 0]]
-    np.testing.assert_array_equal(store.contains(CONTEXT, asked, FEATURES), np.array(want, dtype=bool))
+    np.testing.assert_array_equal(store.contains(CONTEXT, sequences, FEATURES), np.array(want, dtype=bool))
 
 
 def test_every_part_of_the_context_tells_rows_apart(store: ActivationStore) -> None:
@@ -82,9 +82,9 @@ def test_shards_of_names_what_is_read(store: ActivationStore) -> None:
 def test_many_sequences_are_found_in_one_question(store: ActivationStore) -> None:
     sequences = [(i,) for i in range(2500)]
     store.put(make(sequences, FEATURES[:1], width=1))
-    held = store.contains(CONTEXT, [*sequences, (2500,)], FEATURES[:1])
-    assert held[:-1].all()
-    assert not held[-1].any()
+    present = store.contains(CONTEXT, [*sequences, (2500,)], FEATURES[:1])
+    assert present[:-1].all()
+    assert not present[-1].any()
     check_rows(store, sequences[::-500], FEATURES[:1])
 
 

@@ -1,3 +1,6 @@
+from . import capture as capture
+from . import edits as edits
+from . import lenses as lenses
 from .capture.needs import Need as Need
 from .models.interop import from_bridge as from_bridge
 from .models.interop import from_hf as from_hf

@@ -26,7 +26,7 @@ def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 def outputs(capacity: int, width: int, storage: torch.dtype, k: int) -> RowOutputs:
     """Every output, filled with a value that no row has."""
     coded = storage == torch.int8
-    outputs = {
+    values = {
         "packed": torch.full((capacity, width), 77, dtype=storage),
         "scale": torch.full((capacity,), 77.0) if coded else None,
         "error": torch.full((capacity,), 77.0) if coded else None,
@@ -35,21 +35,21 @@ def outputs(capacity: int, width: int, storage: torch.dtype, k: int) -> RowOutpu
         "change": torch.full((capacity, 2), 77.0),
         "coordinates": torch.full((capacity, k), 77.0),
     }
-    return RowOutputs(**outputs)
+    return RowOutputs(**values)
 
 
 def both(tensor: Tensor, index: Tensor, storage: torch.dtype, offset: int = 0, capacity: int | None = None) -> None:
     """Runs reference and fused kernel with every output, and compares."""
     width = tensor.shape[1:].numel()
     previous, basis = rand(len(index), width, seed=1), rand(3, width, seed=2)
-    outputs = []
+    results = []
     for kernels in ("eager", "fused"):
         out = outputs(capacity or len(index), width, storage, 3)
         with forced(kernels):
             capture_rows(tensor, index, out, previous, basis, torch.tensor([offset]))
-        outputs.append(out)
+        results.append(out)
     for field in fields(RowOutputs):
-        expected, got = (getattr(out, field.name) for out in outputs)
+        expected, got = (getattr(out, field.name) for out in results)
         if expected is None:
             assert got is None
         elif field.name == "packed":

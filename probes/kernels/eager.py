@@ -65,7 +65,7 @@ def capture_rows(
     out: RowOutputs,
     previous: Float[Tensor, "before width"] | None = None,
     basis: Float[Tensor, "direction width"] | None = None,
-    offset: Int[Tensor, "..."] | None = None,
+    offset: Shaped[Tensor, "..."] | None = None,
 ) -> None:
     """Pack and measure chosen rows into `out`, the result of `index[i]` at `offset + i`.
 

@@ -171,7 +171,7 @@ def capture_rows(
     out: RowOutputs,
     previous: Float[Tensor, "before width"] | None = None,
     basis: Float[Tensor, "direction width"] | None = None,
-    offset: Int[Tensor, "..."] | None = None,
+    offset: Shaped[Tensor, "..."] | None = None,
 ) -> None:
     """Pack and measure chosen rows; see `probes.kernels.eager.capture_rows`."""
     filled = out.filled()

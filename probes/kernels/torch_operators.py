@@ -88,7 +88,7 @@ def capture_rows(
     out: RowOutputs,
     previous: Float[Tensor, "before width"] | None = None,
     basis: Float[Tensor, "direction width"] | None = None,
-    offset: Int[Tensor, "..."] | None = None,
+    offset: Shaped[Tensor, "..."] | None = None,
 ) -> None:
     """Pack and measure rows as `probes.kernels.eager.capture_rows` does; on CUDA one launch, which reads each row once.
 

@@ -88,14 +88,14 @@ def test_two_processes_writing_the_same_rows_leave_one_copy(tmp_path: Path) -> N
 
 
 def test_a_row_committed_during_a_write_is_not_written_again(store: ActivationStore, monkeypatch) -> None:
-    rival, write = ActivationStore(store.root), store._write
+    rival, write = ActivationStore(store.root), store._backing.write
 
-    def write_late(packet):
-        if len(packet.sequences) == 3:
+    def write_late(encoded):
+        if len(encoded.entry.sequences) == 3:
             rival.put(make([numbered(1)]))
-        return write(packet)
+        return write(encoded)
 
-    monkeypatch.setattr(store, "_write", write_late)
+    monkeypatch.setattr(store._backing, "write", write_late)
     put = store.put(make([numbered(i) for i in range(3)]))
     assert (put.rows_written, put.already_held) == (6, 3)
     assert len(copies(store)) == len(set(copies(store))) == 9

@@ -1,3 +1,6 @@
+from . import capture as capture
+from . import edits as edits
+from . import lenses as lenses
 from .capture.needs import Need as Need
 from .models.interop import as_bridge as as_bridge
 from .models.interop import as_nnsight as as_nnsight

@@ -9,5 +9,5 @@ import platformdirs
 
 
 def cache_root() -> Path:
-    """`$BATHYSCOPE_CACHE`, or the user's cache folder; holds `models` and, unless told otherwise, `store`."""
+    """Return `$BATHYSCOPE_CACHE`, or the user's cache folder; holds `models` and, unless told otherwise, `store`."""
     return Path(os.environ.get("BATHYSCOPE_CACHE") or platformdirs.user_cache_dir("bathyscope")).expanduser()

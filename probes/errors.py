@@ -1,4 +1,4 @@
-"""Errors a user can act on: the value, the legal values, what to do next."""
+"""Errors a user can act on; each message has the value, the legal values and what to do next."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SHOWN = 120
 
 
 def shown(value: object) -> str:
-    """A value as a message quotes it: its repr, the middle left out where it is long."""
+    """Return a value as a message quotes it: its repr, the middle left out where it is long."""
     if isinstance(value, str) and len(value) > SHOWN:
         value, left_out = value[: SHOWN // 2], value[SHOWN // 2 :]
         return f"{value!r}… ({len(left_out):,} more characters)"
@@ -55,7 +55,7 @@ def shown(value: object) -> str:
 
 
 def unknown(kind: str, value: object, legal: Iterable[object]) -> str:
-    """One line for an unknown name: the value, a did-you-mean, and the legal values."""
+    """Return one line for an unknown name: the value, a did-you-mean, and the legal values."""
     names = [str(name) for name in legal]
     close = get_close_matches(str(value)[:SHOWN], names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -63,6 +63,6 @@ def unknown(kind: str, value: object, legal: Iterable[object]) -> str:
 
 
 def one_line(error: BaseException, limit: int = 240) -> str:
-    """An error's message on one line, cut to `limit` characters."""
+    """Return an error's message on one line, cut to `limit` characters."""
     line = " ".join(str(error).split()) or type(error).__name__
     return line if len(line) <= limit else line[: limit - 1] + "…"

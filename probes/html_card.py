@@ -21,7 +21,7 @@ class Fold:
 
 
 def card(title: str, about: str, facts: Mapping[str, object], folds: Sequence[Fold] = ()) -> str:
-    """HTML of a titled box: a line about the thing, its facts, and tables folded away. All text is escaped."""
+    """Return the HTML of a titled box: a line about the thing, its facts, and tables folded away. All text is escaped."""
     lines = "".join(f"<tr><th style='{_CELL};white-space:nowrap'>{_text(k)}</th><td style='{_CELL}'>{_text(v)}</td></tr>" for k, v in facts.items())  # fmt: skip
     body = f"<div><b>{_text(title)}</b> <span style='opacity:.75'>{_text(about)}</span></div>"
     body += f"<table style='margin:4px 0'><tbody>{lines}</tbody></table>" if facts else ""
@@ -30,7 +30,7 @@ def card(title: str, about: str, facts: Mapping[str, object], folds: Sequence[Fo
 
 
 def size(n_bytes: int) -> str:
-    """A number of bytes as people read it, for instance `1.5 MiB`."""
+    """Return a number of bytes as people read it, for instance `1.5 MiB`."""
     value, unit = float(n_bytes), 0
     while value >= 1024 and unit < len(_UNITS) - 1:
         value, unit = value / 1024, unit + 1
@@ -38,13 +38,13 @@ def size(n_bytes: int) -> str:
 
 
 def count(n: int, noun: str, many: str = "") -> str:
-    """A number of things as people say it: `1 prompt`, `1,200 forward passes`; `many` is an irregular plural."""
+    """Return a number of things as people say it: `1 prompt`, `1,200 forward passes`; `many` is an irregular plural."""
     ending = "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
     return f"{n:,} {noun if n == 1 else many or noun + ending}"
 
 
 def aligned(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    """A table as lines of plain text, its columns below their heads; a line has no white space at its end."""
+    """Return a table as lines of plain text, columns aligned; no line ends in white space."""
     lines = [list(map(str, line)) for line in (columns, *rows)]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]

@@ -1,4 +1,4 @@
-"""Files and folders a user names: what is there, and the text of a file, whatever stands at the path."""
+"""Files and folders a user names: what stands at a path, and the text of a file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_TEXT = 256 * 2**20
 
 
 def kind_of(path: str | Path) -> Kind:
-    """What stands at a path; a path that no system call accepts has nothing at it."""
+    """Return what stands at a path; at a path that no system call accepts, nothing does."""
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116, as below
     except (OSError, ValueError):
@@ -30,9 +30,9 @@ def kind_of(path: str | Path) -> Kind:
 
 @contextmanager
 def opened(path: str | Path, what: str, kind: type[UserError]) -> Iterator[TextIO]:
-    """A file of UTF-8 text, open for reading; a byte order mark is skipped.
+    """Open a file of UTF-8 text for reading; a byte order mark is skipped.
 
-    Faults met while it is read are raised in the same way.
+    Faults while it is read are raised in the same way.
 
     Args:
         what: what the file is to the reader, for messages: `prompt file`.
@@ -61,7 +61,7 @@ def opened(path: str | Path, what: str, kind: type[UserError]) -> Iterator[TextI
 
 
 def read_text(path: str | Path, what: str, kind: type[UserError]) -> str:
-    """The whole text of a file.
+    """Return the whole text of a file.
 
     Raises:
         kind: as `opened`, or more than `MAX_TEXT` characters.
@@ -74,7 +74,7 @@ def read_text(path: str | Path, what: str, kind: type[UserError]) -> str:
 
 
 def make_folder(folder: Path, what: str, kind: type[UserError]) -> Path:
-    """The folder, made with its parents where it is not there.
+    """Create a folder, with its parents, where it is not there yet; returns it.
 
     Raises:
         kind: the path is too long, runs through a file, or may not be written.

@@ -24,7 +24,7 @@ class JsonFault(ValueError):
 
 
 def parse(text: str, *, infinite: bool = False) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Args:
         infinite: let `Infinity` pass, which configurations of models write for a range without end.
@@ -47,7 +47,7 @@ def parse(text: str, *, infinite: bool = False) -> Any:
 
 
 def check_tree(value: Any) -> None:
-    """Refuses nested lists and mappings whose depth, integers or texts no reader can be trusted with.
+    """Refuse nested lists and mappings whose depth, integers or texts two readers could take differently.
 
     Raises:
         JsonFault: as `parse`.
@@ -67,7 +67,7 @@ def _leaf_fault(path: tuple[str | int, ...], leaf: Any) -> str | None:
 
 
 def text_fault(text: str) -> str | None:
-    """What keeps a text from being UTF-8, or None."""
+    """Return what keeps a text from being UTF-8, or None."""
     lone = next((char for char in text if "\ud800" <= char <= "\udfff"), None)
     if lone is None:
         return None
@@ -75,7 +75,7 @@ def text_fault(text: str) -> str | None:
 
 
 def _leaves(value: Any) -> Iterator[tuple[tuple[str | int, ...], Any]]:
-    """(keys that lead to it, value) of a value and of everything below it; needs no recursion."""
+    """Yield (keys that lead to it, value) for a value and everything below it, without recursion."""
     waiting: list[tuple[tuple[str | int, ...], Any]] = [((), value)]
     while waiting:
         path, node = waiting.pop()

@@ -62,12 +62,12 @@ def points_of(model: NativeModel) -> list[str]:
 @cache
 def own(family: str) -> dict[str, Tensor]:
     """The model's own activations, by plain hooks."""
-    model, found = opened(family).model, dict[str, Tensor]()
+    model, activations = opened(family).model, dict[str, Tensor]()
     reads = {}
     for name in (*points_of(model), "logits"):  # type: ignore[arg-type]
-        reads[Address.parse(name)] = lambda t, name=name: found.__setitem__(name, t[0].clone())
+        reads[Address.parse(name)] = lambda t, name=name: activations.__setitem__(name, t[0].clone())
     model.run(torch.tensor([TOKENS]), reads)
-    return found
+    return activations
 
 
 def baseline_of(model: NativeModel) -> Baseline:
@@ -84,9 +84,9 @@ def largest(x: Tensor) -> float:
 @pytest.mark.parametrize(("family", "rules"), CASES, ids=label)
 def test_the_parts_sum_to_the_models_own_activation_at_every_point(family: str, rules: Rules) -> None:
     points = points_of(opened(family).model)  # type: ignore[arg-type]
-    found = decompose(opened(family), TOKENS, [(head(1, 2, 3),)], points=points, logits=IDS, rules=rules)
-    assert set(found) == {*points, "logits"}
-    for name, parts in found.items():
+    decomposed = decompose(opened(family), TOKENS, [(head(1, 2, 3),)], points=points, logits=IDS, rules=rules)
+    assert set(decomposed) == {*points, "logits"}
+    for name, parts in decomposed.items():
         expected = own(family)[name] if name != "logits" else own(family)[name][:, IDS]
         total = parts.relevant[0] + parts.irrelevant[0]
         assert largest(total - expected) <= EXACT * max(1.0, largest(expected)), name
@@ -97,8 +97,8 @@ def test_with_every_token_relevant_nothing_is_left_and_with_none_nothing_appears
     points = points_of(opened(family).model)  # type: ignore[arg-type]
     sources = [tuple(token(p) for p in range(len(TOKENS))), ()]
     shared = replace(rules, bias="shared")
-    found = decompose(opened(family), TOKENS, sources, points=points, logits=IDS, rules=shared, restart=False)
-    for name, parts in found.items():
+    decomposed = decompose(opened(family), TOKENS, sources, points=points, logits=IDS, rules=shared, restart=False)
+    for name, parts in decomposed.items():
         assert largest(parts.irrelevant[0]) <= EXACT * max(1.0, largest(parts.total)), name
         assert largest(parts.relevant[1]) == 0, name
     nothing = decompose(opened(family), TOKENS, [()], points=points, logits=IDS, rules=rules, restart=False)
@@ -140,9 +140,9 @@ def test_restart_batch_and_causality(family: str, rules: Rules) -> None:
 def test_a_gated_mlp_splits_both_factors_or_one(gate: str) -> None:
     model, points = opened("llama").model, ["mlp_in.1", "mlp_post.1"]
     rules = replace(PRESETS["faithful"], gate=gate)  # type: ignore[arg-type]
-    found = decompose(opened("llama"), TOKENS, [(head(0, 1),)], points=points, rules=rules)
+    decomposed = decompose(opened("llama"), TOKENS, [(head(0, 1),)], points=points, rules=rules)
     mlp_of = model.module.get_submodule("model.layers.1.mlp")  # type: ignore[attr-defined]
-    entering, units = found["mlp_in.1"], found["mlp_post.1"]
+    entering, units = decomposed["mlp_in.1"], decomposed["mlp_post.1"]
 
     def gated(x: Tensor) -> Tensor:
         return mlp_of.act_fn(mlp_of.gate_proj(x))
@@ -173,12 +173,12 @@ def test_biases_go_to_the_irrelevant_part_and_nothing_else_does() -> None:
     model = double("gpt2")
     decomposer = Decomposer(model, TOKENS)
     everything = [tuple(token(p) for p in range(len(TOKENS)))]
-    found = decompose(decomposer, TOKENS, everything, points=["attn_in.0", "q.0", "v.0"], rules=Rules())
-    block, bias = decomposer.structure.blocks[0], model.component("ln1", 0).bias
-    assert torch.allclose(found["attn_in.0"].irrelevant[0], bias.expand(9, -1), atol=EXACT)  # type: ignore[operator,union-attr,arg-type]
+    decomposed = decompose(decomposer, TOKENS, everything, points=["attn_in.0", "q.0", "v.0"], rules=Rules())
+    block, bias = decomposer.operations.blocks[0], model.component("ln1", 0).bias
+    assert torch.allclose(decomposed["attn_in.0"].irrelevant[0], bias.expand(9, -1), atol=EXACT)  # type: ignore[operator,union-attr,arg-type]
     for name, linear in (("q.0", block.q), ("v.0", block.v)):
         expected = bias @ linear.weight + linear.bias  # type: ignore[operator]
-        assert torch.allclose(found[name].irrelevant[0].flatten(-2), expected.expand(9, -1), atol=EXACT)
+        assert torch.allclose(decomposed[name].irrelevant[0].flatten(-2), expected.expand(9, -1), atol=EXACT)
 
 
 def attention_only(family: str = "llama") -> NativeModel:
@@ -194,16 +194,16 @@ def test_a_last_layer_head_equals_direct_logit_attribution_through_the_frozen_no
     model = attention_only()
     sources = [(head(2, h, p),) for h in range(4) for p in range(len(TOKENS))]
     for rules in (Rules(), Rules(bias="shared", attention="frozen"), Rules(activation="shapley", attention="joint")):
-        found = decompose(model, TOKENS, sources, points=["z.2"], logits=IDS, rules=rules)
+        decomposed = decompose(model, TOKENS, sources, points=["z.2"], logits=IDS, rules=rules)
         stream: list[Tensor] = []
         model.run(torch.tensor([TOKENS]), {Address("resid_post", 2): lambda t, s=stream: s.append(t[0].clone())})
         scale = (stream[0].square().mean(-1, keepdim=True) + 1e-6).sqrt()
         gain, unembed = model.component("ln_final").weight, model.component("unembed").weight
         w_o = model.component("attn.o", 2).weight.T.reshape(4, 8, -1)  # type: ignore[union-attr,operator]
-        for row, ((node,), z) in enumerate(zip(sources, found["z.2"].relevant, strict=True)):
+        for row, ((node,), z) in enumerate(zip(sources, decomposed["z.2"].relevant, strict=True)):
             with torch.no_grad():
                 direct = z[:, node.head] @ w_o[node.head] / scale * gain @ unembed[IDS].T  # type: ignore[operator,index,union-attr]
-            assert largest(found["logits"].relevant[row] - direct) <= EXACT
+            assert largest(decomposed["logits"].relevant[row] - direct) <= EXACT
 
 
 def test_same_layer_sources_add_where_attention_is_frozen_and_not_where_it_is_split() -> None:
@@ -227,7 +227,7 @@ def test_the_function_rules_leave_what_the_model_computes_without_the_source_whe
                 # A norm whose epsilon dwarfs the variance divides by a constant.
                 model.component(name, layer).eps = 1e12  # type: ignore[assignment]
                 model.component(name, layer).weight.mul_(1e6)  # type: ignore[operator,union-attr]
-    found = decompose(model, TOKENS, [(head(0, 1, 2),)], points=["resid_post.2"], rules="faithful")["resid_post.2"]
+    parts = decompose(model, TOKENS, [(head(0, 1, 2),)], points=["resid_post.2"], rules="faithful")["resid_post.2"]
     seen: list[Tensor] = []
 
     def ablate(z: Tensor) -> Tensor:
@@ -237,8 +237,8 @@ def test_the_function_rules_leave_what_the_model_computes_without_the_source_whe
 
     writes = {Address("z", 0): ablate}
     model.run(torch.tensor([TOKENS]), {Address("resid_post", 2): lambda t: seen.append(t[0].clone())}, writes)
-    assert largest(found.relevant) > 1e-3
-    assert largest(found.irrelevant[0] - seen[0]) <= 1e-9
+    assert largest(parts.relevant) > 1e-3
+    assert largest(parts.irrelevant[0] - seen[0]) <= 1e-9
 
 
 def test_attention_that_the_rules_do_not_reproduce_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

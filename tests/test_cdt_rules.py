@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from probes.decomposition import Rules, decompose, head
 from probes.decomposition import rules as rule
-from probes.decomposition.sources import groups
+from probes.decomposition.nodes import groups
 from probes.errors import OptionError
 from probes.models.backends.native import NativeModel
 from probes.points import Address
@@ -71,9 +71,9 @@ def test_an_unknown_switch_names_the_legal_ones() -> None:
 
 def test_sources_are_batched_by_where_they_begin() -> None:
     sources = [(head(layer, h, p),) for p in (6, 0) for layer in (1, 0) for h in range(3)]
-    found = groups(sources, 8, rows=16, causal=True)
-    assert sorted(i for group in found for i in group) == list(range(len(sources)))
-    for group in found:
+    batches = groups(sources, 8, rows=16, causal=True)
+    assert sorted(i for group in batches for i in group) == list(range(len(sources)))
+    for group in batches:
         layers = [sources[i][0].layer for i in group]
         assert layers == sorted(layers)
         width = 8 - min(sources[i][0].position for i in group)
@@ -159,10 +159,10 @@ def test_the_paper_preset_is_the_authors_walk(layer: int, h: int, position: int)
         ids = torch.tensor(TOKENS)
         embedded = module.wte(ids) + module.wpe(torch.arange(len(ids)))  # type: ignore[union-attr,operator]
         expected = _two_sided(model, embedded, layer, h, position)
-        found = decompose(model, TOKENS, [(head(layer, h, position),)], logits=range(97), rules="paper")["logits"]
-        assert torch.allclose(found.relevant[0], expected[0], atol=1e-9)
-        assert torch.allclose(found.irrelevant[0], expected[1], atol=1e-9)
-        assert float(found.relevant[0].abs().max()) > 1e-3
+        parts = decompose(model, TOKENS, [(head(layer, h, position),)], logits=range(97), rules="paper")["logits"]
+        assert torch.allclose(parts.relevant[0], expected[0], atol=1e-9)
+        assert torch.allclose(parts.irrelevant[0], expected[1], atol=1e-9)
+        assert float(parts.relevant[0].abs().max()) > 1e-3
 
 
 def test_the_released_epsilon_is_another_models_configuration() -> None:

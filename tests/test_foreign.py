@@ -54,8 +54,8 @@ def test_vllm_layer_ids_are_what_enters_each_layer(store: ActivationStore, tmp_p
     assert (done.sequences, done.rows_written) == (len(PROMPTS), 3 * len(PROMPTS))
     for place, feature in enumerate(done.features):
         rows = store.read(done.context, PROMPTS, feature)
-        for tokens, found in zip(PROMPTS, rows, strict=True):
-            assert torch.equal(found, states(tokens)[:, place])
+        for tokens, stored in zip(PROMPTS, rows, strict=True):
+            assert torch.equal(stored, states(tokens)[:, place])
     assert store.verify().damaged == ()
 
 
@@ -124,8 +124,8 @@ def test_a_cache_without_token_ids_needs_them_given(store: ActivationStore, tmp_
 
 
 def test_columns_that_are_no_points_are_refused(store: ActivationStore, tmp_path: Path) -> None:
-    held = datasets.Dataset.from_dict({"token_ids": [[1, 2]], "blocks.0.attn.hook_z": [[[0.0], [1.0]]]})
-    held.save_to_disk(str(tmp_path / "z"))
+    data = datasets.Dataset.from_dict({"token_ids": [[1, 2]], "blocks.0.attn.hook_z": [[[0.0], [1.0]]]})
+    data.save_to_disk(str(tmp_path / "z"))
     with pytest.raises(StoreError, match=r"no column names a point.*hook_resid_post"):
         import_datasets(tmp_path / "z", store, model="m")
     with pytest.raises(StoreError, match="not a data set"):
@@ -136,9 +136,9 @@ def test_columns_that_are_no_points_are_refused(store: ActivationStore, tmp_path
 def test_rows_go_out_as_a_data_set_and_come_back(point: str, store: ActivationStore, tmp_path: Path) -> None:
     rows = capture(native(), PROMPTS, [Need(point)], store)
     (folder,) = store.export(tmp_path / "out", format="datasets", features=f"{point}/*")
-    held = datasets.load_from_disk(str(folder))
-    assert held.column_names == ["token_ids", f"{point}/rows@all"]
-    assert json.loads(held.info.description)["backend"] == "native"
+    data = datasets.load_from_disk(str(folder))
+    assert data.column_names == ["token_ids", f"{point}/rows@all"]
+    assert json.loads(data.info.description)["backend"] == "native"
     other = ActivationStore(tmp_path / "other")
     done = import_datasets(folder, other, model="tiny")
     assert done.context["weights"] == "foreign:tiny"

@@ -16,9 +16,9 @@ def usage() -> dict[str, dict[str, int]]:
     script = Path(__file__).with_name("compiled_kernels.py")
     path = os.pathsep.join([str(script.parent.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
-    made = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
-    assert made.returncode == 0, made.stderr[-2000:]
-    return json.loads(made.stdout)
+    run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout)
 
 
 def test_every_kernel_is_compiled(usage: dict[str, dict[str, int]]) -> None:

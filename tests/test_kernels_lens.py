@@ -26,10 +26,10 @@ def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 def compare(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, top_k: int) -> None:
     expected = reference.lens_rows(hidden, weight, bias, softcap, IDS, top_k)
     with forced("fused"):
-        found = lens_rows(hidden, weight, bias, softcap, IDS, top_k)
-    for name in ("log_z", "entropy_bits", "wanted", "top_logprobs"):
-        torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=3e-5, rtol=3e-5, msg=name)
-    assert torch.equal(found.top_ids.long(), expected.top_ids)
+        read = lens_rows(hidden, weight, bias, softcap, IDS, top_k)
+    for name in ("log_z", "entropy_bits", "logprobs", "top_logprobs"):
+        torch.testing.assert_close(getattr(read, name), getattr(expected, name), atol=3e-5, rtol=3e-5, msg=name)
+    assert torch.equal(read.top_ids.long(), expected.top_ids)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -47,15 +47,15 @@ def test_bias_and_softcap() -> None:
 
 def test_nothing_asked_for_but_the_distribution() -> None:
     with forced("fused"):
-        found = lens_rows(rand(3, 40), rand(300, 40, seed=1))
-    assert found.wanted.shape == found.top_ids.shape == (3, 0)
-    torch.testing.assert_close(found.log_z, (rand(3, 40) @ rand(300, 40, seed=1).T).logsumexp(-1))
+        read = lens_rows(rand(3, 40), rand(300, 40, seed=1))
+    assert read.logprobs.shape == read.top_ids.shape == (3, 0)
+    torch.testing.assert_close(read.log_z, (rand(3, 40) @ rand(300, 40, seed=1).T).logsumexp(-1))
 
 
 def test_no_rows() -> None:
     with forced("fused"):
-        found = lens_rows(rand(0, 40), rand(300, 40, seed=1), ids=IDS, top_k=2)
-    assert (found.log_z.shape, found.wanted.shape, found.top_ids.shape) == ((0,), (0, 4), (0, 2))
+        read = lens_rows(rand(0, 40), rand(300, 40, seed=1), ids=IDS, top_k=2)
+    assert (read.log_z.shape, read.logprobs.shape, read.top_ids.shape) == ((0,), (0, 4), (0, 2))
 
 
 def test_shares_of_the_vocabulary_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,8 +90,8 @@ def test_the_lens_reducers_read_through_the_models_own_norm(family: str, reducer
     model, rows, index = native(family), rand(7, 32), torch.tensor([6, 2, 2, 0])
     expected = reference.reduce_rows(rows, index, [4], reducer, model.unembedding)
     with forced("fused"):
-        found = reduce_rows(rows, index, [4], reducer, model.unembedding)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+        read = reduce_rows(rows, index, [4], reducer, model.unembedding)
+    torch.testing.assert_close(read, expected, atol=1e-4, rtol=1e-5)
 
 
 def test_the_tie_to_the_models_own_logits() -> None:
@@ -109,6 +109,6 @@ def test_the_tie_to_the_models_own_logits() -> None:
         },
     )
     with forced("fused"):
-        found = reduce_rows(final[0], torch.arange(4), [4], Reducer("lens_ids", ids=(1, 2)), model.unembedding)
-    torch.testing.assert_close(found, logits[0].log_softmax(-1)[:, [1, 2]], atol=1e-4, rtol=1e-4)
+        read = reduce_rows(final[0], torch.arange(4), [4], Reducer("lens_ids", ids=(1, 2)), model.unembedding)
+    torch.testing.assert_close(read, logits[0].log_softmax(-1)[:, [1, 2]], atol=1e-4, rtol=1e-4)
     assert lens.VOCAB_TILE > 97

@@ -26,7 +26,7 @@ def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 def outputs(capacity: int, width: int, storage: torch.dtype, k: int) -> RowOutputs:
     """Every output, filled with a value that no row has."""
     coded = storage == torch.int8
-    made = {
+    values = {
         "packed": torch.full((capacity, width), 77, dtype=storage),
         "scale": torch.full((capacity,), 77.0) if coded else None,
         "error": torch.full((capacity,), 77.0) if coded else None,
@@ -35,21 +35,21 @@ def outputs(capacity: int, width: int, storage: torch.dtype, k: int) -> RowOutpu
         "change": torch.full((capacity, 2), 77.0),
         "coordinates": torch.full((capacity, k), 77.0),
     }
-    return RowOutputs(**made)
+    return RowOutputs(**values)
 
 
 def both(tensor: Tensor, index: Tensor, storage: torch.dtype, offset: int = 0, capacity: int | None = None) -> None:
     """Runs reference and fused kernel with every output, and compares."""
     width = tensor.shape[1:].numel()
     previous, basis = rand(len(index), width, seed=1), rand(3, width, seed=2)
-    found = []
+    results = []
     for kernels in ("eager", "fused"):
         out = outputs(capacity or len(index), width, storage, 3)
         with forced(kernels):
             capture_rows(tensor, index, out, previous, basis, torch.tensor([offset]))
-        found.append(out)
+        results.append(out)
     for field in fields(RowOutputs):
-        expected, got = (getattr(out, field.name) for out in found)
+        expected, got = (getattr(out, field.name) for out in results)
         if expected is None:
             assert got is None
         elif field.name == "packed":
@@ -184,13 +184,13 @@ def test_reducers(reducer: Reducer, dtype: torch.dtype) -> None:
     tensor, index, counts = rand(20, 3, 4, dtype=dtype), torch.arange(19, 0, -1), [17, 2]
     expected = reference.reduce_rows(tensor, index, counts, reducer)
     with forced("fused"):
-        found = reduce_rows(tensor, index, counts, reducer)
+        reduced = reduce_rows(tensor, index, counts, reducer)
         into = torch.empty_like(expected)
         assert reduce_rows(tensor, index, counts, reducer, out=into) is into
-    assert found.dtype == expected.dtype
+    assert reduced.dtype == expected.dtype
     if reducer.kind == "int8":
-        found, into, expected = (unpacked(packed).rows for packed in (found, into, expected))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        reduced, into, expected = (unpacked(packed).rows for packed in (reduced, into, expected))
+    torch.testing.assert_close(reduced, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(into, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -221,7 +221,7 @@ def test_a_cpu_tensor_gets_the_reference_unless_forced() -> None:
         (RowOutputs(packed=torch.empty(2, 10, dtype=torch.int8)), {}, "int8 rows come with a scale and an error"),
         (RowOutputs(change=torch.empty(2, 2)), {}, "change needs previous rows"),
         (RowOutputs(coordinates=torch.empty(2, 3)), {"basis": torch.empty(4, 10)}, r"it must be \[rows, 4\]"),
-        (RowOutputs(change=torch.empty(2, 2)), {"previous": torch.empty(1, 10)}, "1 previous rows for 2 wanted ones"),
+        (RowOutputs(change=torch.empty(2, 2)), {"previous": torch.empty(1, 10)}, "1 previous rows for 2 rows"),
         (RowOutputs(norm=torch.empty(2)), {"offset": torch.tensor([1.0])}, "the offset is one int64 number"),
     ],
 )

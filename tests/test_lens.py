@@ -27,14 +27,14 @@ def probabilities(rows: torch.Tensor, read_out: Unembedding = READ_OUT) -> torch
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_tiles_change_nothing(tile: int, softcap: float | None) -> None:
     read_out = Unembedding(READ_OUT.norm, READ_OUT.weight, READ_OUT.bias, softcap)
-    wanted = probabilities(ROWS, read_out)
-    found = lens.read(ROWS, read_out, ids=torch.tensor([0, 49]), top_k=3, tile=tile)
-    torch.testing.assert_close(found.logprobs, wanted[:, [0, 49]].float(), atol=1e-5, rtol=1e-5)
-    best = wanted.topk(3)
-    torch.testing.assert_close(found.top_logprobs, best.values.float(), atol=1e-5, rtol=1e-5)
-    assert torch.equal(found.top_ids, best.indices)
-    entropy = -(wanted.exp() * wanted).sum(-1) / torch.log(torch.tensor(2.0))
-    torch.testing.assert_close(found.entropy_bits, entropy.float(), atol=1e-4, rtol=1e-4)
+    logprobs_of_rows = probabilities(ROWS, read_out)
+    read = lens.read(ROWS, read_out, ids=torch.tensor([0, 49]), top_k=3, tile=tile)
+    torch.testing.assert_close(read.logprobs, logprobs_of_rows[:, [0, 49]].float(), atol=1e-5, rtol=1e-5)
+    best = logprobs_of_rows.topk(3)
+    torch.testing.assert_close(read.top_logprobs, best.values.float(), atol=1e-5, rtol=1e-5)
+    assert torch.equal(read.top_ids, best.indices)
+    entropy = -(logprobs_of_rows.exp() * logprobs_of_rows).sum(-1) / torch.log(torch.tensor(2.0))
+    torch.testing.assert_close(read.entropy_bits, entropy.float(), atol=1e-4, rtol=1e-4)
 
 
 def test_ids_per_row_and_shared_ids_agree() -> None:
@@ -46,9 +46,9 @@ def test_ids_per_row_and_shared_ids_agree() -> None:
 @pytest.mark.parametrize("tile", [7, 4096])
 def test_divergence_from_references(tile: int) -> None:
     reference, of = ROWS[:600], torch.arange(700).remainder(600).flip(0)
-    found = lens.read(ROWS, READ_OUT, reference=reference, reference_of=of, tile=tile).kl
+    read = lens.read(ROWS, READ_OUT, reference=reference, reference_of=of, tile=tile).kl
     p, q = probabilities(reference)[of], probabilities(ROWS)
-    torch.testing.assert_close(found, (p.exp() * (p - q)).sum(-1).float(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(read, (p.exp() * (p - q)).sum(-1).float(), atol=1e-4, rtol=1e-4)
     same = lens.read(reference, READ_OUT, reference=reference, tile=tile).kl
     assert same.abs().max() < 1e-5
 
@@ -67,9 +67,9 @@ def test_permuting_the_vocabulary_permutes_the_ids() -> None:
 
 
 def test_no_rows_are_read_as_no_rows() -> None:
-    found = lens.read(torch.empty(0, 8), READ_OUT, top_k=2)
-    assert found.log_z.shape == (0,)
-    assert found.top_ids.shape == (0, 2)
+    read = lens.read(torch.empty(0, 8), READ_OUT, top_k=2)
+    assert read.log_z.shape == (0,)
+    assert read.top_ids.shape == (0, 2)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi", "olmo2"])
@@ -79,5 +79,5 @@ def test_the_last_layer_reads_the_models_own_softmax(family: str, store: Activat
     from probes.capture.needs import Need
 
     rows = capture(model, PROMPTS, [Need((last, "logits"))], store)
-    found = lens.read(rows.packed(last), model.unembedding(), ids=torch.arange(model.shape.d_vocab))
-    torch.testing.assert_close(found.logprobs.exp(), rows.packed("logits").softmax(-1), atol=1e-5, rtol=0)
+    read = lens.read(rows.packed(last), model.unembedding(), ids=torch.arange(model.shape.d_vocab))
+    torch.testing.assert_close(read.logprobs.exp(), rows.packed("logits").softmax(-1), atol=1e-5, rtol=0)

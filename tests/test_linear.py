@@ -40,14 +40,14 @@ def planted(seed: int = 0, n: int = N, d: int = D) -> tuple[list[np.ndarray], np
 )
 def test_planted_concept_appears_exactly_at_its_layer(recipe: Recipe) -> None:
     layers, labels = planted()
-    found = list(probe_layers(layers, labels, recipe=recipe, jobs=2))
+    evaluations = list(probe_layers(layers, labels, recipe=recipe, jobs=2))
     expected = norm.cdf(DELTA / 2)
-    for layer, evaluation in enumerate(found):
+    for layer, evaluation in enumerate(evaluations):
         n = len(evaluation.row) / len(recipe.seeds)
         target = expected if layer >= ONSET else 0.5
         error = np.sqrt(target * (1 - target) / n)
         assert abs(evaluation.accuracy - target) <= 2 * error + 1 / n, (layer, evaluation.accuracy, target)
-    statistics = depth_statistics([evaluation.accuracy for evaluation in found], 0.5)
+    statistics = depth_statistics([evaluation.accuracy for evaluation in evaluations], 0.5)
     assert statistics["jump"] == statistics["depth_90"] == ONSET / LAYERS
 
 
@@ -90,12 +90,12 @@ def test_the_control_task_is_high_where_rows_name_their_type_and_at_chance_where
     names = rng.normal(size=(n_types, 80))
     rows = rng.normal(size=(n, 80)) * 0.1 + (names[types] if memorisable else 0)
     rows[:, 0] += 3 * (2 * labels - 1)
-    found = next(probe_layers([rows], labels, groups=groups, types=types, jobs=1))
-    assert found.accuracy > 0.95
-    assert np.isfinite(found.typed).mean() > 0.95
+    evaluation = next(probe_layers([rows], labels, groups=groups, types=types, jobs=1))
+    assert evaluation.accuracy > 0.95
+    assert np.isfinite(evaluation.typed).mean() > 0.95
     # Under this split no group recurs: the same labels dealt to groups are unknowable whatever the rows hold.
     assert np.isnan(next(probe_layers([rows], labels, groups=groups, jobs=1)).typed).all()
-    control = np.nanmean(found.typed)
+    control = np.nanmean(evaluation.typed)
     if memorisable:
         assert control > 0.95
     else:
@@ -144,7 +144,7 @@ def test_standardising_makes_scale_irrelevant() -> None:
 
 def test_swapping_the_labels_mirrors_the_probe_and_leaves_the_scores() -> None:
     layers, labels = planted(n=400)
-    one, two = (next(probe_layers(layers[-1:], wanted, jobs=1)) for wanted in (labels, 1 - labels))
+    one, two = (next(probe_layers(layers[-1:], classes, jobs=1)) for classes in (labels, 1 - labels))
     assert one.accuracy == two.accuracy
     assert one.auc == pytest.approx(two.auc, abs=1e-12)
     for a, b in zip(one.probes, two.probes, strict=True):
@@ -172,16 +172,16 @@ def test_rows_wider_than_they_are_many_give_the_probe_of_the_full_problem() -> N
 def test_released_recipe_is_the_released_procedure() -> None:
     layers, labels = planted(n=500)
     order = np.argsort(labels, kind="stable")
-    found = probe_layers([layer[order] for layer in layers], labels[order], recipe=RELEASED, jobs=1)
-    for layer, evaluation in zip(layers, found, strict=True):
+    evaluations = probe_layers([layer[order] for layer in layers], labels[order], recipe=RELEASED, jobs=1)
+    for layer, evaluation in zip(layers, evaluations, strict=True):
         rows = layer[order].astype(np.float32)
-        train, test, known, wanted = train_test_split(rows, labels[order], test_size=0.4, random_state=42)
+        train, test, known, known_test = train_test_split(rows, labels[order], test_size=0.4, random_state=42)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             plain = LogisticRegression().fit(train, known)
-        assert evaluation.accuracy == accuracy_score(wanted, plain.predict(test))
-        assert evaluation.f1 == f1_score(wanted, plain.predict(test))
-        assert evaluation.auc == pytest.approx(roc_auc_score(wanted, plain.predict_proba(test)[:, 1]), abs=1e-12)
+        assert evaluation.accuracy == accuracy_score(known_test, plain.predict(test))
+        assert evaluation.f1 == f1_score(known_test, plain.predict(test))
+        assert evaluation.auc == pytest.approx(roc_auc_score(known_test, plain.predict_proba(test)[:, 1]), abs=1e-12)
 
 
 def test_a_fit_that_stops_early_says_so_and_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:

@@ -337,7 +337,9 @@ def test_divergence_and_calibration_by_hand() -> None:
     assert calibration_error(confidence, correct) == pytest.approx(0.5 * 0.4 + 0.5 * 0.15)
     loss = np.array([[1.0, 2.0], [3.0, 6.0]])
     control = Predictions(loss, loss, np.full((2, 2), 0.5), np.ones((2, 2)))
-    table = loss_table({"control": control, "worse": replace(control, loss=loss + 1)}, "control", 0).set_index("variant")
+    table = loss_table({"control": control, "worse": replace(control, loss=loss + 1)}, "control", 0).set_index(
+        "variant"
+    )
     assert table.loc["worse", ["mean", "median", "gap_to_control"]].tolist() == [4, 3.5, 1]
     assert table.loc["worse", ["gap_low", "gap_high"]].isna().all(), "two blocks support no interval"
     many = {

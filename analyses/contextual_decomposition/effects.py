@@ -56,7 +56,7 @@ def direct_attribution(
 
     None where blocks normalise each sum, so that nothing reaches the end unchanged.
     """
-    shape = decomposer.structure
+    shape = decomposer.operations
     if shape.kind == "post_norm":
         return None
     frozen, seen, end = Rules(), prompt.trace, len(case.tokens) - 1
@@ -71,6 +71,6 @@ def direct_attribution(
         rel = each.flatten(-2) @ block.o.weight
         if block.ln1_post is not None:
             rel = rule.norm(rel, block.ln1_post, seen.get("ln1_post", "in", layer)[end:], frozen)
-        rel, _ = decomposer.readout.relevant(rel, last, ids, frozen)
+        rel, _ = decomposer.logit_operations.relevant(rel, last, ids, frozen)
         out.append(case.metric(rel)[:, 0])
     return torch.stack(out).cpu()

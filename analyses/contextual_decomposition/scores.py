@@ -67,7 +67,7 @@ def swept_through(
 
     One sweep gives both: on its way to the end a source passes every head.
     """
-    case, shape = opened.case, decomposer.structure
+    case, shape = opened.case, decomposer.operations
     out = torch.zeros(len(sources), dtype=torch.float64)
     heads = (
         None if reading is None else torch.zeros(len(sources), len(shape.blocks), shape.n_heads, dtype=torch.float64)
@@ -77,7 +77,7 @@ def swept_through(
 
     def visit(indices: list[int]) -> tuple[dict[Address, Visit], Callable[[Tensor, Tensor], None]]:
         def end(rel: Tensor, at: Tensor) -> None:
-            logits, _ = decomposer.readout.relevant(rel, last[at], ids, rules)
+            logits, _ = decomposer.logit_operations.relevant(rel, last[at], ids, rules)
             out[torch.tensor(indices)] = case.metric(logits)[:, -1].double().cpu()
 
         def passing(layer: int) -> Visit:
@@ -106,7 +106,7 @@ def to_nodes(
 ) -> Tensor:
     """What of each target head comes from each source [source, target]."""
     out = torch.zeros(len(sources), len(targets), dtype=torch.float64)
-    n_heads = decomposer.structure.n_heads
+    n_heads = decomposer.operations.n_heads
 
     def visit(indices: list[int]) -> tuple[dict[Address, Visit], None]:
         def reads(layer: int) -> Visit:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from probes.errors import OptionError
-from probes.store.files import Held, lock_for_removal, sync
+from probes.store.files import LockedFile, lock_for_removal, sync
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -193,18 +193,18 @@ def _take_over(workspace: Workspace) -> None:
             os.close(fd)
 
 
-def _open_workspace(parent: Path) -> tuple[Workspace, Held]:
+def _open_workspace(parent: Path) -> tuple[Workspace, LockedFile]:
     while True:
         root = parent / f".bathyscope-{uuid.uuid4().hex}"
         root.mkdir()
         try:
-            return Workspace(root), Held(root, "lock")
+            return Workspace(root), LockedFile(root, "lock")
         except FileNotFoundError:
             # Swept between being made and being locked.
             continue
 
 
-def _close(workspace: Workspace, lock: Held) -> None:
+def _close(workspace: Workspace, lock: LockedFile) -> None:
     try:
         # After a fault in the middle of the exchange, what was put aside goes where it belongs first.
         workspace.settle()

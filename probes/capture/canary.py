@@ -10,13 +10,13 @@ from torch import Tensor
 from probes.errors import ModelError
 from probes.models.protocol import Model
 from probes.models.verify.canary_answer import difference
-from probes.store import ActivationStore, DamagedShard, Packet, Ragged
+from probes.store import DamagedShard, Packet, Ragged, RowStore
 
 CANARY = "canary"
 """Stored once per context: some of the model's outputs at every position of its canary's tokens, float32."""
 
 
-def check_canary(model: Model, context: Mapping[str, str], store: ActivationStore) -> None:
+def check_canary(model: Model, context: Mapping[str, str], store: RowStore) -> None:
     """Refuse a store whose rows under this context come from something that computes other numbers.
 
     Raises:
@@ -33,7 +33,7 @@ def check_canary(model: Model, context: Mapping[str, str], store: ActivationStor
         )
 
 
-def put_canary(model: Model, context: Mapping[str, str], store: ActivationStore) -> None:
+def put_canary(model: Model, context: Mapping[str, str], store: RowStore) -> None:
     """Put this model's canary into the store, before rows are added under a context that has none.
 
     Raises:
@@ -45,10 +45,10 @@ def put_canary(model: Model, context: Mapping[str, str], store: ActivationStore)
         check_canary(model, context, store)
 
 
-def _stored(model: Model, context: Mapping[str, str], store: ActivationStore) -> Tensor | None:
+def _stored(model: Model, context: Mapping[str, str], store: RowStore) -> Tensor | None:
     """The stored canary [rows, pos, width], or None where there is none that can be read."""
     key, rows = _plain(context), _rows(model)
-    if not store.held(key, rows, [CANARY]).all():
+    if not store.contains(key, rows, [CANARY]).all():
         return None
     try:
         return torch.stack(store.read(key, rows, CANARY))

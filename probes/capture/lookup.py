@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from probes.capture.needs import Feature
-from probes.store import ActivationStore, Packet, Ragged
+from probes.store import Packet, Ragged, RowStore
 
 CONTINUATION = "continuation"
 """Stored under a prompt: the token ids of a longer sequence, captured, that begins with it."""
@@ -26,7 +26,7 @@ class Lookup:
     sequence that continues it.
     """
 
-    store: ActivationStore
+    store: RowStore
     context: Mapping[str, str]
     causal: bool
 
@@ -45,7 +45,7 @@ class Lookup:
     def sources(self, sequences: Sequence[Tokens], features: Sequence[Feature]) -> list[list[Tokens | None]]:
         """Return [sequences][features]: the sequence under which the store has the feature's rows, or None."""
         keys = [feature.key for feature in features]
-        own = self.store.held(self.context, sequences, keys)
+        own = self.store.contains(self.context, sequences, keys)
         longer = self._continuations(sequences) if self._prefixes and not own.all() else {}
         closed = np.array([feature.reducer.per_position for feature in features])
         after = {s: row & closed for s, row in self._stored_by_sequence(list(longer.values()), keys).items()}
@@ -72,10 +72,10 @@ class Lookup:
     def _stored_by_sequence(self, sequences: list[Tokens], keys: list[str]) -> dict[Tokens, np.ndarray]:
         if not sequences:
             return {}
-        return dict(zip(sequences, self.store.held(self.context, sequences, keys), strict=True))
+        return dict(zip(sequences, self.store.contains(self.context, sequences, keys), strict=True))
 
     def _continuations(self, sequences: Sequence[Tokens]) -> dict[Tokens, Tokens]:
-        has = self.store.held(self.context, sequences, [CONTINUATION])[:, 0]
+        has = self.store.contains(self.context, sequences, [CONTINUATION])[:, 0]
         known = [s for s, h in zip(sequences, has, strict=True) if h]
         if not known:
             return {}

@@ -33,7 +33,7 @@ from probes.errors import ModelError, PointError
 from probes.models.protocol import LayerMajor, Model
 from probes.progress import QUIET, Progress
 from probes.prompts import Batch, batches, token_ids
-from probes.store import ActivationStore
+from probes.store import RowStore
 
 Sequences = Sequence[str | Sequence[int]]
 """Texts, or token ids as given."""
@@ -50,7 +50,7 @@ def context_of(model: Model, edits: Sequence[Edit] = ()) -> dict[str, str]:
 
 
 def plan_capture(
-    model: Model, sequences: Sequences, needs: Iterable[Need], store: ActivationStore, edits: Sequence[Edit] = ()
+    model: Model, sequences: Sequences, needs: Iterable[Need], store: RowStore, edits: Sequence[Edit] = ()
 ) -> CapturePlan:
     """Return the plan of the forwards that remain before every sequence has every need.
 
@@ -77,7 +77,7 @@ def capture(
     model: Model,
     sequences: Sequences,
     needs: Iterable[Need],
-    store: ActivationStore,
+    store: RowStore,
     *,
     edits: Sequence[Edit] = (),
     prompt_lengths: Sequence[int] | None = None,

@@ -1,20 +1,5 @@
-"""Contextual decomposition: what of an activation comes from chosen heads, MLPs or tokens."""
+"""Contextual decomposition: what part of an activation comes from chosen heads, MLPs or tokens. Imported by analyses only."""
 
-from probes.decomposition.decomposer import Decomposer, Parts, decompose, rules_of
-from probes.decomposition.rules import PRESETS, Rules
-from probes.decomposition.sources import Baseline, Node, Source, head, mlp, token
+import lazy_loader
 
-__all__ = [
-    "PRESETS",
-    "Baseline",
-    "Decomposer",
-    "Node",
-    "Parts",
-    "Rules",
-    "Source",
-    "decompose",
-    "head",
-    "mlp",
-    "rules_of",
-    "token",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

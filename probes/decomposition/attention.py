@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -19,32 +21,31 @@ from probes.models.verify.recording import attention_layers
 
 
 @contextmanager
-def heard(module: nn.Module, anatomy: Anatomy, found: dict[int, Attended], layers: tuple[int, ...]) -> Iterator[None]:
-    """Within, forwards of `module` leave in `found` what attention of `layers` received, the latest call of each.
+def capture_attention_inputs(
+    module: nn.Module, anatomy: Anatomy, layers: tuple[int, ...]
+) -> Iterator[dict[int, Attended]]:
+    """Collect, during forwards of `module` inside the block, what attention of each layer received; the latest call counts.
 
-    Attention is heard at transformers' attention interface, or where a model goes past it at torch's own function.
+    It is read at transformers' attention interface, or where a model goes past that, at torch's own attention function.
     """
     config = module.config.get_text_config()  # type: ignore[union-attr,operator]
     inside = attention_layers(module, anatomy)
+    inputs: dict[int, Attended] = {}
     with ExitStack() as stack:
         if "pattern" in anatomy.refused:
-            stack.enter_context(_Calls(anatomy, found, stack))
+            stack.enter_context(_Calls(anatomy, inputs, stack))
         else:
-            watch = {layer: _keep(found, layer) for layer in layers}
+            watch = {layer: partial(inputs.__setitem__, layer) for layer in layers}
             stack.enter_context(watched(config, inside, watch))
-        yield
-
-
-def _keep(found: dict[int, Attended], layer: int) -> Any:
-    return lambda attended: found.__setitem__(layer, attended)
+        yield inputs
 
 
 class _Calls(TorchFunctionMode):
-    """Calls of torch's attention function, by the layer whose attention module makes them."""
+    """Keeps the inputs of torch's attention function by the layer whose attention module calls it."""
 
-    def __init__(self, anatomy: Anatomy, found: dict[int, Attended], stack: ExitStack) -> None:
+    def __init__(self, anatomy: Anatomy, inputs: dict[int, Attended], stack: ExitStack) -> None:
         super().__init__()
-        self.found, self.layer = found, -1
+        self.inputs, self.layer = inputs, -1
         for layer in range(anatomy.n_layers):
             if path := anatomy.map.path("attn", layer):
                 hook = anatomy.map.module.get_submodule(path).register_forward_pre_hook(self._entering(layer))
@@ -62,12 +63,12 @@ class _Calls(TorchFunctionMode):
             causal = bool(given.get("is_causal", False))
             scale = given.get("scale") or query.shape[-1] ** -0.5
             arguments = {"scaling": scale, "is_causal": causal}
-            self.found[self.layer] = Attended(query, key, value, query.new_zeros(0), given.get("attn_mask"), arguments)
+            self.inputs[self.layer] = Attended(query, key, value, query.new_zeros(0), given.get("attn_mask"), arguments)
         return func(*args, **kwargs)
 
 
 def scoring_of(attention: nn.Module, attended: Attended, causal: bool) -> Scoring:
-    """How one layer turned queries into probabilities, from the arguments of its attention function; one prompt."""
+    """Return how one layer turned the queries of one prompt into probabilities, from the arguments of its attention function."""
     query, key, given = attended.query, attended.key, attended.arguments
     scale = given.get("scaling") or getattr(attention, "scaling", None) or query.shape[-1] ** -0.5
     bias = query.new_zeros(1, query.shape[2], key.shape[2])
@@ -90,13 +91,15 @@ def scoring_of(attention: nn.Module, attended: Attended, causal: bool) -> Scorin
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """The linear map of each position between a normed projection and attention: [pos, d_head, d_head], inputs first."""
+    """Per position, the linear map from a normed query or key to what attention receives: [pos, d_head, d_head], inputs first."""
 
     query: Tensor
     key: Tensor
 
-    def turned(self, x: Tensor, which: str, at: slice | Tensor) -> Tensor:
-        """States [..., pos, head, d_head] at positions `at`, as attention receives them."""
+    def turned(
+        self, x: Float[Tensor, "*source pos head d_head"], which: str, at: slice | Tensor
+    ) -> Float[Tensor, "*source pos head d_head"]:
+        """Return states at positions `at` as attention receives them; `which` is `query` or `key`."""
         # Over positions, not rows: a batch of d_head-wide products over few heads each would be mostly overhead.
         return torch.einsum("...phd,pde->...phe", x, getattr(self, which)[at])
 
@@ -109,17 +112,17 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 def rotation_of(
     module: nn.Module, anatomy: Anatomy, layer: int, call: Call, sizes: tuple[int, int], dtype: torch.dtype
 ) -> Rotation:
-    """The map measured: every unit vector is put in place of each projection, and what attention receives is read.
+    """Measure the map: put every unit vector in place of each projection, and read what attention receives.
 
     Args:
         call: the arguments with which the model calls this layer's attention, whose first is the hidden states.
         sizes: (positions, d_model).
     """
-    d_head, found = anatomy.d_head, dict[int, Attended]()
+    d_head = anatomy.d_head
     attention = anatomy.component("attn", layer)
     hidden = _first(call).new_zeros(d_head, *sizes)
     with ExitStack() as stack:
-        stack.enter_context(heard(module, anatomy, found, (layer,)))
+        inputs = stack.enter_context(capture_attention_inputs(module, anatomy, (layer,)))
         for name in ("attn.q", "attn.k", "attn.v", "attn.qkv"):
             if anatomy.map.path(name, layer):
                 hook = anatomy.component(name, layer).register_forward_hook(_units(d_head))
@@ -132,7 +135,7 @@ def rotation_of(
             hook = module.get_submodule(path).register_forward_pre_hook(_stop)
             stack.callback(hook.remove)
         _call(attention, hidden, call)
-    attended = found[layer]
+    attended = inputs[layer]
     return Rotation(*(t[:, 0].transpose(0, 1).to(dtype, copy=True) for t in (attended.query, attended.key)))
 
 
@@ -153,12 +156,12 @@ def _call(attention: nn.Module, hidden: Tensor, call: Call) -> None:
 
 def _first(call: Call) -> Tensor:
     args, kwargs = call
-    found: Tensor = args[0] if args else kwargs["hidden_states"]
-    return found
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
 
 
 def _units(d_head: int) -> Any:
-    """A hook under which row i of the batch has unit vector i in every head at every position."""
+    """Return a hook that makes row i of the batch unit vector i in every head at every position."""
 
     def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         eye = torch.eye(d_head, dtype=output.dtype, device=output.device)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from probes.anatomy import Anatomy
 from probes.blocks.rerouting import module_of
 from probes.decomposition.attention import Rotation, rotation_of, scoring_of
-from probes.decomposition.final_norm import Readout, readout_of
-from probes.decomposition.operations import Structure, structure_of
-from probes.decomposition.operators import tolerance
+from probes.decomposition.block_operations import ModelOperations, read_model_operations
+from probes.decomposition.logit_operations import LogitOperations, read_logit_operations
+from probes.decomposition.module_reading import tolerance
+from probes.decomposition.nodes import Baseline, Source, check, groups
 from probes.decomposition.rules import PRESETS, Attending, Rules, by_heads, mix
-from probes.decomposition.sources import Baseline, Source, check, groups
 from probes.decomposition.trace import Trace, trace
 from probes.decomposition.walk import Prepared, Visit, Walk, head_normed
 from probes.errors import OptionError, PointError, unknown
@@ -42,11 +42,12 @@ class Parts:
 
     @property
     def irrelevant(self) -> Tensor:
+        """Return what the total holds beside the relevant part."""
         return self.total - self.relevant
 
 
 def rules_of(preset: str | Rules) -> Rules:
-    """The rules of a preset by name, or as given.
+    """Return the rules of a preset by name, or the rules given.
 
     Raises:
         OptionError: an unknown preset, with the legal ones.
@@ -74,34 +75,34 @@ class Decomposer:
         seen = trace(model, tokens)
         with module_of(model) as (module, anatomy):
             config = module.config.get_text_config()  # type: ignore[union-attr,operator]
-            self.structure: Structure = structure_of(anatomy, model.shape.causal, seen, config)
+            self.operations: ModelOperations = read_model_operations(anatomy, model.shape.causal, seen, config)
             cap = float(anatomy.map.sizes.output_logits_soft_cap)
             last = seen.get("block", "out", anatomy.n_layers - 1)
-            self._readout: Readout | PointError
+            self._logit_operations: LogitOperations | PointError
             try:
-                self._readout = readout_of(module, seen, last, cap if cap > 0 else None)
+                self._logit_operations = read_logit_operations(module, seen, last, cap if cap > 0 else None)
             except PointError as reason:
-                self._readout = reason
+                self._logit_operations = reason
 
     @property
-    def readout(self) -> Readout:
-        """The operations after the last block.
+    def logit_operations(self) -> LogitOperations:
+        """Return the operations after the last block.
 
         Raises:
             PointError: they are unknown to the rules.
         """
-        if isinstance(self._readout, PointError):
-            raise self._readout
-        return self._readout
+        if isinstance(self._logit_operations, PointError):
+            raise self._logit_operations
+        return self._logit_operations
 
     @torch.no_grad()
     def prepare(self, tokens: Sequence[int], *, joint: bool = True) -> Prepared:
-        """A prompt traced once; `joint` also reads what attention does to queries and keys, which frozen attention needs not.
+        """Trace a prompt once; `joint` also reads what attention does to queries and keys, which frozen attention does not need.
 
         Raises:
             PointError: attention that the rules do not reproduce, by block.
         """
-        seen, shape = trace(self.model, tokens), self.structure
+        seen, shape = trace(self.model, tokens), self.operations
         patterns, scorings, entering, received = [], [], [], []
         with module_of(self.model) as (module, anatomy):
             for layer in range(anatomy.n_layers):
@@ -122,7 +123,7 @@ class Decomposer:
         return prepared
 
     def _rotated(self, module: nn.Module, anatomy: Anatomy, seen: Trace, n: int) -> tuple[Rotation, ...]:
-        """Every layer's rotation, measured once for each length of prompt; `_check` holds it against each prompt."""
+        """Return every layer's rotation, measured once for each length of prompt; `_check` tests it on each prompt."""
         if n not in self._rotations:
             dtype, sizes = seen.logits.dtype, (n, self.model.shape.d_model)
             self._rotations[n] = tuple(
@@ -132,15 +133,15 @@ class Decomposer:
         return self._rotations[n]
 
     def _check(self, prepared: Prepared, layer: int) -> None:
-        """The pattern times the values is z; rotated queries are those that attention received."""
-        block, received = self.structure.blocks[layer], prepared.received[layer]
+        """Check that the pattern times the values is z, and that rotated queries and keys are those that attention received."""
+        block, received = self.operations.blocks[layer], prepared.received[layer]
         bound = tolerance(getattr(torch, self.model.context.dtype))
         z = mix(prepared.patterns[layer], received.value).flatten(-2)
         errors = {"attention probabilities": deviation(z, prepared.trace.get("attn.o", "in", layer))}
         if prepared.rotations:
             for name, linear, norm in (("query", block.q, block.q_norm), ("key", block.k, block.k_norm)):
                 flat = linear.total(prepared.entering[layer])
-                states = by_heads(flat, self.structure.d_head)
+                states = by_heads(flat, self.operations.d_head)
                 if norm is not None:
                     states = head_normed(states, norm, flat, lambda x, _, norm=norm: norm.total(x))  # type: ignore[misc]
                 turned = prepared.rotations[layer].turned(states, name, slice(None))
@@ -164,13 +165,13 @@ class Decomposer:
         restart: bool = True,
         rows: int = ROWS,
     ) -> None:
-        """Carries every source of a prompt, in batches that each source joins at its own layer.
+        """Carry every source of a prompt to what is visited, in batches that each source joins at its own layer.
 
         Args:
             visit: for a batch (indices of its sources, in the order in which they begin), what is done at which
                 addresses, and what is done with what leaves the last block [source, pos, d_model] at its positions
                 [pos], or None to stop before. Sources that begin later than an address are not among those given.
-            keep: the positions still wanted after the last block's attention.
+            keep: the positions carried on after the last block's attention; all unless given.
             restart: begin each source at its layer, and a batch at its earliest position.
 
         Raises:
@@ -178,15 +179,15 @@ class Decomposer:
         """
         chosen = rules_of(rules)
         n = len(prompt.trace.tokens)
-        check(sources, len(self.structure.blocks), self.structure.n_heads, n)
+        check(sources, len(self.operations.blocks), self.operations.n_heads, n)
         if chosen.attention != "frozen" and not prompt.rotations:
             raise PointError("this prompt was prepared for frozen attention only; prepare it with joint=True")
-        for indices in groups(sources, n, rows, self.structure.causal):
+        for indices in groups(sources, n, rows, self.operations.causal):
             visits, end = visit(indices)
             batch = [sources[i] for i in indices]
-            self._one(prompt, batch, chosen, baseline, visits, end, keep, restart)
+            self._walk_batch(prompt, batch, chosen, baseline, visits, end, keep, restart)
 
-    def _one(
+    def _walk_batch(
         self,
         prompt: Prepared,
         batch: Sequence[Source],
@@ -199,12 +200,12 @@ class Decomposer:
     ) -> None:
         reach = {**visits}
         if end is not None:
-            reach.setdefault(Address("resid_post", len(self.structure.blocks) - 1), lambda *_: None)
-        walk = Walk(self.structure, prompt, batch, rules, baseline, reach, None, restart)
+            reach.setdefault(Address("resid_post", len(self.operations.blocks) - 1), lambda *_: None)
+        walk = Walk(self.operations, prompt, batch, rules, baseline, reach, None, restart)
         if keep is not None:
             begin = int(walk.at[0]) if len(walk.at) else 0
-            wanted = sorted({position % len(prompt.trace.tokens) for position in keep})
-            walk.keep = torch.tensor([p for p in wanted if p >= begin], dtype=torch.long, device=self.model.device)
+            chosen = sorted({position % len(prompt.trace.tokens) for position in keep})
+            walk.keep = torch.tensor([p for p in chosen if p >= begin], dtype=torch.long, device=self.model.device)
             if not len(walk.keep):
                 return
         rel = walk.run()
@@ -224,12 +225,12 @@ def decompose(
     restart: bool = True,
     rows: int = ROWS,
 ) -> dict[str, Parts]:
-    """Both parts of activations for each source, by address; `logits` holds those of the token ids asked for.
+    """Return both parts of activations for each source, by address; of logits those of chosen token ids, under `logits`.
 
     Args:
         sources: sets of nodes (`head`, `mlp`, `token`), each declared relevant together.
         points: addresses such as `resid_post.3` or `z.2`.
-        logits: token ids whose logits are wanted.
+        logits: token ids whose logits are decomposed.
         baseline: the mean to which a node's activation is compared; None declares it relevant as it is.
         restart: begin at the earliest source instead of at block 0; the result is the same.
 
@@ -245,30 +246,30 @@ def decompose(
         if reason := decomposer.model.refusal(address):
             raise PointError(f"{decomposer.model.ref} has no point {str(address)!r}: {reason}")
     prompt = decomposer.prepare(tokens, joint=chosen.attention != "frozen")
-    n, found = len(tokens), dict[str, Parts]()
+    n, parts = len(tokens), dict[str, Parts]()
     ids = torch.tensor(list(logits), dtype=torch.long, device=decomposer.model.device)
 
     def put(name: str, indices: list[int], rel: Tensor, total: Tensor, at: Tensor) -> None:
-        if name not in found:
-            found[name] = Parts(rel.new_zeros(len(sources), n, *rel.shape[2:]), total.new_zeros(n, *total.shape[1:]))
-        found[name].relevant[torch.tensor(indices[: len(rel)])[:, None], at] = rel
-        found[name].total[at] = total
+        if name not in parts:
+            parts[name] = Parts(rel.new_zeros(len(sources), n, *rel.shape[2:]), total.new_zeros(n, *total.shape[1:]))
+        parts[name].relevant[torch.tensor(indices[: len(rel)])[:, None], at] = rel
+        parts[name].total[at] = total
 
     def visit(indices: list[int]) -> tuple[dict[Address, Visit], Callable[[Tensor, Tensor], None] | None]:
         visits = {a: _putting(put, str(a), indices) for a in addresses}
 
         def end(rel: Tensor, at: Tensor) -> None:
-            last = prompt.trace.get("block", "out", len(decomposer.structure.blocks) - 1)[at]
-            put("logits", indices, *decomposer.readout.relevant(rel, last, ids, chosen), at)
+            last = prompt.trace.get("block", "out", len(decomposer.operations.blocks) - 1)[at]
+            put("logits", indices, *decomposer.logit_operations.relevant(rel, last, ids, chosen), at)
 
         return visits, end if len(ids) else None
 
     if len(ids):
-        _ = decomposer.readout
+        _ = decomposer.logit_operations
     # An empty source, carried through everything, brings every total; batches that begin later do not pass them all.
     decomposer.walk(prompt, [()], lambda _: visit([0]), rules=chosen, restart=False)
     decomposer.walk(prompt, sources, visit, rules=chosen, baseline=baseline, restart=restart, rows=rows)
-    return found
+    return parts
 
 
 def _putting(put: Callable[..., None], name: str, indices: list[int]) -> Visit:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
 from probes.blocks.rerouting import module_of
-from probes.decomposition.attention import Call, heard
-from probes.decomposition.operators import working
+from probes.decomposition.attention import Call, capture_attention_inputs
+from probes.decomposition.module_reading import working
 from probes.errors import PointError, PromptError
 from probes.hooks.attention_probabilities import Attended
 from probes.hooks.forward_hooks import tensor_of
@@ -42,15 +42,15 @@ class Trace:
     """[pos, d_vocab]."""
 
     def get(self, component: str, side: str, layer: int) -> Tensor:
-        """A total [pos, ...]; side is `in` or `out`.
+        """Return a total [pos, ...]; side is `in` or `out`.
 
         Raises:
             PointError: the module did not run.
         """
-        found = self.raw.get((component, side, layer))
-        if found is None:
+        total = self.raw.get((component, side, layer))
+        if total is None:
             raise PointError(f"block {layer}: {component} did not run in a forward pass, so it cannot be decomposed")
-        return found
+        return total
 
 
 class _Recorder:
@@ -119,27 +119,26 @@ def _hooked(recorder: _Recorder, module: nn.Module, anatomy: Anatomy, stack: Exi
 
 @torch.no_grad()
 def trace(model: Model, tokens: Sequence[int]) -> Trace:
-    """Runs `model` once over one prompt and keeps what a decomposition needs.
+    """Run `model` once over one prompt and keep what a decomposition needs.
 
     Raises:
         PointError: the backend keeps its module to itself, or attention cannot be read.
         PromptError: no tokens, or ids outside the vocabulary or the context window.
     """
     _admit(model, tokens)
-    found: dict[int, Attended] = {}
     with module_of(model) as (module, anatomy), ExitStack() as stack:
         recorder = _Recorder(anatomy, len(tokens))
         _hooked(recorder, module, anatomy, stack)
         layers = tuple(range(anatomy.n_layers))
-        stack.enter_context(heard(module, anatomy, found, layers))
+        attended = stack.enter_context(capture_attention_inputs(module, anatomy, layers))
         output = module(input_ids=torch.tensor([list(tokens)], device=model.device), **_plain(model))
-        missing = [layer for layer in layers if layer not in found]
+        missing = [layer for layer in layers if layer not in attended]
         if missing:
             raise PointError(
-                f"{model.ref}: attention of block {missing[0]} cannot be read ({anatomy.refused.get('pattern', 'not heard')})"
+                f"{model.ref}: attention of block {missing[0]} cannot be read ({anatomy.refused.get('pattern', 'it never ran')})"
             )
         logits = recorder.copy(tensor_of(output))
-    return Trace(tuple(tokens), recorder.raw, recorder.routed, found, recorder.calls, tuple(recorder.tail), logits)
+    return Trace(tuple(tokens), recorder.raw, recorder.routed, attended, recorder.calls, tuple(recorder.tail), logits)
 
 
 def _plain(model: Model) -> dict[str, Any]:

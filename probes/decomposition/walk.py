@@ -11,9 +11,9 @@ from torch import Tensor
 
 from probes.decomposition import rules as rule
 from probes.decomposition.attention import Rotation
-from probes.decomposition.operations import Block, Dense, Structure
+from probes.decomposition.block_operations import BlockOperations, Dense, ModelOperations
+from probes.decomposition.nodes import Baseline, Kind, Placing, Source, first_layer, first_position, placings
 from probes.decomposition.rules import Attending, Linear, Norm, Rules, Scoring
-from probes.decomposition.sources import Baseline, Kind, Placing, Source, first_layer, first_position, placings
 from probes.decomposition.trace import Trace
 from probes.points import Address
 
@@ -45,13 +45,13 @@ class Walk:
         batch: sources in order of their first layer.
         baseline: what the sources' activations are compared to; None declares them relevant as they are.
         visits: what is done at each address that the walk passes; it ends after the last.
-        keep: positions that are still wanted after the attention of the last block; None for all.
+        keep: positions carried on after the attention of the last block; None for all.
         restart: begin each source at its layer and all at the earliest position, instead of at block 0 and position 0.
     """
 
     def __init__(
         self,
-        structure: Structure,
+        operations: ModelOperations,
         prompt: Prepared,
         batch: Sequence[Source],
         rules: Rules,
@@ -60,10 +60,16 @@ class Walk:
         keep: Tensor | None = None,
         restart: bool = True,
     ) -> None:
-        self.structure, self.prompt, self.rules, self.baseline, self.visits = structure, prompt, rules, baseline, visits
+        self.operations, self.prompt, self.rules, self.baseline, self.visits = (
+            operations,
+            prompt,
+            rules,
+            baseline,
+            visits,
+        )
         self.n = len(prompt.trace.tokens)
         self.batch, self.placed = batch, placings(batch, self.n)
-        start = min(first_position(source) for source in batch) if restart and structure.causal else 0
+        start = min(first_position(source) for source in batch) if restart and operations.causal else 0
         self.at = torch.arange(start, self.n)
         self.keep = keep
         self.last = max(address.layer or 0 for address in visits)
@@ -71,7 +77,7 @@ class Walk:
 
     @torch.no_grad()
     def run(self) -> Tensor:
-        """Carries the relevant part to the last address; returns what it is there, [source, pos, d_model]."""
+        """Carry the relevant part to the last address; returns what it is there, [source, pos, d_model]."""
         self.at = self.at.to(self.total("block", "in", 0).device)
         stream = self.total("block", "in", 0)
         rel = stream.new_zeros(0, *stream.shape)
@@ -81,11 +87,11 @@ class Walk:
         return rel
 
     def _begun(self, layer: int) -> int:
-        """How many sources, the first of the batch, have begun in `layer` or before."""
+        """Return how many sources, the first of the batch, have begun in `layer` or before."""
         return bisect_right(self.starts, layer)
 
     def total(self, component: str, side: str, layer: int) -> Tensor:
-        """The model's own activation at the positions the walk is at."""
+        """Return the model's own activation at the positions the walk is at."""
         whole = self.prompt.trace.get(component, side, layer)
         return whole if len(self.at) == self.n else whole[self.at]
 
@@ -93,11 +99,11 @@ class Walk:
         if visit := self.visits.get(Address(point, layer)):
             visit(rel, total(), self.at)
 
-    def _wanted(self, layer: int, *points: str) -> bool:
+    def _visited(self, layer: int, *points: str) -> bool:
         return any(Address(point, layer) in self.visits for point in points)
 
     def _declare(self, kind: Kind, layer: int, rel: Tensor, total: Tensor) -> Tensor:
-        """`rel` with the sources of this kind and layer declared relevant."""
+        """Return `rel` with the sources of this kind and layer declared relevant."""
         placing = self.placed.get((kind, layer))
         if placing is None:
             return rel
@@ -119,8 +125,8 @@ class Walk:
         return rel if norm is None else rule.norm(rel, norm, self.total(name, "in", layer), self.rules)
 
     def _block(self, layer: int, rel: Tensor) -> Tensor:
-        block = self.structure.blocks[layer]
-        kind = self.structure.kind
+        block = self.operations.blocks[layer]
+        kind = self.operations.kind
         rel = self._declare("token", layer, rel, self.total("block", "in", layer))
         self._visit("resid_pre", layer, rel, lambda: self.total("block", "in", layer))
         entering, before = rel, self.at
@@ -146,11 +152,11 @@ class Walk:
         return self.total("block", "in", layer) + self._attn_added(layer)
 
     def _attn_added(self, layer: int) -> Tensor:
-        name = "ln1_post" if self.structure.blocks[layer].ln1_post is not None else "attn.o"
+        name = "ln1_post" if self.operations.blocks[layer].ln1_post is not None else "attn.o"
         return self.total(name, "out", layer)
 
-    def _attention(self, block: Block, layer: int, rel: Tensor) -> Tensor:
-        """What attention adds [source, pos, d_model]; after it, the last block's unwanted positions are let go."""
+    def _attention(self, block: BlockOperations, layer: int, rel: Tensor) -> Tensor:
+        """Return what attention adds [source, pos, d_model]; after the last block's, only positions to keep go on."""
         z = self._z(block, layer, rel)
         z = self._declare("head", layer, z, self._z_total(layer))
         self._visit("z", layer, z, lambda: self._z_total(layer))
@@ -162,16 +168,16 @@ class Walk:
         return added
 
     def _z_total(self, layer: int) -> Tensor:
-        return rule.by_heads(self.total("attn.o", "in", layer), self.structure.d_head)
+        return rule.by_heads(self.total("attn.o", "in", layer), self.operations.d_head)
 
-    def _z(self, block: Block, layer: int, rel: Tensor) -> Tensor:
-        """The relevant part of the weighted values [source, pos, head, d_head], before sources are declared."""
-        if ("token", layer) in self.placed or self._wanted(layer, "attn_in", "q", "k", "v"):
+    def _z(self, block: BlockOperations, layer: int, rel: Tensor) -> Tensor:
+        """Return the relevant part of the weighted values [source, pos, head, d_head], before sources are declared."""
+        if ("token", layer) in self.placed or self._visited(layer, "attn_in", "q", "k", "v"):
             return self._weighted(block, layer, rel)
         # Of sources that begin here at heads or an MLP, nothing is relevant yet.
         before = self._begun(layer - 1)
         queries = self._queries(layer)
-        z = rel.new_zeros(len(rel), len(queries), self.structure.n_heads, self.structure.d_head)
+        z = rel.new_zeros(len(rel), len(queries), self.operations.n_heads, self.operations.d_head)
         if not before:
             self.at = queries
         else:
@@ -179,18 +185,18 @@ class Walk:
         return z
 
     def _queries(self, layer: int) -> Tensor:
-        """Positions whose weighted values are wanted."""
-        return self.keep if layer == self.last and self.keep is not None and not self._wanted(layer, "z") else self.at
+        """Return the positions whose weighted values are computed."""
+        return self.keep if layer == self.last and self.keep is not None and not self._visited(layer, "z") else self.at
 
-    def _weighted(self, block: Block, layer: int, rel: Tensor) -> Tensor:
+    def _weighted(self, block: BlockOperations, layer: int, rel: Tensor) -> Tensor:
         keys, queries = self.at, self._queries(layer)
-        normed = self.structure.kind != "post_norm"
+        normed = self.operations.kind != "post_norm"
         h = self._norm("ln1", block.ln1, layer, rel) if normed else rel
         total = self.prompt.entering[layer][keys]
         self._visit("attn_in", layer, h, lambda: total)
         values = self._projected("v", block.v, layer, h, total)
         own = self.prompt.patterns[layer][:, queries]
-        if self.rules.attention != "frozen" or self._wanted(layer, "q", "k"):
+        if self.rules.attention != "frozen" or self._visited(layer, "q", "k"):
             q = self._projected("q", block.q, layer, h, total)
             k = self._projected("k", block.k, layer, h, total)
         self.at = queries
@@ -204,13 +210,13 @@ class Walk:
         return rule.attention(scoring, own, relevant, self.prompt.received[layer], queries)
 
     def _projected(self, name: str, linear: Linear, layer: int, h: Tensor, total: Tensor) -> Tensor:
-        d_head = self.structure.d_head
+        d_head = self.operations.d_head
         out = rule.by_heads(self._linear(h, linear, total), d_head)
         self._visit(name, layer, out, lambda: rule.by_heads(linear.total(total), d_head))
         return out
 
-    def _turned(self, block: Block, layer: int, q: Tensor, k: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-        """The relevant queries and keys [source, pos, head, d_head] as attention receives them."""
+    def _turned(self, block: BlockOperations, layer: int, q: Tensor, k: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the relevant queries and keys [source, pos, head, d_head] as attention receives them."""
         rotation, entering = self.prompt.rotations[layer], self.prompt.entering[layer][at]
         turned = []
         for states, name, norm, linear in ((q, "query", block.q_norm, block.q), (k, "key", block.k_norm, block.k)):
@@ -224,8 +230,8 @@ class Walk:
             turned.append(rotation.turned(states, name, at))
         return turned[0], turned[1]
 
-    def _mlp(self, block: Block, layer: int, rel: Tensor) -> Tensor:
-        """What the MLP adds [source, pos, d_model]."""
+    def _mlp(self, block: BlockOperations, layer: int, rel: Tensor) -> Tensor:
+        """Return what the MLP adds [source, pos, d_model]."""
         mlp = block.mlp
         if isinstance(mlp, Dense):
             total = self.total("mlp.in", "in", layer)
@@ -252,7 +258,7 @@ class Walk:
         return out
 
     def _units(self, mlp: Dense, layer: int, rel: Tensor, total: Tensor) -> Tensor:
-        """The relevant part of the MLP's hidden units [source, pos, d_mlp]."""
+        """Return the relevant part of the MLP's hidden units [source, pos, d_mlp]."""
         names = ("mlp.in",) if mlp.gate is None else ("mlp.gate", "mlp.in")
         maps = (mlp.up,) if mlp.gate is None else (mlp.gate, mlp.up)
         totals = tuple(self.total(name, "out", layer) for name in names)
@@ -266,7 +272,7 @@ class Walk:
 
 
 def head_normed(states: Tensor, norm: Norm, total: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """A norm of queries or keys applied to states [..., pos, head, d_head], given totals [pos, head * d_head]."""
+    """Apply a norm of queries or keys to states [..., pos, head, d_head], given totals [pos, head * d_head]."""
     width = states.shape[-1] if norm.gain is None else norm.gain.shape[-1]
     if width == states.shape[-1]:
         return apply(states, rule.by_heads(total, width))
@@ -274,9 +280,9 @@ def head_normed(states: Tensor, norm: Norm, total: Tensor, apply: Callable[[Tens
 
 
 def _moved(placing: Placing, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, indices into `at` and heads of the nodes whose position is still there."""
+    """Return rows, indices into `at` and heads of the nodes whose position the walk still carries."""
     spots = torch.full((int(max(at.max(), placing.positions.max())) + 1,), -1, dtype=torch.long)
     spots[at.cpu()] = torch.arange(len(at))
     where = spots[placing.positions]
-    held = where >= 0
-    return tuple(index[held].to(at.device) for index in (placing.rows, where, placing.heads))  # type: ignore[return-value]
+    inside = where >= 0
+    return tuple(index[inside].to(at.device) for index in (placing.rows, where, placing.heads))  # type: ignore[return-value]

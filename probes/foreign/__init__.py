@@ -1,4 +1,6 @@
-"""Activations that another tool computed, read into the store with their provenance marked as foreign."""
+"""Activations that another tool computed, written to the store with a context that says so; imported by the command line
+alone.
+"""
 
 from probes.foreign.hf_datasets import import_datasets
 from probes.foreign.rows import Imported, foreign_context

@@ -33,29 +33,29 @@ GLOBAL_HOOKS = {"hook_embed": "embed", "ln_final.hook_normalized": "final_norm"}
 def import_datasets(
     path: str | Path, store: ActivationStore, *, model: str, tokens: str | Path | None = None
 ) -> Imported:
-    """Rows of a data set saved to disk into the store: one sequence a row, one column a point.
+    """Import the rows of a data set saved to disk: one sequence a row, one column a point.
 
     Columns are named by hook (`blocks.3.hook_resid_post`) or as this store exports them (`resid_post.3/rows@all`). SAELens
     runs TransformerLens, which may fold norms and centre weights: its streams are then not those of the plain model.
 
     Args:
-        model: the model that was run, as the rows shall be known.
+        model: the model that was run, by which the rows are known.
         tokens: a prompt file with `{"tokens": […]}` a line, for data sets without token ids.
 
     Raises:
         StoreError: not a data set, columns that are no points, no token ids, or rows that do not match them.
     """
-    held = _load(Path(path).expanduser())
-    columns = _columns(held, str(path))
-    return put_all(store, model, "datasets", _sequences(held, columns, _ids(held, tokens, str(path)), str(path)))
+    data = _load(Path(path).expanduser())
+    columns = _columns(data, str(path))
+    return put_all(store, model, "datasets", _sequences(data, columns, _ids(data, tokens, str(path)), str(path)))
 
 
-def _columns(held: Any, where: str) -> dict[str, str]:
-    """The feature of each column that names a point."""
-    columns = {name: key for name in held.column_names if (key := _key(name)) is not None}
+def _columns(data: Any, where: str) -> dict[str, str]:
+    """Return the feature of each column that names a point."""
+    columns = {name: key for name in data.column_names if (key := _key(name)) is not None}
     if not columns:
         raise StoreError(
-            f"{where}: no column names a point; it has {shown(held.column_names)}. Legal: blocks.N. with {', '.join(HOOKS)}, "
+            f"{where}: no column names a point; it has {shown(data.column_names)}. Legal: blocks.N. with {', '.join(HOOKS)}, "
             f"or {', '.join(GLOBAL_HOOKS)}, or a feature such as resid_post.3/rows@all"
         )
     if len(set(columns.values())) < len(columns):
@@ -69,20 +69,20 @@ def _load(path: Path) -> Any:
     except ImportError:
         raise StoreError("reading data sets needs the datasets library: pip install 'bathyscope[datasets]'") from None
     try:
-        held = load_from_disk(str(path))
+        data = load_from_disk(str(path))
     except Exception as error:  # pyarrow and the library have many classes of their own for a damaged folder.
         raise StoreError(
             f"{shown(str(path))} is not a data set saved with save_to_disk ({one_line(error)}); give the folder it wrote"
         ) from error
-    if not isinstance(held, Dataset):
-        raise StoreError(f"{str(path)!r} holds several splits ({', '.join(held)}): give the folder of one")
-    if not len(held):
+    if not isinstance(data, Dataset):
+        raise StoreError(f"{str(path)!r} holds several splits ({', '.join(data)}): give the folder of one")
+    if not len(data):
         raise StoreError(f"{str(path)!r} has no rows; nothing to import")
-    return held.with_format("numpy")
+    return data.with_format("numpy")
 
 
 def _key(column: str) -> str | None:
-    """The feature that a column holds, or None."""
+    """Return the feature that a column holds, or None."""
     if re.fullmatch(r"[a-z_]+(\.\d+)?/rows@all", column):
         column = column.partition("/")[0]
     inside = re.fullmatch(r"blocks\.(\d{1,6})\.(.+)", column)
@@ -96,34 +96,34 @@ def _key(column: str) -> str | None:
         return None
 
 
-def _ids(held: Any, tokens: str | Path | None, where: str) -> Sequence[Tokens]:
+def _ids(data: Any, tokens: str | Path | None, where: str) -> Sequence[Tokens]:
     if tokens is not None:
         given = [line.tokens for line in read_prompts(tokens)]
-        found = [ids for ids in given if ids is not None]
-        if len(found) != len(given) or len(found) != len(held):
+        sequences = [ids for ids in given if ids is not None]
+        if len(sequences) != len(given) or len(sequences) != len(data):
             raise StoreError(
-                f'{tokens}: {len(found)} lines of "tokens" for the {len(held)} rows of {where}; give one each'
+                f'{tokens}: {len(sequences)} lines of "tokens" for the {len(data)} rows of {where}; give one each'
             )
-        return found
-    column = next((name for name in IDS if name in held.column_names), None)
+        return sequences
+    column = next((name for name in IDS if name in data.column_names), None)
     if column is None:
         raise StoreError(
             f"{where}: no column of token ids ({', '.join(IDS)}), by which rows are found; give them with --tokens FILE.jsonl"
         )
-    rows = _cells(held, [column], where)
+    rows = _cells(data, [column], where)
     return [token_ids(row[column], f"{where}, row {number}, {column}") for number, row in enumerate(rows)]
 
 
-def _cells(held: Any, names: list[str], where: str) -> Iterator[dict[str, Any]]:
-    """The rows of some columns, one by one."""
+def _cells(data: Any, names: list[str], where: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of some columns, one by one."""
     try:
-        yield from held.select_columns(names)
+        yield from data.select_columns(names)
     except Exception as error:  # As when it is opened: the file behind it is read only now.
         raise StoreError(f"{where}: cannot be read ({one_line(error)}); save the data set again") from error
 
 
-def _sequences(held: Any, columns: dict[str, str], ids: Sequence[Tokens], where: str) -> Iterator[tuple[Tokens, Rows]]:
-    for number, (tokens, row) in enumerate(zip(ids, _cells(held, list(columns), where), strict=True)):
+def _sequences(data: Any, columns: dict[str, str], ids: Sequence[Tokens], where: str) -> Iterator[tuple[Tokens, Rows]]:
+    for number, (tokens, row) in enumerate(zip(ids, _cells(data, list(columns), where), strict=True)):
         rows = {}
         for name, key in columns.items():
             place = f"{where}, row {number}, {name}"
@@ -132,7 +132,7 @@ def _sequences(held: Any, columns: dict[str, str], ids: Sequence[Tokens], where:
 
 
 def _tensor(cell: Any, where: str) -> torch.Tensor:
-    """A cell as a tensor of its own."""
+    """Return a cell as a tensor of its own."""
     try:
         array = np.asarray(cell)
         stacked = np.stack(list(array)) if array.dtype == object else array

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from probes.capture.needs import Feature
@@ -34,7 +35,7 @@ class Imported:
     """What an import did."""
 
     sequences: int
-    """Sequences read, those already held included."""
+    """Sequences read, those the store already had included."""
     features: tuple[str, ...]
     rows_written: int
     """One feature of one sequence each."""
@@ -43,7 +44,7 @@ class Imported:
 
 
 def foreign_context(model: str, tool: str, dtype: torch.dtype) -> dict[str, str]:
-    """The context of rows that `tool` computed on `model`.
+    """Return the context of rows that `tool` computed on `model`.
 
     What the weights, the attention and the folding of norms were cannot be checked here, so no such row is ever found in
     place of one that Bathyscope captures.
@@ -66,12 +67,12 @@ def foreign_context(model: str, tool: str, dtype: torch.dtype) -> dict[str, str]
 
 
 def key_of(address: Address) -> str:
-    """The feature under which all rows of a point are stored."""
+    """Return the feature under which all rows of a point are stored."""
     return Feature(address).key
 
 
 def token_ids(values: Any, where: str) -> Tokens:
-    """The token ids of one sequence, from what another tool keeps them in.
+    """Return the token ids of one sequence from whatever another tool keeps them in.
 
     Raises:
         StoreError: nothing, more than one axis, other numbers than whole ones (1.7 is no id, nor is true), or ids that are
@@ -95,8 +96,8 @@ def token_ids(values: Any, where: str) -> Tokens:
     return tuple(ids.tolist())
 
 
-def checked(rows: Tensor, key: str, tokens: Tokens, where: str) -> Tensor:
-    """Rows [pos, ...] of one sequence for the feature `key`.
+def checked(rows: Shaped[Tensor, "..."], key: str, tokens: Tokens, where: str) -> Float[Tensor, "pos ..."]:
+    """Return rows [pos, ...] of one sequence for the feature `key`, once they pass every check.
 
     Raises:
         StoreError: not one row of the point's axes for each token, rows without values, or values that are no finite
@@ -117,16 +118,16 @@ def checked(rows: Tensor, key: str, tokens: Tokens, where: str) -> Tensor:
     return rows
 
 
-def put_all(store: ActivationStore, model: str, tool: str, found: Iterable[tuple[Tokens, Rows]]) -> Imported:
-    """Writes sequences with their rows, packet by packet.
+def put_all(store: ActivationStore, model: str, tool: str, sequences: Iterable[tuple[Tokens, Rows]]) -> Imported:
+    """Write sequences with their rows, packet by packet.
 
     Raises:
         StoreError: rows of several dtypes, nothing at all, or no room.
     """
-    sequences = rows_written = bytes_written = 0
+    n_sequences = rows_written = bytes_written = 0
     context: dict[str, str] = {}
     features: dict[str, None] = {}
-    for part in _packets(_same_width(found)):
+    for part in _packets(_same_width(sequences)):
         dtype = next(iter(part[0][1].values())).dtype
         here = foreign_context(model, tool, dtype)
         if (context and here != context) or any(r.dtype != dtype for _, rows in part for r in rows.values()):
@@ -135,17 +136,17 @@ def put_all(store: ActivationStore, model: str, tool: str, found: Iterable[tuple
             )
         context = here
         put = store.put(_packet(part, context))
-        sequences, features = sequences + len(part), {**features, **dict.fromkeys(part[0][1])}
+        n_sequences, features = n_sequences + len(part), {**features, **dict.fromkeys(part[0][1])}
         rows_written, bytes_written = rows_written + put.rows_written, bytes_written + put.bytes_written
-    if not sequences:
+    if not n_sequences:
         raise StoreError("nothing to import: no sequence was found")
-    return Imported(sequences, tuple(features), rows_written, bytes_written, context)
+    return Imported(n_sequences, tuple(features), rows_written, bytes_written, context)
 
 
-def _same_width(found: Iterable[tuple[Tokens, Rows]]) -> Iterator[tuple[Tokens, Rows]]:
-    """What was found, each feature checked to keep its width from sequence to sequence."""
+def _same_width(sequences: Iterable[tuple[Tokens, Rows]]) -> Iterator[tuple[Tokens, Rows]]:
+    """Yield the sequences, each feature checked to keep its width from one to the next."""
     first: dict[str, torch.Size] = {}
-    for number, (tokens, rows) in enumerate(found):
+    for number, (tokens, rows) in enumerate(sequences):
         for key, tensor in rows.items():
             if tensor.shape[1:] != first.setdefault(key, tensor.shape[1:]):
                 raise StoreError(
@@ -155,15 +156,15 @@ def _same_width(found: Iterable[tuple[Tokens, Rows]]) -> Iterator[tuple[Tokens, 
         yield tokens, rows
 
 
-def _packets(found: Iterable[tuple[Tokens, Rows]]) -> Iterator[list[tuple[Tokens, Rows]]]:
+def _packets(sequences: Iterable[tuple[Tokens, Rows]]) -> Iterator[list[tuple[Tokens, Rows]]]:
     part: list[tuple[Tokens, Rows]] = []
-    held = 0
-    for tokens, rows in found:
+    nbytes = 0
+    for tokens, rows in sequences:
         part.append((tokens, rows))
-        held += sum(tensor.nbytes for tensor in rows.values())
-        if held > PACKET_BYTES:
+        nbytes += sum(tensor.nbytes for tensor in rows.values())
+        if nbytes > PACKET_BYTES:
             yield part
-            part, held = [], 0
+            part, nbytes = [], 0
     if part:
         yield part
 

@@ -20,14 +20,14 @@ STATES, IDS = "hidden_states", "token_ids"
 
 
 def import_vllm(path: str | Path, store: ActivationStore, *, model: str, layers: Sequence[int]) -> Imported:
-    """Rows of every request file into the store.
+    """Import the rows of every request file.
 
     Each file holds `hidden_states` [pos, layer, d_model] and `token_ids` [pos]. A layer id of vLLM names the stream that
     enters that layer (the number of layers names what leaves the last), so id k becomes `resid_post.(k-1)`, and id 0 `resid_pre.0`.
 
     Args:
         path: one file, or the folder vLLM wrote to.
-        model: the model that was run, as the rows shall be known.
+        model: the model that was run, by which the rows are known.
         layers: the layer ids given to vLLM, in their order; the files do not say them.
 
     Raises:

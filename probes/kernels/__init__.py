@@ -1,51 +1,7 @@
-"""Reducers of captured tensors: the reference in plain torch, and fused ones in Triton, chosen by the tensor's device."""
+"""Kernels that reduce captured tensors: the reference in plain torch, and fused ones in Triton, chosen by the tensor's
+device. Imported by capture and by models/verify; knows no backend.
+"""
 
-from __future__ import annotations
+import lazy_loader
 
-from collections.abc import Callable, Sequence
-
-from torch import Tensor
-
-from probes.kernels import eager
-from probes.kernels.int8_codes import Codes, unpacked
-from probes.kernels.operators import capture_rows, lens_rows, sequence_means
-from probes.kernels.outputs import LensOutputs, RowOutputs, reduced_shape
-from probes.kernels.triton_choice import forced, has_triton, kernels_for
-from probes.models.protocol import Unembedding
-from probes.reducers import Reducer
-
-
-def reduce_rows(
-    tensor: Tensor,
-    index: Tensor,
-    counts: Sequence[int],
-    reducer: Reducer,
-    unembedding: Callable[[], Unembedding] | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Rows of `tensor` reduced, packed sequence by sequence, and written into `out` where it is given.
-
-    See `probes.kernels.eager.reduce_rows`, whose numbers the fused kernels reproduce to float32 rounding.
-    """
-    if kernels_for(tensor) == "fused":
-        from probes.kernels import fused
-
-        return fused.reduce_rows(tensor, index, counts, reducer, unembedding, out)
-    found = eager.reduce_rows(tensor, index, counts, reducer, unembedding)
-    return found if out is None else out.copy_(found)
-
-
-__all__ = [
-    "Codes",
-    "LensOutputs",
-    "RowOutputs",
-    "capture_rows",
-    "forced",
-    "has_triton",
-    "kernels_for",
-    "lens_rows",
-    "reduce_rows",
-    "reduced_shape",
-    "sequence_means",
-    "unpacked",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,32 +1,34 @@
-"""The reference kernels, in plain torch: gather the wanted rows, then measure or reduce them in float32."""
+"""The reference kernels, in plain torch: gather the chosen rows, then measure or reduce them in float32."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from probes.kernels.int8_codes import encoded
-from probes.kernels.outputs import LensOutputs, RowOutputs, check
-from probes.lenses import logit as lens
+from probes.kernels.outputs import RowOutputs, check
+from probes.lenses import logit
+from probes.lenses.protocol import LensRead
 from probes.models.protocol import Unembedding
 from probes.reducers import Reducer
 
 
 def reduce_rows(
-    tensor: Tensor,
-    index: Tensor,
+    tensor: Shaped[Tensor, "source ..."],
+    index: Int[Tensor, " row"],
     counts: Sequence[int],
     reducer: Reducer,
     unembedding: Callable[[], Unembedding] | None = None,
-) -> Tensor:
-    """Rows of `tensor` reduced, packed sequence by sequence.
+) -> Shaped[Tensor, "reduced ..."]:
+    """Reduce chosen rows of `tensor`, packed sequence by sequence.
 
     Args:
         tensor: [rows, ...], for instance a captured [batch, pos, ...] with its first two axes flattened.
-        index: [wanted], which rows, sequence by sequence.
-        counts: how many of the wanted rows belong to each sequence.
+        index: which rows, sequence by sequence.
+        counts: how many of the chosen rows belong to each sequence.
         reducer: what to keep; see `Reducer`.
         unembedding: makes the final norm and unembedding, for the lens reducers.
     """
@@ -52,26 +54,26 @@ def reduce_rows(
 
 def _lens(rows: Tensor, reducer: Reducer, unembedding: Unembedding) -> Tensor:
     if reducer.kind == "lens_ids":
-        return lens.read(rows, unembedding, ids=torch.tensor(reducer.ids)).logprobs
-    top = lens.read(rows, unembedding, top_k=reducer.top_k)
+        return logit.read(rows, unembedding, ids=torch.tensor(reducer.ids)).logprobs
+    top = logit.read(rows, unembedding, top_k=reducer.top_k)
     return torch.stack([top.top_logprobs, top.top_ids.float()], dim=-1)
 
 
 def capture_rows(
-    tensor: Tensor,
-    index: Tensor,
+    tensor: Shaped[Tensor, "source ..."],
+    index: Int[Tensor, " row"],
     out: RowOutputs,
-    previous: Tensor | None = None,
-    basis: Tensor | None = None,
-    offset: Tensor | None = None,
+    previous: Float[Tensor, "before width"] | None = None,
+    basis: Float[Tensor, "direction width"] | None = None,
+    offset: Shaped[Tensor, "..."] | None = None,
 ) -> None:
-    """The wanted rows packed and measured, written into `out`; the wanted row i at `offset + i`.
+    """Pack and measure chosen rows into `out`, the result of `index[i]` at `offset + i`.
 
     Args:
         tensor: [rows, ...], of any strides; a row's values are all its trailing axes.
-        index: [wanted] int64, which rows; a negative one masks the row, which then reads as zeros.
-        previous: [wanted, width], the same rows of the tensor captured before, for `out.change`.
-        basis: [k, width] float32, for `out.coordinates`.
+        index: which rows; a negative one masks the row, which then reads as zeros.
+        previous: the same rows of the tensor captured before, for `out.change`.
+        basis: directions, for `out.coordinates`.
         offset: one int64 number on the tensor's device, 0 when left out; not read by the host.
 
     Raises:
@@ -90,34 +92,39 @@ def capture_rows(
 def _measured(
     rows: Tensor, out: RowOutputs, before: Tensor | None, basis: Tensor | None
 ) -> list[tuple[Tensor, Tensor]]:
-    """(output, its values) for every output wanted of rows [n, width]."""
-    wide, found = rows.float(), list[tuple[Tensor, Tensor]]()
+    """Return (output, its values) of rows [n, width] for every output that is not left out."""
+    wide, measured = rows.float(), list[tuple[Tensor, Tensor]]()
     if out.packed is not None and out.scale is not None and out.error is not None:
         coded = encoded(wide)
-        found += [(out.packed, coded.codes), (out.scale, coded.scale), (out.error, coded.error)]
+        measured += [(out.packed, coded.codes), (out.scale, coded.scale), (out.error, coded.error)]
     elif out.packed is not None:
-        found.append((out.packed, rows))
+        measured.append((out.packed, rows))
     if out.norm is not None:
-        found.append((out.norm, wide.norm(dim=-1)))
+        measured.append((out.norm, wide.norm(dim=-1)))
     if out.moments is not None:
-        found.append(
+        measured.append(
             (out.moments, torch.stack([wide.mean(-1), wide.var(-1, correction=0), wide.abs().amax(-1)], dim=-1))
         )
     if out.change is not None and before is not None:
         lengths = wide.norm(dim=-1) * before.norm(dim=-1)
         cosine = torch.where(lengths > 0, (wide * before).sum(-1) / lengths.where(lengths > 0, 1), 0)
-        found.append((out.change, torch.stack([(wide - before).norm(dim=-1), cosine], dim=-1)))
+        measured.append((out.change, torch.stack([(wide - before).norm(dim=-1), cosine], dim=-1)))
     if out.coordinates is not None and basis is not None:
-        found.append((out.coordinates, wide @ basis.float().T))
-    return found
+        measured.append((out.coordinates, wide @ basis.float().T))
+    return measured
 
 
-def sequence_means(tensor: Tensor, index: Tensor, starts: Tensor, out: Tensor) -> None:
-    """Means [sequences, width] of rows of `tensor` [rows, width], written into `out`; NaN for a sequence without rows.
+def sequence_means(
+    tensor: Float[Tensor, "source width"],
+    index: Int[Tensor, " row"],
+    starts: Int[Tensor, " boundary"],
+    out: Float[Tensor, "sequence width"],
+) -> None:
+    """Write the mean of each sequence's rows of `tensor` into `out`; NaN for a sequence without rows.
 
     Args:
-        index: [wanted], the rows sequence by sequence.
-        starts: [sequences + 1], where each sequence begins in `index`, and the end of the last.
+        index: the rows, sequence by sequence.
+        starts: where each sequence begins in `index`, and the end of the last.
     """
     rows = tensor.index_select(0, index).float()
     for i, part in enumerate(torch.split(rows, starts.diff().tolist())):
@@ -125,15 +132,19 @@ def sequence_means(tensor: Tensor, index: Tensor, starts: Tensor, out: Tensor) -
 
 
 def lens_rows(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, ids: Tensor | None, top_k: int
-) -> LensOutputs:
-    """Lens read-outs of normalised rows.
+    hidden: Float[Tensor, "row d_model"],
+    weight: Float[Tensor, "d_vocab d_model"],
+    bias: Float[Tensor, " d_vocab"] | None,
+    softcap: float | None,
+    ids: Int[Tensor, " token"] | None,
+    top_k: int,
+) -> LensRead:
+    """Read rows that are already normalised by the logit lens.
 
     Args:
-        hidden: [n, d_model], after the final norm.
-        weight: [d_vocab, d_model], the unembedding; `bias` [d_vocab]; logits become softcap * tanh(logits / softcap).
-        ids: [m], tokens whose log-probability is wanted.
+        hidden: rows after the final norm.
+        weight: the unembedding's; logits become softcap * tanh(logits / softcap).
+        ids: tokens whose log-probability is returned.
     """
     unembedding = Unembedding(lambda rows: rows, weight, bias, softcap)
-    found = lens.read(hidden, unembedding, ids=ids, top_k=top_k)
-    return LensOutputs(found.log_z, found.entropy_bits, found.logprobs, found.top_logprobs, found.top_ids)
+    return logit.read(hidden, unembedding, ids=ids, top_k=top_k)

@@ -6,24 +6,25 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from probes.kernels.int8_codes import Codes
-from probes.kernels.operators import capture_rows, lens_rows, sequence_means
 from probes.kernels.outputs import RowOutputs, reduced_shape
+from probes.kernels.torch_operators import capture_rows, lens_rows, sequence_means
 from probes.models.protocol import Unembedding
 from probes.reducers import Reducer
 
 
 def reduce_rows(
-    tensor: Tensor,
-    index: Tensor,
+    tensor: Shaped[Tensor, "source ..."],
+    index: Int[Tensor, " row"],
     counts: Sequence[int],
     reducer: Reducer,
     unembedding: Callable[[], Unembedding] | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """See `probes.kernels.eager.reduce_rows`; written into `out` where it is given, without waiting for the device."""
+    out: Shaped[Tensor, "reduced ..."] | None = None,
+) -> Shaped[Tensor, "reduced ..."]:
+    """Reduce rows as `probes.kernels.eager.reduce_rows` does; written into `out` where it is given, without waiting for the device."""
     index = index.to(tensor.device, non_blocking=True)
     if out is None:
         shape, dtype = reduced_shape(tensor.shape, tensor.dtype, len(index), counts, reducer)
@@ -47,28 +48,30 @@ def reduce_rows(
     return out
 
 
-def gathered(tensor: Tensor, index: Tensor) -> Tensor:
-    """A copy of the wanted rows [n, ...]."""
+def gathered(tensor: Shaped[Tensor, "source *rest"], index: Int[Tensor, " row"]) -> Shaped[Tensor, "row *rest"]:
+    """Return a copy of chosen rows."""
     rows = torch.empty(len(index), *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
     capture_rows(tensor, index, RowOutputs(packed=rows.view(len(index), tensor.shape[1:].numel())))
     return rows
 
 
-def coded(tensor: Tensor, index: Tensor) -> Codes:
-    """The wanted rows as codes, in one pass over them."""
+def coded(tensor: Shaped[Tensor, "source *rest"], index: Int[Tensor, " row"]) -> Codes:
+    """Return chosen rows as codes, in one pass over them."""
     n, device = len(index), tensor.device
-    codes = torch.empty(n, tensor.shape[1:].numel(), dtype=torch.int8, device=device)
-    found = Codes(codes, torch.empty(n, device=device), torch.empty(n, device=device))
-    capture_rows(tensor, index, RowOutputs(packed=found.codes, scale=found.scale, error=found.error))
-    return found
+    values = torch.empty(n, tensor.shape[1:].numel(), dtype=torch.int8, device=device)
+    codes = Codes(values, torch.empty(n, device=device), torch.empty(n, device=device))
+    capture_rows(tensor, index, RowOutputs(packed=codes.codes, scale=codes.scale, error=codes.error))
+    return codes
 
 
-def read_lens(rows: Tensor, reducer: Reducer, unembedding: Unembedding) -> Tensor:
-    """The lens reducers on residual rows [n, d_model], through the model's own final norm."""
+def read_lens(
+    rows: Float[Tensor, "row d_model"], reducer: Reducer, unembedding: Unembedding
+) -> Float[Tensor, "row ..."]:
+    """Apply a lens reducer to residual rows, through the model's own final norm."""
     weight = unembedding.weight
     hidden = unembedding.norm(rows.to(weight.device, weight.dtype)).contiguous()
     ids = torch.tensor(reducer.ids).to(weight.device, non_blocking=True) if reducer.ids else None
-    found = lens_rows(hidden, weight, unembedding.bias, unembedding.softcap, ids, reducer.top_k)
+    outputs = lens_rows(hidden, weight, unembedding.bias, unembedding.softcap, ids, reducer.top_k)
     if reducer.kind == "lens_ids":
-        return found.wanted
-    return torch.stack([found.top_logprobs, found.top_ids.float()], dim=-1)
+        return outputs.logprobs
+    return torch.stack([outputs.top_logprobs, outputs.top_ids.float()], dim=-1)

@@ -1,4 +1,4 @@
-"""The lens over vocabulary tiles: logits are made, summed, ranked and forgotten in registers, never written.
+"""The lens over vocabulary tiles: logits are computed, summed, ranked and dropped in registers, never written.
 
 One program takes a block of normalised rows through its share of the vocabulary with the running maximum and mass of
 Milakov & Gimelshein (2018, "Online normalizer calculation for softmax"); a second step merges the shares.
@@ -7,15 +7,16 @@ Milakov & Gimelshein (2018, "Online normalizer calculation for softmax"); a seco
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import triton
 import triton.language as tl
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from probes.kernels.outputs import LensOutputs
 from probes.lenses.logit import LOG2
+from probes.lenses.protocol import LensRead
 
 PROGRAMS = 264
 """Programs that keep a large GPU busy; small inputs share the vocabulary among that many."""
@@ -35,6 +36,7 @@ class Tiles:
 
 
 @triton.jit
+@no_type_check
 def lens_kernel(
     hidden,
     weight,
@@ -43,7 +45,7 @@ def lens_kernel(
     high_out,
     mass_out,
     above_out,
-    wanted_out,
+    chosen_out,
     top_out,
     top_ids_out,
     n,
@@ -96,10 +98,10 @@ def lens_kernel(
         logits = tl.where((ids_here < end)[None, :], logits, float("-inf"))
         if ids is not None:
             for k in range(0, n_ids):
-                asked = tl.load(ids + k).to(tl.int32)
-                if (asked >= first) & (asked < tl.minimum(first + TOKENS, end)):
-                    found = tl.sum(tl.where((ids_here == asked)[None, :], logits, 0.0), axis=1)
-                    tl.store(wanted_out + row.to(tl.int64) * n_ids + k, found, mask=row < n)
+                chosen = tl.load(ids + k).to(tl.int32)
+                if (chosen >= first) & (chosen < tl.minimum(first + TOKENS, end)):
+                    logit = tl.sum(tl.where((ids_here == chosen)[None, :], logits, 0.0), axis=1)
+                    tl.store(chosen_out + row.to(tl.int64) * n_ids + k, logit, mask=row < n)
         peak = tl.max(logits, axis=1)
         higher = tl.maximum(high, peak)
         shrink = tl.exp(high - higher)
@@ -133,7 +135,7 @@ def lens_kernel(
 
 
 def tiles_for(n: int, top_k: int, dtype: torch.dtype) -> Tiles:
-    """The tile for n rows, as large as the registers hold; float32 is multiplied exactly, without tensor cores."""
+    """Return the tile for n rows, as large as the registers hold; float32 is multiplied exactly, without tensor cores."""
     if dtype == torch.float32:
         return Tiles(16, 64, 32, 4, 2) if n <= 16 else Tiles(64, 64, 16, 8, 2)
     if n <= 16:
@@ -144,9 +146,14 @@ def tiles_for(n: int, top_k: int, dtype: torch.dtype) -> Tiles:
 
 
 def lens_rows(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, ids: Tensor | None, top_k: int
-) -> LensOutputs:
-    """Read-outs of normalised rows; see `probes.kernels.eager.lens_rows`."""
+    hidden: Float[Tensor, "row d_model"],
+    weight: Float[Tensor, "d_vocab d_model"],
+    bias: Float[Tensor, " d_vocab"] | None,
+    softcap: float | None,
+    ids: Int[Tensor, " token"] | None,
+    top_k: int,
+) -> LensRead:
+    """Read normalised rows as `probes.kernels.eager.lens_rows` does."""
     n, vocab = hidden.shape[0], weight.shape[0]
     tiles = tiles_for(n, top_k, weight.dtype)
     blocks = max(1, triton.cdiv(n, tiles.rows))
@@ -156,7 +163,7 @@ def lens_rows(
     n_ids = 0 if ids is None else len(ids)
     make: dict[str, Any] = {"device": hidden.device, "dtype": torch.float32}
     high, mass, above = (torch.empty(parts, n, **make) for _ in range(3))
-    wanted = torch.empty(n, n_ids, **make)
+    chosen_logits = torch.empty(n, n_ids, **make)
     top = torch.empty(parts, n, top_k, **make)
     top_ids = torch.empty(parts, n, top_k, device=hidden.device, dtype=torch.int32)
     if n:
@@ -169,7 +176,7 @@ def lens_rows(
                 high,
                 mass,
                 above,
-                wanted,
+                chosen_logits,
                 top,
                 top_ids,
                 n,
@@ -191,11 +198,11 @@ def lens_rows(
                 num_warps=tiles.warps,
                 num_stages=tiles.stages,
             )
-    return _merged(high, mass, above, wanted, top, top_ids)
+    return _merged(high, mass, above, chosen_logits, top, top_ids)
 
 
-def _merged(high: Tensor, mass: Tensor, above: Tensor, wanted: Tensor, top: Tensor, top_ids: Tensor) -> LensOutputs:
-    """The shares [parts, n, ...] of the vocabulary put together."""
+def _merged(high: Tensor, mass: Tensor, above: Tensor, chosen_logits: Tensor, top: Tensor, top_ids: Tensor) -> LensRead:
+    """Merge the shares [parts, n, ...] of the vocabulary."""
     peak = high.amax(dim=0)
     lower = high - peak
     weights = lower.exp()
@@ -204,5 +211,5 @@ def _merged(high: Tensor, mass: Tensor, above: Tensor, wanted: Tensor, top: Tens
     log_z = peak + total.log()
     entropy = ((total.log() - over / total) / LOG2).clamp_min(0)
     values, order = top.transpose(0, 1).flatten(1).topk(top.shape[2], dim=-1)
-    found = top_ids.transpose(0, 1).flatten(1).gather(1, order)
-    return LensOutputs(log_z, entropy, wanted - log_z[:, None], values - log_z[:, None], found)
+    best_ids = top_ids.transpose(0, 1).flatten(1).gather(1, order)
+    return LensRead(log_z, entropy, chosen_logits - log_z[:, None], values - log_z[:, None], best_ids)

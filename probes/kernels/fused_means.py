@@ -1,10 +1,13 @@
-"""The mean of each sequence's wanted rows in one launch, without gathering them first."""
+"""The mean of each sequence's rows in one launch, without gathering them first."""
 
 from __future__ import annotations
+
+from typing import no_type_check
 
 import torch
 import triton
 import triton.language as tl
+from jaxtyping import Float, Int
 from torch import Tensor
 
 ROWS, BLOCK = 16, 128
@@ -12,6 +15,7 @@ ROWS, BLOCK = 16, 128
 
 
 @triton.jit
+@no_type_check
 def means_kernel(
     x,
     index,
@@ -29,21 +33,26 @@ def means_kernel(
     end = tl.load(starts + sequence + 1).to(tl.int32)
     sums = tl.zeros([BLOCK], tl.float32)
     for first in range(begin, end, ROWS):
-        wanted = first + tl.arange(0, ROWS)
-        row = tl.load(index + wanted, mask=wanted < end, other=0).to(tl.int64)
-        mask = (wanted < end)[:, None] & (c < width)[None, :]
+        places = first + tl.arange(0, ROWS)
+        row = tl.load(index + places, mask=places < end, other=0).to(tl.int64)
+        mask = (places < end)[:, None] & (c < width)[None, :]
         sums += tl.sum(tl.load(x + row[:, None] * row_stride + c[None, :], mask=mask, other=0.0).to(tl.float32), axis=0)
     count = (end - begin).to(tl.float32)
     means = tl.where(count > 0, sums / tl.maximum(count, 1.0), float("nan"))
     tl.store(out + sequence.to(tl.int64) * width + c, means, mask=c < width)
 
 
-def sequence_means(tensor: Tensor, index: Tensor, starts: Tensor, out: Tensor) -> None:
-    """Means [sequences, width] float32 of rows of `tensor` [rows, width].
+def sequence_means(
+    tensor: Float[Tensor, "source width"],
+    index: Int[Tensor, " row"],
+    starts: Int[Tensor, " boundary"],
+    out: Float[Tensor, "sequence width"],
+) -> None:
+    """Write the mean of each sequence's rows; see `probes.kernels.eager.sequence_means`.
 
     Args:
-        index: [wanted], the rows sequence by sequence.
-        starts: [sequences + 1], where each sequence begins in `index`, and the end of the last.
+        index: the rows, sequence by sequence.
+        starts: where each sequence begins in `index`, and the end of the last.
     """
     if not len(out):
         return

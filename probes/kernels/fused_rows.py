@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from probes.kernels.int8_codes import LEVELS
 from probes.kernels.outputs import RowOutputs
 
 MAX_BLOCK = 8192
-"""Row values held in registers at once; a wider row is read in parts."""
+"""Row values in registers at once; a wider row is read in parts."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Types of captured tensors that the kernels take."""
 
 
 @triton.jit
+@no_type_check
 def _place(c, inner, outer_stride, inner_stride):
     return (c // inner).to(tl.int64) * outer_stride + (c % inner).to(tl.int64) * inner_stride
 
 
 @triton.jit
+@no_type_check
 def _stored(raw, value, target: tl.constexpr):
     """A captured value in the storage type, rounded to nearest even; `raw` where it already has that type."""
     if raw.dtype == target:
@@ -35,6 +40,7 @@ def _stored(raw, value, target: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def rows_kernel(
     x,
     index,
@@ -59,12 +65,12 @@ def rows_kernel(
     LEVELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a wanted row, which is contiguous where FLAT."""
-    wanted = tl.program_id(0).to(tl.int64)
-    row = tl.load(index + wanted).to(tl.int64)
+    """One program a chosen row, which is contiguous where FLAT."""
+    chosen = tl.program_id(0).to(tl.int64)
+    row = tl.load(index + chosen).to(tl.int64)
     readable = tl.where(row >= 0, width, 0)
     start = x + row * row_stride
-    at = wanted
+    at = chosen
     if offset is not None:
         at += tl.load(offset)
     fits = (at >= 0) & (at < capacity)
@@ -94,13 +100,13 @@ def rows_kernel(
             here = tl.minimum(width - first, BLOCK).to(tl.float32)
             total = seen + here
             centre = tl.sum(value) / here
-            apart = tl.where(inside, value - centre, 0.0)
+            centred = tl.where(inside, value - centre, 0.0)
             step = centre - mean
-            scatter += tl.sum(apart * apart) + step * step * seen * here / total
+            scatter += tl.sum(centred * centred) + step * step * seen * here / total
             mean += step * here / total
             seen = total
         if change is not None:
-            before = tl.load(previous + wanted * width + c, mask=c < readable, other=0.0).to(tl.float32)
+            before = tl.load(previous + chosen * width + c, mask=c < readable, other=0.0).to(tl.float32)
             dot += tl.sum(value * before)
             other += tl.sum(before * before)
             moved += tl.sum((value - before) * (value - before))
@@ -143,13 +149,13 @@ def rows_kernel(
 
 
 def block_of(width: int) -> tuple[int, int]:
-    """(values held at once, warps) for rows of `width`."""
+    """Return (values in registers at once, warps) for rows of `width`."""
     block = min(MAX_BLOCK, max(16, triton.next_power_of_2(width)))
     return block, 1 if block <= 512 else 4 if block <= 2048 else 8
 
 
-def as_rows(tensor: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """A tensor [rows, ...] and its (row stride, outer stride, inner stride, inner size), copied only where it must be."""
+def as_rows(tensor: Shaped[Tensor, "row ..."]) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """Return a tensor [rows, ...] and its (row stride, outer stride, inner stride, inner size), copied only where it must be."""
     if tensor.ndim == 1:
         return tensor, (tensor.stride(0), 0, 0, 1)
     if tensor.ndim == 2:
@@ -160,14 +166,14 @@ def as_rows(tensor: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
 
 
 def capture_rows(
-    tensor: Tensor,
-    index: Tensor,
+    tensor: Shaped[Tensor, "source ..."],
+    index: Int[Tensor, " row"],
     out: RowOutputs,
-    previous: Tensor | None = None,
-    basis: Tensor | None = None,
-    offset: Tensor | None = None,
+    previous: Float[Tensor, "before width"] | None = None,
+    basis: Float[Tensor, "direction width"] | None = None,
+    offset: Shaped[Tensor, "..."] | None = None,
 ) -> None:
-    """The wanted rows packed and measured; see `probes.kernels.eager.capture_rows`."""
+    """Pack and measure chosen rows; see `probes.kernels.eager.capture_rows`."""
     filled = out.filled()
     if not filled or not len(index):
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int8
 from torch import Tensor
 
 from probes.reducers import TAIL
@@ -26,24 +27,24 @@ class Codes:
 
     @property
     def rows(self) -> Tensor:
-        """[n, width] float32."""
+        """Return the rows that the codes stand for, [n, width] float32."""
         return self.codes.float() * self.scale[:, None]
 
     @property
     def packed(self) -> Tensor:
-        """[n, width + 8] int8, as the reducer `int8` keeps them."""
+        """Return codes, scale and error side by side, [n, width + 8] int8, as the reducer `int8` keeps them."""
         return torch.cat([self.codes, torch.stack([self.scale, self.error], -1).view(torch.int8)], -1)
 
 
-def encoded(rows: Tensor) -> Codes:
-    """Float32 rows [n, width] rounded to the nearest code of their own scale."""
+def encoded(rows: Float[Tensor, "row width"]) -> Codes:
+    """Return float32 rows rounded to the nearest code of their own scale."""
     scale = rows.abs().amax(-1) / LEVELS
     divisor = scale.where(scale > 0, 1)[:, None]
     codes = (rows / divisor + 0.5).floor().clamp(-LEVELS, LEVELS)
     return Codes(codes.to(torch.int8), scale, (rows - codes * scale[:, None]).abs().amax(-1))
 
 
-def unpacked(packed: Tensor) -> Codes:
-    """What the reducer `int8` kept [n, width + 8]."""
+def unpacked(packed: Int8[Tensor, "row packed"]) -> Codes:
+    """Return the codes that the reducer `int8` packed, width + 8 a row."""
     scale, error = packed[:, -TAIL:].contiguous().view(torch.float32).unbind(-1)
     return Codes(packed[:, :-TAIL], scale, error)

@@ -1,4 +1,4 @@
-"""What the kernels leave behind: packed rows, their statistics, coordinates on a basis, lens read-outs."""
+"""What one pass over captured rows writes: packed rows, their statistics, coordinates on a basis."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ STORAGE = (torch.bfloat16, torch.float16, torch.float32, torch.int8)
 
 @dataclass(frozen=True, eq=False)
 class RowOutputs:
-    """Preallocated outputs of one pass over n wanted rows of a given width; None leaves a quantity out.
+    """Preallocated outputs of one pass over n chosen rows of a given width; None leaves a quantity out.
 
-    The result of wanted row i is written at `offset + i`; rows that would fall behind the end of an output are dropped.
+    The result of chosen row i is written at `offset + i`; rows that would fall behind the end of an output are dropped.
     """
 
     packed: Tensor | None = None
@@ -38,31 +38,15 @@ class RowOutputs:
     """[capacity, k] float32, on `basis`."""
 
     def filled(self) -> tuple[Tensor, ...]:
-        """The outputs that are wanted."""
-        found = (self.packed, self.scale, self.error, self.norm, self.moments, self.change, self.coordinates)
-        return tuple(tensor for tensor in found if tensor is not None)
-
-
-@dataclass(frozen=True, eq=False)
-class LensOutputs:
-    """Lens read-outs of n rows: log-probabilities in nats and entropy in bits, float32."""
-
-    log_z: Tensor
-    """[n], the log-sum-exp of the logits."""
-    entropy_bits: Tensor
-    """[n]."""
-    wanted: Tensor
-    """[n, m], log-probabilities of the tokens asked for."""
-    top_logprobs: Tensor
-    """[n, top_k], most probable first."""
-    top_ids: Tensor
-    """[n, top_k]."""
+        """Return the outputs that are not left out."""
+        outputs = (self.packed, self.scale, self.error, self.norm, self.moments, self.change, self.coordinates)
+        return tuple(tensor for tensor in outputs if tensor is not None)
 
 
 def reduced_shape(
     shape: Sequence[int], dtype: torch.dtype, n: int, counts: Sequence[int], reducer: Reducer
 ) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and type of n wanted rows of a tensor of `shape` [rows, ...] after a reducer."""
+    """Return shape and dtype of n chosen rows of a tensor of `shape` [rows, ...] after a reducer."""
     if reducer.kind == "rows":
         return (n, *shape[1:]), dtype
     if reducer.kind == "mean":
@@ -78,14 +62,18 @@ def reduced_shape(
 def check(
     tensor: Tensor, index: Tensor, out: RowOutputs, previous: Tensor | None, basis: Tensor | None, offset: Tensor | None
 ) -> None:
-    """Raises ValueError for operands that do not fit together."""
+    """Refuse operands that do not fit together.
+
+    Raises:
+        ValueError: names the operand, its shape or type, and the legal one.
+    """
     width = tensor.shape[1:].numel()
     sizes = {"packed": (out.packed, width), "moments": (out.moments, 3), "change": (out.change, 2)}
     sizes["previous"], sizes["basis"] = (previous, width), (basis, width)
     sizes["coordinates"] = (out.coordinates, 0 if basis is None else len(basis))
-    for name, (given, wanted) in sizes.items():
-        if given is not None and (given.ndim != 2 or given.shape[1] != wanted):
-            raise ValueError(f"{name} has shape {tuple(given.shape)}; it must be [rows, {wanted}]")
+    for name, (given, columns) in sizes.items():
+        if given is not None and (given.ndim != 2 or given.shape[1] != columns):
+            raise ValueError(f"{name} has shape {tuple(given.shape)}; it must be [rows, {columns}]")
     if out.packed is not None and out.packed.dtype not in STORAGE:
         raise ValueError(f"rows cannot be packed as {out.packed.dtype}; legal are {', '.join(map(str, STORAGE))}")
     coded = out.packed is not None and out.packed.dtype == torch.int8
@@ -94,6 +82,6 @@ def check(
     if (out.change is None) != (previous is None) or (out.coordinates is None) != (basis is None):
         raise ValueError("change needs previous rows, coordinates need a basis, and neither is given without the other")
     if previous is not None and len(previous) < len(index):
-        raise ValueError(f"{len(previous)} previous rows for {len(index)} wanted ones")
+        raise ValueError(f"{len(previous)} previous rows for {len(index)} rows")
     if offset is not None and (offset.numel() != 1 or offset.dtype != torch.int64):
         raise ValueError("the offset is one int64 number")

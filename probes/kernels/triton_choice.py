@@ -18,12 +18,12 @@ _forced: ContextVar[Kernels | None] = ContextVar("forced_kernels", default=None)
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton is installed (`pip install 'bathyscope[triton]'`; CUDA builds of torch bring it)."""
+    """Return whether Triton is installed (`pip install 'bathyscope[triton]'`; CUDA builds of torch bring it)."""
     return find_spec("triton") is not None
 
 
 def kernels_for(tensor: Tensor) -> Kernels:
-    """The kernels that `tensor` gets: those forced, otherwise the fused ones for a CUDA tensor they take."""
+    """Return the kernels that `tensor` gets: those forced, otherwise the fused ones for a CUDA tensor they take."""
     forced = _forced.get()
     if forced is not None:
         return forced
@@ -33,7 +33,7 @@ def kernels_for(tensor: Tensor) -> Kernels:
 
 @contextmanager
 def forced(kernels: Kernels) -> Iterator[None]:
-    """One set of kernels for every tensor within, for tests and measurements."""
+    """Use one set of kernels for every tensor inside the block, for tests and measurements."""
     token = _forced.set(kernels)
     try:
         yield

@@ -1,1 +1,1 @@
-"""Reading a residual stream as a distribution over tokens. Imported by kernels and by analyses."""
+"""Ways to read a residual stream as a distribution over tokens, behind one `Lens`; imported by kernels and by analyses."""

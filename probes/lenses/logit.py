@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from probes.lenses.protocol import LensRead
 from probes.models.protocol import Unembedding
 
 VOCAB_TILE = 4096
@@ -23,38 +25,40 @@ ROW_BLOCK = 8192
 LOG2 = 0.6931471805599453
 
 
-@dataclass(frozen=True)
-class LensRead:
-    """Read-outs of n residual rows; log-probabilities and divergence in nats, entropy in bits, all float32."""
+@dataclass(frozen=True, eq=False)
+class LogitLens:
+    """The lens that reads every layer as if it were the last."""
 
-    log_z: Tensor
-    """[n], the log-sum-exp of the logits."""
-    entropy_bits: Tensor
-    """[n]."""
-    top_logprobs: Tensor
-    """[n, top_k], most probable first."""
-    top_ids: Tensor
-    """[n, top_k]."""
-    logprobs: Tensor
-    """[n, m], of the tokens asked for."""
-    kl: Tensor
-    """[n], KL(reference's distribution || row's distribution); empty without a reference."""
+    unembedding: Unembedding
+
+    def read(
+        self,
+        rows: Float[Tensor, "row d_model"],
+        layer: int,
+        *,
+        ids: Int[Tensor, "*any token"] | None = None,
+        top_k: int = 0,
+    ) -> LensRead:
+        """Read rows of any layer; see `Lens.read`."""
+        return read(rows, self.unembedding, ids=ids, top_k=top_k)
 
 
-def normalized(rows: Tensor, unembedding: Unembedding) -> Tensor:
-    """Rows after the final norm, [n, d_model] float32."""
+def normalized(rows: Float[Tensor, "row d_model"], unembedding: Unembedding) -> Float[Tensor, "row d_model"]:
+    """Return rows after the final norm, in float32."""
     weight = unembedding.weight
     parts = torch.split(rows, ROW_TILE) if rows.shape[0] else [rows]
     return torch.cat([unembedding.norm(part.to(weight.device, weight.dtype)).float() for part in parts])
 
 
-def token_logits(hidden: Tensor, unembedding: Unembedding, ids: Tensor) -> Tensor:
-    """Logits of chosen tokens for normalised rows [n, d_model]: ids [m] for all rows, or [n, m]; [n, m]."""
+def token_logits(
+    hidden: Float[Tensor, "row d_model"], unembedding: Unembedding, ids: Int[Tensor, "*any token"]
+) -> Float[Tensor, "row token"]:
+    """Return the logits of chosen tokens for normalised rows; ids are [token] for all rows, or [row, token]."""
     bias = None if unembedding.bias is None else unembedding.bias[ids]
     if ids.ndim == 1:
         return _logits(hidden, unembedding.weight[ids].float(), bias, unembedding.softcap)
     pairs = zip(torch.split(hidden, ROW_TILE), torch.split(ids, ROW_TILE), strict=True)
-    parts = [torch.einsum("nmd,nd->nm", unembedding.weight[wanted].float(), rows) for rows, wanted in pairs]
+    parts = [torch.einsum("nmd,nd->nm", unembedding.weight[tokens].float(), rows) for rows, tokens in pairs]
     logits = torch.cat(parts) if parts else hidden.new_zeros(ids.shape)
     if bias is not None:
         logits += bias.float()
@@ -63,19 +67,19 @@ def token_logits(hidden: Tensor, unembedding: Unembedding, ids: Tensor) -> Tenso
 
 @torch.inference_mode()
 def read(
-    rows: Tensor,
+    rows: Float[Tensor, "row d_model"],
     unembedding: Unembedding,
     *,
-    ids: Tensor | None = None,
+    ids: Int[Tensor, "*any token"] | None = None,
     top_k: int = 0,
-    reference: Tensor | None = None,
-    reference_of: Tensor | None = None,
+    reference: Float[Tensor, "reference d_model"] | None = None,
+    reference_of: Int[Tensor, " row"] | None = None,
     tile: int = VOCAB_TILE,
 ) -> LensRead:
-    """Logit lens of residual rows [n, d_model].
+    """Read residual rows [n, d_model] of any layer by the logit lens.
 
     Args:
-        ids: tokens whose log-probability is wanted, [m] for all rows or [n, m].
+        ids: tokens whose log-probability is returned, [m] for all rows or [n, m].
         top_k: how many of the most probable tokens to return.
         reference: residual rows [r, d_model] to which each row's distribution is compared.
         reference_of: [n], which reference each row is compared to; row i to reference i when left out.
@@ -93,8 +97,8 @@ def read(
             expected = normalized(reference[first : first + ROW_TILE], unembedding)
             _read_block(rows, block, unembedding, sums, _Reference(expected, target[block] - first), tile)
     kl = sums.kl if reference is not None else sums.kl[:0]
-    top, wanted = sums.logprobs(sums.top_logits), sums.logprobs(sums.wanted)
-    return LensRead(sums.log_z, sums.entropy_bits, top, sums.top_ids, wanted, kl)
+    top, chosen = sums.logprobs(sums.top_logits), sums.logprobs(sums.chosen)
+    return LensRead(sums.log_z, sums.entropy_bits, chosen, top, sums.top_ids, kl)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
@@ -124,7 +128,7 @@ class _Reference:
         self.mass = torch.zeros(len(hidden), device=hidden.device)
 
     def weights(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """(exp(logits - running maximum), factor by which earlier sums shrink), and the running mass brought up to date."""
+        """Bring the running mass up to date; returns exp(logits - running maximum), and the factor by which earlier sums shrink."""
         high = torch.maximum(self.high, logits.amax(dim=-1))
         shrink = (self.high - high).exp()
         weights = (logits - high[:, None]).exp_()
@@ -148,14 +152,14 @@ class _Sums:
         self.top_logits = torch.full((n, top_k), -torch.inf, device=device)
         self.top_ids = torch.zeros(n, top_k, dtype=torch.long, device=device)
         self.ids = ids
-        self.wanted = torch.zeros(n, 0 if ids is None else ids.shape[-1], device=device)
+        self.chosen = torch.zeros(n, 0 if ids is None else ids.shape[-1], device=device)
 
     @property
     def log_z(self) -> Tensor:
         return self.high + self.mass.log()
 
     def logprobs(self, logits: Tensor) -> Tensor:
-        """Log-probabilities of tokens with these logits, [n, m]."""
+        """Return the log-probabilities of tokens with these logits, [n, m]."""
         # The maximum goes first, so that log_z, which is large, is never rounded.
         return (logits - self.high[:, None]) - self.mass.log()[:, None]
 
@@ -165,7 +169,7 @@ class _Sums:
         return ((self.mass.log() - self.above / self.mass) / LOG2).clamp_min(0)
 
     def add(self, rows: Tensor, logits: Tensor, start: int) -> None:
-        """Takes in the logits [rows, tile] of the tokens from `start`."""
+        """Take in the logits [rows, tile] of the tokens from `start`."""
         self._add_tokens(rows, logits, start)
         before, mass = self.high[rows], self.mass[rows]
         high = torch.maximum(before, logits.amax(dim=-1))
@@ -182,22 +186,22 @@ class _Sums:
         n, width = logits.shape
         top_k = self.top_ids.shape[1]
         if top_k:
-            values, found = logits.topk(min(top_k, width), dim=-1)
+            values, places = logits.topk(min(top_k, width), dim=-1)
             best, order = torch.cat([self.top_logits[rows], values], dim=-1).topk(top_k, dim=-1)
             self.top_logits[rows] = best
-            self.top_ids[rows] = torch.cat([self.top_ids[rows], found + start], dim=-1).gather(1, order)
+            self.top_ids[rows] = torch.cat([self.top_ids[rows], places + start], dim=-1).gather(1, order)
         if self.ids is not None and self.ids.shape[-1]:
             ids = self.ids.expand(n, -1) if self.ids.ndim == 1 else self.ids[rows]
             here = (ids >= start) & (ids < start + width)
             if here.any():
                 seen = logits.gather(1, (ids - start).clamp(0, width - 1))
-                self.wanted[rows] = torch.where(here, seen, self.wanted[rows])
+                self.chosen[rows] = torch.where(here, seen, self.chosen[rows])
 
 
 def _read_block(
     rows: Tensor, block: Tensor, unembedding: Unembedding, sums: _Sums, against: _Reference | None, tile: int
 ) -> None:
-    """Adds every vocabulary tile to the sums of the rows of `block`, compared to one block of references."""
+    """Add every vocabulary tile to the sums of the rows of `block`, compared to one block of references."""
     hidden = normalized(rows[block], unembedding)
     difference = torch.zeros(len(block), device=hidden.device)
     for start, weight, bias in _tiles(unembedding, tile):

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
 from probes.errors import ProbeError
-from probes.lenses import logit as lens
+from probes.lenses import logit
+from probes.lenses.protocol import LensRead
 from probes.models.protocol import Unembedding
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -28,6 +30,7 @@ SCORED_ROWS = 192
 class TunedLens:
     """Fitted maps; the last layer's is the identity."""
 
+    unembedding: Unembedding
     change: tuple[Tensor | None, ...]
     """Per layer, [d_model, d_model] added to the identity; None for none."""
     bias: tuple[Tensor | None, ...]
@@ -41,8 +44,19 @@ class TunedLens:
     n_rows: tuple[int, int]
     """Rows fitted on, and rows the two losses were measured on."""
 
-    def translate(self, rows: Tensor, layer: int) -> Tensor:
-        """Rows [n, d_model] of a layer, mapped to what leaves the last block, at unit scale (the last layer's as they are)."""
+    def read(
+        self,
+        rows: Float[Tensor, "row d_model"],
+        layer: int,
+        *,
+        ids: Int[Tensor, "*any token"] | None = None,
+        top_k: int = 0,
+    ) -> LensRead:
+        """Read rows of `layer` through its map; see `Lens.read`."""
+        return logit.read(self.translate(rows, layer), self.unembedding, ids=ids, top_k=top_k)
+
+    def translate(self, rows: Float[Tensor, "row d_model"], layer: int) -> Float[Tensor, "row d_model"]:
+        """Map rows of a layer to what leaves the last block, at unit scale; the last layer's stay as they are."""
         change, bias = self.change[layer], self.bias[layer]
         if change is None or bias is None:
             return rows
@@ -50,8 +64,8 @@ class TunedLens:
         return unit + unit @ change.to(unit) + bias.to(unit)
 
 
-def unit_scale(rows: Tensor) -> Tensor:
-    """Rows divided by their root mean square, float32; a final norm reads them as before."""
+def unit_scale(rows: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
+    """Return rows divided by their root mean square, float32; a final norm reads them as before."""
     rows = rows.float()
     return rows / rows.square().mean(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)
 
@@ -59,7 +73,7 @@ def unit_scale(rows: Tensor) -> Tensor:
 def fit(
     layer_rows: Callable[[int], Tensor], n_layers: int, groups: Sequence[int], unembedding: Unembedding, seed: int = 0
 ) -> TunedLens:
-    """Fits one map per layer; whole groups are held out, first for the ridge, then for the losses.
+    """Fit one map per layer; whole groups are held out, first for the ridge, then for the losses.
 
     Args:
         layer_rows: rows [n, d_model] of a layer, the same positions at every layer.
@@ -78,7 +92,7 @@ def fit(
     scored = torch.nonzero(fold == 4)[:, 0]
     scored = scored[torch.from_numpy(rng.permutation(len(scored)))[:SCORED_ROWS]]
     last = layer_rows(n_layers - 1)
-    wanted = unit_scale(last)
+    target = unit_scale(last)
     maps: list[tuple[Tensor | None, Tensor | None, float]] = []
     losses = []
     for layer in range(n_layers):
@@ -87,33 +101,33 @@ def fit(
         change = bias = None
         strength = 0.0
         if layer < n_layers - 1:
-            change, bias, strength = _ridge(unit[train], wanted[train], unit[choose], wanted[choose])
+            change, bias, strength = _ridge(unit[train], target[train], unit[choose], target[choose])
         maps.append((change, bias, strength))
         tuned = rows[scored] if change is None or bias is None else unit[scored] + unit[scored] @ change + bias
-        losses.append([_kl(last[scored], read, unembedding) for read in (rows[scored], tuned)])
-    found = np.array(losses)
+        losses.append([_kl(last[scored], final, unembedding) for final in (rows[scored], tuned)])
     changes, biases, ridges = zip(*maps, strict=True)
-    return TunedLens(changes, biases, ridges, found[:, 0], found[:, 1], (int(train.sum()), len(scored)))
+    logit_kl, tuned_kl = np.array(losses).T
+    return TunedLens(unembedding, changes, biases, ridges, logit_kl, tuned_kl, (int(train.sum()), len(scored)))
 
 
 def _ridge(x: Tensor, y: Tensor, x_new: Tensor, y_new: Tensor) -> tuple[Tensor, Tensor, float]:
-    """(change, bias, strength): y is about x + x @ change + bias; the strength does best on the new rows."""
+    """Return (change, bias, strength): y is about x + x @ change + bias; the strength does best on the new rows."""
     x_mean, residual = x.mean(dim=0), y - x
     r_mean = residual.mean(dim=0)
     centred = (x - x_mean).double()
     gram = centred.T @ centred
     values, vectors = torch.linalg.eigh(gram)
     moment = vectors.T @ (centred.T @ (residual - r_mean).double())
-    found: list[tuple[float, Tensor, Tensor, float]] = []
+    fits: list[tuple[float, Tensor, Tensor, float]] = []
     for strength in RIDGES:
         shrunk = vectors @ (moment / (values.clamp_min(0) + strength * values.mean())[:, None])
         change = shrunk.float()
         bias = r_mean - x_mean @ change
         error = float((x_new + x_new @ change + bias - y_new).square().mean())
-        found.append((error, change, bias, strength))
-    _, change, bias, strength = min(found, key=lambda entry: entry[0])
+        fits.append((error, change, bias, strength))
+    _, change, bias, strength = min(fits, key=lambda entry: entry[0])
     return change, bias, strength
 
 
 def _kl(reference: Tensor, rows: Tensor, unembedding: Unembedding) -> float:
-    return float(lens.read(rows, unembedding, reference=reference).kl.double().mean())
+    return float(logit.read(rows, unembedding, reference=reference).kl.double().mean())

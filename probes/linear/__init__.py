@@ -1,1 +1,1 @@
-"""Linear probes and affine maps fitted to stored rows. Imported by analyses only."""
+"""Linear probes and affine maps fitted to stored rows; imported by analyses only."""

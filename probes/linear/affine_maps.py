@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from probes.errors import OptionError
@@ -22,8 +23,8 @@ class LinearMap:
     bias: Tensor
     """[d_out], float64."""
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Rows [n, d_in] mapped to [n, d_out], float64."""
+    def __call__(self, rows: Float[Tensor, "row d_in"]) -> Float64[Tensor, "row d_out"]:
+        """Map rows from one space to the other."""
         return rows.to(self.weight) @ self.weight + self.bias
 
 
@@ -37,8 +38,8 @@ class CrossMoments:
         self._xx = torch.zeros(d_in, d_in, dtype=torch.float64)
         self._xy = torch.zeros(d_in, d_out, dtype=torch.float64)
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Enter paired rows x [n, d_in], y [n, d_out].
+    def add(self, x: Float[Tensor, "row d_in"], y: Float[Tensor, "other_row d_out"]) -> None:
+        """Add paired rows to the sums.
 
         Raises:
             OptionError: the rows are not paired, or hold NaN.
@@ -55,12 +56,12 @@ class CrossMoments:
         self._xy += x.T @ y
 
     @property
-    def mean_target(self) -> Tensor:
-        """[d_out], float64: what predicts the target best without the source."""
+    def mean_target(self) -> Float64[Tensor, " d_out"]:
+        """Return the mean target row, which predicts the target best without the source."""
         return self._y / self.n
 
     def solve(self, ridge: float = 0.0) -> LinearMap:
-        """The affine map of least squared error.
+        """Return the affine map of least squared error.
 
         Args:
             ridge: added to the covariance, as a share of its mean variance; 0 gives least squares, of least norm where
@@ -82,8 +83,10 @@ class CrossMoments:
         return LinearMap(weight, mean_y - mean_x @ weight)
 
 
-def relative_error(predicted: Tensor, target: Tensor) -> Tensor:
-    """||predicted - target|| / ||target|| per row, [n, d] -> [n], in float64."""
+def relative_error(
+    predicted: Float[Tensor, "*row d_out"], target: Float[Tensor, "*row d_out"]
+) -> Float64[Tensor, "*row"]:
+    """Return ||predicted - target|| / ||target|| of each row."""
     target = target.double()
     size = torch.linalg.vector_norm(target, dim=-1).clamp_min(1e-12)
     return torch.linalg.vector_norm(predicted.double() - target, dim=-1) / size

@@ -58,18 +58,18 @@ class LinearProbe:
     converged: bool
 
     def decide(self, rows: ArrayLike) -> Floats:
-        """The signed decision values of rows [n, d]; [n]."""
+        """Return the signed decision values [n] of rows [n, d]."""
         return np.asarray(np.asarray(rows) @ self.weight + self.bias)
 
     @property
     def direction(self) -> Floats:
-        """The weight at unit length; [d]."""
+        """Return the weight at unit length, [d]."""
         return self.weight / np.linalg.norm(self.weight)
 
 
 @contextmanager
 def unwarned() -> Iterator[None]:
-    """Without scikit-learn's warnings of fits that stop early, which `converged` tells; warnings are global to a process."""
+    """Silence scikit-learn's warnings of fits that stop early, which `converged` tells; warnings are global to a process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         yield
@@ -93,7 +93,7 @@ class Fitter:
             self.rows = np.ascontiguousarray(corner.T)
 
     def fit(self, labels: Labels, cost: float) -> LinearProbe:
-        """The probe of these labels at one C."""
+        """Fit the probe of these labels at one C."""
         recipe = self.recipe
         if recipe.kind != "logistic":
             weight, bias = _between(self.rows, labels, recipe.kind)
@@ -112,7 +112,7 @@ class Fitter:
 
 
 def _between(rows: Floats, labels: Labels, kind: Kind) -> tuple[Floats, float]:
-    """Weight [d] and bias of a probe along the difference of the class means.
+    """Return weight [d] and bias of a probe along the difference of the class means.
 
     The nearest centroid decides half way between the means; the mean difference where a point is as many standard
     deviations of one class away from its mean as of the other.

@@ -39,7 +39,7 @@ Done = TypeVar("Done")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the probes of one layer say of their test rows; arrays are [tests], all seeds one after the other."""
+    """Decisions of one layer's probes on their test rows; arrays are [tests], all seeds one after the other."""
 
     row: Index
     seed: NDArray[np.int64]
@@ -60,37 +60,38 @@ class Evaluation:
 
     @property
     def correct(self) -> Floats:
-        """1.0 where the probe is right; [tests]."""
+        """Return 1.0 where the probe is right; [tests]."""
         return ((self.decision > 0) == self.label).astype(np.float64)
 
     @property
     def accuracy(self) -> float:
+        """Return the share of test rows on which the probe is right."""
         return float(self.correct.mean())
 
     @property
     def f1(self) -> float:
-        """Mean over seeds; label 1 is the positive class."""
+        """Return the F1 score, mean over seeds; label 1 is the positive class."""
         return self._over_seeds(lambda label, decision: f1_score(label, decision > 0, zero_division=0))
 
     @property
     def auc(self) -> float:
-        """Mean over seeds of the area under the ROC curve of the decision values."""
+        """Return the area under the ROC curve of the decision values, mean over seeds."""
         return self._over_seeds(roc_auc_score)
 
     def _over_seeds(self, score: Callable[[Labels, Floats], float]) -> float:
         seeds = [self.seed == seed for seed in dict.fromkeys(self.seed.tolist())]
-        return float(np.mean([score(self.label[mine], self.decision[mine]) for mine in seeds]))
+        return float(np.mean([score(self.label[rows], self.decision[rows]) for rows in seeds]))
 
 
 def fit_probe(rows: ArrayLike, labels: ArrayLike, recipe: Recipe = SOUND, cost: float | None = None) -> LinearProbe:
-    """A probe fitted to all rows [n, d] with labels [n], at the recipe's first C unless `cost` is given.
+    """Fit a probe to all rows [n, d] with labels [n], at the recipe's first C unless `cost` is given.
 
     Raises:
         ProbeError: labels that are not two classes of 0 and 1, or rows that are not finite numbers.
     """
-    values, wanted = _checked(rows, check_labels(labels), recipe, "the data")
+    values, classes = _checked(rows, check_labels(labels), recipe, "the data")
     with unwarned():
-        return Fitter(values, recipe).fit(wanted, recipe.costs[0] if cost is None else cost)
+        return Fitter(values, recipe).fit(classes, recipe.costs[0] if cost is None else cost)
 
 
 def probe_layers(
@@ -102,7 +103,7 @@ def probe_layers(
     recipe: Recipe = SOUND,
     jobs: int | None = None,
 ) -> Iterator[Evaluation]:
-    """One evaluation per layer, in order; every layer has the same splits and control labels.
+    """Yield one evaluation per layer, in order; every layer has the same splits and control labels.
 
     Args:
         layers: rows [n, d] of each layer, read one by one as work proceeds.
@@ -114,20 +115,20 @@ def probe_layers(
     Raises:
         ProbeError: labels, groups or rows that cannot be probed; the first fault, by name.
     """
-    wanted = check_labels(labels)
-    of = check_groups(groups, len(wanted))
-    kinds = of if types is None else check_groups(types, len(wanted))
-    plans = [_plan(wanted, of, kinds, recipe, seed) for seed in recipe.seeds]
+    classes = check_labels(labels)
+    of = check_groups(groups, len(classes))
+    kinds = of if types is None else check_groups(types, len(classes))
+    plans = [_plan(classes, of, kinds, recipe, seed) for seed in recipe.seeds]
 
     def work(task: tuple[int, ArrayLike]) -> Evaluation:
-        values, _ = _checked(task[1], wanted, recipe, f"layer {task[0]}")
-        return _evaluate(values, wanted, plans, recipe)
+        values, _ = _checked(task[1], classes, recipe, f"layer {task[0]}")
+        return _evaluate(values, classes, plans, recipe)
 
     return in_order(enumerate(layers), work, jobs or torch.get_num_threads())
 
 
 def in_order(tasks: Iterable[Task], work: Callable[[Task], Done], jobs: int) -> Iterator[Done]:
-    """`work` of every task, in order, `jobs` at a time, each on one processor."""
+    """Yield `work(task)` for every task, in order, `jobs` at a time, each on one processor."""
     # Rows are small, so that one fit on several processors is slower than several fits on one each.
     with threadpool_limits(1), unwarned(), ThreadPoolExecutor(jobs) as pool:
         waiting: deque[Future[Done]] = deque()
@@ -199,7 +200,7 @@ def _evaluate(values: Floats, labels: Labels, plans: Sequence[_Plan], recipe: Re
 
 
 def _control(fitter: Fitter, values: Floats, labels: Labels, fitted: Index, cost: float) -> Floats:
-    """Whether a probe fitted to a control task's labels is right, [n]; one class only is answered with that class."""
+    """Return whether a probe fitted to a control task's labels is right, [n]; one class only is answered with that class."""
     known = labels[fitted]
     if known.min() == known.max():
         return (labels == known[0]).astype(np.float64)
@@ -208,7 +209,7 @@ def _control(fitter: Fitter, values: Floats, labels: Labels, fitted: Index, cost
 
 
 def _choose_cost(values: Floats, labels: Labels, split: Split, recipe: Recipe) -> float:
-    """The C of least validation log-loss, going from the strongest penalty until the loss rises."""
+    """Return the C of least validation log-loss, going from the strongest penalty until the loss rises."""
     if recipe.kind != "logistic" or len(recipe.costs) == 1 or not len(split.validation):
         return recipe.costs[0]
     fitter, known = Fitter(values[split.train], recipe), labels[split.validation]

@@ -26,23 +26,23 @@ class Split:
 
     @property
     def fitted(self) -> Index:
-        """Rows of the final fit: training and validation."""
+        """Return the rows of the final fit: training and validation."""
         return np.concatenate([self.train, self.validation])
 
 
 def check_labels(labels: ArrayLike) -> NDArray[np.int64]:
-    """The labels [rows] as 0 and 1.
+    """Return the labels [rows] as 0 and 1.
 
     Raises:
         ProbeError: none at all, a label that is not 0 or 1, or one class only.
     """
-    found = np.asarray(labels)
-    if found.ndim != 1 or found.size == 0:
-        raise ProbeError(f"labels have shape {found.shape}: give one label, 0 or 1, per row")
-    for row, label in enumerate(found.tolist()):
+    given = np.asarray(labels)
+    if given.ndim != 1 or given.size == 0:
+        raise ProbeError(f"labels have shape {given.shape}: give one label, 0 or 1, per row")
+    for row, label in enumerate(given.tolist()):
         if label not in (0, 1):
             raise ProbeError(f"row {row} has label {label!r}: legal labels are 0 and 1")
-    values = found.astype(np.int64)
+    values = given.astype(np.int64)
     if values.min() == values.max():
         raise ProbeError(
             f"all {len(values)} rows have label {values[0]}: a probe tells two classes apart; add rows with label {1 - values[0]}"
@@ -51,22 +51,23 @@ def check_labels(labels: ArrayLike) -> NDArray[np.int64]:
 
 
 def check_groups(groups: ArrayLike | None, n: int) -> Index:
-    """Groups [rows] as numbers from 0; every row its own group where there are none.
+    """Return the groups [rows] as numbers from 0; every row is its own group where there are none.
 
     Raises:
         ProbeError: not one group per row.
     """
     if groups is None:
         return np.arange(n)
-    found = np.asarray(groups)
-    if found.shape != (n,):
-        raise ProbeError(f"{found.size} groups for {n} rows: give one group per row")
-    return np.unique(found, return_inverse=True)[1]
+    names = np.asarray(groups)
+    if names.shape != (n,):
+        raise ProbeError(f"{names.size} groups for {n} rows: give one group per row")
+    return np.unique(names, return_inverse=True)[1]
 
 
 def type_labels(types: Index, rng: np.random.Generator) -> NDArray[np.int64]:
-    """One random label per type [rows], types from 0; of two types about as frequent one gets 0 and one 1, so that guessing
-    the commoner label gains little.
+    """Give each type a random label; returns the label of each row, for types [rows] numbered from 0.
+
+    Of two types about as frequent one gets 0 and one 1, so that guessing the commoner label gains little.
     """
     n = int(types.max()) + 1
     drawn = rng.permutation(n)
@@ -78,7 +79,7 @@ def type_labels(types: Index, rng: np.random.Generator) -> NDArray[np.int64]:
 
 
 def row_split(labels: NDArray[np.int64], seed: int) -> Split:
-    """The released split: 60/40 over rows as they stand, without regard to class or group.
+    """Split rows 60/40 as they stand, without regard to class or group, as the authors of concept depth released it.
 
     Raises:
         ProbeError: a part would lack a class.
@@ -93,7 +94,7 @@ def row_split(labels: NDArray[np.int64], seed: int) -> Split:
 
 
 def group_split(labels: NDArray[np.int64], groups: Index, seed: int) -> Split:
-    """Whole groups dealt to training, validation and test, alike for groups of either or both classes.
+    """Deal whole groups to training, validation and test, alike for groups of either or both classes.
 
     Raises:
         ProbeError: fewer rows of a class than parts, or too few groups for every part to see both classes.
@@ -124,7 +125,7 @@ def group_split(labels: NDArray[np.int64], groups: Index, seed: int) -> Split:
 
 
 def _deal(n: int) -> NDArray[np.int8]:
-    """Parts of n groups: 2 is test, 1 validation, 0 training; every part gets one where there are three."""
+    """Return the parts of n groups: 2 is test, 1 validation, 0 training; every part gets one where there are three."""
     test, validation = (max(round(share * n), 1) if n >= 3 else 0 for share in (TEST, VALIDATION))
     return np.repeat(np.array([2, 1, 0], dtype=np.int8), [test, validation, n - test - validation])
 

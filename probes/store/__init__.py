@@ -1,22 +1,5 @@
-"""The activation store: safetensors shards found by content, and a catalogue that can be rebuilt from them."""
+"""The activation store: safetensors shards named by content, and a catalogue rebuilt from them; knows no model and no point."""
 
-from probes.store.append_only import AppendOnlyWriter
-from probes.store.layout import PROTOCOL
-from probes.store.maintenance import GcReport, VerifyReport
-from probes.store.store import ActivationStore, default_root
-from probes.store.values import Context, DamagedShard, MissingRows, Packet, Put, Ragged
+import lazy_loader
 
-__all__ = [
-    "PROTOCOL",
-    "ActivationStore",
-    "AppendOnlyWriter",
-    "Context",
-    "DamagedShard",
-    "GcReport",
-    "MissingRows",
-    "Packet",
-    "Put",
-    "Ragged",
-    "VerifyReport",
-    "default_root",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

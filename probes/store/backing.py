@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -16,7 +17,8 @@ from pathlib import Path
 
 from probes.errors import StoreError
 from probes.store.catalogue import Catalogue
-from probes.store.files import Folder, Pins
+from probes.store.files import Folder, Partial, Pins
+from probes.store.layout import Encoded
 from probes.store.shard import Damage, Known, Shard, Unreadable
 from probes.store.values import DamagedShard
 
@@ -42,13 +44,13 @@ class Backing:
 
     @property
     def crowded(self) -> bool:
-        """Whether so many mapped shards are alive that rows should be copied out instead of viewed."""
+        """Return whether so many mapped shards are alive that rows should be copied out instead of viewed."""
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         return len(self._maps) >= min(512, soft // 4)
 
     @contextmanager
     def shard(self, digest: str, fresh: bool = False) -> Iterator[Shard]:
-        """The open shard; `fresh` forgets earlier checks.
+        """Open a shard; `fresh` forgets earlier checks.
 
         Raises:
             Vanished: the file is gone.
@@ -81,6 +83,33 @@ class Backing:
                 f"shard {digest} cannot be read ({error}): make {str(path)!r} readable, or remove it"
             ) from error
 
+    def write(self, encoded: Encoded) -> Partial:
+        """Write a shard under a temporary name, which `publish` or `Partial.discard` ends.
+
+        Raises:
+            StoreError: no room on the disk, or a root that cannot be written.
+        """
+        try:
+            return Partial(self.folder.tmp, encoded)
+        except OSError as error:
+            raise self._write_error(error, encoded.entry.nbytes) from error
+
+    def publish(self, partial: Partial) -> None:
+        """Give a written shard its place, durably.
+
+        Raises:
+            StoreError: no room on the disk, or a root that cannot be written.
+        """
+        try:
+            partial.publish(self.folder.shard(partial.entry.digest))
+        except OSError as error:
+            raise self._write_error(error, partial.entry.nbytes) from error
+
+    def _write_error(self, error: OSError, nbytes: int) -> StoreError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return disk_full(self.folder.root, nbytes, nbytes)
+        return StoreError(f"writing to the store {str(self.folder.root)!r} failed: {error}; what was committed stays")
+
     def forget(self, digest: str) -> None:
         """Drop a shard that is no longer in its place, or cannot be put out of it, from the catalogue."""
         with self._lock:
@@ -97,11 +126,27 @@ class Backing:
         return catalogue
 
     def _forget_process_state(self) -> None:
-        # A lock inherited through a fork may be held by a thread that does not exist here.
+        # A lock inherited through a fork may be locked by a thread that does not exist here.
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._known: OrderedDict[str, Known] = OrderedDict()
         self._maps: weakref.WeakSet[mmap] = weakref.WeakSet()
+
+
+def disk_full(root: Path, nbytes: int, short: int) -> StoreError:
+    """Return the error of a disk that lacks `short` bytes for writing `nbytes`."""
+    return StoreError(
+        f"no room for {nbytes:,} bytes in the store {str(root)!r}: what was committed stays; free at least "
+        f"{short:,} bytes on that disk (for instance with bathyscope store gc) and run again"
+    )
+
+
+def read_only(root: Path) -> StoreError:
+    """Return the error of writing where one may only read."""
+    return StoreError(
+        f"the store {str(root)!r} can be read here but not written: what it holds can be used; "
+        "for anything else give a store of your own (--store FOLDER, or BATHYSCOPE_STORE)"
+    )
 
 
 def _remove_own(folder: Path, process: int) -> None:

@@ -39,7 +39,7 @@ Bound = TypeVar("Bound", str, bytes)
 
 
 class DamagedCatalogue(StoreError):
-    """The file is not a usable database; it can be thrown away and rebuilt."""
+    """A file that is not a usable database; it can be thrown away and rebuilt."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class Catalogue:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._local = threading.local()
-        self._foreign: list[sqlite3.Connection] = []
+        self._inherited: list[sqlite3.Connection] = []
         self.blank = False
-        """Whether a connection found no index and made an empty one."""
+        """Whether a connection met no index and created an empty one."""
 
     @property
     def files(self) -> list[Path]:
-        """The database and what SQLite may have put beside it."""
+        """Return the database and what SQLite may have put beside it."""
         return [Path(f"{self.path}{suffix}") for suffix in ("", "-journal", "-wal", "-shm")]
 
     def open(self) -> None:
@@ -76,7 +76,7 @@ class Catalogue:
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """A connection; every statement sees the last commit.
+        """Give a connection; every statement sees the last commit.
 
         Raises:
             StoreError: the file is busy beyond patience, or the disk is full.
@@ -99,11 +99,11 @@ class Catalogue:
             raise self.damaged(error) from error
 
     def damaged(self, reason: object) -> DamagedCatalogue:
-        """The error of a catalogue that cannot be believed."""
+        """Return the error of a catalogue that cannot be believed."""
         return DamagedCatalogue(f"the catalogue {str(self.path)!r} is damaged ({reason}); run bathyscope store rebuild")
 
     def copy_from(self, path: Path) -> None:
-        """Takes over another catalogue, without writing to it, as far as it can be read at all."""
+        """Copy another catalogue, without writing to it, as far as it can be read at all."""
         uri = f"{path.as_uri()}?mode=ro"
         with suppress(sqlite3.Error), ExitStack() as stack:
             source = stack.enter_context(closing(sqlite3.connect(uri, uri=True)))
@@ -111,7 +111,7 @@ class Catalogue:
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that shuts out other writers; committed on leaving, rolled back on an exception.
+        """Open a transaction that shuts out other writers; committed on leaving, rolled back on an exception.
 
         One inside another joins it.
         """
@@ -130,7 +130,7 @@ class Catalogue:
                 raise
 
     def locate(self, context: str, digests: Iterable[bytes], feature: str | None = None) -> dict[bytes, list[Place]]:
-        """Every place of each sequence in shards of this context (and, where given, with this feature)."""
+        """Return every place of each sequence in shards of this context (and, where given, with this feature)."""
         only = " AND EXISTS (SELECT 1 FROM features f WHERE f.shard = h.id AND f.feature = ?)" if feature else ""
         places: dict[bytes, list[Place]] = {}
         with self.reading() as connection:
@@ -146,13 +146,13 @@ class Catalogue:
                     places.setdefault(sequence, []).append(Place(shard, ordinal))
         return places
 
-    def held(self, context: str, digests: Sequence[bytes], features: Sequence[str]) -> tuple[np.ndarray, set[str]]:
-        """Which rows are held, bool [n_sequences, n_features], and the shards that hold them."""
+    def contains(self, context: str, digests: Sequence[bytes], features: Sequence[str]) -> tuple[np.ndarray, set[str]]:
+        """Return which rows are indexed, bool [n_sequences, n_features], and the shards they lie in."""
         places = self.locate(context, digests)
         columns = {feature: j for j, feature in enumerate(features)}
         masks: dict[str, np.ndarray] = {}
         with self.reading() as connection:
-            for chunk in _chunks({place.shard for found in places.values() for place in found}):
+            for chunk in _chunks({place.shard for here in places.values() for place in here}):
                 for shard, feature in connection.execute(
                     "SELECT h.digest, f.feature FROM features f JOIN shards h ON h.id = f.shard "
                     f"WHERE h.digest IN ({_marks(chunk)})",
@@ -161,14 +161,14 @@ class Catalogue:
                     if feature in columns:
                         mask = masks.setdefault(shard, np.zeros(len(features), dtype=bool))
                         mask[columns[feature]] = True
-        held = np.zeros((len(digests), len(features)), dtype=bool)
+        present = np.zeros((len(digests), len(features)), dtype=bool)
         used: set[str] = set()
         for i, sequence in enumerate(digests):
             for place in places.get(sequence, ()):
                 if place.shard in masks:
-                    held[i] |= masks[place.shard]
+                    present[i] |= masks[place.shard]
                     used.add(place.shard)
-        return held, used
+        return present, used
 
     def add(self, entry: Entry) -> None:
         """Index a shard; inside a `writing` transaction."""
@@ -198,7 +198,7 @@ class Catalogue:
                 connection.execute(f"DELETE FROM {table}")
 
     def shards(self) -> dict[str, int]:
-        """Bytes of every indexed shard by digest."""
+        """Return the bytes of every indexed shard by digest."""
         with self.reading() as connection:
             sizes = dict(connection.execute("SELECT digest, bytes FROM shards ORDER BY digest").fetchall())
         for name, size in sizes.items():
@@ -206,7 +206,7 @@ class Catalogue:
         return sizes
 
     def nbytes(self) -> int:
-        """Bytes of all indexed shards."""
+        """Return the bytes of all indexed shards."""
         with self.reading() as connection:
             size, strange = connection.execute(
                 "SELECT coalesce(sum(bytes), 0), coalesce(max(typeof(bytes) != 'integer'), 0) FROM shards"
@@ -215,18 +215,18 @@ class Catalogue:
         return int(size)
 
     def contexts(self) -> dict[str, list[str]]:
-        """The shards of each context."""
-        found: dict[str, list[str]] = {}
+        """Return the shards of each context."""
+        shards: dict[str, list[str]] = {}
         with self.reading() as connection:
             for context, shard in connection.execute(
                 "SELECT c.context, h.digest FROM shards h JOIN contexts c ON c.id = h.context ORDER BY 1, 2"
             ):
                 self._check(_is_context(context) and _is_digest(shard), context, shard)
-                found.setdefault(context, []).append(shard)
-        return found
+                shards.setdefault(context, []).append(shard)
+        return shards
 
     def entry(self, digest: str) -> Entry | None:
-        """What is known of a shard."""
+        """Return what the index says of a shard, or None."""
         with self.reading() as connection:
             row = connection.execute(
                 "SELECT h.id, c.context, h.bytes FROM shards h JOIN contexts c ON c.id = h.context WHERE h.digest = ?",
@@ -242,7 +242,7 @@ class Catalogue:
         return Entry(digest, context, nbytes, tuple(d for d, _ in sequences), tuple(name for (name,) in features))
 
     def count(self, table: str, context: str) -> int:
-        """Distinct sequences or features of a context; `table` is one of the two."""
+        """Count the distinct sequences or features of a context; `table` is one of the two."""
         column = {"sequences": "digest", "features": "feature"}[table]
         with self.reading() as connection:
             query = (
@@ -252,13 +252,13 @@ class Catalogue:
             return int(connection.execute(query, [context]).fetchone()[0])
 
     def _connection(self) -> sqlite3.Connection:
-        held: tuple[int, int, sqlite3.Connection] | None = getattr(self._local, "held", None)
+        opened: tuple[int, int, sqlite3.Connection] | None = getattr(self._local, "opened", None)
         inode = self.path.stat().st_ino if self.path.exists() else -1
-        if held and held[:2] == (os.getpid(), inode):
-            return held[2]
-        if held and held[0] != os.getpid():
+        if opened and opened[:2] == (os.getpid(), inode):
+            return opened[2]
+        if opened and opened[0] != os.getpid():
             # SQLite forbids even closing a connection inherited through a fork.
-            self._foreign.append(held[2])
+            self._inherited.append(opened[2])
         for part in self.files:
             if os.path.lexists(part) and not part.is_file():
                 raise self.damaged(f"{part.name} is no file")
@@ -272,7 +272,7 @@ class Catalogue:
         elif tables != _own_schema():
             connection.close()
             raise self.damaged("its tables are not a catalogue's")
-        self._local.held = (os.getpid(), self.path.stat().st_ino, connection)
+        self._local.opened = (os.getpid(), self.path.stat().st_ino, connection)
         return connection
 
     def _check(self, holds: bool, *values: object) -> None:
@@ -281,7 +281,7 @@ class Catalogue:
 
 
 def _schema(connection: sqlite3.Connection) -> list[tuple[str, ...]]:
-    """Kind, name and definition of everything in a database but SQLite's own statistics."""
+    """Return kind, name and definition of everything in a database but SQLite's own statistics."""
     rows = connection.execute("SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_stat%'")
     return sorted((kind, name, " ".join((sql or "").split())) for kind, name, sql in rows)
 

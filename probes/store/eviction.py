@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 from probes.errors import StoreError
-from probes.store.backing import Backing
+from probes.store.backing import Backing, disk_full, read_only
 from probes.store.files import lock_for_removal
 
 
 def check_space(backing: Backing, max_bytes: int | None, nbytes: int) -> None:
-    """Whether `nbytes` more can be written.
+    """Refuse to write `nbytes` more where they do not fit.
 
     Raises:
-        StoreError: they cannot; says how many bytes to free, or how far to raise the limit.
+        StoreError: says how many bytes to free, or how far to raise the limit.
     """
     if nbytes and backing.read_only:
         raise read_only(backing.folder.root)
@@ -30,22 +29,6 @@ def check_space(backing: Backing, max_bytes: int | None, nbytes: int) -> None:
         reclaimed = max(0, sum(sizes.values()) + nbytes - max_bytes)
     if nbytes > free + reclaimed:
         raise disk_full(backing.folder.root, nbytes, nbytes - free - reclaimed)
-
-
-def disk_full(root: Path, nbytes: int, short: int) -> StoreError:
-    """The error of a disk that lacks `short` bytes for writing `nbytes`."""
-    return StoreError(
-        f"no room for {nbytes:,} bytes in the store {str(root)!r}: what was committed stays; free at least "
-        f"{short:,} bytes on that disk (for instance with bathyscope store gc) and run again"
-    )
-
-
-def read_only(root: Path) -> StoreError:
-    """The error of writing where one may only read."""
-    return StoreError(
-        f"the store {str(root)!r} can be read here but not written: what it holds can be used; "
-        "for anything else give a store of your own (--store FOLDER, or BATHYSCOPE_STORE)"
-    )
 
 
 def make_room(backing: Backing, max_bytes: int | None, nbytes: int) -> list[str]:

@@ -42,7 +42,7 @@ class Table:
     counts: list[int]
 
     def blocks(self, backing: Backing) -> Iterator[Tensor]:
-        """The rows of each source, [n_rows, *width]."""
+        """Yield the rows of each source, [n_rows, *width]."""
         for name, ordinals in self.sources:
             with backing.shard(name) as shard:
                 yield torch.cat([shard.rows(self.feature, ordinal) for ordinal in ordinals])
@@ -89,7 +89,7 @@ def _tables(backing: Backing, context: str, shards: Sequence[str], features: str
 
 
 def _named(tables: Sequence[Table]) -> dict[str, Table]:
-    """A file stem for each table: the feature made safe, with a digest where that is not unique."""
+    """Return a file stem for each table: the feature made safe, with a digest where that is not unique."""
     stems = [re.sub(r"[^\w.+=-]+", "_", table.feature)[:100] for table in tables]
     named = {}
     for stem, table in zip(stems, tables, strict=True):

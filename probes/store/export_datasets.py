@@ -21,9 +21,9 @@ _WIDENED = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float1
 def save_dataset(
     path: Path, feature: str, about: str, tokens: Sequence[np.ndarray], counts: Sequence[int], blocks: Iterator[Tensor]
 ) -> None:
-    """Writes a folder that `datasets.load_from_disk` opens, with the columns `token_ids` and the feature's name.
+    """Write a folder that `datasets.load_from_disk` opens, with the columns `token_ids` and the feature's name.
 
-    Half precisions become float32. `blocks` are the rows of all sequences, one after the other, cut anywhere between two.
+    Half precisions become float32. `blocks` are the rows of all sequences, one after the other; a block ends where a sequence does.
 
     Raises:
         StoreError: the datasets library is missing, or rows that a data set cannot hold.
@@ -45,23 +45,23 @@ def save_dataset(
                 for ids, rows in zip(tokens, _after(first, parts), strict=True):
                     writer.write({IDS: ids, feature: rows})
                 writer.finalize()
-            held = Dataset.from_file(f"{scratch}/rows.arrow")
-            held.info.description = about
-            held.save_to_disk(str(path))
+            data = Dataset.from_file(f"{scratch}/rows.arrow")
+            data.info.description = about
+            data.save_to_disk(str(path))
             # The file is mapped; it must not outlive its folder.
-            del held
+            del data
     finally:
         with suppress(Exception):
             (enable_progress_bar if bars else disable_progress_bar)()
 
 
 def _sequences(counts: Sequence[int], blocks: Iterator[Tensor]) -> Iterator[np.ndarray]:
-    wanted = iter(counts)
+    lengths = iter(counts)
     for block in blocks:
         dtype = torch.float32 if block.dtype in _WIDENED else block.dtype
         done = 0
         while done < len(block):
-            count = next(wanted)
+            count = next(lengths)
             yield block[done : done + count].to(dtype).numpy()
             done += count
 

@@ -30,34 +30,39 @@ class Folder:
 
     @property
     def shards(self) -> Path:
+        """Return the folder of shards, in subfolders by the first two digits of their digest."""
         return self.root / "shards"
 
     @property
     def tmp(self) -> Path:
+        """Return the folder of files being written and of pins."""
         return self.root / "tmp"
 
     @property
     def quarantine(self) -> Path:
+        """Return the folder of damaged shards."""
         return self.root / "quarantine"
 
     @property
     def catalogue(self) -> Path:
+        """Return the path of the index."""
         return self.root / "catalogue.sqlite"
 
     def shard(self, digest: str) -> Path:
+        """Return the place of a shard."""
         return self.shards / digest[:2] / f"{digest}.safetensors"
 
     def listing(self) -> list[Path]:
-        """Everything named like a shard, also in the wrong folder."""
-        found: list[Path] = []
+        """Return everything named like a shard, also in the wrong folder."""
+        paths: list[Path] = []
         for folder in sorted(self.shards.glob("[0-9a-f][0-9a-f]")):
             # A file, or a link that leads nowhere, where a folder should be holds no shards.
             with suppress(OSError):
-                found += sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
-        return found
+                paths += sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
+        return paths
 
     def read_only(self) -> bool:
-        """Whether a store is here that this process may read but not write."""
+        """Return whether a store is here that this process may read but not write."""
         parts = (self.root, self.shards, self.tmp, self.quarantine, self.catalogue)
         writable = all(_may_write(path) for path in parts if path.exists())
         return not writable and (self.root / "store.json").is_file() and self.shards.is_dir()
@@ -85,7 +90,7 @@ class Folder:
         _check_protocol(self.root, text)
 
     def set_aside(self, path: Path, inode: int | None = None) -> bool:
-        """Move a shard to quarantine, unless another file has taken its place meanwhile; whether it is gone."""
+        """Move a shard to quarantine, unless another file has taken its place meanwhile; returns whether it is gone."""
         try:
             if inode is None or inode in _inodes(path):
                 path.rename(_unused(self.quarantine / path.name))
@@ -100,7 +105,7 @@ class Folder:
         return sweep(self.tmp)
 
     def pinned(self) -> frozenset[str]:
-        """Shards that a run in progress, here or elsewhere, has asked to keep."""
+        """Return the shards that a run in progress, here or elsewhere, has asked to keep."""
         names: set[str] = set()
         for path in self.tmp.glob("*.pins"):
             if not remove_if_unlocked(path) and path.is_file():
@@ -109,7 +114,7 @@ class Folder:
         return frozenset(names)
 
 
-class Held:
+class LockedFile:
     """A file of a random name that carries an exclusive lock for as long as its owner lives."""
 
     def __init__(self, folder: Path, suffix: str) -> None:
@@ -136,7 +141,7 @@ class Held:
             self.release()
 
 
-class Partial(Held):
+class Partial(LockedFile):
     """A shard being written under a temporary name."""
 
     def __init__(self, folder: Path, encoded: Encoded) -> None:
@@ -172,12 +177,13 @@ class Pins:
     enabled: bool = True
     """False where nothing can be written, and nothing pinned: a shard may then go before it is opened."""
     _depth: int = 0
-    _file: Held | None = None
+    _file: LockedFile | None = None
     _names: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def active(self) -> bool:
+        """Return whether a run is keeping shards."""
         return self._file is not None
 
     def add(self, digests: Iterable[str]) -> None:
@@ -190,10 +196,11 @@ class Pins:
 
     @contextmanager
     def run(self) -> Iterator[None]:
+        """Keep what is added inside the block until the last such block ends."""
         with self._lock:
             self._depth += 1
             if self._file is None and self.enabled:
-                self._file = Held(self.folder.tmp, "pins")
+                self._file = LockedFile(self.folder.tmp, "pins")
         try:
             yield
         finally:
@@ -214,7 +221,7 @@ def sweep(folder: Path) -> int:
 
 
 def lock_for_removal(path: Path) -> int | None:
-    """A descriptor holding the file exclusively, or None where it is in use, gone, no file, or out of reach."""
+    """Return a descriptor that locks the file exclusively, or None where it is in use, gone, no file, or out of reach."""
     try:
         fd = _open_file(path)
     except OSError:
@@ -230,7 +237,7 @@ def lock_for_removal(path: Path) -> int | None:
 
 
 def remove_if_unlocked(path: Path) -> bool:
-    """Delete a file of ours unless it is in use or out of reach; whether it was deleted."""
+    """Delete a file of ours unless it is in use or out of reach; returns whether it was deleted."""
     fd = lock_for_removal(path)
     if fd is None:
         return False
@@ -286,7 +293,7 @@ def _may_write(path: Path) -> bool:
 
 
 def _inodes(path: Path) -> set[int]:
-    """Of what lies at the path, and of what it leads to if it is a link."""
+    """Return the inodes of what lies at the path, and of what it leads to if it is a link."""
     inodes = {path.lstat().st_ino}
     with suppress(OSError):
         inodes.add(path.stat().st_ino)

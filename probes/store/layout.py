@@ -10,6 +10,7 @@ from math import prod
 import numpy as np
 import torch
 import xxhash
+from jaxtyping import Shaped
 from torch import Tensor
 
 from probes.store.values import Entry, Packet, canonical, pack, sequence_digest
@@ -56,6 +57,7 @@ class Slot:
 
     @property
     def row_bytes(self) -> int:
+        """Return the bytes of one row."""
         return prod(self.shape[1:]) * self.dtype.itemsize
 
 
@@ -72,7 +74,7 @@ class Header:
 
     @property
     def nbytes(self) -> int:
-        """The size of the whole file."""
+        """Return the size of the whole file."""
         return self.data + max((slot.stop for slot in self.slots.values()), default=0)
 
 
@@ -86,20 +88,20 @@ class Encoded:
     """uint8, in file order."""
 
 
-def raw(tensor: Tensor) -> np.ndarray:
-    """The tensor's bytes in row-major order, uint8 [n_bytes]; a view where it is contiguous and on the CPU."""
+def raw(tensor: Shaped[Tensor, "..."]) -> np.ndarray:
+    """Return the tensor's bytes in row-major order, uint8 [n_bytes]; a view where it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     # A tensor of one or no item may carry any stride, which a change of dtype would refuse.
     return np.asarray(flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy())
 
 
 def checksums(data: np.ndarray) -> tuple[str, ...]:
-    """xxh3_64 in hex of each block of `data`."""
+    """Return xxh3_64 in hex of each block of `data`."""
     return tuple(xxhash.xxh3_64_hexdigest(data[i : i + BLOCK].data) for i in range(0, len(data), BLOCK))
 
 
 def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
-    """The length and JSON header of a safetensors file; tensors are (dtype name, shape, bytes) in file order."""
+    """Return the length and JSON header of a safetensors file; tensors are (dtype name, shape, bytes) in file order."""
     table: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, (dtype, shape, size) in tensors.items():
@@ -111,7 +113,7 @@ def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...], int]], metada
 
 
 def encode(packet: Packet) -> Encoded:
-    """The shard of a packet; equal packets give equal bytes.
+    """Return the shard of a packet; equal packets give equal bytes.
 
     Raises:
         ValueError: a dtype that safetensors does not know.
@@ -152,12 +154,12 @@ def encode(packet: Packet) -> Encoded:
 
 
 def digest(header: bytes) -> str:
-    """The name of the shard with this header (length bytes included)."""
+    """Return the name of the shard with this header (length bytes included)."""
     return str(xxhash.xxh3_128_hexdigest(header))
 
 
 def parse(header: bytes) -> Header:
-    """The header of a shard from its bytes, length included.
+    """Parse the header of a shard from its bytes, length included.
 
     Raises:
         ValueError: a header that is not of this protocol.

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from probes.errors import StoreError
-from probes.store.backing import Backing, Vanished
+from probes.store.backing import Backing, Vanished, read_only
 from probes.store.catalogue import DamagedCatalogue
-from probes.store.eviction import read_only, shrink
+from probes.store.eviction import shrink
 from probes.store.files import remove, remove_if_unlocked
 from probes.store.shard import Damage, Shard, Unreadable
 from probes.store.values import DamagedShard, Entry
@@ -26,7 +26,7 @@ COLUMNS = ("weights", "backend", "dtype", "attention", "edits")
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What a check of every byte found."""
+    """The outcome of a check of every byte."""
 
     checked: int
     """Shards read."""
@@ -100,7 +100,7 @@ def rebuild(backing: Backing) -> int:
 def verify(backing: Backing) -> VerifyReport:
     """Check every byte of every shard against its checksums, and the catalogue against the shards.
 
-    Damaged shards are set aside; a catalogue that says something else than they do is made anew.
+    Damaged shards are set aside; a catalogue that contradicts the shards is rebuilt.
     """
     reconcile(backing)
     checked, nbytes, damaged, differing = 0, 0, [], False
@@ -138,7 +138,7 @@ def gc(backing: Backing, max_bytes: int | None) -> GcReport:
 
 
 def ls(backing: Backing) -> pd.DataFrame:
-    """One line per context: what it says, sequences, features, shards, bytes, last_used (UTC)."""
+    """Return one line per context: what it says, sequences, features, shards, bytes, last_used (UTC)."""
     import pandas as pd
 
     sizes = backing.catalogue.shards()
@@ -178,9 +178,9 @@ def _scan(backing: Backing, path: Path) -> Entry | None:
 
 
 def _index(backing: Backing, entry: Entry) -> None:
-    """Add a shard, or remove it where other shards hold all its rows already."""
-    held, _ = backing.catalogue.held(entry.context, entry.sequences, entry.features)
-    if not held.all():
+    """Add a shard, or remove it where all its rows lie in other shards already."""
+    present, _ = backing.catalogue.contains(entry.context, entry.sequences, entry.features)
+    if not present.all():
         backing.catalogue.add(entry)
         return
     if not backing.read_only:

@@ -20,7 +20,7 @@ class Names:
     root: Path
 
     def read(self) -> dict[str, list[str]]:
-        """The names each digest of weights goes by, in the order they came; nothing where there is no file."""
+        """Return the names each digest of weights goes by, in the order they came; nothing where there is no file."""
         try:
             lines = (self.root / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
@@ -34,7 +34,7 @@ class Names:
         return {weights: list(dict.fromkeys(known)) for weights, known in names.items()}
 
     def add(self, weights: str, name: str) -> None:
-        """Keeps a name; a store that cannot be written goes without."""
+        """Keep a name; a store that cannot be written goes without."""
         name = name[:LONGEST]
         if not name or name in self.read().get(weights, ()):
             return

@@ -24,7 +24,7 @@ _MAX_HEADER = 100 << 20
 
 
 class Damage(Exception):
-    """The reason a shard cannot be trusted, and the file it was found in."""
+    """The reason a shard cannot be trusted, and the file it was met in."""
 
     def __init__(self, reason: str, inode: int) -> None:
         super().__init__(reason)
@@ -86,10 +86,11 @@ class Shard:
 
     @property
     def features(self) -> tuple[str, ...]:
+        """Return the names of the features."""
         return tuple(self.header.counts)
 
     def rows(self, feature: str, ordinal: int) -> Tensor:
-        """The rows of one sequence, a view [count, ...] of the mapped file.
+        """Return the rows of one sequence, a view [count, ...] of the mapped file.
 
         Raises:
             Damage: a block that does not match its checksum.
@@ -100,42 +101,42 @@ class Shard:
         return self._view(feature)[first:last]
 
     def pick(self, feature: str, ordinal: int, positions: Sequence[int]) -> Tensor:
-        """A copy of the given rows of one sequence [n_positions, ...]; negative positions count from the end.
+        """Return a copy of the given rows of one sequence [n_positions, ...]; negative positions count from the end.
 
         Raises:
             Damage: a block that does not match its checksum.
             IndexError: a position outside the sequence's rows.
         """
         first, last = self._span(feature, ordinal)
-        asked = np.asarray(positions, dtype=np.int64)
-        index = np.where(asked < 0, asked + last - first, asked)
+        given = np.asarray(positions, dtype=np.int64)
+        index = np.where(given < 0, given + last - first, given)
         if ((index < 0) | (index >= last - first)).any():
-            wrong = asked[(index < 0) | (index >= last - first)][0]
+            wrong = given[(index < 0) | (index >= last - first)][0]
             raise IndexError(f"position {wrong} of a sequence with {last - first} rows of {feature!r}")
         width = self.header.slots[feature].row_bytes
         self._check(feature, (first + index) * width, (first + index + 1) * width)
         return self._view(feature)[torch.from_numpy(first + index)]
 
     def packed(self, feature: str) -> Tensor:
-        """All rows of a feature, a view [n_rows, ...]."""
+        """Return all rows of a feature, a view [n_rows, ...]."""
         self._check_all(feature)
         return self._view(feature)
 
     def counts(self, feature: str) -> np.ndarray:
-        """Rows of each sequence, int64 [n_sequences]."""
+        """Return rows of each sequence, int64 [n_sequences]."""
         return np.diff(self._ends(self.header.counts[feature]))
 
     def sequences(self) -> list[np.ndarray]:
-        """Token ids of each sequence, int64 [n_tokens]."""
+        """Return token ids of each sequence, int64 [n_tokens]."""
         return np.split(self._ids, self._ends(LENGTHS)[1:-1]) if len(self._ends(LENGTHS)) > 1 else []
 
     def entry(self) -> Entry:
-        """What the catalogue must know of this shard."""
+        """Return what the catalogue must know of this shard."""
         digests = tuple(sequence_digest(tokens) for tokens in self.sequences())
         return Entry(self.name, self.header.context, self.header.nbytes, digests, self.features)
 
     def holds(self, context: str, feature: str, ordinal: int, tokens: Sequence[int]) -> bool:
-        """Whether this sequence stands at this place, under this context and with this feature.
+        """Return whether this sequence stands at this place, under this context and with this feature.
 
         Raises:
             Damage: a block of the ids that does not match its checksum.
@@ -158,7 +159,7 @@ class Shard:
 
     @cached_property
     def _ids(self) -> np.ndarray:
-        """Token ids of all sequences, one after the other."""
+        """Return token ids of all sequences, one after the other."""
         self._check_all(IDS)
         return np.asarray(self._view(IDS).numpy())
 

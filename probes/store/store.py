@@ -1,8 +1,7 @@
-"""The activation store: rows of activations found by what they are, never by where they came from."""
+"""The activation store: rows of activations looked up by what they are, never by where they came from."""
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -16,9 +15,8 @@ from torch import Tensor
 from probes.cache_folder import cache_root
 from probes.errors import StoreError
 from probes.html_card import Fold, card, count, size
-from probes.store import eviction as room
-from probes.store import maintenance
-from probes.store.backing import Backing, Vanished
+from probes.store import eviction, maintenance
+from probes.store.backing import Backing, Vanished, read_only
 from probes.store.catalogue import Catalogue, DamagedCatalogue
 from probes.store.export import export
 from probes.store.files import Partial, touch
@@ -26,31 +24,28 @@ from probes.store.layout import encode
 from probes.store.maintenance import GcReport, VerifyReport
 from probes.store.names import Names
 from probes.store.shard import Shard
-from probes.store.values import Context, MissingRows, Packet, Put, canonical, sequence_digest
+from probes.store.values import Context, MissingRows, Packet, Put, Sequences, canonical, sequence_digest
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Sequences = Sequence[Sequence[int]]
-"""Token ids of several sequences."""
-
 
 def default_root() -> Path:
-    """`$BATHYSCOPE_STORE`, or `store` in the cache folder."""
+    """Return `$BATHYSCOPE_STORE`, or `store` in the cache folder."""
     return Path(os.environ.get("BATHYSCOPE_STORE") or cache_root() / "store")
 
 
-Answer = TypeVar("Answer")
-Asked = ParamSpec("Asked")
+Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
 
 
 def healing(
-    method: Callable[Concatenate[ActivationStore, Asked], Answer],
-) -> Callable[Concatenate[ActivationStore, Asked], Answer]:
-    """A method of the store that makes the catalogue anew, once, where it turns out not to say what the shards do."""
+    method: Callable[Concatenate[ActivationStore, Arguments], Result],
+) -> Callable[Concatenate[ActivationStore, Arguments], Result]:
+    """Wrap a method of the store so that it rebuilds the catalogue, once, where that contradicts the shards."""
 
     @wraps(method)
-    def healed(store: ActivationStore, /, *args: Asked.args, **kwargs: Asked.kwargs) -> Answer:
+    def healed(store: ActivationStore, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         try:
             return method(store, *args, **kwargs)
         except DamagedCatalogue:
@@ -63,9 +58,9 @@ def healing(
 class ActivationStore:
     """Captured activations in a folder that many processes may share.
 
-    A row is found by its context, the digest of its token ids and its feature. What a `put` returned for is
-    durable; every block of a shard is checked against its checksum before it is first read, and what the catalogue says
-    against the shard. A store that may only be read is read without writing anything to it.
+    A row is looked up by its context, the digest of its token ids and its feature. Rows are durable when `put` returns;
+    every block of a shard is checked against its checksum before it is first read, and what the catalogue says against
+    the shard. A store that may only be read is read without writing anything to it.
     """
 
     def __init__(self, root: str | Path | None = None, max_bytes: int | None = None) -> None:
@@ -107,14 +102,14 @@ class ActivationStore:
         return ActivationStore, (self.root, self.max_bytes)
 
     @healing
-    def held(self, context: Context, sequences: Sequences, features: Sequence[str]) -> np.ndarray:
-        """Which rows are here: bool [n_sequences, n_features]. Inside `pin` they stay until its end."""
+    def contains(self, context: Context, sequences: Sequences, features: Sequence[str]) -> np.ndarray:
+        """Return which rows are here: bool [n_sequences, n_features]. Inside `pin` they stay until its end."""
         digests = [sequence_digest(tokens) for tokens in sequences]
-        return self._held(canonical(context), digests, features)
+        return self._contains(canonical(context), digests, features)
 
     @healing
     def put(self, packet: Packet) -> Put:
-        """Write the rows of a packet that are not held yet; they are durable on return.
+        """Write the rows of a packet that are not here yet; they are durable on return.
 
         Raises:
             StoreError: no room on the disk or under `max_bytes`; nothing of this packet was written then.
@@ -123,28 +118,28 @@ class ActivationStore:
         digests = [sequence_digest(tokens) for tokens in packet.sequences]
         total, text = len(digests) * len(packet.features), canonical(packet.context)
         while True:
-            wanted = ~self._held(text, digests, list(packet.features))
-            if wanted.any() and self._backing.read_only:
-                raise room.read_only(self.root)
+            missing = ~self._contains(text, digests, list(packet.features))
+            if missing.any() and self._backing.read_only:
+                raise read_only(self.root)
             partials: list[Partial] = []
             try:
-                for part in packet.parts(wanted):
-                    partials.append(self._write(part))
+                for part in packet.parts(missing):
+                    partials.append(self._backing.write(encode(part)))
                 if self._commit(partials):
                     written = sum(partial.entry.nbytes for partial in partials)
-                    return Put(written, int(wanted.sum()), total - int(wanted.sum()))
+                    return Put(written, int(missing.sum()), total - int(missing.sum()))
             finally:
                 for partial in partials:
                     partial.discard()
 
     @healing
     def read(self, context: Context, sequences: Sequences, feature: str) -> list[Tensor]:
-        """One tensor [count, ...] per sequence, in the order given, viewing the mapped shards; treat it as read-only.
+        """Return one tensor [count, ...] per sequence, in the order given, viewing the mapped shards; treat it as read-only.
 
         Where so many shards are mapped that file descriptors run short, rows are copied instead.
 
         Raises:
-            MissingRows: some are not held.
+            MissingRows: some are not here.
             DamagedShard: a checksum failed; the shard has been set aside.
         """
 
@@ -158,10 +153,10 @@ class ActivationStore:
     def read_positions(
         self, context: Context, sequences: Sequences, feature: str, positions: Sequence[Sequence[int]]
     ) -> list[Tensor]:
-        """A copy of chosen rows of each sequence, [n_positions, ...] each, reading no others; -1 is the last.
+        """Return a copy of chosen rows of each sequence, [n_positions, ...] each, reading no others; -1 is the last.
 
         Raises:
-            MissingRows: some sequences are not held.
+            MissingRows: some sequences are not here.
             DamagedShard: a checksum failed; the shard has been set aside.
             StoreError: positions that are not one list per sequence, or lie outside it.
         """
@@ -178,14 +173,14 @@ class ActivationStore:
 
     @healing
     def shards_of(self, context: Context, sequences: Sequences, features: Sequence[str]) -> list[str]:
-        """The keys of the shards that reading these rows opens, sorted; rows not held are passed over."""
+        """Return the names of the shards that reading these rows opens, sorted; rows that are not here are passed over."""
         digests = {sequence_digest(tokens) for tokens in sequences}
         text = canonical(context)
         located = [self._index.locate(text, digests, feature) for feature in features]
-        return sorted({places[0].shard for found in located for places in found.values()})
+        return sorted({places[0].shard for by_sequence in located for places in by_sequence.values()})
 
     def pin(self) -> AbstractContextManager[None]:
-        """Within it, no process evicts a shard whose rows this store has written, read or reported as held."""
+        """Keep every shard whose rows this store writes, reads or reports inside the block from eviction by any process."""
         return self._backing.pins.run()
 
     @healing
@@ -195,16 +190,16 @@ class ActivationStore:
         Raises:
             StoreError: says how many bytes to free, or how far to raise `max_bytes`.
         """
-        room.check_space(self._backing, self.max_bytes, n_bytes)
+        eviction.check_space(self._backing, self.max_bytes, n_bytes)
 
     @healing
     def bytes_held(self) -> int:
-        """Bytes of all shards."""
+        """Return the bytes of all shards."""
         return self._index.nbytes()
 
     @healing
     def ls(self) -> pd.DataFrame:
-        """One line per context: model (what its weights were called), what it says, sequences, features, shards, bytes, last_used (UTC)."""
+        """Return one line per context: model (what its weights were called), what it says, sequences, features, shards, bytes, last_used (UTC)."""
         table, known = maintenance.ls(self._backing), self.names.read()
         table.insert(0, "model", [", ".join(known.get(weights, ())) for weights in table["weights"]])
         return table
@@ -215,7 +210,7 @@ class ActivationStore:
         return maintenance.verify(self._backing)
 
     def rebuild(self) -> int:
-        """Make the catalogue anew from the shards alone; returns how many it holds."""
+        """Rebuild the catalogue from the shards alone; returns how many there are."""
         return maintenance.rebuild(self._backing)
 
     @healing
@@ -242,7 +237,7 @@ class ActivationStore:
 
     @property
     def _index(self) -> Catalogue:
-        """The catalogue; filled anew first where its file was deleted under this store."""
+        """Return the catalogue; filled first from the shards where its file was deleted under this store."""
         catalogue = self._backing.catalogue
         catalogue.open()
         if catalogue.blank:
@@ -250,22 +245,15 @@ class ActivationStore:
             maintenance.reconcile(self._backing)
         return catalogue
 
-    def _held(self, context: str, digests: Sequence[bytes], features: Sequence[str]) -> np.ndarray:
+    def _contains(self, context: str, digests: Sequence[bytes], features: Sequence[str]) -> np.ndarray:
         index, pins = self._index, self._backing.pins
         if not pins.active:
-            return index.held(context, digests, features)[0]
+            return index.contains(context, digests, features)[0]
         # An evictor reads the pins inside its own transaction, so it sees these or has already taken effect.
         with index.writing():
-            held, shards = index.held(context, digests, features)
+            present, shards = index.contains(context, digests, features)
             pins.add(shards)
-            return held
-
-    def _write(self, packet: Packet) -> Partial:
-        encoded = encode(packet)
-        try:
-            return Partial(self._backing.folder.tmp, encoded)
-        except OSError as error:
-            raise self._failed(error, encoded.entry.nbytes) from error
+            return present
 
     def _commit(self, partials: Sequence[Partial]) -> bool:
         """Publish and index the files, unless some of their rows have been committed meanwhile."""
@@ -273,22 +261,14 @@ class ActivationStore:
         nbytes = sum(entry.nbytes for entry in entries)
         index = self._index
         with index.writing():
-            if any(index.held(entry.context, entry.sequences, entry.features)[0].any() for entry in entries):
+            if any(index.contains(entry.context, entry.sequences, entry.features)[0].any() for entry in entries):
                 return False
-            room.make_room(self._backing, self.max_bytes, nbytes)
+            eviction.make_room(self._backing, self.max_bytes, nbytes)
             self._backing.pins.add(entry.digest for entry in entries)
             for partial in partials:
-                try:
-                    partial.publish(self._backing.folder.shard(partial.entry.digest))
-                except OSError as error:
-                    raise self._failed(error, nbytes) from error
+                self._backing.publish(partial)
                 index.add(partial.entry)
         return True
-
-    def _failed(self, error: OSError, nbytes: int) -> StoreError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return room.disk_full(self.root, nbytes, nbytes)
-        return StoreError(f"writing to the store {str(self.root)!r} failed: {error}; what was committed stays")
 
     def _gather(
         self, context: Context, sequences: Sequences, feature: str, take: Callable[[Shard, int, int], Tensor]

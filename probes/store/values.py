@@ -15,6 +15,9 @@ from probes.errors import StoreError
 Context = Mapping[str, str]
 """Everything besides the tokens that decides a row's numbers: weights digest, backend, dtype, attention, edits."""
 
+Sequences = Sequence[Sequence[int]]
+"""Token ids of several sequences."""
+
 
 @dataclass(frozen=True, eq=False)
 class Ragged:
@@ -36,11 +39,11 @@ class Ragged:
             raise ValueError(f"counts {self.counts[:8]} do not add up to {self.values.shape[0]} rows")
 
     def split(self) -> list[Tensor]:
-        """One view [count, ...] per sequence."""
+        """Return one view [count, ...] per sequence."""
         return list(split(self.values, list(self.counts))) if self.counts else []
 
     def select(self, ordinals: Sequence[int]) -> Ragged:
-        """The rows of the given sequences, in the given order."""
+        """Return the rows of the given sequences, in the given order."""
         if list(ordinals) == list(range(len(self.counts))):
             return self
         parts = self.split()
@@ -69,26 +72,26 @@ class Packet:
                 raise ValueError(f"feature {name!r} has {len(rows.counts)} counts for {len(self.sequences)} sequences")
 
     def select(self, ordinals: Sequence[int], features: Sequence[str]) -> Packet:
-        """The given sequences and features only."""
+        """Return the packet of the given sequences and features only."""
         chosen = {name: self.features[name].select(ordinals) for name in features}
         return Packet(self.context, tuple(self.sequences[i] for i in ordinals), chosen)
 
     def unique(self) -> Packet:
-        """The packet with each sequence once, at its first place."""
+        """Return the packet with each sequence once, at its first place."""
         first = {tokens: i for i, tokens in reversed(list(enumerate(self.sequences)))}
         if len(first) == len(self.sequences):
             return self
         return self.select(sorted(first.values()), list(self.features))
 
-    def parts(self, wanted: np.ndarray) -> list[Packet]:
-        """Dense packets that cover exactly the wanted rows, `wanted` bool [n_sequences, n_features]."""
+    def parts(self, missing: np.ndarray) -> list[Packet]:
+        """Return dense packets that cover exactly the rows `missing`, bool [n_sequences, n_features]."""
         names = list(self.features)
         groups: dict[bytes, list[int]] = {}
-        for i, row in enumerate(wanted):
+        for i, row in enumerate(missing):
             if row.any():
                 groups.setdefault(row.tobytes(), []).append(i)
         return [
-            self.select(ordinals, [name for name, want in zip(names, wanted[ordinals[0]], strict=True) if want])
+            self.select(ordinals, [name for name, lacks in zip(names, missing[ordinals[0]], strict=True) if lacks])
             for ordinals in groups.values()
         ]
 
@@ -117,7 +120,7 @@ class Entry:
 
 
 def canonical(context: Context) -> str:
-    """The one JSON text of a context: sorted keys, no spaces, ASCII.
+    """Return the one JSON text of a context: sorted keys, no spaces, ASCII.
 
     Raises:
         ValueError: a key or value that is not text.
@@ -128,21 +131,21 @@ def canonical(context: Context) -> str:
 
 
 def pack(tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Token ids as little-endian int64 [n_tokens]."""
+    """Return token ids as little-endian int64 [n_tokens]."""
     return np.asarray(tokens, dtype="<i8")
 
 
 def sequence_digest(tokens: Sequence[int] | np.ndarray) -> bytes:
-    """xxh3_128 (16 bytes, big-endian) of the ids as little-endian int64."""
+    """Return xxh3_128 (16 bytes, big-endian) of the ids as little-endian int64."""
     return bytes(xxhash.xxh3_128_digest(pack(tokens).tobytes()))
 
 
 class MissingRows(StoreError):
-    """Rows that were asked for and are not held."""
+    """Rows that are to be read and are not in the store."""
 
-    def __init__(self, feature: str, missing: int, asked: int) -> None:
+    def __init__(self, feature: str, missing: int, total: int) -> None:
         super().__init__(
-            f"{missing} of {asked} sequences have no {feature!r} in the store under this context; "
+            f"{missing} of {total} sequences have no {feature!r} in the store under this context; "
             "capture them first (the same model, backend, dtype, attention and edits)"
         )
         self.feature = feature

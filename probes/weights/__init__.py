@@ -1,1 +1,1 @@
-"""What a head's weights say alone, without a forward. Imported by analyses only."""
+"""What attention heads' weights say alone, without a forward; imported by analyses only."""

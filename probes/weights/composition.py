@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 Kind = Literal["q", "k", "v"]
@@ -29,22 +30,23 @@ class Circuit:
 
     @property
     def transposed(self) -> Circuit:
+        """Return the circuits of the transposed matrices."""
         return Circuit(self.right.transpose(-1, -2), self.left.transpose(-1, -2))
 
     @cached_property
     def reading(self) -> Tensor:
-        """[..., d_model, k], equal to the matrix up to an orthogonal factor on the right: |x M| = |x reading|."""
+        """Return [..., d_model, k], equal to the matrix up to an orthogonal factor on the right: |x M| = |x reading|."""
         triangle = torch.linalg.qr(self.right.transpose(-1, -2), mode="r").R
         return self.left @ triangle.transpose(-1, -2)
 
     @cached_property
     def norm(self) -> Tensor:
-        """The Frobenius norm [...]."""
+        """Return the Frobenius norms [...]."""
         return torch.linalg.matrix_norm(self.reading)
 
     @cached_property
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(read directions [..., k, d_model], singular values [..., k], write directions [..., k, d_model])."""
+        """Return (read directions [..., k, d_model], singular values [..., k], write directions [..., k, d_model])."""
         q_left, r_left = torch.linalg.qr(self.left)
         q_right, r_right = torch.linalg.qr(self.right.transpose(-1, -2))
         u, s, vh = torch.linalg.svd(r_left @ r_right.transpose(-1, -2))
@@ -67,18 +69,21 @@ class Heads:
 
     @property
     def n_layers(self) -> int:
+        """Return the number of layers."""
         return self.w_q.shape[0]
 
     @property
     def n_heads(self) -> int:
+        """Return the number of query heads of a layer."""
         return self.w_q.shape[1]
 
     @cached_property
     def ov(self) -> Circuit:
+        """Return the output circuits W_V W_O."""
         return Circuit(self.w_v, self.w_o)
 
     def reader(self, kind: Kind, rotation: Tensor | None = None) -> Circuit:
-        """The later head's circuit; `rotation` [d_head, d_head] stands between W_Q and W_Kᵀ."""
+        """Return the circuit by which a later head reads; `rotation` [d_head, d_head] stands between W_Q and W_Kᵀ."""
         if kind == "v":
             return self.ov
         middle = self.w_q if rotation is None else self.w_q @ rotation.to(self.w_q)
@@ -86,15 +91,15 @@ class Heads:
         return qk if kind == "q" else qk.transposed
 
 
-def composition_scores(source: Circuit, target: Circuit) -> Tensor:
-    """Scores [layer, head, layer, head] of every earlier head with every later one; NaN where not strictly earlier.
+def composition_scores(source: Circuit, target: Circuit) -> Float[Tensor, "layer head layer head"]:
+    """Return the scores of every earlier head with every later one; NaN where not strictly earlier.
 
     Args:
         source: output circuits of all heads [layer, head, ...]; the first two axes of the result.
         target: reading circuits of all heads [layer, head, ...].
     """
     n_layers, n_heads = source.left.shape[:2]
-    # |A B| = |R b c Tᵀ| with A = (Q R) b and B = c (P T)ᵀ: only k x k products are made.
+    # |A B| = |R b c Tᵀ| with A = (Q R) b and B = c (P T)ᵀ: only k x k products are formed.
     writing = source.transposed.reading.transpose(-1, -2)
     reading = target.reading
     d_model, k = reading.shape[-2:]
@@ -109,30 +114,30 @@ def composition_scores(source: Circuit, target: Circuit) -> Tensor:
 
 
 def component_scores(source: Circuit, target: Circuit) -> Tensor:
-    """Scores [..., k] of the source's singular components with the target: |v_i B| / |B|; batched over leading axes."""
+    """Return scores [..., k] of the source's singular components with the target: |v_i B| / |B|; batched over leading axes."""
     _, _, write = source.svd
     return torch.linalg.vector_norm(write @ target.reading, dim=-1) / target.norm[..., None]
 
 
 def target_component_scores(source: Circuit, target: Circuit) -> Tensor:
-    """Scores [..., k] of the source with the target's singular components: |A a_j| / |A|."""
+    """Return scores [..., k] of the source with the target's singular components: |A a_j| / |A|."""
     read, _, _ = target.svd
     writing = source.transposed.reading
     return torch.linalg.vector_norm(read @ writing, dim=-1) / source.norm[..., None]
 
 
 def pairwise_scores(source: Circuit, target: Circuit) -> Tensor:
-    """|v_i . a_j| [..., i, j] of the source's write directions with the target's read directions."""
+    """Return |v_i . a_j| [..., i, j] of the source's write directions with the target's read directions."""
     return (source.svd[2] @ target.svd[0].transpose(-1, -2)).abs()
 
 
 def principal_angles(source: Circuit, target: Circuit) -> Tensor:
-    """Mean squared cosine [...] between what the source writes and what the target reads: |Uᵀ V|² / k, in 0..1."""
+    """Return the mean squared cosine [...] between what the source writes and what the target reads: |Uᵀ V|² / k, in 0..1."""
     return pairwise_scores(source, target).square().mean(-1).sum(-1)
 
 
 def analytic_null(target: Circuit) -> tuple[Tensor, Tensor]:
-    """(mean, standard deviation) [...] of a squared component score for an isotropic write direction.
+    """Return (mean, standard deviation) [...] of a squared component score for an isotropic write direction.
 
     The mean is 1/d_model; the variance about 2 Σ w² / d_model², w the target's shares of squared singular values.
     """
@@ -144,7 +149,7 @@ def analytic_null(target: Circuit) -> tuple[Tensor, Tensor]:
 
 
 def random_null(target: Circuit, draws: int, seed: int = 0) -> Tensor:
-    """Scores [draws, ...] of isotropic random unit write directions with the target, sorted along the draws."""
+    """Return scores [draws, ...] of isotropic random unit write directions with the target, sorted along the draws."""
     d_model = target.left.shape[-2]
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(draws, d_model, generator=generator).to(target.left)
@@ -155,22 +160,22 @@ def random_null(target: Circuit, draws: int, seed: int = 0) -> Tensor:
     return scores.sort(dim=0).values
 
 
-def robust_z(scores: Tensor) -> Tensor:
-    """(score - median) / (1.4826 median absolute deviation), over the last axis."""
+def robust_z(scores: Float[Tensor, "*rest test"]) -> Float[Tensor, "*rest test"]:
+    """Return (score - median) / (1.4826 median absolute deviation), over the last axis."""
     centre = scores.quantile(0.5, dim=-1, keepdim=True)
     spread = 1.4826 * (scores - centre).abs().quantile(0.5, dim=-1, keepdim=True)
     return (scores - centre) / spread.clamp_min(torch.finfo(scores.dtype).tiny)
 
 
-def exceedance(scores: Tensor, null: Tensor) -> Tensor:
-    """P values of `scores` [..., k] against sorted draws [draws, ...]: (1 + draws at least as large) / (1 + draws)."""
+def exceedance(scores: Float[Tensor, "*rest k"], null: Float[Tensor, "draw *rest"]) -> Float[Tensor, "*rest k"]:
+    """Return p values of `scores` [..., k] against sorted draws [draws, ...]: (1 + draws at least as large) / (1 + draws)."""
     sorted_draws = null.movedim(0, -1).contiguous()
     below = torch.searchsorted(sorted_draws, scores.contiguous())
     return (1 + null.shape[0] - below) / (1 + null.shape[0])
 
 
-def benjamini_hochberg(p: Tensor) -> Tensor:
-    """Adjusted p values of a flat family of tests, in the order given."""
+def benjamini_hochberg(p: Float[Tensor, " test"]) -> Float[Tensor, " test"]:
+    """Return the adjusted p values of a flat family of tests, in the order given."""
     order = p.argsort()
     n = p.numel()
     scaled = p[order] * n / torch.arange(1, n + 1, device=p.device)
@@ -180,8 +185,8 @@ def benjamini_hochberg(p: Tensor) -> Tensor:
     return out
 
 
-def rotation(d_head: int, offset: int, frequencies: Sequence[float]) -> Tensor:
-    """The rotary matrix R [d_head, d_head] with q R kᵀ the score of a query `offset` positions after its key.
+def rotation(d_head: int, offset: int, frequencies: Sequence[float]) -> Float[Tensor, "d_head d_head"]:
+    """Return the rotary matrix R [d_head, d_head] with q R kᵀ the score of a query `offset` positions after its key.
 
     Dimensions i and i + m rotate together, m frequencies in radians per position; the rest stand still.
     """

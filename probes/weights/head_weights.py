@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
@@ -15,7 +16,7 @@ from probes.weights.composition import Heads, rotation
 
 @torch.no_grad()
 def head_weights(model: Model, *, fold_norm: bool = True, center: bool = True) -> Heads:
-    """W_Q, W_K, W_V and W_O of every head, float32 on the CPU; grouped keys and values repeated per query head.
+    """Return W_Q, W_K, W_V and W_O of every head, float32 on the CPU; grouped keys and values repeated per query head.
 
     Args:
         fold_norm: put the gain of the norm before attention into W_Q, W_K and W_V.
@@ -36,8 +37,8 @@ def head_weights(model: Model, *, fold_norm: bool = True, center: bool = True) -
     return Heads(w_q, w_k, w_v, w_o, fold_norm, notes)
 
 
-def rotary(model: Model, offset: int) -> Tensor | None:
-    """The matrix [d_head, d_head] between W_Q and W_Kᵀ at a distance of `offset` tokens; None for offset 0.
+def rotary(model: Model, offset: int) -> Float[Tensor, "d_head d_head"] | None:
+    """Return the matrix between W_Q and W_Kᵀ at a distance of `offset` tokens; None for offset 0.
 
     Raises:
         PointError: the model has no rotary embedding that this can read.
@@ -45,15 +46,15 @@ def rotary(model: Model, offset: int) -> Tensor | None:
     if offset == 0:
         return None
     with module_of(model) as (module, _):
-        found = [m for m in module.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
-        if not found:
+        embeddings = [m for m in module.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
+        if not embeddings:
             raise PointError(f"{model.ref} has no rotary embedding: leave rope_offset at 0")
-        frequencies = torch.as_tensor(found[0].inv_freq).double().tolist()
+        frequencies = torch.as_tensor(embeddings[0].inv_freq).double().tolist()
     return rotation(model.shape.d_head, offset, frequencies)
 
 
 def _inputs(projection: nn.Module, d_model: int) -> Tensor:
-    """A projection's weights with inputs first, [d_model, outputs] float32."""
+    """Return a projection's weights with inputs first, [d_model, outputs] float32."""
     weight, rows = matrix(projection, d_model)
     return (weight if rows else weight.T).detach().float().cpu()
 
@@ -73,7 +74,7 @@ def _layer(anatomy: Anatomy, layer: int) -> tuple[Tensor, ...]:
 
 
 def _gain(anatomy: Anatomy, layer: int) -> tuple[Tensor, bool] | None:
-    """(gain [d_model], whether the mean is subtracted) of the norm before attention, or None where there is none."""
+    """Return (gain [d_model], whether the mean is subtracted) of the norm before attention, or None where there is none."""
     path = anatomy.map.path("ln1", layer)
     if path is None or anatomy.kind == "post_norm":
         return None
@@ -82,7 +83,7 @@ def _gain(anatomy: Anatomy, layer: int) -> tuple[Tensor, bool] | None:
     device, dtype = (
         (weight.device, weight.dtype) if isinstance(weight, Tensor) else (torch.device("cpu"), torch.float32)
     )
-    # The gain is asked of the norm itself, since families store it as w or as 1 + w: alternating signs have mean zero
+    # The gain is measured on the norm itself, since families store it as w or as 1 + w: alternating signs have mean zero
     # and root mean square one, so they come out as the gain, plus a bias that the difference of two such inputs removes.
     signs = torch.ones(d, device=device, dtype=dtype)
     signs[1::2] = -1

@@ -24,9 +24,9 @@ def bounded(tmp_path: Path, shards: int) -> ActivationStore:
     return ActivationStore(tmp_path / "store", max_bytes=shards * ONE)
 
 
-def held(store: ActivationStore, n: int) -> list[int]:
-    found = store.held(CONTEXT, [numbered(i) for i in range(n)], FEATURES)
-    return [i for i in range(n) if found[i].all()]
+def whole_sequences(store: ActivationStore, n: int) -> list[int]:
+    present = store.contains(CONTEXT, [numbered(i) for i in range(n)], FEATURES)
+    return [i for i in range(n) if present[i].all()]
 
 
 def test_the_least_recently_used_shard_goes_first(tmp_path: Path) -> None:
@@ -36,9 +36,9 @@ def test_the_least_recently_used_shard_goes_first(tmp_path: Path) -> None:
     check_rows(store, [numbered(0)])
     gc.collect()
     store.put(make([numbered(3)]))
-    assert held(store, 4) == [0, 2, 3]
+    assert whole_sequences(store, 4) == [0, 2, 3]
     store.put(make([numbered(4)]))
-    assert held(store, 5) == [0, 3, 4]
+    assert whole_sequences(store, 5) == [0, 3, 4]
     assert store.bytes_held() <= (store.max_bytes or 0)
 
 
@@ -48,10 +48,10 @@ def test_an_open_reader_keeps_its_shard_and_its_numbers(tmp_path: Path) -> None:
     (rows,) = store.read(CONTEXT, [numbered(0)], FEATURES[0])
     for i in range(1, 5):
         store.put(make([numbered(i)]))
-    assert held(store, 5) == [0, 4]
+    assert whole_sequences(store, 5) == [0, 4]
     assert rows.equal(expected(numbered(0), FEATURES[0]))
     assert store.gc(max_bytes=1).bytes_held > 0
-    assert held(store, 5) == [0]
+    assert whole_sequences(store, 5) == [0]
     del rows
     gc.collect()
     assert store.gc(max_bytes=1).bytes_held == 0
@@ -72,16 +72,16 @@ def test_a_run_never_evicts_its_own_rows(tmp_path: Path) -> None:
     store.put(make([numbered(0)]))
     store.put(make([numbered(1)]))
     with store.pin():
-        assert store.held(CONTEXT, [numbered(0)], FEATURES).all()
+        assert store.contains(CONTEXT, [numbered(0)], FEATURES).all()
         for i in (2, 3):
             store.put(make([numbered(i)]))
-        assert held(store, 4) == [0, 2, 3]
+        assert whole_sequences(store, 4) == [0, 2, 3]
         with pytest.raises(StoreError, match=f"raise max_bytes to at least {4 * ONE:,}"):
             store.put(make([numbered(4)]))
         assert store.gc(max_bytes=1).evicted == ()
-    assert held(store, 5) == [0, 2, 3]
+    assert whole_sequences(store, 5) == [0, 2, 3]
     store.put(make([numbered(4)]))
-    assert held(store, 5) == [2, 3, 4]
+    assert whole_sequences(store, 5) == [2, 3, 4]
 
 
 def test_pins_hold_against_other_stores_and_end_with_the_last_run(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_pins_hold_against_other_stores_and_end_with_the_last_run(tmp_path: Path
         with pytest.raises(StoreError, match="in use"):
             other.check_space(1)
     other.put(make([numbered(1)]))
-    assert held(store, 2) == [1]
+    assert whole_sequences(store, 2) == [1]
     assert list((store.root / "tmp").iterdir()) == []
 
 
@@ -103,7 +103,7 @@ def test_refused_for_lack_of_room_evicts_nothing_and_leaves_nothing_behind(tmp_p
     store.put(make([numbered(0)]))
     with pytest.raises(StoreError, match="do not fit under the store's limit"):
         store.put(make([numbered(i) for i in range(1, 300)]))
-    assert held(store, 2) == [0]
+    assert whole_sequences(store, 2) == [0]
     check_rows(store, [numbered(0)])
     assert list((store.root / "tmp").iterdir()) == []
 
@@ -137,7 +137,7 @@ def test_a_full_disk_keeps_what_was_committed(
             store.put(make([numbered(1)]))
     assert list((store.root / "tmp").iterdir()) == []
     check_rows(store, [numbered(0)])
-    assert held(store, 2) == [0]
+    assert whole_sequences(store, 2) == [0]
     assert store.put(make([numbered(1)])).rows_written == 3
 
 

@@ -11,7 +11,7 @@ from store_makers import CONTEXT, FEATURES, check_rows, make, numbered, shard_fi
 
 from probes.store import ActivationStore
 from probes.store.catalogue import Catalogue
-from probes.store.files import Held, Partial
+from probes.store.files import LockedFile, Partial
 from probes.store.layout import encode
 
 
@@ -52,7 +52,7 @@ def test_a_deleted_catalogue_comes_back_equal(store: ActivationStore, how: str) 
 def test_deleting_it_under_an_open_store_goes_unnoticed(store: ActivationStore) -> None:
     sequences = fill(store)
     (store.root / "catalogue.sqlite").unlink()
-    assert store.held(CONTEXT, sequences, FEATURES).all()
+    assert store.contains(CONTEXT, sequences, FEATURES).all()
     check_rows(store, sequences)
 
 
@@ -84,9 +84,9 @@ def publish_without_catalogue(store: ActivationStore, sequences: list[tuple[int,
 
 def test_a_shard_published_but_not_committed_is_found_at_the_next_open(store: ActivationStore) -> None:
     publish_without_catalogue(store, [numbered(0)])
-    assert not store.held(CONTEXT, [numbered(0)], FEATURES).any()
+    assert not store.contains(CONTEXT, [numbered(0)], FEATURES).any()
     check_rows(ActivationStore(store.root), [numbered(0)])
-    assert store.held(CONTEXT, [numbered(0)], FEATURES).all()
+    assert store.contains(CONTEXT, [numbered(0)], FEATURES).all()
 
 
 def test_a_second_copy_left_by_a_killed_writer_is_removed(store: ActivationStore) -> None:
@@ -136,7 +136,7 @@ def test_only_files_whose_writer_is_gone_are_swept(store: ActivationStore) -> No
         path.write_bytes(b"left")
     stranger = tmp / "notes.txt"
     stranger.write_text("not ours")
-    living = Held(tmp, "partial")
+    living = LockedFile(tmp, "partial")
     ActivationStore(store.root)
     assert not any(path.exists() for path in dead)
     assert living.path.exists()
@@ -162,9 +162,9 @@ def test_a_transaction_that_fails_leaves_no_trace(store: ActivationStore) -> Non
 def test_a_forked_child_uses_a_connection_of_its_own(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path / "catalogue.sqlite")
     with catalogue.reading() as connection:
-        mine = id(connection)
+        own = id(connection)
     child = os.fork()
     if child == 0:
         with catalogue.reading() as connection:
-            os._exit(0 if id(connection) != mine else 1)
+            os._exit(0 if id(connection) != own else 1)
     assert os.waitpid(child, 0)[1] == 0

@@ -47,7 +47,7 @@ def lie(store: ActivationStore, script: str) -> None:
 
 def works(store: ActivationStore, sequences: list[tuple[int, ...]]) -> None:
     """Everything can be asked; rows are right, or said to be missing, and can then be written."""
-    store.held(CONTEXT, sequences, FEATURES)
+    store.contains(CONTEXT, sequences, FEATURES)
     store.bytes_held()
     repr(store)
     store.ls()
@@ -67,9 +67,9 @@ def test_lies_are_found_and_mended(store: ActivationStore, name: str, reopened: 
     sequences = fill(store)
     before = dump(store)
     lie(store, LIES[name])
-    asked = ActivationStore(store.root) if reopened else store
-    works(asked, sequences)
-    asked.verify()
+    tested = ActivationStore(store.root) if reopened else store
+    works(tested, sequences)
+    tested.verify()
     after = dump(ActivationStore(store.root))
     assert {key: set(rows) >= set(before[key]) for key, rows in after.items()} == dict.fromkeys(before, True)
 
@@ -100,12 +100,12 @@ def campaign(root: Path, flips: int, seed: int) -> None:
     path = root / "catalogue.sqlite"
     for _ in range(flips):
         path.write_bytes(flipped(path.read_bytes(), rng))
-        asked = ActivationStore(root) if rng.random() < 0.5 else store
+        tested = ActivationStore(root) if rng.random() < 0.5 else store
         try:
-            works(asked, sequences)
+            works(tested, sequences)
         except StoreError as error:
             raise AssertionError(str(error)) from error
-        asked.rebuild()
+        tested.rebuild()
 
 
 def test_flipped_bits_of_any_kind_are_lived_through(tmp_path: Path) -> None:

@@ -88,14 +88,14 @@ def test_two_processes_writing_the_same_rows_leave_one_copy(tmp_path: Path) -> N
 
 
 def test_a_row_committed_during_a_write_is_not_written_again(store: ActivationStore, monkeypatch) -> None:
-    rival, write = ActivationStore(store.root), store._write
+    rival, write = ActivationStore(store.root), store._backing.write
 
-    def write_late(packet):
-        if len(packet.sequences) == 3:
+    def write_late(encoded):
+        if len(encoded.entry.sequences) == 3:
             rival.put(make([numbered(1)]))
-        return write(packet)
+        return write(encoded)
 
-    monkeypatch.setattr(store, "_write", write_late)
+    monkeypatch.setattr(store._backing, "write", write_late)
     put = store.put(make([numbered(i) for i in range(3)]))
     assert (put.rows_written, put.already_held) == (6, 3)
     assert len(copies(store)) == len(set(copies(store))) == 9
@@ -144,15 +144,15 @@ def test_a_writer_killed_at_any_moment_loses_nothing_it_had_committed(tmp_path: 
         committed = [int(line) for line in log.read_text().split("\n")[:-1]]
         store = ActivationStore(root)
         assert list((root / "tmp").iterdir()) == []
-        held = store.held(CONTEXT, [numbered(i) for i in order], FEATURES).all(1)
-        assert held[committed].all()
+        present = store.contains(CONTEXT, [numbered(i) for i in order], FEATURES).all(1)
+        assert present[committed].all()
         report = store.verify()
         assert report.damaged == ()
-        assert report.checked == int(held.sum()) == len(shard_files(store))
+        assert report.checked == int(present.sum()) == len(shard_files(store))
         # Resuming at the first missing row: at most the packet in flight had been written but not noted.
-        done = int(held.argmin())
+        done = int(present.argmin())
         assert 0 <= done - (max(committed) + 1) <= 1
-        assert held[:done].all()
+        assert present[:done].all()
     check_rows(store, [numbered(i) for i in range(done)])
 
 
@@ -172,7 +172,7 @@ def test_a_pin_of_another_process_ends_when_it_is_killed(tmp_path: Path) -> None
 
 def test_a_forked_child_reads_and_writes_on(store: ActivationStore) -> None:
     store.put(make([numbered(0)]))
-    (mine,) = store.read(CONTEXT, [numbered(0)], FEATURES[0])
+    (rows,) = store.read(CONTEXT, [numbered(0)], FEATURES[0])
     child = os.fork()
     if child == 0:
         try:
@@ -183,7 +183,7 @@ def test_a_forked_child_reads_and_writes_on(store: ActivationStore) -> None:
             os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
     check_rows(store, [numbered(0), numbered(1)])
-    assert mine.equal(expected(numbered(0), FEATURES[0]))
+    assert rows.equal(expected(numbered(0), FEATURES[0]))
 
 
 def write_bounded(root: Path, first: int, limit: int) -> None:

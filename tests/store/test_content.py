@@ -15,22 +15,22 @@ from probes.store.values import sequence_digest
 def test_held_answers_per_sequence_and_feature(store: ActivationStore) -> None:
     store.put(make([numbered(0), numbered(1)], FEATURES[:1]))
     store.put(make([numbered(1), numbered(2)], FEATURES[1:2]))
-    asked = [numbered(i) for i in (2, 0, 1, 3, 1)]
+    sequences = [numbered(i) for i in (2, 0, 1, 3, 1)]
     want = [[0, 1, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0], [1, 1, 0]]
-    np.testing.assert_array_equal(store.held(CONTEXT, asked, FEATURES), np.array(want, dtype=bool))
+    np.testing.assert_array_equal(store.contains(CONTEXT, sequences, FEATURES), np.array(want, dtype=bool))
 
 
 def test_every_part_of_the_context_tells_rows_apart(store: ActivationStore) -> None:
     store.put(make([numbered(0)]))
     for key in CONTEXT:
-        assert not store.held({**CONTEXT, key: "other"}, [numbered(0)], FEATURES).any()
+        assert not store.contains({**CONTEXT, key: "other"}, [numbered(0)], FEATURES).any()
     turned = dict(reversed(CONTEXT.items()))
-    assert store.held(turned, [numbered(0)], FEATURES).all()
+    assert store.contains(turned, [numbered(0)], FEATURES).all()
 
 
 def test_ids_and_not_their_text_decide(store: ActivationStore) -> None:
     store.put(make([(1, 23)]))
-    assert not store.held(CONTEXT, [(12, 3), (1, 2, 3), (23, 1), (1, 23, 0), ()], FEATURES).any()
+    assert not store.contains(CONTEXT, [(12, 3), (1, 2, 3), (23, 1), (1, 23, 0), ()], FEATURES).any()
     assert sequence_digest((1, 23)) == sequence_digest(np.array([1, 23], dtype=np.int32))
 
 
@@ -40,7 +40,7 @@ def test_put_fills_exactly_the_holes(store: ActivationStore) -> None:
     everything = [numbered(i) for i in range(4)]
     put = store.put(make(everything))
     assert (put.rows_written, put.already_held) == (12 - 4, 4)
-    assert store.held(CONTEXT, everything, FEATURES).all()
+    assert store.contains(CONTEXT, everything, FEATURES).all()
     check_rows(store, everything)
     with store._backing.catalogue.reading() as connection:
         query = "SELECT s.digest, f.feature FROM sequences s JOIN features f ON f.shard = s.shard"
@@ -82,9 +82,9 @@ def test_shards_of_names_what_is_read(store: ActivationStore) -> None:
 def test_many_sequences_are_found_in_one_question(store: ActivationStore) -> None:
     sequences = [(i,) for i in range(2500)]
     store.put(make(sequences, FEATURES[:1], width=1))
-    held = store.held(CONTEXT, [*sequences, (2500,)], FEATURES[:1])
-    assert held[:-1].all()
-    assert not held[-1].any()
+    present = store.contains(CONTEXT, [*sequences, (2500,)], FEATURES[:1])
+    assert present[:-1].all()
+    assert not present[-1].any()
     check_rows(store, sequences[::-500], FEATURES[:1])
 
 

@@ -37,7 +37,7 @@ def expect_recapture(store: ActivationStore, name: str) -> None:
     """The shard is set aside, its rows are missing, and putting them again heals the store."""
     assert (store.root / "quarantine" / f"{name}.safetensors").exists()
     assert shard_files(store) == []
-    assert not store.held(CONTEXT, [numbered(0)], FEATURES).any()
+    assert not store.contains(CONTEXT, [numbered(0)], FEATURES).any()
     with pytest.raises(MissingRows):
         store.read(CONTEXT, [numbered(0)], FEATURES[0])
     assert store.put(make([numbered(0)])).rows_written == 3
@@ -124,7 +124,7 @@ def test_a_renamed_shard_is_set_aside_and_its_rows_are_missing(store: Activation
     path = only_shard(store)
     wrong = path.parent / f"{path.stem[:-1]}{'0' if path.stem[-1] != '0' else '1'}.safetensors"
     path.rename(wrong)
-    assert not ActivationStore(store.root).held(CONTEXT, [numbered(0)], FEATURES).any()
+    assert not ActivationStore(store.root).contains(CONTEXT, [numbered(0)], FEATURES).any()
     expect_recapture(store, wrong.stem)
 
 

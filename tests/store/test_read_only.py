@@ -95,7 +95,7 @@ def state(root: Path) -> dict[Path, tuple[int, int, int]]:
 def reads_all(root: Path) -> None:
     store = ActivationStore(root)
     with store.pin():
-        assert store.held(CONTEXT, SEQUENCES, FEATURES).all()
+        assert store.contains(CONTEXT, SEQUENCES, FEATURES).all()
         store.check_space(0)
         assert store.put(make(SEQUENCES)).already_held == len(SEQUENCES) * len(FEATURES)
         check_rows(store, SEQUENCES)

@@ -47,7 +47,7 @@ def test_any_packet_comes_back_bit_for_bit(packet: Packet) -> None:
         put = ActivationStore(root).put(packet)
         store = ActivationStore(root)
         assert put.rows_written == len(packet.sequences) * len(packet.features)
-        assert store.held(CONTEXT, packet.sequences, list(packet.features)).all()
+        assert store.contains(CONTEXT, packet.sequences, list(packet.features)).all()
         for name, rows in packet.features.items():
             for got, want in zip(store.read(CONTEXT, packet.sequences, name), rows.split(), strict=True):
                 assert same(got, want)
@@ -100,9 +100,9 @@ def test_read_gives_views_of_one_mapping_and_writing_to_them_spares_the_file(sto
 def test_positions_pick_rows_from_either_end(store: ActivationStore) -> None:
     sequences = [numbered(0, 6), numbered(1, 2), numbered(2, 3)]
     store.put(make(sequences))
-    wanted = [[5, 0, -2], [-1], []]
-    got = store.read_positions(CONTEXT, sequences, FEATURES[0], wanted)
-    for tokens, rows, at in zip(sequences, got, wanted, strict=True):
+    positions = [[5, 0, -2], [-1], []]
+    got = store.read_positions(CONTEXT, sequences, FEATURES[0], positions)
+    for tokens, rows, at in zip(sequences, got, positions, strict=True):
         assert same(rows, expected(tokens, FEATURES[0])[at])
     with pytest.raises(StoreError, match=r"position 2 .* 2 rows .*sequence 1"):
         store.read_positions(CONTEXT, sequences, FEATURES[0], [[0], [2], [0]])

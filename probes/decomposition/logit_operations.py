@@ -1,4 +1,4 @@
-"""What stands between the last block and the logits, as operations that the rules know."""
+"""What stands between the last block and the logits, the final norm first, as operations that the rules know."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from probes.decomposition import rules as rule
-from probes.decomposition.operators import linear_of, norm_of, tolerance
+from probes.decomposition.module_reading import linear_of, norm_of, tolerance
 from probes.decomposition.rules import Linear, Norm, Rules
 from probes.decomposition.trace import Trace
 from probes.errors import PointError
@@ -19,18 +19,18 @@ Step = Linear | Norm | Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Readout:
+class LogitOperations:
     """Operations from the last residual to the logits: the last Linear is the unembedding."""
 
     steps: tuple[Step, ...]
     softcap: float | None
 
     def capped(self, x: Tensor) -> Tensor:
-        """Logits after the softcap."""
+        """Return logits after the softcap."""
         return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
 
     def relevant(self, rel: Tensor, total: Tensor, ids: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
-        """Relevant [source, pos, ids] and total [pos, ids] logits of some tokens, for a last residual [source, pos, d_model]."""
+        """Return relevant [source, pos, ids] and total [pos, ids] logits of some tokens, for a last residual [source, pos, d_model]."""
         for step in self.steps[:-1]:
             rel, total = _step(step, rel, total, rules)
         unembed = self.steps[-1]
@@ -53,8 +53,8 @@ def _step(step: Step, rel: Tensor, total: Tensor, rules: Rules) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def readout_of(module: nn.Module, seen: Trace, last: Tensor, softcap: float | None) -> Readout:
-    """The operations after the last block, read from the modules that ran and checked to be a chain to the logits.
+def read_logit_operations(module: nn.Module, seen: Trace, last: Tensor, softcap: float | None) -> LogitOperations:
+    """Read the operations after the last block from the modules that ran, and check that they lead to the logits.
 
     Args:
         last: what leaves the last block [pos, d_model].
@@ -75,7 +75,7 @@ def readout_of(module: nn.Module, seen: Trace, last: Tensor, softcap: float | No
     out = current if softcap is None else softcap * torch.tanh(current / softcap)
     if not steps or not isinstance(steps[-1], Linear) or deviation(out, seen.logits) > 1e-2:
         raise PointError("the modules after the last block do not lead to the logits, so these cannot be decomposed")
-    return Readout(tuple(steps), softcap)
+    return LogitOperations(tuple(steps), softcap)
 
 
 def _read(part: nn.Module, path: str, x: Tensor, y: Tensor) -> Step:

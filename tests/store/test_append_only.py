@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 from store_makers import CONTEXT, FEATURES, check_rows, make, numbered, shard_files
+from tiny import native
 
+from probes.capture import Need, capture, plan_capture
 from probes.errors import StoreError
-from probes.store import ActivationStore, AppendOnlyWriter
+from probes.store import ActivationStore, AppendOnlyWriter, MissingRows
 
 
 def test_opening_the_store_takes_in_what_was_left(tmp_path: Path) -> None:
-    outbox = AppendOnlyWriter(tmp_path)
-    put = outbox.put(make([numbered(0), numbered(1)]))
+    writer = AppendOnlyWriter(tmp_path)
+    put = writer.put(make([numbered(0), numbered(1)]))
     assert (put.rows_written, put.already_held) == (2 * len(FEATURES), 0)
     assert put.bytes_written == sum(path.stat().st_size for path in tmp_path.glob("shards/*/*"))
     assert not (tmp_path / "catalogue.sqlite").exists(), "no database is touched"
@@ -44,12 +46,23 @@ def test_rows_that_are_all_held_elsewhere_are_dropped(tmp_path: Path) -> None:
     assert len(shard_files(store)) == 2
 
 
-def test_an_outbox_knows_of_nothing(tmp_path: Path) -> None:
+def test_a_writer_knows_of_nothing(tmp_path: Path) -> None:
     ActivationStore(tmp_path).put(make([numbered(0)]))
-    outbox = AppendOnlyWriter(tmp_path)
-    assert not outbox.held(CONTEXT, [numbered(0)], FEATURES).any()
-    with outbox.pin():
-        outbox.check_space(10**18)
+    writer = AppendOnlyWriter(tmp_path)
+    assert not writer.contains(CONTEXT, [numbered(0)], FEATURES).any()
+    assert writer.shards_of(CONTEXT, [numbered(0)], FEATURES) == []
+    with pytest.raises(MissingRows):
+        writer.read(CONTEXT, [numbered(0)], FEATURES[0])
+    with writer.pin():
+        writer.check_space(10**18)
+
+
+def test_a_whole_capture_goes_through_a_writer(tmp_path: Path) -> None:
+    sequences, needs = [(1, 2, 3), (4, 5)], [Need("resid_post.1")]
+    done = capture(native(), sequences, needs, AppendOnlyWriter(tmp_path)).done
+    assert done.forwards > 0
+    assert done.bytes_written > 0
+    assert plan_capture(native(), sequences, needs, ActivationStore(tmp_path)).forwards == 0
 
 
 def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:

@@ -44,17 +44,17 @@ Source = tuple[Node, ...]
 
 
 def head(layer: int, head: int, position: int = -1) -> Node:
-    """Head `head` of a layer, at one position or all."""
+    """Return the node of head `head` of a layer, at one position or all."""
     return Node("head", layer, head, position)
 
 
 def mlp(layer: int, position: int = -1) -> Node:
-    """The MLP of a layer, at one position or all."""
+    """Return the node of the MLP of a layer, at one position or all."""
     return Node("mlp", layer, -1, position)
 
 
 def token(position: int, layer: int = 0) -> Node:
-    """The stream entering block `layer` at a position (-1 for all): at layer 0 the prompt's token."""
+    """Return the node of the stream entering block `layer` at a position (-1 for all): at layer 0 the prompt's token."""
     return Node("token", layer, -1, position)
 
 
@@ -70,12 +70,16 @@ class Baseline:
     """[layer, pos, d_model], what enters each block."""
 
     def at(self, kind: Kind, layer: int) -> Tensor:
-        """The table of one kind at a layer, [pos, ...]."""
+        """Return the mean of one kind of node at a layer, [pos, ...]."""
         return {"head": self.z, "mlp": self.mlp_out, "token": self.stream}[kind][layer]
 
 
 def check(sources: Iterable[Source], n_layers: int, n_heads: int, n_positions: int) -> None:
-    """Raises PointError naming the first node that this prompt and model do not have."""
+    """Refuse nodes that this prompt or model does not have.
+
+    Raises:
+        PointError: names the first such node.
+    """
     for node in (node for source in sources for node in source):
         for name, value, n in (("layer", node.layer, n_layers), ("position", node.position, n_positions)):
             if value >= n or (name == "layer" and value < 0) or value < -1:
@@ -85,17 +89,17 @@ def check(sources: Iterable[Source], n_layers: int, n_heads: int, n_positions: i
 
 
 def first_layer(source: Source) -> int:
-    """The earliest layer of a source; 0 where it has no nodes."""
+    """Return the earliest layer of a source; 0 where it has no nodes."""
     return min((node.layer for node in source), default=0)
 
 
 def first_position(source: Source) -> int:
-    """The earliest position of a source."""
+    """Return the earliest position of a source."""
     return max(0, min((node.position for node in source), default=0))
 
 
 def groups(sources: Sequence[Source], n_positions: int, rows: int, causal: bool) -> list[list[int]]:
-    """Indices of sources in batches of about `rows` rows that begin near the same position, ordered by first layer."""
+    """Return indices of sources in batches of about `rows` rows that begin near the same position, ordered by first layer."""
     order = sorted(range(len(sources)), key=lambda i: (first_position(sources[i]), first_layer(sources[i]), i))
     out: list[list[int]] = []
     width = n_positions
@@ -118,10 +122,10 @@ class Placing:
 
 
 def placings(batch: Sequence[Source], n_positions: int) -> Mapping[tuple[Kind, int], Placing]:
-    """Per kind and layer, which rows of the batch have nodes where."""
-    found: dict[tuple[Kind, int], list[tuple[int, int, int]]] = {}
+    """Return, per kind and layer, which rows of the batch have nodes where."""
+    placed: dict[tuple[Kind, int], list[tuple[int, int, int]]] = {}
     for row, source in enumerate(batch):
         for node in source:
             spots = range(n_positions) if node.position < 0 else (node.position,)
-            found.setdefault((node.kind, node.layer), []).extend((row, p, node.head) for p in spots)
-    return {key: Placing(*torch.tensor(spots).T) for key, spots in found.items()}
+            placed.setdefault((node.kind, node.layer), []).extend((row, p, node.head) for p in spots)
+    return {key: Placing(*torch.tensor(spots).T) for key, spots in placed.items()}

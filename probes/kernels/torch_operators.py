@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from probes.kernels import eager
-from probes.kernels.outputs import LensOutputs, RowOutputs, check
+from probes.kernels.outputs import RowOutputs, check
 from probes.kernels.triton_choice import kernels_for
+from probes.lenses.protocol import LensRead
 
 _ROW_OUTPUTS = ("packed", "scale", "error", "norm", "moments", "change", "coordinates")
 _ROWS = ", ".join(f"Tensor({chr(ord('a') + i)}!)? {name}" for i, name in enumerate(_ROW_OUTPUTS))
@@ -75,48 +77,53 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n = hidden.shape[0]
     make: dict[str, Any] = {"device": hidden.device, "dtype": torch.float32}
-    wanted = torch.empty(n, 0 if ids is None else ids.shape[0], **make)
+    chosen = torch.empty(n, 0 if ids is None else ids.shape[0], **make)
     top = torch.empty(n, top_k, **make)
-    return torch.empty(n, **make), torch.empty(n, **make), wanted, top, top.long()
+    return torch.empty(n, **make), torch.empty(n, **make), chosen, top, top.long()
 
 
 def capture_rows(
-    tensor: Tensor,
-    index: Tensor,
+    tensor: Shaped[Tensor, "source ..."],
+    index: Int[Tensor, " row"],
     out: RowOutputs,
-    previous: Tensor | None = None,
-    basis: Tensor | None = None,
-    offset: Tensor | None = None,
+    previous: Float[Tensor, "before width"] | None = None,
+    basis: Float[Tensor, "direction width"] | None = None,
+    offset: Shaped[Tensor, "..."] | None = None,
 ) -> None:
-    """See `probes.kernels.eager.capture_rows`; on CUDA one launch that reads each wanted row from memory once.
+    """Pack and measure rows as `probes.kernels.eager.capture_rows` does; on CUDA one launch, which reads each row once.
 
     The launch can be recorded in a CUDA graph: the host neither waits nor reads anything back, and the replays write
     where `offset` then says.
     """
     check(tensor, index, out, previous, basis, offset)
     if torch.compiler.is_compiling():
-        wanted = (out.packed, out.scale, out.error, out.norm, out.moments, out.change, out.coordinates)
-        _capture_rows(tensor, index, *wanted, previous, basis, offset)
+        outputs = (out.packed, out.scale, out.error, out.norm, out.moments, out.change, out.coordinates)
+        _capture_rows(tensor, index, *outputs, previous, basis, offset)
     else:
         _rows(tensor, index, out, previous, basis, offset)
 
 
-def sequence_means(tensor: Tensor, index: Tensor, starts: Tensor, out: Tensor) -> None:
-    """See `probes.kernels.eager.sequence_means`."""
+def sequence_means(
+    tensor: Float[Tensor, "source width"],
+    index: Int[Tensor, " row"],
+    starts: Int[Tensor, " boundary"],
+    out: Float[Tensor, "sequence width"],
+) -> None:
+    """Average rows as `probes.kernels.eager.sequence_means` does."""
     (_sequence_means if torch.compiler.is_compiling() else _means)(tensor, index, starts, out)
 
 
 def lens_rows(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
+    hidden: Float[Tensor, "row d_model"],
+    weight: Float[Tensor, "d_vocab d_model"],
+    bias: Float[Tensor, " d_vocab"] | None = None,
     softcap: float | None = None,
-    ids: Tensor | None = None,
+    ids: Int[Tensor, " token"] | None = None,
     top_k: int = 0,
-) -> LensOutputs:
-    """See `probes.kernels.eager.lens_rows`; on CUDA the logits never leave registers."""
+) -> LensRead:
+    """Read rows as `probes.kernels.eager.lens_rows` does; on CUDA the logits never leave registers."""
     if torch.compiler.is_compiling():
-        return LensOutputs(*_lens_rows(hidden, weight, bias, softcap, ids, top_k))
+        return LensRead(*_lens_rows(hidden, weight, bias, softcap, ids, top_k))
     return _lens(hidden, weight, bias, softcap, ids, top_k)
 
 
@@ -145,7 +152,7 @@ def _means(tensor: Tensor, index: Tensor, starts: Tensor, out: Tensor) -> None:
 
 def _lens(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, ids: Tensor | None, top_k: int
-) -> LensOutputs:
+) -> LensRead:
     if kernels_for(hidden) == "fused":
         from probes.kernels.fused_lens import MAX_TOP
         from probes.kernels.fused_lens import lens_rows as fused
@@ -155,5 +162,5 @@ def _lens(
     return eager.lens_rows(hidden, weight, bias, softcap, ids, top_k)
 
 
-def _parts(found: LensOutputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return found.log_z, found.entropy_bits, found.wanted, found.top_logprobs, found.top_ids.long()
+def _parts(read: LensRead) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return read.log_z, read.entropy_bits, read.logprobs, read.top_logprobs, read.top_ids.long()

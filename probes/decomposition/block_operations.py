@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy, Kind
-from probes.decomposition.operators import activation_of, linear_of, norm_of, tolerance
+from probes.decomposition.module_reading import activation_of, linear_of, norm_of, tolerance
 from probes.decomposition.rules import Linear, Norm
 from probes.decomposition.trace import Trace
 from probes.errors import PointError
@@ -29,7 +30,7 @@ class Dense:
     activation: Callable[[Tensor], Tensor]
 
     def units(self, *inputs: Tensor) -> Tensor:
-        """The hidden units of (up,) or (gate, up) pre-activations."""
+        """Return the hidden units of (up,) or (gate, up) pre-activations."""
         return self.activation(inputs[0]) * inputs[1] if len(inputs) == 2 else self.activation(inputs[0])
 
 
@@ -40,8 +41,10 @@ class Mixture:
     module: nn.Module
     router: nn.Module
 
-    def apply(self, x: Tensor, routed: Any, at: Tensor, n: int) -> Tensor:
-        """Output [source, pos, d_model] for inputs at positions `at` of a prompt of n; routing as in the plain forward."""
+    def apply(
+        self, x: Float[Tensor, "source pos d_model"], routed: Any, at: Int[Tensor, " pos"], n: int
+    ) -> Float[Tensor, "source pos d_model"]:
+        """Return the output for inputs at positions `at` of a prompt of n tokens, routed as in the plain forward."""
         dtype = next(self.module.parameters()).dtype
         with _routed(self.router, routed, at, n, x.shape[0]):
             out = tensor_of(self.module(x.to(dtype)))
@@ -69,7 +72,7 @@ def _routed(router: nn.Module, routed: Any, at: Tensor, n: int, sources: int) ->
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class BlockOperations:
     """One block's operations; None where it has no such part."""
 
     ln1: Norm | None
@@ -86,11 +89,11 @@ class Block:
 
 
 @dataclass(frozen=True, eq=False)
-class Structure:
-    """What a walk over a model needs to know."""
+class ModelOperations:
+    """The operations of every block, and the sizes that a walk over them needs."""
 
     kind: Kind
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockOperations, ...]
     n_heads: int
     n_kv_heads: int
     d_head: int
@@ -98,15 +101,15 @@ class Structure:
 
 
 @torch.no_grad()
-def structure_of(anatomy: Anatomy, causal: bool, seen: Trace, config: object) -> Structure:
-    """A model's blocks read from its anatomy and checked on one traced prompt.
+def read_model_operations(anatomy: Anatomy, causal: bool, seen: Trace, config: object) -> ModelOperations:
+    """Read a model's blocks from its anatomy and check them on one traced prompt.
 
     Raises:
         PointError: a part that the rules do not know, by name.
     """
     reader = _Reader(anatomy, seen, config)
     blocks = tuple(reader.block(layer) for layer in range(anatomy.n_layers))
-    return Structure(anatomy.kind, blocks, anatomy.n_heads, anatomy.n_kv_heads, anatomy.d_head, causal)
+    return ModelOperations(anatomy.kind, blocks, anatomy.n_heads, anatomy.n_kv_heads, anatomy.d_head, causal)
 
 
 class _Reader:
@@ -116,13 +119,13 @@ class _Reader:
         self.anatomy, self.seen, self.config = anatomy, seen, config
         self.d_model = int(anatomy.map.sizes.d_model)
 
-    def block(self, layer: int) -> Block:
+    def block(self, layer: int) -> BlockOperations:
         norms = {
             name: self._norm(name, layer)
             for name in ("ln1", "ln1_post", "ln2", "ln2_post", "attn.q_norm", "attn.k_norm")
         }
         q, k, v = self._projections(layer)
-        return Block(
+        return BlockOperations(
             **{name.removeprefix("attn."): norm for name, norm in norms.items()},
             q=q,
             k=k,
@@ -140,16 +143,16 @@ class _Reader:
 
     def _linear(self, name: str, layer: int, n_inputs: int, columns: Tensor | None = None) -> Linear:
         module = self.anatomy.component(name, layer)
-        found = linear_of(module, n_inputs, columns)
+        linear = linear_of(module, n_inputs, columns)
         x, y = (self.seen.get(name, side, layer) for side in ("in", "out"))
         y = y if columns is None else y[..., columns.to(y.device)]
-        error = deviation(found.total(x), y)
+        error = deviation(linear.total(x), y)
         if error > tolerance(next(module.parameters()).dtype):
             raise PointError(
                 f"block {layer}, {name}: {type(module).__name__} does not compute its weights times its input "
                 f"(off by {error:.1e}), so it cannot be decomposed"
             )
-        return found
+        return linear
 
     def _projections(self, layer: int) -> tuple[Linear, Linear, Linear]:
         if self.anatomy.map.path("attn.qkv", layer):

@@ -19,16 +19,17 @@ TOLERANCE = 1e-4
 
 
 def tolerance(dtype: torch.dtype) -> float:
+    """Return the relative deviation allowed of a module that computes in `dtype`."""
     return 1e-2 if dtype in (torch.float16, torch.bfloat16) else TOLERANCE
 
 
 def working(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a decomposition: float32 at least."""
+    """Return the dtype of a decomposition: float32 at least."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def linear_of(module: nn.Module, n_inputs: int, columns: Tensor | None = None) -> Linear:
-    """A projection as x W + b, of some of its outputs where `columns` are given.
+    """Read a projection as x W + b, of some of its outputs where `columns` are given.
 
     Raises:
         PointError: its weights are no plain matrix in memory.
@@ -45,13 +46,13 @@ def linear_of(module: nn.Module, n_inputs: int, columns: Tensor | None = None) -
 
 
 def norm_of(module: nn.Module, x: Tensor, y: Tensor, where: str) -> Norm:
-    """A norm read from its parameters, told apart by the values it gave: y [pos, ..., width] for inputs x.
+    """Read a norm from its parameters, told apart by the values it gave: y [pos, ..., width] for inputs x.
 
     Raises:
         PointError: neither LayerNorm nor RMSNorm gives these values.
     """
-    found = [(deviation(norm.total(x), y), norm) for norm in _norms(module, x)]
-    error, best = min(found, key=lambda pair: pair[0])
+    errors = [(deviation(norm.total(x), y), norm) for norm in _norms(module, x)]
+    error, best = min(errors, key=lambda pair: pair[0])
     dtype = next((p.dtype for p in module.parameters()), x.dtype)
     if error > tolerance(dtype):
         raise PointError(f"{where}: {type(module).__name__} is neither a LayerNorm nor an RMSNorm (off by {error:.1e})")
@@ -73,7 +74,7 @@ def _norms(module: nn.Module, x: Tensor) -> Iterator[Norm]:
 def activation_of(
     block: nn.Module, config: object, gate: Tensor | None, up: Tensor, out: Tensor, where: str
 ) -> Activation:
-    """The elementwise function of an MLP, told apart by the values: out == act(gate) * up, or act(up) without a gate.
+    """Return the elementwise function of an MLP, told apart by the values: out == act(gate) * up, or act(up) without a gate.
 
     Raises:
         PointError: no function that the block holds or its configuration names gives these values.

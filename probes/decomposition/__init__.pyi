@@ -1,0 +1,12 @@
+from .decomposer import Decomposer as Decomposer
+from .decomposer import Parts as Parts
+from .decomposer import decompose as decompose
+from .decomposer import rules_of as rules_of
+from .nodes import Baseline as Baseline
+from .nodes import Node as Node
+from .nodes import Source as Source
+from .nodes import head as head
+from .nodes import mlp as mlp
+from .nodes import token as token
+from .rules import PRESETS as PRESETS
+from .rules import Rules as Rules

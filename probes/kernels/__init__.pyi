@@ -1,0 +1,11 @@
+from .int8_codes import Codes as Codes
+from .int8_codes import unpacked as unpacked
+from .outputs import RowOutputs as RowOutputs
+from .outputs import reduced_shape as reduced_shape
+from .reduce import reduce_rows as reduce_rows
+from .torch_operators import capture_rows as capture_rows
+from .torch_operators import lens_rows as lens_rows
+from .torch_operators import sequence_means as sequence_means
+from .triton_choice import forced as forced
+from .triton_choice import has_triton as has_triton
+from .triton_choice import kernels_for as kernels_for

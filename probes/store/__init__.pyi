@@ -1,0 +1,13 @@
+from .append_only import AppendOnlyWriter as AppendOnlyWriter
+from .layout import PROTOCOL as PROTOCOL
+from .maintenance import GcReport as GcReport
+from .maintenance import VerifyReport as VerifyReport
+from .row_store import RowStore as RowStore
+from .store import ActivationStore as ActivationStore
+from .store import default_root as default_root
+from .values import Context as Context
+from .values import DamagedShard as DamagedShard
+from .values import MissingRows as MissingRows
+from .values import Packet as Packet
+from .values import Put as Put
+from .values import Ragged as Ragged

@@ -1,0 +1,76 @@
+"""The rules of CONTRIBUTING.md that a program can check: cheap imports, no circles of files, names that say something."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import grimp
+import pytest
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "pandas", "plotly", "transformers")
+"""Packages that take a second or more to import."""
+EMPTY_NAMES = {"found", "mine", "wanted", "held", "made", "asked"}
+"""Names that say nothing of the thing they stand for."""
+
+
+def python(code: str) -> str:
+    """Run code in an interpreter of its own; returns what it prints."""
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("package", ["probes", "analyses"])
+def test_importing_a_package_imports_nothing_heavy(package: str) -> None:
+    code = f"import sys, {package}; print([name for name in {HEAVY} if name in sys.modules])"
+    assert python(code).strip() == "[]"
+
+
+def test_the_public_face_of_probes_is_there_without_submodules() -> None:
+    code = "from probes import *; from probes import ActivationStore, load_model; print(ActivationStore.__module__, load_model.__module__)"
+    assert python(code).split() == ["probes.store.store", "probes.models.load"]
+
+
+def test_no_files_import_one_another_in_a_circle() -> None:
+    graph = grimp.build_graph("probes", "analyses", "app", cache_dir=None)
+    modules = sorted(graph.modules)
+    place = {module: i for i, module in enumerate(modules)}
+    pairs = [(place[m], place[n]) for m in modules for n in graph.find_modules_directly_imported_by(m)]
+    rows, columns = zip(*pairs, strict=True)
+    imports = coo_array(([True] * len(pairs), (rows, columns)), shape=(len(modules), len(modules)))
+    _, circle_of = connected_components(imports, connection="strong")
+    circles: dict[int, list[str]] = {}
+    for module, circle in zip(modules, circle_of.tolist(), strict=True):
+        circles.setdefault(circle, []).append(module)
+    assert [circle for circle in circles.values() if len(circle) > 1] == []
+
+
+def names_bound(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield line and name of every variable, parameter and attribute that a file binds."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.alias) and node.asname:
+            yield node.lineno, node.asname
+        elif isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and node.name:
+            yield node.lineno, node.name
+
+
+@pytest.mark.parametrize("folder", ["probes", "analyses", "app", "benchmarks"])
+def test_names_say_what_they_hold(folder: str) -> None:
+    empty = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for line, name in names_bound(ast.parse(path.read_text(encoding="utf-8")))
+        if name.strip("_") in EMPTY_NAMES
+    ]
+    assert empty == []

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from analyses.depth_use.clean_stream import Blocks, Chunk, Part
-from analyses.depth_use.columns import PerPrompt
 from analyses.depth_use.contributions import PARTS
 from analyses.depth_use.outputs import Outputs
 from analyses.depth_use.settings import Tick
 from analyses.depth_use.skips import Effects, enter
 from analyses.depth_use.weights import NormScales, coarser, frozen_norms
+from analyses.results.per_prompt import PerPrompt
 
 Columns = Mapping[str, PerPrompt]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from analyses.depth_use.clean_stream import Chunk, Part
-from analyses.depth_use.columns import PerPrompt
+from analyses.results.per_prompt import PerPrompt
 from analyses.results.statistics import cluster_bootstrap
 
 PARTS: tuple[Part, ...] = ("block", "attn", "mlp")

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from analyses.depth_use.ablations import Study
 from analyses.depth_use.clean_stream import Part, left_out
-from analyses.depth_use.columns import PerPrompt, interval
 from analyses.depth_use.settings import Distance, Tick
+from analyses.results.per_prompt import PerPrompt, interval
 from analyses.results.statistics import cluster_bootstrap
 
 SUBLAYERS: tuple[Part, Part] = ("attn", "mlp")

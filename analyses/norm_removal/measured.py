@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from analyses.depth_use.clean_stream import Blocks, on_blocks
-from analyses.depth_use.columns import PerPrompt
+from analyses.results.per_prompt import PerPrompt
 from probes.blocks.rerouting import module_of
 from probes.capture.activations import Activations
 from probes.capture.needs import Need

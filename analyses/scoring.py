@@ -35,7 +35,7 @@ def score_choices(
     prompts: Sequence[Prompt],
     rows: Mapping[tuple[float, int, str], Tensor],
     responses: Sequence[tuple[float, int, tuple[int, ...]]] | None,
-    semantics: str,
+    gated: str,
 ) -> dict[str, pd.DataFrame]:
     """Table `accuracy` over the prompts that carry choices and an answer; nothing where none does.
 
@@ -44,6 +44,7 @@ def score_choices(
     Args:
         rows: the residual read after each prompt [d_model], by (alpha, prompt, variant).
         responses: (alpha, prompt, response tokens), where there was a response phase.
+        gated: what the variant of the responses is called.
 
     Raises:
         PromptError: an answer that is not among its choices, or choices that start with the same token.
@@ -65,7 +66,7 @@ def score_choices(
     for alpha, i, tokens in responses or ():
         if i in asked:
             said = parse_choice(model.tokenizer.decode(list(tokens)), asked[i].fields["choices"])
-            verdicts.append((alpha, semantics, "response", said == asked[i].fields["answer"], said is not None))
+            verdicts.append((alpha, gated, "response", said == asked[i].fields["answer"], said is not None))
     n_tokens = float(np.mean([len(choice.tokens) for choices in written.values() for choice in choices]))
     return {"accuracy": _table(verdicts).assign(tokens_per_choice=n_tokens)}
 

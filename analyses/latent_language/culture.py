@@ -26,7 +26,7 @@ def measure(reader: Reader, settings: Settings) -> tuple[dict[str, pd.DataFrame]
     dropped: list[Dropped] = []
     for framing in settings.framings:
         made, lost = culture_items(
-            shipped_questions(), framing, ASKED_IN, rule, reader.model, settings.seed, settings.n_items
+            shipped_questions(), framing, ASKED_IN, rule, reader.model, settings.seed, settings.n_prompts
         )
         items, dropped = items + made, dropped + lost
     if not items:

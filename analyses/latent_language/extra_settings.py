@@ -17,7 +17,7 @@ class Settings:
     pairs: tuple[tuple[str, str], ...]
     seed: int
     ci: Ci
-    n_items: int
+    n_prompts: int
     framings: tuple[Framing, ...]
     depths: tuple[float, ...]
     shares: tuple[float, ...]

@@ -10,8 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from analyses.latent_language import culture, similarity, swap
-from analyses.latent_language import layer_writing as readout
+from analyses.latent_language import culture, layer_writing, similarity, swap
 from analyses.latent_language.extra_settings import Settings
 from analyses.latent_language.items import Dropped
 from analyses.latent_language.read import Reader
@@ -23,7 +22,7 @@ from probes.points import Address
 from probes.prompts import tokenize
 from probes.reducers import ROWS
 
-Extra = Literal["culture", "similarity", "swap", "readout"]
+Extra = Literal["culture", "similarity", "swap", "layer_writing"]
 Made = tuple[dict[str, pd.DataFrame], list[Dropped]]
 
 TRAINING_SENTENCES = 150
@@ -33,7 +32,7 @@ EXTRAS: Mapping[Extra, Callable[[Reader, Settings], Made]] = {
     "culture": culture.measure,
     "similarity": similarity.measure,
     "swap": swap.measure,
-    "readout": readout.measure,
+    "layer_writing": layer_writing.measure,
 }
 
 

@@ -71,7 +71,7 @@ def prompt_tokens(model: Model, text: str) -> tuple[int, ...]:
 
 
 def given_items(
-    prompts: Sequence[Prompt], rule: Rule | None, model: Model, target: str, collide: Collide
+    prompts: Sequence[Prompt], rule: Rule | None, model: Model, target: str, on_collision: Collide
 ) -> tuple[list[Item], list[Dropped]]:
     """Items of prompts that carry `targets`; given ids are summed as they are.
 
@@ -90,7 +90,7 @@ def given_items(
             raise PromptError(f"{name}: targets are words, and {model.ref} has no tokenizer; give token ids")
         sets: Sets = {lang: _given(found, rule, name, model) for lang, found in targets.items()}
         if words:
-            sets, reason = resolve(sets, collide)
+            sets, reason = resolve(sets, on_collision)
             if reason:
                 dropped.append(("given", name, reason))
                 continue
@@ -116,32 +116,32 @@ def _given(found: Sequence[Any], rule: Rule | None, name: str, model: Model) -> 
 
 
 def task_items(
-    asked: Sequence[Query], rule: Rule, model: Model, pair: str, languages: Sequence[str], collide: Collide,
-    synonyms: bool, first: int, n_items: int = 0, seed: int = 0,
+    asked: Sequence[Query], rule: Rule, model: Model, pair: str, languages: Sequence[str], on_collision: Collide,
+    synonyms: bool, first: int, n_prompts: int = 0, seed: int = 0,
 ) -> tuple[list[Item], list[Dropped]]:  # fmt: skip
     """Items of a task's prompts; the first of `languages` is the answer's.
 
     Args:
         first: the index of the first prompt.
-        n_items: how many to keep, tried in an order drawn by `seed`, in which those that cannot be measured are passed
+        n_prompts: how many to keep, tried in an order drawn by `seed`, in which those that cannot be measured are passed
             over; 0 for all.
     """
-    order = np.random.default_rng(seed).permutation(len(asked)) if n_items else range(len(asked))
+    order = np.random.default_rng(seed).permutation(len(asked)) if n_prompts else range(len(asked))
     items: dict[int, Item] = {}
     dropped: list[Dropped] = []
     for place in map(int, order):
-        if len(items) == (n_items or len(asked)):
+        if len(items) == (n_prompts or len(asked)):
             break
         query = asked[place]
         forms = query.word.forms
         missing = [language for language in languages if language not in forms]
         reason = f"the word list has no word in {' and '.join(missing)}" if missing else None
-        if reason is None and collide == "drop":
+        if reason is None and on_collision == "drop":
             reason = _contained(query, languages)
         sets: Sets = {}
         if reason is None:
             used = {lang: forms[lang] if synonyms else forms[lang][:1] for lang in languages}
-            sets, reason = resolve({lang: rule.sequences(words) for lang, words in used.items()}, collide)
+            sets, reason = resolve({lang: rule.sequences(words) for lang, words in used.items()}, on_collision)
         if reason:
             dropped.append((pair, query.word.name, reason))
             continue
@@ -161,7 +161,7 @@ def _contained(query: Query, languages: Sequence[str]) -> str | None:
 
 
 def culture_items(
-    questions: Sequence[Question], framing: Framing, language: str, rule: Rule, model: Model, seed: int, n_items: int
+    questions: Sequence[Question], framing: Framing, language: str, rule: Rule, model: Model, seed: int, n_prompts: int
 ) -> tuple[list[Item], list[Dropped]]:
     """Items of the culture questions asked in `language`; sets are named `culture/language`.
 
@@ -169,14 +169,14 @@ def culture_items(
     the other, are dropped.
 
     Args:
-        n_items: the first so many that are not dropped; 0 for all.
+        n_prompts: the first so many that are not dropped; 0 for all.
     """
     examples = [q for q in questions if q.kind == "example"]
     asked = [q for q in questions if q.kind != "example"]
     items: list[Item] = []
     dropped: list[Dropped] = []
     for index, question in enumerate(asked):
-        if len(items) == (n_items or len(asked)):
+        if len(items) == (n_prompts or len(asked)):
             break
         name = question.text["en"]
         sets = {

@@ -32,21 +32,21 @@ class Query:
 
 
 def queries(
-    words: Sequence[Word], task: Task, source: str, target: str, n_shot: int, n_items: int, seed: int,
+    words: Sequence[Word], task: Task, source: str, target: str, n_shot: int, n_prompts: int, seed: int,
     form: Form = "quoted",
 ) -> list[Query]:  # fmt: skip
     """One prompt per word that has the languages needed; demonstrations never show the word asked for.
 
     Args:
-        n_items: how many words, drawn by seed; 0 for all.
+        n_prompts: how many words, drawn by seed; 0 for all.
         form: of translation and repetition.
     """
     usable = [word for word in words if target in (word.cloze if task == "cloze" else word.forms)]
     if task != "cloze":
         usable = [word for word in usable if source in word.forms]
     asked = usable
-    if 0 < n_items < len(usable):
-        chosen = np.random.default_rng(seed).choice(len(usable), n_items, replace=False)
+    if 0 < n_prompts < len(usable):
+        chosen = np.random.default_rng(seed).choice(len(usable), n_prompts, replace=False)
         asked = [usable[i] for i in sorted(chosen)]
     found = []
     for index, word in enumerate(asked):

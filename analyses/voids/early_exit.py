@@ -116,7 +116,7 @@ class Readings:
 
 @dataclass(frozen=True)
 class Reader:
-    """The residual rows that the full model, the semantics and its controls read."""
+    """The residual rows that the full model, the gated model and its controls read."""
 
     model: Model
     activations: Activations
@@ -127,7 +127,7 @@ class Reader:
     reducer: Reducer
     """How rows were captured: all rows, or the last of each prompt."""
     masked: Mapping[str, Tensor]
-    """Under the `mask` semantics, per variant the last block's output [tokens, d_model]; else empty."""
+    """Under mode `skip`, per variant the last block's output [tokens, d_model]; else empty."""
     seed: int
 
     def full(self, tokens: Tokens) -> Tensor:
@@ -135,7 +135,7 @@ class Reader:
         return self._at_layer(tokens, np.full(len(tokens), self.model.shape.n_layers - 1))
 
     def read(self, tokens: Tokens) -> Tensor:
-        """What the semantics reads, [tokens, d_model]."""
+        """What the gated model reads, [tokens, d_model]."""
         return self._at_layer(tokens, self.exits(tokens)) if not self.masked else self.masked["voids"][tokens]
 
     def exits(self, tokens: Tokens) -> Tokens:

@@ -169,9 +169,9 @@ class LatentLanguage(Analysis):
         Raises:
             PromptError: no item is left, or the model has no tokenizer for a task.
         """
-        asked = as_prompts(prompts, model, self.prompt_fields)
-        if any("targets" in prompt.fields for prompt in asked):
-            items, dropped = given_items(asked, self.rule(model), model, self.target[0], self.on_collision)
+        drawn = as_prompts(prompts, model, self.prompt_fields)
+        if any("targets" in prompt.fields for prompt in drawn):
+            items, dropped = given_items(drawn, self.rule(model), model, self.target[0], self.on_collision)
         else:
             items, dropped = self._task_items(model)
         if not items:
@@ -190,11 +190,11 @@ class LatentLanguage(Analysis):
         items: list[Item] = []
         dropped: list[Dropped] = []
         for source, target in self.pairs:
-            asked = queries(words, self.task, source, target, n_shot, 0, self.seed, self.form)
+            drawn = queries(words, self.task, source, target, n_shot, 0, self.seed, self.form)
             pair = f"{source}→{target}" if self.task == "translation" else f"{self.task} {target}"
             languages = tuple(dict.fromkeys((target, *self.latents)))
-            made, lost = task_items(
-                asked,
+            kept, lost = task_items(
+                drawn,
                 rule,
                 model,
                 pair,
@@ -205,8 +205,8 @@ class LatentLanguage(Analysis):
                 self.n_prompts,
                 self.seed,
             )
-            items, dropped = items + made, dropped + lost
-            if not asked:
+            items, dropped = items + kept, dropped + lost
+            if not drawn:
                 dropped.append((pair, "all", f"the word list has nothing for {self.task} from {source} to {target}"))
         return items, dropped
 
@@ -232,8 +232,8 @@ class LatentLanguage(Analysis):
         right = own_answers.right(reading, said)
         tables = {**self._tables(reading, said, right, model), **tables}
         for extra in self.extras:
-            made, lost = EXTRAS[extra](reader, settings)
-            tables |= made
+            extra_tables, lost = EXTRAS[extra](reader, settings)
+            tables |= extra_tables
             dropped += lost
         tables["dropped"] = pd.DataFrame(dropped, columns=["pair", "item", "reason"])
         return self._result(model, items, tables, reader, clock, written)
@@ -267,7 +267,7 @@ class LatentLanguage(Analysis):
         self, model: Model, items: Sequence[Item], tables: dict[str, pd.DataFrame], reader: Reader, clock: Clock,
         written: int,
     ) -> Result:  # fmt: skip
-        done = [held.done for held in reader.captures]
+        done = [captured.done for captured in reader.captures]
         counts = {
             "prompts": len(items), "tokens": sum(len(item.tokens) for item in items),
             "forwards": sum(d.forwards for d in done), "rows_captured": sum(d.plan.rows for d in done),
@@ -275,7 +275,7 @@ class LatentLanguage(Analysis):
         }  # fmt: skip
         notes = (*verdicts(tables["summary"]), *self._notes(tables["dropped"], items))
         result = make_result(self, model, [], tables, reader.captures[0], clock, notes, counts, reader.patched)
-        shards = [held.keys() for held in reader.captures]
+        shards = [captured.keys() for captured in reader.captures]
         keys = list(dict.fromkeys(chain.from_iterable(shards)))
         return replace(result, provenance={**result.provenance, "store_keys": keys})
 

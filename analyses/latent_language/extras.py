@@ -46,11 +46,11 @@ def fitted_lens(reader: Reader, settings: Settings) -> pd.DataFrame:
     """Gives the reader a tuned lens fitted on the shipped sentences of all languages; a table of its held-out losses."""
     model = reader.model
     training = _training(reader, settings.seed)
-    held = reader.capture(training.sequences, Need("resid_post.*", ROWS))
+    captured = reader.capture(training.sequences, Need("resid_post.*", ROWS))
 
     def layer_rows(layer: int) -> torch.Tensor:
         # The first token's row is set apart by its massive norm; it says nothing of the others.
-        return torch.cat([rows[1:].float() for rows in held.get(Address("resid_post", layer))])
+        return torch.cat([rows[1:].float() for rows in captured.get(Address("resid_post", layer))])
 
     groups = np.repeat(training.groups, [len(s) - 1 for s in training.sequences])
     fitted = tuned_lens.fit(layer_rows, model.shape.n_layers, list(groups), model.unembedding(), settings.seed)
@@ -66,7 +66,7 @@ def fitted_lens(reader: Reader, settings: Settings) -> pd.DataFrame:
 
 def _training(reader: Reader, seed: int) -> _Training:
     """Sentences drawn by seed; those of one meaning form one group, so that none is fitted on its own translation."""
-    found = [(i, text) for i, texts in enumerate(parallel_sentences(shipped_words())) for text in texts.values()]
-    chosen = [int(i) for i in np.random.default_rng(seed).permutation(len(found))[:TRAINING_SENTENCES]]
-    sequences = [tokenize([found[i][1]], reader.model)[0].tokens for i in chosen]
-    return _Training(sequences, [found[i][0] for i in chosen])
+    sentences = [(i, text) for i, texts in enumerate(parallel_sentences(shipped_words())) for text in texts.values()]
+    chosen = [int(i) for i in np.random.default_rng(seed).permutation(len(sentences))[:TRAINING_SENTENCES]]
+    sequences = [tokenize([sentences[i][1]], reader.model)[0].tokens for i in chosen]
+    return _Training(sequences, [sentences[i][0] for i in chosen])

@@ -26,12 +26,12 @@ MIN_SENTENCES = 12
 
 def parallel_sentences(words: Sequence[Word]) -> list[Mapping[str, str]]:
     """Per word, its definition in every language that has one, the word itself in the blank."""
-    found: list[Mapping[str, str]] = []
+    sentences: list[Mapping[str, str]] = []
     for word in words:
         texts = {language: _filled(stem, word.forms[language][0]) for language, stem in word.cloze.items()}
         if len(texts) > 1:
-            found.append(texts)
-    return found
+            sentences.append(texts)
+    return sentences
 
 
 def _filled(stem: str, word: str) -> str:
@@ -69,9 +69,9 @@ def _states(reader: Reader, texts: Sequence[str]) -> Tensor:
     sequences = [tokenize([text], reader.model)[0].tokens for text in texts]
     # The first token's massive norm would make all means alike.
     reducer = Reducer("mean", "after_first")
-    held = reader.capture(sequences, Need("resid_post.*", reducer))
+    captured = reader.capture(sequences, Need("resid_post.*", reducer))
     n_layers = reader.model.shape.n_layers
-    return torch.stack([held.packed(Address("resid_post", layer), reducer) for layer in range(n_layers)])
+    return torch.stack([captured.packed(Address("resid_post", layer), reducer) for layer in range(n_layers)])
 
 
 def compare(a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray, float]:

@@ -37,10 +37,10 @@ def is_position(title: str) -> bool:
     return title.lower().startswith("position")
 
 
-def axes_of(figure: go.Figure, wanted: Callable[[str], bool]) -> dict[str, Any]:
+def axes_of(figure: go.Figure, has_title: Callable[[str], bool]) -> dict[str, Any]:
     """The axes whose title is `wanted`, and those that follow one of them, by name (`xaxis2`)."""
     axes = {axis.plotly_name: axis for axis in (*figure.select_xaxes(), *figure.select_yaxes())}
-    titled = {name for name, axis in axes.items() if axis.title.text and wanted(axis.title.text)}
+    titled = {name for name, axis in axes.items() if axis.title.text and has_title(axis.title.text)}
     names = {reference(name): name for name in axes}
     return {
         name: axis

@@ -136,15 +136,15 @@ class Voids(Analysis):
         Prompts may carry `choices` (texts) and `answer` (one of them); then `accuracy` is a table too.
         """
         clock, store = Clock(), store or ActivationStore()
-        asked = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
-        items, new = self._items(model, asked, store, progress)
+        lines = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
+        items, new = self._items(model, lines, store, progress)
         sequences, lengths = [item.sequence for item in items], [item.prompt_length for item in items]
         activations = capture(model, sequences, self.needs(model), store, prompt_lengths=lengths, progress=progress)
         masked: Masked | None = None
         if self.mode == "skip":
             masked = run_masked(model, items, {alpha: self._gate(alpha) for alpha in self.alpha}, self.seed)
         trace = masked.trace if masked else self._trace(activations, items)
-        frame = token_frame(model, asked, items)
+        frame = token_frame(model, lines, items)
         kept = frame["phase"].isin(self.phases).to_numpy()
         tables = {
             "activity": voids_tables.activity(frame[kept], trace.of(kept)),
@@ -154,10 +154,10 @@ class Voids(Analysis):
         if self.mode != "measure":
             hidden = masked.last if masked else {}
             reader = Reader(model, activations, items, frame, trace, self._row_reducer, hidden, self.seed)
-            tables |= self._read(reader, asked)
+            tables |= self._read(reader, lines)
         counts = {"responses_written": len(new)}
         done = (masked.forwards if masked else 0) + (sum(map(len, new)) if self._gated else 0)
-        return make_result(self, model, asked, tables, activations, clock, self._notes(model), counts, done)
+        return make_result(self, model, lines, tables, activations, clock, self._notes(model), counts, done)
 
     def _read(self, reader: Reader, prompts: Sequence[Prompt]) -> dict[str, pd.DataFrame]:
         tokens, model = self._scored(reader), reader.model
@@ -178,11 +178,11 @@ class Voids(Analysis):
     def _scored(self, reader: Reader) -> Tokens:
         """Every response token, and the last or all prompt tokens."""
         prompt = (reader.frame["phase"] == "prompt").to_numpy()
-        wanted = np.zeros(len(prompt), dtype=bool)
+        scored = np.zeros(len(prompt), dtype=bool)
         if self.readout_positions == "all":
-            wanted |= prompt
-        wanted[reader.prompt_ends()] = True
-        return np.flatnonzero(wanted & ("prompt" in self.phases) | ~prompt)
+            scored |= prompt
+        scored[reader.prompt_ends()] = True
+        return np.flatnonzero(scored & ("prompt" in self.phases) | ~prompt)
 
     def _items(
         self, model: Model, prompts: Sequence[Prompt], store: ActivationStore, progress: Progress

@@ -84,9 +84,11 @@ def controls(frame: pd.DataFrame, used: np.ndarray, variants: Mapping[str, Readi
     rows = []
     for variant, read in variants.items():
         for alpha in dict.fromkeys(alphas):
-            mine = alphas == alpha
-            both = cluster_bootstrap(np.stack([read.kl[mine], read.changed[mine]], axis=1), prompts[mine], seed=seed)
+            chosen = alphas == alpha
+            both = cluster_bootstrap(
+                np.stack([read.kl[chosen], read.changed[chosen]], axis=1), prompts[chosen], seed=seed
+            )
             ends = [value for triple in zip(both.mean, both.low, both.high, strict=True) for value in triple]
-            rows.append((alpha, variant, used[mine].mean(), *ends, int(mine.sum())))
+            rows.append((alpha, variant, used[chosen].mean(), *ends, int(chosen.sum())))
     names = ["kl_to_full", "kl_low", "kl_high", "changed", "changed_low", "changed_high", "n"]
     return pd.DataFrame(rows, columns=["alpha", "variant", "layers_used", *names])

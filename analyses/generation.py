@@ -43,8 +43,8 @@ def respond(
     """(the response to each sequence, those that had to be written now)."""
     context = context_of(model, edits)
     distinct = list(dict.fromkeys(sequences))
-    held = store.contains(context, distinct, [decoding.key])[:, 0]
-    missing = [s for s, has in zip(distinct, held, strict=True) if not has]
+    present = store.contains(context, distinct, [decoding.key])[:, 0]
+    missing = [s for s, has in zip(distinct, present, strict=True) if not has]
     progress.start(len(missing), "response")
     new = []
     for sequence in missing:

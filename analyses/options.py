@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import typing
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from probes.errors import OptionError, shown, unknown
 from probes.strict_json import text_fault
@@ -21,18 +22,71 @@ LONGEST = 4096
 """Characters of the longest text that an option takes."""
 
 
+T = TypeVar("T")
+
+
 def option(
-    default: Any, help: str, *, low: float | None = None, high: float | None = None, flag: str = "", form: Any = None
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    flag: str = "",
+    form: Any = None,
+    aliases: Sequence[str] = (),
+    old_values: Mapping[str, str] | None = None,
 ) -> Any:
     """Return a dataclass field with a help text, and the closed range of a number (or of each number of a tuple).
 
     Args:
         flag: its name on the command line where that is not the field's own.
         form: the value a form on a screen begins with where that is not the default.
+        aliases: names it had before; a class with such options is decorated with `accept_old_names`.
+        old_values: values that had another name before, and what they are called now.
     """
     start = default if form is None else form
     limits = {"low": low, "high": high}
-    return dataclasses.field(default=default, metadata={"help": help, "flag": flag, "form": start, **limits})
+    before = {"aliases": tuple(aliases), "old_values": dict(old_values or {})}
+    return dataclasses.field(default=default, metadata={"help": help, "flag": flag, "form": start, **limits, **before})
+
+
+def accept_old_names(cls: type[T]) -> type[T]:
+    """Let a dataclass of options be made with old names and values of its options too."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def __init__(self: T, *args: Any, **options: Any) -> None:
+        init(self, *args, **renewed(cls, options))
+
+    cls.__init__ = __init__  # type: ignore[method-assign, assignment]
+    return cls
+
+
+def renewed(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options under today's names and with today's values.
+
+    Raises:
+        OptionError: one option by two of its names.
+    """
+    old_values = {field.name: field.metadata.get("old_values", {}) for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for given, value in options.items():
+        name = name_today(cls, given)
+        if name in values:
+            raise OptionError(f"option {name} is given twice, by its old name too: give it once")
+        values[name] = _renewed_value(old_values.get(name, {}), value)
+    return values
+
+
+def name_today(cls: type, name: str) -> str:
+    """Return what the option of this name is called now; a name that no option had stays as it is."""
+    return next((f.name for f in dataclasses.fields(cls) if name in f.metadata.get("aliases", ())), name)  # type: ignore[arg-type]
+
+
+def _renewed_value(old: Mapping[str, str], value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(_renewed_value(old, item) for item in value)
+    return old.get(value, value) if isinstance(value, str) else value
 
 
 def as_flag(name: str, value: Any) -> list[str]:

@@ -35,7 +35,7 @@ def score_choices(
     prompts: Sequence[Prompt],
     rows: Mapping[tuple[float, int, str], Tensor],
     responses: Sequence[tuple[float, int, tuple[int, ...]]] | None,
-    semantics: str,
+    gated: str,
 ) -> dict[str, pd.DataFrame]:
     """Table `accuracy` over the prompts that carry choices and an answer; nothing where none does.
 
@@ -44,36 +44,37 @@ def score_choices(
     Args:
         rows: the residual read after each prompt [d_model], by (alpha, prompt, variant).
         responses: (alpha, prompt, response tokens), where there was a response phase.
+        gated: what the variant of the responses is called.
 
     Raises:
         PromptError: an answer that is not among its choices, or choices that start with the same token.
     """
-    asked = {i: p for i, p in enumerate(prompts) if "choices" in p.fields and "answer" in p.fields}
-    if not asked:
+    with_choices = {i: p for i, p in enumerate(prompts) if "choices" in p.fields and "answer" in p.fields}
+    if not with_choices:
         return {}
     if model.tokenizer is None:
         raise PromptError(f"choices need a tokenizer, and {model.ref} has none: leave out the field")
-    written = {i: _written(model, i, p) for i, p in asked.items()}
+    written = {i: _written(model, i, p) for i, p in with_choices.items()}
     unembedding = model.unembedding()
     verdicts: list[tuple[float, str, str, bool, bool]] = []
     for (alpha, i, variant), row in rows.items():
-        if i in asked:
+        if i in with_choices:
             hidden = lens.normalized(row[None], unembedding)
             logits = lens.token_logits(hidden, unembedding, torch.tensor([choice.first for choice in written[i]]))[0]
-            best = asked[i].fields["choices"][int(logits.argmax())]
-            verdicts.append((alpha, variant, "choice_logit", best == asked[i].fields["answer"], True))
+            best = with_choices[i].fields["choices"][int(logits.argmax())]
+            verdicts.append((alpha, variant, "choice_logit", best == with_choices[i].fields["answer"], True))
     for alpha, i, tokens in responses or ():
-        if i in asked:
-            said = parse_choice(model.tokenizer.decode(list(tokens)), asked[i].fields["choices"])
-            verdicts.append((alpha, semantics, "response", said == asked[i].fields["answer"], said is not None))
+        if i in with_choices:
+            said = parse_choice(model.tokenizer.decode(list(tokens)), with_choices[i].fields["choices"])
+            verdicts.append((alpha, gated, "response", said == with_choices[i].fields["answer"], said is not None))
     n_tokens = float(np.mean([len(choice.tokens) for choices in written.values() for choice in choices]))
     return {"accuracy": _table(verdicts).assign(tokens_per_choice=n_tokens)}
 
 
 def parse_choice(response: str, choices: Sequence[str]) -> str | None:
     """The choice that a response names first (the longest where two start together), or None."""
-    found = [(response.lower().find(choice.strip().lower()), -len(choice), choice) for choice in choices]
-    named = [entry for entry in found if entry[0] >= 0]
+    places = [(response.lower().find(choice.strip().lower()), -len(choice), choice) for choice in choices]
+    named = [entry for entry in places if entry[0] >= 0]
     return min(named)[2] if named else None
 
 

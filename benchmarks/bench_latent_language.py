@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--set-rule", default="first_token", choices=["prefix", "first_token", "multi_token"])
     parser.add_argument("--form", default="plain", choices=["quoted", "plain"])
     parser.add_argument("--lens", default="logit", choices=["logit", "tuned", "attn", "mlp"])
-    parser.add_argument("--extras", nargs="*", default=[], choices=["culture", "similarity", "swap", "readout"])
+    parser.add_argument("--extras", nargs="*", default=[], choices=["culture", "similarity", "swap", "layer_writing"])
     parser.add_argument("--shots", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("runs/latent_language"))
     parser.add_argument("--store", type=Path, default=None)
@@ -55,7 +55,7 @@ def measure(ref: str, flags: argparse.Namespace) -> Result:
     fetch_model(ref, accept_license=True)
     model = load_model(ref)
     analysis = LatentLanguage(
-        source=SOURCES, target=TARGETS, set_rule=flags.set_rule, form=flags.form, lens=flags.lens, n_items=flags.items, n_shot=flags.shots,
+        source=SOURCES, target=TARGETS, set_rule=flags.set_rule, form=flags.form, lens=flags.lens, n_prompts=flags.items, n_shot=flags.shots,
         extras=tuple(flags.extras),
     )  # fmt: skip
     started = time.perf_counter()

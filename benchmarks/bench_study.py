@@ -26,7 +26,7 @@ from probes.models import load_model
 from probes.store import ActivationStore
 
 ENTRIES = (
-    AnalysisSpec("voids", options={"semantics": "trace"}),
+    AnalysisSpec("voids", options={"mode": "measure"}),
     AnalysisSpec("logit_lens", options={"positions": "last"}),
     AnalysisSpec("depth_use", options={
         "parts": ["block"], "skip_prompts": 0, "erasure_prompts": 0, "gradient_prompts": 0, "bits": [4], "windows": [2],

@@ -322,7 +322,7 @@ def test_what_remains_follows_from_the_pace() -> None:
 
 @pytest.mark.parametrize("text", ["command", "python"])
 def test_a_run_can_be_made_again_from_its_text(llama_folder: Path, tmp_path: Path, text: str) -> None:
-    wanted = request(llama_folder, tmp_path, options={"alpha": [0.5, 0.25], "include_bos": False, "semantics": "trace"})
+    wanted = request(llama_folder, tmp_path, options={"alpha": [0.5, 0.25], "first_token": False, "mode": "measure"})
     assert did(tmp_path / "j", wanted).state == "done"
     result, store = Result.load(tmp_path / "runs" / "a"), tmp_path / "store"
     made = getattr(reproduce, text)(result, tmp_path / "again", store)

@@ -104,7 +104,7 @@ def test_commands(
     [
         (["--alpha", "2"], ["alpha is 2.0", "0 to 1"]),
         (["--alpha", "x"], ["'x' is not a number"]),
-        (["--semantics", "skip"], ["'skip'", "trace", "readout", "mask"]),
+        (["--mode", "trim"], ["'trim'", "measure", "early_exit", "skip"]),
         (["--no-chatter"], ["--no-chatter"]),
         (["--phases", "prompt,reply"], ["'reply'", "prompt, response"]),
         (["--seed", "-1"], ["seed is -1", "0 to"]),

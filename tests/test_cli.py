@@ -49,12 +49,12 @@ def test_voids_on_token_ids_needs_no_tokenizer(
 
 
 def test_truth_values_are_flags(llama_folder: Path, prompts: Path, tmp_path: Path) -> None:
-    base = ["run", "voids", "--model", str(llama_folder), "--prompts", str(prompts), "--semantics", "trace"]
+    base = ["run", "voids", "--model", str(llama_folder), "--prompts", str(prompts), "--mode", "measure"]
     counts = {}
-    for flag in ("--include-bos", "--no-include-bos"):
+    for flag in ("--first-token", "--no-first-token"):
         assert main([*base, flag, "--out", str(tmp_path / flag)]) == 0
         counts[flag] = pd.read_parquet(tmp_path / flag / "tables" / "usage.parquet")["n_tokens"].iloc[0]
-    assert counts == {"--include-bos": 9, "--no-include-bos": 6}
+    assert counts == {"--first-token": 9, "--no-first-token": 6}
 
 
 def test_a_dry_run_prints_the_cost_and_runs_nothing(
@@ -241,7 +241,7 @@ def test_models_commands(llama_folder: Path, capsys: pytest.CaptureFixture[str])
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "voids", "--help"]) == 0
     out = capsys.readouterr().out
-    for flag in ("--alpha", "--semantics", "--max-new-tokens", "--backend", "--dtype", "--dry-run"):
+    for flag in ("--alpha", "--mode", "--max-new-tokens", "--backend", "--dtype", "--dry-run"):
         assert flag in out
 
 

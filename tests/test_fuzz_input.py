@@ -158,7 +158,7 @@ def test_gguf_files_with_damage(place: Path, data: st.DataObject) -> None:
 STUDY = (
     'title = "t"\nseeds = [0, 1]\n'
     + BASE
-    + '[[analyses]]\nanalysis = "voids"\noptions.alpha = 0.5\nvary.semantics = ["mask"]\n'
+    + '[[analyses]]\nanalysis = "voids"\noptions.alpha = 0.5\nvary.mode = ["skip"]\n'
     '[[overrides]]\nanalysis = "voids"\noptions.seed = 3\n'
 )
 TOML = [

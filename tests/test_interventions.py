@@ -33,8 +33,8 @@ from probes.store import ActivationStore
 LONG = [tuple(range(3 + i, 23 + i)) for i in range(3)]
 DEPTH = {"parts": ("block", "mlp"), "gradient_steps": 3, "skip_prompts": 2, "bits": (8, 4), "windows": (2, 3)}
 MORE: list[Analysis] = [
-    replace(SMALL["voids"][0], semantics="mask"),
-    replace(SMALL["voids"][0], semantics="mask", alpha=(0.5, 0.9), max_new_tokens=2, response_from="semantics"),
+    replace(SMALL["voids"][0], mode="skip"),
+    replace(SMALL["voids"][0], mode="skip", alpha=(0.5, 0.9), max_new_tokens=2, response_from="gated_model"),
     replace(SMALL["concept_depth"][0], causal_layers=1),
     NormRemoval(neurons=2),
     NormRemoval(neurons=0, sinks=False, stride=2, scale_source="per_position", first_token=True),
@@ -100,7 +100,7 @@ def worded() -> NativeModel:
     return NativeModel(module, tokenizer, ref="worded", weights=weights_digest(module))
 
 
-TASK = {"task_prompts": 3, "random_directions": 4, "laundry_items": (2, 3), "laundry_prompts": 1, "steer_steps": 2}
+TASK = {"n_prompts": 3, "random_directions": 4, "laundry_items": (2, 3), "laundry_prompts": 1, "steer_steps": 2}
 
 
 @pytest.mark.parametrize(

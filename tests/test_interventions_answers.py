@@ -29,27 +29,29 @@ GIVEN_RUNS = [
     BackPatching(controls=False, scope_step=1),
     BackPatching(layers=(0, 2), positions=("t1",)),
     BackPatching(stride=2, stages=False),
-    BackPatching(questions=2),
+    BackPatching(n_prompts=2),
 ]
 TEXT_RUNS = [
     BackPatching(mode="generate", max_new_tokens=3, top_cells=2),
     BackPatching(mode="generate", max_new_tokens=1, cells="full", controls=False, stages=False),
     BackPatching(task="two_hop", pool=4, window=0),
-    BackPatching(task="two_hop", pool=4, questions=2, mode="generate", max_new_tokens=2),
+    BackPatching(task="two_hop", pool=4, n_prompts=2, mode="generate", max_new_tokens=2),
 ]
 SWAP: dict[str, Any] = {
     "source": ("en",),
     "target": ("it",),
     "swap_to": "de",
-    "n_items": 2,
+    "n_prompts": 2,
     "n_shot": 1,
     "set_rule": "first_token",
 }
 WORD_RUNS = [
-    LatentLanguage(**SWAP, collide="keep", extras=("swap",), extra_items=3, layers=(0.0, 0.5, 1.0), shares=(1.0, 50.0)),
-    LatentLanguage(**SWAP, collide="keep", extras=("swap",), extra_items=2, layers=(1.0,)),
-    LatentLanguage(**{**SWAP, "swap_to": "it"}, collide="keep", extras=("swap",)),
-    LatentLanguage(**SWAP, collide="keep"),
+    LatentLanguage(
+        **SWAP, on_collision="keep", extras=("swap",), extra_items=3, layers=(0.0, 0.5, 1.0), shares=(1.0, 50.0)
+    ),
+    LatentLanguage(**SWAP, on_collision="keep", extras=("swap",), extra_items=2, layers=(1.0,)),
+    LatentLanguage(**{**SWAP, "swap_to": "it"}, on_collision="keep", extras=("swap",)),
+    LatentLanguage(**SWAP, on_collision="keep"),
 ]
 LABELLED_RUNS = [
     ConceptDepth(causal_layers=2, causal_prompts=4, splits=1, jobs=1),
@@ -71,7 +73,7 @@ def check(analysis: Analysis, model: NativeModel, prompts: list[Any], store: Act
     counts = analysis.run(model, prompts, store=store).provenance["counts"]
     done = counts["intervention_forwards"]
     assert done == foretold.total if foretold.exact else 0 < done <= foretold.total
-    assert foretold.exact or not isinstance(analysis, BackPatching) or analysis.questions == 2
+    assert foretold.exact or not isinstance(analysis, BackPatching) or analysis.n_prompts == 2
     assert foretold.exact or not isinstance(analysis, LatentLanguage)
 
 

@@ -99,7 +99,7 @@ def test_a_word_of_one_token_has_one_probability_under_every_rule(
 ) -> None:
     prompt = [PromptLine("line 1", 'say: "', None, {"targets": {"en": ["h"], "fr": ["ca"]}})]
     tables = [
-        LatentLanguage(set_rule=rule, spaces=False, byte_tokens=True, collide="keep", answers="first_token")
+        LatentLanguage(set_rule=rule, spaces=False, byte_tokens=True, on_collision="keep", answers="first_token")
         .run(speaking, prompt, store=store)
         .tables["probability"]
         for rule in ("first_token", "multi_token")
@@ -109,7 +109,7 @@ def test_a_word_of_one_token_has_one_probability_under_every_rule(
     bare.tokenizer.get_vocab = lambda: {
         k: v for k, v in FakeTokenizer().ids.items() if not k.startswith("<0x") and k != "c"
     }
-    prefix = LatentLanguage(set_rule="prefix", spaces=False, collide="keep", answers="first_token").run(
+    prefix = LatentLanguage(set_rule="prefix", spaces=False, on_collision="keep", answers="first_token").run(
         bare, prompt, store=store
     )
     np.testing.assert_allclose(prefix.tables["probability"]["probability"], tables[0]["probability"], rtol=1e-6)
@@ -239,8 +239,8 @@ def test_a_second_run_does_no_forward(tiny: NativeModel, store: ActivationStore,
 
 def test_a_task_is_made_from_the_word_list(speaking: NativeModel, store: ActivationStore) -> None:
     analysis = LatentLanguage(
-        source=("en", "de"), target=("it",), latents=("en", "it"), set_rule="first_token", n_items=6, n_shot=1,
-        collide="subtract", answers="first_token",
+        source=("en", "de"), target=("it",), latents=("en", "it"), set_rule="first_token", n_prompts=6, n_shot=1,
+        on_collision="subtract", answers="first_token",
     )  # fmt: skip
     result = analysis.run(speaking, store=store)
     answers, dropped = result.tables["answers"], result.tables["dropped"]
@@ -320,7 +320,7 @@ def test_faulty_targets_are_named(targets: Any) -> None:
 
 @pytest.mark.real
 def test_the_default_model_says_plainly_what_it_cannot_do(real: Model, store: ActivationStore) -> None:
-    result = LatentLanguage(source=("ja",), target=("fr",), n_items=6, n_shot=1, set_rule="first_token").run(
+    result = LatentLanguage(source=("ja",), target=("fr",), n_prompts=6, n_shot=1, set_rule="first_token").run(
         real, store=store
     )
     [row] = result.tables["summary"].to_dict("records")
@@ -335,7 +335,7 @@ def test_the_multilingual_model_translates(store: ActivationStore) -> None:
     fetch_model("gemma3-270m", accept_license=True)
     model = load_model("gemma3-270m")
     result = LatentLanguage(
-        source=("en",), target=("fr",), form="plain", set_rule="first_token", n_shot=16, collide="keep"
+        source=("en",), target=("fr",), form="plain", set_rule="first_token", n_shot=16, on_collision="keep"
     ).run(model, store=store)
     [row] = result.tables["summary"].to_dict("records")
     assert row["n"] == 103
@@ -391,11 +391,11 @@ def test_as_many_items_are_kept_as_are_asked_for(speaking: NativeModel) -> None:
     every, dropped = whole.items(speaking)
     assert dropped, "some words cannot be measured under this tokenizer"
     for n in (1, 3, len(every)):
-        some, _ = replace(whole, n_items=n).items(speaking)
+        some, _ = replace(whole, n_prompts=n).items(speaking)
         assert len(some) == n
         assert {item.name for item in some} <= {item.name for item in every}
         assert [item.prompt for item in some] == list(range(n))
-    more = replace(whole, n_items=len(every) + 1)
+    more = replace(whole, n_prompts=len(every) + 1)
     some, lost = more.items(speaking)
     assert (len(some), len(lost)) == (len(every), len(dropped))
 
@@ -409,5 +409,5 @@ def test_fewer_items_than_asked_for_are_said(speaking: NativeModel, store: Activ
         "answers": "first_token",
     }
     every, _ = LatentLanguage(**options).items(speaking)
-    result = LatentLanguage(**options, n_items=len(every) + 1).run(speaking, store=store)
+    result = LatentLanguage(**options, n_prompts=len(every) + 1).run(speaking, store=store)
     assert any(f"{len(every)} items instead of {len(every) + 1}" in note for note in result.notes)

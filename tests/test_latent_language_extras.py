@@ -79,7 +79,7 @@ def test_the_planted_language_dimensions_come_first() -> None:
 
 def test_swapped_runs_end_where_the_donor_or_the_row_ends(speaking: NativeModel, store: ActivationStore) -> None:
     analysis = LatentLanguage(
-        source=("en",), target=("it",), swap_to="de", n_items=4, n_shot=1, set_rule="first_token", collide="subtract",
+        source=("en",), target=("it",), swap_to="de", n_prompts=4, n_shot=1, set_rule="first_token", on_collision="subtract",
         answers="first_token", extras=("swap",), extra_items=3, shares=(50.0, 100.0), layers=(0.0, 0.5),
     )  # fmt: skip
     table = analysis.run(speaking, store=store).tables["swap"]
@@ -109,7 +109,7 @@ def test_parallel_sentences_say_the_word(speaking: NativeModel, store: Activatio
     assert sentences[0]["ja"] == "犬は、ほえて家を守る動物です。"
     assert all("___" not in text and ":" not in text for texts in sentences for text in texts.values())
     analysis = LatentLanguage(
-        source=("en",), target=("it",), n_items=3, n_shot=0, set_rule="first_token", collide="subtract",
+        source=("en",), target=("it",), n_prompts=3, n_shot=0, set_rule="first_token", on_collision="subtract",
         answers="first_token", extras=("similarity",),
     )  # fmt: skip
     table = analysis.run(speaking, store=store).tables["similarity"]
@@ -131,8 +131,8 @@ def test_culture_items_drop_answers_of_unequal_length(speaking: NativeModel) -> 
 
 def test_culture_curves_and_tuned_lens_join_the_result(speaking: NativeModel, store: ActivationStore) -> None:
     analysis = LatentLanguage(
-        source=("en",), target=("it",), n_items=3, n_shot=0, set_rule="first_token", collide="subtract",
-        answers="first_token", extras=("culture", "readout"), framings=("plain", "us"), lens="tuned", beam_width=2,
+        source=("en",), target=("it",), n_prompts=3, n_shot=0, set_rule="first_token", on_collision="subtract",
+        answers="first_token", extras=("culture", "layer_writing"), framings=("plain", "us"), lens="tuned", beam_width=2,
         beam_tokens=2, layers=(0.5,),
     )  # fmt: skip
     result = analysis.run(speaking, store=store)

@@ -67,7 +67,7 @@ def test_every_combination_is_a_cell(folder: Path) -> None:
         folder,
         'seeds = [0, 1]\n[[prompts]]\nname = "more"\ntokens = [[3, 4]]\n'.replace("seeds = [0, 1]\n", "")
         + VOIDS
-        + 'vary.alpha = [0.2, 0.8]\nvary.semantics = ["trace", "mask", "readout"]\n'
+        + 'vary.alpha = [0.2, 0.8]\nvary.mode = ["measure", "skip", "early_exit"]\n'
         + '[[analyses]]\nanalysis = "logit_lens"\nprompts = ["more"]\n',
     )
     assert len(cells) == 2 * 3 * 2 + 1
@@ -128,9 +128,9 @@ def test_python_and_file_make_the_same_cells(folder: Path) -> None:
         models=(StudyModel(ModelSpec(str(folder / "model"))),),
         prompts=(PromptSet("ids", folder / "ids.jsonl"),),
         analyses=(AnalysisSpec("voids", vary={"alpha": (0.2, 0.8)}),),
-        overrides=(Override(analysis="voids", options={"semantics": "trace"}),),
+        overrides=(Override(analysis="voids", options={"mode": "measure"}),),
     )
-    text = VOIDS + 'vary.alpha = [0.2, 0.8]\n[[overrides]]\nanalysis = "voids"\noptions.semantics = "trace"\n'
+    text = VOIDS + 'vary.alpha = [0.2, 0.8]\n[[overrides]]\nanalysis = "voids"\noptions.mode = "measure"\n'
     assert [c.name for c in expand(study)] == [c.name for c in cells_of(folder, text)]
 
 
@@ -187,7 +187,7 @@ def test_a_matrix_of_a_million_cells(refused: Fault) -> None:
     [
         (VOIDS + "options.alfa = 1\n", "alfa", "unknown option of voids 'alfa'. Did you mean 'alpha'"),
         (VOIDS + "options.alpha = [\n0.1,\n1.5]\noptions.seed = 1\n", "alpha", "alpha is 1.5: legal values are 0 to 1"),
-        (VOIDS + 'vary.semantics = ["trace",\n"traces"]\n', '"traces"]', "Did you mean 'trace'"),
+        (VOIDS + 'vary.mode = ["measure",\n"measures"]\n', '"measures"]', "Did you mean 'measure'"),
         (VOIDS + "options.seed = true\n", "seed", "seed is True: give a whole number"),
         (VOIDS + "vary.alpha = 0.8\n", "vary.alpha", "give a list of values"),
         (VOIDS + 'models = ["modle"]\n', "modle", "Did you mean 'model'"),

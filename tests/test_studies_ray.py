@@ -28,7 +28,7 @@ DRAW = random.Random(0)
 PROMPTS = [[DRAW.randrange(3, 97) for _ in range(50 + i % 10)] for i in range(240)]
 """Seven batches, so that an actor can be killed between the first and the last."""
 CELLS = (
-    '[[analyses]]\nanalysis = "voids"\noptions.semantics = "trace"\n[[analyses]]\nanalysis = "logit_lens"\n'
+    '[[analyses]]\nanalysis = "voids"\noptions.mode = "measure"\n[[analyses]]\nanalysis = "logit_lens"\n'
     'options.positions = "last"\n'
 )
 

@@ -39,7 +39,7 @@ from probes.store import ActivationStore
 
 LENS = '[[analyses]]\nanalysis = "logit_lens"\n'
 VOIDS = '[[analyses]]\nanalysis = "voids"\noptions.readout_positions = "all"\nvary.alpha = [0.2, 0.8]\n'
-DEEP = '[[analyses]]\nanalysis = "voids"\nname = "mask"\noptions = { semantics = "mask" }\n'
+DEEP = '[[analyses]]\nanalysis = "voids"\nname = "mask"\noptions = { mode = "skip" }\n'
 WHOLE = BASE + VOIDS + DEEP + LENS
 
 

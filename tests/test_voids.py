@@ -158,7 +158,7 @@ def test_a_mask_over_planted_voids_changes_nothing_and_a_real_one_does() -> None
 
 def test_the_masked_trace_is_the_rule_on_the_masked_stream(store: ActivationStore) -> None:
     model = planted(())
-    result = Voids(alpha=(0.9,), semantics="mask").run(model, PROMPTS, store=store)
+    result = Voids(alpha=(0.9,), mode="skip").run(model, PROMPTS, store=store)
     one = result.tables["activity"].query("prompt == 2 and position == 3").sort_values("layer")
     gate = NormGate(0.9)
     stream: dict[int, torch.Tensor] = {}
@@ -208,8 +208,8 @@ def test_the_response_is_the_models_greedy_continuation(
 
 def test_the_gated_model_can_write_its_own_response(store: ActivationStore) -> None:
     model = planted(())
-    options = {"max_new_tokens": 4, "alpha": (1.0,), "response_from": "semantics"}
-    masked = Voids(semantics="mask", **options).run(model, PROMPTS, store=store).tables["activity"]
+    options = {"max_new_tokens": 4, "alpha": (1.0,), "response_from": "gated_model"}
+    masked = Voids(mode="skip", **options).run(model, PROMPTS, store=store).tables["activity"]
     written = masked.query("layer == 0 and phase == 'response' and prompt == 2")["token_id"].tolist()
     gate = NormGate(1.0)
     assert written == model.generate(PROMPTS[2], 4, writes=lambda: writes_of(model, [gate]))
@@ -217,14 +217,14 @@ def test_the_gated_model_can_write_its_own_response(store: ActivationStore) -> N
 
 
 def test_first_tokens_can_be_left_out(tiny: NativeModel, store: ActivationStore) -> None:
-    without = Voids(include_bos=False).run(tiny, PROMPTS[:3], store=store).tables["usage"]
+    without = Voids(first_token=False).run(tiny, PROMPTS[:3], store=store).tables["usage"]
     with_first = Voids().run(tiny, PROMPTS[:3], store=store).tables["usage"]
     assert without["n_tokens"].iloc[0] == with_first["n_tokens"].iloc[0] - 3
     assert without["active_fraction"].tolist() == pytest.approx(with_first["active_fraction_without_first"].tolist())
 
 
 def test_the_released_batch_threshold(tiny: NativeModel, store: ActivationStore) -> None:
-    activity = Voids(batch_lambda0=True, alpha=(0.5,)).run(tiny, PROMPTS, store=store).tables["activity"]
+    activity = Voids(batch_layer0_threshold=True, alpha=(0.5,)).run(tiny, PROMPTS, store=store).tables["activity"]
     first = activity.query("layer == 0")
     for _, group in first.groupby("position"):
         expected = 0.5 * (group["delta"].max() - group["delta"].min())
@@ -277,12 +277,12 @@ def test_no_control_is_empty_where_few_tokens_leave_early(store: ActivationStore
         ({"alpha": (1.5,)}, "option alpha is 1.5: legal values are 0 to 1"),
         ({"alpha": ()}, "option alpha is empty"),
         ({"alpha": (float("nan"),)}, "option alpha is nan"),
-        ({"semantics": "skip"}, "unknown semantics 'skip'.*Legal: trace, readout, mask"),
+        ({"mode": "trim"}, "unknown mode 'trim'.*Legal: measure, early_exit, skip"),
         ({"delta": "norm"}, "unknown delta 'norm'"),
         ({"phases": ("prompts",)}, "Did you mean 'prompt'"),
-        ({"max_new_tokens": -1}, "legal values are 0 to any"),
+        ({"max_new_tokens": -1}, "legal values are 0 to 2147483647"),
         ({"norm_dtype": "bfloat16", "delta": "cosine"}, "norm_dtype bfloat16 needs"),
-        ({"semantics": "mask", "batch_lambda0": True}, "semantics mask judges blocks while they run"),
+        ({"mode": "skip", "batch_layer0_threshold": True}, "mode skip judges blocks while they run"),
     ],
 )
 def test_illegal_options_are_refused(options: dict[str, Any], message: str) -> None:

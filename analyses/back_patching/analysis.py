@@ -31,7 +31,7 @@ from analyses.back_patching.stages import Patchscope, critical_layers, projectio
 from analyses.back_patching.verdicts import names, verdicts
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.interventions import Interventions, swept
-from analyses.options import option, validate
+from analyses.options import accept_old_names, option, validate
 from analyses.results.card import FigureSpec, ProfileSpec
 from analyses.results.result import Result
 from analyses.tasks.two_hop import sample
@@ -46,6 +46,7 @@ from probes.prompts import Field, Prompt, check_ids
 from probes.store import ActivationStore
 
 
+@accept_old_names
 @dataclass(frozen=True)
 class BackPatching(Analysis):
     """Back-patching of two-hop questions (Biran et al. 2024, "Hopping Too Late", arXiv 2406.12775)."""
@@ -54,7 +55,9 @@ class BackPatching(Analysis):
         "prompts", "prompts: the prompt file's questions; two_hop: generated questions about countries instead."
     )
     pool: int = option(160, "two_hop: how many generated questions the model is first asked.", low=1)
-    questions: int = option(50, "At most this many questions get a grid, those with both hops right first.", low=1)
+    n_prompts: int = option(
+        50, "At most this many questions get a grid, those with both hops right first.", low=1, aliases=("questions",)
+    )
     positions: tuple[Literal["t1", "t2"], ...] = option(
         ("t1", "t2"), "Where to patch: the entity's last token, the prompt's last token."
     )
@@ -100,7 +103,7 @@ class BackPatching(Analysis):
     def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
         """Every cell of the grid, its controls, and what the stages take."""
         cases, _ = cases_of(model, prompts)
-        return planned(self._plan(model), cases, [self._names(case) for case in cases], self.questions)
+        return planned(self._plan(model), cases, [self._names(case) for case in cases], self.n_prompts)
 
     def _plan(self, model: Model) -> Plan:
         n, layers = model.shape.n_layers, self._swept(model)
@@ -158,7 +161,7 @@ class BackPatching(Analysis):
         if not found:
             raise PromptError(f"no prompt can be patched; the first reason: {dropped[0][1]}")
         judged = judge(model, asked, found, store, progress)
-        chosen = _chosen(judged, self.questions)
+        chosen = _chosen(judged, self.n_prompts)
         progress.start(len(chosen), "question")
         held = {case.prompt: self._open(model, case) for case in chosen}
         grids, forwards = [], 0

@@ -52,12 +52,12 @@ DEMO: tuple[Analysis, ...] = (
         target=("fr", "zh"),
         form="plain",
         set_rule="first_token",
-        n_items=10,
+        n_prompts=10,
         n_shot=3,
         extras=("similarity",),
     ),
-    CommunicationChannels(task_prompts=24, laundry_items=(2, 3, 4)),
-    BackPatching(task="two_hop", pool=60, questions=8, stride=3),
+    CommunicationChannels(n_prompts=24, laundry_items=(2, 3, 4)),
+    BackPatching(task="two_hop", pool=60, n_prompts=8, stride=3),
     NormRemoval(split_paths=False, neurons=4),
     ContextualDecomposition(
         task="ioi", n_prompts=2, n_references=6, search_steps=2, shares=(0.02, 0.1, 0.3), random_circuits=4, mlps=False

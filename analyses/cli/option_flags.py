@@ -33,15 +33,24 @@ def flags(cls: Any) -> list[inspect.Parameter]:
             annotation: Any = Annotated[Optional[list[str]], typer.Option(help=text, show_default=shown or False)]  # noqa: UP045
             default = None
         elif kind is bool:
-            flag = field.name.replace("_", "-")
-            annotation = Annotated[bool, typer.Option(f"--{flag}/--no-{flag}", help=text)]
+            names = [f"--{name}/--no-{name}" for name in _names(field)]
+            annotation = Annotated[bool, typer.Option(*names, help=text)]
         else:
-            named = [f"--{field.metadata['flag']}"] if field.metadata.get("flag") else []
-            annotation = Annotated[kind, typer.Option(*named, help=text)]
+            # A value's old name is no value of the type: the options themselves know both.
+            old = field.metadata.get("old_values")
+            values = f"[{'|'.join(choices(kind) or ())}]" if old else None
+            names = [f"--{name}" for name in _names(field)]
+            annotation = Annotated[str if old else kind, typer.Option(*names, help=text, metavar=values)]
         parameters.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         )
     return parameters
+
+
+def _names(field: dataclasses.Field[Any]) -> list[str]:
+    """Return the names of an option on the command line, today's first."""
+    today = field.metadata.get("flag") or field.name.replace("_", "-")
+    return [today, *(name.replace("_", "-") for name in field.metadata.get("aliases", ()))]
 
 
 def build(cls: type[T], values: Mapping[str, Any]) -> T:

@@ -30,7 +30,7 @@ from analyses.communication_channels.task import (
     steer_lists,
 )
 from analyses.interventions import Interventions, Tally
-from analyses.options import option, validate
+from analyses.options import accept_old_names, option, validate
 from analyses.results.card import FigureSpec, ProfileSpec
 from analyses.results.result import Result
 from analyses.tokens import token_text
@@ -45,6 +45,7 @@ from probes.weights.composition import Heads, Kind
 from probes.weights.head_weights import head_weights, rotary
 
 
+@accept_old_names
 @dataclass(frozen=True)
 class CommunicationChannels(Analysis):
     """Composition of attention heads by singular components (Merullo et al. 2024, "Talking Heads", arXiv 2406.09519)."""
@@ -58,7 +59,7 @@ class CommunicationChannels(Analysis):
     z_thresh: float = option(5.0, "Robust z of a component among its head's above which a pair may be flagged.", low=0)
     pairs: int = option(8, "Pairs of each kind whose components are listed.", low=1)
     task: Literal["ioi", "none"] = option("ioi", "ioi: also edit channels on generated prompts; none: weights only.")
-    task_prompts: int = option(40, "ioi: how many prompts are generated.", low=2)
+    n_prompts: int = option(40, "ioi: how many prompts are generated.", low=2, aliases=("task_prompts",))
     edit_pairs: int = option(
         2, "ioi: query channels edited, half by rank, half into the head that finds the name.", low=1
     )

@@ -42,7 +42,7 @@ DIALS = 3
 class Settings:
     """The options of `CommunicationChannels` that the task follows."""
 
-    task_prompts: int
+    n_prompts: int
     edit_pairs: int
     random_directions: int
     laundry_items: tuple[int, ...]
@@ -84,7 +84,7 @@ def check_heads(heads: Sequence[str], model: Model) -> None:
 
 def prompts_of(model: Model, settings: Settings) -> list[tasks_ioi.Ioi]:
     """Indirect-object prompts with names of one token each."""
-    return tasks_ioi.sample(settings.task_prompts, settings.seed, lambda name: name_token(model, name) is not None)
+    return tasks_ioi.sample(settings.n_prompts, settings.seed, lambda name: name_token(model, name) is not None)
 
 
 def lists_of(model: Model, settings: Settings) -> dict[int, list[laundry.Listed]]:

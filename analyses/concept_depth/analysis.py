@@ -154,15 +154,15 @@ class ConceptDepth(Analysis):
         Prompts carry `label` (0 or 1), and may carry `group`, `dataset`, `template` and `answers` (of label 0 and 1).
         """
         clock, store = Clock(), store or ActivationStore()
-        asked = self.collect(model, prompts)
+        lines = self.collect(model, prompts)
         probed: list[Probed] = []
         counts: dict[str, int] = {}
-        _, plain = self._capture(model, "plain", asked, store, progress)
+        _, plain = self._capture(model, "plain", lines, store, progress)
         for variant in dict.fromkeys(self.variants):
-            seen, rows = (asked, plain) if variant == "plain" else self._capture(model, variant, asked, store, progress)
+            seen, rows = (lines, plain) if variant == "plain" else self._capture(model, variant, lines, store, progress)
             probed += self._probe(rows, labelled_sets(seen), variant, progress)
             counts |= {} if variant == "plain" else {f"forwards_{variant}": rows.done.forwards}
-        sets = labelled_sets(asked)
+        sets = labelled_sets(lines)
         tables = {
             "scores": scores_table(probed, self.seed),
             "depths": depths_table(probed, self.seed),
@@ -175,7 +175,7 @@ class ConceptDepth(Analysis):
             counts["forwards_causal"] = sum(check.forwards for check in checks)
             edited += sum(check.edited for check in checks)
             notes += [check.note for check in checks if check.note]
-        return make_result(self, model, asked, tables, plain, clock, notes, counts, interventions=edited)
+        return make_result(self, model, lines, tables, plain, clock, notes, counts, interventions=edited)
 
     def _capture(
         self, model: Model, variant: Variant, prompts: list[Prompt], store: ActivationStore, progress: Progress

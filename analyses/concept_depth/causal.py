@@ -58,8 +58,8 @@ class Check:
     def chosen(self) -> list[int]:
         """Test prompts of the probe's first seed, half of each class, in a drawn order."""
         first = self.probed.layers[0]
-        mine = first.seed == first.seed[0]
-        rows, labels = first.row[mine], first.label[mine]
+        of_first_seed = first.seed == first.seed[0]
+        rows, labels = first.row[of_first_seed], first.label[of_first_seed]
         rng = np.random.default_rng(self.seed)
         per_class = [rng.permutation(rows[labels == label])[: max(1, self.n_prompts // 2)] for label in (0, 1)]
         return sorted(int(row) for rows in per_class for row in rows)
@@ -105,13 +105,13 @@ def read_answers(check: Check, prompts: Sequence[Prompt], ids: Tensor | None, ed
     model = check.model
     address = Address("resid_post", model.shape.n_layers - 1)
     sequences = [prompt.tokens for prompt in prompts]
-    found = capture(model, sequences, [Need(str(address), LAST)], check.store, edits=edits)
-    final = found.packed(address, LAST).float()
+    rows_found = capture(model, sequences, [Need(str(address), LAST)], check.store, edits=edits)
+    final = rows_found.packed(address, LAST).float()
     answers = final.new_zeros(len(final), 0)
     if ids is not None:
         distinct, where = ids.unique(return_inverse=True)  # type: ignore[no-untyped-call]
         answers = lens.read(final, model.unembedding(), ids=distinct).logprobs.cpu().gather(1, where)
-    return Reading(final, answers, found.done.forwards)
+    return Reading(final, answers, rows_found.done.forwards)
 
 
 def causal_table(check: Check, rows_of: Callable[[int], np.ndarray], progress: Progress) -> Causal:
@@ -131,7 +131,7 @@ def causal_table(check: Check, rows_of: Callable[[int], np.ndarray], progress: P
     ids, note = answer_ids(check.model, prompts, data.answers)
     progress.start(2 * len(check.layers) * len(prompts), f"forward with a direction removed, {data.name}")
     plain = read_answers(check, prompts, ids)
-    edited_forwards, found = 0, []
+    edited_forwards, rows_found = 0, []
     for place in check.layers:
         layer = check.probed.numbers[place]
         for name, direction in _directions(check, place, rows_of(layer)).items():
@@ -140,9 +140,9 @@ def causal_table(check: Check, rows_of: Callable[[int], np.ndarray], progress: P
             progress.advance(len(prompts))
             edited_forwards += edited.forwards
             row = {**check.probed.key, "layer": layer, "direction": name, "n": len(prompts)}
-            found.append({**row, **_effect(check, plain, edited, labels, groups)})
+            rows_found.append({**row, **_effect(check, plain, edited, labels, groups)})
     said = f"{data.name}: {note}" if note else None
-    return Causal(pd.DataFrame(found), plain.forwards + edited_forwards, edited_forwards, said)
+    return Causal(pd.DataFrame(rows_found), plain.forwards + edited_forwards, edited_forwards, said)
 
 
 def _directions(check: Check, place: int, rows: np.ndarray) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ def hateeval(path: Path) -> list[Example]:
 def stsa(path: Path) -> list[Example]:
     """`stsa.binary.train`: lines of a label and a review; label 1 is positive."""
     lines = [line.strip().split(" ", 1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return _stacked([(text, text) for label, text in lines if int(label) == wanted] for wanted in (0, 1))
+    return _stacked([(text, text) for label, text in lines if int(label) == label_value] for label_value in (0, 1))
 
 
 def imdb(path: Path) -> list[Example]:
@@ -73,7 +73,9 @@ def strategy_qa(path: Path) -> list[Example]:
     """`StrategyQA_task.json` of BIG-bench: each question with its explanation; label 0 is yes."""
     examples = json.loads(path.read_text(encoding="utf-8"))["examples"]
     rows = [(_explained(e), str(e["input"]), e["target_scores"].get("Yes") == 1) for e in examples]
-    return _stacked([(text, question) for text, question, yes in rows if yes == wanted] for wanted in (True, False))
+    return _stacked(
+        [(text, question) for text, question, yes in rows if yes == label_value] for label_value in (True, False)
+    )
 
 
 def _explained(example: Any) -> str:
@@ -87,7 +89,7 @@ def coin_flip(path: Path) -> list[Example]:
     """`coin_flip.json`: examples with question and answer; label 0 is yes."""
     examples = json.loads(path.read_text(encoding="utf-8"))["examples"]
     rows = [(str(e["question"]), str(e["answer"]).strip().lower()) for e in examples]
-    return _stacked([(text, text) for text, answer in rows if answer == wanted] for wanted in ("yes", "no"))
+    return _stacked([(text, text) for text, answer in rows if answer == label_value] for label_value in ("yes", "no"))
 
 
 def read_published(read: Callable[[Path], list[Example]], name: str, file: str, path: Path) -> list[Example]:
@@ -96,16 +98,16 @@ def read_published(read: Callable[[Path], list[Example]], name: str, file: str, 
     Raises:
         PromptError: the file is not there or not in that format.
     """
-    found = path / file if path.is_dir() else path
-    if not found.is_file():
+    source = path / file if path.is_dir() else path
+    if not source.is_file():
         raise PromptError(
-            f"data set {name!r}: no file {str(found)!r}; give the folder or path of {file} ({_format(read)})"
+            f"data set {name!r}: no file {str(source)!r}; give the folder or path of {file} ({_format(read)})"
         )
     try:
-        return read(found)
+        return read(source)
     except (KeyError, ValueError, TypeError, OSError) as error:
         raise PromptError(
-            f"data set {name!r}: {found} is not in the published format ({error}): {_format(read)}"
+            f"data set {name!r}: {source} is not in the published format ({error}): {_format(read)}"
         ) from None
 
 

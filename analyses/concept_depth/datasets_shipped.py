@@ -34,24 +34,24 @@ def city_country(seed: int) -> list[Example]:
     """Each city once with its country and once with another; countries are as frequent in false statements as in true."""
     rows = facts("cities")
     wrong = _others([row["country"] for row in rows], np.random.default_rng(seed))
-    made = []
+    examples = []
     for row, other in zip(rows, wrong, strict=True):
         for label, country in ((0, other), (1, row["country"])):
-            made.append(Example(f"The city of {row['city']} is in {country}.", label, row["city"]))
-    return made
+            examples.append(Example(f"The city of {row['city']} is in {country}.", label, row["city"]))
+    return examples
 
 
 def capital_negation(seed: int) -> list[Example]:
     """True and false statements on capitals, with and without a negation, so that truth is neither word alone."""
     rows = facts("capitals")
     wrong = _others([row["capital"] for row in rows], np.random.default_rng(seed))
-    made = []
+    examples = []
     for row, other in zip(rows, wrong, strict=True):
         for capital, right in ((row["capital"], True), (other, False)):
             for verb, negated in (("is", False), ("is not", True)):
                 text = f"The capital of {row['country']} {verb} {capital}."
-                made.append(Example(text, int(right != negated), row["country"]))
-    return made
+                examples.append(Example(text, int(right != negated), row["country"]))
+    return examples
 
 
 def number_comparison(seed: int, pairs: int = 300) -> list[Example]:
@@ -73,18 +73,18 @@ def number_comparison(seed: int, pairs: int = 300) -> list[Example]:
 def coin_flip(seed: int, stories: int = 500) -> list[Example]:
     """Stories of two to four people who flip a coin or leave it; label 1 where it is still heads up."""
     rng = np.random.default_rng(seed)
-    found: dict[str, int] = {}
-    while len(found) < stories:
-        wanted = len(found) % 2
+    labels: dict[str, int] = {}
+    while len(labels) < stories:
+        label_due = len(labels) % 2
         people = rng.choice(NAMES, size=rng.integers(2, 5), replace=False)
         flips = rng.integers(0, 2, size=len(people))
-        if (flips.sum() % 2 == 0) == wanted:
+        if (flips.sum() % 2 == 0) == label_due:
             acts = [
                 f"{who} {'flips' if flip else 'does not flip'} the coin."
                 for who, flip in zip(people, flips, strict=True)
             ]
-            found[" ".join(["A coin is heads up.", *acts])] = wanted
-    return [Example(text, label, f"story {i}") for i, (text, label) in enumerate(found.items())]
+            labels[" ".join(["A coin is heads up.", *acts])] = label_due
+    return [Example(text, label, f"story {i}") for i, (text, label) in enumerate(labels.items())]
 
 
 def sentiment(seed: int) -> list[Example]:

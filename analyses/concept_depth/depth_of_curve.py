@@ -59,11 +59,11 @@ def depth_statistics(
     }
 
 
-def _first(found: NDArray[np.bool_], values: NDArray[np.float64]) -> Curves:
+def _first(hits: NDArray[np.bool_], values: NDArray[np.float64]) -> Curves:
     """The value of the first true column of each row; nan where there is none."""
-    if not found.shape[1]:
-        return np.full(len(found), np.nan)
-    return np.where(found.any(axis=1), values[found.argmax(axis=1)], np.nan)
+    if not hits.shape[1]:
+        return np.full(len(hits), np.nan)
+    return np.where(hits.any(axis=1), values[hits.argmax(axis=1)], np.nan)
 
 
 def depth_row(
@@ -79,9 +79,9 @@ def depth_row(
 
     `jump_share` is the share of draws that have a jump at all; the interval of a statistic is over the draws that have it.
     """
-    found = {name: float(values[0]) for name, values in depth_statistics(curve, chance, layers, n_layers).items()}
+    statistics = {name: float(values[0]) for name, values in depth_statistics(curve, chance, layers, n_layers).items()}
     spread = depth_statistics(draws, chance, layers, n_layers)
-    row: dict[str, Any] = dict(found)
+    row: dict[str, Any] = dict(statistics)
     for name, values in spread.items():
         low, high = percentiles(values, clusters)
         row[f"{name}_low"], row[f"{name}_high"] = float(low), float(high)

@@ -55,12 +55,12 @@ def curves(tables: Tables) -> go.Figure:
     names = list(dict.fromkeys(scores["dataset"]))
     figure = _panels(names)
     for panel, name in enumerate(names):
-        where, mine = _place(panel), scores[scores["dataset"] == name]
-        for colour, (probe, one) in zip(COLOURS, mine.groupby("probe", sort=False), strict=False):
+        where, rows = _place(panel), scores[scores["dataset"] == name]
+        for colour, (probe, one) in zip(COLOURS, rows.groupby("probe", sort=False), strict=False):
             _banded(
                 figure, one, ("accuracy", "ci_low", "ci_high"), str(probe).replace("_", " "), colour, where, panel == 0
             )
-        one = mine[mine["probe"] == mine["probe"].iloc[0]]
+        one = rows[rows["probe"] == rows["probe"].iloc[0]]
         _banded(
             figure, one, ("control_accuracy", "control_low", "control_high"), "shuffled labels", GREY, where, panel == 0
         )
@@ -131,8 +131,8 @@ def causal(tables: Tables) -> go.Figure:
     names = list(dict.fromkeys(table["dataset"]))
     figure = _panels(names)
     for panel, name in enumerate(names):
-        mine = table[table["dataset"] == name]
-        for colour, (direction, one) in zip((COLOURS[1], GREY), mine.groupby("direction", sort=False), strict=False):
+        rows = table[table["dataset"] == name]
+        for colour, (direction, one) in zip((COLOURS[1], GREY), rows.groupby("direction", sort=False), strict=False):
             shift = -0.12 if direction == "probe" else 0.12
             figure.add_scatter(
                 x=one["layer"] + shift, y=one[mean], name=f"{direction} direction", legendgroup=str(direction), showlegend=panel == 0,

@@ -86,8 +86,8 @@ class LabelledSet:
     @property
     def answers(self) -> tuple[str, str] | None:
         """The answers of label 0 and label 1, where every prompt has the same."""
-        found = {tuple(prompt.fields.get("answers", ())) for prompt in self.prompts}
-        only = next(iter(found)) if len(found) == 1 else ()
+        answer_sets = {tuple(prompt.fields.get("answers", ())) for prompt in self.prompts}
+        only = next(iter(answer_sets)) if len(answer_sets) == 1 else ()
         return (only[0], only[1]) if only else None
 
 
@@ -107,13 +107,13 @@ def labelled_sets(prompts: Sequence[Prompt]) -> list[LabelledSet]:
                 f"prompt {i}: field 'label': {problem if 'label' in prompt.fields else 'is missing; give 0 or 1'}"
             )
         members.setdefault(str(prompt.fields.get("dataset", DEFAULT_SET)), []).append(i)
-    made = [LabelledSet(name, tuple(index), tuple(prompts[i] for i in index)) for name, index in members.items()]
-    for one in made:
+    labelled = [LabelledSet(name, tuple(index), tuple(prompts[i] for i in index)) for name, index in members.items()]
+    for one in labelled:
         if len(set(one.labels)) < 2:
             raise ProbeError(
                 f"data set {one.name!r}: all {len(one.labels)} prompts have label {one.labels[0]}; a probe tells two classes apart"
             )
-    return made
+    return labelled
 
 
 def noisy(prompts: Sequence[Prompt], model: Model, seed: int, chat: bool) -> list[Prompt]:

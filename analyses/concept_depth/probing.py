@@ -92,12 +92,12 @@ def probe_set(
     # Of a row that is a type of its own nothing can be known, so that without types the control task is empty.
     types = data.types.of if data.types else np.arange(len(data.prompts))
     try:
-        found = tuple(
+        evaluations = tuple(
             probe_layers(rows, data.labels, groups=data.groups, types=types, recipe=recipe, jobs=jobs or None)
         )
     except ProbeError as error:
         raise ProbeError(f"data set {data.name!r}: {error}") from None
-    return Probed(data, variant, recipe.kind, tuple(numbers), activations.model.shape.n_layers, found)
+    return Probed(data, variant, recipe.kind, tuple(numbers), activations.model.shape.n_layers, evaluations)
 
 
 def scores_table(probed: list[Probed], seed: int) -> pd.DataFrame:
@@ -107,19 +107,22 @@ def scores_table(probed: list[Probed], seed: int) -> pd.DataFrame:
 
 def _scores(one: Probed, seed: int) -> Iterator[dict[str, Any]]:
     groups = one.test_groups
-    for layer, found in zip(one.numbers, one.layers, strict=True):
-        interval = cluster_bootstrap(np.stack([found.correct, found.shuffled], axis=1), groups, seed=seed)
-        typed = np.isfinite(found.typed)
-        control = np.stack([found.typed, found.correct - found.typed], axis=1)[typed]
+    for layer, evaluation in zip(one.numbers, one.layers, strict=True):
+        interval = cluster_bootstrap(np.stack([evaluation.correct, evaluation.shuffled], axis=1), groups, seed=seed)
+        typed = np.isfinite(evaluation.typed)
+        control = np.stack([evaluation.typed, evaluation.correct - evaluation.typed], axis=1)[typed]
         selective = cluster_bootstrap(control, groups[typed], seed=seed)
-        ones, n = int(found.label[found.seed == found.seed[0]].sum()), int((found.seed == found.seed[0]).sum())
+        ones, n = (
+            int(evaluation.label[evaluation.seed == evaluation.seed[0]].sum()),
+            int((evaluation.seed == evaluation.seed[0]).sum()),
+        )
         yield {
             **one.key,
             "layer": layer,
             "depth": layer / one.n_layers,
-            "accuracy": found.accuracy,
-            "f1": found.f1,
-            "auc": found.auc,
+            "accuracy": evaluation.accuracy,
+            "f1": evaluation.f1,
+            "auc": evaluation.auc,
             "ci_low": interval.low[0],
             "ci_high": interval.high[0],
             "control_accuracy": interval.mean[1],
@@ -132,14 +135,14 @@ def _scores(one: Probed, seed: int) -> Iterator[dict[str, Any]]:
             "selectivity": selective.mean[1],
             "selectivity_low": selective.low[1],
             "selectivity_high": selective.high[1],
-            "memorised": found.memorised,
+            "memorised": evaluation.memorised,
             "majority": one.chance,
             "auc_null_half_width": 1.96 * np.sqrt((n + 1) / (12 * ones * (n - ones))),
-            "n_train": found.n_train,
+            "n_train": evaluation.n_train,
             "n_test": n,
-            "n_iter": max(probe.n_iter for probe in found.probes),
-            "converged": all(probe.converged for probe in found.probes),
-            "cost": float(np.median([probe.cost for probe in found.probes])),
+            "n_iter": max(probe.n_iter for probe in evaluation.probes),
+            "converged": all(probe.converged for probe in evaluation.probes),
+            "cost": float(np.median([probe.cost for probe in evaluation.probes])),
         }
 
 

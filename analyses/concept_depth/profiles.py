@@ -11,10 +11,10 @@ from analyses.results.card import ProfileSpec, Tables
 def _mean(tables: Tables, value: str, low: str, high: str) -> pd.DataFrame:
     """Mean over data sets, of the plain model and the first probe; their intervals combined as of independent sets."""
     scores = tables["scores"]
-    mine = scores[(scores["variant"] == "plain") & (scores["probe"] == scores["probe"].iloc[0])]
-    mine = mine[mine[value].notna()]  # a data set without a control task says nothing of selectivity
+    selected = scores[(scores["variant"] == "plain") & (scores["probe"] == scores["probe"].iloc[0])]
+    selected = selected[selected[value].notna()]  # a data set without a control task says nothing of selectivity
     rows = []
-    for layer, group in mine.groupby("layer"):
+    for layer, group in selected.groupby("layer"):
         below = np.sqrt(((group[value] - group[low]) ** 2).sum(skipna=False)) / len(group)
         above = np.sqrt(((group[high] - group[value]) ** 2).sum(skipna=False)) / len(group)
         mean = group[value].mean()

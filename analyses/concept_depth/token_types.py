@@ -46,5 +46,5 @@ def token_types(sequences: Sequence[Sequence[int]], groups: Sequence[object]) ->
 def _recurring(ids: NDArray[np.int64], group: NDArray[np.intp]) -> NDArray[np.int64]:
     """The ids that occur in two groups or more."""
     pairs = np.unique(np.stack([ids, group]), axis=1)
-    found, counts = np.unique(pairs[0], return_counts=True)
-    return found[counts > 1]
+    types_seen, counts = np.unique(pairs[0], return_counts=True)
+    return types_seen[counts > 1]

@@ -35,9 +35,10 @@ from analyses.latent_language.read import LAST, Reader, Reading, prefixes
 from analyses.latent_language.task_prompts import Form, Framing, Task, queries
 from analyses.latent_language.verdicts import verdicts
 from analyses.latent_language.word_lists import read_words, shipped_words
-from analyses.options import option, validate
+from analyses.options import accept_old_names, option, validate
 from analyses.results.card import FigureSpec, ProfileSpec
 from analyses.results.result import Result
+from analyses.results.statistics import Ci
 from probes.capture.needs import Need
 from probes.errors import OptionError, PromptError
 from probes.models.protocol import Model
@@ -50,6 +51,7 @@ Language = Literal["en", "fr", "de", "es", "it", "ru", "zh", "ja", "ar"]
 POINT = {"logit": "resid_post", "tuned": "resid_post", "attn": "attn_out", "mlp": "mlp_out"}
 
 
+@accept_old_names
 @dataclass(frozen=True)
 class LatentLanguage(Analysis):
     """Latent languages by the lens (Wendler et al. 2024, arXiv 2402.10588; Zhong et al. 2024, arXiv 2408.10811)."""
@@ -62,37 +64,44 @@ class LatentLanguage(Analysis):
     set_rule: SetRule = option(
         "prefix", "prefix: tokens that start the word; first_token: its first token; multi_token: the whole word."
     )
-    collide: Collide = option(
-        "drop", "What to do where two languages share tokens: drop the item, keep, or subtract them."
-    )
+    on_collision: Collide = option(
+        "drop", "What to do where two languages share tokens: drop the item, keep, or subtract them.",
+        aliases=("collide",),
+    )  # fmt: skip
     spaces: bool = option(True, "Whether forms with a leading space count.")
     case: bool = option(False, "Whether the word in lower case and with a capital counts too.")
     byte_tokens: bool = option(True, "Whether tokens that cut a character count, for set_rule prefix.")
     synonyms: bool = option(True, "Whether synonyms of the list count.")
     words: str = option("", "A word file or folder in place of the shipped list, also in the papers' formats.")
     n_shot: int = option(-1, "Demonstrations per prompt; -1 for the papers' 4, and 2 for cloze.", low=-1, high=32)
-    n_items: int = option(0, "Words kept per pair, drawn by seed among those that can be measured; 0 for all.", low=0)
+    n_prompts: int = option(
+        0,
+        "Words kept per pair, drawn by seed among those that can be measured; 0 for all.",
+        low=0,
+        aliases=("n_items",),
+    )
     lens: Literal["logit", "tuned", "attn", "mlp"] = option(
         "logit", "What is read: the stream, the stream through a tuned lens, or what attention or the MLP adds."
     )
     answers: Literal["generate", "first_token"] = option(
         "generate", "How the model's own answer is judged: the word it writes, or its most probable next token."
     )
-    ci: tabled.Ci = option("bootstrap", "The 95 % intervals over items: resampled, or Gaussian.")
+    ci: Ci = option("bootstrap", "The 95 % intervals over items: resampled, or Gaussian.")
     extras: tuple[Extra, ...] = option(
-        (), "Further measurements: culture questions, similarity across languages, swapped dimensions, read-outs."
-    )
+        (), "Further measurements: culture questions, similarity across languages, swapped dimensions, what a layer writes.",
+        old_values={"readout": "layer_writing"},
+    )  # fmt: skip
     framings: tuple[Framing, ...] = option(("plain", "japan"), "For culture: no country named, or which one.")
     layers: tuple[float, ...] = option(
-        (0.25, 0.5, 0.75, 0.9), "For swap and readout: where, as relative depth.", low=0, high=1
+        (0.25, 0.5, 0.75, 0.9), "For swap and layer_writing: where, as relative depth.", low=0, high=1
     )
     shares: tuple[float, ...] = option(
         (0.1, 0.5, 1.0, 2.0, 5.0, 10.0), "For swap: percent of dimensions swapped.", low=0, high=100
     )
     swap_to: Language = option("en", "For swap: the language whose dimensions are put in.")
-    extra_items: int = option(12, "For swap, readout and similarity: how many items.", low=2)
-    beam_width: int = option(5, "For readout: beams kept.", low=1, high=50)
-    beam_tokens: int = option(4, "For readout: tokens written.", low=1, high=32)
+    extra_items: int = option(12, "For swap, layer_writing and similarity: how many items.", low=2)
+    beam_width: int = option(5, "For layer_writing: beams kept.", low=1, high=50)
+    beam_tokens: int = option(4, "For layer_writing: tokens written.", low=1, high=32)
     seed: int = option(42, "Seed of demonstrations, draws, controls and intervals.", low=0)
 
     name: ClassVar[str] = "latent_language"
@@ -160,14 +169,16 @@ class LatentLanguage(Analysis):
         Raises:
             PromptError: no item is left, or the model has no tokenizer for a task.
         """
-        asked = as_prompts(prompts, model, self.prompt_fields)
-        if any("targets" in prompt.fields for prompt in asked):
-            items, dropped = given_items(asked, self.rule(model), model, self.target[0], self.collide)
+        drawn = as_prompts(prompts, model, self.prompt_fields)
+        if any("targets" in prompt.fields for prompt in drawn):
+            items, dropped = given_items(drawn, self.rule(model), model, self.target[0], self.on_collision)
         else:
             items, dropped = self._task_items(model)
         if not items:
             reasons = "; ".join(sorted({reason for _, _, reason in dropped})[:3])
-            raise PromptError(f"no item is left to measure ({reasons}); try --collide subtract or another --set-rule")
+            raise PromptError(
+                f"no item is left to measure ({reasons}); try --on-collision subtract or another --set-rule"
+            )
         return with_controls(items, self.seed, model.shape.d_vocab), dropped
 
     def _task_items(self, model: Model) -> tuple[list[Item], list[Dropped]]:
@@ -179,14 +190,23 @@ class LatentLanguage(Analysis):
         items: list[Item] = []
         dropped: list[Dropped] = []
         for source, target in self.pairs:
-            asked = queries(words, self.task, source, target, n_shot, 0, self.seed, self.form)
+            drawn = queries(words, self.task, source, target, n_shot, 0, self.seed, self.form)
             pair = f"{source}→{target}" if self.task == "translation" else f"{self.task} {target}"
             languages = tuple(dict.fromkeys((target, *self.latents)))
-            made, lost = task_items(
-                asked, rule, model, pair, languages, self.collide, self.synonyms, len(items), self.n_items, self.seed
+            kept, lost = task_items(
+                drawn,
+                rule,
+                model,
+                pair,
+                languages,
+                self.on_collision,
+                self.synonyms,
+                len(items),
+                self.n_prompts,
+                self.seed,
             )
-            items, dropped = items + made, dropped + lost
-            if not asked:
+            items, dropped = items + kept, dropped + lost
+            if not drawn:
                 dropped.append((pair, "all", f"the word list has nothing for {self.task} from {source} to {target}"))
         return items, dropped
 
@@ -212,8 +232,8 @@ class LatentLanguage(Analysis):
         right = own_answers.right(reading, said)
         tables = {**self._tables(reading, said, right, model), **tables}
         for extra in self.extras:
-            made, lost = EXTRAS[extra](reader, settings)
-            tables |= made
+            extra_tables, lost = EXTRAS[extra](reader, settings)
+            tables |= extra_tables
             dropped += lost
         tables["dropped"] = pd.DataFrame(dropped, columns=["pair", "item", "reason"])
         return self._result(model, items, tables, reader, clock, written)
@@ -237,7 +257,7 @@ class LatentLanguage(Analysis):
 
     def _settings(self, items: Sequence[Item]) -> Settings:
         return Settings(
-            items=tuple(items), pairs=self.pairs, seed=self.seed, ci=self.ci, n_items=self.n_items,
+            items=tuple(items), pairs=self.pairs, seed=self.seed, ci=self.ci, n_prompts=self.n_prompts,
             framings=self.framings, depths=self.layers, shares=self.shares, swap_to=self.swap_to,
             extra_items=self.extra_items, beam_width=self.beam_width, beam_tokens=self.beam_tokens,
             spaces=self.spaces, case=self.case, words=self.words, form=self.form,
@@ -247,7 +267,7 @@ class LatentLanguage(Analysis):
         self, model: Model, items: Sequence[Item], tables: dict[str, pd.DataFrame], reader: Reader, clock: Clock,
         written: int,
     ) -> Result:  # fmt: skip
-        done = [held.done for held in reader.captures]
+        done = [captured.done for captured in reader.captures]
         counts = {
             "prompts": len(items), "tokens": sum(len(item.tokens) for item in items),
             "forwards": sum(d.forwards for d in done), "rows_captured": sum(d.plan.rows for d in done),
@@ -255,16 +275,16 @@ class LatentLanguage(Analysis):
         }  # fmt: skip
         notes = (*verdicts(tables["summary"]), *self._notes(tables["dropped"], items))
         result = make_result(self, model, [], tables, reader.captures[0], clock, notes, counts, reader.patched)
-        shards = [held.keys() for held in reader.captures]
+        shards = [captured.keys() for captured in reader.captures]
         keys = list(dict.fromkeys(chain.from_iterable(shards)))
         return replace(result, provenance={**result.provenance, "store_keys": keys})
 
     def _notes(self, dropped: pd.DataFrame, items: Sequence[Item]) -> list[str]:
         notes, n_items = [], len(items)
         for pair, n in Counter(item.pair for item in items if not item.pair.startswith("given")).items():
-            if n < self.n_items:
+            if n < self.n_prompts:
                 notes.append(
-                    f"{pair}: {n} items instead of {self.n_items}, all that the word list and this tokenizer allow."
+                    f"{pair}: {n} items instead of {self.n_prompts}, all that the word list and this tokenizer allow."
                 )
         lost = dropped[~dropped["pair"].str.startswith("culture")]
         if len(lost):

@@ -30,9 +30,9 @@ def said(
 
     Where the most probable next token starts no right answer, that token and an ellipsis stand for the wrong word.
     """
-    found: list[str | None] = [None] * len(reading.items)
+    written_words: list[str | None] = [None] * len(reading.items)
     if how == "first_token" or model.tokenizer is None:
-        return found, 0
+        return written_words, 0
     by_length: dict[int, list[int]] = {}
     for i, item in enumerate(reading.items):
         if not item.answers:
@@ -42,15 +42,15 @@ def said(
             longest = max(len(after_quote(model.tokenizer, answer)) for answer in item.answers)
             by_length.setdefault(longest + 1, []).append(i)
         else:
-            found[i] = f"{start.strip()}…"
+            written_words[i] = f"{start.strip()}…"
     new = 0
-    for length, asked in by_length.items():
-        sequences = [reading.items[i].tokens for i in asked]
-        written, made = respond(model, sequences, Decoding(length), store, progress=progress)
-        new += len(made)
-        for i, tokens in zip(asked, written, strict=True):
-            found[i] = first_word(str(model.tokenizer.decode(list(tokens), skip_special_tokens=True)))
-    return found, new
+    for length, members in by_length.items():
+        sequences = [reading.items[i].tokens for i in members]
+        written, new_responses = respond(model, sequences, Decoding(length), store, progress=progress)
+        new += len(new_responses)
+        for i, tokens in zip(members, written, strict=True):
+            written_words[i] = first_word(str(model.tokenizer.decode(list(tokens), skip_special_tokens=True)))
+    return written_words, new
 
 
 def could_start(token: str, item: Item) -> bool:

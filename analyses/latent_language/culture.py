@@ -9,8 +9,9 @@ from analyses.latent_language.extra_settings import Settings
 from analyses.latent_language.ids import Rule
 from analyses.latent_language.items import Dropped, Item, culture_items, with_controls
 from analyses.latent_language.read import Reader, Reading
-from analyses.latent_language.tables import columns, interval
+from analyses.latent_language.tables import columns
 from analyses.latent_language.word_lists import CULTURE_LANGUAGES, CULTURES, shipped_questions
+from analyses.results.statistics import row_interval
 
 ASKED_IN = "ja"
 
@@ -24,10 +25,10 @@ def measure(reader: Reader, settings: Settings) -> tuple[dict[str, pd.DataFrame]
     items: list[Item] = []
     dropped: list[Dropped] = []
     for framing in settings.framings:
-        made, lost = culture_items(
-            shipped_questions(), framing, ASKED_IN, rule, reader.model, settings.seed, settings.n_items
+        kept, lost = culture_items(
+            shipped_questions(), framing, ASKED_IN, rule, reader.model, settings.seed, settings.n_prompts
         )
-        items, dropped = items + made, dropped + lost
+        items, dropped = items + kept, dropped + lost
     if not items:
         return {}, dropped
     reading = reader.read(with_controls(items, settings.seed, reader.model.shape.d_vocab))
@@ -37,20 +38,20 @@ def measure(reader: Reader, settings: Settings) -> tuple[dict[str, pd.DataFrame]
 def _table(reading: Reading, settings: Settings) -> pd.DataFrame:
     parts = []
     for pair in dict.fromkeys(item.pair for item in reading.items):
-        mine = np.array([i for i, item in enumerate(reading.items) if item.pair == pair])
-        words = np.array([i for i in mine if _written_differently(reading.items[i])], dtype=np.int64)
-        for name, chosen in (("all", mine), ("words", words)):
+        members = np.array([i for i, item in enumerate(reading.items) if item.pair == pair])
+        words = np.array([i for i in members if _written_differently(reading.items[i])], dtype=np.int64)
+        for name, chosen in (("all", members), ("words", words)):
             if not len(chosen):
                 continue
             for culture in CULTURES:
                 for language in CULTURE_LANGUAGES:
                     own = columns(reading, chosen, f"{culture}/{language}")
                     control = columns(reading, chosen, f"{culture}/{language}", control=True)
-                    found, beside = (interval(v, settings.ci, settings.seed) for v in (own, control))
+                    interval, beside = (row_interval(v, settings.ci, settings.seed) for v in (own, control))
                     part = {
                         "framing": pair.removeprefix("culture, "), "items": name, "layer": np.arange(own.shape[1]),
-                        "culture": culture, "language": language, "mean": found.mean, "ci_low": found.low,
-                        "ci_high": found.high, "control_mean": beside.mean, "control_ci_low": beside.low,
+                        "culture": culture, "language": language, "mean": interval.mean, "ci_low": interval.low,
+                        "ci_high": interval.high, "control_mean": beside.mean, "control_ci_low": beside.low,
                         "control_ci_high": beside.high, "n": len(chosen),
                     }  # fmt: skip
                     parts.append(pd.DataFrame(part))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from analyses.latent_language.items import Item
-from analyses.latent_language.tables import Ci
 from analyses.latent_language.task_prompts import Form, Framing
+from analyses.results.statistics import Ci
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Settings:
     pairs: tuple[tuple[str, str], ...]
     seed: int
     ci: Ci
-    n_items: int
+    n_prompts: int
     framings: tuple[Framing, ...]
     depths: tuple[float, ...]
     shares: tuple[float, ...]

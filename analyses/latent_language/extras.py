@@ -10,8 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from analyses.latent_language import culture, similarity, swap
-from analyses.latent_language import layer_writing as readout
+from analyses.latent_language import culture, layer_writing, similarity, swap
 from analyses.latent_language.extra_settings import Settings
 from analyses.latent_language.items import Dropped
 from analyses.latent_language.read import Reader
@@ -23,7 +22,7 @@ from probes.points import Address
 from probes.prompts import tokenize
 from probes.reducers import ROWS
 
-Extra = Literal["culture", "similarity", "swap", "readout"]
+Extra = Literal["culture", "similarity", "swap", "layer_writing"]
 Made = tuple[dict[str, pd.DataFrame], list[Dropped]]
 
 TRAINING_SENTENCES = 150
@@ -33,7 +32,7 @@ EXTRAS: Mapping[Extra, Callable[[Reader, Settings], Made]] = {
     "culture": culture.measure,
     "similarity": similarity.measure,
     "swap": swap.measure,
-    "readout": readout.measure,
+    "layer_writing": layer_writing.measure,
 }
 
 
@@ -47,11 +46,11 @@ def fitted_lens(reader: Reader, settings: Settings) -> pd.DataFrame:
     """Gives the reader a tuned lens fitted on the shipped sentences of all languages; a table of its held-out losses."""
     model = reader.model
     training = _training(reader, settings.seed)
-    held = reader.capture(training.sequences, Need("resid_post.*", ROWS))
+    captured = reader.capture(training.sequences, Need("resid_post.*", ROWS))
 
     def layer_rows(layer: int) -> torch.Tensor:
         # The first token's row is set apart by its massive norm; it says nothing of the others.
-        return torch.cat([rows[1:].float() for rows in held.get(Address("resid_post", layer))])
+        return torch.cat([rows[1:].float() for rows in captured.get(Address("resid_post", layer))])
 
     groups = np.repeat(training.groups, [len(s) - 1 for s in training.sequences])
     fitted = tuned_lens.fit(layer_rows, model.shape.n_layers, list(groups), model.unembedding(), settings.seed)
@@ -67,7 +66,7 @@ def fitted_lens(reader: Reader, settings: Settings) -> pd.DataFrame:
 
 def _training(reader: Reader, seed: int) -> _Training:
     """Sentences drawn by seed; those of one meaning form one group, so that none is fitted on its own translation."""
-    found = [(i, text) for i, texts in enumerate(parallel_sentences(shipped_words())) for text in texts.values()]
-    chosen = [int(i) for i in np.random.default_rng(seed).permutation(len(found))[:TRAINING_SENTENCES]]
-    sequences = [tokenize([found[i][1]], reader.model)[0].tokens for i in chosen]
-    return _Training(sequences, [found[i][0] for i in chosen])
+    sentences = [(i, text) for i, texts in enumerate(parallel_sentences(shipped_words())) for text in texts.values()]
+    chosen = [int(i) for i in np.random.default_rng(seed).permutation(len(sentences))[:TRAINING_SENTENCES]]
+    sequences = [tokenize([sentences[i][1]], reader.model)[0].tokens for i in chosen]
+    return _Training(sequences, [sentences[i][0] for i in chosen])

@@ -66,17 +66,17 @@ class Rule:
 
     @cached_property
     def _by_bytes(self) -> Mapping[bytes, tuple[int, ...]]:
-        found: dict[bytes, tuple[int, ...]] = {}
+        numbers: dict[bytes, tuple[int, ...]] = {}
         for number, piece in self._bytes.items():
-            found[piece] = (*found.get(piece, ()), number)
-        return found
+            numbers[piece] = (*numbers.get(piece, ()), number)
+        return numbers
 
     def sequences(self, words: Iterable[str]) -> tuple[Tokens, ...]:
         """The prefix-free token sequences that say any of `words`."""
-        found: list[Tokens] = []
+        forms: list[Tokens] = []
         for variant in dict.fromkeys(variant for word in words for variant in self._variants(word)):
-            found += self._prefixes(variant) if self.kind == "prefix" else self._written(variant)
-        return prefix_free(found)
+            forms += self._prefixes(variant) if self.kind == "prefix" else self._written(variant)
+        return prefix_free(forms)
 
     def _variants(self, word: str) -> list[str]:
         return [word, word.lower(), word[:1].upper() + word[1:]] if self.case else [word]
@@ -102,17 +102,17 @@ def resolve(sets: Sets, how: Collide) -> tuple[Sets, str | None]:
         if not sequences:
             return sets, f"no token says the word in {language}"
     shared = {
-        name: {a for a in mine for other, theirs in sets.items() if other != name for b in theirs if collide(a, b)}
-        for name, mine in sets.items()
+        name: {a for a in own for other, theirs in sets.items() if other != name for b in theirs if collide(a, b)}
+        for name, own in sets.items()
     }
-    clashing = [name for name, found in shared.items() if found]
+    clashing = [name for name, common in shared.items() if common]
     if how == "keep" or not clashing:
         return sets, None
     if how == "drop":
         n = len(set().union(*shared.values()))
         return sets, f"{' and '.join(clashing)} share {n} token{'s' if n > 1 else ''}"
-    left = {name: tuple(s for s in mine if s not in shared[name]) for name, mine in sets.items()}
-    empty = [name for name, mine in left.items() if not mine]
+    left = {name: tuple(s for s in own if s not in shared[name]) for name, own in sets.items()}
+    empty = [name for name, own in left.items() if not own]
     return left, f"nothing is left of {' and '.join(empty)} without the shared tokens" if empty else None
 
 
@@ -125,13 +125,13 @@ def shuffled_controls(items: Sequence[Sets], seed: int, d_vocab: int) -> list[Se
     controls: list[Sets] = []
     for index, own in enumerate(items):
         order = [int(i) for i in rng.permutation(len(items)) if i != index]
-        mine = [sequence for sequences in own.values() for sequence in sequences]
-        made = {}
+        own_sequences = [sequence for sequences in own.values() for sequence in sequences]
+        control = {}
         for language, sequences in own.items():
             others = (s for i in order for s in items[i].get(language, ()))
             fill = ((int(token),) for token in rng.permutation(d_vocab))
-            made[language] = _first_free(chain(others, fill), mine, len(sequences))
-        controls.append(made)
+            control[language] = _first_free(chain(others, fill), own_sequences, len(sequences))
+        controls.append(control)
     return controls
 
 

@@ -46,15 +46,15 @@ Dropped = tuple[str, str, str]
 
 def check_targets(value: Any) -> str | None:
     """What is wrong with a `targets` field, or None."""
-    wanted = 'must be an object such as {"en": [262], "fr": [1048]} or {"en": ["dog"], "fr": ["chien"]}'
+    rule_text = 'must be an object such as {"en": [262], "fr": [1048]} or {"en": ["dog"], "fr": ["chien"]}'
     if not isinstance(value, dict) or not value:
-        return wanted
-    for language, found in value.items():
-        if not isinstance(found, list) or not found:
-            return f"{wanted}; {language!r} has no list"
-        ids = all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in found)
-        if not ids and not all(isinstance(t, str) and t.strip() for t in found):
-            return f"{wanted}; {language!r} mixes or has neither token ids from 0 nor words"
+        return rule_text
+    for language, values in value.items():
+        if not isinstance(values, list) or not values:
+            return f"{rule_text}; {language!r} has no list"
+        ids = all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in values)
+        if not ids and not all(isinstance(t, str) and t.strip() for t in values):
+            return f"{rule_text}; {language!r} mixes or has neither token ids from 0 nor words"
     return None
 
 
@@ -71,7 +71,7 @@ def prompt_tokens(model: Model, text: str) -> tuple[int, ...]:
 
 
 def given_items(
-    prompts: Sequence[Prompt], rule: Rule | None, model: Model, target: str, collide: Collide
+    prompts: Sequence[Prompt], rule: Rule | None, model: Model, target: str, on_collision: Collide
 ) -> tuple[list[Item], list[Dropped]]:
     """Items of prompts that carry `targets`; given ids are summed as they are.
 
@@ -85,12 +85,12 @@ def given_items(
             dropped.append(("given", name, "the line has no targets"))
             continue
         targets: Mapping[str, list[Any]] = prompt.fields["targets"]
-        words = {lang: tuple(found) for lang, found in targets.items() if isinstance(found[0], str)}
+        words = {lang: tuple(values) for lang, values in targets.items() if isinstance(values[0], str)}
         if words and rule is None:
             raise PromptError(f"{name}: targets are words, and {model.ref} has no tokenizer; give token ids")
-        sets: Sets = {lang: _given(found, rule, name, model) for lang, found in targets.items()}
+        sets: Sets = {lang: _given(values, rule, name, model) for lang, values in targets.items()}
         if words:
-            sets, reason = resolve(sets, collide)
+            sets, reason = resolve(sets, on_collision)
             if reason:
                 dropped.append(("given", name, reason))
                 continue
@@ -103,45 +103,45 @@ def given_items(
     return items, dropped
 
 
-def _given(found: Sequence[Any], rule: Rule | None, name: str, model: Model) -> tuple[tuple[int, ...], ...]:
-    if isinstance(found[0], str):
+def _given(values: Sequence[Any], rule: Rule | None, name: str, model: Model) -> tuple[tuple[int, ...], ...]:
+    if isinstance(values[0], str):
         assert rule is not None
-        return rule.sequences(found)
-    for token in found:
+        return rule.sequences(values)
+    for token in values:
         if token >= model.shape.d_vocab:
             raise PromptError(
                 f"{name}: target id {token} is outside the vocabulary of {model.ref}: legal are 0 to {model.shape.d_vocab - 1}"
             )
-    return tuple((token,) for token in dict.fromkeys(found))
+    return tuple((token,) for token in dict.fromkeys(values))
 
 
 def task_items(
-    asked: Sequence[Query], rule: Rule, model: Model, pair: str, languages: Sequence[str], collide: Collide,
-    synonyms: bool, first: int, n_items: int = 0, seed: int = 0,
+    queries: Sequence[Query], rule: Rule, model: Model, pair: str, languages: Sequence[str], on_collision: Collide,
+    synonyms: bool, first: int, n_prompts: int = 0, seed: int = 0,
 ) -> tuple[list[Item], list[Dropped]]:  # fmt: skip
     """Items of a task's prompts; the first of `languages` is the answer's.
 
     Args:
         first: the index of the first prompt.
-        n_items: how many to keep, tried in an order drawn by `seed`, in which those that cannot be measured are passed
+        n_prompts: how many to keep, tried in an order drawn by `seed`, in which those that cannot be measured are passed
             over; 0 for all.
     """
-    order = np.random.default_rng(seed).permutation(len(asked)) if n_items else range(len(asked))
+    order = np.random.default_rng(seed).permutation(len(queries)) if n_prompts else range(len(queries))
     items: dict[int, Item] = {}
     dropped: list[Dropped] = []
     for place in map(int, order):
-        if len(items) == (n_items or len(asked)):
+        if len(items) == (n_prompts or len(queries)):
             break
-        query = asked[place]
+        query = queries[place]
         forms = query.word.forms
         missing = [language for language in languages if language not in forms]
         reason = f"the word list has no word in {' and '.join(missing)}" if missing else None
-        if reason is None and collide == "drop":
+        if reason is None and on_collision == "drop":
             reason = _contained(query, languages)
         sets: Sets = {}
         if reason is None:
             used = {lang: forms[lang] if synonyms else forms[lang][:1] for lang in languages}
-            sets, reason = resolve({lang: rule.sequences(words) for lang, words in used.items()}, collide)
+            sets, reason = resolve({lang: rule.sequences(words) for lang, words in used.items()}, on_collision)
         if reason:
             dropped.append((pair, query.word.name, reason))
             continue
@@ -161,7 +161,7 @@ def _contained(query: Query, languages: Sequence[str]) -> str | None:
 
 
 def culture_items(
-    questions: Sequence[Question], framing: Framing, language: str, rule: Rule, model: Model, seed: int, n_items: int
+    questions: Sequence[Question], framing: Framing, language: str, rule: Rule, model: Model, seed: int, n_prompts: int
 ) -> tuple[list[Item], list[Dropped]]:
     """Items of the culture questions asked in `language`; sets are named `culture/language`.
 
@@ -169,14 +169,14 @@ def culture_items(
     the other, are dropped.
 
     Args:
-        n_items: the first so many that are not dropped; 0 for all.
+        n_prompts: the first so many that are not dropped; 0 for all.
     """
     examples = [q for q in questions if q.kind == "example"]
-    asked = [q for q in questions if q.kind != "example"]
+    queries = [q for q in questions if q.kind != "example"]
     items: list[Item] = []
     dropped: list[Dropped] = []
-    for index, question in enumerate(asked):
-        if len(items) == (n_items or len(asked)):
+    for index, question in enumerate(queries):
+        if len(items) == (n_prompts or len(queries)):
             break
         name = question.text["en"]
         sets = {
@@ -213,9 +213,11 @@ def _culture_clash(sets: Sets) -> str | None:
 
 def with_controls(items: Sequence[Item], seed: int, d_vocab: int) -> list[Item]:
     """The items with shuffled-word controls of equal size, drawn among items of the same pair."""
-    found: dict[int, Item] = {}
+    controlled: dict[int, Item] = {}
     for pair in dict.fromkeys(item.pair for item in items):
-        mine = [i for i, item in enumerate(items) if item.pair == pair]
-        controls = shuffled_controls([items[i].sets for i in mine], seed, d_vocab)
-        found.update({i: replace(items[i], controls=made) for i, made in zip(mine, controls, strict=True)})
-    return [found[i] for i in range(len(items))]
+        members = [i for i, item in enumerate(items) if item.pair == pair]
+        controls = shuffled_controls([items[i].sets for i in members], seed, d_vocab)
+        controlled.update(
+            {i: replace(items[i], controls=control) for i, control in zip(members, controls, strict=True)}
+        )
+    return [controlled[i] for i in range(len(items))]

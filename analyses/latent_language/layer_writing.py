@@ -27,8 +27,8 @@ def measure(reader: Reader, settings: Settings) -> tuple[dict[str, pd.DataFrame]
     for pair in dict.fromkeys(item.pair for item in settings.items):
         for item in [i for i in settings.items if i.pair == pair][:ITEMS_PER_PAIR]:
             for layer in layers:
-                found = beam(model, item.tokens, layer, settings.beam_width, settings.beam_tokens, reader.translate)
-                for rank, (tokens, logprob) in enumerate(found):
+                beams = beam(model, item.tokens, layer, settings.beam_width, settings.beam_tokens, reader.translate)
+                for rank, (tokens, logprob) in enumerate(beams):
                     text = str(tokens) if model.tokenizer is None else tokens_text(model, tokens)
                     rows.append((item.prompt, pair, item.name, layer, rank, text, logprob))
     names = ["prompt", "pair", "item", "layer", "rank", "text", "logprob"]

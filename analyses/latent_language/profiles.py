@@ -10,15 +10,15 @@ from analyses.results.profiles import columns
 
 def _curve(tables: Tables, role: str) -> pd.DataFrame:
     curve = tables["curve"]
-    mine = curve[(curve["pair"] == curve["pair"].iloc[0]) & (curve["role"] == role)]
-    return mine[mine["language"] == mine["language"].iloc[0]] if len(mine) else mine
+    rows = curve[(curve["pair"] == curve["pair"].iloc[0]) & (curve["role"] == role)]
+    return rows[rows["language"] == rows["language"].iloc[0]] if len(rows) else rows
 
 
 def lead(tables: Tables) -> pd.DataFrame:
     """Probability of the first latent language minus that of the language asked for."""
     table = tables["lead"]
-    mine = table[(table["pair"] == table["pair"].iloc[0]) & (table["latent"] == table["latent"].iloc[0])]
-    return columns(mine, "difference", "ci_low", "ci_high")
+    rows = table[(table["pair"] == table["pair"].iloc[0]) & (table["latent"] == table["latent"].iloc[0])]
+    return columns(rows, "difference", "ci_low", "ci_high")
 
 
 def latent(tables: Tables) -> pd.DataFrame:

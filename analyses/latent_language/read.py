@@ -77,10 +77,10 @@ class Reader:
         own: list[NDArray[np.float64]] = []
         control: list[NDArray[np.float64]] = []
         for i, item in enumerate(items):
-            for made, name in ((own, "own"), (control, "control")):
+            for parts, name in ((own, "own"), (control, "control")):
                 sets = item.events.get(name, item.sets)
                 columns = [event_probability(logprobs[i], sequences).numpy() for sequences in sets.values()]
-                made.append(np.stack(columns, axis=1))
+                parts.append(np.stack(columns, axis=1))
         energy = token_energy(unembedding)
         return Reading(
             tuple(items),
@@ -95,8 +95,8 @@ class Reader:
 
     def _top(self, items: Sequence[Item]) -> NDArray[np.int64]:
         last = Address("resid_post", self.model.shape.n_layers - 1)
-        held = self.capture([item.tokens for item in items], Need(str(last), LAST))
-        best = lens.read(torch.cat(held.get(last, LAST)), self.model.unembedding(), top_k=1)
+        captured = self.capture([item.tokens for item in items], Need(str(last), LAST))
+        best = lens.read(torch.cat(captured.get(last, LAST)), self.model.unembedding(), top_k=1)
         return best.top_ids[:, 0].cpu().numpy()
 
     def capture(self, sequences: Sequence[Tokens], need: Need) -> Activations:
@@ -118,14 +118,16 @@ class Reader:
         order: dict[int, dict[tuple[int, Tokens], int]] = {}
         for size, members in leaves.items():
             reducer = Reducer(positions=tuple(range(-size - 1, 0))) if size else LAST
-            held = self.capture([(*items[i].tokens, *leaf) for i, leaf in members], Need(f"{self.point}.*", reducer))
-            layers = [torch.stack(held.get(Address(self.point, layer), reducer)) for layer in range(n_layers)]
+            captured = self.capture(
+                [(*items[i].tokens, *leaf) for i, leaf in members], Need(f"{self.point}.*", reducer)
+            )
+            layers = [torch.stack(captured.get(Address(self.point, layer), reducer)) for layer in range(n_layers)]
             stacked[size] = torch.stack(layers)
             order[size] = {member: n for n, member in enumerate(members)}
-        found = torch.stack([stacked[size][:, order[size][member], at] for size, member, at in where], dim=1)
+        rows = torch.stack([stacked[size][:, order[size][member], at] for size, member, at in where], dim=1)
         if self.translate is not None:
-            found = torch.stack([self.translate(found[layer], layer) for layer in range(n_layers)])
-        return found
+            rows = torch.stack([self.translate(rows[layer], layer) for layer in range(n_layers)])
+        return rows
 
     def _logprobs(
         self, items: Sequence[Item], contexts: Sequence[tuple[int, Tokens]], rows: Tensor
@@ -133,40 +135,40 @@ class Reader:
         """Per item, (context, token) to log-probability [layer]; and entropy in bits [layer, context]."""
         n_layers, n_contexts, _ = rows.shape
         unembedding = self.model.unembedding()
-        wanted = [next_tokens(items[i], before) for i, before in contexts]
+        targets = [next_tokens(items[i], before) for i, before in contexts]
         seen = lens.read(rows.flatten(0, 1), unembedding)
         log_z = seen.log_z.view(n_layers, n_contexts)
-        found: list[dict[tuple[Tokens, int], Tensor]] = [{} for _ in items]
+        logprobs: list[dict[tuple[Tokens, int], Tensor]] = [{} for _ in items]
         step = max(1, ROWS_AT_ONCE // n_layers)
         # Contexts that want about as many tokens go together, so that little is padded.
-        order = sorted(range(n_contexts), key=lambda n: len(wanted[n]))
+        order = sorted(range(n_contexts), key=lambda n: len(targets[n]))
         for first in range(0, n_contexts, step):
             chunk = order[first : first + step]
-            ids = torch.zeros(len(chunk), max(len(wanted[n]) for n in chunk), dtype=torch.long)
+            ids = torch.zeros(len(chunk), max(len(targets[n]) for n in chunk), dtype=torch.long)
             for row, n in enumerate(chunk):
-                ids[row, : len(wanted[n])] = torch.tensor(wanted[n])
+                ids[row, : len(targets[n])] = torch.tensor(targets[n])
             part = chosen_logprobs(
                 rows[:, chunk].flatten(0, 1), unembedding, ids.repeat(n_layers, 1), log_z[:, chunk].flatten()
             )
             values = part.view(n_layers, len(chunk), -1).cpu()
             for row, n in enumerate(chunk):
                 i, before = contexts[n]
-                found[i].update({(before, token): values[:, row, m] for m, token in enumerate(wanted[n])})
-        return found, seen.entropy_bits.view(n_layers, n_contexts).cpu()
+                logprobs[i].update({(before, token): values[:, row, m] for m, token in enumerate(targets[n])})
+        return logprobs, seen.entropy_bits.view(n_layers, n_contexts).cpu()
 
 
 def prefixes(item: Item, *, longest: bool = False) -> list[Tokens]:
     """What an item's sequences read before their last token, the empty one first; or only those that start no other."""
-    sequences = [s for sets in item.events.values() for made in sets.values() for s in made]
-    found = sorted({s[:i] for s in sequences for i in range(len(s))} | {()}, key=lambda p: (len(p), p))
+    sequences = [s for sets in item.events.values() for sequences_of in sets.values() for s in sequences_of]
+    contexts = sorted({s[:i] for s in sequences for i in range(len(s))} | {()}, key=lambda p: (len(p), p))
     if not longest:
-        return found
-    inner = {p[:-1] for p in found if p}
-    return [p for p in found if p not in inner]
+        return contexts
+    inner = {p[:-1] for p in contexts if p}
+    return [p for p in contexts if p not in inner]
 
 
 def next_tokens(item: Item, before: Tokens) -> list[int]:
     """The tokens wanted after a context of the item."""
     n = len(before)
-    sequences = (s for sets in item.events.values() for made in sets.values() for s in made)
+    sequences = (s for sets in item.events.values() for sequences_of in sets.values() for s in sequences_of)
     return sorted({s[n] for s in sequences if len(s) > n and s[:n] == before})

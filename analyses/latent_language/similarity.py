@@ -13,8 +13,8 @@ from torch import Tensor
 from analyses.latent_language.extra_settings import Settings
 from analyses.latent_language.items import Dropped
 from analyses.latent_language.read import Reader
-from analyses.latent_language.tables import interval
 from analyses.latent_language.word_lists import Word, shipped_words
+from analyses.results.statistics import row_interval
 from probes.capture.needs import Need
 from probes.points import Address
 from probes.prompts import tokenize
@@ -26,12 +26,12 @@ MIN_SENTENCES = 12
 
 def parallel_sentences(words: Sequence[Word]) -> list[Mapping[str, str]]:
     """Per word, its definition in every language that has one, the word itself in the blank."""
-    found: list[Mapping[str, str]] = []
+    sentences: list[Mapping[str, str]] = []
     for word in words:
         texts = {language: _filled(stem, word.forms[language][0]) for language, stem in word.cloze.items()}
         if len(texts) > 1:
-            found.append(texts)
-    return found
+            sentences.append(texts)
+    return sentences
 
 
 def _filled(stem: str, word: str) -> str:
@@ -53,7 +53,7 @@ def measure(reader: Reader, settings: Settings) -> tuple[dict[str, pd.DataFrame]
     for a, b in combinations(languages, 2):
         for layer in range(reader.model.shape.n_layers):
             aligned, unaligned, retrieval = compare(states[a][layer], states[b][layer])
-            gap = interval((aligned - unaligned)[:, None], settings.ci, settings.seed)
+            gap = row_interval((aligned - unaligned)[:, None], settings.ci, settings.seed)
             parts.append(
                 {
                     "layer": layer, "language_a": a, "language_b": b, "aligned": aligned.mean(),
@@ -69,9 +69,9 @@ def _states(reader: Reader, texts: Sequence[str]) -> Tensor:
     sequences = [tokenize([text], reader.model)[0].tokens for text in texts]
     # The first token's massive norm would make all means alike.
     reducer = Reducer("mean", "after_first")
-    held = reader.capture(sequences, Need("resid_post.*", reducer))
+    captured = reader.capture(sequences, Need("resid_post.*", reducer))
     n_layers = reader.model.shape.n_layers
-    return torch.stack([held.packed(Address("resid_post", layer), reducer) for layer in range(n_layers)])
+    return torch.stack([captured.packed(Address("resid_post", layer), reducer) for layer in range(n_layers)])
 
 
 def compare(a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray, float]:

@@ -14,9 +14,9 @@ from analyses.latent_language.extra_settings import Settings
 from analyses.latent_language.ids import Rule
 from analyses.latent_language.items import Dropped, prompt_tokens
 from analyses.latent_language.read import LAST, Reader
-from analyses.latent_language.tables import interval
 from analyses.latent_language.task_prompts import Query, queries
 from analyses.latent_language.word_lists import Word, read_words, shipped_words
+from analyses.results.statistics import row_interval
 from probes.blocks.cached_prompt import CachedPrompt
 from probes.capture.needs import Need
 from probes.lenses import logit as lens
@@ -70,19 +70,19 @@ def measure(reader: Reader, settings: Settings) -> tuple[dict[str, pd.DataFrame]
     if not layers:
         return {}, [(f"{source}→{target}", "swap", "nothing is swapped at the last layer, which no block follows")]
     n = 2 * settings.extra_items
-    asked = {
+    drawn = {
         lang: queries(words, "translation", source, lang, N_SHOT, n, settings.seed, settings.form)
         for lang in (target, other)
     }
     shuffled = np.random.default_rng(settings.seed).permutation(n)
     test, train = shuffled[: n // 2], shuffled[n // 2 :]
-    rows = {lang: _rows(reader, asked[lang], layers) for lang in asked}
-    sets = _sets(reader.model, [asked[target][i].word for i in test], target, other)
+    rows = {lang: _rows(reader, drawn[lang], layers) for lang in drawn}
+    sets = _sets(reader.model, [drawn[target][i].word for i in test], target, other)
     parts = []
     for layer in layers:
         learned = Directions.learn(rows[target][layer][train], rows[other][layer][train])
         donors = rows[other][layer][np.roll(test, -1)]
-        tested = [asked[target][i] for i in test]
+        tested = [drawn[target][i] for i in test]
         parts.append(_layer(reader, tested, layer, donors, learned, sets, settings))
     return {"swap": pd.concat(parts, ignore_index=True)}, []
 
@@ -106,23 +106,23 @@ def forwards(settings: Settings, n_layers: int) -> int:
     return len(_layers(settings, n_layers)) * settings.extra_items * variants if _words(settings) else 0
 
 
-def _rows(reader: Reader, asked: Sequence[Query], layers: Sequence[int]) -> Mapping[int, Tensor]:
+def _rows(reader: Reader, drawn: Sequence[Query], layers: Sequence[int]) -> Mapping[int, Tensor]:
     """Last rows [query, d_model] by layer."""
-    sequences = [prompt_tokens(reader.model, query.text) for query in asked]
-    held = reader.capture(sequences, Need(tuple(f"resid_post.{layer}" for layer in layers), LAST))
-    return {layer: torch.cat(held.get(Address("resid_post", layer), LAST)) for layer in layers}
+    sequences = [prompt_tokens(reader.model, query.text) for query in drawn]
+    captured = reader.capture(sequences, Need(tuple(f"resid_post.{layer}" for layer in layers), LAST))
+    return {layer: torch.cat(captured.get(Address("resid_post", layer), LAST)) for layer in layers}
 
 
 def _sets(model: Model, words: Sequence[Word], target: str, other: str) -> Sequence[tuple[list[int], list[int]]]:
     """Per word, its first tokens in both languages; tokens that say two things are left out."""
     rule = Rule(model.tokenizer, "first_token")
-    found = [tuple({s[0] for s in rule.sequences(w.forms[lang])} for lang in (target, other)) for w in words]
+    first_tokens = [tuple({s[0] for s in rule.sequences(w.forms[lang])} for lang in (target, other)) for w in words]
     counts: dict[int, int] = {}
-    for both in found:
+    for both in first_tokens:
         for ids in both:
             for token in ids:
                 counts[token] = counts.get(token, 0) + 1
-    kept = [[sorted(t for t in ids if counts[t] == 1) for ids in both] for both in found]
+    kept = [[sorted(t for t in ids if counts[t] == 1) for ids in both] for both in first_tokens]
     return [(both[0], both[1]) for both in kept]
 
 
@@ -132,13 +132,13 @@ def _variants(
     """(variant, percent, dimensions, edited row) of one prompt at one layer."""
     d_model = len(row)
     fixed = ((0.0, 0, row), (100.0, d_model, row + learned.mean), (100.0, d_model, donor))
-    made = [(name, *edit) for name, edit in zip(FIXED, fixed, strict=True)]
+    variants = [(name, *edit) for name, edit in zip(FIXED, fixed, strict=True)]
     drawn = torch.randperm(d_model, generator=torch.Generator().manual_seed(settings.seed))
     for percent in settings.shares:
         size = max(1, round(percent / 100 * d_model))
-        made.append(("top", percent, size, swap(row, donor, learned.order[:size])))
-        made.append(("random", percent, size, swap(row, donor, drawn[:size])))
-    return made
+        variants.append(("top", percent, size, swap(row, donor, learned.order[:size])))
+        variants.append(("random", percent, size, swap(row, donor, drawn[:size])))
+    return variants
 
 
 def _layer(
@@ -149,17 +149,21 @@ def _layer(
     for own, query in enumerate(tested):
         prompt = CachedPrompt(model, prompt_tokens(model, query.text), -1)
         row = prompt.entering[layer + 1][-1]
-        made = _variants(row, donors[own].to(row), learned, settings)
-        hidden = torch.stack([edited.to(row) for *_, edited in made])[:, None]
-        last = prompt.resume([layer + 1] * len(made), hidden).last
-        reader.patched += len(made)
+        variants = _variants(row, donors[own].to(row), learned, settings)
+        hidden = torch.stack([edited.to(row) for *_, edited in variants])[:, None]
+        last = prompt.resume([layer + 1] * len(variants), hidden).last
+        reader.patched += len(variants)
         scores.append(_scores(model, last, sets, own, (own + 1) % len(tested)))
-        names = [(variant, percent, size) for variant, percent, size, _ in made]
+        names = [(variant, percent, size) for variant, percent, size, _ in variants]
     values = np.stack(scores)
     table = pd.DataFrame(names, columns=["variant", "percent", "dimensions"])
     for column, measured in enumerate(MEASURES):
-        found = interval(values[:, :, column], settings.ci, settings.seed)
-        table[measured], table[f"{measured}_low"], table[f"{measured}_high"] = found.mean, found.low, found.high
+        interval = row_interval(values[:, :, column], settings.ci, settings.seed)
+        table[measured], table[f"{measured}_low"], table[f"{measured}_high"] = (
+            interval.mean,
+            interval.low,
+            interval.high,
+        )
     table.insert(0, "layer", layer)
     table["n"] = len(tested)
     return table

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -12,42 +11,28 @@ from numpy.typing import NDArray
 from analyses.latent_language.items import Item
 from analyses.latent_language.measures import area, crossover
 from analyses.latent_language.read import Reading
-from analyses.results.statistics import MIN_CLUSTERS, Interval, cluster_bootstrap, wilson
+from analyses.results.statistics import Ci, row_interval, wilson
 from analyses.tokens import token_text
 from probes.models.protocol import Model
 
-Ci = Literal["bootstrap", "gauss95"]
 LEAD = 0.01
 """Least difference of probabilities that is called a lead; smaller ones may be certain, and are nothing."""
 Group = tuple[str, NDArray[np.int64], tuple[str, ...]]
 """(pair, items of it, its languages, the answer's first)."""
 
 
-def interval(values: NDArray[np.float64], ci: Ci, seed: int) -> Interval:
-    """Mean over items [item, column] with a 95 % interval; undefined bounds where there are too few items for one."""
-    n = len(values)
-    if n < MIN_CLUSTERS:
-        mean = values.mean(axis=0) if n else np.full(values.shape[1], np.nan)
-        return Interval(mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan))
-    if ci == "bootstrap":
-        return cluster_bootstrap(values, np.arange(n), seed=seed)
-    half = 1.959964 * values.std(axis=0, ddof=1) / np.sqrt(n)
-    mean = values.mean(axis=0)
-    return Interval(mean, mean - half, mean + half)
-
-
 def groups(reading: Reading) -> Iterator[Group]:
     """The items of each pair that have the same languages."""
     keys = [(item.pair, item.target, names) for item, names in zip(reading.items, reading.languages, strict=True)]
     for pair, target, names in dict.fromkeys(keys):
-        mine = np.array([i for i, key in enumerate(keys) if key == (pair, target, names)])
-        yield pair, mine, (target, *(name for name in names if name != target))
+        members = np.array([i for i, key in enumerate(keys) if key == (pair, target, names)])
+        yield pair, members, (target, *(name for name in names if name != target))
 
 
-def columns(reading: Reading, mine: NDArray[np.int64], language: str, control: bool = False) -> NDArray[np.float64]:
+def columns(reading: Reading, members: NDArray[np.int64], language: str, control: bool = False) -> NDArray[np.float64]:
     """[item, layer] probabilities of one language."""
     values = reading.control if control else reading.own
-    return np.stack([values[i][:, reading.languages[i].index(language)] for i in mine])
+    return np.stack([values[i][:, reading.languages[i].index(language)] for i in members])
 
 
 def probability(reading: Reading) -> pd.DataFrame:
@@ -82,14 +67,18 @@ def geometry(reading: Reading) -> pd.DataFrame:
 def curve(reading: Reading, right: NDArray[np.bool_], model: Model, ci: Ci, seed: int) -> pd.DataFrame:
     """One row per pair, layer and language: all items, their shuffled-word control, and the items answered right."""
     parts = []
-    for pair, mine, names in groups(reading):
+    for pair, members, names in groups(reading):
         for language in names:
-            own, control = columns(reading, mine, language), columns(reading, mine, language, control=True)
+            own, control = columns(reading, members, language), columns(reading, members, language, control=True)
             n_layers = own.shape[1]
             part = {"layer": np.arange(n_layers), "language": language}
-            for prefix, values in (("", own), ("control_", control), ("right_", own[right[mine]])):
-                found = interval(values, ci, seed)
-                part |= {f"{prefix}mean": found.mean, f"{prefix}ci_low": found.low, f"{prefix}ci_high": found.high}
+            for prefix, values in (("", own), ("control_", control), ("right_", own[right[members]])):
+                interval = row_interval(values, ci, seed)
+                part |= {
+                    f"{prefix}mean": interval.mean,
+                    f"{prefix}ci_low": interval.low,
+                    f"{prefix}ci_high": interval.high,
+                }
                 part |= {f"{prefix}n": len(values)}
             role = "target" if language == names[0] else "latent"
             depth = np.arange(n_layers) / max(1, n_layers - 1)
@@ -103,12 +92,12 @@ def profile(reading: Reading, ci: Ci, seed: int) -> pd.DataFrame:
     isotropic, least, greatest = reading.energy_scale
     parts = []
     for pair in dict.fromkeys(item.pair for item in reading.items):
-        mine = np.array([i for i, item in enumerate(reading.items) if item.pair == pair])
+        members = np.array([i for i, item in enumerate(reading.items) if item.pair == pair])
         part: dict[str, object] = {"pair": pair, "layer": np.arange(reading.entropy_bits.shape[1])}
-        for name, values in (("entropy", reading.entropy_bits[mine]), ("energy", reading.token_energy[mine])):
-            found = interval(values, ci, seed)
-            part |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
-        part |= {"energy_isotropic": isotropic, "energy_least": least, "energy_greatest": greatest, "n": len(mine)}
+        for name, values in (("entropy", reading.entropy_bits[members]), ("energy", reading.token_energy[members])):
+            interval = row_interval(values, ci, seed)
+            part |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+        part |= {"energy_isotropic": isotropic, "energy_least": least, "energy_greatest": greatest, "n": len(members)}
         parts.append(pd.DataFrame(part))
     return pd.concat(parts, ignore_index=True)
 
@@ -120,19 +109,19 @@ def lead(reading: Reading, ci: Ci, seed: int) -> pd.DataFrame:
     the whole interval of the first lies above `LEAD`, and that of the second above zero.
     """
     parts = []
-    for pair, mine, (target, *latents) in groups(reading):
+    for pair, members, (target, *latents) in groups(reading):
         for latent in latents:
-            ours, theirs = columns(reading, mine, latent), columns(reading, mine, target)
-            ahead = interval(ours - theirs, ci, seed)
-            above = interval(ours - columns(reading, mine, latent, control=True), ci, seed)
+            ours, theirs = columns(reading, members, latent), columns(reading, members, target)
+            ahead = row_interval(ours - theirs, ci, seed)
+            above = row_interval(ours - columns(reading, members, latent, control=True), ci, seed)
             wins = (ours > theirs).sum(axis=0)
-            bounds = np.array([wilson(int(w), len(mine)) for w in wins])
+            bounds = np.array([wilson(int(w), len(members)) for w in wins])
             part = {
                 "pair": pair, "latent": latent, "target": target, "layer": np.arange(ours.shape[1]),
                 "difference": ahead.mean, "ci_low": ahead.low, "ci_high": ahead.high, "over_control": above.mean,
-                "over_control_low": above.low, "over_control_high": above.high, "dominance": wins / len(mine),
+                "over_control_low": above.low, "over_control_high": above.high, "dominance": wins / len(members),
                 "dominance_low": bounds[:, 0], "dominance_high": bounds[:, 1],
-                "leads": (ahead.low > LEAD) & (above.low > 0), "n": len(mine),
+                "leads": (ahead.low > LEAD) & (above.low > 0), "n": len(members),
             }  # fmt: skip
             parts.append(pd.DataFrame(part))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(_LEAD_COLUMNS))
@@ -153,9 +142,9 @@ def summary(curves: pd.DataFrame, leads: pd.DataFrame, right: Mapping[str, tuple
     rows = []
     for (pair, latent), group in leads.groupby(["pair", "latent"], sort=False):
         target = str(group["target"].iloc[0])
-        mine = curves[(curves["pair"] == pair) & (curves["language"] == latent)]
+        latent_curve = curves[(curves["pair"] == pair) & (curves["language"] == latent)]
         other = curves[(curves["pair"] == pair) & (curves["language"] == target)]
-        latent_mean, target_mean = mine["mean"].to_numpy(), other["mean"].to_numpy()
+        latent_mean, target_mean = latent_curve["mean"].to_numpy(), other["mean"].to_numpy()
         peak = int(latent_mean.argmax())
         ahead = group.loc[group["leads"], "layer"].to_numpy()
         n_layers = len(group)
@@ -167,8 +156,8 @@ def summary(curves: pd.DataFrame, leads: pd.DataFrame, right: Mapping[str, tuple
             {
                 "pair": pair, "target": target, "latent": latent, "n": int(group["n"].iloc[0]), "accuracy": good / n,
                 "accuracy_low": low, "accuracy_high": high, "peak_layer": peak, "peak": latent_mean[peak],
-                "peak_low": mine["ci_low"].iloc[peak], "peak_high": mine["ci_high"].iloc[peak],
-                "peak_control": mine["control_mean"].iloc[peak], "target_at_peak": target_mean[peak],
+                "peak_low": latent_curve["ci_low"].iloc[peak], "peak_high": latent_curve["ci_high"].iloc[peak],
+                "peak_control": latent_curve["control_mean"].iloc[peak], "target_at_peak": target_mean[peak],
                 "crossover": np.nan if crossed is None else float(crossed), "area": area(latent_mean),
                 "target_area": area(target_mean), "leads_at": spans(ahead), "leads_in_middle": spans(middle),
             }

@@ -32,29 +32,29 @@ class Query:
 
 
 def queries(
-    words: Sequence[Word], task: Task, source: str, target: str, n_shot: int, n_items: int, seed: int,
+    words: Sequence[Word], task: Task, source: str, target: str, n_shot: int, n_prompts: int, seed: int,
     form: Form = "quoted",
 ) -> list[Query]:  # fmt: skip
     """One prompt per word that has the languages needed; demonstrations never show the word asked for.
 
     Args:
-        n_items: how many words, drawn by seed; 0 for all.
+        n_prompts: how many words, drawn by seed; 0 for all.
         form: of translation and repetition.
     """
     usable = [word for word in words if target in (word.cloze if task == "cloze" else word.forms)]
     if task != "cloze":
         usable = [word for word in usable if source in word.forms]
-    asked = usable
-    if 0 < n_items < len(usable):
-        chosen = np.random.default_rng(seed).choice(len(usable), n_items, replace=False)
-        asked = [usable[i] for i in sorted(chosen)]
-    found = []
-    for index, word in enumerate(asked):
+    words_used = usable
+    if 0 < n_prompts < len(usable):
+        chosen = np.random.default_rng(seed).choice(len(usable), n_prompts, replace=False)
+        words_used = [usable[i] for i in sorted(chosen)]
+    drawn = []
+    for index, word in enumerate(words_used):
         shown = demonstrations(usable, word, n_shot, seed, index)
         lines = [_ask(shot, task, source, target, form) for shot in shown]
         text = "".join(open_ + answer for open_, answer in lines) + _ask(word, task, source, target, form)[0]
-        found.append(Query(word, text))
-    return found
+        drawn.append(Query(word, text))
+    return drawn
 
 
 def _ask(word: Word, task: Task, source: str, target: str, form: Form) -> tuple[str, str]:
@@ -63,10 +63,10 @@ def _ask(word: Word, task: Task, source: str, target: str, form: Form) -> tuple[
     if task == "cloze":
         stop = "。" if target in _FULL_WIDTH else "."
         return word.cloze[target] + ('："' if target == "zh" else ': "'), f'{answer}"{stop}\n'
-    asked = word.forms[source][0]
+    source_word = word.forms[source][0]
     if form == "quoted":
-        return f'{LANGUAGES[source]}: "{asked}" - {LANGUAGES[target]}: "', f'{answer}"\n'
-    named = f"{LANGUAGES[source]}{'：' if source in _FULL_WIDTH else ': '}{asked}"
+        return f'{LANGUAGES[source]}: "{source_word}" - {LANGUAGES[target]}: "', f'{answer}"\n'
+    named = f"{LANGUAGES[source]}{'：' if source in _FULL_WIDTH else ': '}{source_word}"
     # Without a quote the space before a word belongs to its first token, so the prompt must not end in it.
     if target in _FULL_WIDTH:
         return f"{named} - {LANGUAGES[target]}：", f"{answer}\n"

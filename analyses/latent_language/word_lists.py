@@ -107,7 +107,7 @@ def _zhong(row: Row, languages: Iterable[str]) -> Word:
         forms[language] = tuple(dict.fromkeys(text.strip() for text in texts if text.strip()))
         if masked := row.get(f"{language}_prompt_masked"):
             cloze[language] = _cut(masked)
-    return Word(row["en"], {language: found for language, found in forms.items() if found}, cloze)
+    return Word(row["en"], {language: forms_given for language, forms_given in forms.items() if forms_given}, cloze)
 
 
 def _wendler(rows: Iterable[Row], path: Path) -> list[Word]:
@@ -124,13 +124,13 @@ def _wendler(rows: Iterable[Row], path: Path) -> list[Word]:
 
 def _merged(words: Iterable[Word]) -> list[Word]:
     """Words of the same English name as one."""
-    found: dict[str, Word] = {}
+    merged: dict[str, Word] = {}
     for word in words:
-        earlier = found.get(word.name)
+        earlier = merged.get(word.name)
         if earlier:
             word = Word(word.name, {**earlier.forms, **word.forms}, {**earlier.cloze, **word.cloze})
-        found[word.name] = word
-    return list(found.values())
+        merged[word.name] = word
+    return list(merged.values())
 
 
 def _cut(masked: str) -> str:

@@ -75,11 +75,11 @@ class LogitLens(Analysis):
         """
         clock, store = Clock(), store or ActivationStore()
         model.unembedding()
-        asked = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
-        sequences = [prompt.tokens for prompt in asked]
+        lines = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
+        sequences = [prompt.tokens for prompt in lines]
         activations = capture(model, sequences, self.needs(model), store, progress=progress)
-        tables = self._tables(activations, asked)
-        return make_result(self, model, asked, tables, activations, clock, self._notes(asked))
+        tables = self._tables(activations, lines)
+        return make_result(self, model, lines, tables, activations, clock, self._notes(lines))
 
     def _notes(self, prompts: list[Prompt]) -> list[str]:
         longest = max((len(prompt.tokens) for prompt in prompts), default=0)

@@ -21,12 +21,17 @@ def mean_by_layer(table: pd.DataFrame, value: str, rows: list[str], layer: str =
         rows: columns that, with the layer, name a row of the table; the first is `prompt`.
     """
     wide = table.pivot_table(index=rows, columns=layer, values=value, aggfunc="mean").dropna()
-    means = cluster_bootstrap(wide.to_numpy(dtype=float), wide.index.get_level_values(rows[0]).to_numpy())
-    columns = {"layer": wide.columns.astype(int), "value": means.mean, "ci_low": means.low, "ci_high": means.high}
-    return pd.DataFrame(columns)
+    interval = cluster_bootstrap(wide.to_numpy(dtype=float), wide.index.get_level_values(rows[0]).to_numpy())
+    by_layer = {
+        "layer": wide.columns.astype(int),
+        "value": interval.mean,
+        "ci_low": interval.low,
+        "ci_high": interval.high,
+    }
+    return pd.DataFrame(by_layer)
 
 
 def counts(layers: pd.Series, n_layers: int) -> pd.DataFrame:
     """How often each of `n_layers` layers occurs."""
-    occurrences = np.bincount(layers.to_numpy(dtype=int), minlength=n_layers)
-    return pd.DataFrame({"layer": np.arange(n_layers), "value": occurrences})
+    counted = np.bincount(layers.to_numpy(dtype=int), minlength=n_layers)
+    return pd.DataFrame({"layer": np.arange(n_layers), "value": counted})

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from analyses.base import Analysis
-from analyses.options import as_flag, defaults_of
+from analyses.options import as_flag, defaults_of, renewed
 from analyses.registry import get_analysis, paths
 from analyses.results.result import Result
 from analyses.running.model_spec import ModelSpec
@@ -20,7 +20,7 @@ PROMPTS = "PROMPTS.jsonl"
 def changed(analysis: type[Analysis], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that are not at their default; lists become tuples."""
     known = defaults_of(analysis)
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in renewed(analysis, options).items()}
     return {name: value for name, value in values.items() if name in known and value != known[name]}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from analyses.base import Analysis
-from analyses.options import types_of
+from analyses.options import name_today, types_of
 from analyses.registry import get_analysis
 from analyses.studies import fingerprint
 from analyses.studies.cell_options import Setting, make
@@ -135,9 +135,15 @@ def _read(spec: PromptSet) -> Prompts:
 
 def _cells_of(study: Study, spec: AnalysisSpec, models: _Models, prompts: Mapping[str, Prompts]) -> Iterator[Cell]:
     cls = get_analysis(spec.analysis)
-    fixed = {name: Setting(v, spec.origin and spec.origin.child("options", name)) for name, v in spec.options.items()}
+    fixed = {
+        name_today(cls, name): Setting(v, spec.origin and spec.origin.child("options", name))
+        for name, v in spec.options.items()
+    }
     lists = [
-        [(name, Setting(value, spec.origin and spec.origin.child("vary", name, i))) for i, value in enumerate(values)]
+        [
+            (name_today(cls, name), Setting(value, spec.origin and spec.origin.child("vary", name, i)))
+            for i, value in enumerate(values)
+        ]
         for name, values in spec.vary.items()
     ]
     for chosen in itertools.product(*lists):
@@ -206,5 +212,6 @@ def _overridden(study: Study, spec: AnalysisSpec, model: StudyModel, prompts: st
             if override.skip:
                 return None
             for name, value in override.options.items():
-                changed[name] = Setting(value, override.origin and override.origin.child("options", name))
+                name_now = name_today(get_analysis(spec.analysis), name)
+                changed[name_now] = Setting(value, override.origin and override.origin.child("options", name))
     return changed

@@ -39,7 +39,7 @@ def items(n: int, references: int, seed: int = 0, keeps: Keeps = lambda word: Tr
     """
     rng = np.random.default_rng(seed)
     words = usable(WORDS, keeps, 2 * ARGUMENTS, "names")
-    found = []
+    drawn = []
     for _ in range(n):
         names = [words[int(i)] for i in rng.choice(len(words), ARGUMENTS, replace=False)]
         begin = 2
@@ -51,5 +51,5 @@ def items(n: int, references: int, seed: int = 0, keeps: Keeps = lambda word: Tr
             for _ in range(references)
         ]
         wrong = tuple(" " + name for name in names if name != answer)
-        found.append(Item(_text(names, described, prose), (" " + answer,), wrong, tuple(texts), "docstring"))
-    return found
+        drawn.append(Item(_text(names, described, prose), (" " + answer,), wrong, tuple(texts), "docstring"))
+    return drawn

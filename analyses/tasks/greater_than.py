@@ -30,7 +30,7 @@ def items(n: int, references: int, seed: int = 0, keeps: Keeps = lambda word: Tr
     """
     rng = np.random.default_rng(seed)
     events = usable(EVENTS, keeps, 1, "events")
-    found = []
+    drawn = []
     for _ in range(n):
         century = int(rng.integers(11, 18))
         year = int(rng.integers(12, 88))
@@ -46,5 +46,5 @@ def items(n: int, references: int, seed: int = 0, keeps: Keeps = lambda word: Tr
             later = tuple(str(d) for d in range(year // 10 + 1, 10))
             earlier = tuple(str(d) for d in range(year // 10))
         text = TEXT.format(event=event, century=century, year=year)
-        found.append(Item(text, later, earlier, tuple(texts), TEXT))
-    return found
+        drawn.append(Item(text, later, earlier, tuple(texts), TEXT))
+    return drawn

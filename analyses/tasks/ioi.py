@@ -61,15 +61,15 @@ def sample(
     rng = np.random.default_rng(seed)
     names = usable(NAMES, keeps, 2, "names")
     places, things = words or (PLACES, OBJECTS)
-    found = []
+    prompts = []
     for i in range(n):
         io, s = (names[int(j)] for j in rng.choice(len(names), 2, replace=False))
         first = (i // len(TEMPLATES)) % 2 == 0
         a, b = (io, s) if first else (s, io)
         place, thing = places[int(rng.integers(len(places)))], things[int(rng.integers(len(things)))]
         text = TEMPLATES[i % len(TEMPLATES)].format(a=a, b=b, s=s, place=place, thing=thing)
-        found.append(Ioi(text, io, s, first, TEMPLATES[i % len(TEMPLATES)], place, thing))
-    return found
+        prompts.append(Ioi(text, io, s, first, TEMPLATES[i % len(TEMPLATES)], place, thing))
+    return prompts
 
 
 def items(n: int, references: int, seed: int = 0, keeps: Keeps = lambda word: True) -> list[Item]:
@@ -84,7 +84,7 @@ def items(n: int, references: int, seed: int = 0, keeps: Keeps = lambda word: Tr
     rng = np.random.default_rng(seed)
     places, things = usable(PLACES, keeps, 1, "places"), usable(OBJECTS, keeps, 1, "objects")
     names = usable(NAMES, keeps, 3, "names")
-    found = []
+    prompts = []
     for prompt in sample(n, seed, keeps, (places, things)):
         texts = []
         for _ in range(references):
@@ -92,5 +92,5 @@ def items(n: int, references: int, seed: int = 0, keeps: Keeps = lambda word: Tr
             place, thing = (words[int(rng.integers(len(words)))] for words in (places, things))
             texts.append(prompt.template.format(a=a, b=b, s=s, place=place, thing=thing))
         answers, distractors = (" " + prompt.indirect,), (" " + prompt.subject,)
-        found.append(Item(prompt.text, answers, distractors, tuple(texts), prompt.template))
-    return found
+        prompts.append(Item(prompt.text, answers, distractors, tuple(texts), prompt.template))
+    return prompts

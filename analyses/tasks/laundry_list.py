@@ -57,7 +57,7 @@ def sample(
     """
     rng = np.random.default_rng((seed, n_items))
     candidates = usable(ITEMS, keeps, n_items, "items")
-    found = []
+    prompts = []
     for i in range(per_position * n_items):
         items = tuple(candidates[int(j)] for j in rng.choice(len(candidates), n_items, replace=False))
         missing = i % n_items
@@ -69,8 +69,8 @@ def sample(
             all=_listed([f"{'an' if x[0] in 'aeiou' else 'a'} {x}" for x in items]),
             bought=_listed(bought),
         )
-        found.append(Laundry(text, items, missing))
-    return found
+        prompts.append(Laundry(text, items, missing))
+    return prompts
 
 
 def _listed(words: list[str]) -> str:

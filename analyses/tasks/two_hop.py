@@ -92,14 +92,14 @@ def _named(country: str) -> str:
 def questions() -> tuple[TwoHop, ...]:
     """Every question whose answer is named neither in its entity nor in its bridge."""
     countries = {row["country"]: row for row in _table("two_hop_countries.csv")}
-    found = []
+    hops = []
     for place in _table("two_hop_places.csv"):
         facts = countries[place["country"]]
         for relation in RELATIONS:
             answer, bridge = facts[relation], place["country"]
             if answer not in (place["place"], bridge) and bridge not in answer:
-                found.append(TwoHop(place["place"], place["kind"], bridge, relation, answer))
-    return tuple(found)
+                hops.append(TwoHop(place["place"], place["kind"], bridge, relation, answer))
+    return tuple(hops)
 
 
 def sample(n: int, seed: int = 0) -> list[TwoHop]:

@@ -15,9 +15,9 @@ def usable(words: Sequence[str], keeps: Callable[[str], bool], least: int, what:
     """
     kept = [word for word in words if keeps(word)]
     if len(kept) < least:
-        held = ", ".join(kept) or "none"
+        listed = ", ".join(kept) or "none"
         raise PromptError(
             f"the task needs {least} {what} that are one token each, and under this tokenizer {len(kept)} of its {len(words)} "
-            f"are ({held}): give prompts of your own"
+            f"are ({listed}): give prompts of your own"
         )
     return kept

@@ -13,14 +13,14 @@ import torch
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.generation import Decoding, respond
 from analyses.interventions import Interventions
-from analyses.options import option, validate
+from analyses.options import accept_old_names, option, validate
 from analyses.results.card import FigureSpec, ProfileSpec
 from analyses.results.result import Result
 from analyses.scoring import check_answer, check_choices, score_choices
 from analyses.voids import tables as voids_tables
 from analyses.voids.early_exit import LAST, Masked, Reader, Tokens, run_masked
 from analyses.voids.figures import FIGURES
-from analyses.voids.norm_gates import Delta, NormGate, step_size
+from analyses.voids.norm_gates import RELEASED_NAMES, Delta, NormGate, step_size
 from analyses.voids.profiles import PROFILES
 from analyses.voids.trace import Item, Trace, apply_rule, batch_threshold, token_frame
 from probes.capture.activations import Activations
@@ -38,6 +38,7 @@ from probes.store import ActivationStore
 NORM = Reducer("norm")
 
 
+@accept_old_names
 @dataclass(frozen=True)
 class Voids(Analysis):
     """Layer voids by the L2 rule (Shemiranifar 2025, "Void in Language Models", arXiv 2505.14467)."""
@@ -45,25 +46,28 @@ class Voids(Analysis):
     alpha: tuple[float, ...] = option(
         (0.8,), "Share of the range of earlier steps a block must reach; one or several.", low=0, high=1
     )
-    semantics: Literal["trace", "readout", "mask"] = option(
-        "readout", "trace: measure only; readout: read the last active layer, as released; mask: skip void blocks."
-    )
+    mode: Literal["measure", "early_exit", "skip"] = option(
+        "early_exit", "measure: only that; early_exit: read the last active layer, as released; skip: leave void blocks out.",
+        aliases=("semantics",), old_values={"trace": "measure", "readout": "early_exit", "mask": "skip"},
+    )  # fmt: skip
     delta: Delta = option("norm_diff", "How a block's step is measured; norm_diff is the paper's.")
     first_layers: Literal["released", "always_active"] = option(
         "released", "Whether layers 0 and 1 can be void when the norm falls."
     )
-    batch_lambda0: bool = option(
-        False, "Layer 0's threshold from the range over prompts, as the released code does in a batch."
-    )
-    include_bos: bool = option(True, "Whether a prompt's first token counts in the usage.")
+    batch_layer0_threshold: bool = option(
+        False, "Layer 0's threshold from the range over prompts, as the released code does in a batch.",
+        aliases=("batch_lambda0",),
+    )  # fmt: skip
+    first_token: bool = option(True, "Whether a prompt's first token counts in the usage.", aliases=("include_bos",))
     norm_dtype: Literal["float32", "bfloat16"] = option(
         "float32", "Precision of norms and steps; bfloat16 shows the released code's noise."
     )
     phases: tuple[Literal["prompt", "response"], ...] = option(("prompt", "response"), "Which tokens are judged.")
     max_new_tokens: int = option(0, "Length of the response phase; 0 leaves it out.", low=0)
-    response_from: Literal["model", "semantics"] = option(
-        "model", "Who writes the response: the plain model, or the model under the semantics."
-    )
+    response_from: Literal["model", "gated_model"] = option(
+        "model", "Who writes the response: the plain model, or the one whose void blocks the mode leaves out.",
+        old_values={"semantics": "gated_model"},
+    )  # fmt: skip
     temperature: float = option(0.0, "Sampling temperature of the response; 0 is greedy, the paper used 0.6.", low=0)
     top_p: float = option(1.0, "Nucleus of the sampling; the paper used 0.9.", low=0, high=1)
     readout_positions: Literal["last", "all"] = option(
@@ -86,14 +90,14 @@ class Voids(Analysis):
         validate(self)
         if self.norm_dtype == "bfloat16" and self.delta not in ("norm_diff", "rel_norm_diff"):
             raise OptionError(f"norm_dtype bfloat16 needs delta norm_diff or rel_norm_diff, not {self.delta}")
-        if self.semantics == "mask" and (self.batch_lambda0 or self.norm_dtype != "float32"):
+        if self.mode == "skip" and (self.batch_layer0_threshold or self.norm_dtype != "float32"):
             raise OptionError(
-                "semantics mask judges blocks while they run: batch_lambda0 and norm_dtype bfloat16 need trace or readout"
+                "mode skip judges blocks while they run: batch_layer0_threshold and norm_dtype bfloat16 need measure or early_exit"
             )
 
     def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
-        """Under `mask` each prompt and response with void blocks left out, and with random ones; and gated responses."""
-        counts = {"masked forwards": 2 * len(self.alpha) * len(prompts)} if self.semantics == "mask" else {}
+        """Under mode `skip` each prompt and response with void blocks left out, and with random ones; and gated responses."""
+        counts = {"masked forwards": 2 * len(self.alpha) * len(prompts)} if self.mode == "skip" else {}
         if self._gated:
             distinct = len({prompt.tokens for prompt in prompts})
             counts["tokens written under the rule"] = len(self.alpha) * distinct * self.max_new_tokens
@@ -103,10 +107,10 @@ class Voids(Analysis):
         """Norms of the stream for the rule; rows where the step or the read-out needs them."""
         if self.delta in ("norm_of_diff", "cosine"):
             return [Need(("resid_pre.0", "resid_post.*"))]
-        if self.semantics == "mask":
+        if self.mode == "skip":
             return [Need(f"resid_post.{model.shape.n_layers - 1}", self._row_reducer)]
         needs = [Need(("resid_pre.0", "resid_post.*"), NORM)]
-        if self.semantics == "readout":
+        if self.mode == "early_exit":
             needs.append(Need(("resid_pre.0", "resid_post.*"), self._row_reducer))
         return needs
 
@@ -116,8 +120,8 @@ class Voids(Analysis):
 
     @property
     def _gated(self) -> bool:
-        """Whether the model under the semantics writes the responses."""
-        return self._responds and self.response_from == "semantics" and self.semantics != "trace"
+        """Whether the model with its gates writes the responses."""
+        return self._responds and self.response_from == "gated_model" and self.mode != "measure"
 
     @property
     def _row_reducer(self) -> Reducer:
@@ -127,33 +131,33 @@ class Voids(Analysis):
     def run(
         self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
     ) -> Result:
-        """Tables `activity`, `usage`, `void_rate`, and with a semantics other than trace `readout` and `controls`.
+        """Tables `activity`, `usage`, `void_rate`, and with a mode other than `measure` `readout` and `controls`.
 
         Prompts may carry `choices` (texts) and `answer` (one of them); then `accuracy` is a table too.
         """
         clock, store = Clock(), store or ActivationStore()
-        asked = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
-        items, new = self._items(model, asked, store, progress)
+        lines = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
+        items, new = self._items(model, lines, store, progress)
         sequences, lengths = [item.sequence for item in items], [item.prompt_length for item in items]
         activations = capture(model, sequences, self.needs(model), store, prompt_lengths=lengths, progress=progress)
         masked: Masked | None = None
-        if self.semantics == "mask":
+        if self.mode == "skip":
             masked = run_masked(model, items, {alpha: self._gate(alpha) for alpha in self.alpha}, self.seed)
         trace = masked.trace if masked else self._trace(activations, items)
-        frame = token_frame(model, asked, items)
+        frame = token_frame(model, lines, items)
         kept = frame["phase"].isin(self.phases).to_numpy()
         tables = {
             "activity": voids_tables.activity(frame[kept], trace.of(kept)),
-            "usage": voids_tables.usage(frame, trace, self.phases, self.include_bos, self.seed),
+            "usage": voids_tables.usage(frame, trace, self.phases, self.first_token, self.seed),
             "void_rate": voids_tables.void_rate(frame[kept], trace.of(kept), self.seed),
         }
-        if self.semantics != "trace":
+        if self.mode != "measure":
             hidden = masked.last if masked else {}
             reader = Reader(model, activations, items, frame, trace, self._row_reducer, hidden, self.seed)
-            tables |= self._read(reader, asked)
+            tables |= self._read(reader, lines)
         counts = {"responses_written": len(new)}
         done = (masked.forwards if masked else 0) + (sum(map(len, new)) if self._gated else 0)
-        return make_result(self, model, asked, tables, activations, clock, self._notes(model), counts, done)
+        return make_result(self, model, lines, tables, activations, clock, self._notes(model), counts, done)
 
     def _read(self, reader: Reader, prompts: Sequence[Prompt]) -> dict[str, pd.DataFrame]:
         tokens, model = self._scored(reader), reader.model
@@ -163,22 +167,22 @@ class Voids(Analysis):
         rows = {}
         for item, whole, part in zip(reader.items, reader.full(ends), reader.read(ends), strict=True):
             rows[item.alpha, item.prompt, "full"] = whole
-            rows[item.alpha, item.prompt, self.semantics] = part
+            rows[item.alpha, item.prompt, RELEASED_NAMES[self.mode]] = part
         responses = [(item.alpha, item.prompt, item.sequence[item.prompt_length :]) for item in reader.items]
         return {
             "readout": voids_tables.readout(frame, reader.exits(tokens), variants["voids"], model),
             "controls": voids_tables.controls(frame, used, variants, self.seed),
-            **score_choices(model, prompts, rows, responses if self._responds else None, self.semantics),
+            **score_choices(model, prompts, rows, responses if self._responds else None, RELEASED_NAMES[self.mode]),
         }
 
     def _scored(self, reader: Reader) -> Tokens:
         """Every response token, and the last or all prompt tokens."""
         prompt = (reader.frame["phase"] == "prompt").to_numpy()
-        wanted = np.zeros(len(prompt), dtype=bool)
+        scored = np.zeros(len(prompt), dtype=bool)
         if self.readout_positions == "all":
-            wanted |= prompt
-        wanted[reader.prompt_ends()] = True
-        return np.flatnonzero(wanted & ("prompt" in self.phases) | ~prompt)
+            scored |= prompt
+        scored[reader.prompt_ends()] = True
+        return np.flatnonzero(scored & ("prompt" in self.phases) | ~prompt)
 
     def _items(
         self, model: Model, prompts: Sequence[Prompt], store: ActivationStore, progress: Progress
@@ -201,8 +205,8 @@ class Voids(Analysis):
         return items, written
 
     def _gate(self, alpha: float) -> NormGate:
-        semantics: Literal["mask", "readout"] = "mask" if self.semantics == "mask" else "readout"
-        return NormGate(alpha, semantics, self.delta, self.first_layers)
+        mode: Literal["skip", "early_exit"] = "skip" if self.mode == "skip" else "early_exit"
+        return NormGate(alpha, mode, self.delta, self.first_layers)
 
     def _trace(self, activations: Activations, items: Sequence[Item]) -> Trace:
         layers = [Address("resid_pre", 0), *(Address("resid_post", i) for i in range(activations.model.shape.n_layers))]
@@ -221,19 +225,19 @@ class Voids(Analysis):
             sizes = (sizes / stream[:-1] if self.delta == "rel_norm_diff" else sizes).float()
             stacked = stream[1:].float()
         alpha = torch.cat([torch.full((len(item.sequence),), item.alpha) for item in items])
-        threshold0 = batch_threshold(sizes[0], items) if self.batch_lambda0 else None
+        threshold0 = batch_threshold(sizes[0], items) if self.batch_layer0_threshold else None
         active, thresholds = apply_rule(sizes, alpha, self.first_layers, threshold0)
         return Trace(stacked, sizes, thresholds, active)
 
     def _notes(self, model: Model) -> tuple[str, ...]:
         notes = []
-        if self.semantics == "readout":
+        if self.mode == "early_exit":
             notes.append(
-                "Under `readout` every block still runs: usage is not a compute saving, only the layer that is read changes."
+                "Under `early_exit` every block still runs: usage is not a compute saving, only the layer that is read changes."
             )
         if self.response_from == "model" and self._responds:
             notes.append(
-                "Responses were written by the plain model; `response_from=semantics` lets the gated model write them."
+                "Responses were written by the plain model; `response_from=gated_model` lets the gated model write them."
             )
         if not model.shape.causal:
             notes.append("This model is not causal: a token's norms depend on the tokens after it.")

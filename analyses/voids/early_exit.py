@@ -54,11 +54,11 @@ def gated_trace(model: Model, items: Sequence[Item], gates: Mapping[float, NormG
     """The rule's trace while void blocks are skipped, and the last block's output [tokens, d_model]."""
     parts: list[Trace | None] = [None] * len(items)
     hidden: list[Tensor | None] = [None] * len(items)
-    for alpha, batch, mine in _gated_batches(items):
+    for alpha, batch, members in _gated_batches(items):
         writes, record = gates[alpha].recorded(model.shape)
         last = _last_block(model, batch, writes)
         fields = (record.norms[1:], record.steps, record.thresholds, record.active)
-        for row, (index, n) in enumerate(zip(mine, batch.lengths, strict=True)):
+        for row, (index, n) in enumerate(zip(members, batch.lengths, strict=True)):
             parts[index] = Trace(*(torch.stack([entry[row, :n].cpu() for entry in field]) for field in fields))
             hidden[index] = last[row, :n]
     return Trace.joined([part for part in parts if part is not None]), torch.cat([h for h in hidden if h is not None])
@@ -67,18 +67,18 @@ def gated_trace(model: Model, items: Sequence[Item], gates: Mapping[float, NormG
 def gated_rows(model: Model, items: Sequence[Item], gates: Mapping[float, Edit]) -> Tensor:
     """The last block's output under each alpha's gate; [tokens, d_model]."""
     hidden: list[Tensor | None] = [None] * len(items)
-    for alpha, batch, mine in _gated_batches(items):
+    for alpha, batch, members in _gated_batches(items):
         last = _last_block(model, batch, gates[alpha].writes(model.shape))
-        for row, (index, n) in enumerate(zip(mine, batch.lengths, strict=True)):
+        for row, (index, n) in enumerate(zip(members, batch.lengths, strict=True)):
             hidden[index] = last[row, :n]
     return torch.cat([h for h in hidden if h is not None])
 
 
 def _gated_batches(items: Sequence[Item]) -> Iterator[tuple[float, Batch, list[int]]]:
     for alpha in dict.fromkeys(item.alpha for item in items):
-        mine = [i for i, item in enumerate(items) if item.alpha == alpha]
-        for batch in batches([items[i].sequence for i in mine], GATED_TOKENS):
-            yield alpha, batch, [mine[index] for index in batch.indices]
+        members = [i for i, item in enumerate(items) if item.alpha == alpha]
+        for batch in batches([items[i].sequence for i in members], GATED_TOKENS):
+            yield alpha, batch, [members[index] for index in batch.indices]
 
 
 def _last_block(model: Model, batch: Batch, writes: Mapping[Address, Write]) -> Tensor:
@@ -116,7 +116,7 @@ class Readings:
 
 @dataclass(frozen=True)
 class Reader:
-    """The residual rows that the full model, the semantics and its controls read."""
+    """The residual rows that the full model, the gated model and its controls read."""
 
     model: Model
     activations: Activations
@@ -127,7 +127,7 @@ class Reader:
     reducer: Reducer
     """How rows were captured: all rows, or the last of each prompt."""
     masked: Mapping[str, Tensor]
-    """Under the `mask` semantics, per variant the last block's output [tokens, d_model]; else empty."""
+    """Under mode `skip`, per variant the last block's output [tokens, d_model]; else empty."""
     seed: int
 
     def full(self, tokens: Tokens) -> Tensor:
@@ -135,7 +135,7 @@ class Reader:
         return self._at_layer(tokens, np.full(len(tokens), self.model.shape.n_layers - 1))
 
     def read(self, tokens: Tokens) -> Tensor:
-        """What the semantics reads, [tokens, d_model]."""
+        """What the gated model reads, [tokens, d_model]."""
         return self._at_layer(tokens, self.exits(tokens)) if not self.masked else self.masked["voids"][tokens]
 
     def exits(self, tokens: Tokens) -> Tokens:
@@ -165,8 +165,8 @@ class Reader:
         items, positions = self._locate(tokens)
         owner = np.array([first_of[self.items[i].sequence] for i in items], dtype=np.int64)
         same_row = self._starts()[owner] + positions
-        wanted = np.concatenate([np.stack([same_row, exits], axis=1) for exits in variants.values()])
-        pairs, index = np.unique(wanted, axis=0, return_inverse=True)
+        reads = np.concatenate([np.stack([same_row, exits], axis=1) for exits in variants.values()])
+        pairs, index = np.unique(reads, axis=0, return_inverse=True)
         rows, row_of = np.unique(pairs[:, 0], return_inverse=True)
         read = self._compare(self.full(rows), self._at_layer(pairs[:, 0], pairs[:, 1]), row_of)
         parts = np.split(index.reshape(-1), len(variants))
@@ -184,9 +184,9 @@ class Reader:
         different = np.flatnonzero(~same.numpy())
         if len(different):
             target = torch.from_numpy(of[different])
-            found = lens.read(read[different], unembedding, top_k=1, reference=full, reference_of=target)
-            top[different] = found.top_ids[:, 0].cpu().numpy()
-            kl[different] = found.kl.cpu().numpy()
+            readings = lens.read(read[different], unembedding, top_k=1, reference=full, reference_of=target)
+            top[different] = readings.top_ids[:, 0].cpu().numpy()
+            kl[different] = readings.kl.cpu().numpy()
         return Readings(top, best, kl)
 
     def _starts(self) -> Tokens:
@@ -199,10 +199,10 @@ class Reader:
 
     def _at_layer(self, tokens: Tokens, layers: Tokens) -> Tensor:
         items, positions = self._locate(tokens)
-        found = torch.empty(len(tokens), self.model.shape.d_model)
+        readings = torch.empty(len(tokens), self.model.shape.d_model)
         for layer in np.unique(layers):
             address = Address("resid_pre", 0) if layer < 0 else Address("resid_post", int(layer))
             stored = self.activations.get(address, self.reducer)
             for row in np.flatnonzero(layers == layer):
-                found[row] = stored[items[row]][0 if self.reducer == LAST else positions[row]]
-        return found
+                readings[row] = stored[items[row]][0 if self.reducer == LAST else positions[row]]
+        return readings

@@ -32,8 +32,8 @@ def raster(tables: Tables) -> go.Figure:
             colorbar={"tickvals": [0.25, 0.75], "ticktext": ["void", "active"], "len": 0.5},
             hovertemplate="token %{x}<br>layer %{y}<br>step %{customdata:.2f}<extra></extra>",
         )  # fmt: skip
-        asked = tokens[tokens["phase"] == "prompt"] if (tokens["phase"] == "prompt").any() else tokens
-        labels.append(shorten(f"{prompt}: {joined(asked['token'])}"))
+        prompt_tokens = tokens[tokens["phase"] == "prompt"] if (tokens["phase"] == "prompt").any() else tokens
+        labels.append(shorten(f"{prompt}: {joined(prompt_tokens['token'])}"))
     finish(figure, x="position and token", y="layer", height=560)
     figure.update_xaxes(tickangle=-60)
     menu(figure, labels)

@@ -28,6 +28,10 @@ def step_size(before: Tensor, after: Tensor, delta: Delta) -> Tensor:
     return change / before_norm if delta == "rel_norm_diff" else change
 
 
+RELEASED_NAMES = {"early_exit": "readout", "skip": "mask"}
+"""What a mode is called in the keys of stores and in the column `variant`, as they have always been."""
+
+
 class RunningGate:
     """The L2 rule along depth: a block is active iff its step reaches alpha times the range of earlier steps.
 
@@ -68,18 +72,18 @@ class GateRecord:
 class NormGate:
     """Blocks judged by the L2 rule while they run.
 
-    `mask` gives a void block's input to the next block, per token, so thresholds follow the masked stream (the step
-    a void block would have made still enters the range). `readout` changes the last block's output only: to the
+    `skip` gives a void block's input to the next block, per token, so thresholds follow the masked stream (the step
+    a void block would have made still enters the range). `early_exit` changes the last block's output only: to the
     output of the last active block, or the embedding where none is.
     """
 
     alpha: float
-    semantics: Literal["mask", "readout"] = "mask"
+    mode: Literal["skip", "early_exit"] = "skip"
     delta: Delta = "norm_diff"
     first_layers: Literal["released", "always_active"] = "released"
 
     def text(self) -> str:
-        return f"norm_gate({self.alpha!r},{self.semantics},{self.delta},{self.first_layers})"
+        return f"norm_gate({self.alpha!r},{RELEASED_NAMES[self.mode]},{self.delta},{self.first_layers})"
 
     def writes(self, shape: Shape, lengths: Sequence[int] | None = None) -> Mapping[Address, Write]:
         """Fresh writes for one forward; see `recorded` to also learn what the gate did."""
@@ -100,7 +104,7 @@ class NormGate:
             size = step_size(stream["in"], hidden, self.delta)
             active, threshold = gate.step(size)
             stream["kept"] = torch.where(active[..., None], hidden, stream["kept"])
-            passed = stream["kept"] if self.semantics == "mask" or gate.layer == shape.n_layers else hidden
+            passed = stream["kept"] if self.mode == "skip" or gate.layer == shape.n_layers else hidden
             stream["in"] = passed
             for entries, value in zip(
                 (record.norms, record.steps, record.thresholds, record.active),
@@ -116,7 +120,7 @@ class NormGate:
 
 @dataclass(frozen=True)
 class RandomGate:
-    """Control for `NormGate(mask)`: each block is skipped per token at a given rate, independent of the stream."""
+    """Control for `NormGate(skip)`: each block is skipped per token at a given rate, independent of the stream."""
 
     void_rates: tuple[float, ...]
     """Per layer, the share of tokens for which the block is skipped."""

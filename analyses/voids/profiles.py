@@ -12,8 +12,8 @@ def active(tables: Tables) -> pd.DataFrame:
     """Share of tokens for which the layer is active, at the first alpha and in the first phase."""
     usage = tables["usage"]
     first = usage.iloc[0]
-    mine = usage[(usage["alpha"] == first["alpha"]) & (usage["phase"] == first["phase"])]
-    return columns(mine, "active_fraction", "ci_low", "ci_high")
+    rows = usage[(usage["alpha"] == first["alpha"]) & (usage["phase"] == first["phase"])]
+    return columns(rows, "active_fraction", "ci_low", "ci_high")
 
 
 PROFILES = {

@@ -25,7 +25,7 @@ def activity(frame: pd.DataFrame, trace: Trace) -> pd.DataFrame:
     return table
 
 
-def usage(frame: pd.DataFrame, trace: Trace, phases: Sequence[str], include_bos: bool, seed: int) -> pd.DataFrame:
+def usage(frame: pd.DataFrame, trace: Trace, phases: Sequence[str], first_token: bool, seed: int) -> pd.DataFrame:
     """Per alpha, phase and layer: the share of tokens for which the layer is active, with a 95 % interval over prompts.
 
     `active_fraction_without_first` leaves out each prompt's first token, whose massive norm makes later layers void.
@@ -37,7 +37,7 @@ def usage(frame: pd.DataFrame, trace: Trace, phases: Sequence[str], include_bos:
         if phase not in phases:
             continue
         rows = frame.index.get_indexer(group.index)
-        counted = rows if include_bos else rows[~first[rows]]
+        counted = rows if first_token else rows[~first[rows]]
         interval = cluster_bootstrap(active[counted], frame["prompt"].to_numpy()[counted], seed=seed)
         others = active[rows[~first[rows]]]
         parts.append(
@@ -84,9 +84,11 @@ def controls(frame: pd.DataFrame, used: np.ndarray, variants: Mapping[str, Readi
     rows = []
     for variant, read in variants.items():
         for alpha in dict.fromkeys(alphas):
-            mine = alphas == alpha
-            both = cluster_bootstrap(np.stack([read.kl[mine], read.changed[mine]], axis=1), prompts[mine], seed=seed)
+            chosen = alphas == alpha
+            both = cluster_bootstrap(
+                np.stack([read.kl[chosen], read.changed[chosen]], axis=1), prompts[chosen], seed=seed
+            )
             ends = [value for triple in zip(both.mean, both.low, both.high, strict=True) for value in triple]
-            rows.append((alpha, variant, used[mine].mean(), *ends, int(mine.sum())))
+            rows.append((alpha, variant, used[chosen].mean(), *ends, int(chosen.sum())))
     names = ["kl_to_full", "kl_low", "kl_high", "changed", "changed_low", "changed_high", "n"]
     return pd.DataFrame(rows, columns=["alpha", "variant", "layers_used", *names])

@@ -70,8 +70,10 @@ def apply_rule(
     range of the steps of blocks 0..l-1.
     """
     gate = RunningGate(alpha, first_layers)
-    made = [gate.step(size, threshold0 if layer == 0 else None) for layer, size in enumerate(steps)]
-    return torch.stack([active for active, _ in made]), torch.stack([threshold for _, threshold in made])
+    steps_judged = [gate.step(size, threshold0 if layer == 0 else None) for layer, size in enumerate(steps)]
+    return torch.stack([active for active, _ in steps_judged]), torch.stack(
+        [threshold for _, threshold in steps_judged]
+    )
 
 
 def batch_threshold(steps: Tensor, items: Sequence[Item]) -> Tensor:

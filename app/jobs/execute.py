@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from analyses.base import Analysis
-from analyses.options import types_of
+from analyses.options import renewed, types_of
 from analyses.registry import get_analysis
 from analyses.results.output_folder import check_output
 from analyses.running.model_spec import ModelSpec
@@ -61,7 +61,8 @@ def analysis_of(request: Request) -> Analysis:
     """
     cls = get_analysis(request.analysis)
     known = types_of(cls)
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in request.options.items() if name in known}
+    options = renewed(cls, request.options)
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items() if name in known}
     return cls(**values)
 
 

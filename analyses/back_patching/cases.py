@@ -83,12 +83,12 @@ def check_ints(value: Any) -> str | None:
 
 def two_hop_prompts(model: Model, questions: Sequence[TwoHop]) -> list[Prompt]:
     """Questions as prompts with the fields that a prompt file would carry."""
-    found = []
+    prompts = []
     for question in questions:
         fields = {**question.fields, **{hop: getattr(question, hop) for hop in HOPS}}
         prompt = tokenize([question.prompt], model)[0]
-        found.append(Prompt(prompt.tokens, prompt.text, fields))
-    return found
+        prompts.append(Prompt(prompt.tokens, prompt.text, fields))
+    return prompts
 
 
 def cases_of(model: Model, prompts: Sequence[Prompt]) -> tuple[list[Case], list[tuple[int, str]]]:
@@ -171,13 +171,13 @@ def judge(
     model: Model, prompts: Sequence[Prompt], cases: Sequence[Case], store: ActivationStore, progress: Progress
 ) -> list[Case]:
     """The cases with verdicts: whether the most probable next token starts the right answer."""
-    asked: dict[tuple[int, ...], None] = dict.fromkeys(case.tokens for case in cases)
+    compositions: dict[tuple[int, ...], None] = dict.fromkeys(case.tokens for case in cases)
     others: dict[tuple[int, str], Prompt] = {}
     for case in cases:
         for hop in HOPS:
             if text := prompts[case.prompt].fields.get(hop):
                 others[case.prompt, hop] = tokenize([str(text)], model)[0]
-    sequences = list(asked | dict.fromkeys(prompt.tokens for prompt in others.values()))
+    sequences = list(compositions | dict.fromkeys(prompt.tokens for prompt in others.values()))
     address = Address("resid_post", model.shape.n_layers - 1)
     activations = capture(model, sequences, [Need(str(address), LAST)], store, progress=progress)
     rows = torch.cat(activations.get(address, LAST))

@@ -58,15 +58,16 @@ class Patched:
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
-    """A prompt held open at one of its positions."""
+class OpenPrompt:
+    """A prompt that was run once and can be run on from one of its positions."""
 
     case: Case
     name: str
     base: CachedPrompt
 
     @classmethod
-    def open(cls, model: Model, case: Case, name: str) -> Held:
+    def of(cls, model: Model, case: Case, name: str) -> OpenPrompt:
+        """Run the case's prompt once and leave it open at the position of this name."""
         return cls(case, name, CachedPrompt(model, case.tokens, case.positions[name]))
 
     def sources(self) -> Tensor:
@@ -120,16 +121,16 @@ def noise_like(sources: Tensor, seed: int) -> Tensor:
 
 
 def frame(
-    model: Model, held: Held, variant: Variant, patched: Patched, success: np.ndarray, baseline: float
+    model: Model, opened: OpenPrompt, variant: Variant, patched: Patched, success: np.ndarray, baseline: float
 ) -> pd.DataFrame:
     """One row per cell."""
     sources, targets = zip(*patched.cells, strict=True)
     return pd.DataFrame(
         {
-            "prompt": held.case.prompt,
-            "position": held.base.start,
-            "position_name": held.name,
-            "set": held.case.set,
+            "prompt": opened.case.prompt,
+            "position": opened.base.start,
+            "position_name": opened.name,
+            "set": opened.case.set,
             "variant": variant,
             "source_layer": sources,
             "target_layer": targets,

@@ -53,8 +53,8 @@ class Plan:
 
 def rival(cases: Sequence[Case], index: int) -> Case | None:
     """The question whose source is put into question `index`: the next one round that has another answer."""
-    mine = cases[index]
-    return next((c for c in [*cases[index + 1 :], *cases[:index]] if not c.answers & mine.answers), None)
+    own = cases[index]
+    return next((c for c in [*cases[index + 1 :], *cases[:index]] if not c.answers & own.answers), None)
 
 
 def planned(plan: Plan, cases: Sequence[Case], names: Sequence[Sequence[str]], questions: int) -> Interventions:

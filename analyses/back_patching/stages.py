@@ -38,8 +38,8 @@ class Patchscope:
     def open(cls, model: Model, step: int) -> Patchscope:
         """With a target at every `step`-th block; the placeholder is the token before the last colon."""
         prompt = tokenize([PATCHSCOPE], model)[0]
-        held = CachedPrompt(model, prompt.tokens, len(prompt.tokens) - 2)
-        return cls(prompt, held, tuple(range(0, model.shape.n_layers, step)))
+        base = CachedPrompt(model, prompt.tokens, len(prompt.tokens) - 2)
+        return cls(prompt, base, tuple(range(0, model.shape.n_layers, step)))
 
     def names(self, sources: Tensor) -> Tensor:
         """[layer, target], the first token of the name that the prompt gives to each source row [layer, d_model]."""
@@ -53,8 +53,8 @@ class Patchscope:
 
 
 def _earliest(hits: Tensor | np.ndarray, layers: Sequence[int]) -> float:
-    found = np.flatnonzero(np.asarray(hits, dtype=bool))
-    return float(layers[found[0]]) if len(found) else np.nan
+    places = np.flatnonzero(np.asarray(hits, dtype=bool))
+    return float(layers[places[0]]) if len(places) else np.nan
 
 
 def resolutions(

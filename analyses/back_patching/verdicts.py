@@ -44,8 +44,8 @@ def _verdict(row: Mapping[Any, Any], controls: pd.DataFrame) -> str:
             f"{row['oracle_high']:.0%} of such questions."
         )
     oracle = f"{row['oracle_rate']:.0%} [{row['oracle_low']:.0%}, {row['oracle_high']:.0%}]"
-    mine = controls[(controls["position_name"] == row["position"]) & (controls["set"] == row["set"])]
-    beside = [c for c in mine.to_dict("records") if c["variant"] in CONTROLS]
+    rows = controls[(controls["position_name"] == row["position"]) & (controls["set"] == row["set"])]
+    beside = [c for c in rows.to_dict("records") if c["variant"] in CONTROLS]
     said = ", ".join(
         f"{CONTROLS[c['variant']]} {c['oracle_rate']:.0%} [{c['oracle_low']:.0%}, {c['oracle_high']:.0%}]"
         for c in beside

@@ -78,6 +78,7 @@ class CommunicationChannels(Analysis):
     prompt_fields: ClassVar[Mapping[str, Field]] = {}
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
     profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
+    reads = "weights"
 
     def __post_init__(self) -> None:
         validate(self)
@@ -122,16 +123,16 @@ class CommunicationChannels(Analysis):
         table = composition_table(scans, self.null, self.n_null, self.seed, self.z_thresh)
         notes = [*heads.notes, self._weights_note(heads)]
         tables: dict[str, pd.DataFrame] = {"composition": table}
-        wanted = [ranked(table, kind).head(self.pairs) for kind in dict.fromkeys(self.kinds)]
+        listed = [ranked(table, kind).head(self.pairs) for kind in dict.fromkeys(self.kinds)]
         reason, counts = self._no_task(model), {"prompts": 0, "tokens": 0}
         if reason is None:
-            made, edited, n_tokens = edit_channels(model, heads, scans, table, self._settings, tally)
-            tables |= made
-            counts = {"prompts": int(made["task"]["n"].iloc[0]), "tokens": n_tokens}
-            wanted.append(edited)
+            edits, edited, n_tokens = edit_channels(model, heads, scans, table, self._settings, tally)
+            tables |= edits
+            counts = {"prompts": int(edits["task"]["n"].iloc[0]), "tokens": n_tokens}
+            listed.append(edited)
         elif self.task != "none":
             notes.append(f"No prompts were run: {reason}.")
-        pairs = pd.concat(wanted).drop_duplicates(PAIR)
+        pairs = pd.concat(listed).drop_duplicates(PAIR)
         tables["components"] = component_table(heads, scans, pairs, self.null, self.n_null, self.seed)
         tables["tokens"] = _token_table(model, heads, scans, pairs)
         if reason is None and self.laundry_prompts:

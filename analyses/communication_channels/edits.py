@@ -51,7 +51,7 @@ class Spots:
 class Names:
     """An indirect-object prompt as the model sees it."""
 
-    held: CachedPrompt
+    cached: CachedPrompt
     io: int
     """Token of the name that should come next."""
     s: int
@@ -69,7 +69,7 @@ def open_prompts(model: Model, prompts: Sequence[Ioi]) -> list[Names]:
 
 def spots(model: Model, prompts: Sequence[Ioi]) -> list[Spots]:
     """Where the names are, in the prompts whose names are one token each."""
-    found = []
+    in_prompts = []
     for prompt in prompts:
         tokens = tokenize([prompt.text], model)[0].tokens
         io, s = (name_token(model, name) for name in (prompt.indirect, prompt.subject))
@@ -78,8 +78,8 @@ def spots(model: Model, prompts: Sequence[Ioi]) -> list[Spots]:
             for n in (prompt.indirect, prompt.subject)
         ]
         if io is not None and s is not None and len(places[0]) == 1 and len(places[1]) == 2:
-            found.append(Spots(tokens, io, s, places[0][0], places[1][0]))
-    return found
+            in_prompts.append(Spots(tokens, io, s, places[0][0], places[1][0]))
+    return in_prompts
 
 
 def name_token(model: Model, name: str) -> int | None:
@@ -109,10 +109,10 @@ def changed_head(head: int, w_o: Tensor, changes: Sequence[Change]) -> Write:
     keep, offset = (torch.tensor([getattr(c, name) for c in changes]) for name in ("keep", "offset"))
 
     def edit(z: Tensor) -> Tensor:
-        out, mine = z.clone(), z[:, -1, head].float()
-        r, w = read.to(mine), write.to(mine)
-        amount = (keep.to(mine) - 1) * (mine * r).sum(-1) + offset.to(mine)
-        out[:, -1, head] = (mine + amount[:, None] * w).to(z.dtype)
+        out, own = z.clone(), z[:, -1, head].float()
+        r, w = read.to(own), write.to(own)
+        amount = (keep.to(own) - 1) * (own * r).sum(-1) + offset.to(own)
+        out[:, -1, head] = (own + amount[:, None] * w).to(z.dtype)
         return out
 
     return edit
@@ -148,23 +148,23 @@ def outcome(names: Names, source: int, target: tuple[int, int], write: Write, ro
     def keep(pattern: Tensor) -> None:
         seen.append(pattern[:, target[1], -1].clone())
 
-    last = names.held.edited(source, rows, {Address("z", source): write}, {at: keep})
-    unembedding = names.held.model.unembedding()
+    last = names.cached.edited(source, rows, {Address("z", source): write}, {at: keep})
+    unembedding = names.cached.model.unembedding()
     hidden = lens.normalized(last, unembedding)
     logits = lens.token_logits(hidden, unembedding, torch.tensor([names.io, names.s]))
     return Outcome(seen[0].cpu(), logits.cpu())
 
 
-def measures(names: Names, found: Outcome, base: Outcome) -> dict[str, Tensor]:
+def measures(names: Names, edited: Outcome, base: Outcome) -> dict[str, Tensor]:
     """Per row: `attention_change` (total variation distance of the last position's attention from the unedited one),
     `inhibition` (attention to the indirect object minus to the subject's first mention), `logit_difference` (IO - S).
     """
-    change = (found.attention - base.attention).abs().sum(-1) / 2
-    inhibition = found.attention[:, names.io_at] - found.attention[:, names.s_at]
+    change = (edited.attention - base.attention).abs().sum(-1) / 2
+    inhibition = edited.attention[:, names.io_at] - edited.attention[:, names.s_at]
     return {
         "attention_change": change,
         "inhibition": inhibition,
-        "logit_difference": found.logits[:, 0] - found.logits[:, 1],
+        "logit_difference": edited.logits[:, 0] - edited.logits[:, 1],
     }
 
 
@@ -197,19 +197,19 @@ def pair_effects(
     layer, head = int(pair["source_layer"]), int(pair["source_head"])
     target = (int(pair["target_layer"]), int(pair["target_head"]))
     w_o, circuit = heads.w_o[layer, head], Circuit(heads.w_v[layer, head], heads.w_o[layer, head])
-    values = [head_output(names.held, layer, head) for names in prompts]
+    values = [head_output(names.cached, layer, head) for names in prompts]
     mean = torch.stack(values).mean(0)
     tick(len(prompts))
     rows, coefficients = [], []
     for index, names in enumerate(prompts):
         base = outcome(names, layer, target, lambda z: z, 1)
-        made = {"edit": outcome(names, layer, target, changed_head(head, w_o, changes), len(changes)),
+        outcomes = {"edit": outcome(names, layer, target, changed_head(head, w_o, changes), len(changes)),
                 "head_zero": outcome(names, layer, target, whole_head(head, None), 1),
                 "head_mean": outcome(names, layer, target, whole_head(head, mean), 1)}  # fmt: skip
         tick(len(changes) + 3)
         before = {k: float(v[0]) for k, v in measures(names, base, base).items()}
-        for name, found in made.items():
-            after = measures(names, found, base)
+        for name, edited in outcomes.items():
+            after = measures(names, edited, base)
             labels = [(c.label, c.component) for c in changes] if name == "edit" else [(name, -1)]
             for row, (label, component) in enumerate(labels):
                 rows += [
@@ -221,10 +221,10 @@ def pair_effects(
     return effects, pd.DataFrame(coefficients, columns=["prompt", "component", "coefficient"])
 
 
-def head_output(held: CachedPrompt, layer: int, head: int) -> Tensor:
+def head_output(prompt: CachedPrompt, layer: int, head: int) -> Tensor:
     """A head's z [d_head] at the last position, float32."""
     seen: list[Tensor] = []
-    held.edited(layer, 1, {}, {Address("z", layer): lambda z: seen.append(z[0, -1, head].float().cpu().clone())})
+    prompt.edited(layer, 1, {}, {Address("z", layer): lambda z: seen.append(z[0, -1, head].float().cpu().clone())})
     return seen[0]
 
 
@@ -245,9 +245,9 @@ def effect_table(effects: pd.DataFrame, pair: pd.Series, names: Sequence[str], s
 
 def beaten(table: pd.DataFrame, component: int, metric: str = "attention_change") -> dict[str, float]:
     """Shares of the head's other components, and of random directions in its span, that change the metric less."""
-    mine = table[table["metric"] == metric]
-    zero = mine[mine["edit"] == "zero"].set_index("component")["change"].abs()
-    others, random = zero.drop(component), mine[mine["edit"] == "random_direction"]["change"].abs()
+    effects = table[table["metric"] == metric]
+    zero = effects[effects["edit"] == "zero"].set_index("component")["change"].abs()
+    others, random = zero.drop(component), effects[effects["edit"] == "random_direction"]["change"].abs()
     return {
         "components": float(np.mean(others < zero[component])),
         "directions": float(np.mean(random < zero[component])),

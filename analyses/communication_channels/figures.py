@@ -24,8 +24,8 @@ def pair_heatmap(tables: Tables) -> go.Figure:
     figure = make_subplots(rows=1, cols=len(kinds), subplot_titles=[KIND[k] for k in kinds], shared_yaxes=True)
     top = float(table["z"].quantile(0.9995))
     for column, kind in enumerate(kinds, 1):
-        mine = table[table["kind"] == kind]
-        best = mine.loc[mine.groupby(["source_layer", "target_layer"])["z"].idxmax()]
+        pairs = table[table["kind"] == kind]
+        best = pairs.loc[pairs.groupby(["source_layer", "target_layer"])["z"].idxmax()]
         z = best.pivot(index="target_layer", columns="source_layer", values="z")
         best = best.assign(
             label=[f"{_name(row)}: z {row['z']:.1f}, CS {row['component_score']:.3f}" for _, row in best.iterrows()]
@@ -136,11 +136,11 @@ def laundry(tables: Tables) -> go.Figure:
         "oracle, random": 0,
     }
     for variant, dash in styles.items():
-        mine = table[(table["variant"] == variant) & (table["scoring"] == "items")].dropna(subset=["accuracy"])
+        rows = table[(table["variant"] == variant) & (table["scoring"] == "items")].dropna(subset=["accuracy"])
         figure.add_scatter(
-            x=mine["n_items"], y=mine["accuracy"], name=variant, mode="lines+markers",
+            x=rows["n_items"], y=rows["accuracy"], name=variant, mode="lines+markers",
             line={"color": COLOURS[colours[variant]], "dash": dash},
-            error_y=whiskers(mine["accuracy"], mine["ci_low"], mine["ci_high"], 2),
+            error_y=whiskers(rows["accuracy"], rows["ci_low"], rows["ci_high"], 2),
         )  # fmt: skip
     lengths = sorted(set(table["n_items"]))
     figure.add_scatter(
@@ -159,13 +159,13 @@ def laundry(tables: Tables) -> go.Figure:
 def steering(tables: Tables) -> go.Figure:
     """The item chosen at each point of the three-dimensional grid, for the longest list."""
     table = tables["steering"]
-    mine = table[table["n_items"] == table["n_items"].max()]
+    grid = table[table["n_items"] == table["n_items"].max()]
     figure = go.Figure()
     figure.add_scatter3d(
-        x=mine["beta_1"], y=mine["beta_2"], z=mine["beta_3"], mode="markers",
-        marker={"color": mine["item"], "colorscale": SCALE, "size": 6 + 10 * mine["share"], "cmin": 0,
-                "cmax": int(mine["n_items"].iloc[0]) - 1, "colorbar": {"title": "item"}},
-        text=[f"item {i} in {s:.0%} of the lists" for i, s in zip(mine["item"], mine["share"], strict=True)],
+        x=grid["beta_1"], y=grid["beta_2"], z=grid["beta_3"], mode="markers",
+        marker={"color": grid["item"], "colorscale": SCALE, "size": 6 + 10 * grid["share"], "cmin": 0,
+                "cmax": int(grid["n_items"].iloc[0]) - 1, "colorbar": {"title": "item"}},
+        text=[f"item {i} in {s:.0%} of the lists" for i, s in zip(grid["item"], grid["share"], strict=True)],
         hovertemplate="%{text}<extra></extra>",
     )  # fmt: skip
     finish(figure, x="", y="", height=520)

@@ -80,10 +80,10 @@ def composition_table(
         k = one.target.left.shape[-1]
         for layer in range(one.target.left.shape[0]):
             for head in range(one.target.left.shape[1]):
-                mine = (l2 == layer) & (h2 == head)
-                if mine.any():
+                into_head = (l2 == layer) & (h2 == head)
+                if into_head.any():
                     circuit = Circuit(one.target.left[layer, head], one.target.right[layer, head])
-                    p[mine] = p_values(best[mine][None], circuit, null, draws, seed)[0].numpy()
+                    p[into_head] = p_values(best[into_head][None], circuit, null, draws, seed)[0].numpy()
         parts.append(
             pd.DataFrame(
                 {
@@ -111,10 +111,10 @@ PAIR = ["kind", "source_layer", "source_head", "target_layer", "target_head"]
 
 def ranked(table: pd.DataFrame, kind: Kind | None = None, target: tuple[int, int] | None = None) -> pd.DataFrame:
     """Pairs by the robust z of their strongest component, flagged ones first."""
-    mine = table if kind is None else table[table["kind"] == kind]
+    rows = table if kind is None else table[table["kind"] == kind]
     if target is not None:
-        mine = mine[(mine["target_layer"] == target[0]) & (mine["target_head"] == target[1])]
-    return mine.sort_values(["flagged", "z"], ascending=False)
+        rows = rows[(rows["target_layer"] == target[0]) & (rows["target_head"] == target[1])]
+    return rows.sort_values(["flagged", "z"], ascending=False)
 
 
 def pair_circuits(heads: Heads, scans: Sequence[Scan], pair: pd.Series) -> tuple[Circuit, Circuit]:

@@ -15,7 +15,7 @@ from probes.points import Address
 
 POSITIONS = 1024
 """Rows times positions of one block's forward."""
-HELD = 32768
+STREAM_POSITIONS = 32768
 """Rows times positions whose streams are held at once, which bounds memory."""
 
 
@@ -29,8 +29,8 @@ class Ablation:
     def __init__(self, model: Model, case: Case, baseline: Baseline | None, start: int = 0) -> None:
         self.model, self.case, self.baseline = model, case, baseline
         readable = model.shape.causal and "lens" not in model.faithfulness.refused
-        self.held = CachedPrompt(model, case.tokens, min(start, len(case.tokens) - 1)) if readable else None
-        self.start = 0 if self.held is None else self.held.start
+        self.cached = CachedPrompt(model, case.tokens, min(start, len(case.tokens) - 1)) if readable else None
+        self.start = 0 if self.cached is None else self.cached.start
         self.forwards = 0
 
     @torch.no_grad()
@@ -45,8 +45,8 @@ class Ablation:
         self.forwards += int((~keep.flatten(1).all(1)).sum())
         distinct, row = torch.unique(keep.flatten(1), dim=0, return_inverse=True)
         # Sorted, so rows that agree longest stand together, and a split parts few that could have shared.
-        parts = distinct.unflatten(1, keep.shape[1:]).split(self._at_once(HELD))
-        values = torch.cat([self._plainly(part) if self.held is None else self._shared(part) for part in parts])
+        parts = distinct.unflatten(1, keep.shape[1:]).split(self._at_once(STREAM_POSITIONS))
+        values = torch.cat([self._plainly(part) if self.cached is None else self._shared(part) for part in parts])
         return values[row]
 
     def _at_once(self, positions: int) -> int:
@@ -54,8 +54,8 @@ class Ablation:
 
     def _shared(self, keep: Tensor) -> Tensor:
         """The metric of distinct rows, each block passed once by those that agree on everything up to it."""
-        held = self.held
-        assert held is not None
+        cached = self.cached
+        assert cached is not None
         branch = torch.zeros(len(keep), dtype=torch.long)
         streams: list[Tensor] = []
         for layer in range(self.model.shape.n_layers):
@@ -67,34 +67,34 @@ class Ablation:
             number = torch.zeros(len(branches), dtype=torch.long)
             number[moving] = torch.arange(1, len(moving) + 1)
             branch = number[branch]
-            entering = [held.entering[layer], *streams]
+            entering = [cached.entering[layer], *streams]
             masks = branches[moving, 1:].bool().unflatten(1, keep.shape[2:])
             streams = self._pass(layer, [entering[int(i)] for i in branches[moving, 0]], masks)
-        ends = torch.stack([stream[-1] for stream in (held.entering[-1], *streams)])
+        ends = torch.stack([stream[-1] for stream in (cached.entering[-1], *streams)])
         return self.case.metric(self._logits(ends)).double().cpu()[branch]
 
     def _pass(self, layer: int, entering: Sequence[Tensor], keep: Tensor) -> list[Tensor]:
         """What leaves a block [pos, d_model] for each stream that enters it."""
-        assert self.held is not None
+        assert self.cached is not None
         out: list[Tensor] = []
         for rows in torch.split(torch.arange(len(entering)), self._at_once(POSITIONS)) if entering else ():
             hidden = torch.stack([entering[int(row)] for row in rows])
             mask = keep[rows]
             writes = {} if mask.all() else {Address("z", layer): self._write(layer, mask)}
-            out += self.held.through(layer, hidden, writes).unbind()
+            out += self.cached.through(layer, hidden, writes).unbind()
         return out
 
     def _plainly(self, keep: Tensor) -> Tensor:
         """The metric of each row by a whole forward, where blocks cannot be run by themselves."""
-        found: list[Tensor] = []
+        logits: list[Tensor] = []
         ids = torch.tensor(self.case.ids)
         for part in torch.split(keep, self._at_once(POSITIONS)):
             layers = [layer for layer in range(part.shape[1]) if not part[:, layer].all()]
             writes = {Address("z", layer): self._write(layer, part[:, layer]) for layer in layers}
             tokens = torch.tensor([self.case.tokens]).expand(len(part), -1)
-            reads = {Address("logits"): lambda t: found.append(t[:, -1, ids.to(t.device)].clone())}
+            reads = {Address("logits"): lambda t: logits.append(t[:, -1, ids.to(t.device)].clone())}
             self.model.run(tokens, reads, writes)
-        return self.case.metric(torch.cat(found)).double().cpu()
+        return self.case.metric(torch.cat(logits)).double().cpu()
 
     def _write(self, layer: int, keep: Tensor) -> Write:
         def write(z: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ def ranked(nodes: Sequence[Node], scores: Tensor, layer_normalise: bool) -> list
     values = scores.abs().clone()
     if layer_normalise:
         for layer in {node.layer for node in nodes}:
-            mine = torch.tensor([node.layer == layer for node in nodes])
-            values[mine] = values[mine] / values[mine].sum().clamp_min(1e-30)
+            of_layer = torch.tensor([node.layer == layer for node in nodes])
+            values[of_layer] = values[of_layer] / values[of_layer].sum().clamp_min(1e-30)
     order = sorted(range(len(nodes)), key=lambda i: (-float(values[i]), i))
     return [i for i in order if float(values[i]) > 0]
 

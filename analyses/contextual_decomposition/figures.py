@@ -21,8 +21,8 @@ PANELS = {
 
 
 def _bound(values: np.ndarray) -> float:
-    found = np.nanmax(np.abs(values)) if values.size else 1.0
-    return float(found) or 1.0
+    largest = np.nanmax(np.abs(values)) if values.size else 1.0
+    return float(largest) or 1.0
 
 
 def head_maps(tables: Tables) -> go.Figure:
@@ -80,8 +80,8 @@ def scatter(tables: Tables) -> go.Figure:
     heads = tables["heads"]
     methods = [name for name in NAMES if name != "ablation" and (name in heads or name == "cdt")]
     agreement = tables["agreement"].set_index("method")
-    found = agreement["pearson"].reindex(methods).tolist()
-    titles = [f"{NAMES[method]}: Pearson {r:.2f}" for method, r in zip(methods, found, strict=True)]
+    correlations = agreement["pearson"].reindex(methods).tolist()
+    titles = [f"{NAMES[method]}: Pearson {r:.2f}" for method, r in zip(methods, correlations, strict=True)]
     figure = make_subplots(rows=1, cols=len(methods), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.05)
     labels = [f"{int(layer)}.{int(head)}" for layer, head in heads[["layer", "head"]].to_numpy()]
     for column, method in enumerate(methods, 1):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from analyses.contextual_decomposition.scores import Opened, to_metric
+from analyses.contextual_decomposition.scores import PreparedCase, to_metric
 from analyses.tokens import token_text, tokens_text
 from probes.decomposition import Baseline, Decomposer, Rules, Source, head, token
 from probes.models.protocol import Model
@@ -30,7 +30,7 @@ def source_of(positions: Sequence[int], how: str, n_heads: int) -> Source:
 def words_table(
     model: Model,
     decomposer: Decomposer,
-    opened: Sequence[Opened],
+    prepared: Sequence[PreparedCase],
     rules: Rules,
     how: str,
     mode: str,
@@ -43,19 +43,19 @@ def words_table(
     """
     n_heads = model.shape.n_heads
     rows = []
-    progress.start(len(opened), "prompt's words")
-    for one in opened:
+    progress.start(len(prepared), "prompt's words")
+    for one in prepared:
         case = one.case
         pieces = [token_text(model, t) for t in case.tokens]
-        found = words_of(pieces) if model.tokenizer is not None else [range(i, i + 1) for i in range(len(pieces))]
+        words = words_of(pieces) if model.tokenizer is not None else [range(i, i + 1) for i in range(len(pieces))]
         singles = [source_of([p], how, n_heads) for p in range(len(pieces))]
-        several = [source_of(list(word), how, n_heads) for word in found if len(word) > 1]
+        several = [source_of(list(word), how, n_heads) for word in words if len(word) > 1]
         baseline: Baseline | None = one.baseline if mode == "mean" else None
-        scores = to_metric(decomposer, Opened(case, one.prompt, baseline), [*singles, *several], rules)
+        scores = to_metric(decomposer, PreparedCase(case, one.prompt, baseline), [*singles, *several], rules)
         whole = one.prompt.trace.logits[-1]
         size = abs(float(case.metric(whole[list(case.ids)])))
         phrases = iter(scores[len(pieces) :].tolist())
-        for index, word in enumerate(found):
+        for index, word in enumerate(words):
             alone = sum(float(scores[p]) for p in word)
             score = alone if len(word) == 1 else next(phrases)
             text = tokens_text(model, [case.tokens[p] for p in word])

@@ -20,8 +20,8 @@ Columns = Mapping[str, PerPrompt]
 
 
 @dataclass(frozen=True, eq=False)
-class Study:
-    """One chunk under study: its blocks, its clean stream, its clean predictions, and where statistics are taken."""
+class ChunkAblations:
+    """One chunk whose blocks can be ablated: its clean stream, its clean predictions, and where statistics are taken."""
 
     blocks: Blocks
     chunk: Chunk
@@ -89,9 +89,9 @@ class Study:
         """Each of `layers` that begins its parts with norms, alone, with norms that divide by their mean divisor."""
         rows = (self.chunk.tokens.shape[0], self.chunk.tokens.shape[1])
         for layer in layers:
-            if not (found := scales.of(layer)):
+            if not (norms := scales.of(layer)):
                 continue
-            with frozen_norms(self.blocks.anatomy.map.module, found, rows):
+            with frozen_norms(self.blocks.anatomy.map.module, norms, rows):
                 passed = self.blocks.run(self.chunk.stream[layer], layer, stop=layer + 1)[-1]
             self.enter_loss(columns["delta_ce_frozen_norm"], layer, self.blocks.run(passed, layer + 1)[-1])
             tick(self.rows)
@@ -99,9 +99,9 @@ class Study:
     def read(self, columns: Columns, layers: Sequence[int]) -> None:
         """What the stream leaving each of `layers` predicts, against the final prediction."""
         for layer in layers:
-            found = self.outputs.lens(self.chunk.stream[layer + 1])
-            self._enter(columns["lens_kl"], layer, found.kl)
-            self._enter(columns["lens_overlap"], layer, found.overlap)
+            lens = self.outputs.lens(self.chunk.stream[layer + 1])
+            self._enter(columns["lens_kl"], layer, lens.kl)
+            self._enter(columns["lens_overlap"], layer, lens.overlap)
 
     def windows(self, columns: Columns, widths: Sequence[int], starts: Sequence[int], tick: Tick) -> None:
         """Blocks of a window run side by side on the stream that enters the window, their contributions added."""
@@ -117,9 +117,9 @@ class Study:
                     tick(self.rows)
 
     def _window(self, columns: Columns, start: int, width: int, joint: Tensor) -> None:
-        found = window_error(self.chunk.stream[start], self.chunk.stream[start + width], joint)
+        errors = window_error(self.chunk.stream[start], self.chunk.stream[start + width], joint)
         prompts = self.chunk.prompt_of(self.counted)
-        for name, values in zip(("error", "cosine"), found, strict=True):
+        for name, values in zip(("error", "cosine"), errors, strict=True):
             columns[f"parallel_{name}_{width}"].add(start, prompts, values.cpu()[self.counted])
         self.enter_loss(columns[f"delta_ce_parallel_{width}"], start, self.blocks.run(joint, start + width)[-1])
 

@@ -14,7 +14,7 @@ from analyses.depth_use.clean_stream import Part
 from analyses.depth_use.figures import FIGURES
 from analyses.depth_use.forwards import forwards
 from analyses.depth_use.maps import check_pair, map_table
-from analyses.depth_use.measurements import run_study
+from analyses.depth_use.measurements import measure_blocks
 from analyses.depth_use.profiles import PROFILES
 from analyses.depth_use.settings import Distance, Rule, Settings, SkipRule
 from analyses.depth_use.tokens import check_answer_from
@@ -129,12 +129,12 @@ class DepthUse(Analysis):
         clock, store = Clock(), store or ActivationStore()
         _check_model(model)
         self._settings.swept(model.shape.n_layers)
-        asked = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
-        _check_prompts(asked)
-        sequences = [prompt.tokens for prompt in asked]
+        collected = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
+        _check_prompts(collected)
+        sequences = [prompt.tokens for prompt in collected]
         activations = capture(model, sequences, self.needs(model), store, progress=progress)
-        tables, notes, done = run_study(activations, asked, self._settings, progress)
-        groups = [str(prompt.fields.get("group", "")) for prompt in asked]
+        tables, notes, done = measure_blocks(activations, collected, self._settings, progress)
+        groups = [str(prompt.fields.get("group", "")) for prompt in collected]
         if len(set(groups) - {""}) > 1:
             tables["alignment"] = alignment_table(activations, groups, self.first_token, self.seed)
         if self.target_model:
@@ -144,7 +144,7 @@ class DepthUse(Analysis):
                 tables[name]["token"] = [token_text(model, int(token)) for token in tables[name]["token_id"]]
         if "attribution" in tables:
             notes.append(_completeness(tables["attribution"]))
-        return make_result(self, model, asked, tables, activations, clock, notes, interventions=done)
+        return make_result(self, model, collected, tables, activations, clock, notes, interventions=done)
 
     @property
     def _settings(self) -> Settings:

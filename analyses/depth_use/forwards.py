@@ -1,4 +1,4 @@
-"""How many forwards the study of the blocks runs with something changed, by what is changed."""
+"""How many forwards the measurements runs with something changed, by what is changed."""
 
 from __future__ import annotations
 

@@ -65,9 +65,9 @@ def map_table(
         moments = CrossMoments(source.model.shape.d_model, n_target * width)
         for x, y, _ in pairs.of(train):
             moments.add(x, y)
-        found, mean = moments.solve(ridge), moments.mean_target
-        learned = torch.cat([_errors(found(x), y, width) for x, y, _ in pairs.of(train)])
-        scored = [(_errors(found(x), y, width), _errors(mean.expand_as(y), y, width), i) for x, y, i in pairs.of(test)]
+        fit, mean = moments.solve(ridge), moments.mean_target
+        learned = torch.cat([_errors(fit(x), y, width) for x, y, _ in pairs.of(train)])
+        scored = [(_errors(fit(x), y, width), _errors(mean.expand_as(y), y, width), i) for x, y, i in pairs.of(test)]
         errors, trivial, owners = (list(column) for column in zip(*scored, strict=True))
         interval = cluster_bootstrap(torch.cat(errors).numpy(), np.concatenate(owners), seed=seed, resamples=300)
         columns = {

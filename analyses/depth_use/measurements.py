@@ -1,4 +1,4 @@
-"""Everything measured on the blocks, chunk by chunk, and the tables it makes."""
+"""Run every measurement on the blocks, chunk by chunk, and make the tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from analyses.depth_use.ablations import Study
+from analyses.depth_use.ablations import ChunkAblations
 from analyses.depth_use.clean_stream import Blocks, Chunk, Part, chunks, on_blocks
 from analyses.depth_use.columns import PerPrompt, interval
 from analyses.depth_use.contributions import PARTS, Contributions
@@ -44,24 +44,24 @@ Tables = dict[str, pd.DataFrame]
 LAST = Reducer(positions="last")
 
 
-def run_study(
+def measure_blocks(
     activations: Activations, prompts: Sequence[Prompt], settings: Settings, progress: Progress
 ) -> tuple[Tables, list[str], int]:
-    """(all tables but the linear maps, what a reader must know, how many forwards were run with something changed)."""
-    study = _Run(activations, prompts, settings, progress)
+    """Return all tables but the linear maps, notes for the reader, and how many forwards were run with something changed."""
+    run = _Run(activations, prompts, settings, progress)
     tables: Tables = {}
-    study.measure()
-    tables |= study.proxy_tables()
-    tables["contributions"] = study.contributions.table(settings.seed)
-    study.skips()
-    tables |= study.skip_tables()
-    tables |= study.removal_tables(tables["proxies"])
-    tables |= study.token_tables()
-    return tables, study.notes, study.forwards
+    run.measure()
+    tables |= run.proxy_tables()
+    tables["contributions"] = run.contributions.table(settings.seed)
+    run.skips()
+    tables |= run.skip_tables()
+    tables |= run.removal_tables(tables["proxies"])
+    tables |= run.token_tables()
+    return tables, run.notes, run.forwards
 
 
 class _Run:
-    """One run over all prompts; methods are called in the order of `run_study`."""
+    """One run over all prompts; `measure_blocks` calls its methods in order."""
 
     def __init__(
         self, activations: Activations, prompts: Sequence[Prompt], settings: Settings, progress: Progress
@@ -96,13 +96,13 @@ class _Run:
         self.forwards += forwards
         self.progress.advance(forwards)
 
-    def _on(self, chunk: Chunk, work: Callable[[Study], None]) -> None:
+    def _on(self, chunk: Chunk, work: Callable[[ChunkAblations], None]) -> None:
         counted = chunk.counted(self.settings.first_token)
 
-        def study(blocks: Blocks) -> None:
-            work(Study(blocks, chunk, Outputs(self.model, chunk), counted))
+        def on_these(blocks: Blocks) -> None:
+            work(ChunkAblations(blocks, chunk, Outputs(self.model, chunk), counted))
 
-        on_blocks(self.model, chunk.tokens, study)
+        on_blocks(self.model, chunk.tokens, on_these)
 
     def measure(self) -> None:
         """Everything that enters the proxies, over all prompts."""
@@ -114,18 +114,18 @@ class _Run:
         for chunk in chunks(self.activations, range(len(self.prompts))):
             self._on(chunk, self._measure)
 
-    def _measure(self, study: Study) -> None:
+    def _measure(self, ablations: ChunkAblations) -> None:
         current = {part: self.effects["current", part] for part in self.settings.parts}
         everywhere = self.settings.skip_rule == "everywhere"
-        among = study.counted[study.outputs.where]
-        self.loss.add(0, study.outputs.prompt[among], study.outputs.ce[among])
-        study.removals(self.columns, current if everywhere else {}, self.layers, self._tick)
+        among = ablations.counted[ablations.outputs.where]
+        self.loss.add(0, ablations.outputs.prompt[among], ablations.outputs.ce[among])
+        ablations.removals(self.columns, current if everywhere else {}, self.layers, self._tick)
         if not everywhere:
-            study.skips(current, left_out_at(study.chunk, self.settings.skip_rule), self.layers, self._tick)
-        study.coarser(self.columns, self.settings.bits, self.layers, self._tick)
-        study.frozen(self.columns, self.scales, self.layers, self._tick)
-        study.windows(self.columns, self.settings.windows, self.layers, self._tick)
-        study.read(self.columns, self.layers)
+            ablations.skips(current, left_out_at(ablations.chunk, self.settings.skip_rule), self.layers, self._tick)
+        ablations.coarser(self.columns, self.settings.bits, self.layers, self._tick)
+        ablations.frozen(self.columns, self.scales, self.layers, self._tick)
+        ablations.windows(self.columns, self.settings.windows, self.layers, self._tick)
+        ablations.read(self.columns, self.layers)
 
     def skips(self) -> None:
         """Future and local skip effects, on the first prompts that are long enough."""
@@ -191,10 +191,10 @@ class _Run:
         rows = (
             [self.activations.get(Address("resid_post", n), LAST)[i][0] for i in labelled] for n in range(self.n_layers)
         )
-        found = PerPrompt(len(self.prompts), self.n_layers)
+        accuracy = PerPrompt(len(self.prompts), self.n_layers)
         for layer, scored in enumerate(probe_layers((torch.stack(r).float().numpy() for r in rows), labels)):
-            found.add(layer, [labelled[int(i)] for i in scored.row], torch.from_numpy(scored.correct))
-        return {"probe_accuracy": found}
+            accuracy.add(layer, [labelled[int(i)] for i in scored.row], torch.from_numpy(scored.correct))
+        return {"probe_accuracy": accuracy}
 
     def _windows(self) -> pd.DataFrame:
         frames = []
@@ -210,16 +210,16 @@ class _Run:
 
     def skip_tables(self) -> Tables:
         """Tables `skip_effect`, `output_effect`, `depth_score`."""
-        seed, found = self.settings.seed, [(k, e) for k, e in self.effects.items() if not np.isnan(e.mean).all()]
+        seed, measured = self.settings.seed, [(k, e) for k, e in self.effects.items() if not np.isnan(e.mean).all()]
         groups = [str(prompt.fields.get("group", "")) for prompt in self.prompts]
-        with_output = [(k, e) for k, e in found if not np.isnan(e.output).all()]
+        with_output = [(k, e) for k, e in measured if not np.isnan(e.output).all()]
         tables = {
-            "skip_effect": [effect_table(e, *key, seed) for key, e in found],
+            "skip_effect": [effect_table(e, *key, seed) for key, e in measured],
             "output_effect": [output_table(e, *key, seed) for key, e in with_output],
-            "depth_score": [depth_scores(e, *key, groups, seed) for key, e in found],
+            "depth_score": [depth_scores(e, *key, groups, seed) for key, e in measured],
         }
         rule = self.settings.skip_rule
-        return {name: pd.concat(made, ignore_index=True).assign(rule=rule) for name, made in tables.items()}
+        return {name: pd.concat(frames, ignore_index=True).assign(rule=rule) for name, frames in tables.items()}
 
     def removal_tables(self, proxies: pd.DataFrame) -> Tables:
         """Tables `greedy` and `drop_curve`, where asked for."""
@@ -231,7 +231,7 @@ class _Run:
             columns = {name: PerPrompt(len(self.prompts), n_drop) for name in order}
             self.progress.start(planned["removal curves"], "removal")
             for chunk in chunks(self.activations, range(len(self.prompts))):
-                self._on(chunk, lambda study: drop_blocks(study, order, columns, self._tick))
+                self._on(chunk, lambda ablations: drop_blocks(ablations, order, columns, self._tick))
             tables["drop_curve"] = drop_table(columns, self.settings.seed)
         if self.settings.greedy_steps:
             self.progress.start(planned["greedy removals"], "greedy removal")
@@ -247,7 +247,7 @@ class _Run:
             known = {(part, layer): self._mean_jsd(part, layer, first) for part in SUBLAYERS for layer in self.layers}
         args = (s.greedy_rounds(self.n_layers), s.greedy_distance, self.layers, self._tick, known, s.seed)
         tables: list[pd.DataFrame] = []
-        self._on(chunk, lambda study: tables.append(greedy_removal(study, *args)))
+        self._on(chunk, lambda ablations: tables.append(greedy_removal(ablations, *args)))
         return tables[0]
 
     def _mean_jsd(self, part: Part, layer: int, prompts: Sequence[int]) -> float:

@@ -112,27 +112,27 @@ class Outputs:
             overlap.append(shared.float().mean(-1))
         return Lens(torch.cat(kl).cpu(), torch.cat(overlap).cpu())
 
-    def apart(self, final: Tensor, distance: Literal["angular", "euclidean"]) -> Tensor:
+    def logit_distance(self, final: Tensor, distance: Literal["angular", "euclidean"]) -> Tensor:
         """[n], how far changed logits are from unchanged ones: the angle as a share of a half turn, or the distance."""
         rows = final[self._at(final)]
-        found = []
+        distances = []
         for part in _tiles(len(rows)):
             logits, clean = self._logits(rows[part]), self._clean[part]
             if distance == "euclidean":
-                found.append(torch.linalg.vector_norm(logits - clean, dim=-1))
+                distances.append(torch.linalg.vector_norm(logits - clean, dim=-1))
             else:
                 cosine = torch.nn.functional.cosine_similarity(logits, clean, dim=-1)
-                found.append(cosine.clamp(-1, 1).acos() / pi)
-        return torch.cat(found).cpu()
+                distances.append(cosine.clamp(-1, 1).acos() / pi)
+        return torch.cat(distances).cpu()
 
     def distance(self, final: Tensor) -> Tensor:
         """[n], Euclidean distance of changed and unchanged probability vectors only."""
         rows = final[self._at(final)]
-        found = [
+        distances = [
             torch.linalg.vector_norm(self._logits(rows[part]).softmax(-1) - self._probabilities[part], dim=-1)
             for part in _tiles(len(rows))
         ]
-        return torch.cat(found).cpu()
+        return torch.cat(distances).cpu()
 
 
 def _entropy(p: Tensor) -> Tensor:

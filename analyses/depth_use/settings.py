@@ -1,4 +1,4 @@
-"""The options that the study of the blocks follows, and which layers and prompts they choose."""
+"""The options that the measurements follows, and which layers and prompts they choose."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPLIT_TOKENS = 4
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of `DepthUse` that the study of the blocks follows."""
+    """The options of `DepthUse` that the measurements follows."""
 
     parts: tuple[Part, ...]
     skip_rule: SkipRule

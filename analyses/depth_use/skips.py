@@ -113,25 +113,25 @@ class Split:
     """[rows, pos]."""
 
 
-def split_positions(length: int, wanted: int, rng: np.random.Generator) -> list[int]:
+def split_positions(length: int, most: int, rng: np.random.Generator) -> list[int]:
     """Up to `wanted` positions of {8, 16, ..., length - 5}; the middle of a prompt too short for those, or none."""
     candidates = list(range(SPLIT_STRIDE, length - 4, SPLIT_STRIDE))
     if candidates:
-        return sorted(int(t) for t in rng.permutation(candidates)[:wanted])
+        return sorted(int(t) for t in rng.permutation(candidates)[:most])
     return [length // 2] if length >= SPLIT_TOKENS else []
 
 
-def positions_of(prompt: int, length: int, wanted: int, seed: int) -> list[int]:
+def positions_of(prompt: int, length: int, most: int, seed: int) -> list[int]:
     """The split positions of the prompt of this index."""
-    return split_positions(length, wanted, np.random.default_rng((seed, prompt)))
+    return split_positions(length, most, np.random.default_rng((seed, prompt)))
 
 
-def split(chunk: Chunk, wanted: int, seed: int, rule: SkipRule) -> Split | None:
+def split(chunk: Chunk, most: int, seed: int, rule: SkipRule) -> Split | None:
     """The chunk repeated per split position; None where every prompt is too short."""
     rows, at = [], []
     for row, prompt in enumerate(chunk.prompts):
         length = int(chunk.real[row].sum())
-        positions = positions_of(prompt, length, wanted, seed)
+        positions = positions_of(prompt, length, most, seed)
         rows += [row] * len(positions)
         at += positions
     if not rows:

@@ -149,8 +149,12 @@ def integrated_gradients(
     values: dict[tuple[Part, int], list[Tensor]] = {place: [] for place in places}
     for along, weight in zip(torch.split(alphas, per_group), torch.split(weights, per_group), strict=True):
         path = Path(chunk, chunk.repeated(torch.zeros(len(along), dtype=torch.long)), target, along)
-        found = on_blocks(model, path.same.tokens, lambda blocks, p=path: [p.step(blocks, *at, tick) for at in places])  # type: ignore[misc]
-        for place, (value, each) in zip(places, found, strict=True):
+
+        def at_places(blocks: Blocks, path: Path = path) -> list[tuple[Tensor, Tensor]]:
+            return [path.step(blocks, *place, tick) for place in places]
+
+        points = on_blocks(model, path.same.tokens, at_places)
+        for place, (value, each) in zip(places, points, strict=True):
             totals[place] += (weight[:, None] * each).sum(0)
             values[place].append(value)
     frames = []

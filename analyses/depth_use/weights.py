@@ -21,13 +21,13 @@ NORMS = ("ln1", "ln2")
 
 def matrices(block: nn.Module) -> list[tuple[nn.Parameter, int]]:
     """(weight, axis of its outputs) of every matrix in a block."""
-    found = []
+    weights = []
     for module in block.modules():
         for parameter in module.parameters(recurse=False):
             if parameter.ndim >= 2:
                 # GPT-2's Conv1D keeps its weight as [in, out].
-                found.append((parameter, 1 if type(module).__name__ == "Conv1D" else parameter.ndim - 2))
-    return found
+                weights.append((parameter, 1 if type(module).__name__ == "Conv1D" else parameter.ndim - 2))
+    return weights
 
 
 def z_share(weights: Tensor, threshold: float = 1.0) -> float:
@@ -98,15 +98,15 @@ class NormScales:
 
     def of(self, layer: int) -> list[NormScale]:
         """The norms of a block; empty where it has none before its parts."""
-        found = []
+        scales = []
         for name in NORMS:
             if (layer, name) in self._sums:
                 path = self.anatomy.map.path(name, layer)
                 assert path is not None
                 total_first, n_first, total, n = self._sums[layer, name].tolist()
                 others = total / n if n else total_first / n_first
-                found.append(NormScale(path, divisor_of(self.anatomy.map, path), total_first / n_first, others))
-        return found
+                scales.append(NormScale(path, divisor_of(self.anatomy.map, path), total_first / n_first, others))
+        return scales
 
 
 @contextmanager

@@ -92,15 +92,15 @@ def _restore(module: nn.Module, values: dict[str, Tensor]) -> None:
 
 def _optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
-    found = {
+    tensors = {
         f"{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
         for index, values in state.items()
         for name, value in values.items()
     }
-    found["random"] = torch.get_rng_state()
+    tensors["random"] = torch.get_rng_state()
     if torch.cuda.is_available():
-        found["random_cuda"] = torch.cuda.get_rng_state()
-    return found
+        tensors["random_cuda"] = torch.cuda.get_rng_state()
+    return tensors
 
 
 def _restore_optimizer(optimizer: Optimizer, values: dict[str, Tensor]) -> None:
@@ -126,9 +126,9 @@ def _restore_switches(switches: Switches, record: dict[str, Any]) -> None:
     for path, (value, first) in record["running"].items():
         switches.running[path].value, switches.running[path].first = value, first
     switches.on.clear()
-    made: dict[tuple[str, Any], Scale] = {}
+    shared: dict[tuple[str, Any], Scale] = {}
     for name, values in record["frozen"].items():
         site: NormSite = choose(switches.sites, [name])[0]
         # Sites of one norm share one scale, as they did when it was saved.
         key = (switches.norm(site).path, tuple(values))
-        switches.on[site] = made.setdefault(key, Scale(*values))
+        switches.on[site] = shared.setdefault(key, Scale(*values))

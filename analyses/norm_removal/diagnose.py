@@ -69,8 +69,8 @@ def _frozen(
     measured: Measured, variant: str, settings: Settings, progress: Progress, notes: list[str]
 ) -> tuple[Tables, int]:
     assert measured.switches is not None
-    found = measured.scales(measured.switches.sites)
-    scales: dict[NormSite, Scale] = mean_scales(found, settings.scale_source, settings.first_scale)
+    site_scales = measured.scales(measured.switches.sites)
+    scales: dict[NormSite, Scale] = mean_scales(site_scales, settings.scale_source, settings.first_scale)
     frozen = sweep(measured.switches, settings.split_paths, settings.swept(measured.n_layers))
     effects = FreezeEffects(measured, frozen, scales)
     effects.measure(progress)
@@ -88,7 +88,11 @@ def _frozen(
                 f"{variant}: freezing {site}{where} leaves {share:.0%} of tokens without a finite loss (float32 overflows), "
                 "so its change of loss is infinite"
             )
-    tables = {"scales": scale_table(measured, found, settings.seed), "freeze_effect": alone, "freeze_together": joint}
+    tables = {
+        "scales": scale_table(measured, site_scales, settings.seed),
+        "freeze_effect": alone,
+        "freeze_together": joint,
+    }
     return tables, effects.forwards
 
 

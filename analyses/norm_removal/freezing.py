@@ -36,17 +36,17 @@ def single(switches: Switches, split_paths: bool, layers: Sequence[int]) -> list
     """Every norm of `layers`, and the final one, by itself: the one before attention as a whole and, with `split_paths`,
     its two paths.
     """
-    found = []
+    frozen = []
     for norm in switches.norms:
         first = norm.sites[0]
         if first.layer is not None and first.layer not in layers:
             continue
         joint = len(norm.sites) > 1
         name = "attn" if {site.kind for site in norm.sites} == {"qk", "v"} else "block" if joint else first.kind
-        found.append(Frozen(name, first.layer, norm.sites))
+        frozen.append(Frozen(name, first.layer, norm.sites))
         if joint and split_paths:
-            found += [Frozen(site.kind, site.layer, (site,)) for site in norm.sites]
-    return found
+            frozen += [Frozen(site.kind, site.layer, (site,)) for site in norm.sites]
+    return frozen
 
 
 def together(switches: Switches) -> list[Frozen]:
@@ -72,7 +72,9 @@ def forwards(switches: Switches, frozen: Sequence[Frozen], lengths: Sequence[int
     return restarting * sum(rows)
 
 
-def mean_scales(found: Mapping[NormSite, Sequence[Tensor]], source: Source, first: FirstScale) -> dict[NormSite, Scale]:
+def mean_scales(
+    site_scales: Mapping[NormSite, Sequence[Tensor]], source: Source, first: FirstScale
+) -> dict[NormSite, Scale]:
     """One scale a site from its scales [pos] on every prompt; sites of one norm are given the same numbers.
 
     Args:
@@ -80,7 +82,7 @@ def mean_scales(found: Mapping[NormSite, Sequence[Tensor]], source: Source, firs
         first: whether position 0, whose norm is often massive, has a mean of its own.
     """
     out = {}
-    for site, rows in found.items():
+    for site, rows in site_scales.items():
         if source == "per_position":
             longest = max(map(len, rows))
             means = [torch.cat([r[p : p + 1] for r in rows if len(r) > p]).mean() for p in range(longest)]
@@ -98,13 +100,13 @@ def mean_scales(found: Mapping[NormSite, Sequence[Tensor]], source: Source, firs
 class FreezeEffects:
     """Changes of loss per prompt, one column for each thing that is frozen."""
 
-    def __init__(self, measured: Measured, wanted: Sequence[Frozen], scales: Mapping[NormSite, Scale]) -> None:
+    def __init__(self, measured: Measured, frozen: Sequence[Frozen], scales: Mapping[NormSite, Scale]) -> None:
         assert measured.switches is not None
-        self.measured, self.wanted, self.switches = measured, list(wanted), measured.switches
+        self.measured, self.frozen, self.switches = measured, list(frozen), measured.switches
         # One object for a norm's sites, so that its output is divided once.
         self.scales = {s: scales[self.switches.norm(s).sites[0]] for s in scales}
-        self.change: PerPrompt = measured.column(len(self.wanted))
-        self.diverged: PerPrompt = measured.column(len(self.wanted))
+        self.change: PerPrompt = measured.column(len(self.frozen))
+        self.diverged: PerPrompt = measured.column(len(self.frozen))
         """Tokens whose loss was no finite number: a gated MLP whose norm is frozen can grow without bound."""
         self.clean: PerPrompt = measured.column()
         self.control = 0.0
@@ -115,7 +117,7 @@ class FreezeEffects:
     def measure(self, progress: Progress) -> None:
         """Every thing frozen, on all prompts."""
         lengths = [len(sequence) for sequence in self.measured.sequences]
-        progress.start(forwards(self.switches, self.wanted, lengths), "frozen norm")
+        progress.start(forwards(self.switches, self.frozen, lengths), "frozen norm")
         for part in self.measured.parts():
             if part.counted.any():
                 self._part(part, progress)
@@ -129,7 +131,7 @@ class FreezeEffects:
             with self.switches.attached():
                 own = dict.fromkeys(self.switches.sites, Scale(1.0, own=True))
                 self.control = max(self.control, float((self._loss(blocks, part, own, progress) - clean).abs().max()))
-                for index, frozen in enumerate(self.wanted):
+                for index, frozen in enumerate(self.frozen):
                     loss = self._loss(blocks, part, {site: self.scales[site] for site in frozen.sites}, progress)
                     self.change.add(index, part.prompts, loss - clean)
                     self.diverged.add(index, part.prompts, (~loss.isfinite()).double())
@@ -167,8 +169,8 @@ class FreezeEffects:
         mean, low, high = (np.where(share > 0, np.inf, values) for values in interval(self.change, seed))
         table = pd.DataFrame(
             {
-                "site": [frozen.site for frozen in self.wanted],
-                "layer": [frozen.layer for frozen in self.wanted],
+                "site": [frozen.site for frozen in self.frozen],
+                "layer": [frozen.layer for frozen in self.frozen],
                 "delta_ce": mean,
                 "ci_low": low,
                 "ci_high": high,

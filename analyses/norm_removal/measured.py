@@ -124,27 +124,27 @@ class Measured:
 
         Divisors that are points come from the store; the others from one run of each block on its stored input.
         """
-        found = {
+        scales = {
             site: [row.float() for row in self.activations.get(Address(_POINT[site.kind], site.layer))]
             for site in sites
             if site.kind in _POINT and has(self.model, _POINT[site.kind])
         }
-        others = [site for site in sites if site not in found]
+        others = [site for site in sites if site not in scales]
         if others:
-            found |= self._watched(others)
-        return {site: found[site] for site in sites}
+            scales |= self._watched(others)
+        return {site: scales[site] for site in sites}
 
     def _watched(self, sites: Sequence[NormSite]) -> dict[NormSite, list[Tensor]]:
         assert self.switches is not None
         switches = self.switches
         of = {switches.norm(site).path: site for site in sites}
-        found: dict[NormSite, dict[int, Tensor]] = {site: {} for site in sites}
+        scales: dict[NormSite, dict[int, Tensor]] = {site: {} for site in sites}
         for part in self.parts():
 
             def see(norm, _, scale, part=part):  # type: ignore[no-untyped-def]
                 mean = scale.detach().flatten(2).mean(-1) if scale.ndim > 2 else scale.detach()
                 for row, (prompt, n) in enumerate(zip(part.batch.indices, part.batch.lengths, strict=True)):
-                    found[of[norm.path]][prompt] = mean[row, :n].float().cpu()
+                    scales[of[norm.path]][prompt] = mean[row, :n].float().cpu()
 
             def work(blocks: Blocks, part=part) -> None:  # type: ignore[no-untyped-def]
                 switches.enter(part.batch.tokens.to(self.model.device))
@@ -157,7 +157,7 @@ class Measured:
                 on_blocks(self.model, part.batch.tokens, work)
             finally:
                 switches.watches.clear()
-        return {site: [found[site][i] for i in range(self.n_prompts)] for site in sites}
+        return {site: [scales[site][i] for i in range(self.n_prompts)] for site in sites}
 
     def classes(self, prompt: int) -> dict[str, Tensor]:
         """Per position class, which positions of a prompt are in it, [pos]; every position is in one."""

@@ -94,20 +94,20 @@ class Ablations:
         progress.start(len(parts) * len(self.chosen), "ablated neuron")
         for part in parts:
             stream = part.stream[-1][part.counted]
-            held = _held(self.measured, stream)
+            held_norm = _held(self.measured, stream)
             clean = self._read(stream, part)
             hidden = rows_of(self.measured, self.address, part.batch.indices, part.counted).float()
             for index, (neuron, _) in enumerate(self.chosen):
                 change = self._change(hidden, neuron)
                 gone = stream.float() + change
                 ce, entropy = self._read(gone, part)
-                ce_held, _ = self._read(gone, part, held)
-                found = {
+                ce_held, _ = self._read(gone, part, held_norm)
+                changes = {
                     "delta_ce": ce - clean[0],
                     "delta_entropy": entropy - clean[1],
                     "delta_ce_held": ce_held - clean[0],
                 }
-                for name, values in found.items():
+                for name, values in changes.items():
                     self.columns[name].add(index, part.prompts, values)
                     self.columns[f"abs_{name}"].add(index, part.prompts, values.abs())
                 progress.advance()
@@ -128,8 +128,8 @@ class Ablations:
         """(loss, entropy) in nats of rows [n, d_model]; [n] each."""
         own = unembedding or self.measured.unembedding
         ids = part.targets.to(own.weight.device)[:, None]
-        found = lens.read(rows, own, ids=ids)
-        return -found.logprobs[:, 0].cpu(), found.entropy_bits.cpu() * lens.LOG2
+        reading = lens.read(rows, own, ids=ids)
+        return -reading.logprobs[:, 0].cpu(), reading.entropy_bits.cpu() * lens.LOG2
 
     def table(self, seed: int) -> pd.DataFrame:
         """`neurons`: one row a neuron, with intervals of the change of loss over prompts."""

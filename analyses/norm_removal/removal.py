@@ -45,7 +45,7 @@ class Plan:
     text: str
     block: int
     at_once: bool
-    evaluated: int
+    eval_blocks: int
     """Held-out blocks compared, at most."""
     setting: Setting
     export: str
@@ -96,7 +96,7 @@ def remove(model: Model, plan: Plan, progress: Progress) -> Removal:
                 f"option block is {plan.block}, but the context window of {model.ref} is {model.shape.n_ctx}"
             )
         schedule = planned(plan, Switches(anatomy))
-        enough = (schedule.steps * plan.setting.batch + plan.evaluated) * plan.block * 10 // 9 + plan.block
+        enough = (schedule.steps * plan.setting.batch + plan.eval_blocks) * plan.block * 10 // 9 + plan.block
         blocks = make_blocks(plan.text, model.tokenizer, plan.block, enough)
         runs = {"norm_free": train(anatomy, blocks, schedule, plan.setting, progress)}
         runs["control"] = train(anatomy, blocks, schedule.control, plan.setting, progress)
@@ -106,18 +106,18 @@ def remove(model: Model, plan: Plan, progress: Progress) -> Removal:
 
 
 def _finish(model: Model, anatomy: Anatomy, blocks: Blocks, runs: Mapping[str, Trained], plan: Plan) -> Removal:
-    held_out = blocks.held_out[: plan.evaluated]
+    held_out = blocks.held_out[: plan.eval_blocks]
     anatomies = {"original": anatomy} | {name: _constant(run) for name, run in runs.items()}
     untrained = frozen_at_once(runs["control"].anatomy, blocks, plan.setting.batch)
     modules = {name: a.map.module for name, a in anatomies.items()} | {"untrained": untrained.map.module}
-    predictions, apart = predict(modules, held_out)
+    predictions, divergences = predict(modules, held_out)
     folded = copy_of(anatomies["norm_free"])
     notes, tables = (
         [],
         {
             "training": training_table({name: run.history for name, run in runs.items()}),
             "losses": loss_table(predictions, "control", plan.seed),
-            "divergence": divergence_table(apart, plan.seed),
+            "divergence": divergence_table(divergences, plan.seed),
         },
     )
     notes.append(
@@ -142,7 +142,7 @@ def most_forwards(model: Model, plan: Plan) -> dict[str, int]:
         steps = planned(plan, Switches(anatomy)).steps
     runs = 2 + plan.at_once
     # The models compared are those trained, the original, and the control with all norms frozen at once.
-    return {TRAINED: runs * steps * plan.setting.batch, COMPARED: plan.evaluated * (runs + 2)}
+    return {TRAINED: runs * steps * plan.setting.batch, COMPARED: plan.eval_blocks * (runs + 2)}
 
 
 def _constant(run: Trained) -> Anatomy:
@@ -156,18 +156,18 @@ def _constant(run: Trained) -> Anatomy:
 @torch.no_grad()
 def frozen_at_once(anatomy: Anatomy, blocks: Blocks, batch: int) -> Anatomy:
     """A copy of a model with every norm a linear map at its mean scale over `batch` training blocks, and no training after."""
-    found = copy_of(anatomy)
-    switches = Switches(found, blocks.end_of_text)
+    frozen = copy_of(anatomy)
+    switches = Switches(frozen, blocks.end_of_text)
     sums: dict[str, list[Tensor]] = {norm.path: [] for norm in switches.norms}
     switches.watches.update({path: lambda n, _, scale: sums[n.path].append(scale.mean()) for path in sums})
-    device = next(found.map.module.parameters()).device
+    device = next(frozen.map.module.parameters()).device
     with switches.attached():
         for rows in torch.split(blocks.training[:batch], 8):
-            found.map.module(input_ids=rows.to(device), use_cache=False)
+            frozen.map.module(input_ids=rows.to(device), use_cache=False)
     for norm in switches.norms:
         switches.freeze(norm.sites, Scale(float(torch.stack(sums[norm.path]).mean())))
-    make_constant(found, switches.on)
-    return found
+    make_constant(frozen, switches.on)
+    return frozen
 
 
 def _loaded(anatomy: Anatomy, model: Model, variant: str) -> Model:
@@ -214,6 +214,6 @@ def largest_difference(folder: Path, folded: nn.Module, tokens: Tensor) -> float
     with silence_loggers():
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     device = next(folded.parameters()).device
-    found = loaded(input_ids=tokens.cpu(), use_cache=False).logits.float()
-    wanted = folded(input_ids=tokens.to(device), use_cache=False).logits.float().cpu()
-    return float(((found - wanted).abs().amax(-1) / wanted.abs().amax(-1)).max())
+    exported = loaded(input_ids=tokens.cpu(), use_cache=False).logits.float()
+    expected = folded(input_ids=tokens.to(device), use_cache=False).logits.float().cpu()
+    return float(((exported - expected).abs().amax(-1) / expected.abs().amax(-1)).max())

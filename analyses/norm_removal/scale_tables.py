@@ -19,13 +19,13 @@ SINK = 0.3
 """Attention to position 0 above which a query is counted as sunk there (Gu et al. 2024, arXiv 2410.10781)."""
 
 
-def scale_table(measured: Measured, found: Mapping[NormSite, Sequence[Tensor]], seed: int) -> pd.DataFrame:
+def scale_table(measured: Measured, site_scales: Mapping[NormSite, Sequence[Tensor]], seed: int) -> pd.DataFrame:
     """`scales`: each site's mean scale by position class, its spread and interval over prompts.
 
     `spread` is the standard deviation over rows relative to their mean: how far a constant is from the norm.
     """
     rows = []
-    for site, scales in found.items():
+    for site, scales in site_scales.items():
         for name in POSITION_CLASSES:
             values = [s[measured.classes(i)[name]] for i, s in enumerate(scales)]
             flat = torch.cat(values).double().numpy()

@@ -72,11 +72,11 @@ class Schedule:
         Raises:
             OptionError: a phase names a site that the model does not have, or one that is frozen already.
         """
-        found: list[Event] = []
+        events: list[Event] = []
         seen: set[NormSite] = set()
         for phase in self.phases:
             if phase.sites in (END_OF_TEXT, FIRST):
-                found.append(Event(phase.start, phase.sites))
+                events.append(Event(phase.start, phase.sites))
                 continue
             chosen = choose(sites, phase.sites.split(","))
             if twice := [site for site in chosen if site in seen]:
@@ -86,8 +86,8 @@ class Schedule:
             for index, layer in enumerate(layers if phase.gap else [None]):
                 group = tuple(s for s in chosen if not phase.gap or s.layer == layer)
                 label = phase.sites if not phase.gap else ",".join(map(str, group))
-                found.append(Event(phase.start + round(index * phase.gap), label, group))
-        return tuple(sorted(found, key=lambda event: event.step))
+                events.append(Event(phase.start + round(index * phase.gap), label, group))
+        return tuple(sorted(events, key=lambda event: event.step))
 
     def rate(self, step: int) -> float:
         """The learning rate of a step: a linear warm-up, then half a cosine down to the least."""
@@ -191,21 +191,21 @@ def get_schedule(name: str, sites: Sequence[NormSite], steps: int = 0) -> Schedu
         OptionError: an unknown name, a faulty file, or a site that the model does not have.
     """
     if name in ("proportional", "at_once"):
-        made = proportional(sites, steps or RELEASED["small"].training["steps"])
-        found = made if name == "proportional" else made.at_once
+        stretched = proportional(sites, steps or RELEASED["small"].training["steps"])
+        schedule = stretched if name == "proportional" else stretched.at_once
     elif name in RELEASED:
-        found = RELEASED[name].schedule(name, sites)
+        schedule = RELEASED[name].schedule(name, sites)
     elif name.endswith(".toml"):
-        found = read_schedule(Path(name))
+        schedule = read_schedule(Path(name))
     else:
         raise OptionError(unknown("schedule", name, [*NAMES, "FILE.toml"]))
-    found = replace(found, steps=steps) if steps else found
-    late = [event for event in found.events(sites) if event.step >= found.steps]
+    schedule = replace(schedule, steps=steps) if steps else schedule
+    late = [event for event in schedule.events(sites) if event.step >= schedule.steps]
     if late:
         raise OptionError(
-            f"schedule {found.name!r}: {late[0].name} comes at step {late[0].step}, but the training has {found.steps} steps"
+            f"schedule {schedule.name!r}: {late[0].name} comes at step {late[0].step}, but the training has {schedule.steps} steps"
         )
-    return found
+    return schedule
 
 
 def read_schedule(path: Path) -> Schedule:

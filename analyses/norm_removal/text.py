@@ -71,8 +71,8 @@ def make_blocks(source: str, tokenizer: Any, block: int, enough: int) -> Blocks:
             "out; give more text or a smaller --block"
         )
     blocks = torch.tensor(ids[: n * block]).view(n, block)
-    held = max(1, round(n * HELD_OUT))
-    return Blocks(blocks[:-held], blocks[-held:], end)
+    n_held_out = max(1, round(n * HELD_OUT))
+    return Blocks(blocks[:-n_held_out], blocks[-n_held_out:], end)
 
 
 def _encode(document: str | tuple[int, ...], tokenizer: Any, source: str) -> list[int]:
@@ -80,8 +80,8 @@ def _encode(document: str | tuple[int, ...], tokenizer: Any, source: str) -> lis
         return list(document)
     if tokenizer is None:
         raise PromptError(f'{source!r} is text, but the model has no tokenizer; give JSON lines with "tokens"')
-    found: list[int] = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-    return found
+    ids: list[int] = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _documents(source: str) -> Iterator[str | tuple[int, ...]]:

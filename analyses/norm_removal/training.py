@@ -36,7 +36,7 @@ class Setting:
     """Sequences a forward."""
     special_first: bool
     """Whether position 0 keeps a scale of its own until the schedule withdraws it."""
-    special_ends: bool
+    eot_scale: bool
     """Whether values read at tokens that end a text take position 0's scale until then."""
     seed: int
     checkpoint_every: int
@@ -164,7 +164,7 @@ class _Run:
                 norm = self.switches.norm(site)
                 shared = next((on[s] for s in norm.sites if s in on), None)
                 scale = shared or self.switches.measured(site, first=self.setting.special_first and first_left)
-                ends = site.kind == "v" and self.setting.special_ends and ends_left and scale.first is not None
+                ends = site.kind == "v" and self.setting.eot_scale and ends_left and scale.first is not None
                 on[site] = replace(scale, ends_as_first=True) if ends else scale
         # Sites of one norm with the same numbers share one object, so that its output is made once.
         for norm in self.switches.norms:
@@ -258,9 +258,9 @@ def _groups(module: nn.Module, weight_decay: float) -> Sequence[dict[str, Any]]:
 
 def _digest(module: nn.Module, blocks: Blocks, schedule: Schedule, setting: Setting) -> str:
     """What decides a training, so that only the same one goes on from its checkpoints."""
-    found = xxhash.xxh3_128()
+    digest = xxhash.xxh3_128()
     options = {k: v for k, v in asdict(setting).items() if k not in ("folder", "checkpoint_every")}
-    found.update(repr((asdict(schedule), options)).encode())
+    digest.update(repr((asdict(schedule), options)).encode())
     for tensor in (*module.state_dict().values(), blocks.training):
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return str(found.hexdigest()[:12])
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return str(digest.hexdigest()[:12])

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from analyses.depth_use.clean_stream import Chunk, Part, chunks, left_out, on_blocks
 from analyses.depth_use.contributions import PARTS
+from probes.blocks.batch import Chunk, Part, left_out, on_blocks
 from probes.capture.needs import Need
+from probes.capture.padded import chunks
 from probes.capture.run import capture
 from probes.models.backends.native import NativeModel
 from probes.points import Address

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny import PROMPTS, native
 
+from analyses.voids.norm_gates import NormGate
 from probes.capture import forward as forward_module
 from probes.capture.needs import Need
 from probes.capture.run import capture, context_of, plan_capture
-from probes.edits import NormGate
 from probes.errors import ModelError, PointError, StoreError
 from probes.kernels import reduce_rows, unpacked
 from probes.models.backends.native import NativeModel

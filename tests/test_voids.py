@@ -14,10 +14,10 @@ from tiny import PROMPTS
 
 from analyses.voids import Voids
 from analyses.voids.early_exit import fixed_exits
+from analyses.voids.norm_gates import NormGate, RandomGate, step_size
 from analyses.voids.trace import apply_rule
 from probes.capture.needs import Need
 from probes.capture.run import capture, writes_of
-from probes.edits import NormGate, RandomGate, step_size
 from probes.errors import OptionError, PromptError
 from probes.lenses import logit as lens
 from probes.models import weights_digest

@@ -36,7 +36,7 @@ from analyses.results.result import Result
 from analyses.tokens import token_text
 from probes.capture.needs import Need
 from probes.errors import PointError
-from probes.models.protocol import Model
+from probes.models.protocol import BlockAccess, Model
 from probes.points import Address
 from probes.progress import QUIET, Progress
 from probes.prompts import Field, Prompt
@@ -154,7 +154,7 @@ class CommunicationChannels(Analysis):
             return "only channels into queries are edited, and kinds leaves out q"
         if model.tokenizer is None or not model.shape.causal:
             return "the model has no tokenizer" if model.tokenizer is None else "the model reads both ways"
-        if getattr(model, "tapped", None) is None:
+        if not isinstance(model, BlockAccess):
             return f"backend {model.context.backend} cannot resume inside the stack"
         try:
             model.unembedding()

@@ -10,7 +10,6 @@ import pandas as pd
 
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.depth_use.alignment import alignment_table
-from analyses.depth_use.clean_stream import Part
 from analyses.depth_use.figures import FIGURES
 from analyses.depth_use.forwards import forwards
 from analyses.depth_use.maps import check_pair, map_table
@@ -23,6 +22,7 @@ from analyses.options import option, validate
 from analyses.results.card import FigureSpec, ProfileSpec
 from analyses.results.result import Result
 from analyses.tokens import token_text
+from probes.blocks.batch import Part
 from probes.capture.activations import Activations
 from probes.capture.needs import Need
 from probes.capture.run import capture

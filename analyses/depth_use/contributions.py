@@ -10,9 +10,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analyses.depth_use.clean_stream import Chunk, Part
 from analyses.depth_use.columns import PerPrompt
 from analyses.results.statistics import cluster_bootstrap
+from probes.blocks.batch import Chunk, Part
 
 PARTS: tuple[Part, ...] = ("block", "attn", "mlp")
 

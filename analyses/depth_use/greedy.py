@@ -9,10 +9,10 @@ import pandas as pd
 from torch import Tensor
 
 from analyses.depth_use.ablations import ChunkAblations
-from analyses.depth_use.clean_stream import Part, left_out
 from analyses.depth_use.columns import PerPrompt, interval
 from analyses.depth_use.settings import Distance, Tick
 from analyses.results.statistics import cluster_bootstrap
+from probes.blocks.batch import Part, left_out
 
 SUBLAYERS: tuple[Part, Part] = ("attn", "mlp")
 RANDOM_ORDERS = 3

@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 
 from analyses.depth_use.ablations import ChunkAblations
-from analyses.depth_use.clean_stream import Blocks, Chunk, Part, chunks, on_blocks
 from analyses.depth_use.columns import PerPrompt, interval
 from analyses.depth_use.contributions import PARTS, Contributions
 from analyses.depth_use.forwards import measured, per_token, removed, skipped
@@ -32,8 +31,10 @@ from analyses.depth_use.skips import (
 )
 from analyses.depth_use.tokens import StreamMeans, erasure, integrated_gradients
 from analyses.depth_use.weights import NormScales, z_share_of
+from probes.blocks.batch import Blocks, Chunk, Part, on_blocks
 from probes.blocks.rerouting import module_of
 from probes.capture.activations import Activations
+from probes.capture.padded import chunks
 from probes.linear.probing import probe_layers
 from probes.points import Address
 from probes.progress import Progress

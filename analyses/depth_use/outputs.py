@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from analyses.depth_use.clean_stream import Chunk
+from probes.blocks.batch import Chunk
 from probes.models.protocol import Model, Unembedding
 from probes.models.unembedding import logits_of
 

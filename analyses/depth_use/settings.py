@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from analyses.depth_use.clean_stream import Part
 from analyses.interventions import swept
+from probes.blocks.batch import Part
 from probes.prompts import Prompt
 
 Distance = Literal["jsd", "angular", "euclidean"]

@@ -12,11 +12,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analyses.depth_use.clean_stream import Blocks, Chunk, Part
 from analyses.depth_use.columns import Array
 from analyses.depth_use.outputs import Outputs
 from analyses.depth_use.settings import SPLIT_TOKENS, SkipRule, Tick
 from analyses.results.statistics import RESAMPLES, cluster_bootstrap, percentiles
+from probes.blocks.batch import Blocks, Chunk, Part
 
 Variant = Literal["current", "future", "local"]
 POOLED = 2**22

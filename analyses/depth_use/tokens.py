@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyses.depth_use.clean_stream import Blocks, Chunk, Part, on_blocks
 from analyses.depth_use.outputs import Outputs
 from analyses.depth_use.settings import Rule, Tick
+from probes.blocks.batch import Blocks, Chunk, Part, on_blocks
 from probes.models.protocol import Model
 from probes.models.unembedding import logits_of
 from probes.points import Address

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from analyses.depth_use.clean_stream import Chunk
 from probes.anatomy import Anatomy
 from probes.anatomy.sites import divisor_of
 from probes.anatomy.views import Divisor
+from probes.blocks.batch import Chunk
 from probes.models.rounded_weights import rounded
 
 NORMS = ("ln1", "ln2")

@@ -11,9 +11,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analyses.depth_use.clean_stream import Blocks, on_blocks
 from analyses.depth_use.columns import PerPrompt, interval
 from analyses.norm_removal.measured import Measured, Part, batched
+from probes.blocks.batch import Blocks, on_blocks
 from probes.lenses import logit as lens
 from probes.models.protocol import Unembedding
 from probes.norms import NormSite, Scale, Switches

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from analyses.depth_use.clean_stream import Blocks, on_blocks
 from analyses.depth_use.columns import PerPrompt
+from probes.blocks.batch import Blocks, on_blocks
 from probes.blocks.rerouting import module_of
 from probes.capture.activations import Activations
 from probes.capture.needs import Need

@@ -20,12 +20,13 @@ from analyses.scoring import check_answer, check_choices, score_choices
 from analyses.voids import tables as voids_tables
 from analyses.voids.early_exit import LAST, Masked, Reader, Tokens, run_masked
 from analyses.voids.figures import FIGURES
+from analyses.voids.norm_gates import Delta, NormGate, step_size
 from analyses.voids.profiles import PROFILES
 from analyses.voids.trace import Item, Trace, apply_rule, batch_threshold, token_frame
 from probes.capture.activations import Activations
 from probes.capture.needs import Need
 from probes.capture.run import capture
-from probes.edits import Delta, Edit, NormGate, step_size
+from probes.edits import Edit
 from probes.errors import OptionError
 from probes.models.protocol import Model
 from probes.points import Address

@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analyses.voids.norm_gates import NormGate, RandomGate
 from analyses.voids.trace import Item, Trace
 from probes.capture.activations import Activations
-from probes.edits import Edit, NormGate, RandomGate
+from probes.edits import Edit
 from probes.lenses import logit as lens
 from probes.models.protocol import Model, Write
 from probes.points import Address

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from analyses.tokens import token_text
-from probes.edits import RunningGate
+from analyses.voids.norm_gates import RunningGate
 from probes.models.protocol import Model
 from probes.prompts import Prompt
 

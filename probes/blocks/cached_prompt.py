@@ -8,25 +8,19 @@ on the positions from the replaced one on; continuations are batched, and more o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from probes.blocks.rerouting import Caller, module_of, rerouted
+from probes.blocks.rerouting import Caller, call_blocks, module_of
 from probes.errors import PointError, PromptError
 from probes.models.protocol import Model, Read, Write
 from probes.points import Address
 
 ROWS = 256
 """Continuations batched at once, which bounds memory."""
-
-
-class _Stop(Exception):
-    """Ends the forward once its blocks have been collected."""
 
 
 @dataclass(eq=False)
@@ -96,24 +90,22 @@ class CachedPrompt:
     def _collect(self) -> None:
         from transformers import DynamicCache
 
-        cache = DynamicCache()
-
-        def program(hidden: Tensor, call: Caller) -> Tensor:
-            self._call, self._cache = partial(call), cache
-            kept = _Kept(self._prefix)
-            self.entering = [hidden[0].clone()]
-            for layer in range(self.model.shape.n_layers):
-                hidden = call(layer, hidden, (cache, kept))
-                self.entering.append(hidden[0].clone())
-            self._base = [kept.suffix[layer] for layer in range(self.model.shape.n_layers)]
-            raise _Stop
-
+        self._cache = DynamicCache()
         with module_of(self.model) as (module, _):
             if self.start:
-                module(input_ids=self._ids(self.tokens[: self.start]), past_key_values=cache, use_cache=True)
-                self._prefix = [(layer.keys, layer.values) for layer in cache.layers]
-            with rerouted(self.model, program), suppress(_Stop):
-                module(input_ids=self._ids(self.tokens[self.start :]), past_key_values=cache, use_cache=True)
+                module(input_ids=self._ids(self.tokens[: self.start]), past_key_values=self._cache, use_cache=True)
+                self._prefix = [(layer.keys, layer.values) for layer in self._cache.layers]
+            suffix = self._ids(self.tokens[self.start :])
+            call_blocks(self.model, suffix, self._keep_suffix, past_key_values=self._cache, use_cache=True)
+
+    def _keep_suffix(self, hidden: Tensor, call: Caller) -> None:
+        """Keep the caller, the stream [1, suffix, d_model] around each block, and the suffix's keys and values."""
+        self._call, kept = call, _Kept(self._prefix)
+        self.entering = [hidden[0].clone()]
+        for layer in range(self.model.shape.n_layers):
+            hidden = call(layer, hidden, (self._cache, kept))
+            self.entering.append(hidden[0].clone())
+        self._base = [kept.suffix[layer] for layer in range(self.model.shape.n_layers)]
 
     def _ids(self, tokens: Sequence[int]) -> Tensor:
         return torch.tensor([list(tokens)], device=self.model.device)
@@ -169,7 +161,7 @@ class CachedPrompt:
             if address.layer is None or address.layer < first_block:
                 raise PointError(f"{address} is not inside the blocks from {first_block} on, which are all that runs")
         hidden = self.entering[first_block].expand(rows, -1, -1)
-        with self.model.tapped(reads or {}, writes, (rows, hidden.shape[1])):  # type: ignore[attr-defined]
+        with self.model.hooked(reads or {}, writes, (rows, hidden.shape[1])):  # type: ignore[attr-defined]
             return self._run([first_block] * rows, hidden, keep=False).last
 
     @torch.no_grad()
@@ -182,7 +174,7 @@ class CachedPrompt:
         for address in writes:
             if address.layer != layer:
                 raise PointError(f"{address} is not inside block {layer}, which is all that runs")
-        with self.model.tapped({}, writes, (len(hidden), hidden.shape[1])), module_of(self.model):  # type: ignore[attr-defined]
+        with self.model.hooked({}, writes, (len(hidden), hidden.shape[1])), module_of(self.model):  # type: ignore[attr-defined]
             return self._call(layer, hidden, (self._cache, _Kept(self._prefix)))
 
     def _held(self, layer: int, active: int, order: Tensor, kept: _Kept) -> tuple[Tensor, Tensor]:

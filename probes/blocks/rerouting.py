@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
+from probes.blocks.block_outputs import imitated, watched_widths
 from probes.errors import PointError
+from probes.hooks.forward_hooks import Stop
 from probes.models.protocol import Model
 
 
@@ -22,6 +24,8 @@ class Caller(Protocol):
         """Block `layer` on `hidden` [batch, pos, d_model]; an argument that is `swap[0]` becomes `swap[1]`."""
         ...
 
+
+T = TypeVar("T")
 
 Program = Callable[[Tensor, Caller], Tensor]
 """Receives what enters block 0 and a caller; returns what leaves the last block."""
@@ -55,7 +59,7 @@ def rerouted(model: Model, program: Program, cached: bool = True) -> Iterator[No
         assert path is not None
         parent = module.get_submodule(path.rpartition(".")[0])
         blocks = dict(parent.named_children())
-        route = _Route(program, model.block_outputs, cached)  # type: ignore[attr-defined]
+        route = _Route(program, model.block_output_lengths(), cached)  # type: ignore[attr-defined]
         for index, (name, block) in enumerate(blocks.items()):
             parent._modules[name] = route.slot(index, block)
         try:
@@ -65,25 +69,34 @@ def rerouted(model: Model, program: Program, cached: bool = True) -> Iterator[No
                 parent._modules[name] = block
 
 
+def call_blocks(model: Model, tokens: Tensor, work: Callable[[Tensor, Caller], T], **kwargs: Any) -> T:
+    """Return `work` of what enters block 0 for `tokens` and of a caller of blocks; no block runs but those it calls.
+
+    Args:
+        tokens: [batch, pos].
+        kwargs: further arguments of the module's forward.
+
+    Raises:
+        PointError: the backend does not hand out its blocks.
+    """
+    results: list[T] = []
+
+    def program(hidden: Tensor, call: Caller) -> Tensor:
+        results.append(work(hidden, call))
+        raise Stop
+
+    with module_of(model) as (module, _), rerouted(model, program), suppress(Stop):
+        module(input_ids=tokens.to(model.device), **kwargs)
+    return results[0]
+
+
 @torch.inference_mode()
 def block_outputs(module: nn.Module, anatomy: Anatomy, device: torch.device) -> tuple[int | None, ...]:
-    """Per block, how long the tuple that it returns is; None where it returns a bare tensor."""
-    found: dict[int, int | None] = {}
-
-    def keep(index: int) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            found[index] = None if isinstance(output, Tensor) else len(output)
-
-        return hook
-
+    """Return per block how long the tuple is that it returns; None where it returns a bare tensor."""
     blocks = [anatomy.component("block", layer) for layer in range(anatomy.n_layers)]
-    handles = [block.register_forward_hook(keep(i)) for i, block in enumerate(blocks)]
-    try:
+    with watched_widths(blocks) as widths:
         module(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return tuple(found[index] for index in range(len(blocks)))
+    return tuple(widths[index] for index in range(len(blocks)))
 
 
 class _Route:
@@ -107,8 +120,7 @@ class _Route:
         if index == len(self.slots) - 1:
             arguments, self.arguments = self.arguments, {}
             hidden = self.program(hidden, partial(self.call, arguments))
-        width = self.widths[index]
-        return hidden if width is None else (hidden, *[None] * (width - 1))
+        return imitated(hidden, self.widths[index])
 
     def call(
         self,

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from probes.blocks.block_outputs import imitated, watched_widths
 from probes.hooks.forward_hooks import Stop, tensor_of
 from probes.models.protocol import Forward
 from probes.points import Address
@@ -43,14 +44,9 @@ class SingleBlockRunner:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """A whole forward inside shows what each block returns, which a block that passes on has to imitate."""
-        with ExitStack() as stack:
-            for index, block in enumerate(self.blocks):
-                stack.callback(block.register_forward_hook(partial(self._note, index)).remove)
+        """Learn from a whole forward inside what each block returns, which a block that passes on has to imitate."""
+        with watched_widths(self.blocks) as self._widths:
             yield
-
-    def _note(self, index: int, _: nn.Module, __: Any, output: Any) -> None:
-        self._widths[index] = None if isinstance(output, Tensor) else len(output)
 
     @contextmanager
     def only(self, layer: int, entering: Tensor | None) -> Iterator[list[Tensor]]:
@@ -84,6 +80,4 @@ class SingleBlockRunner:
 
     def _pass_on(self, index: int, given: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        out = hidden if given is None else given.to(hidden.device)
-        width = self._widths[index]
-        return out if width is None else (out, *[None] * (width - 1))
+        return imitated(hidden if given is None else given.to(hidden.device), self._widths[index])

@@ -3,7 +3,6 @@
 from probes.edits.attention import KnockOut
 from probes.edits.block_order import BlockPath, repeat, skip
 from probes.edits.edit import Edit, Scope, altered, decoding_writes, generate, logits, read, resolve, writes_of
-from probes.edits.norm_gates import Delta, GateRecord, NormGate, RandomGate, RunningGate, step_size
 from probes.edits.points import Add, Coefficients, PointEdit, Replace, Scale, project_out
 from probes.edits.values import Source, Values
 from probes.edits.weights import HeadWriteEdit
@@ -12,16 +11,11 @@ __all__ = [
     "Add",
     "BlockPath",
     "Coefficients",
-    "Delta",
     "Edit",
-    "GateRecord",
     "HeadWriteEdit",
     "KnockOut",
-    "NormGate",
     "PointEdit",
-    "RandomGate",
     "Replace",
-    "RunningGate",
     "Scale",
     "Scope",
     "Source",
@@ -35,6 +29,5 @@ __all__ = [
     "repeat",
     "resolve",
     "skip",
-    "step_size",
     "writes_of",
 ]

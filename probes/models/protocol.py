@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from probes.anatomy import Anatomy
 from probes.points import Address
 
 Read = Callable[[Tensor], None]
@@ -214,4 +216,37 @@ class LayerMajor(Protocol):
 
         Raises PointError for an address the model refuses, before any computation.
         """
+        ...
+
+
+@runtime_checkable
+class BlockAccess(Model, Protocol):
+    """A model that hands out its module, so that its blocks can be run one by one, reordered, altered or differentiated.
+
+    Only the native backend does; the others keep their module to themselves.
+    """
+
+    module: nn.Module
+    """The transformers module whose forward is the model's."""
+    anatomy: Anatomy
+    """Where the points lie in `module`."""
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """A context in which no other thread runs the model, for alterations of the module that end with it.
+
+        Raises PointError where the blocks are not in memory.
+        """
+        ...
+
+    def hooked(
+        self, reads: Mapping[Address, Read], writes: Mapping[Address, Write], rows: tuple[int, int]
+    ) -> AbstractContextManager[None]:
+        """A context in which reads and writes happen whenever a block runs, on `rows` (batch, pos).
+
+        Raises PointError for an address the model refuses.
+        """
+        ...
+
+    def block_output_lengths(self) -> tuple[int | None, ...]:
+        """Per block, the length of the tuple it returns; None where it returns a bare tensor."""
         ...

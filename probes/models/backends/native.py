@@ -25,9 +25,12 @@ class NativeModel(LocalModel):
         with taps.on(self.module, (tokens.shape[0], tokens.shape[1])):
             return self.module(input_ids=tokens, **kwargs)
 
+    def block_output_lengths(self) -> tuple[int | None, ...]:
+        """Per block, the length of the tuple it returns; None where it returns a bare tensor."""
+        return self._block_output_lengths
+
     @cached_property
-    def block_outputs(self) -> tuple[int | None, ...]:
-        """Per block, how long the tuple that it returns is; None where it returns a bare tensor."""
+    def _block_output_lengths(self) -> tuple[int | None, ...]:
         with self.exclusive():
             return block_outputs(self.module, self.anatomy, self.device)
 
@@ -38,7 +41,7 @@ class NativeModel(LocalModel):
             yield
 
     @contextmanager
-    def tapped(
+    def hooked(
         self, reads: Mapping[Address, Read], writes: Mapping[Address, Write], rows: tuple[int, int]
     ) -> Iterator[None]:
         """Reads and writes happen whenever the blocks run inside, on (batch, pos) rows; for callers of single blocks."""

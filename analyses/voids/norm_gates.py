@@ -1,4 +1,4 @@
-"""Gates: blocks judged or skipped while they run."""
+"""The void rule as an edit: blocks judged by the norm of their step, or skipped, while they run."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ from tiny import PROMPTS, native
 
 from analyses.depth_use import DepthUse
 from analyses.depth_use.alignment import alignment_table
-from analyses.depth_use.columns import PerPrompt, interval, resampled
 from analyses.depth_use.greedy import orders
 from analyses.depth_use.proxies import agreement_table, null_correlations, proxy_tables, ranked
+from analyses.results.per_prompt import PerPrompt, interval, resampled
 from analyses.results.result import Result
 from analyses.results.statistics import quantiles
 from probes.capture.needs import Need

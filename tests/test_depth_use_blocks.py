@@ -13,7 +13,6 @@ from families import VOCAB, make
 from tiny import native
 
 from analyses.depth_use.ablations import ChunkAblations, window_error
-from analyses.depth_use.columns import PerPrompt
 from analyses.depth_use.contributions import PARTS, Contributions, contribution
 from analyses.depth_use.greedy import greedy_removal, mean_distance
 from analyses.depth_use.outputs import Outputs
@@ -31,6 +30,7 @@ from analyses.depth_use.skips import (
 )
 from analyses.depth_use.tokens import StreamMeans, Target, erasure, integrated_gradients
 from analyses.depth_use.weights import NormScales, coarser, frozen_norms, matrices, z_share, z_share_of
+from analyses.results.per_prompt import PerPrompt
 from probes import edits
 from probes.blocks.batch import Blocks, Chunk, Part, left_out, on_blocks
 from probes.capture.needs import Need

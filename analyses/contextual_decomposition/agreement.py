@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from analyses.contextual_decomposition.methods import NAMES
-from analyses.results.statistics import MIN_CLUSTERS, RESAMPLES, percentiles
+from analyses.results.statistics import MIN_CLUSTERS, RESAMPLES, draw_groups, percentiles
 
 Array = NDArray[np.float64]
 TOP = 10
@@ -29,15 +30,11 @@ def correlation(a: Array, b: Array) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def _ranks(values: Array) -> Array:
-    return np.asarray(pd.Series(values).rank(), dtype=np.float64)
-
-
 def _statistics(scores: Array, effects: Array, rest: NDArray[np.intp]) -> tuple[float, float, float]:
     """The columns of `STATISTICS`, of mean scores and effects [head]; `rest` are the heads without the largest."""
     return (
         correlation(scores, effects),
-        correlation(_ranks(scores), _ranks(effects)),
+        correlation(rankdata(scores), rankdata(effects)),
         correlation(scores[rest], effects[rest]),
     )
 
@@ -56,7 +53,7 @@ def agreement_tables(scores: Mapping[str, Array], effects: Array, seed: int) -> 
     """
     n = len(effects)
     rest = np.sort(np.argsort(-np.abs(effects.mean(0)), kind="stable")[TOP:])
-    draws = np.random.default_rng(seed).integers(0, n, (RESAMPLES if n >= MIN_CLUSTERS else 1, n))
+    draws = draw_groups(n, seed, RESAMPLES if n >= MIN_CLUSTERS else 1)
     spread = {
         m: np.array([_statistics(v[d].mean(0), effects[d].mean(0), rest) for d in draws]) for m, v in scores.items()
     }

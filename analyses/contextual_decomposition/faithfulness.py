@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from analyses.contextual_decomposition.ablation import Ablation
-from analyses.results.statistics import MIN_CLUSTERS, RESAMPLES, percentiles
+from analyses.results.statistics import MIN_CLUSTERS, draw_groups, percentiles
 from probes.decomposition import Node
 from probes.progress import QUIET, Progress
 
@@ -125,8 +125,7 @@ def _band(random: Array) -> tuple[float, float]:
 def _resampled(values: Array, full: Array, empty: Array, seed: int) -> Array:
     """Faithfulness [draw, circuit] over draws of prompts with replacement."""
     n = len(values)
-    draws = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
-    weights = (draws[:, :, None] == np.arange(n)).mean(1)
+    weights = (draw_groups(n, seed)[:, :, None] == np.arange(n)).mean(1)
     base = weights @ empty
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray((weights @ values - base[:, None]) / (weights @ full - base)[:, None])

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from analyses.depth_use.columns import PerPrompt
 from analyses.depth_use.contributions import PARTS
 from analyses.depth_use.outputs import Outputs
 from analyses.depth_use.settings import Tick
 from analyses.depth_use.skips import Effects, enter
 from analyses.depth_use.weights import NormScales, coarser, frozen_norms
+from analyses.results.per_prompt import PerPrompt
 from probes.blocks.batch import Blocks, Chunk, Part
 
 Columns = Mapping[str, PerPrompt]

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analyses.depth_use.columns import PerPrompt
+from analyses.results.per_prompt import PerPrompt
 from analyses.results.statistics import cluster_bootstrap
 from probes.blocks.batch import Chunk, Part
 

@@ -9,8 +9,8 @@ import pandas as pd
 from torch import Tensor
 
 from analyses.depth_use.ablations import ChunkAblations
-from analyses.depth_use.columns import PerPrompt, interval
 from analyses.depth_use.settings import Distance, Tick
+from analyses.results.per_prompt import PerPrompt, interval
 from analyses.results.statistics import cluster_bootstrap
 from probes.blocks.batch import Part, left_out
 

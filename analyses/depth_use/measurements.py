@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 
 from analyses.depth_use.ablations import ChunkAblations
-from analyses.depth_use.columns import PerPrompt, interval
 from analyses.depth_use.contributions import PARTS, Contributions
 from analyses.depth_use.forwards import measured, per_token, removed, skipped
 from analyses.depth_use.greedy import SUBLAYERS, drop_blocks, drop_table, greedy_removal, orders
@@ -31,6 +30,7 @@ from analyses.depth_use.skips import (
 )
 from analyses.depth_use.tokens import StreamMeans, erasure, integrated_gradients
 from analyses.depth_use.weights import NormScales, z_share_of
+from analyses.results.per_prompt import PerPrompt, interval
 from probes.blocks.batch import Blocks, Chunk, Part, on_blocks
 from probes.blocks.rerouting import module_of
 from probes.capture.activations import Activations

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analyses.depth_use.columns import Array, PerPrompt, interval, resampled
-from analyses.results.statistics import percentiles
+from analyses.results.per_prompt import PerPrompt, interval, resampled
+from analyses.results.statistics import Array, percentiles
 
 MIN_LAYERS = 5
 """Layers from which on some order of them is rarer than one in twenty: the two perfect ones are 2 of n! orders."""

@@ -12,10 +12,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analyses.depth_use.columns import Array
 from analyses.depth_use.outputs import Outputs
 from analyses.depth_use.settings import SPLIT_TOKENS, SkipRule, Tick
-from analyses.results.statistics import RESAMPLES, cluster_bootstrap, percentiles
+from analyses.results.statistics import Array, cluster_bootstrap, draw_groups, percentiles
 from probes.blocks.batch import Blocks, Chunk, Part
 
 Variant = Literal["current", "future", "local"]
@@ -161,7 +160,7 @@ def effect_table(effects: Effects, variant: Variant, part: Part, seed: int) -> p
     """
     used = ~np.isnan(effects.mean).all(axis=(1, 2))
     mean, n = effects.mean[used], int(used.sum())
-    draws = np.random.default_rng(seed).integers(0, n, size=(RESAMPLES, n))
+    draws = draw_groups(n, seed)
     rows = []
     for skipped, affected in zip(*np.nonzero(~np.isnan(mean).all(axis=0)), strict=True):
         values = mean[:, skipped, affected]
@@ -205,7 +204,7 @@ def depth_scores(effects: Effects, variant: Variant, part: Part, groups: Sequenc
     for group, members in named.items():
         if not len(members):
             continue
-        draws = np.random.default_rng(seed).choice(members, (RESAMPLES, len(members)))
+        draws = members[draw_groups(len(members), seed)]
         for by, values, pool in (("largest", effects.highest, np.max), ("mean", effects.mean, np.mean)):
             several = np.array_split(draws, max(1, draws.size * values[0].size // POOLED))
             scores = np.concatenate([depth_score(pool(values[d], axis=1)) for d in several])

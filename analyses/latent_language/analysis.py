@@ -38,6 +38,7 @@ from analyses.latent_language.word_lists import read_words, shipped_words
 from analyses.options import option, validate
 from analyses.results.card import FigureSpec, ProfileSpec
 from analyses.results.result import Result
+from analyses.results.statistics import Ci
 from probes.capture.needs import Need
 from probes.errors import OptionError, PromptError
 from probes.models.protocol import Model
@@ -78,7 +79,7 @@ class LatentLanguage(Analysis):
     answers: Literal["generate", "first_token"] = option(
         "generate", "How the model's own answer is judged: the word it writes, or its most probable next token."
     )
-    ci: tabled.Ci = option("bootstrap", "The 95 % intervals over items: resampled, or Gaussian.")
+    ci: Ci = option("bootstrap", "The 95 % intervals over items: resampled, or Gaussian.")
     extras: tuple[Extra, ...] = option(
         (), "Further measurements: culture questions, similarity across languages, swapped dimensions, read-outs."
     )

@@ -9,8 +9,9 @@ from analyses.latent_language.extra_settings import Settings
 from analyses.latent_language.ids import Rule
 from analyses.latent_language.items import Dropped, Item, culture_items, with_controls
 from analyses.latent_language.read import Reader, Reading
-from analyses.latent_language.tables import columns, interval
+from analyses.latent_language.tables import columns
 from analyses.latent_language.word_lists import CULTURE_LANGUAGES, CULTURES, shipped_questions
+from analyses.results.statistics import row_interval
 
 ASKED_IN = "ja"
 
@@ -46,7 +47,7 @@ def _table(reading: Reading, settings: Settings) -> pd.DataFrame:
                 for language in CULTURE_LANGUAGES:
                     own = columns(reading, chosen, f"{culture}/{language}")
                     control = columns(reading, chosen, f"{culture}/{language}", control=True)
-                    found, beside = (interval(v, settings.ci, settings.seed) for v in (own, control))
+                    found, beside = (row_interval(v, settings.ci, settings.seed) for v in (own, control))
                     part = {
                         "framing": pair.removeprefix("culture, "), "items": name, "layer": np.arange(own.shape[1]),
                         "culture": culture, "language": language, "mean": found.mean, "ci_low": found.low,

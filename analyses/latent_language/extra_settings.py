@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from analyses.latent_language.items import Item
-from analyses.latent_language.tables import Ci
 from analyses.latent_language.task_prompts import Form, Framing
+from analyses.results.statistics import Ci
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 from analyses.latent_language.extra_settings import Settings
 from analyses.latent_language.items import Dropped
 from analyses.latent_language.read import Reader
-from analyses.latent_language.tables import interval
 from analyses.latent_language.word_lists import Word, shipped_words
+from analyses.results.statistics import row_interval
 from probes.capture.needs import Need
 from probes.points import Address
 from probes.prompts import tokenize
@@ -53,7 +53,7 @@ def measure(reader: Reader, settings: Settings) -> tuple[dict[str, pd.DataFrame]
     for a, b in combinations(languages, 2):
         for layer in range(reader.model.shape.n_layers):
             aligned, unaligned, retrieval = compare(states[a][layer], states[b][layer])
-            gap = interval((aligned - unaligned)[:, None], settings.ci, settings.seed)
+            gap = row_interval((aligned - unaligned)[:, None], settings.ci, settings.seed)
             parts.append(
                 {
                     "layer": layer, "language_a": a, "language_b": b, "aligned": aligned.mean(),

@@ -14,9 +14,9 @@ from analyses.latent_language.extra_settings import Settings
 from analyses.latent_language.ids import Rule
 from analyses.latent_language.items import Dropped, prompt_tokens
 from analyses.latent_language.read import LAST, Reader
-from analyses.latent_language.tables import interval
 from analyses.latent_language.task_prompts import Query, queries
 from analyses.latent_language.word_lists import Word, read_words, shipped_words
+from analyses.results.statistics import row_interval
 from probes.blocks.cached_prompt import CachedPrompt
 from probes.capture.needs import Need
 from probes.lenses import logit as lens
@@ -158,7 +158,7 @@ def _layer(
     values = np.stack(scores)
     table = pd.DataFrame(names, columns=["variant", "percent", "dimensions"])
     for column, measured in enumerate(MEASURES):
-        found = interval(values[:, :, column], settings.ci, settings.seed)
+        found = row_interval(values[:, :, column], settings.ci, settings.seed)
         table[measured], table[f"{measured}_low"], table[f"{measured}_high"] = found.mean, found.low, found.high
     table.insert(0, "layer", layer)
     table["n"] = len(tested)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -12,28 +11,14 @@ from numpy.typing import NDArray
 from analyses.latent_language.items import Item
 from analyses.latent_language.measures import area, crossover
 from analyses.latent_language.read import Reading
-from analyses.results.statistics import MIN_CLUSTERS, Interval, cluster_bootstrap, wilson
+from analyses.results.statistics import Ci, row_interval, wilson
 from analyses.tokens import token_text
 from probes.models.protocol import Model
 
-Ci = Literal["bootstrap", "gauss95"]
 LEAD = 0.01
 """Least difference of probabilities that is called a lead; smaller ones may be certain, and are nothing."""
 Group = tuple[str, NDArray[np.int64], tuple[str, ...]]
 """(pair, items of it, its languages, the answer's first)."""
-
-
-def interval(values: NDArray[np.float64], ci: Ci, seed: int) -> Interval:
-    """Mean over items [item, column] with a 95 % interval; undefined bounds where there are too few items for one."""
-    n = len(values)
-    if n < MIN_CLUSTERS:
-        mean = values.mean(axis=0) if n else np.full(values.shape[1], np.nan)
-        return Interval(mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan))
-    if ci == "bootstrap":
-        return cluster_bootstrap(values, np.arange(n), seed=seed)
-    half = 1.959964 * values.std(axis=0, ddof=1) / np.sqrt(n)
-    mean = values.mean(axis=0)
-    return Interval(mean, mean - half, mean + half)
 
 
 def groups(reading: Reading) -> Iterator[Group]:
@@ -88,7 +73,7 @@ def curve(reading: Reading, right: NDArray[np.bool_], model: Model, ci: Ci, seed
             n_layers = own.shape[1]
             part = {"layer": np.arange(n_layers), "language": language}
             for prefix, values in (("", own), ("control_", control), ("right_", own[right[mine]])):
-                found = interval(values, ci, seed)
+                found = row_interval(values, ci, seed)
                 part |= {f"{prefix}mean": found.mean, f"{prefix}ci_low": found.low, f"{prefix}ci_high": found.high}
                 part |= {f"{prefix}n": len(values)}
             role = "target" if language == names[0] else "latent"
@@ -106,7 +91,7 @@ def profile(reading: Reading, ci: Ci, seed: int) -> pd.DataFrame:
         mine = np.array([i for i, item in enumerate(reading.items) if item.pair == pair])
         part: dict[str, object] = {"pair": pair, "layer": np.arange(reading.entropy_bits.shape[1])}
         for name, values in (("entropy", reading.entropy_bits[mine]), ("energy", reading.token_energy[mine])):
-            found = interval(values, ci, seed)
+            found = row_interval(values, ci, seed)
             part |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
         part |= {"energy_isotropic": isotropic, "energy_least": least, "energy_greatest": greatest, "n": len(mine)}
         parts.append(pd.DataFrame(part))
@@ -123,8 +108,8 @@ def lead(reading: Reading, ci: Ci, seed: int) -> pd.DataFrame:
     for pair, mine, (target, *latents) in groups(reading):
         for latent in latents:
             ours, theirs = columns(reading, mine, latent), columns(reading, mine, target)
-            ahead = interval(ours - theirs, ci, seed)
-            above = interval(ours - columns(reading, mine, latent, control=True), ci, seed)
+            ahead = row_interval(ours - theirs, ci, seed)
+            above = row_interval(ours - columns(reading, mine, latent, control=True), ci, seed)
             wins = (ours > theirs).sum(axis=0)
             bounds = np.array([wilson(int(w), len(mine)) for w in wins])
             part = {

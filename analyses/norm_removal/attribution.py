@@ -14,8 +14,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analyses.depth_use.columns import PerPrompt, resampled
 from analyses.norm_removal.measured import Measured
+from analyses.results.per_prompt import PerPrompt, resampled
 from analyses.results.statistics import percentiles
 from probes.anatomy.constant_norm import ConstantNorm
 from probes.edits.weights import matrix

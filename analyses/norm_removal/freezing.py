@@ -11,8 +11,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analyses.depth_use.columns import PerPrompt, interval
 from analyses.norm_removal.measured import Measured, Part, batched
+from analyses.results.per_prompt import PerPrompt, interval
 from probes.blocks.batch import Blocks, on_blocks
 from probes.lenses import logit as lens
 from probes.models.protocol import Unembedding

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from analyses.depth_use.columns import PerPrompt
+from analyses.results.per_prompt import PerPrompt
 from probes.blocks.batch import Blocks, on_blocks
 from probes.blocks.rerouting import module_of
 from probes.capture.activations import Activations

@@ -13,9 +13,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analyses.depth_use.columns import PerPrompt, interval
 from analyses.norm_removal.attribution import read_out, rows_of
 from analyses.norm_removal.measured import Measured, Part
+from analyses.results.per_prompt import PerPrompt, interval
 from probes.edits.weights import matrix
 from probes.lenses import logit as lens
 from probes.models.protocol import Unembedding

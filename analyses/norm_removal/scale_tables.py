@@ -9,8 +9,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analyses.depth_use.columns import interval
 from analyses.norm_removal.measured import POSITION_CLASSES, Measured
+from analyses.results.per_prompt import interval
 from analyses.results.statistics import cluster_bootstrap
 from probes.norms import NormSite
 from probes.points import Address

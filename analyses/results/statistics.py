@@ -1,8 +1,9 @@
-"""Intervals that every table carries."""
+"""Means, their 95 % intervals, and the one resampling of groups that all of them use."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -11,6 +12,8 @@ RESAMPLES = 1000
 """Bootstrap resamples of a default interval."""
 LEVELS = (0.025, 0.975)
 """Ends of every interval."""
+Z = 1.959964
+"""Standard deviations from the mean to either end of a Gaussian interval."""
 MIN_CLUSTERS = 6
 """Groups (prompts) below which no interval is given: every bound is NaN.
 
@@ -19,21 +22,56 @@ symmetric distribution, so that range misses it in 2^(1 - n) of all samples: 6 %
 than six groups nothing drawn from them can hold the truth 95 % of the time. A Wilson interval has no such bound.
 """
 
-
-Bounds = NDArray[np.float64]
+Ci = Literal["bootstrap", "gauss95"]
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Interval:
     """Means with 95 % intervals, one per column; NaN bounds where there is no interval."""
 
-    mean: NDArray[np.float64]
-    low: NDArray[np.float64]
-    high: NDArray[np.float64]
+    mean: Array
+    low: Array
+    high: Array
+
+
+def draw_groups(n: int, seed: int, resamples: int = RESAMPLES) -> NDArray[np.intp]:
+    """Draw n of n groups with replacement; [resamples, n], the index of each group drawn.
+
+    The same seed draws the same groups, so that statistics of one seed are paired.
+    """
+    return np.random.default_rng(seed).integers(0, n, (resamples, n))
+
+
+def draw_counts(n: int, seed: int, resamples: int = RESAMPLES) -> Array:
+    """Draw n of n groups with replacement; [resamples, n], how often each group is drawn."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+
+
+def resampled_ratios(sums: ArrayLike, counts: ArrayLike, *, seed: int, resamples: int = RESAMPLES) -> Array:
+    """Return the sum of sums over the sum of counts of drawn groups, [resamples, columns].
+
+    Args:
+        sums: [groups, columns].
+        counts: [groups, columns], or [groups, 1] where all columns share it.
+    """
+    table = np.asarray(sums, dtype=np.float64)
+    draws = draw_counts(len(table), seed, resamples)
+    with np.errstate(invalid="ignore"):
+        return np.asarray((draws @ table) / (draws @ np.asarray(counts, dtype=np.float64)))
+
+
+def cluster_means(values: ArrayLike, groups: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES) -> Array:
+    """Return means of rows [rows, columns] over draws of whole groups; [resamples, columns]."""
+    table = np.asarray(values, dtype=np.float64)
+    _, group = np.unique(np.asarray(groups), return_inverse=True)
+    sums = np.zeros((int(group.max()) + 1, table.shape[1]))
+    np.add.at(sums, group, table)
+    return resampled_ratios(sums, np.bincount(group)[:, None], seed=seed, resamples=resamples)
 
 
 def cluster_bootstrap(values: ArrayLike, groups: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
-    """Mean of rows with a percentile interval from resampling whole groups.
+    """Return the mean of rows with a percentile interval from resampling whole groups.
 
     Tokens of one prompt are not independent, so prompts are what is resampled. From fewer than `MIN_CLUSTERS` groups
     the mean comes without an interval: both bounds are NaN, so that tables hold NaN and figures draw no band.
@@ -53,8 +91,20 @@ def cluster_bootstrap(values: ArrayLike, groups: ArrayLike, *, seed: int = 0, re
     return Interval(mean, low, high)
 
 
-def percentiles(draws: ArrayLike, clusters: ArrayLike) -> tuple[Bounds, Bounds]:
-    """The bounds of the middle 95 % of resampled values [draws, ...]; the one rule of when there is an interval.
+def row_interval(values: Array, ci: Ci, seed: int) -> Interval:
+    """Return the mean of independent rows [rows, columns] with an interval, resampled or Gaussian.
+
+    From fewer than `MIN_CLUSTERS` rows both bounds are NaN.
+    """
+    n = len(values)
+    if ci == "bootstrap" or n < MIN_CLUSTERS:
+        return cluster_bootstrap(values, np.arange(n), seed=seed)
+    mean, half = values.mean(axis=0), Z * values.std(axis=0, ddof=1) / np.sqrt(n)
+    return Interval(mean, mean - half, mean + half)
+
+
+def percentiles(draws: ArrayLike, clusters: ArrayLike) -> tuple[Array, Array]:
+    """Return the bounds of the middle 95 % of resampled values [draws, ...]; the one rule of when there is an interval.
 
     Args:
         clusters: how many groups each column was resampled from, one number or [...]. Below `MIN_CLUSTERS` both bounds
@@ -65,8 +115,8 @@ def percentiles(draws: ArrayLike, clusters: ArrayLike) -> tuple[Bounds, Bounds]:
     return low, high
 
 
-def quantiles(draws: ArrayLike) -> tuple[Bounds, Bounds]:
-    """(2.5 %, 97.5 %) along the first axis [draws, ...], leaving out what is not finite; NaN where nothing is left."""
+def quantiles(draws: ArrayLike) -> tuple[Array, Array]:
+    """Return the 2.5 % and 97.5 % points along the first axis of [draws, ...], over finite values; NaN where there is none."""
     ordered = np.sort(np.asarray(draws, dtype=np.float64), axis=0)
     known = np.isfinite(ordered).sum(axis=0)
     last = np.maximum(known - 1, 0)
@@ -79,23 +129,8 @@ def quantiles(draws: ArrayLike) -> tuple[Bounds, Bounds]:
     return bounds[0], bounds[1]
 
 
-def cluster_means(
-    values: ArrayLike, groups: ArrayLike, *, seed: int = 0, resamples: int = RESAMPLES
-) -> NDArray[np.float64]:
-    """Means of rows [rows, columns] over draws of whole groups with replacement; [resamples, columns]."""
-    table = np.asarray(values, dtype=np.float64)
-    _, group = np.unique(np.asarray(groups), return_inverse=True)
-    n = int(group.max()) + 1
-    sums = np.zeros((n, table.shape[1]))
-    np.add.at(sums, group, table)
-    counts = np.bincount(group, minlength=n).astype(np.float64)
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        return np.asarray((draws @ sums) / (draws @ counts)[:, None])
-
-
-def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a proportion; (nan, nan) for n = 0."""
+def wilson(successes: int, n: int, z: float = Z) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a proportion; (nan, nan) for n = 0."""
     if n == 0:
         return float("nan"), float("nan")
     share = successes / n

@@ -9,9 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyses.results.statistics import RESAMPLES, percentiles
-
-Array = NDArray[np.float64]
+from analyses.results.statistics import RESAMPLES, Array, percentiles, resampled_ratios
 
 
 class PerPrompt:
@@ -22,30 +20,26 @@ class PerPrompt:
         self.counts = torch.zeros(n_prompts, n_columns, dtype=torch.float64)
 
     def add(self, column: int, prompts: Tensor | Sequence[int], values: Tensor) -> None:
-        """Values [n] of tokens of `prompts` [n]; NaN ones are left out."""
+        """Add values [n] of tokens of `prompts` [n]; NaN ones are left out."""
         index, values = torch.as_tensor(prompts), values.double().cpu()
         keep = ~values.isnan()
         self.sums[:, column].index_add_(0, index[keep], values[keep])
         self.counts[:, column].index_add_(0, index[keep], torch.ones(int(keep.sum()), dtype=torch.float64))
 
     def mean(self) -> Tensor:
-        """[columns], over all tokens; NaN where there are none."""
+        """Return the mean over all tokens, [columns]; NaN where there are none."""
         return self.sums.sum(0) / self.counts.sum(0)
 
     def prompts(self) -> NDArray[np.int64]:
-        """[columns], of how many prompts there are tokens."""
+        """Return how many prompts have tokens in each column, [columns]."""
         return np.asarray((self.counts > 0).sum(0).numpy())
 
 
 def resampled(column: PerPrompt, seed: int, resamples: int = RESAMPLES) -> Array:
-    """[resamples, columns], means over prompts drawn with replacement; the same seed draws the same prompts."""
-    n = len(column.sums)
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        means: Array = (draws @ column.sums.numpy()) / (draws @ column.counts.numpy())
-    return means
+    """Return means over prompts drawn with replacement, [resamples, columns]; the same seed draws the same prompts."""
+    return resampled_ratios(column.sums.numpy(), column.counts.numpy(), seed=seed, resamples=resamples)
 
 
 def interval(column: PerPrompt, seed: int) -> tuple[Array, Array, Array]:
-    """(mean, low, high) per column, 95 % over resampled prompts; NaN where nothing, or too little for it, was measured."""
+    """Return (mean, low, high) per column, 95 % over resampled prompts; NaN where too little was measured."""
     return column.mean().numpy(), *percentiles(resampled(column, seed), column.prompts())

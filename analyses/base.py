@@ -24,7 +24,7 @@ from probes.store import ActivationStore
 PromptsLike = str | Path | Sequence[Prompt | PromptLine | str | Sequence[int]]
 """A prompt file, or a list of prompts, texts or token id lists."""
 UNSTORED = {
-    "weights": "scores are of weights, and edited prompts were run once each",
+    "weights": "scores are of weights, and prompts whose channels are edited are run anew",
     "own forwards": "activations were used prompt by prompt",
 }
 """What is said of an analysis that neither reads from the activation store nor adds to it, by its `reads`."""

@@ -20,8 +20,7 @@ from analyses.norm_removal import NormRemoval
 from analyses.results.result import Result
 from analyses.running.model_spec import ModelSpec
 from analyses.running.runner import dry_run
-from analyses.tasks import ioi
-from analyses.tasks import laundry_list as laundry
+from analyses.tasks import ioi, laundry_list
 from probes.capture.run import plan_capture
 from probes.errors import OptionError
 from probes.models import Model, weights_digest
@@ -61,6 +60,16 @@ def test_an_analysis_says_how_many_forwards_it_changes(
     check(analysis, native(), prompts, store)
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_an_analysis_says_whether_it_reads_the_store(name: str, store: ActivationStore) -> None:
+    analysis, prompts = SMALL[name]
+    result = analysis.run(native(), prompts, store=store)
+    reads = analysis.reads == "store"
+    assert bool(analysis.needs(native())) == reads
+    assert any(store.root.rglob("*.safetensors")) == reads
+    assert sum("Nothing was read from the activation store" in note for note in result.notes) == (not reads)
+
+
 def check(analysis: Analysis, model: Model, prompts: list[Any], store: ActivationStore) -> None:
     """What is foretold is what is run."""
     asked = analysis.collect(model, prompts)
@@ -88,7 +97,7 @@ def test_a_dry_run_counts_the_forwards_of_interventions(name: str, store: Activa
 
 def worded() -> NativeModel:
     """A random model whose tokenizer has the names and things of the tasks as one token each."""
-    words = [f"▁{word}" for word in (*ioi.NAMES, *laundry.ITEMS)]
+    words = [f"▁{word}" for word in (*ioi.NAMES, *laundry_list.ITEMS)]
     tokenizer = FakeTokenizer([*words, *ioi.NAMES])
     module = make("llama", vocab_size=len(tokenizer.pieces), max_position_embeddings=512)
     return NativeModel(module, tokenizer, ref="worded", weights=weights_digest(module))

@@ -94,11 +94,11 @@ class BackPatching(Analysis):
 
     @property
     def makes_prompts(self) -> bool:
-        """With the task `two_hop`."""
+        """Whether the task is `two_hop`, which generates its questions."""
         return self.task == "two_hop"
 
     def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
-        """Every cell of the grid, its controls, and what the stages take."""
+        """Count the cells of the grid, its controls and the forwards of the stages."""
         cases, _ = cases_of(model, prompts)
         return planned(self._plan(model), cases, [self._names(case) for case in cases], self.questions)
 
@@ -125,17 +125,17 @@ class BackPatching(Analysis):
         return swept(model.shape.n_layers, self.layers, self.stride)
 
     def _names(self, case: Case) -> list[str]:
-        """The positions patched: those asked for, or all where the question has none of them."""
+        """Return the names of the positions to patch: those of the option, or all where the question has none of them."""
         return [n for n in case.positions if n.split(".")[0] in self.positions] or list(case.positions)
 
     def collect(self, model: Model, prompts: PromptsLike = ()) -> list[Prompt]:
-        """The questions asked: generated ones, or those of the prompts."""
+        """Return the generated questions, or those of the prompts."""
         if self.task == "two_hop":
             return two_hop_prompts(model, sample(self.pool, self.seed))
         return as_prompts(prompts, model, self.prompt_fields)
 
     def needs(self, model: Model) -> list[Need]:
-        """The last stream, which says what the model answers; sublayer outputs for the stages."""
+        """Ask for the last stream, from which answers are read, and for the stages sublayer outputs."""
         points = [f"resid_post.{model.shape.n_layers - 1}"]
         return [Need((*points, "attn_out.*", "mlp_out.*") if self.stages else tuple(points), LAST)]
 
@@ -147,7 +147,7 @@ class BackPatching(Analysis):
         store: ActivationStore | None = None,
         progress: Progress = QUIET,
     ) -> Result:
-        """Tables `cases`, `grid`, `summary`, `control_rates`; with stages `resolution`, `knockout`, `projection`, `stages`.
+        """Return the tables `cases`, `grid`, `summary`, `control_rates`; with stages `resolution`, `knockout`, `projection`, `stages`.
 
         Raises:
             PromptError: no prompt has an answer.
@@ -195,7 +195,7 @@ class BackPatching(Analysis):
     def _case(
         self, model: Model, own: Mapping[str, OpenPrompt], other: Case | None, others: Mapping[str, OpenPrompt]
     ) -> tuple[pd.DataFrame, int]:
-        """(the grid of one question at each position, and its controls; the forwards it took)."""
+        """Return (the grid of one question at each position with its controls, the forwards it took)."""
         frames, cells, forwards = [], self._cells(model), 0
         wrong = other.answers if other else frozenset()
         for name, patching in own.items():
@@ -216,7 +216,7 @@ class BackPatching(Analysis):
         return pd.concat(frames, ignore_index=True), forwards
 
     def _success(self, model: Model, patching: OpenPrompt, patched: Patched, sources: Tensor) -> tuple[np.ndarray, int]:
-        """([cells], whether the answer is given; forwards run to see it)."""
+        """Return (whether the answer is given, [cells]; the forwards run to see it)."""
         if self.mode == "first_token" or not patching.case.answer_texts:
             return patched.success(patching.case.answers), 0
         best = patched.logprob.argsort(descending=True)[: self.top_cells]
@@ -235,7 +235,7 @@ class BackPatching(Analysis):
         opened: Mapping[int, Mapping[str, OpenPrompt]],
         activations: Activations,
     ) -> tuple[dict[str, pd.DataFrame], int]:
-        """(the tables of the stages, the forwards they took)."""
+        """Return (the tables of the stages, the forwards they took)."""
         layers, forwards = self._swept(model), 0
         resolved: list[tuple[int, str, str, str, float]] = []
         if model.tokenizer is not None:
@@ -273,7 +273,7 @@ class BackPatching(Analysis):
 
 
 def _chosen(cases: Sequence[Case], n: int) -> list[Case]:
-    """Incorrect and correct questions first, as they come; then others, until there are `n`."""
+    """Choose `n` questions: incorrect and correct ones first, then others; in the order of the prompts."""
     return sorted(sorted(cases, key=lambda c: c.set == "other")[:n], key=lambda c: c.prompt)
 
 

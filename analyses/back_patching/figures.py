@@ -23,7 +23,7 @@ VARIANTS = {
 
 
 def _main_set(table: pd.DataFrame) -> str:
-    """Incorrect questions where there are any: those are what back-patching is to mend."""
+    """Return the set to draw: incorrect questions, which back-patching is to mend, where there are any."""
     return "incorrect" if (table["set"] == "incorrect").any() else str(table["set"].iloc[0])
 
 
@@ -32,7 +32,7 @@ def _columns(titles: Sequence[str]) -> go.Figure:
 
 
 def heatmap(tables: Tables) -> go.Figure:
-    """Share of questions answered under each (source, target) cell."""
+    """Draw the share of questions answered under each (source, target) cell."""
     grid = tables["grid"]
     kept = grid[grid["set"] == _main_set(grid)]
     names = list(dict.fromkeys(kept["position_name"]))
@@ -52,7 +52,7 @@ def heatmap(tables: Tables) -> go.Figure:
 
 
 def rates(tables: Tables) -> go.Figure:
-    """Oracle, held-out and control rates, with intervals."""
+    """Draw oracle, held-out and control rates, with intervals."""
     summary, controls = tables["summary"], tables["control_rates"]
     chosen = _main_set(summary)
     figure = go.Figure()
@@ -79,7 +79,7 @@ def rates(tables: Tables) -> go.Figure:
 
 
 def stage_boxes(tables: Tables) -> go.Figure:
-    """The layer of each stage, correct beside incorrect questions."""
+    """Draw the layer of each stage, correct beside incorrect questions."""
     stages = tables["stages"].dropna(subset=["layer"])
     figure = go.Figure()
     counted = tables["stages"].assign(seen=tables["stages"]["layer"].notna())
@@ -108,7 +108,7 @@ def stage_boxes(tables: Tables) -> go.Figure:
 
 
 def resolution(tables: Tables) -> go.Figure:
-    """Histogram of the earliest layer from which the naming prompt recovers an entity."""
+    """Draw a histogram of the earliest layer from which the naming prompt recovers an entity."""
     table = tables["resolution"]
     figure = make_subplots(rows=1, cols=2, subplot_titles=("bridge, from t1", "answer, from t2"), shared_yaxes=True)
     for column, (position, entity) in enumerate((("t1", "bridge"), ("t2", "answer")), 1):
@@ -129,7 +129,7 @@ def resolution(tables: Tables) -> go.Figure:
 
 
 def knockout(tables: Tables) -> go.Figure:
-    """How often the next token changes when the last token cannot see the entity around a layer."""
+    """Draw how often the next token changes when the last token cannot see the entity around a layer."""
     figure = go.Figure()
     first = tables["knockout"][tables["knockout"]["position_name"] == "t1"]
     cut = first.merge(tables["stages"][["prompt", "set"]].drop_duplicates(), on="prompt")

@@ -12,12 +12,12 @@ KEYS = ["position_name", "set"]
 
 
 def _matrix(grid: pd.DataFrame, value: str) -> pd.DataFrame:
-    """[prompt] x [(source, target)]."""
+    """Return a column of the grid as prompts by (source, target)."""
     return grid.pivot(index="prompt", columns=["source_layer", "target_layer"], values=value)
 
 
 def held_out(success: NDArray[np.bool_], gain: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Per question, the success of the cell that is best on all other questions; ties go to the larger mean gain."""
+    """Return, per question, whether the cell that is best on all other questions succeeds; ties go to the larger mean gain."""
     n = len(success)
     if n < 2:
         return np.zeros(0, dtype=bool)
@@ -30,7 +30,7 @@ def held_out(success: NDArray[np.bool_], gain: NDArray[np.float64]) -> NDArray[n
 
 
 def summary(grid: pd.DataFrame, controls: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """One row per position and set; every rate is over questions, with a 95 % interval."""
+    """Return one row per position and set; every rate is over questions, with a 95 % interval."""
     rows = []
     for key, group in grid.groupby(KEYS, sort=False):
         success, logprob = _matrix(group, "success"), _matrix(group, "answer_logprob")
@@ -58,8 +58,9 @@ def summary(grid: pd.DataFrame, controls: pd.DataFrame, seed: int = 0) -> pd.Dat
 
 
 def control_rates(everything: pd.DataFrame) -> pd.DataFrame:
-    """Per position, set and variant: the oracle rate and the mean rate of one cell; `wrong_answer` counts a label of
-    another question instead.
+    """Return, per position, set and variant, the oracle rate and the mean rate of one cell.
+
+    The variant `wrong_answer` counts the answer of another question instead.
     """
     rows = []
     for key, group in everything.groupby([*KEYS, "variant"], sort=False):

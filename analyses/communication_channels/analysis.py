@@ -86,21 +86,21 @@ class CommunicationChannels(Analysis):
 
     @property
     def makes_prompts(self) -> bool:
-        """Yes: the scan is of weights, and the edits make their own."""
+        """Always: the scan is of weights, and the edits generate their own prompts."""
         return True
 
     def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
-        """With a task, its prompts run, and resumed under edits of channels: at most, since the scan chooses them."""
+        """Count the task's prompts and their restarts under edited channels: the most there can be, since the scan chooses them."""
         if self._no_task(model) is not None:
             return Interventions()
         return Interventions(most_forwards(model, self._settings), exact=False)
 
     def collect(self, model: Model, prompts: PromptsLike) -> list[Prompt]:
-        """None of those given: the scan is of weights alone."""
+        """Return no prompts: the scan is of weights alone."""
         return []
 
     def needs(self, model: Model) -> list[Need]:
-        """Nothing: the scan is of weights, and edits are interventions."""
+        """Ask for nothing: the scan is of weights, and edits are interventions."""
         return []
 
     def run(
@@ -111,7 +111,7 @@ class CommunicationChannels(Analysis):
         store: ActivationStore | None = None,
         progress: Progress = QUIET,
     ) -> Result:
-        """Tables `composition`, `components`, `tokens`; with a task `task`, `edits`, `rank`; and `laundry`, `steering`.
+        """Return the tables `composition`, `components`, `tokens`; with a task `task`, `edits`, `rank`; and `laundry`, `steering`.
 
         The given prompts are not used: the scan needs none, and the edits make their own.
         """
@@ -164,7 +164,7 @@ class CommunicationChannels(Analysis):
 
 
 def _token_table(model: Model, heads: Heads, scans: Sequence[Scan], pairs: pd.DataFrame, k: int = 6) -> pd.DataFrame:
-    """Tokens that the strongest component's write direction promotes, and whose embeddings its read direction meets."""
+    """Return the tokens that a pair's strongest component promotes, and those whose embeddings it reads most."""
     try:
         unembed = model.unembedding().weight.float().cpu()
     except PointError:

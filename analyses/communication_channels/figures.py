@@ -18,7 +18,7 @@ def _name(pair: pd.Series) -> str:
 
 
 def pair_heatmap(tables: Tables) -> go.Figure:
-    """The strongest component of any pair between two layers, per kind."""
+    """Draw the strongest component of any pair between two layers, per kind."""
     table = tables["composition"]
     kinds = list(dict.fromkeys(table["kind"]))
     figure = make_subplots(rows=1, cols=len(kinds), subplot_titles=[KIND[k] for k in kinds], shared_yaxes=True)
@@ -43,7 +43,7 @@ def pair_heatmap(tables: Tables) -> go.Figure:
 
 
 def component_bars(tables: Tables) -> go.Figure:
-    """Every component of the strongest pairs, over the null."""
+    """Draw every component of the strongest pairs over the null."""
     components = tables["components"]
     groups = [(_name(group.iloc[0]), group) for _, group in components.groupby(PAIR, sort=False)]
     edited = {_name(row) for _, row in tables["rank"].iterrows()} if "rank" in tables else set()
@@ -67,7 +67,7 @@ def component_bars(tables: Tables) -> go.Figure:
 
 
 def score_against_effect(tables: Tables) -> go.Figure:
-    """Each component's score from weights against how much zeroing it changes the reading head's attention."""
+    """Draw each component's score from weights against how much zeroing it changes the reading head's attention."""
     edits = tables["edits"]
     zero = edits[(edits["edit"] == "zero") & (edits["metric"] == "attention_change")]
     joined = zero.merge(tables["components"][[*PAIR, "component", "score"]], on=[*PAIR, "component"])
@@ -89,7 +89,7 @@ def score_against_effect(tables: Tables) -> go.Figure:
 
 
 def alpha_sweep(tables: Tables) -> go.Figure:
-    """The reading head's attention and the logit difference as the component is scaled."""
+    """Draw the reading head's attention and the logit difference as the component is scaled."""
     edits = tables["edits"]
     chosen = edits.merge(tables["rank"][[*PAIR, "component"]], on=[*PAIR, "component"])
     sweep = chosen[chosen["edit"].str.startswith("scale:") | (chosen["edit"] == "zero")].copy()
@@ -122,7 +122,7 @@ def _band(figure: go.Figure, values: dict[str, list[float]], colour: str, column
 
 
 def laundry(tables: Tables) -> go.Figure:
-    """Accuracy on lists against their length."""
+    """Draw the accuracy on lists against their length."""
     table = tables["laundry"]
     figure = go.Figure()
     styles = {"plain": "solid", "weight edit": "solid", "held out, channel": "dash", "oracle, channel": "dot",
@@ -157,7 +157,7 @@ def laundry(tables: Tables) -> go.Figure:
 
 
 def steering(tables: Tables) -> go.Figure:
-    """The item chosen at each point of the three-dimensional grid, for the longest list."""
+    """Draw the item chosen at each point of the three-dimensional grid, for the longest list."""
     table = tables["steering"]
     grid = table[table["n_items"] == table["n_items"].max()]
     figure = go.Figure()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from probes.weights.composition import Heads
 
 @dataclass(frozen=True, eq=False)
 class Dial:
-    """One direction that is set at the end of a prompt: what head writes along it."""
+    """A direction along which what a head writes at the end of a prompt is set."""
 
     layer: int
     head: int
@@ -46,7 +47,7 @@ class Listed:
 
 
 def listed(model: Model, prompts: Sequence[Laundry]) -> list[Listed]:
-    """Prompts whose items are one token each."""
+    """Return the prompts whose items are one token each."""
     lists = []
     for prompt in prompts:
         ids = [continuation(model.tokenizer, prompt.text, f" {item}") for item in prompt.items]
@@ -57,22 +58,26 @@ def listed(model: Model, prompts: Sequence[Laundry]) -> list[Listed]:
 
 
 @torch.no_grad()
-def choices(model: Model, last: Tensor, items: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(index of the likeliest item, most probable token) for streams at the last position [rows, d_model]."""
+def choices(
+    model: Model, last: Float[Tensor, "row d_model"], items: Int[Tensor, " item"]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return (index of the likeliest item, most probable token) for rows of the last stream."""
     unembedding = model.unembedding()
     hidden = lens.normalized(last, unembedding)
     item = lens.token_logits(hidden, unembedding, items).argmax(-1)
     return item.cpu().numpy(), lens.read(last, unembedding, top_k=1).top_ids[:, 0].cpu().numpy()
 
 
-def steering_grid(steps: int, reach: Sequence[float]) -> Tensor:
-    """[points, dials], every combination of `steps` values from -reach to reach of each dial."""
+def steering_grid(steps: int, reach: Sequence[float]) -> Float[Tensor, "point dial"]:
+    """Return every combination of `steps` values from -reach to reach of each dial."""
     axes = [torch.linspace(-r, r, steps).tolist() for r in reach]
     return torch.tensor(list(itertools.product(*axes)))
 
 
-def steered(prompt: CachedPrompt, heads: Heads, dials: Sequence[Dial], points: Tensor) -> Tensor:
-    """What leaves the last block [points, d_model] when each dial is set to its coordinate of each point."""
+def steered(
+    prompt: CachedPrompt, heads: Heads, dials: Sequence[Dial], points: Float[Tensor, "point dial"]
+) -> Float[Tensor, "point d_model"]:
+    """Return what leaves the last block when each dial is set to its coordinate of each point."""
     writes: dict[Address, Write] = {}
     for layer in dict.fromkeys(dial.layer for dial in dials):
         here = [(dial, points[:, i]) for i, dial in enumerate(dials) if dial.layer == layer]
@@ -94,7 +99,7 @@ def _set(heads: Heads, dials: Sequence[tuple[Dial, Tensor]]) -> Write:
 
 
 def reach_of(prompts: Sequence[CachedPrompt], heads: Heads, dials: Sequence[Dial]) -> list[float]:
-    """Three times the 99th percentile of each dial's own size over the prompts."""
+    """Return three times the 99th percentile of each dial's own size over the prompts."""
     sizes = []
     for dial in dials:
         outputs = torch.stack([head_output(prompt, dial.layer, dial.head) for prompt in prompts])
@@ -126,8 +131,10 @@ def held_out_correct(chosen: NDArray[np.int64], answer: NDArray[np.int64], n_ite
 
 
 def forwards(by_length: Mapping[int, Sequence[Listed]], dials: Mapping[str, int], steps: int) -> int:
-    """Rows that `run` runs with so many dials per name: every prompt opened, with the weight edit, and at every point of
-    each grid; and the first length's prompts once more for each dial.
+    """Count the rows that `run` runs with so many dials per name.
+
+    Every prompt is run as it is, with the weight edit, and at every point of each grid; the prompts of the first length once
+    more for each dial.
     """
     first = len(next(iter(by_length.values()), ()))
     each = 2 + sum(steps**n for n in dials.values())
@@ -142,7 +149,7 @@ def run(
     steps: int,
     tick: Callable[[int], None],
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(accuracy by length and variant, the choice at every grid point of the channel's dials).
+    """Return (accuracy by length and variant, the choice at every grid point of the channel's dials).
 
     Args:
         dials: `channel` and its control `random`, three each; the first of `channel` is also removed from the weights.

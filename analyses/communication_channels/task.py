@@ -53,7 +53,7 @@ class Settings:
 
 
 def parse_heads(heads: Sequence[str]) -> list[tuple[int, int]]:
-    """(layer, head) of texts such as 4.7.
+    """Read (layer, head) from texts such as 4.7.
 
     Raises:
         OptionError: a text that names no head.
@@ -68,7 +68,7 @@ def parse_heads(heads: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def check_heads(heads: Sequence[str], model: Model) -> None:
-    """Whether each of `heads` can write to a later one.
+    """Check that each of `heads` can write to a later one.
 
     Raises:
         OptionError: a head that the model does not have, or one of its last layer.
@@ -82,12 +82,12 @@ def check_heads(heads: Sequence[str], model: Model) -> None:
 
 
 def prompts_of(model: Model, settings: Settings) -> list[ioi.Ioi]:
-    """Indirect-object prompts with names of one token each."""
+    """Generate indirect-object prompts with names of one token each."""
     return ioi.sample(settings.task_prompts, settings.seed, lambda name: name_token(model, name) is not None)
 
 
 def lists_of(model: Model, settings: Settings) -> dict[int, list[list_recall.Listed]]:
-    """Per length, lists to recall from, with items of one token each."""
+    """Generate, per length, lists to recall from, with items of one token each."""
 
     def single(item: str) -> bool:
         return name_token(model, item) is not None
@@ -99,7 +99,7 @@ def lists_of(model: Model, settings: Settings) -> dict[int, list[list_recall.Lis
 
 
 def most_forwards(model: Model, settings: Settings) -> dict[str, int]:
-    """Rows that are run at most, by what is done: fewer where the scan names fewer pairs."""
+    """Count the rows that are run at most, by what is done: fewer where the scan names fewer pairs."""
     n, d_head = len(spots(model, prompts_of(model, settings))), model.shape.d_head
     components = len(range(0, d_head, settings.stride)) + (settings.stride > 1)
     changes = components + settings.random_directions + len(ALPHAS)
@@ -113,7 +113,7 @@ def most_forwards(model: Model, settings: Settings) -> dict[str, int]:
 def edit_channels(
     model: Model, heads: Heads, scans: Sequence[Scan], table: pd.DataFrame, settings: Settings, tally: Tally
 ) -> tuple[dict[str, pd.DataFrame], pd.DataFrame, int]:
-    """(tables `task`, `edits`, `rank`; the pairs edited; tokens of the prompts)."""
+    """Return (tables `task`, `edits`, `rank`; the pairs edited; how many tokens the prompts have)."""
     examples = prompts_of(model, settings)
     tally.start(2 * len(spots(model, examples)), "prompt")
     prompts = open_prompts(model, examples)
@@ -149,7 +149,10 @@ def edit_channels(
 
 
 def _pairs(table: pd.DataFrame, mover: tuple[int, int], settings: Settings) -> pd.DataFrame:
-    """Query channels to edit: half by rank, half into the head that finds the name; of the writing heads chosen, if any."""
+    """Choose query channels to edit: half by rank, half into the head that finds the name.
+
+    Where the option names writing heads, their channels alone are chosen from.
+    """
     if heads := parse_heads(settings.heads):
         sources = zip(table["source_layer"], table["source_head"], strict=True)
         table = table[[source in heads for source in sources]]
@@ -167,7 +170,7 @@ def steer_lists(
     settings: Settings,
     tally: Tally,
 ) -> dict[str, pd.DataFrame]:
-    """Tables `laundry` and `steering`: recall from lists, plain, with a weight edited, and steered."""
+    """Return the tables `laundry` and `steering`: recall from lists, plain, with a weight edited, and steered."""
     mover = edited.iloc[-1]
     into = ranked(table, "q", (int(mover["target_layer"]), int(mover["target_head"]))).head(DIALS)
     channel, control = [], []
@@ -187,8 +190,10 @@ def steer_lists(
 
 
 def mover_head(model: Model, prompts: Sequence[Names]) -> tuple[tuple[int, int], np.ndarray]:
-    """(the head that attends most to the indirect object rather than the subject at the end, that difference by
-    [layer, head]).
+    """Find the head that attends most, at the end, to the indirect object rather than the subject.
+
+    Returns:
+        The head as (layer, head), and that difference for every head, [layer, head].
     """
     n_layers, n_heads = model.shape.n_layers, model.shape.n_heads
     total = np.zeros((n_layers, n_heads))
@@ -208,7 +213,7 @@ def mover_head(model: Model, prompts: Sequence[Names]) -> tuple[tuple[int, int],
 
 
 def matched(singular: torch.Tensor, sizes: pd.DataFrame, component: int) -> dict[str, int]:
-    """Other components nearest to the chosen one in singular value, and in the mean size of their coefficient."""
+    """Return the other components nearest to the chosen one in singular value, and in the mean size of their coefficient."""
     s = (singular - singular[component]).abs()
     s[component] = torch.inf
     size = sizes["coefficient"].abs().groupby(sizes["component"]).mean()
@@ -219,6 +224,7 @@ def matched(singular: torch.Tensor, sizes: pd.DataFrame, component: int) -> dict
 
 @torch.no_grad()
 def task_table(prompts: Sequence[Names], mover: tuple[int, int], attention: np.ndarray, seed: int) -> pd.DataFrame:
+    """Return how well the model does the task: accuracy, logit difference, and the attention of the head that finds the name."""
     difference, solved = [], []
     for names in prompts:
         unembedding = names.cached.model.unembedding()

@@ -53,7 +53,7 @@ _SWITCHES = {
 
 
 def check_positions(value: Any) -> str | None:
-    """What is wrong with a `positions` field, or None."""
+    """Say what is wrong with a `positions` field; None if nothing is."""
     if not isinstance(value, list) or not value or any(isinstance(v, bool) or not isinstance(v, int) for v in value):
         return "must be a list of positions, such as [0, -1] (-1 is the last)"
     return None
@@ -137,7 +137,7 @@ class ContextualDecomposition(Analysis):
 
     @property
     def makes_prompts(self) -> bool:
-        """With a task."""
+        """Whether a task generates its questions."""
         return self.task != "prompts"
 
     @property
@@ -147,7 +147,7 @@ class ContextualDecomposition(Analysis):
         return replace(PRESETS[self.preset], **switches)
 
     def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
-        """Head ablations, circuits and the deletions that pruning tries."""
+        """Count head ablations, circuits and the deletions that pruning tries."""
         heads = len(self.nodes(model))
         return costs.interventions(
             self._lengths(model, prompts), heads, one_form=self.granularity == "position", ablation=self.ablation,
@@ -157,7 +157,7 @@ class ContextualDecomposition(Analysis):
         )  # fmt: skip
 
     def nodes(self, model: Model) -> list[Node]:
-        """The heads that are scored and ablated.
+        """Return the heads that are scored and ablated.
 
         Raises:
             OptionError: a layer or head that the model does not have, or both `heads` and `layers`.
@@ -165,7 +165,7 @@ class ContextualDecomposition(Analysis):
         return costs.chosen_heads(model.shape.n_layers, model.shape.n_heads, self.layers, self.stride, self.heads)
 
     def collect(self, model: Model, prompts: PromptsLike = ()) -> list[Prompt]:
-        """The generated questions, or the prompts given."""
+        """Return the generated questions, or the prompts given."""
         if self.makes_prompts:
             return [
                 prompt
@@ -244,7 +244,7 @@ class ContextualDecomposition(Analysis):
         return any(rules.attention != "frozen" for rules in (self.rules, *others))
 
     def _lengths(self, model: Model, prompts: Sequence[Prompt]) -> list[tuple[str, int]]:
-        """Group and length of each case."""
+        """Return the group and length of each case."""
         if not self.makes_prompts:
             return [("", len(prompt.tokens)) for prompt in prompts]
         return [(case.group, len(case.tokens)) for case in self._cases(model, prompts)[1]]
@@ -276,7 +276,7 @@ class ContextualDecomposition(Analysis):
     def _compared(
         self, prepared: PreparedCases, scores: dict[str, Array], notes: list[str], progress: Progress
     ) -> dict[str, pd.DataFrame]:
-        """Tables of heads and of agreement; fills in the other methods' scores."""
+        """Return the tables of heads and of agreement, and enter the other methods' scores into `scores`."""
         scores["attribution"] = prepared.attributions(progress)
         direct = prepared.direct()
         if direct is not None:

@@ -13,7 +13,7 @@ from probes.models.protocol import Model
 
 
 def chosen_heads(n_layers: int, n_heads: int, layers: Sequence[int], stride: int, heads: Sequence[str]) -> list[Node]:
-    """The heads named, or all heads of the layers of a sweep.
+    """Return the heads named, or all heads of the layers of a sweep.
 
     Raises:
         OptionError: a layer or head that does not exist, a name that is none, or both ways of choosing at once.

@@ -26,7 +26,7 @@ def _bound(values: np.ndarray) -> float:
 
 
 def head_maps(tables: Tables) -> go.Figure:
-    """Layer by head: relevance beside the measured effect of ablation."""
+    """Draw, layer by head, relevance beside the measured effect of ablation."""
     heads = tables["heads"]
     shown = [("score", "CD-T relevance")]
     if "ablation" in heads:
@@ -54,7 +54,7 @@ def head_maps(tables: Tables) -> go.Figure:
 
 
 def position_maps(tables: Tables) -> go.Figure:
-    """Layer by head at one position, with a menu of positions."""
+    """Draw relevance, layer by head, at one position, with a menu of positions."""
     table = tables["relevance"].query("kind == 'head' and position >= 0")
     means = table.groupby(["position", "layer", "head"])["score"].mean()
     top = _bound(means.to_numpy())
@@ -76,7 +76,7 @@ def position_maps(tables: Tables) -> go.Figure:
 
 
 def scatter(tables: Tables) -> go.Figure:
-    """Each head's score against the measured effect, a panel a method."""
+    """Draw each head's score against the measured effect, a panel a method."""
     heads = tables["heads"]
     methods = [name for name in NAMES if name != "ablation" and (name in heads or name == "cdt")]
     agreement = tables["agreement"].set_index("method")
@@ -103,7 +103,7 @@ def scatter(tables: Tables) -> go.Figure:
 
 
 def agreement(tables: Tables) -> go.Figure:
-    """Three correlations of each method's scores with measured effects, with their intervals."""
+    """Draw three correlations of each method's scores with measured effects, with their intervals."""
     table = tables["agreement"].iloc[::-1]
     names = [NAMES[m] for m in table["method"]]
     shown = [name for name in STATISTICS if table[name].notna().any()]
@@ -129,7 +129,7 @@ def agreement(tables: Tables) -> go.Figure:
 
 
 def words(tables: Tables) -> go.Figure:
-    """The words of each prompt, coloured by the relevance of each, as a line of text."""
+    """Draw each prompt as a line of words coloured by their relevance."""
     table = tables["words"]
     figure = go.Figure()
     prompts = list(dict.fromkeys(table["prompt"]))[:24]

@@ -14,7 +14,7 @@ BLUE, RED = "33,102,172", "178,24,43"
 
 
 def _places(nodes: pd.DataFrame, top: int) -> dict[tuple[int, int, int], tuple[float, float]]:
-    """Where each node is drawn: its layer up the page, its neighbours of the layer side by side."""
+    """Place each node: higher for later layers, nodes of one layer side by side."""
     places: dict[tuple[int, int, int], tuple[float, float]] = {(top, -1, -1): (0.0, float(top))}
     for number, (_, group) in enumerate(nodes.sort_values(["layer", "head", "position"]).groupby("layer")):
         offset = 0.35 if number % 2 else -0.35
@@ -24,7 +24,7 @@ def _places(nodes: pd.DataFrame, top: int) -> dict[tuple[int, int, int], tuple[f
 
 
 def circuit(tables: Tables) -> go.Figure:
-    """Nodes by layer, edges from source to target."""
+    """Draw nodes by layer, and edges from source to target."""
     edges, nodes = tables["edges"], tables["circuit"]
     top = int(edges["target_layer"].max())
     places = _places(nodes, top)

@@ -49,13 +49,16 @@ class PreparedCases:
     """Plain forwards that preparing them took."""
 
     def scores(self, sources: Sequence[Source], rules: Rules, progress: Progress, what: str) -> Array:
-        """Relevance to the metric [prompt, source]."""
+        """Return relevance to the metric, [prompt, source]."""
         return self.swept(sources, rules, None, progress, what)[0]
 
     def swept(
         self, sources: Sequence[Source], rules: Rules, reading: Reading | None, progress: Progress, what: str
     ) -> tuple[Array, torch.Tensor | None]:
-        """Relevance to the metric [prompt, source] and, under `reading`, to every head [source, layer, head], mean over prompts."""
+        """Return relevance to the metric, [prompt, source], and under `reading` that to every head.
+
+        The latter is a mean over prompts, [source, layer, head].
+        """
         progress.start(len(self.cases), what)
         out, links = [], None
         for one in self.cases:
@@ -68,7 +71,7 @@ class PreparedCases:
         return np.stack(out), None if links is None else links / len(self.cases)
 
     def effects(self, progress: Progress) -> Array:
-        """The fall of the metric on ablating each head [prompt, head]."""
+        """Return the fall of the metric on ablating each head [prompt, head]."""
         progress.start(len(self.ablations), "prompt ablated")
         out = []
         for ablation in self.ablations:
@@ -77,7 +80,7 @@ class PreparedCases:
         return np.stack(out)
 
     def attributions(self, progress: Progress) -> Array:
-        """Attribution patching of each head [prompt, head]."""
+        """Return attribution patching of each head [prompt, head]."""
         progress.start(len(self.cases), "prompt attributed")
         parts = []
         for one in self.cases:
@@ -86,14 +89,14 @@ class PreparedCases:
         return np.stack(parts)
 
     def direct(self) -> Array | None:
-        """Direct logit attribution of each head [prompt, head]; None where the model has none."""
+        """Return the direct logit attribution of each head [prompt, head]; None where the model has none."""
         parts = [direct_attribution(self.decomposer, one.prompt, one.case, one.baseline) for one in self.cases]
         if any(part is None for part in parts):
             return None
         return np.stack([self._chosen(part) for part in parts if part is not None])
 
     def _chosen(self, values: torch.Tensor) -> Array:
-        """The values [layer, head] of the heads that are scored [head]."""
+        """Return the values, of [layer, head], of the heads that are scored [head]."""
         return values[[node.layer for node in self.heads], [node.head for node in self.heads]].double().numpy()
 
 
@@ -137,7 +140,7 @@ def prepare_cases(
 
 
 def _pools(cases: Sequence[Case]) -> dict[tuple[str, int], list[tuple[int, ...]]]:
-    """The references of each group and length, without repeats."""
+    """Return the references of each group and length, without repeats."""
     pools: dict[tuple[str, int], set[tuple[int, ...]]] = {}
     for case in cases:
         pools.setdefault((case.group, len(case.tokens)), set()).update(case.references)
@@ -233,7 +236,7 @@ def by_magnitude(nodes: Sequence[Node], scores: Array) -> list[Node]:
 
 
 def cases_table(prepared: PreparedCases, texts: Sequence[str]) -> pd.DataFrame:
-    """Columns prompt, text, n_tokens, metric, metric_ablated: the metric as it is and with every head at its baseline."""
+    """Return columns prompt, text, n_tokens, metric (as it is), metric_ablated (with every head at its baseline)."""
     cases = [one.case for one in prepared.cases]
     return pd.DataFrame({
         "prompt": [case.index for case in cases], "text": [texts[case.index] for case in cases],

@@ -1,4 +1,4 @@
-"""Scores of sources: what of the metric, or of a target node, comes from them."""
+"""Scores of sources: how much of the metric, or of a target node, comes from each."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from analyses.contextual_decomposition.cases import Case
@@ -20,7 +21,7 @@ How = Literal["dot", "ratio"]
 
 @dataclass(frozen=True, eq=False)
 class PreparedCase:
-    """A case ready to be scored: traced once, with its baseline."""
+    """A case that was traced once, with its baseline."""
 
     case: Case
     prompt: Prepared
@@ -28,18 +29,18 @@ class PreparedCase:
 
 
 def head_sources(n_layers: int, n_heads: int) -> list[Source]:
-    """Every head at all positions."""
+    """Return every head at all positions."""
     return [(head(layer, h),) for layer in range(n_layers) for h in range(n_heads)]
 
 
 def position_sources(heads: Sequence[Node], positions: Sequence[int]) -> list[Source]:
-    """Each of some heads at every position of interest."""
+    """Return each of `heads` at each of `positions`."""
     places = sorted((node.layer, p, node.head) for p in positions for node in heads)
     return [(head(layer, h, p),) for layer, p, h in places]
 
 
 def mlp_sources(layers: Sequence[int]) -> list[Source]:
-    """The MLPs of some layers at all positions."""
+    """Return the MLPs of `layers` at all positions."""
     return [(mlp(layer),) for layer in layers]
 
 
@@ -55,15 +56,17 @@ class Reading:
     how: How = "dot"
 
 
-def to_metric(decomposer: Decomposer, prepared: PreparedCase, sources: Sequence[Source], rules: Rules) -> Tensor:
-    """The metric of the relevant logits at the end, for each source [source]."""
+def to_metric(
+    decomposer: Decomposer, prepared: PreparedCase, sources: Sequence[Source], rules: Rules
+) -> Float[Tensor, " source"]:
+    """Return the metric of each source's relevant part of the logits at the end."""
     return sweep(decomposer, prepared, sources, rules, None)[0]
 
 
 def sweep(
     decomposer: Decomposer, prepared: PreparedCase, sources: Sequence[Source], rules: Rules, reading: Reading | None
-) -> tuple[Tensor, Tensor | None]:
-    """What of the metric [source] and, where `reading` says how, of every head [source, layer, head] comes from each source.
+) -> tuple[Float[Tensor, " source"], Float[Tensor, "source layer head"] | None]:
+    """Return each source's score on the metric and, under `reading`, on every head.
 
     One sweep gives both: on its way to the end a source passes every head.
     """
@@ -103,8 +106,8 @@ def to_nodes(
     targets: Sequence[Node],
     rules: Rules,
     reading: Reading = Reading(),
-) -> Tensor:
-    """What of each target head comes from each source [source, target]."""
+) -> Float[Tensor, "source target"]:
+    """Return each source's score on each target head."""
     out = torch.zeros(len(sources), len(targets), dtype=torch.float64)
     n_heads = decomposer.structure.n_heads
 
@@ -128,7 +131,7 @@ def to_nodes(
 def _of_heads(
     prepared: PreparedCase, reading: Reading, layer: int, rel: Tensor, total: Tensor, where: Tensor
 ) -> Tensor:
-    """[source, head] from relevant parts [source, pos, head, d_head] and totals [pos, head, d_head] at positions `where`."""
+    """Return scores [source, head] from relevant parts [source, pos, head, d_head] and totals [pos, head, d_head] at positions `where`."""
     if reading.how == "ratio":
         part, rest = rel.abs().mean((1, 3)), (total - rel).abs().mean((1, 3))
         return part / (part + rest).clamp_min(torch.finfo(rel.dtype).tiny)
@@ -140,5 +143,5 @@ def _of_heads(
 
 
 def _spread(scores: Tensor, n_heads: int) -> Tensor:
-    """Scores [source, head], those of a key or value head given to every query head that shares it."""
+    """Return scores [source, head] with those of a key or value head repeated for every query head that shares it."""
     return scores.double().cpu().repeat_interleave(n_heads // scores.shape[1], dim=1)

@@ -1,4 +1,4 @@
-"""Local importance: what of the metric comes from each word of a prompt, and from the tokens of a word alone."""
+"""Local importance: how much of the metric comes from each word of a prompt, and from its tokens one by one."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from probes.progress import QUIET, Progress
 
 
 def words_of(pieces: Sequence[str]) -> list[range]:
-    """Positions of each word: a token that begins with white space, or the first, begins one."""
+    """Return the positions of each word; the first token and every one that begins with white space begin a word."""
     starts = [i for i, piece in enumerate(pieces) if i == 0 or piece[:1].isspace()]
     ends = [*starts[1:], len(pieces)]
     return [range(start, end) for start, end in zip(starts, ends, strict=True)]
 
 
 def source_of(positions: Sequence[int], how: str, n_heads: int) -> Source:
-    """A phrase: its rows of the first stream, or all heads of block 0 at its positions."""
+    """Return a phrase as a source: its rows of the first stream, or all heads of block 0 at its positions."""
     if how == "token":
         return tuple(token(p) for p in positions)
     return tuple(head(0, h, p) for p in positions for h in range(n_heads))
@@ -36,7 +36,7 @@ def words_table(
     mode: str,
     progress: Progress = QUIET,
 ) -> pd.DataFrame:
-    """Columns prompt, word, first_position, last_position, text, relevance, share, interaction.
+    """Return columns prompt, word, first_position, last_position, text, relevance, share, interaction.
 
     `share` is the relevance as a share of the metric's magnitude; `interaction` is what the word's tokens have
     together and not one by one. In zero mode a word's own rows are relevant, in mean mode what they differ from the mean.

@@ -1,4 +1,4 @@
-"""Depth use: what each block contributes, what later blocks and the output lose without it, and which proxy foretells that."""
+"""Depth use: what each block contributes, what later blocks and the output lose without it, and which proxy predicts that."""
 
 from analyses.depth_use.analysis import DepthUse
 

@@ -25,7 +25,7 @@ SHUFFLES = 100
 
 
 def alignment_table(activations: Activations, groups: Sequence[str], first_token: bool, seed: int) -> pd.DataFrame:
-    """Cosines between every two groups of prompts; empty where fewer than two are named.
+    """Return the cosines between every two groups of prompts; empty where fewer than two are named.
 
     Returns:
         Columns layer, group_a, group_b, centred (whether the mean over all tokens was subtracted first, because streams
@@ -53,7 +53,7 @@ def alignment_table(activations: Activations, groups: Sequence[str], first_token
 
 
 def _compare(rows: Sequence[Tensor], groups: Sequence[str], a: str, b: str, seed: int) -> tuple[float, ...]:
-    """mean_cosine and pair_cosine, each with its control's bounds, then best_cosine."""
+    """Return mean_cosine and pair_cosine, each with its control's bounds, then best_cosine."""
     members = [i for i, group in enumerate(groups) if group in (a, b)]
     in_a = np.array([groups[i] == a for i in members])
     counts = torch.tensor([len(rows[i]) for i in members], dtype=torch.float64)
@@ -76,7 +76,7 @@ def _mean_cosine(sums: Tensor, counts: Tensor, in_a: NDArray[np.bool_]) -> float
 
 
 def _pair_cosine(sums: Tensor, counts: Tensor, in_a: NDArray[np.bool_]) -> float:
-    """From sums of unit rows: the mean cosine of all pairs is the product of the two mean unit rows."""
+    """Return the mean cosine of all pairs from sums of unit rows: it is the product of the two mean unit rows."""
     first = torch.from_numpy(in_a)
     return float((sums[first].sum(0) / counts[first].sum()) @ (sums[~first].sum(0) / counts[~first].sum()))
 

@@ -1,4 +1,4 @@
-"""Depth use: what each block contributes, what later blocks and the output lose without it, and which proxy foretells that."""
+"""Depth use: what each block contributes, what later blocks and the output lose without it, and which proxy predicts that."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from probes.store import ActivationStore
 
 
 def check_group(value: object) -> str | None:
-    """What is wrong with a `group` field, or None."""
+    """Say what is wrong with a `group` field; None if nothing is."""
     return None if isinstance(value, str | int) and str(value) else "must be a text or a number that names a group"
 
 
 def check_label(value: object) -> str | None:
-    """What is wrong with a `label` field, or None."""
+    """Say what is wrong with a `label` field; None if nothing is."""
     return None if not isinstance(value, bool) and value in (0, 1) else "must be 0 or 1"
 
 
@@ -106,18 +106,18 @@ class DepthUse(Analysis):
         validate(self)
 
     def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
-        """Blocks left out, rounded, frozen, run side by side, erased and differentiated; each restarted where it changes."""
+        """Count the restarts of blocks left out, rounded, frozen, run side by side, erased and differentiated."""
         _check_model(model)
         return Interventions(forwards(model, prompts, self._settings))
 
     def needs(self, model: Model) -> list[Need]:
-        """Rows of the stream entering and leaving every block, and of what attention adds."""
+        """Ask for rows of the stream entering and leaving every block, and of what attention adds."""
         return [Need(("resid_pre.0", "resid_post.*", "attn_out.*"))]
 
     def run(
         self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
     ) -> Result:
-        """Tables `proxies`, `proxy_intervals`, `agreement`, `contributions`, `skip_effect`, `output_effect`, `depth_score`,
+        """Return the tables `proxies`, `proxy_intervals`, `agreement`, `contributions`, `skip_effect`, `output_effect`, `depth_score`,
         `windows`, and where asked for `erasure`, `attribution`, `greedy`, `drop_curve`, `linear_maps`,
         and with groups of prompts `alignment`.
 

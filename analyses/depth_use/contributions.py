@@ -19,7 +19,7 @@ PARTS: tuple[Part, ...] = ("block", "attn", "mlp")
 
 @dataclass(frozen=True)
 class Contribution:
-    """Per token [batch, pos], of one part of one block."""
+    """Measures of what one part of one block adds, per token [batch, pos]."""
 
     relative_norm: Tensor
     """||c|| / ||x||, with x the stream that the part adds to."""
@@ -32,7 +32,7 @@ class Contribution:
 
 
 def contribution(chunk: Chunk, part: Part, layer: int, parallel: bool) -> Contribution:
-    """One part's contribution; an MLP of a sequential block adds to the stream that attention has added to."""
+    """Measure one part's contribution; an MLP of a sequential block adds to the stream that attention has added to."""
     before, added = chunk.stream[layer].float(), chunk.added(part, layer).float()
     if part == "mlp" and not parallel:
         before = before + chunk.added("attn", layer).float()
@@ -49,7 +49,7 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Contributions:
-    """Collects the contributions of all tokens, chunk by chunk."""
+    """Contributions of all tokens, collected chunk by chunk."""
 
     def __init__(self, n_layers: int, parallel: bool, first_token: bool) -> None:
         self.n_layers, self.parallel, self.first_token = n_layers, parallel, first_token
@@ -77,7 +77,7 @@ class Contributions:
                 self._frames.append(pd.DataFrame({**keys, **arrays}))
 
     def table(self, seed: int) -> pd.DataFrame:
-        """Columns tokens (all or not_first), part, layer, relative_norm, ci_low, ci_high, median, largest, cosine,
+        """Return columns tokens (all or not_first), part, layer, relative_norm, ci_low, ci_high, median, largest, cosine,
         cosine_low, cosine_high, similarity, n.
         """
         frame = pd.concat(self._frames, ignore_index=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from torch import Tensor
 
 from analyses.depth_use.ablations import ChunkAblations
@@ -30,7 +31,7 @@ def greedy_removal(
     known: Mapping[tuple[Part, int], float] | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Repeatedly removes the attention or MLP part whose absence changes the output least (FinerCut, arXiv 2405.18218).
+    """Remove, again and again, the attention or MLP part whose absence changes the output least (FinerCut, arXiv 2405.18218).
 
     Every candidate is restarted from the stream, under what has been removed already, that enters its block.
 
@@ -62,7 +63,7 @@ def greedy_removal(
 
 
 def _loss(ablations: ChunkAblations, final: Tensor, seed: int) -> tuple[float, float, float]:
-    """(mean change of loss, its interval over prompts) when `final` leaves the last block."""
+    """Return (mean change of loss, its interval over prompts) when `final` leaves the last block."""
     change = ablations.outputs.loss(final) - ablations.outputs.ce
     known = ablations.counted[ablations.outputs.where] & ~change.isnan()
     lost = cluster_bootstrap(change[known].numpy(), ablations.outputs.prompt[known].numpy(), seed=seed)
@@ -77,7 +78,7 @@ def _candidates(
     layers: Sequence[int],
     tick: Tick,
 ) -> dict[tuple[Part, int], float]:
-    """The distance that removing each remaining part would bring, beside what is removed already."""
+    """Return the distance that removing each remaining part would bring, beside what is removed already."""
     distances: dict[tuple[Part, int], float] = {}
     for layer in layers:
         for part in SUBLAYERS:
@@ -90,19 +91,19 @@ def _candidates(
 
 
 def removed_from(removed: Sequence[tuple[Part, int]], layer: int) -> list[tuple[Part, int]]:
-    """The removed parts of block `layer` and later, which a run from there must leave out again."""
+    """Return the removed parts of block `layer` and later, which a run from there must leave out again."""
     return [place for place in removed if place[1] >= layer]
 
 
-def mean_distance(ablations: ChunkAblations, final: Tensor, distance: Distance) -> float:
-    """The mean distance over the counted tokens when `final` leaves the last block."""
+def mean_distance(ablations: ChunkAblations, final: Float[Tensor, "batch pos d_model"], distance: Distance) -> float:
+    """Return the mean distance over the counted tokens when `final` leaves the last block."""
     outputs = ablations.outputs
     values = outputs.change(final).jsd if distance == "jsd" else outputs.logit_distance(final, distance)
     return float(values[ablations.counted[outputs.where]].mean())
 
 
 def orders(proxies: pd.DataFrame, seed: int) -> dict[str, list[list[int]]]:
-    """Orders in which to remove whole blocks, least important first, by name; `random` has several."""
+    """Return orders in which to remove whole blocks, least important first, by name; `random` has several."""
     rng = np.random.default_rng(seed)
     by = {
         "measured loss": proxies["delta_ce_block"],
@@ -134,7 +135,7 @@ def drop_blocks(
 
 
 def drop_table(columns: Mapping[str, PerPrompt], seed: int) -> pd.DataFrame:
-    """Columns order, removed, delta_ce, ci_low, ci_high (over prompts)."""
+    """Return columns order, removed, delta_ce, ci_low, ci_high (over prompts)."""
     parts = []
     for name, column in columns.items():
         mean, low, high = interval(column, seed)

@@ -106,7 +106,7 @@ class _Run:
         on_blocks(self.model, chunk.tokens, on_these)
 
     def measure(self) -> None:
-        """Everything that enters the proxies, over all prompts."""
+        """Measure what enters the proxies, over all prompts."""
         for chunk in chunks(self.activations, range(len(self.prompts))):
             self.contributions.add(chunk, self.columns)
             self.scales.add(chunk)
@@ -129,7 +129,7 @@ class _Run:
         ablations.read(self.columns, self.layers)
 
     def skips(self) -> None:
-        """Future and local skip effects, on the first prompts that are long enough."""
+        """Measure future and local skip effects, on the first prompts that are long enough."""
         chosen = self.settings.split_prompts(self.prompts)
         if len(chosen) < min(self.settings.skip_prompts, len(self.prompts)):
             self.notes.append(
@@ -162,7 +162,7 @@ class _Run:
             local_effects(self.effects["local", part], blocks, chunk, part, at, where, self.layers, self._tick)
 
     def proxy_tables(self) -> Tables:
-        """Tables `proxies`, `proxy_intervals`, `agreement`, `windows`, `loss`."""
+        """Return the tables `proxies`, `proxy_intervals`, `agreement`, `windows`, `loss`."""
         measured = {
             name: c for name, c in self.columns.items() if name.rpartition("_")[0] not in ("angular", "euclidean")
         }
@@ -184,7 +184,7 @@ class _Run:
         return tables
 
     def _probed(self) -> dict[str, PerPrompt]:
-        """Accuracy of a linear probe for the prompts' labels on each layer's stream at the last token, where there are labels."""
+        """Return the accuracy of a linear probe for the prompts' labels on each layer's stream at the last token, where there are labels."""
         labelled = [i for i, prompt in enumerate(self.prompts) if "label" in prompt.fields]
         if not labelled:
             return {}
@@ -210,7 +210,7 @@ class _Run:
         return pd.concat(frames, ignore_index=True)
 
     def skip_tables(self) -> Tables:
-        """Tables `skip_effect`, `output_effect`, `depth_score`."""
+        """Return the tables `skip_effect`, `output_effect`, `depth_score`."""
         seed, measured = self.settings.seed, [(k, e) for k, e in self.effects.items() if not np.isnan(e.mean).all()]
         groups = [str(prompt.fields.get("group", "")) for prompt in self.prompts]
         with_output = [(k, e) for k, e in measured if not np.isnan(e.output).all()]
@@ -223,7 +223,7 @@ class _Run:
         return {name: pd.concat(frames, ignore_index=True).assign(rule=rule) for name, frames in tables.items()}
 
     def removal_tables(self, proxies: pd.DataFrame) -> Tables:
-        """Tables `greedy` and `drop_curve`, where asked for."""
+        """Return the tables `greedy` and `drop_curve`, as the options say."""
         tables: Tables = {}
         planned = removed(self.model, self.prompts, self.settings)
         if self.settings.drop_blocks:
@@ -256,7 +256,7 @@ class _Run:
         return float(column.sums[prompts, layer].sum() / column.counts[prompts, layer].sum())
 
     def token_tables(self) -> Tables:
-        """Tables `erasure` and `attribution`, where asked for."""
+        """Return the tables `erasure` and `attribution`, as the options say."""
         s, tables = self.settings, Tables()
         planned = per_token(self.model, self.prompts, s)
         if s.erasure_prompts:

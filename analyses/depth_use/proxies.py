@@ -40,7 +40,7 @@ def proxy_tables(measured: Mapping[str, PerPrompt], fixed: Mapping[str, Array], 
 
 
 def agreement_table(measured: Mapping[str, PerPrompt], fixed: Mapping[str, Array], seed: int) -> pd.DataFrame:
-    """Spearman correlation of every two proxies over layers, with intervals over resampled prompts.
+    """Return the Spearman correlation of every two proxies over layers, with intervals over resampled prompts.
 
     Returns:
         Columns proxy_a, proxy_b, spearman, ci_low, ci_high, p_value (by permutation of layers), null_95 (the |rho| that

@@ -109,11 +109,11 @@ class NormRemoval(Analysis):
 
     @property
     def makes_prompts(self) -> bool:
-        """Without diagnostics, the training text is all it reads."""
+        """Whether diagnostics are off, so that the training text is all it reads."""
         return not self.diagnose
 
     def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
-        """Norms frozen one at a time and together; with a schedule also trained away, on the original and its control."""
+        """Count the restarts under frozen norms, and with a schedule the sequences trained on and compared."""
         _check_model(model, bool(self.schedule))
         counts = most_forwards(model, self._plan) if self.schedule else {}
         if self.diagnose and (switches := switches_of(model)) is not None:
@@ -123,7 +123,7 @@ class NormRemoval(Analysis):
         return Interventions(counts, exact=not self.schedule)
 
     def needs(self, model: Model) -> list[Need]:
-        """Streams, norm divisors and heads' outputs; attention patterns and the last MLP's activations where asked for."""
+        """Ask for streams, norm divisors and heads' outputs, and by option for patterns and the last MLP's activations."""
         if not self.diagnose:
             return []
         return needs(model, self._settings.swept(model.shape.n_layers), self.sinks, self.neurons > 0)
@@ -131,7 +131,7 @@ class NormRemoval(Analysis):
     def run(
         self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
     ) -> Result:
-        """Tables `scales`, `freeze_effect`, `freeze_together`, `stream`, `attribution_error`, `attribution_total`, `sinks`,
+        """Return the tables `scales`, `freeze_effect`, `freeze_together`, `stream`, `attribution_error`, `attribution_total`, `sinks`,
         `neurons`, and with a schedule `training`, `losses`, `divergence` and `export`.
 
         Raises:

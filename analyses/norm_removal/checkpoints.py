@@ -29,15 +29,15 @@ class Checkpoints:
     folder: Path
 
     def steps(self) -> list[int]:
-        """The steps after which there is a checkpoint, in order."""
+        """Return the steps after which there is a checkpoint, in order."""
         return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
 
     def path(self, step: int) -> Path:
-        """The checkpoint after `step` steps."""
+        """Return the path of the checkpoint after `step` steps."""
         return self.folder / f"step-{step:07d}"
 
     def save(self, step: int, module: nn.Module, optimizer: Optimizer, switches: Switches, history: list[Any]) -> Path:
-        """Writes a checkpoint, and then removes all but the newest `KEPT`."""
+        """Write a checkpoint, and then remove all but the newest `KEPT`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=self.folder))
         save_file(_tensors(module), draft / "model.safetensors")
@@ -54,7 +54,7 @@ class Checkpoints:
         return self.path(step)
 
     def load(self, module: nn.Module, optimizer: Optimizer, switches: Switches) -> tuple[int, list[Any]]:
-        """Puts the newest checkpoint into all three; (steps done, history), or (0, []) where there is none.
+        """Put the newest checkpoint into all three; return (steps done, history), or (0, []) where there is none.
 
         Raises:
             TrainingError: the checkpoint is damaged, or of another model.

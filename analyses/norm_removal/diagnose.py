@@ -35,14 +35,14 @@ class Settings:
     seed: int
 
     def swept(self, n_layers: int) -> list[int]:
-        """The layers whose norms are frozen by themselves and whose heads are read."""
+        """Return the layers whose norms are frozen by themselves and whose heads are read."""
         return swept(n_layers, self.layers, self.stride)
 
 
 def diagnose(
     activations: Activations, variant: str, settings: Settings, progress: Progress
 ) -> tuple[Tables, list[str], int]:
-    """(all diagnostic tables of a model called `variant`, what a reader must know, sequences restarted under a frozen norm)."""
+    """Return (all diagnostic tables of a model called `variant`, notes for the reader, sequences restarted under a frozen norm)."""
     measured = Measured(activations, settings.first_token)
     notes: list[str] = []
     tables: Tables = {}

@@ -9,6 +9,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -40,7 +41,7 @@ class Predictions:
 def predict(
     modules: Mapping[str, nn.Module], blocks: Tensor
 ) -> tuple[dict[str, Predictions], dict[tuple[str, str], Array]]:
-    """Predictions of several models on blocks [n, block], and each pair's Jensen-Shannon divergence per token, nats."""
+    """Return the predictions of several models on blocks [n, block], and each pair's Jensen-Shannon divergence per token, nats."""
     parts: dict[str, list[list[Tensor]]] = {name: [] for name in modules}
     divergences: dict[tuple[str, str], list[Tensor]] = {pair: [] for pair in combinations(modules, 2)}
     for rows in torch.split(blocks, ROWS):
@@ -69,15 +70,15 @@ def _read(logprobs: Tensor, targets: Tensor) -> list[Tensor]:
     ]
 
 
-def jensen_shannon(a: Tensor, b: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of two log-distributions [..., d_vocab], nats; [...]."""
+def jensen_shannon(a: Float[Tensor, "*rest d_vocab"], b: Float[Tensor, "*rest d_vocab"]) -> Float[Tensor, "*rest"]:
+    """Return the Jensen-Shannon divergence of two log-distributions, nats."""
     middle = torch.logaddexp(a, b) - torch.log(torch.tensor(2.0))
     divergence = [(x.exp() * (x - middle)).nan_to_num(0.0).sum(-1) for x in (a, b)]
     return ((divergence[0] + divergence[1]) / 2).clamp_min(0)
 
 
 def calibration_error(confidence: Array, correct: Array, bins: int = BINS) -> float:
-    """Expected calibration error: |confidence - accuracy| per bin of confidence, weighted by the bin's share.
+    """Return the expected calibration error: |confidence - accuracy| per bin of confidence, weighted by the bin's share.
 
     Naeini, Cooper, Hauskrecht 2015.
     """
@@ -87,7 +88,7 @@ def calibration_error(confidence: Array, correct: Array, bins: int = BINS) -> fl
 
 
 def loss_table(predictions: Mapping[str, Predictions], control: str, seed: int) -> pd.DataFrame:
-    """One row a variant; intervals over blocks, the gap's from the same blocks resampled in pairs."""
+    """Return one row a variant, with intervals over blocks; that of the gap resamples the same blocks for both."""
     rows = []
     for name, p in predictions.items():
         block = np.repeat(np.arange(len(p.loss)), p.loss.shape[1])
@@ -119,7 +120,7 @@ def _gap(p: Predictions, control: Predictions | None, block: NDArray[np.int64], 
 
 
 def divergence_table(divergences: Mapping[tuple[str, str], Array], seed: int) -> pd.DataFrame:
-    """Mean Jensen-Shannon divergence of every two variants, with intervals over blocks."""
+    """Return the mean Jensen-Shannon divergence of every two variants, with intervals over blocks."""
     rows = []
     for (a, b), values in divergences.items():
         mean = cluster_bootstrap(values.ravel(), np.repeat(np.arange(len(values)), values.shape[1]), seed=seed)
@@ -136,5 +137,5 @@ def divergence_table(divergences: Mapping[tuple[str, str], Array], seed: int) ->
 
 
 def training_table(histories: Mapping[str, Sequence[Mapping[str, object]]]) -> pd.DataFrame:
-    """The steps of several trainings, one after the other."""
+    """Return the steps of several trainings in one table."""
     return pd.concat([pd.DataFrame(h).assign(variant=name) for name, h in histories.items()], ignore_index=True)

@@ -33,8 +33,9 @@ class Frozen:
 
 
 def single(switches: Switches, split_paths: bool, layers: Sequence[int]) -> list[Frozen]:
-    """Every norm of `layers`, and the final one, by itself: the one before attention as a whole and, with `split_paths`,
-    its two paths.
+    """Return every norm of `layers`, and the final one, to be frozen by itself.
+
+    The norm before attention is frozen as a whole and, with `split_paths`, also on each of its two paths.
     """
     frozen = []
     for norm in switches.norms:
@@ -50,19 +51,19 @@ def single(switches: Switches, split_paths: bool, layers: Sequence[int]) -> list
 
 
 def together(switches: Switches) -> list[Frozen]:
-    """All sites of a kind, and all sites."""
+    """Return all sites of each kind, and all sites, to be frozen together."""
     kinds = dict.fromkeys(site.kind for site in switches.sites)
     groups = [Frozen(f"all {k}", None, tuple(s for s in switches.sites if s.kind == k)) for k in kinds if k != "final"]
     return [*groups, Frozen("all", None, switches.sites)]
 
 
 def sweep(switches: Switches, split_paths: bool, layers: Sequence[int]) -> list[Frozen]:
-    """Everything that is frozen: norms by themselves, and together."""
+    """Return everything that is frozen: norms by themselves, and together."""
     return [*single(switches, split_paths, layers), *together(switches)]
 
 
 def forwards(switches: Switches, frozen: Sequence[Frozen], lengths: Sequence[int]) -> int:
-    """Sequences that restart under a frozen norm, of prompts of these lengths, the control among them.
+    """Count the sequences that restart under a frozen norm, of prompts of these lengths, the control among them.
 
     The final norm by itself is read out anew and restarts nothing; prompts without a next token share a batch with others
     or are not run.
@@ -75,7 +76,7 @@ def forwards(switches: Switches, frozen: Sequence[Frozen], lengths: Sequence[int
 def mean_scales(
     site_scales: Mapping[NormSite, Sequence[Tensor]], source: Source, first: FirstScale
 ) -> dict[NormSite, Scale]:
-    """One scale a site from its scales [pos] on every prompt; sites of one norm are given the same numbers.
+    """Average each site's scales [pos] over prompts; sites of one norm are given the same numbers.
 
     Args:
         source: a mean over all positions, or over prompts for each position.
@@ -115,7 +116,7 @@ class FreezeEffects:
         """Sequences that were restarted."""
 
     def measure(self, progress: Progress) -> None:
-        """Every thing frozen, on all prompts."""
+        """Freeze each in turn, on all prompts."""
         lengths = [len(sequence) for sequence in self.measured.sequences]
         progress.start(forwards(self.switches, self.frozen, lengths), "frozen norm")
         for part in self.measured.parts():
@@ -153,7 +154,7 @@ class FreezeEffects:
         return self.measured.loss(end[part.counted], part.targets, unembedding)
 
     def _unembedding(self, scale: Scale, part: Part) -> Unembedding:
-        """The read-out of this part's counted rows, in their order, with the final norm's scale given."""
+        """Return the read-out of this part's counted rows, in their order, with the final norm's scale given."""
         own = self.measured.unembedding
         parts = self.switches.norm(NormSite("final")).parts
         if scale.own:
@@ -163,7 +164,7 @@ class FreezeEffects:
         return replace(own, norm=lambda rows: parts.divided(rows, next(left)))
 
     def tables(self, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """(`freeze_effect`, `freeze_together`), with 95 % intervals over prompts; infinite where any token's loss is."""
+        """Return (`freeze_effect`, `freeze_together`), with 95 % intervals over prompts; infinite where any token's loss is."""
         share = self.diverged.mean().numpy()
         # A mean over the tokens that stayed finite would make the worst cases look harmless.
         mean, low, high = (np.where(share > 0, np.inf, values) for values in interval(self.change, seed))

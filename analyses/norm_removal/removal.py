@@ -36,7 +36,7 @@ VARIANTS = ("control", "norm_free")
 
 @dataclass(frozen=True)
 class Plan:
-    """What `NormRemoval` was asked to train."""
+    """The options of `NormRemoval` that say what is trained."""
 
     schedule: str
     steps: int
@@ -54,7 +54,7 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Removal:
-    """What a removal gave."""
+    """The models, tables and notes of a removal."""
 
     models: Mapping[str, Model]
     """The control and the norm-free model, by variant."""
@@ -65,7 +65,7 @@ class Removal:
 
 
 def planned(plan: Plan, switches: Switches) -> Schedule:
-    """The schedule, with what the options set in place of its own.
+    """Return the schedule, with what the options set in place of its own.
 
     Raises:
         OptionError: an unknown schedule, or one that names a missing site or leaves one out.
@@ -85,7 +85,7 @@ def planned(plan: Plan, switches: Switches) -> Schedule:
 
 
 def remove(model: Model, plan: Plan, progress: Progress) -> Removal:
-    """Trains the removal and its control, makes the norm-free model exact, exports it and compares all of them.
+    """Train the removal and its control, make the norm-free model exact, export it and compare all of them.
 
     Raises:
         OptionError, PromptError, TrainingError: see `planned`, `make_blocks` and `train`.
@@ -133,7 +133,7 @@ def _finish(model: Model, anatomy: Anatomy, blocks: Blocks, runs: Mapping[str, T
 
 
 def most_forwards(model: Model, plan: Plan) -> dict[str, int]:
-    """Sequences that a removal trains on and compares at most: fewer where it goes on from a checkpoint or text is short.
+    """Count the sequences that a removal trains on and compares at most: fewer where it goes on from a checkpoint or text is short.
 
     Raises:
         OptionError: a schedule that does not fit the model.
@@ -146,7 +146,7 @@ def most_forwards(model: Model, plan: Plan) -> dict[str, int]:
 
 
 def _constant(run: Trained) -> Anatomy:
-    """The anatomy of a copy in which frozen norms are linear maps; the control's norms stay."""
+    """Return the anatomy of a copy in which frozen norms are linear maps; the control's norms stay."""
     anatomy = copy_of(run.anatomy)
     if run.switches.on:
         make_constant(anatomy, run.switches.on)
@@ -155,7 +155,7 @@ def _constant(run: Trained) -> Anatomy:
 
 @torch.no_grad()
 def frozen_at_once(anatomy: Anatomy, blocks: Blocks, batch: int) -> Anatomy:
-    """A copy of a model with every norm a linear map at its mean scale over `batch` training blocks, and no training after."""
+    """Return a copy of a model whose norms are linear maps at their mean scale over `batch` training blocks, untrained."""
     frozen = copy_of(anatomy)
     switches = Switches(frozen, blocks.end_of_text)
     sums: dict[str, list[Tensor]] = {norm.path: [] for norm in switches.norms}
@@ -176,7 +176,7 @@ def _loaded(anatomy: Anatomy, model: Model, variant: str) -> Model:
 
 
 def _export(run: Trained, folded: Anatomy, rows: Tensor, folder: str, model: Model) -> tuple[pd.DataFrame, str]:
-    """The exported folder, and how far its logits and those of the fully folded model are from each other."""
+    """Export the model, and measure how far the folder's logits and those of the fully folded model are from each other."""
     exported = copy_of(run.anatomy)
     make_large_eps(exported, run.switches.on)
     module: Any = exported.map.module
@@ -204,7 +204,7 @@ def _export(run: Trained, folded: Anatomy, rows: Tensor, folder: str, model: Mod
 
 @torch.no_grad()
 def largest_difference(folder: Path, folded: nn.Module, tokens: Tensor) -> float:
-    """How far the logits of what plain transformers loads from `folder` are from another model's on tokens [batch, pos].
+    """Compare the logits of what plain transformers loads from `folder` with another model's on tokens [batch, pos].
 
     Returns:
         The largest deviation in a row of logits, relative to the row's largest.

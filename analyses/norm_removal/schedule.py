@@ -67,7 +67,7 @@ class Schedule:
                 )
 
     def events(self, sites: Sequence[NormSite]) -> tuple[Event, ...]:
-        """Everything that happens to a model with these sites, in order.
+        """Return everything that happens to a model with these sites, in order.
 
         Raises:
             OptionError: a phase names a site that the model does not have, or one that is frozen already.
@@ -90,7 +90,7 @@ class Schedule:
         return tuple(sorted(events, key=lambda event: event.step))
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step: a linear warm-up, then half a cosine down to the least."""
+        """Return the learning rate of a step: a linear warm-up, then half a cosine down to the least."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         end = self.decay_steps or self.steps
@@ -124,7 +124,7 @@ class Released:
     training: dict[str, Any]
 
     def schedule(self, name: str, sites: Iterable[NormSite]) -> Schedule:
-        """The schedule for a model with these sites."""
+        """Return the schedule for a model with these sites."""
         have = list(sites)
         return Schedule(name, chained(have, self.start, self.gaps, self.delays), **self.training)
 
@@ -146,7 +146,7 @@ NAMES = ("proportional", "at_once", *RELEASED)
 def chained(
     sites: Sequence[NormSite], start: int, gaps: tuple[float, float, float], delays: tuple[int, int]
 ) -> tuple[Phase, ...]:
-    """Phases that follow one another without a pause, each kind of site from layer 0 upwards, the final norm last.
+    """Return phases that follow one another without a pause, each kind of site from layer 0 upwards, the final norm last.
 
     Norms that GPT-2 does not have (of queries and keys per head, of what a part adds) come before the input norms of
     attention, at the pace of queries and keys.
@@ -166,7 +166,7 @@ def chained(
 
 
 def proportional(sites: Sequence[NormSite], steps: int) -> Schedule:
-    """The small run's schedule stretched to `steps` and to the model's layers, its last withdrawal at the same share of the run."""
+    """Stretch the small run's schedule to `steps` and to the model's layers, its last withdrawal at the same share of the run."""
     small = RELEASED["small"]
     kinds = [k for k in KINDS if k in {site.kind for site in sites} and k != "final"]
     n_layers = 1 + max((site.layer or 0 for site in sites), default=0)
@@ -182,7 +182,7 @@ def proportional(sites: Sequence[NormSite], steps: int) -> Schedule:
 
 
 def get_schedule(name: str, sites: Sequence[NormSite], steps: int = 0) -> Schedule:
-    """A schedule by name, or from a TOML file, for a model with these sites.
+    """Return a schedule by name, or from a TOML file, for a model with these sites.
 
     Args:
         steps: the length of `proportional` and `at_once`, and a bound on the others; 0 leaves their own.
@@ -209,7 +209,7 @@ def get_schedule(name: str, sites: Sequence[NormSite], steps: int = 0) -> Schedu
 
 
 def read_schedule(path: Path) -> Schedule:
-    """A schedule file: the fields of `Schedule`, and a list `phases` of tables with `sites`, `start`, `gap`.
+    """Read a schedule file: the fields of `Schedule`, and a list `phases` of tables with `sites`, `start`, `gap`.
 
     Raises:
         OptionError: the file is missing, no TOML, or has a field that is unknown, missing or of another type.

@@ -30,7 +30,7 @@ class Blocks:
     end_of_text: int | None
 
     def batch(self, step: int, size: int, seed: int) -> Tensor:
-        """The blocks [size, block] of a training step, which depend on nothing but these arguments.
+        """Return the blocks [size, block] of a training step, which depend on nothing but these arguments.
 
         Every pass over the text draws a new order.
         """
@@ -45,7 +45,7 @@ def _order(n: int, seed: int, epoch: int) -> Tensor:
 
 
 def make_blocks(source: str, tokenizer: Any, block: int, enough: int) -> Blocks:
-    """Blocks from a text source.
+    """Make blocks from a text source.
 
     Args:
         source: a file (text, or JSON lines with `text` or `tokens`), a folder of them, or a data set on the hub as

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 
@@ -24,6 +25,6 @@ def watched_widths(blocks: Sequence[nn.Module]) -> Iterator[dict[int, int | None
         yield widths
 
 
-def imitated(hidden: Tensor, width: int | None) -> Any:
+def imitated(hidden: Float[Tensor, "batch pos d_model"], width: int | None) -> Any:
     """Return `hidden` as a block returns it whose tuples have this length; None for a bare tensor."""
     return hidden if width is None else (hidden, *[None] * (width - 1))

@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
 from probes.blocks.block_outputs import imitated, watched_widths
 from probes.errors import PointError
 from probes.hooks.forward_hooks import Stop
-from probes.models.protocol import Model
+from probes.models.protocol import BlockAccess, Model
 
 
+@runtime_checkable
 class Caller(Protocol):
     """Runs one block."""
 
     def __call__(self, layer: int, hidden: Tensor, swap: tuple[Any, Any] | None = None) -> Tensor:
-        """Block `layer` on `hidden` [batch, pos, d_model]; an argument that is `swap[0]` becomes `swap[1]`."""
+        """Return what block `layer` makes of `hidden` [batch, pos, d_model]; an argument that is `swap[0]` becomes `swap[1]`."""
         ...
 
 
@@ -30,36 +32,54 @@ T = TypeVar("T")
 Program = Callable[[Tensor, Caller], Tensor]
 """Receives what enters block 0 and a caller; returns what leaves the last block."""
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""A block's positional and named arguments besides the stream."""
 
-@contextmanager
-def module_of(model: Model) -> Iterator[tuple[nn.Module, Anatomy]]:
-    """The model's own module and anatomy, for an alteration that the caller undoes; no other thread runs it meanwhile.
+
+def block_access(model: Model) -> BlockAccess:
+    """Return the model as one that hands out its blocks.
 
     Raises:
         PointError: the backend keeps its module to itself.
     """
-    exclusive = getattr(model, "exclusive", None)
-    if exclusive is None:
+    if not isinstance(model, BlockAccess):
         raise PointError(
             f"{model.ref}: backend {model.context.backend!r} does not hand out its blocks and weights; use native"
         )
-    with exclusive():
-        yield model.module, model.anatomy  # type: ignore[attr-defined]
+    return model
+
+
+@contextmanager
+def module_of(model: Model) -> Iterator[tuple[nn.Module, Anatomy]]:
+    """Hand out the model's own module and anatomy, for an alteration that the caller undoes; no other thread runs it.
+
+    Raises:
+        PointError: the backend keeps its module to itself.
+    """
+    access = block_access(model)
+    with access.exclusive():
+        yield access.module, access.anatomy
 
 
 @contextmanager
 def rerouted(model: Model, program: Program, cached: bool = True) -> Iterator[None]:
-    """Within, every forward of the model runs its blocks as `program` says; reads and writes see each block's call.
+    """Run the blocks as `program` says in every forward of the model inside; reads and writes see each block's call.
 
     Args:
+        model: the model, of a backend that hands out its blocks.
+        program: what runs in the blocks' place.
         cached: hand the blocks the forward's key-value cache; False where a block may run twice.
+
+    Raises:
+        PointError: the backend keeps its module to itself.
     """
-    with module_of(model) as (module, anatomy):
-        path = anatomy.map.path("block", 0)
+    access = block_access(model)
+    with access.exclusive():
+        path = access.anatomy.map.path("block", 0)
         assert path is not None
-        parent = module.get_submodule(path.rpartition(".")[0])
+        parent = access.module.get_submodule(path.rpartition(".")[0])
         blocks = dict(parent.named_children())
-        route = _Route(program, model.block_output_lengths(), cached)  # type: ignore[attr-defined]
+        route = _Route(program, access.block_output_lengths(), cached)
         for index, (name, block) in enumerate(blocks.items()):
             parent._modules[name] = route.slot(index, block)
         try:
@@ -69,15 +89,19 @@ def rerouted(model: Model, program: Program, cached: bool = True) -> Iterator[No
                 parent._modules[name] = block
 
 
-def call_blocks(model: Model, tokens: Tensor, work: Callable[[Tensor, Caller], T], **kwargs: Any) -> T:
-    """Return `work` of what enters block 0 for `tokens` and of a caller of blocks; no block runs but those it calls.
+def call_blocks(
+    model: Model, tokens: Int[Tensor, "batch pos"], work: Callable[[Tensor, Caller], T], **arguments: Any
+) -> T:
+    """Return what `work` makes of what enters block 0 and of a caller; no block runs but those that it calls.
 
     Args:
-        tokens: [batch, pos].
-        kwargs: further arguments of the module's forward.
+        model: the model, of a backend that hands out its blocks.
+        tokens: what the module's forward is called on.
+        work: receives what enters block 0 [batch, pos, d_model] and the caller, which stays usable afterwards.
+        arguments: further arguments of the module's forward.
 
     Raises:
-        PointError: the backend does not hand out its blocks.
+        PointError: the backend keeps its module to itself.
     """
     results: list[T] = []
 
@@ -85,8 +109,8 @@ def call_blocks(model: Model, tokens: Tensor, work: Callable[[Tensor, Caller], T
         results.append(work(hidden, call))
         raise Stop
 
-    with module_of(model) as (module, _), rerouted(model, program), suppress(Stop):
-        module(input_ids=tokens.to(model.device), **kwargs)
+    with rerouted(model, program), suppress(Stop):
+        block_access(model).module(input_ids=tokens.to(model.device), **arguments)
     return results[0]
 
 
@@ -105,7 +129,7 @@ class _Route:
     def __init__(self, program: Program, widths: Sequence[int | None], cached: bool) -> None:
         self.program, self.widths, self.cached = program, widths, cached
         self.slots: list[_Slot] = []
-        self.arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.arguments: dict[int, Arguments] = {}
 
     def slot(self, index: int, block: nn.Module) -> _Slot:
         self.slots.append(_Slot(self, index, block))
@@ -123,11 +147,7 @@ class _Route:
         return imitated(hidden, self.widths[index])
 
     def call(
-        self,
-        arguments: Mapping[int, tuple[tuple[Any, ...], dict[str, Any]]],
-        layer: int,
-        hidden: Tensor,
-        swap: tuple[Any, Any] | None = None,
+        self, arguments: Mapping[int, Arguments], layer: int, hidden: Tensor, swap: tuple[Any, Any] | None = None
     ) -> Tensor:
         args, kwargs = arguments[layer]
         if swap is not None:
@@ -137,7 +157,7 @@ class _Route:
         return output if isinstance(output, Tensor) else output[0]
 
 
-def _without_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _without_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     from transformers.cache_utils import Cache
 
     return (
@@ -147,7 +167,7 @@ def _without_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple
 
 
 class _Slot(nn.Module):
-    """Stands in a block's place: asked by the model's loop it only notes; hooks see the block's real calls."""
+    """Stands in a block's place: called by the model's loop it only notes; hooks see the block's real calls."""
 
     def __init__(self, route: _Route, index: int, block: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Running one block of a model at a time, called by the model's own forward."""
+"""One block of a model at a time, run by the model's own forward."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from probes.blocks.block_outputs import imitated, watched_widths
@@ -18,25 +19,25 @@ T = TypeVar("T")
 
 
 def stage_of(address: Address, n_layers: int) -> int:
-    """The block whose call an address is seen in; `n_layers` for what follows the blocks."""
+    """Return the block during whose call an address is read or written; `n_layers` for what follows the blocks."""
     if address.layer is not None:
         return address.layer
     return 0 if address.point == "embed" else n_layers
 
 
 def steps(forward: Forward, n_layers: int) -> int:
-    """How many stages a forward has to run, up to the last it has an address in."""
+    """Return how many stages a forward has to run, up to the last that it has an address in."""
     stages = (stage_of(address, n_layers) for address in (*forward.reads, *forward.writes))
     return 1 + max(stages, default=-1)
 
 
 def of_stage(mapping: Mapping[Address, T], stage: int, n_layers: int) -> dict[Address, T]:
-    """The entries seen in one stage."""
+    """Return the entries of one stage."""
     return {address: value for address, value in mapping.items() if stage_of(address, n_layers) == stage}
 
 
 class SingleBlockRunner:
-    """Lets the model's forward through to one block: it prepares the block's arguments, and the others pass on."""
+    """Runs one block by the model's own forward, which prepares its arguments; the other blocks pass their input on."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self.blocks = tuple(blocks)
@@ -49,11 +50,12 @@ class SingleBlockRunner:
             yield
 
     @contextmanager
-    def only(self, layer: int, entering: Tensor | None) -> Iterator[list[Tensor]]:
-        """A forward inside runs block `layer` alone and stops after it; the list receives what leaves the block.
+    def only(self, layer: int, entering: Float[Tensor, "batch pos d_model"] | None) -> Iterator[list[Tensor]]:
+        """Make a forward inside run block `layer` alone and stop after it; the list receives what leaves the block.
 
-        `entering` [batch, pos, d_model] is what enters it, None for the first block. With as many as there are blocks,
-        `entering` is what leaves the last one and the forward runs what follows.
+        Args:
+            layer: the block; the number of blocks stands for what follows them.
+            entering: what enters the block, None for the first; where `layer` follows the blocks, what leaves the last.
         """
         left: list[Tensor] = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from probes.blocks.batch import Chunk
@@ -43,8 +44,8 @@ def chunks(activations: Activations, prompts: Sequence[int], *, together: bool =
             yield Chunk(members, batch.tokens, real, stream, attn)
 
 
-def padded(rows: Sequence[Tensor], batch: Batch) -> Tensor:
-    """Return the rows [pos, width] of each of a batch's prompts as one tensor [batch, pos, width], zero where padded."""
+def padded(rows: Sequence[Float[Tensor, "_ d_model"]], batch: Batch) -> Float[Tensor, "batch pos d_model"]:
+    """Return the rows of each of a batch's prompts as one tensor, zero where padded."""
     rectangle = rows[0].new_zeros(*batch.tokens.shape, rows[0].shape[-1])
     for index, row in enumerate(rows):
         rectangle[index, : len(row)] = row

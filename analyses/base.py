@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from analyses.interventions import Interventions
 from analyses.results.card import Card, FigureSpec, ProfileSpec, Tables
@@ -23,6 +23,11 @@ from probes.store import ActivationStore
 
 PromptsLike = str | Path | Sequence[Prompt | PromptLine | str | Sequence[int]]
 """A prompt file, or a list of prompts, texts or token id lists."""
+UNSTORED = {
+    "weights": "scores are of weights, and prompts whose channels are edited are run anew",
+    "own forwards": "activations were used prompt by prompt",
+}
+"""What is said of an analysis that neither reads from the activation store nor adds to it, by its `reads`."""
 
 
 @runtime_checkable
@@ -38,6 +43,8 @@ class Analysis(Protocol):
     prompt_fields: ClassVar[Mapping[str, Field]]
     """What a prompt line may carry beside its text or tokens, by name."""
     figures: ClassVar[Mapping[str, FigureSpec]]
+    reads: ClassVar[Literal["store", "weights", "own forwards"]] = "store"
+    """Where its numbers come from: rows of the activation store, or what `UNSTORED` says of the other two."""
     profiles: ClassVar[Mapping[str, ProfileSpec]] = {}
     """Its numbers by layer, for the depth axis that all analyses share."""
     chat: bool = False
@@ -124,4 +131,6 @@ def make_result(
     keys = [] if activations is None else activations.keys()
     provenance = describe(model, started=clock.started, seed=options.get("seed"), store_keys=keys, counts=counted)
     provenance["prompts"] = prompts_digest(prompts)
+    if analysis.reads in UNSTORED:
+        notes = [*notes, f"Nothing was read from the activation store or added to it: {UNSTORED[analysis.reads]}."]
     return Result(analysis.name, options, dict(tables), provenance, tuple(notes), Card.of(analysis))

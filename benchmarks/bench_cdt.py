@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from analyses.contextual_decomposition.cases import Case, baseline_of
-from analyses.contextual_decomposition.scores import Opened, position_sources, to_metric
+from analyses.contextual_decomposition.scores import PreparedCase, position_sources, to_metric
 from probes.decomposition import PRESETS, Baseline, Decomposer, Source, head
 from probes.models.backends.native import NativeModel
 from probes.points import Address
@@ -37,7 +37,7 @@ def decomposed(model: NativeModel, case: Case, baseline: Baseline, sources: list
     rules = PRESETS[preset]
     decomposer = Decomposer(model, case.tokens)
     prompt = decomposer.prepare(case.tokens, joint=rules.attention != "frozen")
-    return to_metric(decomposer, Opened(case, prompt, baseline), sources, rules)
+    return to_metric(decomposer, PreparedCase(case, prompt, baseline), sources, rules)
 
 
 def ablated(model: NativeModel, case: Case, baseline: Baseline, sources: list[Source]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from analyses.cli import main
 from analyses.contextual_decomposition import ContextualDecomposition
 from analyses.contextual_decomposition.agreement import agreement_tables
-from analyses.contextual_decomposition.cases import case_of, made
+from analyses.contextual_decomposition.cases import case_of, generated_questions
 from analyses.contextual_decomposition.circuit import pruned, ranked
 from analyses.contextual_decomposition.faithfulness import normalised, sizes_of
 from analyses.contextual_decomposition.word_relevance import words_of
@@ -277,7 +277,7 @@ def test_the_docstrings_next_parameter_is_the_answer_and_references_do_not_hold_
 @pytest.mark.real
 @pytest.mark.parametrize("task", ["ioi", "greater_than", "docstring"])
 def test_generated_questions_line_up_with_their_references(real: Model, task: str) -> None:
-    pairs = made(real, task, 10, 4, 0)
+    pairs = generated_questions(real, task, 10, 4, 0)
     cases = [case_of(real, index, prompt, item) for index, (prompt, item) in enumerate(pairs)]
     lengths = {case.group: set[int]() for case in cases}
     for case in cases:

@@ -15,8 +15,8 @@ from analyses.contextual_decomposition.ablation import Ablation, shared_start, w
 from analyses.contextual_decomposition.agreement import agreement_notes, agreement_tables
 from analyses.contextual_decomposition.cases import Case, baseline_of
 from analyses.contextual_decomposition.circuit import Search, search
-from analyses.contextual_decomposition.phases import looked_up, walked
-from analyses.contextual_decomposition.scores import Opened, Reading, swept_through
+from analyses.contextual_decomposition.prepared_cases import links_by_walking, links_from_sweep
+from analyses.contextual_decomposition.scores import PreparedCase, Reading, sweep
 from analyses.results.result import Result
 from probes.decomposition import PRESETS, Decomposer, head
 from probes.errors import OptionError
@@ -58,7 +58,7 @@ def test_rows_that_share_blocks_give_what_each_gives_by_a_whole_forward(family: 
     keep[7], keep[8] = True, False  # nothing and everything
     keep[9] = keep[10]
     shared, plain = Ablation(model, CASE, baseline), Ablation(model, CASE, baseline)
-    plain.held = None
+    plain.cached = None
     expected = plain.metric(keep)
     assert torch.allclose(shared.metric(keep), expected, atol=1e-5)
     assert float(expected.std()) > 1e-3
@@ -90,8 +90,8 @@ def test_what_every_reference_begins_with_needs_no_forward() -> None:
     start = shared_start(TOKENS, REFERENCES)
     assert start == len(START)
     late, whole = Ablation(model, CASE, baseline, start), Ablation(model, CASE, baseline)
-    assert late.held is not None
-    assert len(late.held.entering[0]) == len(TOKENS) - len(START)
+    assert late.cached is not None
+    assert len(late.cached.entering[0]) == len(TOKENS) - len(START)
     assert torch.allclose(without(late, HEADS), without(whole, HEADS), atol=1e-5)
     assert shared_start(TOKENS, ()) == 0
     assert shared_start(TOKENS, [TOKENS]) == len(TOKENS)
@@ -102,13 +102,13 @@ def test_what_every_reference_begins_with_needs_no_forward() -> None:
 def test_one_sweep_holds_the_links_that_a_sweep_for_each_step_finds(at: Any, how: Any) -> None:
     model, rules, reading = native("qwen2"), PRESETS["faithful"], Reading(at, how)
     decomposer = Decomposer(model, TOKENS)
-    opened = [Opened(CASE, decomposer.prepare(TOKENS), baseline_of(model, REFERENCES))]
-    scores, pairs = swept_through(decomposer, opened[0], [(node,) for node in HEADS], rules, reading)
+    opened = [PreparedCase(CASE, decomposer.prepare(TOKENS), baseline_of(model, REFERENCES))]
+    scores, pairs = sweep(decomposer, opened[0], [(node,) for node in HEADS], rules, reading)
     assert pairs is not None
     assert float(pairs.abs().max()) > 1e-3
     found = [
         search(links, HEADS, scores, Search(2, 2, False))
-        for links in (looked_up(pairs, HEADS), walked(decomposer, opened, rules, reading))
+        for links in (links_from_sweep(pairs, HEADS), links_by_walking(decomposer, opened, rules, reading))
     ]
     assert found[0][0] == found[1][0]
     assert len(found[0][1]) > 2

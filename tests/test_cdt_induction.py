@@ -11,8 +11,8 @@ from analyses.contextual_decomposition.ablation import Ablation, without
 from analyses.contextual_decomposition.cases import Case, baseline_of
 from analyses.contextual_decomposition.circuit import Search, search
 from analyses.contextual_decomposition.effects import attribution_patching
-from analyses.contextual_decomposition.phases import walked
-from analyses.contextual_decomposition.scores import Opened, Reading, position_sources, to_metric, to_nodes
+from analyses.contextual_decomposition.prepared_cases import links_by_walking
+from analyses.contextual_decomposition.scores import PreparedCase, Reading, position_sources, to_metric, to_nodes
 from probes.decomposition import PRESETS, Decomposer, head
 from probes.models.backends.native import NativeModel
 from probes.points import Address
@@ -96,7 +96,7 @@ def test_the_search_returns_previous_token_head_to_induction_head_at_the_right_p
     assert attention[1, induction, -1, successor] > 0.3
     decomposer = Decomposer(trained, every[0].tokens)
     baseline = baseline_of(trained, every[0].references)
-    opened = [Opened(case, decomposer.prepare(case.tokens), baseline) for case in every]
+    opened = [PreparedCase(case, decomposer.prepare(case.tokens), baseline) for case in every]
     rules = PRESETS[preset]
     sources = position_sources(HEADS, range(14))
     scores = torch.stack([to_metric(decomposer, one, sources, rules) for one in opened]).mean(0)
@@ -105,7 +105,7 @@ def test_the_search_returns_previous_token_head_to_induction_head_at_the_right_p
     assert (best.layer, best.head, best.position) == (1, induction, 13)
     how = Search(top=1, steps=3, layer_normalise=False)
     if preset == "faithful":
-        circuit, edges = search(walked(decomposer, opened, rules, Reading()), nodes, scores, how)
+        circuit, edges = search(links_by_walking(decomposer, opened, rules, Reading()), nodes, scores, how)
         assert [edge.source for edge in edges if edge.target is None] == [head(1, induction, 13)]
         assert circuit[1] == head(0, previous, successor)
         assert edges[1].target == circuit[0]
@@ -115,7 +115,7 @@ def test_the_faithful_scores_follow_the_measured_effects(trained: NativeModel) -
     every = cases()
     baseline = baseline_of(trained, every[0].references)
     decomposer = Decomposer(trained, every[0].tokens)
-    opened = [Opened(case, decomposer.prepare(case.tokens), baseline) for case in every]
+    opened = [PreparedCase(case, decomposer.prepare(case.tokens), baseline) for case in every]
     sources = [(node,) for node in HEADS]
     effects = torch.stack([without(Ablation(trained, case, baseline), HEADS).float() for case in every])
     scores = torch.stack([to_metric(decomposer, one, sources, PRESETS["faithful"]) for one in opened]).float()
@@ -141,10 +141,10 @@ def test_attribution_patching_is_the_first_order_effect(trained: NativeModel) ->
 def test_target_scores_of_a_heads_own_source_are_all_of_it(trained: NativeModel) -> None:
     case = cases()[0]
     decomposer = Decomposer(trained, case.tokens)
-    one = Opened(case, decomposer.prepare(case.tokens), baseline_of(trained, case.references))
+    one = PreparedCase(case, decomposer.prepare(case.tokens), baseline_of(trained, case.references))
     rules = PRESETS["faithful"]
     found = to_nodes(decomposer, one, [(head(1, 0),), (head(1, 1),)], [head(1, 0), head(1, 1)], rules)
     assert torch.allclose(found, torch.eye(2, dtype=torch.float64), atol=1e-5)
-    zero = Opened(case, one.prompt, None)
+    zero = PreparedCase(case, one.prompt, None)
     ratio = to_nodes(decomposer, zero, [(head(1, 0),), (head(1, 1),)], [head(1, 0)], rules, Reading(how="ratio"))
     assert torch.allclose(ratio[:, 0], torch.tensor([1.0, 0.0], dtype=torch.float64), atol=1e-6)

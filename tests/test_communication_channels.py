@@ -325,15 +325,15 @@ def test_the_scan_of_weights_alone(null: str, tmp_path: object) -> None:
 def test_held_out_steering_never_sees_its_own_prompt() -> None:
     import numpy as np
 
-    from analyses.communication_channels.list_recall import honest, steering_grid
+    from analyses.communication_channels.list_recall import held_out_correct, steering_grid
 
     answer = np.repeat(np.arange(2), 8)
     # Every prompt has a point of its own that is right: an oracle finds it, a point chosen elsewhere does not.
     chosen = np.where(np.eye(16, dtype=bool), answer[:, None], 1 - answer[:, None])
-    assert not honest(chosen, answer, 2).any()
+    assert not held_out_correct(chosen, answer, 2).any()
     steered = np.tile(np.arange(2), (16, 1))
-    assert honest(steered, answer, 2).all()
-    assert len(honest(steered, answer, 2)) == 8
+    assert held_out_correct(steered, answer, 2).all()
+    assert len(held_out_correct(steered, answer, 2)) == 8
     assert steering_grid(3, [1.0, 2.0, 3.0]).shape == (27, 3)
 
 

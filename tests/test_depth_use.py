@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from families import make
 from tiny import PROMPTS, native
 
 from analyses.depth_use import DepthUse
@@ -91,6 +92,42 @@ def test_a_model_predicts_its_own_streams_best_on_the_diagonal(result: Result) -
     assert (maps["train_tokens"] > 32).all()
     # Fitted to the one part and scored on the other.
     assert maps.loc[~diagonal, "train_error"].mean() < 0.9 * maps.loc[~diagonal, "error"].mean()
+
+
+@pytest.mark.parametrize("planted", [0, 1, 2])
+def test_every_measure_points_at_the_one_block_that_matters(planted: int, store: ActivationStore) -> None:
+    module = make("llama", seed=5)
+    with torch.no_grad():
+        for layer, block in enumerate(module.model.layers):
+            for weight in (block.self_attn.o_proj.weight, block.mlp.down_proj.weight):
+                weight.mul_(4.0 if layer == planted else 0.0)
+        # The model's own continuations, so that it is right until the block is taken away.
+        tokens = torch.tensor([[5 + 3 * i, 9 + i] for i in range(6)])
+        for _ in range(6):
+            tokens = torch.cat([tokens, module(input_ids=tokens).logits[:, -1:].argmax(-1)], dim=1)
+    model = NativeModel(module, ref="planted", weights=f"planted-{planted}")
+    analysis = DepthUse(**(SMALL | {"drop_blocks": 2, "greedy_steps": 4, "windows": (2,)}), skip_prompts=2)
+    tables = analysis.run(model, tokens.tolist(), store=store).tables
+
+    proxies, others = tables["proxies"].set_index("layer"), [layer for layer in range(3) if layer != planted]
+    for name in ("delta_ce_block", "jsd_block", "relative_norm_block", "similarity_block", "jsd_mlp", "jsd_attn"):
+        assert proxies[name].idxmax() == planted, name
+        assert proxies.loc[others, name].abs().max() < 1e-5 < 1e-3 < proxies.loc[planted, name], name
+    for name in ("delta_ce_int4", "delta_ce_frozen_norm"):
+        assert proxies.loc[others, name].abs().max() < 1e-5 < proxies[name].abs()[planted], name
+    read = proxies["lens_kl"]
+    assert (read[read.index < planted] > 1e-3).all()
+    assert (read[read.index >= planted] < 1e-5).all()
+
+    for table in ("skip_effect", "output_effect"):
+        effects = tables[table].query("part == 'block' and variant == 'current'").groupby("skipped")["mean"].max()
+        assert effects.idxmax() == planted
+        assert effects[others].max() < 1e-5 < 1e-2 < effects[planted]
+    greedy = tables["greedy"]
+    assert planted not in greedy["layer"].tolist()
+    assert greedy["delta_ce"].abs().max() < 1e-5
+    curve = tables["drop_curve"].query("order == 'measured loss'")
+    assert curve["delta_ce"].abs().max() < 1e-5
 
 
 def test_a_second_run_captures_nothing_and_finds_the_same(tiny: NativeModel, store: ActivationStore) -> None:

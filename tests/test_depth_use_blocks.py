@@ -12,7 +12,7 @@ import torch
 from families import VOCAB, make
 from tiny import native
 
-from analyses.depth_use.ablations import Study, window_error
+from analyses.depth_use.ablations import ChunkAblations, window_error
 from analyses.depth_use.contributions import PARTS, Contributions, contribution
 from analyses.depth_use.greedy import greedy_removal, mean_distance
 from analyses.depth_use.outputs import Outputs
@@ -55,9 +55,11 @@ def one_chunk(model: Model, store: ActivationStore, prompts: list[tuple[int, ...
     return chunk
 
 
-def study(model: Model, chunk: Chunk, work: Callable[[Study], T]) -> T:
+def study(model: Model, chunk: Chunk, work: Callable[[ChunkAblations], T]) -> T:
     return on_blocks(
-        model, chunk.tokens, lambda blocks: work(Study(blocks, chunk, Outputs(model, chunk), chunk.counted(False)))
+        model,
+        chunk.tokens,
+        lambda blocks: work(ChunkAblations(blocks, chunk, Outputs(model, chunk), chunk.counted(False))),
     )
 
 
@@ -452,7 +454,7 @@ def test_greedy_removal_starts_with_the_best_of_brute_force(
     lengths = chunk.real.sum(1).tolist()
     last = Address("resid_post", 2)
 
-    def measure(s: Study) -> dict[tuple[str, int], float]:
+    def measure(s: ChunkAblations) -> dict[tuple[str, int], float]:
         return {place: mean_distance(s, final, distance) for place, final in finals.items()}  # type: ignore[arg-type]
 
     places = [(part, layer) for part in ("attn", "mlp") for layer in range(3)]

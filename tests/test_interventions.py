@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from fake_tokenizer import FakeTokenizer
 from families import make
 from small import SMALL
 from tiny import PROMPTS, native
+from torch import Tensor
 
 from analyses.base import Analysis
 from analyses.communication_channels import CommunicationChannels
@@ -20,8 +22,7 @@ from analyses.norm_removal import NormRemoval
 from analyses.results.result import Result
 from analyses.running.model_spec import ModelSpec
 from analyses.running.runner import dry_run
-from analyses.tasks import ioi
-from analyses.tasks import laundry_list as laundry
+from analyses.tasks import ioi, laundry_list
 from probes.capture.run import plan_capture
 from probes.errors import OptionError
 from probes.models import Model, weights_digest
@@ -61,24 +62,33 @@ def test_an_analysis_says_how_many_forwards_it_changes(
     check(analysis, native(), prompts, store)
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_an_analysis_says_whether_it_reads_the_store(name: str, store: ActivationStore) -> None:
+    analysis, prompts = SMALL[name]
+    result = analysis.run(native(), prompts, store=store)
+    reads = analysis.reads == "store"
+    assert bool(analysis.needs(native())) == reads
+    assert any(store.root.rglob("*.safetensors")) == reads
+    assert sum("Nothing was read from the activation store" in note for note in result.notes) == (not reads)
+
+
 def check(analysis: Analysis, model: Model, prompts: list[Any], store: ActivationStore) -> None:
     """What is foretold is what is run."""
     asked = analysis.collect(model, prompts)
     planned = plan_capture(model, [prompt.tokens for prompt in asked], analysis.needs(model), store).forwards
     passed: list[int] = []
     last = model.module.get_submodule("model.layers.2")
+    plain = type(last).forward
 
-    def count(_: Any, args: Any, __: Any) -> None:
-        passed.append(len(args[0]))
+    @wraps(plain)  # a hook of the test's own would be refused
+    def forward(block: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        passed.extend([len(hidden)] if block is last else [])
+        return plain(block, hidden, *args, **kwargs)
 
-    # A hook of the user's would be refused; one of a library that is known to change no number is not.
-    count.__module__ = "transformers.output_capturing"
-    hook = last.register_forward_hook(count)
     foretold = analysis.interventions(model, asked)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(last), "forward", forward)
         result = analysis.run(model, prompts, store=store)
-    finally:
-        hook.remove()  # other tests share the module
     done = result.provenance["counts"]["intervention_forwards"]
     assert done == foretold.total if foretold.exact else 0 < done <= foretold.total
     assert (sum(passed) > planned) == (done > 0)
@@ -94,7 +104,7 @@ def test_a_dry_run_counts_the_forwards_of_interventions(name: str, store: Activa
 
 def worded() -> NativeModel:
     """A random model whose tokenizer has the names and things of the tasks as one token each."""
-    words = [f"▁{word}" for word in (*ioi.NAMES, *laundry.ITEMS)]
+    words = [f"▁{word}" for word in (*ioi.NAMES, *laundry_list.ITEMS)]
     tokenizer = FakeTokenizer([*words, *ioi.NAMES])
     module = make("llama", vocab_size=len(tokenizer.pieces), max_position_embeddings=512)
     return NativeModel(module, tokenizer, ref="worded", weights=weights_digest(module))

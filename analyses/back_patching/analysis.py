@@ -24,7 +24,7 @@ from analyses.back_patching.cases import (
     two_hop_prompts,
 )
 from analyses.back_patching.figures import FIGURES
-from analyses.back_patching.grid import Cell, Held, Patched, Variant, cells_of, frame, mirrored, noise_like
+from analyses.back_patching.grid import Cell, OpenPrompt, Patched, Variant, cells_of, frame, mirrored, noise_like
 from analyses.back_patching.planned import Plan, planned, rival
 from analyses.back_patching.profiles import PROFILES
 from analyses.back_patching.stages import Patchscope, critical_layers, projections, resolutions, stages
@@ -97,11 +97,11 @@ class BackPatching(Analysis):
 
     @property
     def makes_prompts(self) -> bool:
-        """With the task `two_hop`."""
+        """Whether the task is `two_hop`, which generates its questions."""
         return self.task == "two_hop"
 
     def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
-        """Every cell of the grid, its controls, and what the stages take."""
+        """Count the cells of the grid, its controls and the forwards of the stages."""
         cases, _ = cases_of(model, prompts)
         return planned(self._plan(model), cases, [self._names(case) for case in cases], self.n_prompts)
 
@@ -128,17 +128,17 @@ class BackPatching(Analysis):
         return swept(model.shape.n_layers, self.layers, self.stride)
 
     def _names(self, case: Case) -> list[str]:
-        """The positions patched: those asked for, or all where the question has none of them."""
+        """Return the names of the positions to patch: those of the option, or all where the question has none of them."""
         return [n for n in case.positions if n.split(".")[0] in self.positions] or list(case.positions)
 
     def collect(self, model: Model, prompts: PromptsLike = ()) -> list[Prompt]:
-        """The questions asked: generated ones, or those of the prompts."""
+        """Return the generated questions, or those of the prompts."""
         if self.task == "two_hop":
             return two_hop_prompts(model, sample(self.pool, self.seed))
         return as_prompts(prompts, model, self.prompt_fields)
 
     def needs(self, model: Model) -> list[Need]:
-        """The last stream, which says what the model answers; sublayer outputs for the stages."""
+        """Ask for the last stream, from which answers are read, and for the stages sublayer outputs."""
         points = [f"resid_post.{model.shape.n_layers - 1}"]
         return [Need((*points, "attn_out.*", "mlp_out.*") if self.stages else tuple(points), LAST)]
 
@@ -150,24 +150,24 @@ class BackPatching(Analysis):
         store: ActivationStore | None = None,
         progress: Progress = QUIET,
     ) -> Result:
-        """Tables `cases`, `grid`, `summary`, `control_rates`; with stages `resolution`, `knockout`, `projection`, `stages`.
+        """Return the tables `cases`, `grid`, `summary`, `control_rates`; with stages `resolution`, `knockout`, `projection`, `stages`.
 
         Raises:
             PromptError: no prompt has an answer.
         """
         clock, store = Clock(), store or ActivationStore()
-        asked = self.collect(model, prompts)
-        found, dropped = cases_of(model, asked)
-        if not found:
+        questions = self.collect(model, prompts)
+        cases, dropped = cases_of(model, questions)
+        if not cases:
             raise PromptError(f"no prompt can be patched; the first reason: {dropped[0][1]}")
-        judged = judge(model, asked, found, store, progress)
+        judged = judge(model, questions, cases, store, progress)
         chosen = _chosen(judged, self.n_prompts)
         progress.start(len(chosen), "question")
-        held = {case.prompt: self._open(model, case) for case in chosen}
+        opened = {case.prompt: self._open(model, case) for case in chosen}
         grids, forwards = [], 0
         for index, case in enumerate(chosen):
             other = rival(chosen, index)
-            patched, ran = self._case(model, held[case.prompt], other, held[other.prompt] if other else {})
+            patched, ran = self._case(model, opened[case.prompt], other, opened[other.prompt] if other else {})
             grids.append(patched)
             forwards += ran
             progress.advance()
@@ -176,65 +176,69 @@ class BackPatching(Analysis):
         controls = tabulate.control_rates(everything)
         grid = everything[everything["variant"] == "back_patch"].drop(columns="variant").reset_index(drop=True)
         tables = {
-            "cases": _case_table(asked, judged, {case.prompt for case in chosen}),
+            "cases": _case_table(questions, judged, {case.prompt for case in chosen}),
             "grid": grid,
             "summary": tabulate.summary(grid, controls, self.seed),
             "control_rates": controls,
         }
         if self.stages:
-            made, ran = self._stages(model, chosen, held, activations)
-            tables |= made
+            stage_tables, ran = self._stages(model, chosen, opened, activations)
+            tables |= stage_tables
             forwards += ran
         counts = {
             "prompts": len(chosen), "tokens": sum(len(case.tokens) for case in chosen), "prompts_judged": len(judged),
             "patched_cells": len(everything), "dropped": len(dropped),
         }  # fmt: skip
         notes = (*verdicts(tables["summary"], controls, tables["cases"]), *self._notes(judged, chosen, dropped))
-        return make_result(self, model, asked, tables, activations, clock, notes, counts, interventions=forwards)
+        return make_result(self, model, questions, tables, activations, clock, notes, counts, interventions=forwards)
 
-    def _open(self, model: Model, case: Case) -> dict[str, Held]:
-        return {name: Held.open(model, case, name) for name in self._names(case)}
+    def _open(self, model: Model, case: Case) -> dict[str, OpenPrompt]:
+        return {name: OpenPrompt.of(model, case, name) for name in self._names(case)}
 
     def _case(
-        self, model: Model, own: Mapping[str, Held], other: Case | None, others: Mapping[str, Held]
+        self, model: Model, own: Mapping[str, OpenPrompt], other: Case | None, others: Mapping[str, OpenPrompt]
     ) -> tuple[pd.DataFrame, int]:
-        """(the grid of one question at each position, and its controls; the forwards it took)."""
+        """Return (the grid of one question at each position with its controls, the forwards it took)."""
         frames, cells, forwards = [], self._cells(model), 0
         wrong = other.answers if other else frozenset()
-        for name, held in own.items():
-            alone, sources = held.baseline(), held.sources()
-            baseline, started = float(alone.logprob), bool(alone.success(held.case.answers)[0])
+        for name, patching in own.items():
+            alone, sources = patching.baseline(), patching.sources()
+            baseline, started = float(alone.logprob), bool(alone.success(patching.case.answers)[0])
             tried: dict[Variant, tuple[list[Cell], Tensor]] = {"back_patch": (cells, sources)}
             if self.controls:
                 tried["forward"] = (mirrored(cells, model.shape.n_layers), sources)
-                tried["noise"] = (cells, noise_like(sources, self.seed + held.case.prompt))
+                tried["noise"] = (cells, noise_like(sources, self.seed + patching.case.prompt))
                 if name in others:
                     tried["other_query"] = (cells, others[name].sources())
             for variant, (where, brought) in tried.items():
-                patched = held.patch(where, brought, wrong, self.rescale)
-                success, written = self._success(model, held, patched, brought)
+                patched = patching.patch(where, brought, wrong, self.rescale)
+                success, written = self._success(model, patching, patched, brought)
                 forwards += len(where) + written
-                made = frame(model, held, variant, patched, success, baseline)
-                frames.append(made.drop_duplicates(["source_layer", "target_layer"]).assign(baseline_success=started))
+                rows = frame(model, patching, variant, patched, success, baseline)
+                frames.append(rows.drop_duplicates(["source_layer", "target_layer"]).assign(baseline_success=started))
         return pd.concat(frames, ignore_index=True), forwards
 
-    def _success(self, model: Model, held: Held, patched: Patched, sources: Tensor) -> tuple[np.ndarray, int]:
-        """([cells], whether the answer is given; forwards run to see it)."""
-        if self.mode == "first_token" or not held.case.answer_texts:
-            return patched.success(held.case.answers), 0
+    def _success(self, model: Model, patching: OpenPrompt, patched: Patched, sources: Tensor) -> tuple[np.ndarray, int]:
+        """Return (whether the answer is given, [cells]; the forwards run to see it)."""
+        if self.mode == "first_token" or not patching.case.answer_texts:
+            return patched.success(patching.case.answers), 0
         best = patched.logprob.argsort(descending=True)[: self.top_cells]
         cells = [patched.cells[int(i)] for i in best]
-        written = held.continue_cells(cells, sources, patched.top[best], self.max_new_tokens, self.rescale)
+        written = patching.continue_cells(cells, sources, patched.top[best], self.max_new_tokens, self.rescale)
         out = np.zeros(len(patched.cells), dtype=bool)
         for i, tokens in zip(best.tolist(), written, strict=True):
             said = str(model.tokenizer.decode(tokens)).lower()
-            out[i] = any(names(said, text.lower()) for text in held.case.answer_texts)
+            out[i] = any(names(said, text.lower()) for text in patching.case.answer_texts)
         return out, sum(map(len, written))
 
     def _stages(
-        self, model: Model, cases: Sequence[Case], held: Mapping[int, Mapping[str, Held]], activations: Activations
+        self,
+        model: Model,
+        cases: Sequence[Case],
+        opened: Mapping[int, Mapping[str, OpenPrompt]],
+        activations: Activations,
     ) -> tuple[dict[str, pd.DataFrame], int]:
-        """(the tables of the stages, the forwards they took)."""
+        """Return (the tables of the stages, the forwards they took)."""
         layers, forwards = self._swept(model), 0
         resolved: list[tuple[int, str, str, str, float]] = []
         if model.tokenizer is not None:
@@ -242,9 +246,9 @@ class BackPatching(Analysis):
             resolved = [
                 row
                 for c in cases
-                for row in resolutions(scope, c, {n: h.sources() for n, h in held[c.prompt].items()}, layers)
+                for row in resolutions(scope, c, {n: h.sources() for n, h in opened[c.prompt].items()}, layers)
             ]
-            forwards += len(layers) * len(scope.targets) * sum(len(held[case.prompt]) for case in cases)
+            forwards += len(layers) * len(scope.targets) * sum(len(opened[case.prompt]) for case in cases)
         resolution = pd.DataFrame(resolved, columns=["prompt", "set", "position", "entity", "layer"])
         knocked = []
         if model.refusal(Address("pattern", 0)) is None:
@@ -252,8 +256,8 @@ class BackPatching(Analysis):
         knockout = pd.DataFrame(knocked, columns=["prompt", "position_name", "layer", "critical"])
         knockout = knockout.astype({"critical": bool})
         projection = projections(activations, cases)
-        found = stages(cases, resolution, knockout, projection)
-        tables = {"stages": found, "resolution": resolution, "knockout": knockout, "projection": projection}
+        by_stage = stages(cases, resolution, knockout, projection)
+        tables = {"stages": by_stage, "resolution": resolution, "knockout": knockout, "projection": projection}
         return tables, forwards + len(knocked)
 
     def _notes(
@@ -272,7 +276,7 @@ class BackPatching(Analysis):
 
 
 def _chosen(cases: Sequence[Case], n: int) -> list[Case]:
-    """Incorrect and correct questions first, as they come; then others, until there are `n`."""
+    """Choose `n` questions: incorrect and correct ones first, then others; in the order of the prompts."""
     return sorted(sorted(cases, key=lambda c: c.set == "other")[:n], key=lambda c: c.prompt)
 
 

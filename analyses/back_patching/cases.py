@@ -57,7 +57,7 @@ class Case:
 
     @property
     def set(self) -> Set:
-        """Correct or incorrect: both hops right and no shortcut, and the composition right or not."""
+        """`correct` or `incorrect` by the composition where both hops are right and no shortcut is; else `other`."""
         v = self.verdicts
         clean = v.get("first_hop", True) and v.get("second_hop", True)
         clean = clean and not (v.get("entity_shortcut", False) or v.get("relation_shortcut", False))
@@ -65,34 +65,34 @@ class Case:
 
 
 def check_text(value: Any) -> str | None:
-    """What is wrong with a field that holds one text, or None."""
+    """Say what is wrong with a field that holds one text; None if nothing is."""
     return None if isinstance(value, str) and value.strip() else "must be a text that is not empty"
 
 
 def check_texts(value: Any) -> str | None:
-    """What is wrong with a list of texts, or None."""
+    """Say what is wrong with a list of texts; None if nothing is."""
     good = isinstance(value, list) and all(isinstance(v, str) and v.strip() for v in value)
     return None if good else 'must be a list of texts, such as ["Holland"]'
 
 
 def check_ints(value: Any) -> str | None:
-    """What is wrong with a list of ints, or None."""
+    """Say what is wrong with a list of ints; None if nothing is."""
     good = isinstance(value, list) and value and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
     return None if good else "must be a list of whole numbers, such as [4, -1]"
 
 
 def two_hop_prompts(model: Model, questions: Sequence[TwoHop]) -> list[Prompt]:
-    """Questions as prompts with the fields that a prompt file would carry."""
-    found = []
+    """Turn questions into prompts with the fields that a prompt file would carry."""
+    prompts = []
     for question in questions:
         fields = {**question.fields, **{hop: getattr(question, hop) for hop in HOPS}}
         prompt = tokenize([question.prompt], model)[0]
-        found.append(Prompt(prompt.tokens, prompt.text, fields))
-    return found
+        prompts.append(Prompt(prompt.tokens, prompt.text, fields))
+    return prompts
 
 
 def cases_of(model: Model, prompts: Sequence[Prompt]) -> tuple[list[Case], list[tuple[int, str]]]:
-    """(a case for each prompt with an answer, (prompt, reason) for those left out)."""
+    """Return (the case of each prompt with an answer, (prompt, reason) of each that is left out)."""
     cases, dropped = [], []
     for index, prompt in enumerate(prompts):
         try:
@@ -118,7 +118,7 @@ def _case(model: Model, index: int, prompt: Prompt) -> Case:
 
 
 def _texts(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """The answer and its aliases; an alias of one letter would make every word with it right."""
+    """Return the answer and its aliases, without those of one letter: they would make every word with it right."""
     answer = (fields["answer"].strip(),) if "answer" in fields else ()
     return (*answer, *(alias.strip() for alias in fields.get("aliases", ()) if len(alias.strip()) > 1))
 
@@ -132,7 +132,7 @@ def _vocabulary(model: Model, index: int, ids: Sequence[int]) -> Sequence[int]:
 
 
 def firsts(model: Model, prompt: Prompt, texts: Sequence[str]) -> frozenset[int]:
-    """The first token of each text as it continues `prompt`."""
+    """Return the first token of each text as it continues `prompt`."""
     return frozenset(answer_after(model, prompt, text).first for text in texts)
 
 
@@ -154,7 +154,7 @@ def _positions(model: Model, index: int, prompt: Prompt) -> dict[str, int]:
 
 
 def _last_token(model: Model, prompt: Prompt, entity: str) -> int | None:
-    """The token in which the entity's last occurrence in the prompt ends."""
+    """Return the token in which the entity's last occurrence in the prompt ends."""
     text = prompt.text or ""
     start = text.lower().rfind(entity.lower())
     if start < 0:
@@ -170,14 +170,14 @@ def _last_token(model: Model, prompt: Prompt, entity: str) -> int | None:
 def judge(
     model: Model, prompts: Sequence[Prompt], cases: Sequence[Case], store: ActivationStore, progress: Progress
 ) -> list[Case]:
-    """The cases with verdicts: whether the most probable next token starts the right answer."""
-    asked: dict[tuple[int, ...], None] = dict.fromkeys(case.tokens for case in cases)
+    """Return the cases with verdicts: whether the most probable next token starts the right answer."""
+    compositions: dict[tuple[int, ...], None] = dict.fromkeys(case.tokens for case in cases)
     others: dict[tuple[int, str], Prompt] = {}
     for case in cases:
         for hop in HOPS:
             if text := prompts[case.prompt].fields.get(hop):
                 others[case.prompt, hop] = tokenize([str(text)], model)[0]
-    sequences = list(asked | dict.fromkeys(prompt.tokens for prompt in others.values()))
+    sequences = list(compositions | dict.fromkeys(prompt.tokens for prompt in others.values()))
     address = Address("resid_post", model.shape.n_layers - 1)
     activations = capture(model, sequences, [Need(str(address), LAST)], store, progress=progress)
     rows = torch.cat(activations.get(address, LAST))
@@ -194,7 +194,7 @@ def judge(
 
 
 def _right(model: Model, case: Case, hop: str, prompt: Prompt) -> frozenset[int]:
-    """The tokens that begin the right answer of a further prompt, as they continue that prompt."""
+    """Return the tokens that begin the right answer of a further prompt, as they continue that prompt."""
     if hop == "first_hop":
         return firsts(model, prompt, case.bridge_texts)
     return case.given | firsts(model, prompt, case.answer_texts)

@@ -23,7 +23,7 @@ VARIANTS = {
 
 
 def _main_set(table: pd.DataFrame) -> str:
-    """Incorrect questions where there are any: those are what back-patching is to mend."""
+    """Return the set to draw: incorrect questions, which back-patching is to mend, where there are any."""
     return "incorrect" if (table["set"] == "incorrect").any() else str(table["set"].iloc[0])
 
 
@@ -32,15 +32,15 @@ def _columns(titles: Sequence[str]) -> go.Figure:
 
 
 def heatmap(tables: Tables) -> go.Figure:
-    """Share of questions answered under each (source, target) cell."""
+    """Draw the share of questions answered under each (source, target) cell."""
     grid = tables["grid"]
     kept = grid[grid["set"] == _main_set(grid)]
     names = list(dict.fromkeys(kept["position_name"]))
     figure = _columns([POSITIONS.get(name, name) for name in names])
     top = max(0.05, kept.groupby(["position_name", "source_layer", "target_layer"])["success"].mean().max())
     for column, name in enumerate(names, 1):
-        mine = kept[kept["position_name"] == name]
-        shares = mine.groupby(["source_layer", "target_layer"])["success"].mean().unstack("target_layer")
+        cells = kept[kept["position_name"] == name]
+        shares = cells.groupby(["source_layer", "target_layer"])["success"].mean().unstack("target_layer")
         figure.add_heatmap(
             x=shares.columns, y=shares.index, z=shares.to_numpy(), colorscale=SCALE, zmin=0, zmax=top,
             showscale=column == len(names), colorbar={"title": "share", "tickformat": ".0%"},
@@ -52,20 +52,22 @@ def heatmap(tables: Tables) -> go.Figure:
 
 
 def rates(tables: Tables) -> go.Figure:
-    """Oracle, held-out and control rates, with intervals."""
+    """Draw oracle, held-out and control rates, with intervals."""
     summary, controls = tables["summary"], tables["control_rates"]
     chosen = _main_set(summary)
     figure = go.Figure()
     for colour, position in zip(COLOURS, dict.fromkeys(summary["position"]), strict=False):
-        mine = summary[(summary["position"] == position) & (summary["set"] == chosen)]
-        if mine.empty:
+        rows = summary[(summary["position"] == position) & (summary["set"] == chosen)]
+        if rows.empty:
             continue
-        row = mine.iloc[0]
+        row = rows.iloc[0]
         bars = [(VARIANTS[n], row[f"{n}_rate"], row[f"{n}_low"], row[f"{n}_high"]) for n in ("oracle", "held_out")]
         other = controls[(controls["position_name"] == position) & (controls["set"] == chosen)]
         for control in ("forward", "other_query", "noise", "wrong_answer"):
-            for found in other[other["variant"] == control].itertuples():
-                bars.append((VARIANTS[control], found.oracle_rate, found.oracle_low, found.oracle_high))
+            for control_row in other[other["variant"] == control].itertuples():
+                bars.append(
+                    (VARIANTS[control], control_row.oracle_rate, control_row.oracle_low, control_row.oracle_high)
+                )
         drawn = pd.DataFrame(bars, columns=["name", "rate", "low", "high"])
         figure.add_bar(
             x=drawn["name"], y=drawn["rate"], name=f"{POSITIONS.get(position, position)} (n = {row['n']})",
@@ -77,17 +79,17 @@ def rates(tables: Tables) -> go.Figure:
 
 
 def stage_boxes(tables: Tables) -> go.Figure:
-    """The layer of each stage, correct beside incorrect questions."""
+    """Draw the layer of each stage, correct beside incorrect questions."""
     stages = tables["stages"].dropna(subset=["layer"])
     figure = go.Figure()
     counted = tables["stages"].assign(seen=tables["stages"]["layer"].notna())
     counts = counted.groupby(["set", "stage"])["seen"].agg(["sum", "size"]).reset_index()
     for colour, name in zip(COLOURS, ("correct", "incorrect", "other"), strict=False):
-        mine = stages[stages["set"] == name]
-        if mine.empty:
+        rows = stages[stages["set"] == name]
+        if rows.empty:
             continue
         figure.add_box(
-            x=mine["stage"].map(STAGES), y=mine["layer"], name=name, marker_color=colour, boxpoints="all", jitter=0.4,
+            x=rows["stage"].map(STAGES), y=rows["layer"], name=name, marker_color=colour, boxpoints="all", jitter=0.4,
             pointpos=0, marker_size=4, line_width=1.5,
         )  # fmt: skip
     finish(figure, x="", y="layer")
@@ -106,13 +108,13 @@ def stage_boxes(tables: Tables) -> go.Figure:
 
 
 def resolution(tables: Tables) -> go.Figure:
-    """Histogram of the earliest layer from which the naming prompt recovers an entity."""
-    found = tables["resolution"]
+    """Draw a histogram of the earliest layer from which the naming prompt recovers an entity."""
+    table = tables["resolution"]
     figure = make_subplots(rows=1, cols=2, subplot_titles=("bridge, from t1", "answer, from t2"), shared_yaxes=True)
     for column, (position, entity) in enumerate((("t1", "bridge"), ("t2", "answer")), 1):
-        mine = found[(found["position"] == position) & (found["entity"] == entity)]
+        rows = table[(table["position"] == position) & (table["entity"] == entity)]
         for colour, name in zip(COLOURS, ("correct", "incorrect", "other"), strict=False):
-            group = mine[mine["set"] == name]
+            group = rows[rows["set"] == name]
             if len(group):
                 label = f"{name} ({group['layer'].notna().sum()} of {len(group)} resolved)"
                 figure.add_histogram(
@@ -127,14 +129,14 @@ def resolution(tables: Tables) -> go.Figure:
 
 
 def knockout(tables: Tables) -> go.Figure:
-    """How often the next token changes when the last token cannot see the entity around a layer."""
+    """Draw how often the next token changes when the last token cannot see the entity around a layer."""
     figure = go.Figure()
     first = tables["knockout"][tables["knockout"]["position_name"] == "t1"]
     cut = first.merge(tables["stages"][["prompt", "set"]].drop_duplicates(), on="prompt")
     for colour, name in zip(COLOURS, ("correct", "incorrect", "other"), strict=False):
-        mine = cut[cut["set"] == name].groupby("layer")["critical"].mean()
-        if len(mine):
-            figure.add_scatter(x=mine, y=mine.index, name=name, mode="lines+markers", line={"color": colour})
+        shares = cut[cut["set"] == name].groupby("layer")["critical"].mean()
+        if len(shares):
+            figure.add_scatter(x=shares, y=shares.index, name=name, mode="lines+markers", line={"color": colour})
     finish(figure, x="share of questions whose next token changes", y="layer (centre of the window)")
     figure.update_xaxes(range=[0, 1.02], tickformat=".0%")
     return figure

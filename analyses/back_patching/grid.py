@@ -9,6 +9,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from analyses.back_patching.cases import Case
@@ -25,10 +27,12 @@ Variant = Literal["back_patch", "forward", "other_query", "noise"]
 
 
 def cells_of(n_layers: int, which: str, stride: int, include_embedding: bool, layers: Sequence[int] = ()) -> list[Cell]:
-    """Cells of the grid, every `stride`-th layer or those of `layers`: `upper` has source above target, `full` has all.
+    """Return the cells of the grid over every `stride`-th layer or over `layers`.
+
+    `upper` has those whose source is above their target, `full` has all.
 
     Raises:
-        OptionError: a layer that the model has not.
+        OptionError: a layer that the model does not have.
     """
     # Strided sources end in the last layer, from which the most is brought back.
     sources = swept(n_layers, layers, 1) if layers else range(stride - 1, n_layers, stride)
@@ -37,13 +41,13 @@ def cells_of(n_layers: int, which: str, stride: int, include_embedding: bool, la
 
 
 def mirrored(cells: Sequence[Cell], n_layers: int) -> list[Cell]:
-    """As many forward patches, source below target, as there are back-patches; the same depths exchanged."""
+    """Return as many forward patches as there are back-patches: source and target exchanged."""
     return [(max(t, 0), s) for s, t in cells if s > t]
 
 
 @dataclass(frozen=True, eq=False)
 class Patched:
-    """What the model says at the end of a prompt under each cell."""
+    """The next token of a prompt under each cell."""
 
     cells: tuple[Cell, ...]
     top: Tensor
@@ -53,28 +57,32 @@ class Patched:
     wrong: Tensor
     """[cells], whether the most probable token is another question's answer."""
 
-    def success(self, answers: frozenset[int]) -> np.ndarray:
+    def success(self, answers: frozenset[int]) -> NDArray[np.bool_]:
+        """Return whether the most probable token is one of `answers`, [cells]."""
         return np.isin(self.top.numpy(), list(answers))
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
-    """A prompt held open at one of its positions."""
+class OpenPrompt:
+    """A prompt that was run once and can be run on from one of its positions."""
 
     case: Case
     name: str
     base: CachedPrompt
 
     @classmethod
-    def open(cls, model: Model, case: Case, name: str) -> Held:
+    def of(cls, model: Model, case: Case, name: str) -> OpenPrompt:
+        """Run the case's prompt once and leave it open at the position of this name."""
         return cls(case, name, CachedPrompt(model, case.tokens, case.positions[name]))
 
-    def sources(self) -> Tensor:
-        """[layer, d_model], what leaves each block at the position."""
+    def sources(self) -> Float[Tensor, "layer d_model"]:
+        """Return what leaves each block at the position."""
         return torch.stack([entering[0] for entering in self.base.entering[1:]])
 
-    def rows(self, cells: Sequence[Cell], sources: Tensor, rescale: bool) -> Tensor:
-        """What enters the block after each cell's target, [cells, suffix, d_model]."""
+    def rows(
+        self, cells: Sequence[Cell], sources: Float[Tensor, "layer d_model"], rescale: bool
+    ) -> Float[Tensor, "cell suffix d_model"]:
+        """Return what enters the block after each cell's target, from the position to the end of the prompt."""
         entering = torch.stack(self.base.entering)
         hidden = entering[torch.tensor([t + 1 for _, t in cells])].clone()
         brought = sources[torch.tensor([s for s, _ in cells])]
@@ -85,7 +93,7 @@ class Held:
         return hidden
 
     def patch(self, cells: Sequence[Cell], sources: Tensor, other: frozenset[int], rescale: bool = False) -> Patched:
-        """The prompt's next token under every cell; `other` is another question's answer."""
+        """Read the prompt's next token under every cell; `other` is another question's answer."""
         last = torch.cat([
             self.base.resume([t + 1 for _, t in part], self.rows(part, sources, rescale)).last
             for part in (cells[i : i + ROWS] for i in range(0, len(cells), ROWS))
@@ -93,7 +101,7 @@ class Held:
         return self._read(cells, last, other)
 
     def baseline(self) -> Patched:
-        """The prompt left alone, as a grid of one cell."""
+        """Read the next token of the unpatched prompt, as a grid of one cell."""
         return self._read([(0, 0)], self.base.entering[-1][-1:], frozenset())
 
     def _read(self, cells: Sequence[Cell], last: Tensor, other: frozenset[int]) -> Patched:
@@ -106,30 +114,30 @@ class Held:
     def continue_cells(
         self, cells: Sequence[Cell], sources: Tensor, first: Tensor, n: int, rescale: bool
     ) -> list[list[int]]:
-        """Greedy continuations under some cells, their first tokens given."""
+        """Write greedy continuations of `n` tokens under some cells, their first tokens given."""
         hidden = self.rows(cells, sources, rescale)
         resumed = self.base.resume([t + 1 for _, t in cells], hidden, keep=True)
         return self.base.write(resumed, first, n)
 
 
-def noise_like(sources: Tensor, seed: int) -> Tensor:
-    """Gaussian rows with the norms of `sources` [layer, d_model]."""
+def noise_like(sources: Float[Tensor, "layer d_model"], seed: int) -> Float[Tensor, "layer d_model"]:
+    """Draw Gaussian rows with the norms of `sources`."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(sources.shape, generator=generator).to(sources.device)
     return (noise * sources.float().norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)).to(sources.dtype)
 
 
 def frame(
-    model: Model, held: Held, variant: Variant, patched: Patched, success: np.ndarray, baseline: float
+    model: Model, opened: OpenPrompt, variant: Variant, patched: Patched, success: np.ndarray, baseline: float
 ) -> pd.DataFrame:
-    """One row per cell."""
+    """Return a table with one row per cell."""
     sources, targets = zip(*patched.cells, strict=True)
     return pd.DataFrame(
         {
-            "prompt": held.case.prompt,
-            "position": held.base.start,
-            "position_name": held.name,
-            "set": held.case.set,
+            "prompt": opened.case.prompt,
+            "position": opened.base.start,
+            "position_name": opened.name,
+            "set": opened.case.set,
             "variant": variant,
             "source_layer": sources,
             "target_layer": targets,

@@ -13,7 +13,7 @@ from analyses.interventions import Interventions
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done to each question."""
+    """How many patches each question takes, by kind."""
 
     cells: Sequence[Cell]
     n_layers: int
@@ -27,7 +27,7 @@ class Plan:
     """Windows of layers knocked out per inner position, for the stages."""
 
     def of(self, case: Case, names: Sequence[str], shared: Sequence[str]) -> dict[str, int]:
-        """The forwards of one question.
+        """Count the forwards of one question.
 
         Args:
             names: the positions patched.
@@ -52,13 +52,13 @@ class Plan:
 
 
 def rival(cases: Sequence[Case], index: int) -> Case | None:
-    """The question whose source is put into question `index`: the next one round that has another answer."""
-    mine = cases[index]
-    return next((c for c in [*cases[index + 1 :], *cases[:index]] if not c.answers & mine.answers), None)
+    """Return the question whose source is put into question `index`: the next one, round the end, with another answer."""
+    own = cases[index]
+    return next((c for c in [*cases[index + 1 :], *cases[:index]] if not c.answers & own.answers), None)
 
 
 def planned(plan: Plan, cases: Sequence[Case], names: Sequence[Sequence[str]], questions: int) -> Interventions:
-    """The forwards of all questions; of the dearest where verdicts decide which are chosen."""
+    """Count the forwards of all questions; where verdicts decide which are chosen, of those that take most."""
     certain = len(cases) <= questions
     counts, opened = [], {case.prompt: set(own) for case, own in zip(cases, names, strict=True)}
     for index, case in enumerate(cases):

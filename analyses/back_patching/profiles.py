@@ -17,12 +17,12 @@ def _gain(tables: Tables, layer: str) -> pd.DataFrame:
 
 
 def target_gain(tables: Tables) -> pd.DataFrame:
-    """Gain of the answer's log-probability where a later state is put in, by the layer it is put into."""
+    """Return the mean gain of the answer's log-probability by the layer that a later state is put into."""
     return _gain(tables, "target_layer")
 
 
 def source_gain(tables: Tables) -> pd.DataFrame:
-    """The same by the layer the state is taken from."""
+    """Return the mean gain of the answer's log-probability by the layer that the state is taken from."""
     return _gain(tables, "source_layer")
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from analyses.back_patching.cases import LAST, Case, firsts
@@ -28,7 +29,7 @@ STAGES = ("first_hop_resolved", "propagation", "second_hop_resolved", "predictio
 
 @dataclass(frozen=True)
 class Patchscope:
-    """The naming prompt, held open at its placeholder."""
+    """The naming prompt, run once and open at its placeholder."""
 
     prompt: Prompt
     base: CachedPrompt
@@ -36,13 +37,13 @@ class Patchscope:
 
     @classmethod
     def open(cls, model: Model, step: int) -> Patchscope:
-        """With a target at every `step`-th block; the placeholder is the token before the last colon."""
+        """Open the prompt at the token before its last colon, with a target at every `step`-th block."""
         prompt = tokenize([PATCHSCOPE], model)[0]
-        held = CachedPrompt(model, prompt.tokens, len(prompt.tokens) - 2)
-        return cls(prompt, held, tuple(range(0, model.shape.n_layers, step)))
+        base = CachedPrompt(model, prompt.tokens, len(prompt.tokens) - 2)
+        return cls(prompt, base, tuple(range(0, model.shape.n_layers, step)))
 
-    def names(self, sources: Tensor) -> Tensor:
-        """[layer, target], the first token of the name that the prompt gives to each source row [layer, d_model]."""
+    def names(self, sources: Float[Tensor, "layer d_model"]) -> Int[Tensor, "layer target"]:
+        """Return the first token of the name that the prompt gives to each source row, for each target block."""
         entering = torch.stack(self.base.entering)
         first = [t + 1 for _ in sources for t in self.targets]
         hidden = entering[first].clone()
@@ -53,14 +54,14 @@ class Patchscope:
 
 
 def _earliest(hits: Tensor | np.ndarray, layers: Sequence[int]) -> float:
-    found = np.flatnonzero(np.asarray(hits, dtype=bool))
-    return float(layers[found[0]]) if len(found) else np.nan
+    places = np.flatnonzero(np.asarray(hits, dtype=bool))
+    return float(layers[places[0]]) if len(places) else np.nan
 
 
 def resolutions(
     scope: Patchscope, case: Case, sources: dict[str, Tensor], layers: Sequence[int]
 ) -> list[tuple[int, str, str, str, float]]:
-    """(prompt, set, position, entity, earliest layer or NaN) for the bridge and the answer at each position."""
+    """Return (prompt, set, position, entity, earliest layer or NaN) for the bridge and the answer at each position."""
     rows: list[tuple[int, str, str, str, float]] = []
     model = scope.base.model
     named_as = {
@@ -76,15 +77,17 @@ def resolutions(
 
 
 def inner(case: Case) -> dict[str, int]:
-    """The case's positions before the last."""
+    """Return the case's positions before the last."""
     return {name: position for name, position in case.positions.items() if position < len(case.tokens) - 1}
 
 
 def critical_layers(
     model: Model, case: Case, layers: Sequence[int], half_window: int
 ) -> list[tuple[int, str, int, bool]]:
-    """(prompt, position name, layer, whether the next token changes) when the last token cannot see an inner position
-    around that layer.
+    """Cut the last token's view of each inner position in a window around each layer.
+
+    Returns:
+        (prompt, position name, layer, whether the next token changes) for each.
     """
     if not inner(case):
         return []
@@ -99,7 +102,7 @@ def critical_layers(
 
 
 def projections(activations: Activations, cases: Sequence[Case]) -> pd.DataFrame:
-    """Whether each sublayer's output at the last token, read by the unembedding, has the answer or bridge on top."""
+    """Return whether each sublayer's output at the last token, read by the unembedding, has the answer or bridge on top."""
     model, rows = activations.model, []
     final = torch.cat(activations.get(Address("resid_post", model.shape.n_layers - 1), LAST))
     predicted = lens.read(final, model.unembedding(), top_k=1).top_ids[:, 0].tolist()
@@ -119,7 +122,7 @@ def projections(activations: Activations, cases: Sequence[Case]) -> pd.DataFrame
 def stages(
     cases: Sequence[Case], resolution: pd.DataFrame, knockout: pd.DataFrame, projection: pd.DataFrame
 ) -> pd.DataFrame:
-    """prompt, set, stage, layer: NaN where a stage was never seen."""
+    """Return columns prompt, set, stage, layer; the layer is NaN where a stage was never seen."""
     rows = []
     for case in cases:
         resolved = resolution[resolution["prompt"] == case.prompt].set_index(["position", "entity"])["layer"]

@@ -17,14 +17,14 @@ CONTROLS = {
 
 
 def names(said: str, text: str) -> bool:
-    """Whether a continuation names an answer; one of a single letter or digit has to stand alone."""
+    """Return whether a continuation names an answer; one of a single letter or digit has to stand alone."""
     if len(text) > 1 or not text.isascii():
         return text in said
     return re.search(rf"\b{re.escape(text)}\b", said) is not None
 
 
 def verdicts(summary: pd.DataFrame, controls: pd.DataFrame, cases: pd.DataFrame) -> list[str]:
-    """Whether there was anything to mend, and per position and set the oracle rate beside its controls."""
+    """Say whether there was anything to mend, and per position and set the oracle rate beside its controls."""
     right, n = int(cases["composition"].sum()), len(cases)
     low, high = wilson(right, n)
     notes = [f"The model by itself answers {right} of {n} questions right (95 % interval {low:.0%} to {high:.0%})."]
@@ -44,8 +44,8 @@ def _verdict(row: Mapping[Any, Any], controls: pd.DataFrame) -> str:
             f"{row['oracle_high']:.0%} of such questions."
         )
     oracle = f"{row['oracle_rate']:.0%} [{row['oracle_low']:.0%}, {row['oracle_high']:.0%}]"
-    mine = controls[(controls["position_name"] == row["position"]) & (controls["set"] == row["set"])]
-    beside = [c for c in mine.to_dict("records") if c["variant"] in CONTROLS]
+    rows = controls[(controls["position_name"] == row["position"]) & (controls["set"] == row["set"])]
+    beside = [c for c in rows.to_dict("records") if c["variant"] in CONTROLS]
     said = ", ".join(
         f"{CONTROLS[c['variant']]} {c['oracle_rate']:.0%} [{c['oracle_low']:.0%}, {c['oracle_high']:.0%}]"
         for c in beside

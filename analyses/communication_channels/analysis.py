@@ -79,6 +79,7 @@ class CommunicationChannels(Analysis):
     prompt_fields: ClassVar[Mapping[str, Field]] = {}
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
     profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
+    reads = "weights"
 
     def __post_init__(self) -> None:
         validate(self)
@@ -86,21 +87,21 @@ class CommunicationChannels(Analysis):
 
     @property
     def makes_prompts(self) -> bool:
-        """Yes: the scan is of weights, and the edits make their own."""
+        """Always: the scan is of weights, and the edits generate their own prompts."""
         return True
 
     def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
-        """With a task, its prompts run, and resumed under edits of channels: at most, since the scan chooses them."""
+        """Count the task's prompts and their restarts under edited channels: the most there can be, since the scan chooses them."""
         if self._no_task(model) is not None:
             return Interventions()
         return Interventions(most_forwards(model, self._settings), exact=False)
 
     def collect(self, model: Model, prompts: PromptsLike) -> list[Prompt]:
-        """None of those given: the scan is of weights alone."""
+        """Return no prompts: the scan is of weights alone."""
         return []
 
     def needs(self, model: Model) -> list[Need]:
-        """Nothing: the scan is of weights, and edits are interventions."""
+        """Ask for nothing: the scan is of weights, and edits are interventions."""
         return []
 
     def run(
@@ -111,7 +112,7 @@ class CommunicationChannels(Analysis):
         store: ActivationStore | None = None,
         progress: Progress = QUIET,
     ) -> Result:
-        """Tables `composition`, `components`, `tokens`; with a task `task`, `edits`, `rank`; and `laundry`, `steering`.
+        """Return the tables `composition`, `components`, `tokens`; with a task `task`, `edits`, `rank`; and `laundry`, `steering`.
 
         The given prompts are not used: the scan needs none, and the edits make their own.
         """
@@ -123,16 +124,16 @@ class CommunicationChannels(Analysis):
         table = composition_table(scans, self.null, self.n_null, self.seed, self.z_thresh)
         notes = [*heads.notes, self._weights_note(heads)]
         tables: dict[str, pd.DataFrame] = {"composition": table}
-        wanted = [ranked(table, kind).head(self.pairs) for kind in dict.fromkeys(self.kinds)]
+        listed = [ranked(table, kind).head(self.pairs) for kind in dict.fromkeys(self.kinds)]
         reason, counts = self._no_task(model), {"prompts": 0, "tokens": 0}
         if reason is None:
-            made, edited, n_tokens = edit_channels(model, heads, scans, table, self._settings, tally)
-            tables |= made
-            counts = {"prompts": int(made["task"]["n"].iloc[0]), "tokens": n_tokens}
-            wanted.append(edited)
+            edits, edited, n_tokens = edit_channels(model, heads, scans, table, self._settings, tally)
+            tables |= edits
+            counts = {"prompts": int(edits["task"]["n"].iloc[0]), "tokens": n_tokens}
+            listed.append(edited)
         elif self.task != "none":
             notes.append(f"No prompts were run: {reason}.")
-        pairs = pd.concat(wanted).drop_duplicates(PAIR)
+        pairs = pd.concat(listed).drop_duplicates(PAIR)
         tables["components"] = component_table(heads, scans, pairs, self.null, self.n_null, self.seed)
         tables["tokens"] = _token_table(model, heads, scans, pairs)
         if reason is None and self.laundry_prompts:
@@ -164,7 +165,7 @@ class CommunicationChannels(Analysis):
 
 
 def _token_table(model: Model, heads: Heads, scans: Sequence[Scan], pairs: pd.DataFrame, k: int = 6) -> pd.DataFrame:
-    """Tokens that the strongest component's write direction promotes, and whose embeddings its read direction meets."""
+    """Return the tokens that a pair's strongest component promotes, and those whose embeddings it reads most."""
     try:
         unembed = model.unembedding().weight.float().cpu()
     except PointError:

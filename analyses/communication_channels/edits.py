@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from analyses.answers import as_merged, forms
@@ -51,7 +52,7 @@ class Spots:
 class Names:
     """An indirect-object prompt as the model sees it."""
 
-    held: CachedPrompt
+    cached: CachedPrompt
     io: int
     """Token of the name that should come next."""
     s: int
@@ -61,15 +62,15 @@ class Names:
 
 
 def open_prompts(model: Model, prompts: Sequence[Ioi]) -> list[Names]:
-    """Prompts run once, their last position open; those whose names are not one token each are left out."""
+    """Run prompts once, with their last position open; leave out those whose names are not one token each."""
     return [
         Names(CachedPrompt(model, one.tokens, -1), one.io, one.s, one.io_at, one.s_at) for one in spots(model, prompts)
     ]
 
 
 def spots(model: Model, prompts: Sequence[Ioi]) -> list[Spots]:
-    """Where the names are, in the prompts whose names are one token each."""
-    found = []
+    """Find the names in the prompts whose names are one token each."""
+    in_prompts = []
     for prompt in prompts:
         tokens = tokenize([prompt.text], model)[0].tokens
         io, s = (name_token(model, name) for name in (prompt.indirect, prompt.subject))
@@ -78,48 +79,51 @@ def spots(model: Model, prompts: Sequence[Ioi]) -> list[Spots]:
             for n in (prompt.indirect, prompt.subject)
         ]
         if io is not None and s is not None and len(places[0]) == 1 and len(places[1]) == 2:
-            found.append(Spots(tokens, io, s, places[0][0], places[1][0]))
-    return found
+            in_prompts.append(Spots(tokens, io, s, places[0][0], places[1][0]))
+    return in_prompts
 
 
 def name_token(model: Model, name: str) -> int | None:
-    """The one token of a name after a space, or None."""
+    """Return the one token of a name after a space; None if it has several."""
     ids = as_merged(model.tokenizer, "a", f" {name}")
     return ids[0] if ids is not None and len(ids) == 1 else None
 
 
 def name_forms(model: Model, name: str) -> set[int]:
-    """The tokens that stand for a name inside a text or at its start."""
+    """Return the tokens that stand for a name inside a text or at its start."""
     return forms(model.tokenizer, name)
 
 
-def head_factors(w_o: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """(read, write) [n, d_head] in a head's z, such that z read = o · v, and adding a multiple of write adds it of v.
+def head_factors(
+    w_o: Float[Tensor, "d_head d_model"], directions: Float[Tensor, "row d_model"]
+) -> tuple[Float[Tensor, "row d_head"], Float[Tensor, "row d_head"]]:
+    """Express directions v of a head's output o in the head's z, as pairs (read, write).
+
+    z · read is o · v; adding a multiple of write to z adds that multiple of v to o.
 
     Args:
-        w_o: [d_head, d_model].
-        directions: [n, d_model] inside the rows' span of `w_o`.
+        directions: inside the span of the rows of `w_o`.
     """
     return directions @ w_o.T, directions @ torch.linalg.pinv(w_o)
 
 
-def changed_head(head: int, w_o: Tensor, changes: Sequence[Change]) -> Write:
-    """A write of z [rows, pos, head, d_head] at the last position, one row per change."""
+def changed_head(head: int, w_o: Float[Tensor, "d_head d_model"], changes: Sequence[Change]) -> Write:
+    """Return a write of z [rows, pos, head, d_head] that makes one change per row at the last position."""
     read, write = head_factors(w_o, torch.stack([c.direction for c in changes]))
     keep, offset = (torch.tensor([getattr(c, name) for c in changes]) for name in ("keep", "offset"))
 
     def edit(z: Tensor) -> Tensor:
-        out, mine = z.clone(), z[:, -1, head].float()
-        r, w = read.to(mine), write.to(mine)
-        amount = (keep.to(mine) - 1) * (mine * r).sum(-1) + offset.to(mine)
-        out[:, -1, head] = (mine + amount[:, None] * w).to(z.dtype)
+        out, own = z.clone(), z[:, -1, head].float()
+        r, w = read.to(own), write.to(own)
+        amount = (keep.to(own) - 1) * (own * r).sum(-1) + offset.to(own)
+        out[:, -1, head] = (own + amount[:, None] * w).to(z.dtype)
         return out
 
     return edit
 
 
-def whole_head(head: int, values: Tensor | None) -> Write:
-    """The head's z at the last position becomes zero, or given values [d_head]."""
+def whole_head(head: int, values: Float[Tensor, " d_head"] | None) -> Write:
+    """Return a write that sets the head's z at the last position to zero, or to given values."""
 
     def edit(z: Tensor) -> Tensor:
         out = z.clone()
@@ -131,7 +135,7 @@ def whole_head(head: int, values: Tensor | None) -> Write:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What was measured at the end of one prompt, one entry per change."""
+    """Measurements at the end of one prompt, one entry per change."""
 
     attention: Tensor
     """[rows, key], the target head's."""
@@ -141,38 +145,43 @@ class Outcome:
 
 @torch.no_grad()
 def outcome(names: Names, source: int, target: tuple[int, int], write: Write, rows: int) -> Outcome:
-    """The target head's attention and the names' logits with a write of the source layer's z."""
+    """Measure the target head's attention and the names' logits under a write of the source layer's z."""
     seen: list[Tensor] = []
     at = Address("pattern", target[0])
 
     def keep(pattern: Tensor) -> None:
         seen.append(pattern[:, target[1], -1].clone())
 
-    last = names.held.edited(source, rows, {Address("z", source): write}, {at: keep})
-    unembedding = names.held.model.unembedding()
+    last = names.cached.edited(source, rows, {Address("z", source): write}, {at: keep})
+    unembedding = names.cached.model.unembedding()
     hidden = lens.normalized(last, unembedding)
     logits = lens.token_logits(hidden, unembedding, torch.tensor([names.io, names.s]))
     return Outcome(seen[0].cpu(), logits.cpu())
 
 
-def measures(names: Names, found: Outcome, base: Outcome) -> dict[str, Tensor]:
-    """Per row: `attention_change` (total variation distance of the last position's attention from the unedited one),
-    `inhibition` (attention to the indirect object minus to the subject's first mention), `logit_difference` (IO - S).
+def measures(names: Names, edited: Outcome, base: Outcome) -> dict[str, Float[Tensor, " row"]]:
+    """Return three measures per row.
+
+    `attention_change` is the total variation distance of the last position's attention from the unedited one,
+    `inhibition` the attention to the indirect object minus that to the subject's first mention, `logit_difference` that of
+    the indirect object and the subject.
     """
-    change = (found.attention - base.attention).abs().sum(-1) / 2
-    inhibition = found.attention[:, names.io_at] - found.attention[:, names.s_at]
+    change = (edited.attention - base.attention).abs().sum(-1) / 2
+    inhibition = edited.attention[:, names.io_at] - edited.attention[:, names.s_at]
     return {
         "attention_change": change,
         "inhibition": inhibition,
-        "logit_difference": found.logits[:, 0] - found.logits[:, 1],
+        "logit_difference": edited.logits[:, 0] - edited.logits[:, 1],
     }
 
 
 def standard_changes(
     source: Circuit, component: int, stride: int, random_directions: int, alphas: Sequence[float], seed: int
 ) -> list[Change]:
-    """Zero every stride-th component and the chosen one; random directions of the head's span; a sweep of the chosen
-    component's size.
+    """Return the changes made to every edited head.
+
+    Every stride-th component and the chosen one are set to zero, and so are random directions of the head's span; the
+    chosen component is also scaled by each of `alphas`.
     """
     write = source.svd[2]
     generator = torch.Generator().manual_seed(seed)
@@ -186,30 +195,30 @@ def standard_changes(
 
 
 def pair_forwards(prompts: int, changes: int) -> int:
-    """Rows that `pair_effects` runs: per prompt every change, the head left out, at its mean, twice as it is."""
+    """Count the rows that `pair_effects` runs: per prompt each change, the head at zero and at its mean, and two unedited."""
     return prompts * (changes + 4)
 
 
 def pair_effects(
     prompts: Sequence[Names], heads: Heads, pair: pd.Series, changes: Sequence[Change], tick: Callable[[int], None]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(effect of every change and of whole-head ablations, per prompt; coefficient of each component, per prompt)."""
+    """Return (effects of every change and of whole-head ablations, coefficients of each component), both per prompt."""
     layer, head = int(pair["source_layer"]), int(pair["source_head"])
     target = (int(pair["target_layer"]), int(pair["target_head"]))
     w_o, circuit = heads.w_o[layer, head], Circuit(heads.w_v[layer, head], heads.w_o[layer, head])
-    values = [head_output(names.held, layer, head) for names in prompts]
+    values = [head_output(names.cached, layer, head) for names in prompts]
     mean = torch.stack(values).mean(0)
     tick(len(prompts))
     rows, coefficients = [], []
     for index, names in enumerate(prompts):
         base = outcome(names, layer, target, lambda z: z, 1)
-        made = {"edit": outcome(names, layer, target, changed_head(head, w_o, changes), len(changes)),
+        outcomes = {"edit": outcome(names, layer, target, changed_head(head, w_o, changes), len(changes)),
                 "head_zero": outcome(names, layer, target, whole_head(head, None), 1),
                 "head_mean": outcome(names, layer, target, whole_head(head, mean), 1)}  # fmt: skip
         tick(len(changes) + 3)
         before = {k: float(v[0]) for k, v in measures(names, base, base).items()}
-        for name, found in made.items():
-            after = measures(names, found, base)
+        for name, edited in outcomes.items():
+            after = measures(names, edited, base)
             labels = [(c.label, c.component) for c in changes] if name == "edit" else [(name, -1)]
             for row, (label, component) in enumerate(labels):
                 rows += [
@@ -221,15 +230,15 @@ def pair_effects(
     return effects, pd.DataFrame(coefficients, columns=["prompt", "component", "coefficient"])
 
 
-def head_output(held: CachedPrompt, layer: int, head: int) -> Tensor:
-    """A head's z [d_head] at the last position, float32."""
+def head_output(prompt: CachedPrompt, layer: int, head: int) -> Float[Tensor, " d_head"]:
+    """Return a head's z at the last position, float32."""
     seen: list[Tensor] = []
-    held.edited(layer, 1, {}, {Address("z", layer): lambda z: seen.append(z[0, -1, head].float().cpu().clone())})
+    prompt.edited(layer, 1, {}, {Address("z", layer): lambda z: seen.append(z[0, -1, head].float().cpu().clone())})
     return seen[0]
 
 
 def effect_table(effects: pd.DataFrame, pair: pd.Series, names: Sequence[str], seed: int) -> pd.DataFrame:
-    """Means over prompts with intervals, one row per change and metric."""
+    """Return means over prompts with intervals, one row per change and metric."""
     rows = []
     for (edit, component, row, metric), group in effects.groupby(["edit", "component", "row", "metric"], sort=False):
         interval = cluster_bootstrap(group["after"] - group["before"], group["prompt"], seed=seed)
@@ -244,10 +253,10 @@ def effect_table(effects: pd.DataFrame, pair: pd.Series, names: Sequence[str], s
 
 
 def beaten(table: pd.DataFrame, component: int, metric: str = "attention_change") -> dict[str, float]:
-    """Shares of the head's other components, and of random directions in its span, that change the metric less."""
-    mine = table[table["metric"] == metric]
-    zero = mine[mine["edit"] == "zero"].set_index("component")["change"].abs()
-    others, random = zero.drop(component), mine[mine["edit"] == "random_direction"]["change"].abs()
+    """Return the shares of the head's other components, and of random directions in its span, that change the metric less."""
+    effects = table[table["metric"] == metric]
+    zero = effects[effects["edit"] == "zero"].set_index("component")["change"].abs()
+    others, random = zero.drop(component), effects[effects["edit"] == "random_direction"]["change"].abs()
     return {
         "components": float(np.mean(others < zero[component])),
         "directions": float(np.mean(random < zero[component])),

@@ -18,14 +18,14 @@ def _name(pair: pd.Series) -> str:
 
 
 def pair_heatmap(tables: Tables) -> go.Figure:
-    """The strongest component of any pair between two layers, per kind."""
+    """Draw the strongest component of any pair between two layers, per kind."""
     table = tables["composition"]
     kinds = list(dict.fromkeys(table["kind"]))
     figure = make_subplots(rows=1, cols=len(kinds), subplot_titles=[KIND[k] for k in kinds], shared_yaxes=True)
     top = float(table["z"].quantile(0.9995))
     for column, kind in enumerate(kinds, 1):
-        mine = table[table["kind"] == kind]
-        best = mine.loc[mine.groupby(["source_layer", "target_layer"])["z"].idxmax()]
+        pairs = table[table["kind"] == kind]
+        best = pairs.loc[pairs.groupby(["source_layer", "target_layer"])["z"].idxmax()]
         z = best.pivot(index="target_layer", columns="source_layer", values="z")
         best = best.assign(
             label=[f"{_name(row)}: z {row['z']:.1f}, CS {row['component_score']:.3f}" for _, row in best.iterrows()]
@@ -43,7 +43,7 @@ def pair_heatmap(tables: Tables) -> go.Figure:
 
 
 def component_bars(tables: Tables) -> go.Figure:
-    """Every component of the strongest pairs, over the null."""
+    """Draw every component of the strongest pairs over the null."""
     components = tables["components"]
     groups = [(_name(group.iloc[0]), group) for _, group in components.groupby(PAIR, sort=False)]
     edited = {_name(row) for _, row in tables["rank"].iterrows()} if "rank" in tables else set()
@@ -67,7 +67,7 @@ def component_bars(tables: Tables) -> go.Figure:
 
 
 def score_against_effect(tables: Tables) -> go.Figure:
-    """Each component's score from weights against how much zeroing it changes the reading head's attention."""
+    """Draw each component's score from weights against how much zeroing it changes the reading head's attention."""
     edits = tables["edits"]
     zero = edits[(edits["edit"] == "zero") & (edits["metric"] == "attention_change")]
     joined = zero.merge(tables["components"][[*PAIR, "component", "score"]], on=[*PAIR, "component"])
@@ -89,7 +89,7 @@ def score_against_effect(tables: Tables) -> go.Figure:
 
 
 def alpha_sweep(tables: Tables) -> go.Figure:
-    """The reading head's attention and the logit difference as the component is scaled."""
+    """Draw the reading head's attention and the logit difference as the component is scaled."""
     edits = tables["edits"]
     chosen = edits.merge(tables["rank"][[*PAIR, "component"]], on=[*PAIR, "component"])
     sweep = chosen[chosen["edit"].str.startswith("scale:") | (chosen["edit"] == "zero")].copy()
@@ -122,7 +122,7 @@ def _band(figure: go.Figure, values: dict[str, list[float]], colour: str, column
 
 
 def laundry(tables: Tables) -> go.Figure:
-    """Accuracy on lists against their length."""
+    """Draw the accuracy on lists against their length."""
     table = tables["laundry"]
     figure = go.Figure()
     styles = {"plain": "solid", "weight edit": "solid", "held out, channel": "dash", "oracle, channel": "dot",
@@ -136,11 +136,11 @@ def laundry(tables: Tables) -> go.Figure:
         "oracle, random": 0,
     }
     for variant, dash in styles.items():
-        mine = table[(table["variant"] == variant) & (table["scoring"] == "items")].dropna(subset=["accuracy"])
+        rows = table[(table["variant"] == variant) & (table["scoring"] == "items")].dropna(subset=["accuracy"])
         figure.add_scatter(
-            x=mine["n_items"], y=mine["accuracy"], name=variant, mode="lines+markers",
+            x=rows["n_items"], y=rows["accuracy"], name=variant, mode="lines+markers",
             line={"color": COLOURS[colours[variant]], "dash": dash},
-            error_y=whiskers(mine["accuracy"], mine["ci_low"], mine["ci_high"], 2),
+            error_y=whiskers(rows["accuracy"], rows["ci_low"], rows["ci_high"], 2),
         )  # fmt: skip
     lengths = sorted(set(table["n_items"]))
     figure.add_scatter(
@@ -157,15 +157,15 @@ def laundry(tables: Tables) -> go.Figure:
 
 
 def steering(tables: Tables) -> go.Figure:
-    """The item chosen at each point of the three-dimensional grid, for the longest list."""
+    """Draw the item chosen at each point of the three-dimensional grid, for the longest list."""
     table = tables["steering"]
-    mine = table[table["n_items"] == table["n_items"].max()]
+    grid = table[table["n_items"] == table["n_items"].max()]
     figure = go.Figure()
     figure.add_scatter3d(
-        x=mine["beta_1"], y=mine["beta_2"], z=mine["beta_3"], mode="markers",
-        marker={"color": mine["item"], "colorscale": SCALE, "size": 6 + 10 * mine["share"], "cmin": 0,
-                "cmax": int(mine["n_items"].iloc[0]) - 1, "colorbar": {"title": "item"}},
-        text=[f"item {i} in {s:.0%} of the lists" for i, s in zip(mine["item"], mine["share"], strict=True)],
+        x=grid["beta_1"], y=grid["beta_2"], z=grid["beta_3"], mode="markers",
+        marker={"color": grid["item"], "colorscale": SCALE, "size": 6 + 10 * grid["share"], "cmin": 0,
+                "cmax": int(grid["n_items"].iloc[0]) - 1, "colorbar": {"title": "item"}},
+        text=[f"item {i} in {s:.0%} of the lists" for i, s in zip(grid["item"], grid["share"], strict=True)],
         hovertemplate="%{text}<extra></extra>",
     )  # fmt: skip
     finish(figure, x="", y="", height=520)

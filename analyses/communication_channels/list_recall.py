@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from probes.weights.composition import Heads
 
 @dataclass(frozen=True, eq=False)
 class Dial:
-    """One direction that is set at the end of a prompt: what head writes along it."""
+    """A direction along which what a head writes at the end of a prompt is set."""
 
     layer: int
     head: int
@@ -46,38 +47,42 @@ class Listed:
 
 
 def listed(model: Model, prompts: Sequence[Laundry]) -> list[Listed]:
-    """Prompts whose items are one token each."""
-    found = []
+    """Return the prompts whose items are one token each."""
+    lists = []
     for prompt in prompts:
         ids = [continuation(model.tokenizer, prompt.text, f" {item}") for item in prompt.items]
         if all(len(i) == 1 for i in ids):
             tokens = tokenize([prompt.text], model)[0].tokens
-            found.append(Listed(prompt, tokens, torch.tensor([i[0] for i in ids])))
-    return found
+            lists.append(Listed(prompt, tokens, torch.tensor([i[0] for i in ids])))
+    return lists
 
 
 @torch.no_grad()
-def choices(model: Model, last: Tensor, items: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(index of the likeliest item, most probable token) for streams at the last position [rows, d_model]."""
+def choices(
+    model: Model, last: Float[Tensor, "row d_model"], items: Int[Tensor, " item"]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return (index of the likeliest item, most probable token) for rows of the last stream."""
     unembedding = model.unembedding()
     hidden = lens.normalized(last, unembedding)
     item = lens.token_logits(hidden, unembedding, items).argmax(-1)
     return item.cpu().numpy(), lens.read(last, unembedding, top_k=1).top_ids[:, 0].cpu().numpy()
 
 
-def steering_grid(steps: int, reach: Sequence[float]) -> Tensor:
-    """[points, dials], every combination of `steps` values from -reach to reach of each dial."""
+def steering_grid(steps: int, reach: Sequence[float]) -> Float[Tensor, "point dial"]:
+    """Return every combination of `steps` values from -reach to reach of each dial."""
     axes = [torch.linspace(-r, r, steps).tolist() for r in reach]
     return torch.tensor(list(itertools.product(*axes)))
 
 
-def steered(held: CachedPrompt, heads: Heads, dials: Sequence[Dial], points: Tensor) -> Tensor:
-    """What leaves the last block [points, d_model] when each dial is set to its coordinate of each point."""
+def steered(
+    prompt: CachedPrompt, heads: Heads, dials: Sequence[Dial], points: Float[Tensor, "point dial"]
+) -> Float[Tensor, "point d_model"]:
+    """Return what leaves the last block when each dial is set to its coordinate of each point."""
     writes: dict[Address, Write] = {}
     for layer in dict.fromkeys(dial.layer for dial in dials):
-        mine = [(dial, points[:, i]) for i, dial in enumerate(dials) if dial.layer == layer]
-        writes[Address("z", layer)] = _set(heads, mine)
-    return held.edited(min(dial.layer for dial in dials), len(points), writes)
+        here = [(dial, points[:, i]) for i, dial in enumerate(dials) if dial.layer == layer]
+        writes[Address("z", layer)] = _set(heads, here)
+    return prompt.edited(min(dial.layer for dial in dials), len(points), writes)
 
 
 def _set(heads: Heads, dials: Sequence[tuple[Dial, Tensor]]) -> Write:
@@ -85,26 +90,28 @@ def _set(heads: Heads, dials: Sequence[tuple[Dial, Tensor]]) -> Write:
         out = z.clone()
         for dial, values in dials:
             read, write = head_factors(heads.w_o[dial.layer, dial.head], dial.direction[None])
-            mine = out[:, -1, dial.head].float()
-            amount = values.to(mine) - (mine @ read[0].to(mine))
-            out[:, -1, dial.head] = (mine + amount[:, None] * write[0].to(mine)).to(z.dtype)
+            own = out[:, -1, dial.head].float()
+            amount = values.to(own) - (own @ read[0].to(own))
+            out[:, -1, dial.head] = (own + amount[:, None] * write[0].to(own)).to(z.dtype)
         return out
 
     return edit
 
 
 def reach_of(prompts: Sequence[CachedPrompt], heads: Heads, dials: Sequence[Dial]) -> list[float]:
-    """Three times the 99th percentile of each dial's own size over the prompts."""
+    """Return three times the 99th percentile of each dial's own size over the prompts."""
     sizes = []
     for dial in dials:
-        outputs = torch.stack([head_output(held, dial.layer, dial.head) for held in prompts])
+        outputs = torch.stack([head_output(prompt, dial.layer, dial.head) for prompt in prompts])
         own = outputs @ heads.w_o[dial.layer, dial.head] @ dial.direction
         sizes.append(3 * float(own.abs().quantile(0.99)))
     return sizes
 
 
-def honest(chosen: NDArray[np.int64], answer: NDArray[np.int64], n_items: int) -> NDArray[np.bool_]:
-    """Per held-out prompt, whether the grid point that is best for its answer's place on the other prompts is right.
+def held_out_correct(chosen: NDArray[np.int64], answer: NDArray[np.int64], n_items: int) -> NDArray[np.bool_]:
+    """Return, per held-out prompt, whether it is answered at the grid point chosen on the other prompts.
+
+    The point is the one that is best for prompts whose answer has the same place in the list.
 
     Of the prompts of each place, pairs go in turn to either part, so that both have both wordings.
 
@@ -113,19 +120,21 @@ def honest(chosen: NDArray[np.int64], answer: NDArray[np.int64], n_items: int) -
         answer: [prompts], the right index.
     """
     right = chosen == answer[:, None]
-    found = []
+    correct = []
     for place in range(n_items):
-        mine = np.flatnonzero(answer == place)
-        first = (np.arange(len(mine)) // 2) % 2 == 0
-        fit, test = mine[first], mine[~first]
+        at_place = np.flatnonzero(answer == place)
+        first = (np.arange(len(at_place)) // 2) % 2 == 0
+        fit, test = at_place[first], at_place[~first]
         if len(fit) and len(test):
-            found.append(right[test, int(right[fit].mean(0).argmax())])
-    return np.concatenate(found) if found else np.zeros(0, dtype=bool)
+            correct.append(right[test, int(right[fit].mean(0).argmax())])
+    return np.concatenate(correct) if correct else np.zeros(0, dtype=bool)
 
 
 def forwards(by_length: Mapping[int, Sequence[Listed]], dials: Mapping[str, int], steps: int) -> int:
-    """Rows that `run` runs with so many dials per name: every prompt opened, with the weight edit, and at every point of
-    each grid; and the first length's prompts once more for each dial.
+    """Count the rows that `run` runs with so many dials per name.
+
+    Every prompt is run as it is, with the weight edit, and at every point of each grid; the prompts of the first length once
+    more for each dial.
     """
     first = len(next(iter(by_length.values()), ()))
     each = 2 + sum(steps**n for n in dials.values())
@@ -140,7 +149,7 @@ def run(
     steps: int,
     tick: Callable[[int], None],
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(accuracy by length and variant, the choice at every grid point of the channel's dials).
+    """Return (accuracy by length and variant, the choice at every grid point of the channel's dials).
 
     Args:
         dials: `channel` and its control `random`, three each; the first of `channel` is also removed from the weights.
@@ -149,10 +158,10 @@ def run(
     points_seen = []
     reach: dict[str, list[float]] = {}
     for n_items, prompts in by_length.items():
-        held = [CachedPrompt(model, prompt.tokens, -1) for prompt in prompts]
-        tick(len(held))
+        cached = [CachedPrompt(model, prompt.tokens, -1) for prompt in prompts]
+        tick(len(cached))
         answer = np.array([p.prompt.missing for p in prompts])
-        plain = [choices(model, h.entering[-1][-1:], p.items) for h, p in zip(held, prompts, strict=True)]
+        plain = [choices(model, h.entering[-1][-1:], p.items) for h, p in zip(cached, prompts, strict=True)]
         rows += _scores(
             n_items, "plain", np.array([c[0][0] for c in plain]), np.array([c[1][0] for c in plain]), prompts
         )
@@ -160,15 +169,18 @@ def run(
         tick(len(prompts))
         for name, three in dials.items():
             if name not in reach:
-                reach[name] = reach_of(held, heads, three)
-                tick(len(held) * len(three))
+                reach[name] = reach_of(cached, heads, three)
+                tick(len(cached) * len(three))
             grid = steering_grid(steps, reach[name])
             chosen = np.stack(
-                [choices(model, steered(h, heads, three, grid), p.items)[0] for h, p in zip(held, prompts, strict=True)]
+                [
+                    choices(model, steered(h, heads, three, grid), p.items)[0]
+                    for h, p in zip(cached, prompts, strict=True)
+                ]
             )
-            tick(len(held) * len(grid))
+            tick(len(cached) * len(grid))
             rows.append(_rate(n_items, f"oracle, {name}", "items", (chosen == answer[:, None]).any(1)))
-            rows.append(_rate(n_items, f"held out, {name}", "items", honest(chosen, answer, n_items)))
+            rows.append(_rate(n_items, f"held out, {name}", "items", held_out_correct(chosen, answer, n_items)))
             if name == "channel":
                 places = [np.bincount(chosen[:, i], minlength=n_items) for i in range(len(grid))]
                 frame = pd.DataFrame(grid.numpy(), columns=[f"beta_{i + 1}" for i in range(grid.shape[1])])

@@ -15,12 +15,12 @@ def _ends(tables: Tables, side: str) -> pd.DataFrame:
 
 
 def writers(tables: Tables) -> pd.DataFrame:
-    """Flagged channels that begin in the layer."""
+    """Count the flagged channels that begin in the layer."""
     return _ends(tables, "source_layer")
 
 
 def readers(tables: Tables) -> pd.DataFrame:
-    """Flagged channels that end in the layer."""
+    """Count the flagged channels that end in the layer."""
     return _ends(tables, "target_layer")
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from probes.weights import composition as comp
@@ -34,7 +35,10 @@ class Scan:
 
 
 def scan(heads: Heads, kind: Kind, rotation: Tensor | None = None) -> Scan:
-    """Whole-head scores follow from the component scores: CS² = Σ s² CS_i² / Σ s², so one product gives both."""
+    """Score every earlier head with every later one.
+
+    Whole-head scores follow from those of components, CS² = Σ s² CS_i² / Σ s², so one product gives both.
+    """
     target, (_, s, write) = heads.reader(kind, rotation), heads.ov.svd
     n_layers, n_heads, k, d_model = write.shape
     shape = (n_layers, n_heads, n_layers, n_heads)
@@ -54,8 +58,10 @@ def scan(heads: Heads, kind: Kind, rotation: Tensor | None = None) -> Scan:
     return Scan(kind, target, score, component, best, z)
 
 
-def p_values(scores: Tensor, target: Circuit, null: Null, draws: int, seed: int) -> Tensor:
-    """P values of component scores [..., k] for isotropic write directions; `target` broadcasts with the leading axes.
+def p_values(
+    scores: Float[Tensor, "*rest component"], target: Circuit, null: Null, draws: int, seed: int
+) -> Float[Tensor, "*rest component"]:
+    """Return p values of component scores for isotropic write directions; `target` broadcasts with the leading axes.
 
     `analytic` matches a gamma distribution to the null's mean and variance, which reaches small p; `random` counts
     draws, and cannot go below 1 / (draws + 1).
@@ -71,7 +77,7 @@ def p_values(scores: Tensor, target: Circuit, null: Null, draws: int, seed: int)
 def composition_table(
     scans: Sequence[Scan], null: Null, draws: int, seed: int, z_thresh: float, alpha: float = 0.001
 ) -> pd.DataFrame:
-    """One row per pair and kind; p is of the strongest component, corrected for having k to choose from."""
+    """Return one row per pair and kind; p is of the strongest component, corrected for having k to choose from."""
     parts = []
     for one in scans:
         l1, h1, l2, h2 = (index.numpy() for index in torch.nonzero(~one.score.isnan(), as_tuple=True))
@@ -80,10 +86,10 @@ def composition_table(
         k = one.target.left.shape[-1]
         for layer in range(one.target.left.shape[0]):
             for head in range(one.target.left.shape[1]):
-                mine = (l2 == layer) & (h2 == head)
-                if mine.any():
+                into_head = (l2 == layer) & (h2 == head)
+                if into_head.any():
                     circuit = Circuit(one.target.left[layer, head], one.target.right[layer, head])
-                    p[mine] = p_values(best[mine][None], circuit, null, draws, seed)[0].numpy()
+                    p[into_head] = p_values(best[into_head][None], circuit, null, draws, seed)[0].numpy()
         parts.append(
             pd.DataFrame(
                 {
@@ -110,15 +116,15 @@ PAIR = ["kind", "source_layer", "source_head", "target_layer", "target_head"]
 
 
 def ranked(table: pd.DataFrame, kind: Kind | None = None, target: tuple[int, int] | None = None) -> pd.DataFrame:
-    """Pairs by the robust z of their strongest component, flagged ones first."""
-    mine = table if kind is None else table[table["kind"] == kind]
+    """Sort pairs by the robust z of their strongest component, flagged ones first."""
+    rows = table if kind is None else table[table["kind"] == kind]
     if target is not None:
-        mine = mine[(mine["target_layer"] == target[0]) & (mine["target_head"] == target[1])]
-    return mine.sort_values(["flagged", "z"], ascending=False)
+        rows = rows[(rows["target_layer"] == target[0]) & (rows["target_head"] == target[1])]
+    return rows.sort_values(["flagged", "z"], ascending=False)
 
 
 def pair_circuits(heads: Heads, scans: Sequence[Scan], pair: pd.Series) -> tuple[Circuit, Circuit]:
-    """(the source's output circuit, the target's reading circuit) of a row of the composition table."""
+    """Return (the source's output circuit, the target's reading circuit) of a row of the composition table."""
     one = next(s for s in scans if s.kind == pair["kind"])
     a, b = (pair["source_layer"], pair["source_head"]), (pair["target_layer"], pair["target_head"])
     return Circuit(heads.w_v[a], heads.w_o[a]), Circuit(one.target.left[b], one.target.right[b])
@@ -127,7 +133,7 @@ def pair_circuits(heads: Heads, scans: Sequence[Scan], pair: pd.Series) -> tuple
 def component_table(
     heads: Heads, scans: Sequence[Scan], pairs: pd.DataFrame, null: Null, draws: int, seed: int
 ) -> pd.DataFrame:
-    """Every component of the source of each pair, with its null; q values are over all rows."""
+    """Return every component of the source of each pair with its null; q values are over all rows."""
     parts = []
     for _, pair in pairs.iterrows():
         source, target = pair_circuits(heads, scans, pair)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from analyses.communication_channels import list_recall as laundry
+from analyses.communication_channels import list_recall
 from analyses.communication_channels.edits import (
     Names,
     beaten,
@@ -24,8 +24,7 @@ from analyses.communication_channels.edits import (
 from analyses.communication_channels.scan import PAIR, Scan, pair_circuits, ranked
 from analyses.interventions import Tally
 from analyses.results.statistics import cluster_bootstrap, wilson
-from analyses.tasks import ioi as tasks_ioi
-from analyses.tasks import laundry_list as tasks_laundry
+from analyses.tasks import ioi, laundry_list
 from probes.errors import OptionError
 from probes.lenses import logit as lens
 from probes.models.protocol import Model
@@ -54,22 +53,22 @@ class Settings:
 
 
 def parse_heads(heads: Sequence[str]) -> list[tuple[int, int]]:
-    """(layer, head) of texts such as 4.7.
+    """Read (layer, head) from texts such as 4.7.
 
     Raises:
         OptionError: a text that names no head.
     """
-    found = []
+    pairs = []
     for text in heads:
         layer, dot, head = text.partition(".")
         if not (dot and layer.isdecimal() and head.isdecimal() and len(text) < 12):
             raise OptionError(f"option heads: {text[:40]!r} names no head; write layer.head, such as 4.7")
-        found.append((int(layer), int(head)))
-    return found
+        pairs.append((int(layer), int(head)))
+    return pairs
 
 
 def check_heads(heads: Sequence[str], model: Model) -> None:
-    """Whether each of `heads` can write to a later one.
+    """Check that each of `heads` can write to a later one.
 
     Raises:
         OptionError: a head that the model does not have, or one of its last layer.
@@ -82,39 +81,39 @@ def check_heads(heads: Sequence[str], model: Model) -> None:
             )
 
 
-def prompts_of(model: Model, settings: Settings) -> list[tasks_ioi.Ioi]:
-    """Indirect-object prompts with names of one token each."""
-    return tasks_ioi.sample(settings.n_prompts, settings.seed, lambda name: name_token(model, name) is not None)
+def prompts_of(model: Model, settings: Settings) -> list[ioi.Ioi]:
+    """Generate indirect-object prompts with names of one token each."""
+    return ioi.sample(settings.n_prompts, settings.seed, lambda name: name_token(model, name) is not None)
 
 
-def lists_of(model: Model, settings: Settings) -> dict[int, list[laundry.Listed]]:
-    """Per length, lists to recall from, with items of one token each."""
+def lists_of(model: Model, settings: Settings) -> dict[int, list[list_recall.Listed]]:
+    """Generate, per length, lists to recall from, with items of one token each."""
 
     def single(item: str) -> bool:
         return name_token(model, item) is not None
 
     return {
-        n: laundry.listed(model, tasks_laundry.sample(n, settings.laundry_prompts, settings.seed, keeps=single))
+        n: list_recall.listed(model, laundry_list.sample(n, settings.laundry_prompts, settings.seed, keeps=single))
         for n in dict.fromkeys(settings.laundry_items)
     }
 
 
 def most_forwards(model: Model, settings: Settings) -> dict[str, int]:
-    """Rows that are run at most, by what is done: fewer where the scan names fewer pairs."""
+    """Count the rows that are run at most, by what is done: fewer where the scan names fewer pairs."""
     n, d_head = len(spots(model, prompts_of(model, settings))), model.shape.d_head
     components = len(range(0, d_head, settings.stride)) + (settings.stride > 1)
     changes = components + settings.random_directions + len(ALPHAS)
     counts = {"prompts run": 2 * n, "edited channels": settings.edit_pairs * pair_forwards(n, changes)}
     if settings.laundry_prompts:
         dials = {"channel": DIALS, "random": DIALS}
-        counts["steered lists"] = laundry.forwards(lists_of(model, settings), dials, settings.steer_steps)
+        counts["steered lists"] = list_recall.forwards(lists_of(model, settings), dials, settings.steer_steps)
     return counts
 
 
 def edit_channels(
     model: Model, heads: Heads, scans: Sequence[Scan], table: pd.DataFrame, settings: Settings, tally: Tally
 ) -> tuple[dict[str, pd.DataFrame], pd.DataFrame, int]:
-    """(tables `task`, `edits`, `rank`; the pairs edited; tokens of the prompts)."""
+    """Return (tables `task`, `edits`, `rank`; the pairs edited; how many tokens the prompts have)."""
     examples = prompts_of(model, settings)
     tally.start(2 * len(spots(model, examples)), "prompt")
     prompts = open_prompts(model, examples)
@@ -131,8 +130,8 @@ def edit_channels(
     for (_, pair), each in zip(chosen.iterrows(), changes, strict=True):
         source, _ = pair_circuits(heads, scans, pair)
         component = int(pair["component"])
-        found, sizes = pair_effects(prompts, heads, pair, each, tally.tick)
-        effects.append(effect_table(found, pair, PAIR, settings.seed))
+        measured, sizes = pair_effects(prompts, heads, pair, each, tally.tick)
+        effects.append(effect_table(measured, pair, PAIR, settings.seed))
         shares = beaten(effects[-1], component)
         ranks.append(
             {
@@ -146,11 +145,14 @@ def edit_channels(
         "edits": pd.concat(effects, ignore_index=True),
         "rank": pd.DataFrame(ranks),
     }
-    return tables, chosen, sum(len(names.held.tokens) for names in prompts)
+    return tables, chosen, sum(len(names.cached.tokens) for names in prompts)
 
 
 def _pairs(table: pd.DataFrame, mover: tuple[int, int], settings: Settings) -> pd.DataFrame:
-    """Query channels to edit: half by rank, half into the head that finds the name; of the writing heads chosen, if any."""
+    """Choose query channels to edit: half by rank, half into the head that finds the name.
+
+    Where the option names writing heads, their channels alone are chosen from.
+    """
     if heads := parse_heads(settings.heads):
         sources = zip(table["source_layer"], table["source_head"], strict=True)
         table = table[[source in heads for source in sources]]
@@ -168,7 +170,7 @@ def steer_lists(
     settings: Settings,
     tally: Tally,
 ) -> dict[str, pd.DataFrame]:
-    """Tables `laundry` and `steering`: recall from lists, plain, with a weight edited, and steered."""
+    """Return the tables `laundry` and `steering`: recall from lists, plain, with a weight edited, and steered."""
     mover = edited.iloc[-1]
     into = ranked(table, "q", (int(mover["target_layer"]), int(mover["target_head"]))).head(DIALS)
     channel, control = [], []
@@ -177,19 +179,21 @@ def steer_lists(
         source, _ = pair_circuits(heads, scans, pair)
         layer, head = int(pair["source_layer"]), int(pair["source_head"])
         write = source.svd[2]
-        channel.append(laundry.Dial(layer, head, write[int(pair["component"])]))
+        channel.append(list_recall.Dial(layer, head, write[int(pair["component"])]))
         mixed = torch.randn(len(write), generator=generator) @ write
-        control.append(laundry.Dial(layer, head, mixed / mixed.norm()))
+        control.append(list_recall.Dial(layer, head, mixed / mixed.norm()))
     by_length, dials = lists_of(model, settings), {"channel": channel, "random": control}
     sizes = {name: len(each) for name, each in dials.items()}
-    tally.start(laundry.forwards(by_length, sizes, settings.steer_steps), "steered list")
-    accuracy, steering = laundry.run(model, heads, by_length, dials, settings.steer_steps, tally.tick)
+    tally.start(list_recall.forwards(by_length, sizes, settings.steer_steps), "steered list")
+    accuracy, steering = list_recall.run(model, heads, by_length, dials, settings.steer_steps, tally.tick)
     return {"laundry": accuracy, "steering": steering}
 
 
 def mover_head(model: Model, prompts: Sequence[Names]) -> tuple[tuple[int, int], np.ndarray]:
-    """(the head that attends most to the indirect object rather than the subject at the end, that difference by
-    [layer, head]).
+    """Find the head that attends most, at the end, to the indirect object rather than the subject.
+
+    Returns:
+        The head as (layer, head), and that difference for every head, [layer, head].
     """
     n_layers, n_heads = model.shape.n_layers, model.shape.n_heads
     total = np.zeros((n_layers, n_heads))
@@ -202,14 +206,14 @@ def mover_head(model: Model, prompts: Sequence[Names]) -> tuple[tuple[int, int],
 
             return read
 
-        names.held.edited(0, 1, {}, {Address("pattern", layer): keep(layer) for layer in range(n_layers)})
+        names.cached.edited(0, 1, {}, {Address("pattern", layer): keep(layer) for layer in range(n_layers)})
     later = total[1:]
     layer, head = np.unravel_index(int(later.argmax()), later.shape)
     return (int(layer) + 1, int(head)), total
 
 
 def matched(singular: torch.Tensor, sizes: pd.DataFrame, component: int) -> dict[str, int]:
-    """Other components nearest to the chosen one in singular value, and in the mean size of their coefficient."""
+    """Return the other components nearest to the chosen one in singular value, and in the mean size of their coefficient."""
     s = (singular - singular[component]).abs()
     s[component] = torch.inf
     size = sizes["coefficient"].abs().groupby(sizes["component"]).mean()
@@ -220,10 +224,11 @@ def matched(singular: torch.Tensor, sizes: pd.DataFrame, component: int) -> dict
 
 @torch.no_grad()
 def task_table(prompts: Sequence[Names], mover: tuple[int, int], attention: np.ndarray, seed: int) -> pd.DataFrame:
+    """Return how well the model does the task: accuracy, logit difference, and the attention of the head that finds the name."""
     difference, solved = [], []
     for names in prompts:
-        unembedding = names.held.model.unembedding()
-        hidden = lens.normalized(names.held.entering[-1][-1:], unembedding)
+        unembedding = names.cached.model.unembedding()
+        hidden = lens.normalized(names.cached.entering[-1][-1:], unembedding)
         io, s = lens.token_logits(hidden, unembedding, torch.tensor([names.io, names.s]))[0].tolist()
         difference.append(io - s)
         solved.append(io > s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from analyses.contextual_decomposition.cases import Case
@@ -15,47 +16,50 @@ from probes.points import Address
 
 POSITIONS = 1024
 """Rows times positions of one block's forward."""
-HELD = 32768
-"""Rows times positions whose streams are held at once, which bounds memory."""
+STREAM_POSITIONS = 32768
+"""Rows times positions whose streams are kept at once, which bounds memory."""
 
 
 class Ablation:
-    """A prompt whose heads can be set to their baseline; counts the forwards that this stands for.
+    """A prompt whose heads can be set to their baseline, and a count of the forwards that this replaces.
 
     Args:
-        start: positions before it are at their baseline anyway, because every reference begins as the prompt does.
+        start: the first position to run; those before it equal their baseline, because every reference begins alike.
     """
 
     def __init__(self, model: Model, case: Case, baseline: Baseline | None, start: int = 0) -> None:
         self.model, self.case, self.baseline = model, case, baseline
         readable = model.shape.causal and "lens" not in model.faithfulness.refused
-        self.held = CachedPrompt(model, case.tokens, min(start, len(case.tokens) - 1)) if readable else None
-        self.start = 0 if self.held is None else self.held.start
+        self.cached = CachedPrompt(model, case.tokens, min(start, len(case.tokens) - 1)) if readable else None
+        self.start = 0 if self.cached is None else self.cached.start
         self.forwards = 0
 
     @torch.no_grad()
-    def metric(self, keep: Tensor) -> Tensor:
-        """The metric [rows] with every head where `keep` [rows, layer, head] or [rows, layer, pos, head] is False at its baseline.
+    def metric(self, keep: Bool[Tensor, "row layer *rest head"]) -> Float[Tensor, " row"]:
+        """Return the metric [rows] with each head at its baseline where `keep` is False.
 
         Each row in which something is ablated counts as one forward. Rows share what they have in common: each set of
         rows that agree up to a block passes it once, and none passes a block before its first ablated head.
+
+        Args:
+            keep: [rows, layer, head] or [rows, layer, pos, head].
         """
         keep = keep[:, :, None] if keep.dim() == 3 else keep
         keep = keep if keep.shape[2] == 1 else keep[:, :, self.start :]
         self.forwards += int((~keep.flatten(1).all(1)).sum())
         distinct, row = torch.unique(keep.flatten(1), dim=0, return_inverse=True)
         # Sorted, so rows that agree longest stand together, and a split parts few that could have shared.
-        parts = distinct.unflatten(1, keep.shape[1:]).split(self._at_once(HELD))
-        values = torch.cat([self._plainly(part) if self.held is None else self._shared(part) for part in parts])
+        parts = distinct.unflatten(1, keep.shape[1:]).split(self._at_once(STREAM_POSITIONS))
+        values = torch.cat([self._plainly(part) if self.cached is None else self._shared(part) for part in parts])
         return values[row]
 
     def _at_once(self, positions: int) -> int:
         return max(1, positions // (len(self.case.tokens) - self.start))
 
     def _shared(self, keep: Tensor) -> Tensor:
-        """The metric of distinct rows, each block passed once by those that agree on everything up to it."""
-        held = self.held
-        assert held is not None
+        """Return the metric of distinct rows; those that agree up to a block pass it together."""
+        cached = self.cached
+        assert cached is not None
         branch = torch.zeros(len(keep), dtype=torch.long)
         streams: list[Tensor] = []
         for layer in range(self.model.shape.n_layers):
@@ -67,34 +71,34 @@ class Ablation:
             number = torch.zeros(len(branches), dtype=torch.long)
             number[moving] = torch.arange(1, len(moving) + 1)
             branch = number[branch]
-            entering = [held.entering[layer], *streams]
+            entering = [cached.entering[layer], *streams]
             masks = branches[moving, 1:].bool().unflatten(1, keep.shape[2:])
             streams = self._pass(layer, [entering[int(i)] for i in branches[moving, 0]], masks)
-        ends = torch.stack([stream[-1] for stream in (held.entering[-1], *streams)])
+        ends = torch.stack([stream[-1] for stream in (cached.entering[-1], *streams)])
         return self.case.metric(self._logits(ends)).double().cpu()[branch]
 
     def _pass(self, layer: int, entering: Sequence[Tensor], keep: Tensor) -> list[Tensor]:
-        """What leaves a block [pos, d_model] for each stream that enters it."""
-        assert self.held is not None
+        """Return what leaves a block, [pos, d_model], for each stream that enters it."""
+        assert self.cached is not None
         out: list[Tensor] = []
         for rows in torch.split(torch.arange(len(entering)), self._at_once(POSITIONS)) if entering else ():
             hidden = torch.stack([entering[int(row)] for row in rows])
             mask = keep[rows]
             writes = {} if mask.all() else {Address("z", layer): self._write(layer, mask)}
-            out += self.held.through(layer, hidden, writes).unbind()
+            out += self.cached.through(layer, hidden, writes).unbind()
         return out
 
     def _plainly(self, keep: Tensor) -> Tensor:
-        """The metric of each row by a whole forward, where blocks cannot be run by themselves."""
-        found: list[Tensor] = []
+        """Return the metric of each row by a whole forward, for models whose blocks cannot be run by themselves."""
+        logits: list[Tensor] = []
         ids = torch.tensor(self.case.ids)
         for part in torch.split(keep, self._at_once(POSITIONS)):
             layers = [layer for layer in range(part.shape[1]) if not part[:, layer].all()]
             writes = {Address("z", layer): self._write(layer, part[:, layer]) for layer in layers}
             tokens = torch.tensor([self.case.tokens]).expand(len(part), -1)
-            reads = {Address("logits"): lambda t: found.append(t[:, -1, ids.to(t.device)].clone())}
+            reads = {Address("logits"): lambda t: logits.append(t[:, -1, ids.to(t.device)].clone())}
             self.model.run(tokens, reads, writes)
-        return self.case.metric(torch.cat(found)).double().cpu()
+        return self.case.metric(torch.cat(logits)).double().cpu()
 
     def _write(self, layer: int, keep: Tensor) -> Write:
         def write(z: Tensor) -> Tensor:
@@ -104,7 +108,7 @@ class Ablation:
         return write
 
     def _logits(self, last: Tensor) -> Tensor:
-        """Logits [rows, ids] of the case's tokens alone."""
+        """Return the logits [rows, ids] of the case's tokens alone."""
         unembedding = self.model.unembedding()
         ids = torch.tensor(self.case.ids, device=unembedding.weight.device)
         hidden = unembedding.norm(last.to(unembedding.weight))
@@ -114,15 +118,15 @@ class Ablation:
 
 
 def shared_start(tokens: Sequence[int], references: Sequence[Sequence[int]]) -> int:
-    """How many tokens the prompt and all of its references begin with in common; 0 where it has none."""
+    """Count the tokens that the prompt and all of its references begin with in common; 0 without references."""
     if not references:
         return 0
     same = [all(other[i] == token for other in references) for i, token in enumerate(tokens)]
     return same.index(False) if False in same else len(tokens)
 
 
-def without(ablation: Ablation, nodes: Sequence[Node]) -> Tensor:
-    """How much the metric falls when each node alone goes to its baseline [node]; a head at all positions or at one."""
+def without(ablation: Ablation, nodes: Sequence[Node]) -> Float[Tensor, " node"]:
+    """Return how much the metric falls when each node alone, a head at all positions or at one, goes to its baseline."""
     shape, n = ablation.model.shape, len(ablation.case.tokens)
     width = 1 if all(node.position < 0 for node in nodes) else n
     keep = torch.ones(len(nodes) + 1, shape.n_layers, width, shape.n_heads, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""How well each method foretells ablation, and what the differences between methods support."""
+"""How well each method's scores agree with ablation, and whether methods differ in that."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ STATISTICS = {
 
 
 def correlation(a: Array, b: Array) -> float:
-    """Pearson's; NaN where either is constant or too short to have one."""
+    """Return Pearson's correlation; NaN where either side is constant or too short to have one."""
     if len(a) < 3 or a.std() == 0 or b.std() == 0:
         return float("nan")
     return float(np.corrcoef(a, b)[0, 1])
 
 
 def _statistics(scores: Array, effects: Array, rest: NDArray[np.intp]) -> tuple[float, float, float]:
-    """The columns of `STATISTICS`, of mean scores and effects [head]; `rest` are the heads without the largest."""
+    """Return the columns of `STATISTICS`, of mean scores and effects [head]; `rest` are the heads without the largest."""
     return (
         correlation(scores, effects),
         correlation(rankdata(scores), rankdata(effects)),
@@ -40,7 +40,7 @@ def _statistics(scores: Array, effects: Array, rest: NDArray[np.intp]) -> tuple[
 
 
 def agreement_tables(scores: Mapping[str, Array], effects: Array, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """How well each method's mean scores agree with mean effects over heads, and how methods differ in that.
+    """Compare each method's mean scores with mean effects over heads.
 
     The first table has columns method, for each of `STATISTICS` its value, `_low` and `_high`, then slope, n_heads,
     n_prompts. `slope` is how much effect goes with one unit of score. The second has method, statistic, difference,
@@ -82,7 +82,7 @@ def _differences(own: Mapping[str, Array], spread: Mapping[str, Array], n: int) 
 
 
 def agreement_notes(table: pd.DataFrame, differences: pd.DataFrame) -> list[str]:
-    """What the intervals of differences between the decomposition and attribution patching support, in words."""
+    """Say in words whether the decomposition and attribution patching differ, by the intervals of their differences."""
     n = int(table["n_prompts"].iloc[0])
     if n < MIN_CLUSTERS:
         return [

@@ -12,13 +12,25 @@ from torch import Tensor
 
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.contextual_decomposition import costs
-from analyses.contextual_decomposition import phases as steps
 from analyses.contextual_decomposition import tables as tabulate
 from analyses.contextual_decomposition.agreement import agreement_notes, agreement_tables
-from analyses.contextual_decomposition.cases import Case, case_of, given_cases, made
+from analyses.contextual_decomposition.cases import Case, case_of, generated_questions, given_cases
 from analyses.contextual_decomposition.circuit import Search
-from analyses.contextual_decomposition.faithfulness import faithfulness_table
+from analyses.contextual_decomposition.faithfulness import faithfulness_table, sizes_of
 from analyses.contextual_decomposition.figures import FIGURES, PROFILES
+from analyses.contextual_decomposition.prepared_cases import (
+    Array,
+    PreparedCases,
+    Scored,
+    by_magnitude,
+    cases_table,
+    find_circuit,
+    links_by_walking,
+    links_from_sweep,
+    prepare_cases,
+    scored_mlps,
+    scored_positions,
+)
 from analyses.contextual_decomposition.scores import Reading
 from analyses.contextual_decomposition.word_relevance import words_table
 from analyses.interventions import Interventions
@@ -41,7 +53,7 @@ _SWITCHES = {
 
 
 def check_positions(value: Any) -> str | None:
-    """What is wrong with a `positions` field, or None."""
+    """Say what is wrong with a `positions` field; None if nothing is."""
     if not isinstance(value, list) or not value or any(isinstance(v, bool) or not isinstance(v, int) for v in value):
         return "must be a list of positions, such as [0, -1] (-1 is the last)"
     return None
@@ -118,27 +130,34 @@ class ContextualDecomposition(Analysis):
     }
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
     profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
+    reads = "own forwards"
 
     def __post_init__(self) -> None:
         validate(self)
 
     @property
     def makes_prompts(self) -> bool:
-        """With a task."""
+        """Whether a task generates its questions."""
         return self.task != "prompts"
 
     @property
     def rules(self) -> Rules:
         """The rules of the preset, with the switches that were given."""
-        given = {rule: getattr(self, name) for name, rule in _SWITCHES.items() if getattr(self, name) != "preset"}
-        return replace(PRESETS[self.preset], **given)
+        switches = {rule: getattr(self, name) for name, rule in _SWITCHES.items() if getattr(self, name) != "preset"}
+        return replace(PRESETS[self.preset], **switches)
 
     def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
-        """Head ablations, circuits and the deletions that pruning tries."""
-        return costs.interventions(self, model, self._lengths(model, prompts))
+        """Count head ablations, circuits and the deletions that pruning tries."""
+        heads = len(self.nodes(model))
+        return costs.interventions(
+            self._lengths(model, prompts), heads, one_form=self.granularity == "position", ablation=self.ablation,
+            methods=costs.n_methods(model) + self.other_preset + self.ablation,
+            sizes=sizes_of(self.shares, heads), random_circuits=self.random_circuits,
+            searched=self.top * (self.search_steps + 1) if self.search_steps else 0, prune=self.prune,
+        )  # fmt: skip
 
     def nodes(self, model: Model) -> list[Node]:
-        """The heads that are scored and ablated.
+        """Return the heads that are scored and ablated.
 
         Raises:
             OptionError: a layer or head that the model does not have, or both `heads` and `layers`.
@@ -146,13 +165,16 @@ class ContextualDecomposition(Analysis):
         return costs.chosen_heads(model.shape.n_layers, model.shape.n_heads, self.layers, self.stride, self.heads)
 
     def collect(self, model: Model, prompts: PromptsLike = ()) -> list[Prompt]:
-        """The generated questions, or the prompts given."""
+        """Return the generated questions, or the prompts given."""
         if self.makes_prompts:
-            return [prompt for prompt, _ in made(model, self.task, self.n_prompts, self.n_references, self.seed)]
+            return [
+                prompt
+                for prompt, _ in generated_questions(model, self.task, self.n_prompts, self.n_references, self.seed)
+            ]
         return as_prompts(prompts, model, self.prompt_fields)
 
     def needs(self, model: Model) -> list[Need]:
-        """Nothing: what is decomposed is read and used prompt by prompt, and never stored."""
+        """None: each prompt's activations are decomposed as they are read, and never stored."""
         return []
 
     def run(
@@ -163,7 +185,7 @@ class ContextualDecomposition(Analysis):
         store: ActivationStore | None = None,
         progress: Progress = QUIET,
     ) -> Result:
-        """Tables `cases`, `relevance`, `heads`, and as asked for `agreement` with `agreement_differences`, `edges`, `circuit`,
+        """Return the tables `cases`, `relevance`, `heads`, and by option `agreement` with `agreement_differences`, `edges`, `circuit`,
         `faithfulness`, `words`.
 
         Raises:
@@ -173,36 +195,36 @@ class ContextualDecomposition(Analysis):
         """
         clock = Clock()
         heads = self.nodes(model)
-        asked, cases, notes = self._cases(model, prompts)
-        study = steps.open_study(model, cases, heads, self._joint, progress)
+        questions, cases, notes = self._cases(model, prompts)
+        prepared = prepare_cases(model, cases, heads, self._joint, progress)
         reading = Reading(self.target_at, self.target_score)
         pairs = self.search_steps > 0 and self.granularity == "head"
-        own, links = study.swept(_each(heads), self.rules, reading if pairs else None, progress, "prompt scored")
-        scored = [steps.Scored(heads, own, list(range(len(cases))))]
+        own, links = prepared.swept(_each(heads), self.rules, reading if pairs else None, progress, "prompt scored")
+        scored = [Scored(heads, own, list(range(len(cases))))]
         if self.granularity == "position":
-            scored.append(steps.positioned(study, self.rules, progress))
-            notes.append(_form_note(study, scored[-1]))
-        tables = {"cases": steps.cases_table(study, [_text(model, prompt) for prompt in asked])}
+            scored.append(scored_positions(prepared, self.rules, progress))
+            notes.append(_form_note(prepared, scored[-1]))
+        tables = {"cases": cases_table(prepared, [_text(model, prompt) for prompt in questions])}
         notes += [*_span_notes(tables["cases"]), *self._notes(model, heads)]
         scores = {"cdt": own}
-        tables |= self._compared(study, scores, notes, progress)
+        tables |= self._compared(prepared, scores, notes, progress)
         layers = sorted({node.layer for node in heads})
-        relevance = [*scored, *([steps.mlps(study, layers, self.rules, progress)] if self.mlps else [])]
+        relevance = [*scored, *([scored_mlps(prepared, layers, self.rules, progress)] if self.mlps else [])]
         tables["relevance"] = pd.concat(
             [tabulate.relevance_table(s.nodes, s.scores, [cases[i].index for i in s.prompts]) for s in relevance],
             ignore_index=True,
         )
-        tables |= self._circuits(study, scored[-1], links, scores, progress)
+        tables |= self._circuits(prepared, scored[-1], links, scores, progress)
         if self.words != "none":
             tables["words"] = words_table(
-                model, study.decomposer, study.opened, self.rules, self.words, self.mode, progress
+                model, prepared.decomposer, prepared.cases, self.rules, self.words, self.mode, progress
             )
-        counts = {"forwards": study.forwards, "decomposed": len(cases) * len(heads)}
-        changed = sum(ablation.forwards for ablation in study.ablations)
-        return make_result(self, model, asked, tables, None, clock, notes, counts, changed)
+        counts = {"forwards": prepared.forwards, "decomposed": len(cases) * len(heads)}
+        changed = sum(ablation.forwards for ablation in prepared.ablations)
+        return make_result(self, model, questions, tables, None, clock, notes, counts, changed)
 
     def _notes(self, model: Model, heads: Sequence[Node]) -> list[str]:
-        notes = ["Nothing was read from the activation store or added to it: activations were used prompt by prompt."]
+        notes = []
         if "paper" in (self.preset, *(PRESETS if self.other_preset else ())):
             notes.append(
                 "The paper's rules keep the model's own epsilons: the released code puts 1e-8 in place of each norm's, so "
@@ -222,14 +244,14 @@ class ContextualDecomposition(Analysis):
         return any(rules.attention != "frozen" for rules in (self.rules, *others))
 
     def _lengths(self, model: Model, prompts: Sequence[Prompt]) -> list[tuple[str, int]]:
-        """Group and length of each case."""
+        """Return the group and length of each case."""
         if not self.makes_prompts:
             return [("", len(prompt.tokens)) for prompt in prompts]
         return [(case.group, len(case.tokens)) for case in self._cases(model, prompts)[1]]
 
     def _cases(self, model: Model, prompts: PromptsLike) -> tuple[list[Prompt], list[Case], list[str]]:
         if self.makes_prompts:
-            pairs = made(model, self.task, self.n_prompts, self.n_references, self.seed)
+            pairs = generated_questions(model, self.task, self.n_prompts, self.n_references, self.seed)
             cases, dropped = [], 0
             for index, (prompt, item) in enumerate(pairs):
                 try:
@@ -242,63 +264,63 @@ class ContextualDecomposition(Analysis):
             if self.mode == "zero":
                 cases = [replace(case, references=()) for case in cases]
             return [prompt for prompt, _ in pairs], cases, notes
-        asked = as_prompts(prompts, model, self.prompt_fields)
+        questions = as_prompts(prompts, model, self.prompt_fields)
         references = (
             as_prompts(read_prompts(self.reference_prompts, self.prompt_fields), model, self.prompt_fields)
             if self.reference_prompts
             else []
         )
-        cases, notes = given_cases(model, asked, references, self.mode)
-        return asked, cases, notes
+        cases, notes = given_cases(model, questions, references, self.mode)
+        return questions, cases, notes
 
     def _compared(
-        self, study: steps.Study, scores: dict[str, steps.Array], notes: list[str], progress: Progress
+        self, prepared: PreparedCases, scores: dict[str, Array], notes: list[str], progress: Progress
     ) -> dict[str, pd.DataFrame]:
-        """Tables of heads and of agreement; fills in the other methods' scores."""
-        scores["attribution"] = study.attributions(progress)
-        direct = study.direct()
+        """Return the tables of heads and of agreement, and enter the other methods' scores into `scores`."""
+        scores["attribution"] = prepared.attributions(progress)
+        direct = prepared.direct()
         if direct is not None:
             scores["direct"] = direct
         if self.other_preset:
             other = next(name for name in PRESETS if name != self.preset)
-            scores[f"cdt_{other}"] = study.scores(
-                _each(study.heads), PRESETS[other], progress, f"prompt scored by {other} rules"
+            scores[f"cdt_{other}"] = prepared.scores(
+                _each(prepared.heads), PRESETS[other], progress, f"prompt scored by {other} rules"
             )
         if not self.ablation:
-            return {"heads": tabulate.heads_table(study.heads, scores, self.seed)}
-        effects = study.effects(progress)
+            return {"heads": tabulate.heads_table(prepared.heads, scores, self.seed)}
+        effects = prepared.effects(progress)
         agreement, differences = agreement_tables(scores, effects, self.seed)
         notes += agreement_notes(agreement, differences)
         scores["ablation"] = effects
-        heads = tabulate.heads_table(study.heads, scores, self.seed)
+        heads = tabulate.heads_table(prepared.heads, scores, self.seed)
         return {"heads": heads, "agreement": agreement, "agreement_differences": differences}
 
     def _circuits(
         self,
-        study: steps.Study,
-        scored: steps.Scored,
+        prepared: PreparedCases,
+        scored: Scored,
         pairs: Tensor | None,
-        scores: dict[str, steps.Array],
+        scores: dict[str, Array],
         progress: Progress,
     ) -> dict[str, pd.DataFrame]:
         tables: dict[str, pd.DataFrame] = {}
         kept: list[Node] = []
         if self.search_steps:
             how = Search(self.top, self.search_steps, self.layer_normalise)
-            opened, reading = [study.opened[i] for i in scored.prompts], Reading(self.target_at, self.target_score)
+            chosen, reading = [prepared.cases[i] for i in scored.prompts], Reading(self.target_at, self.target_score)
             links = (
-                steps.walked(study.decomposer, opened, self.rules, reading, progress)
+                links_by_walking(prepared.decomposer, chosen, self.rules, reading, progress)
                 if pairs is None
-                else steps.looked_up(pairs, study.heads)
+                else links_from_sweep(pairs, prepared.heads)
             )
-            circuit, kept, edges = steps.find_circuit(study, scored, links, how, self.prune, progress)
-            tables["edges"] = tabulate.edges_table(edges, study.model.shape.n_layers)
+            circuit, kept, edges = find_circuit(prepared, scored, links, how, self.prune, progress)
+            tables["edges"] = tabulate.edges_table(edges, prepared.model.shape.n_layers)
             tables["circuit"] = tabulate.circuit_table(circuit, kept, edges)
         if self.random_circuits:
-            orders = {name: steps.order_of(study.heads, values) for name, values in scores.items()}
-            chosen = scored.prompts
+            orders = {name: by_magnitude(prepared.heads, values) for name, values in scores.items()}
+            rows = scored.prompts
             tables["faithfulness"] = faithfulness_table(
-                [study.ablations[i] for i in chosen], study.full[chosen], study.empty[chosen], orders, kept, self.shares,
+                [prepared.ablations[i] for i in rows], prepared.full[rows], prepared.empty[rows], orders, kept, self.shares,
                 self.random_circuits, self.seed, progress,
             )  # fmt: skip
         return tables
@@ -314,10 +336,10 @@ def _text(model: Model, prompt: Prompt) -> str:
     return " ".join(map(str, prompt.tokens)) if model.tokenizer is None else tokens_text(model, prompt.tokens)
 
 
-def _form_note(study: steps.Study, scored: steps.Scored) -> str:
+def _form_note(prepared: PreparedCases, scored: Scored) -> str:
     return (
         f"Positions mean the same only in prompts of one form and length: heads at single positions, the circuit and its "
-        f"faithfulness use {len(scored.prompts)} of {len(study.opened)} prompts."
+        f"faithfulness use {len(scored.prompts)} of {len(prepared.cases)} prompts."
     )
 
 

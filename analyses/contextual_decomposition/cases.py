@@ -30,7 +30,7 @@ TASKS: dict[str, Callable[..., list[Item]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt, and the metric on it: mean logit of its answers less mean logit of its distractors, at its end."""
+    """A prompt and its metric: mean logit of its answers less mean logit of its distractors, at its end."""
 
     index: int
     tokens: tuple[int, ...]
@@ -45,17 +45,17 @@ class Case:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """Tokens whose logits are wanted, answers first."""
+        """Tokens whose logits the metric compares, answers first."""
         return (*self.answers, *self.distractors)
 
     def metric(self, logits: Tensor) -> Tensor:
-        """The metric [...] of logits [..., ids]."""
+        """Return the metric of the logits of `ids`."""
         n = len(self.answers)
         return logits[..., :n].mean(-1) - logits[..., n:].mean(-1)
 
 
-def made(model: Model, task: str, n: int, references: int, seed: int) -> list[tuple[Prompt, Item]]:
-    """Generated questions as the model's tokenizer sees them; those that do not line up with their references are left out.
+def generated_questions(model: Model, task: str, n: int, references: int, seed: int) -> list[tuple[Prompt, Item]]:
+    """Generate questions of a task, as the model's tokenizer sees them.
 
     Raises:
         PromptError: the model has no tokenizer, or one that has too few of the task's words.
@@ -65,14 +65,14 @@ def made(model: Model, task: str, n: int, references: int, seed: int) -> list[tu
 
     extra: dict[str, Any] = {}
     if task == "greater_than":
-        asked = greater_than.TEXT.format(event="war", century=17, year=41)
-        extra["pairs"] = len(as_merged(model.tokenizer, asked, "42") or ()) == 1
-    found = TASKS[task](n, references, seed, partial(single, model.tokenizer), **extra)
-    return list(zip(tokenize([item.text for item in found], model), found, strict=True))
+        question = greater_than.TEXT.format(event="war", century=17, year=41)
+        extra["pairs"] = len(as_merged(model.tokenizer, question, "42") or ()) == 1
+    items = TASKS[task](n, references, seed, partial(single, model.tokenizer), **extra)
+    return list(zip(tokenize([item.text for item in items], model), items, strict=True))
 
 
 def case_of(model: Model, index: int, prompt: Prompt, item: Item) -> Case:
-    """A generated question as a case.
+    """Return a generated question as a case.
 
     Raises:
         PromptError: an answer that begins as a distractor does, or references of another length.
@@ -92,7 +92,7 @@ def case_of(model: Model, index: int, prompt: Prompt, item: Item) -> Case:
 def given_cases(
     model: Model, prompts: Sequence[Prompt], references: Sequence[Prompt], mode: str
 ) -> tuple[list[Case], list[str]]:
-    """Cases of prompts that carry answers, and notes on what was filled in.
+    """Return the cases of prompts that carry answers, and notes on what was filled in.
 
     Raises:
         PromptError: a prompt without an answer, or without a reference of its length in mean mode.
@@ -100,7 +100,7 @@ def given_cases(
     by_length: dict[int, list[tuple[int, ...]]] = {}
     for prompt in references or prompts:
         by_length.setdefault(len(prompt.tokens), []).append(prompt.tokens)
-    found, filled = [], 0
+    cases, filled = [], 0
     for index, prompt in enumerate(prompts):
         answers = tuple(prompt.fields.get("answer_tokens", ()))
         if not answers:
@@ -118,7 +118,7 @@ def given_cases(
         n = len(prompt.tokens)
         positions = tuple(_inside(index, p, n) for p in prompt.fields.get("positions", range(n)))
         group = f"length {n}"
-        found.append(Case(index, prompt.tokens, answers, distractors, same if mode == "mean" else (), positions, group))
+        cases.append(Case(index, prompt.tokens, answers, distractors, same if mode == "mean" else (), positions, group))
     notes = []
     if filled:
         notes.append(f"{filled} prompts name no distractor_tokens: the model's likeliest other token stands for them.")
@@ -127,7 +127,7 @@ def given_cases(
             "No reference prompts were given, so heads are compared to their mean over the prompts themselves, "
             "which keeps what all prompts share."
         )
-    return found, notes
+    return cases, notes
 
 
 def _inside(index: int, position: int, n: int) -> int:
@@ -147,16 +147,16 @@ def _check_ids(model: Model, index: int, answers: tuple[int, ...], distractors: 
 
 
 def _rival(model: Model, tokens: Sequence[int], answers: tuple[int, ...]) -> int:
-    found: list[Tensor] = []
-    model.run(torch.tensor([list(tokens)]), {Address("logits"): lambda t: found.append(t[0, -1].float().clone())})
-    logits = found[0].cpu().clone()  # outside the forward, so that it may be written to
+    rows: list[Tensor] = []
+    model.run(torch.tensor([list(tokens)]), {Address("logits"): lambda t: rows.append(t[0, -1].float().clone())})
+    logits = rows[0].cpu().clone()  # outside the forward, so that it may be written to
     logits[list(answers)] = -torch.inf
     return int(logits.argmax())
 
 
 @torch.no_grad()
 def baseline_of(model: Model, references: Sequence[Sequence[int]]) -> Baseline:
-    """Mean activations over reference prompts of one length, position by position."""
+    """Average activations over reference prompts of one length, position by position."""
     shape = model.shape
     sums: dict[Address, Tensor] = {}
 

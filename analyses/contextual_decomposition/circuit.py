@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from probes.decomposition import Node
@@ -13,7 +14,7 @@ from probes.decomposition import Node
 
 @dataclass(frozen=True)
 class Edge:
-    """What of a target comes from a source; the target is None where it is the metric."""
+    """The score of a source for a target; the target None is the metric."""
 
     source: Node
     target: Node | None
@@ -22,12 +23,12 @@ class Edge:
 
 
 Links = Callable[[Sequence[Node], Sequence[Node]], Tensor]
-"""What of each target comes from each source [source, target], mean over prompts."""
+"""A function of sources and targets that gives each pair's score [source, target], mean over prompts."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """How the search goes.
+    """The settings of a search.
 
     `top` nodes are kept in each of at most `steps` steps; scores of a layer may first be divided by their sum of
     magnitudes, since relevance grows with depth.
@@ -38,25 +39,27 @@ class Search:
     layer_normalise: bool
 
 
-def ranked(nodes: Sequence[Node], scores: Tensor, layer_normalise: bool) -> list[int]:
-    """Indices of nodes by the magnitude of their scores [node], largest first."""
+def ranked(nodes: Sequence[Node], scores: Float[Tensor, " node"], layer_normalise: bool) -> list[int]:
+    """Return the indices of nodes by the magnitude of their scores, largest first; zeros are left out."""
     values = scores.abs().clone()
     if layer_normalise:
         for layer in {node.layer for node in nodes}:
-            mine = torch.tensor([node.layer == layer for node in nodes])
-            values[mine] = values[mine] / values[mine].sum().clamp_min(1e-30)
+            of_layer = torch.tensor([node.layer == layer for node in nodes])
+            values[of_layer] = values[of_layer] / values[of_layer].sum().clamp_min(1e-30)
     order = sorted(range(len(nodes)), key=lambda i: (-float(values[i]), i))
     return [i for i in order if float(values[i]) > 0]
 
 
-def search(links: Links, nodes: Sequence[Node], to_metric: Tensor, how: Search) -> tuple[list[Node], list[Edge]]:
-    """The circuit's nodes in the order they were found, and its edges.
+def search(
+    links: Links, nodes: Sequence[Node], to_metric: Float[Tensor, " node"], how: Search
+) -> tuple[list[Node], list[Edge]]:
+    """Search a circuit from the metric backwards; return its nodes in the order of the search, and its edges.
 
     Hsu et al. 2024, section 3: the nodes that score highest on the logits become targets, those that score highest on
     these the next targets, until all chosen nodes are in block 0 or the steps are spent.
 
     Args:
-        to_metric: scores of `nodes` on the metric [node], averaged over prompts.
+        to_metric: scores of `nodes` on the metric, averaged over prompts.
     """
     chosen = [nodes[i] for i in ranked(nodes, to_metric, how.layer_normalise)[: how.top]]
     value = {node: float(score) for node, score in zip(nodes, to_metric, strict=True)}
@@ -83,7 +86,7 @@ def search(links: Links, nodes: Sequence[Node], to_metric: Tensor, how: Search) 
 def pruned(
     circuit: Sequence[Node], protected: Sequence[Node], value: Callable[[list[list[Node]]], Tensor]
 ) -> list[Node]:
-    """The circuit without the nodes whose deletion raises the metric, the one that raises it most first.
+    """Delete nodes while that raises the metric, each time the one that raises it most; return the rest.
 
     Args:
         value: the mean metric [circuit] of circuits under ablation of everything else.

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from analyses.contextual_decomposition.faithfulness import sizes_of
 from analyses.interventions import Interventions, swept
 from probes.blocks.rerouting import module_of
 from probes.decomposition import Node, head
 from probes.errors import OptionError
 from probes.models.protocol import Model
 
-if TYPE_CHECKING:
-    from analyses.contextual_decomposition.analysis import ContextualDecomposition
-
 
 def chosen_heads(n_layers: int, n_heads: int, layers: Sequence[int], stride: int, heads: Sequence[str]) -> list[Node]:
-    """The heads named, or all heads of the layers of a sweep.
+    """Return the heads named, or all heads of the layers of a sweep.
 
     Raises:
         OptionError: a layer or head that does not exist, a name that is none, or both ways of choosing at once.
@@ -41,36 +36,44 @@ def _head(name: str, n_layers: int, n_heads: int) -> Node:
     return head(int(layer), int(number))
 
 
-def interventions(analysis: ContextualDecomposition, model: Model, cases: Sequence[tuple[str, int]]) -> Interventions:
-    """The forwards of a run over cases of given groups and lengths, before it is done.
+def interventions(
+    cases: Sequence[tuple[str, int]],
+    heads: int,
+    *,
+    one_form: bool,
+    ablation: bool,
+    methods: int,
+    sizes: Sequence[int],
+    random_circuits: int,
+    searched: int,
+    prune: bool,
+) -> Interventions:
+    """Count the forwards of a run over cases of given groups and lengths, before it is done.
 
     Circuits that keep every head change nothing and are none of them. A search decides by itself how large its circuit
     is, and pruning when it stops: then these are the most there can be.
+
+    Args:
+        heads: how many heads are scored and ablated.
+        one_form: whether circuits are run on the largest set of cases of one group and length alone.
+        methods: orders of heads whose circuits are compared.
+        sizes: numbers of heads that circuits keep.
+        random_circuits: random circuits of each size; 0 runs no circuits at all.
+        searched: the most nodes that the search can find; 0 without a search.
     """
-    heads = len(analysis.nodes(model))
-    used = max(Counter(cases).values(), default=0) if analysis.granularity == "position" else len(cases)
-    searched = analysis.search_steps > 0
-    largest = analysis.top * (analysis.search_steps + 1) if searched else 0
+    used = max(Counter(cases).values(), default=0) if one_form else len(cases)
+    circuits = sum(size < heads for size in sizes) * (methods + random_circuits) if random_circuits else 0
+    if random_circuits and searched:
+        circuits += 1 + random_circuits
     counts = {
-        "head ablations": heads * len(cases) if analysis.ablation else 0,
-        "circuits": _circuits(analysis, model, heads, largest) * used + len(cases),
-        "pruned circuits": (1 + largest * (largest + 1) // 2) * used if searched and analysis.prune else 0,
+        "head ablations": heads * len(cases) if ablation else 0,
+        "circuits": circuits * used + len(cases),
+        "pruned circuits": (1 + searched * (searched + 1) // 2) * used if searched and prune else 0,
     }
-    return Interventions(counts, exact=not searched or not (analysis.prune or analysis.random_circuits))
+    return Interventions(counts, exact=not searched or not (prune or random_circuits))
 
 
-def _circuits(analysis: ContextualDecomposition, model: Model, heads: int, largest: int) -> int:
-    """Circuits run on each prompt: of every method and at random, at each size, and the searched one with its own."""
-    if not analysis.random_circuits:
-        return 0
-    sizes = [size for size in sizes_of(analysis.shares, heads) if size < heads]
-    return len(sizes) * (_methods(analysis, model) + analysis.random_circuits) + (
-        1 + analysis.random_circuits if largest else 0
-    )
-
-
-def _methods(analysis: ContextualDecomposition, model: Model) -> int:
-    """Ways of ordering heads: the decomposition, attribution patching, and those that the options and the model add."""
+def n_methods(model: Model) -> int:
+    """How many cheap methods order this model's heads: the decomposition, attribution patching and direct attribution."""
     with module_of(model) as (_, anatomy):
-        direct = anatomy.kind != "post_norm"
-    return 2 + direct + analysis.other_preset + analysis.ablation
+        return 3 if anatomy.kind != "post_norm" else 2

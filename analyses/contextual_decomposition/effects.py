@@ -1,4 +1,4 @@
-"""What heads do to the metric by cheap means: attribution patching and direct logit attribution."""
+"""Cheap estimates of what heads do to the metric: attribution patching and direct logit attribution."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from analyses.contextual_decomposition.cases import Case
@@ -17,8 +18,8 @@ from probes.hooks.forward_hooks import tensor_of
 from probes.models.protocol import Model
 
 
-def attribution_patching(model: Model, case: Case, baseline: Baseline | None) -> Tensor:
-    """Gradient of the metric times (z - baseline) [layer, pos, head]: its first-order change on ablating each node.
+def attribution_patching(model: Model, case: Case, baseline: Baseline | None) -> Float[Tensor, "layer pos head"]:
+    """Return the gradient of the metric times (z - baseline), its first-order change on ablating each node.
 
     Attribution patching (Nanda 2023; Syed, Rager, Conmy 2023) at nodes; one forward and one backward.
     """
@@ -51,8 +52,8 @@ def _keep(seen: dict[int, Tensor], layer: int) -> Any:
 @torch.no_grad()
 def direct_attribution(
     decomposer: Decomposer, prompt: Prepared, case: Case, baseline: Baseline | None
-) -> Tensor | None:
-    """What each head's output at the end adds to the metric through the final norm alone [layer, head].
+) -> Float[Tensor, "layer head"] | None:
+    """Return what each head's output at the end adds to the metric through the final norm alone.
 
     None where blocks normalise each sum, so that nothing reaches the end unchanged.
     """

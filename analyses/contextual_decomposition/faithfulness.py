@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Bool
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,13 +22,13 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Keep:
-    """A circuit among `nodes`: those of `nodes` that are outside go to their baseline, heads that are no node stay."""
+    """A circuit among `nodes`: nodes outside it go to their baseline; heads that are not among the nodes stay."""
 
     circuit: tuple[Node, ...]
     nodes: tuple[Node, ...]
 
-    def at(self, ablation: Ablation) -> Tensor:
-        """Where heads stay as they are [layer, pos, head]."""
+    def at(self, ablation: Ablation) -> Bool[Tensor, "layer pos head"]:
+        """Return where heads stay as they are."""
         shape, n = ablation.model.shape, len(ablation.case.tokens)
         keep = torch.ones(shape.n_layers, n, shape.n_heads, dtype=torch.bool)
         for nodes, stays in ((self.nodes, False), (self.circuit, True)):
@@ -39,7 +40,7 @@ class Keep:
 
 
 def metrics(ablations: Sequence[Ablation], circuits: Sequence[Keep], progress: Progress) -> Array:
-    """The metric [prompt, circuit] with every head outside the circuit at its baseline."""
+    """Return the metric [prompt, circuit] with every head outside the circuit at its baseline."""
     progress.start(len(ablations), "prompt's circuits")
     out = []
     for ablation in ablations:
@@ -49,13 +50,13 @@ def metrics(ablations: Sequence[Ablation], circuits: Sequence[Keep], progress: P
 
 
 def normalised(values: Array, full: Array, empty: Array) -> Array:
-    """(m(C) - m(empty)) / (m(full) - m(empty)) of means over prompts [prompt, ...]; [...]."""
+    """Return (m(C) - m(empty)) / (m(full) - m(empty)), [...], of means over prompts of the metric [prompt, ...]."""
     span = full.mean(0) - empty.mean(0)
     return np.asarray((values.mean(0) - empty.mean(0)) / span if span else np.full(values.shape[1:], np.nan))
 
 
 def sizes_of(shares: Sequence[float], n_heads: int) -> list[int]:
-    """Numbers of heads for shares of all, without repeats."""
+    """Turn shares of all heads into numbers of heads, without repeats."""
     return sorted({min(n_heads, max(1, round(share * n_heads))) for share in shares})
 
 
@@ -70,13 +71,14 @@ def faithfulness_table(
     seed: int,
     progress: Progress = QUIET,
 ) -> pd.DataFrame:
-    """Columns method, size, faithfulness, ci_low, ci_high, random_mean, random_low, random_high, random_share_beaten, n_random.
+    """Return columns method, size, faithfulness, ci_low, ci_high, random_mean, random_low, random_high, random_share_beaten, n_random.
 
     Intervals resample prompts; the random bounds are the 5 and 95 % points over random circuits. There are none below
     `MIN_CLUSTERS` of either.
 
     Args:
-        full, empty: the metric of each prompt with every head and with none of the nodes.
+        full: the metric of each prompt with every head.
+        empty: the metric of each prompt with none of the nodes.
         orders: per method all heads, best first; its circuit of a size is the first so many.
         circuit: the searched circuit, a method of its own.
         shares: sizes, as shares of all heads.
@@ -108,14 +110,14 @@ def faithfulness_table(
 
 
 def _by_size(values: Array, drawn: Mapping[int, Sequence[object]], full: Array, empty: Array) -> dict[int, Array]:
-    """Faithfulness of the random circuits of each size, from the metric [prompt, circuit]."""
+    """Return the faithfulness of the random circuits of each size, from the metric [prompt, circuit]."""
     ends = np.cumsum([len(circuits) for circuits in drawn.values()])
     parts = np.split(normalised(values, full, empty), ends[:-1])
     return dict(zip(drawn, parts, strict=True))
 
 
 def _band(random: Array) -> tuple[float, float]:
-    """The 5 and 95 % points over random circuits; none where there are too few to have any."""
+    """Return the 5 and 95 % points over random circuits; NaN where there are too few."""
     if len(random) < MIN_CLUSTERS:
         return float("nan"), float("nan")
     low, high = np.quantile(random, [0.05, 0.95])
@@ -123,7 +125,7 @@ def _band(random: Array) -> tuple[float, float]:
 
 
 def _resampled(values: Array, full: Array, empty: Array, seed: int) -> Array:
-    """Faithfulness [draw, circuit] over draws of prompts with replacement."""
+    """Return the faithfulness [draw, circuit] over draws of prompts with replacement."""
     n = len(values)
     weights = (draw_groups(n, seed)[:, :, None] == np.arange(n)).mean(1)
     base = weights @ empty
@@ -132,5 +134,5 @@ def _resampled(values: Array, full: Array, empty: Array, seed: int) -> Array:
 
 
 def _draw(rng: np.random.Generator, heads: Sequence[Node], size: int) -> list[Node]:
-    """Distinct random heads, or as many as there are."""
+    """Draw distinct heads: `size` of them, or all where there are fewer."""
     return [heads[int(i)] for i in rng.choice(len(heads), min(size, len(heads)), replace=False)]

@@ -21,12 +21,12 @@ PANELS = {
 
 
 def _bound(values: np.ndarray) -> float:
-    found = np.nanmax(np.abs(values)) if values.size else 1.0
-    return float(found) or 1.0
+    largest = np.nanmax(np.abs(values)) if values.size else 1.0
+    return float(largest) or 1.0
 
 
 def head_maps(tables: Tables) -> go.Figure:
-    """Layer by head: relevance beside the measured effect of ablation."""
+    """Draw, layer by head, relevance beside the measured effect of ablation."""
     heads = tables["heads"]
     shown = [("score", "CD-T relevance")]
     if "ablation" in heads:
@@ -54,7 +54,7 @@ def head_maps(tables: Tables) -> go.Figure:
 
 
 def position_maps(tables: Tables) -> go.Figure:
-    """Layer by head at one position, with a menu of positions."""
+    """Draw relevance, layer by head, at one position, with a menu of positions."""
     table = tables["relevance"].query("kind == 'head' and position >= 0")
     means = table.groupby(["position", "layer", "head"])["score"].mean()
     top = _bound(means.to_numpy())
@@ -76,12 +76,12 @@ def position_maps(tables: Tables) -> go.Figure:
 
 
 def scatter(tables: Tables) -> go.Figure:
-    """Each head's score against the measured effect, a panel a method."""
+    """Draw each head's score against the measured effect, a panel a method."""
     heads = tables["heads"]
     methods = [name for name in NAMES if name != "ablation" and (name in heads or name == "cdt")]
     agreement = tables["agreement"].set_index("method")
-    found = agreement["pearson"].reindex(methods).tolist()
-    titles = [f"{NAMES[method]}: Pearson {r:.2f}" for method, r in zip(methods, found, strict=True)]
+    correlations = agreement["pearson"].reindex(methods).tolist()
+    titles = [f"{NAMES[method]}: Pearson {r:.2f}" for method, r in zip(methods, correlations, strict=True)]
     figure = make_subplots(rows=1, cols=len(methods), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.05)
     labels = [f"{int(layer)}.{int(head)}" for layer, head in heads[["layer", "head"]].to_numpy()]
     for column, method in enumerate(methods, 1):
@@ -103,7 +103,7 @@ def scatter(tables: Tables) -> go.Figure:
 
 
 def agreement(tables: Tables) -> go.Figure:
-    """Three correlations of each method's scores with measured effects, with their intervals."""
+    """Draw three correlations of each method's scores with measured effects, with their intervals."""
     table = tables["agreement"].iloc[::-1]
     names = [NAMES[m] for m in table["method"]]
     shown = [name for name in STATISTICS if table[name].notna().any()]
@@ -129,7 +129,7 @@ def agreement(tables: Tables) -> go.Figure:
 
 
 def words(tables: Tables) -> go.Figure:
-    """The words of each prompt, coloured by the relevance of each, as a line of text."""
+    """Draw each prompt as a line of words coloured by their relevance."""
     table = tables["words"]
     figure = go.Figure()
     prompts = list(dict.fromkeys(table["prompt"]))[:24]

@@ -14,7 +14,7 @@ BLUE, RED = "33,102,172", "178,24,43"
 
 
 def _places(nodes: pd.DataFrame, top: int) -> dict[tuple[int, int, int], tuple[float, float]]:
-    """Where each node is drawn: its layer up the page, its neighbours of the layer side by side."""
+    """Place each node: higher for later layers, nodes of one layer side by side."""
     places: dict[tuple[int, int, int], tuple[float, float]] = {(top, -1, -1): (0.0, float(top))}
     for number, (_, group) in enumerate(nodes.sort_values(["layer", "head", "position"]).groupby("layer")):
         offset = 0.35 if number % 2 else -0.35
@@ -24,7 +24,7 @@ def _places(nodes: pd.DataFrame, top: int) -> dict[tuple[int, int, int], tuple[f
 
 
 def circuit(tables: Tables) -> go.Figure:
-    """Nodes by layer, edges from source to target."""
+    """Draw nodes by layer, and edges from source to target."""
     edges, nodes = tables["edges"], tables["circuit"]
     top = int(edges["target_layer"].max())
     places = _places(nodes, top)
@@ -39,15 +39,15 @@ def circuit(tables: Tables) -> go.Figure:
             line={"width": 0.6 + 4 * size, "color": f"rgba({colour},{0.25 + 0.5 * size:.2f})"},
         )  # fmt: skip
     for kept, opacity in ((True, 1.0), (False, 0.35)):
-        mine = nodes[nodes["kept"] == kept]
-        spots = [places[place] for place in _triples(mine)]
+        drawn = nodes[nodes["kept"] == kept]
+        spots = [places[place] for place in _triples(drawn)]
         if not spots:
             continue
         figure.add_scatter(
             x=[x for x, _ in spots], y=[y for _, y in spots], mode="markers+text", showlegend=False, opacity=opacity,
-            text=[_label(*place) for place in _triples(mine)], textposition="middle right",
+            text=[_label(*place) for place in _triples(drawn)], textposition="middle right",
             marker={"size": 13, "color": COLOURS[0], "line": {"width": 1, "color": "white"}},
-            hovertext=[f"found in step {step}" for step in mine["step"]], hoverinfo="text",
+            hovertext=[f"found in step {step}" for step in drawn["step"]], hoverinfo="text",
         )  # fmt: skip
     figure.add_scatter(
         x=[0], y=[top], mode="markers+text", text=["metric"], textposition="middle right", showlegend=False,
@@ -88,20 +88,20 @@ def faithfulness(tables: Tables) -> go.Figure:
             name=f"{int(band['n_random'].iloc[0])} random circuit(s), mean",
         )  # fmt: skip
     for method, name in NAMES.items():
-        mine = curves[curves["method"] == method].sort_values("size")
-        if mine.empty:
+        rows = curves[curves["method"] == method].sort_values("size")
+        if rows.empty:
             continue
         figure.add_scatter(
-            x=mine["size"], y=mine["faithfulness"], mode="lines+markers", name=name,
+            x=rows["size"], y=rows["faithfulness"], mode="lines+markers", name=name,
             line={"color": COLOUR[method], "width": 3 if method == "cdt" else 1.6},
-            marker={"size": 6}, customdata=np.stack([mine["random_share_beaten"] * mine["n_random"], mine["n_random"]], -1),
+            marker={"size": 6}, customdata=np.stack([rows["random_share_beaten"] * rows["n_random"], rows["n_random"]], -1),
             hovertemplate="%{x} heads: %{y:.2f}, above %{customdata[0]:.0f} of %{customdata[1]} random circuits<extra>" + name + "</extra>",
         )  # fmt: skip
-    found = table[table["method"] == "circuit"]
+    searched = table[table["method"] == "circuit"]
     figure.add_scatter(
-        x=found["size"], y=found["faithfulness"], mode="markers", name="searched circuit",
+        x=searched["size"], y=searched["faithfulness"], mode="markers", name="searched circuit",
         marker={"size": 15, "symbol": "star", "color": "#000"},
-        error_y=whiskers(found["faithfulness"], found["ci_low"], found["ci_high"], 4),
+        error_y=whiskers(searched["faithfulness"], searched["ci_low"], searched["ci_high"], 4),
     )  # fmt: skip
     for level in (0, 1):
         figure.add_hline(y=level, line={"color": "#888", "width": 1, "dash": "dot"})

@@ -1,4 +1,4 @@
-"""Scores of sources: what of the metric, or of a target node, comes from them."""
+"""Scores of sources: how much of the metric, or of a target node, comes from each."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from analyses.contextual_decomposition.cases import Case
@@ -19,8 +20,8 @@ How = Literal["dot", "ratio"]
 
 
 @dataclass(frozen=True, eq=False)
-class Opened:
-    """A case ready to be scored: traced once, with its baseline."""
+class PreparedCase:
+    """A case that was traced once, with its baseline."""
 
     case: Case
     prompt: Prepared
@@ -28,18 +29,18 @@ class Opened:
 
 
 def head_sources(n_layers: int, n_heads: int) -> list[Source]:
-    """Every head at all positions."""
+    """Return every head at all positions."""
     return [(head(layer, h),) for layer in range(n_layers) for h in range(n_heads)]
 
 
 def position_sources(heads: Sequence[Node], positions: Sequence[int]) -> list[Source]:
-    """Each of some heads at every position of interest."""
+    """Return each of `heads` at each of `positions`."""
     places = sorted((node.layer, p, node.head) for p in positions for node in heads)
     return [(head(layer, h, p),) for layer, p, h in places]
 
 
 def mlp_sources(layers: Sequence[int]) -> list[Source]:
-    """The MLPs of some layers at all positions."""
+    """Return the MLPs of `layers` at all positions."""
     return [(mlp(layer),) for layer in layers]
 
 
@@ -55,24 +56,26 @@ class Reading:
     how: How = "dot"
 
 
-def to_metric(decomposer: Decomposer, opened: Opened, sources: Sequence[Source], rules: Rules) -> Tensor:
-    """The metric of the relevant logits at the end, for each source [source]."""
-    return swept_through(decomposer, opened, sources, rules, None)[0]
+def to_metric(
+    decomposer: Decomposer, prepared: PreparedCase, sources: Sequence[Source], rules: Rules
+) -> Float[Tensor, " source"]:
+    """Return the metric of each source's relevant part of the logits at the end."""
+    return sweep(decomposer, prepared, sources, rules, None)[0]
 
 
-def swept_through(
-    decomposer: Decomposer, opened: Opened, sources: Sequence[Source], rules: Rules, reading: Reading | None
-) -> tuple[Tensor, Tensor | None]:
-    """What of the metric [source] and, where `reading` says how, of every head [source, layer, head] comes from each source.
+def sweep(
+    decomposer: Decomposer, prepared: PreparedCase, sources: Sequence[Source], rules: Rules, reading: Reading | None
+) -> tuple[Float[Tensor, " source"], Float[Tensor, "source layer head"] | None]:
+    """Return each source's score on the metric and, under `reading`, on every head.
 
     One sweep gives both: on its way to the end a source passes every head.
     """
-    case, shape = opened.case, decomposer.operations
+    case, shape = prepared.case, decomposer.operations
     out = torch.zeros(len(sources), dtype=torch.float64)
     heads = (
         None if reading is None else torch.zeros(len(sources), len(shape.blocks), shape.n_heads, dtype=torch.float64)
     )
-    last = opened.prompt.trace.get("block", "out", len(shape.blocks) - 1)
+    last = prepared.prompt.trace.get("block", "out", len(shape.blocks) - 1)
     ids = torch.tensor(case.ids, device=last.device)
 
     def visit(indices: list[int]) -> tuple[dict[Address, Visit], Callable[[Tensor, Tensor], None]]:
@@ -84,27 +87,27 @@ def swept_through(
             def read(rel: Tensor, total: Tensor, where: Tensor) -> None:
                 assert reading is not None
                 assert heads is not None
-                found = _of_heads(opened, reading, layer, rel, total, where)
-                heads[torch.tensor(indices[: len(rel)]), layer] = _spread(found, shape.n_heads)
+                scores = _of_heads(prepared, reading, layer, rel, total, where)
+                heads[torch.tensor(indices[: len(rel)]), layer] = _spread(scores, shape.n_heads)
 
             return read
 
         stops = {} if reading is None else {Address(reading.at, i): passing(i) for i in range(len(shape.blocks))}
         return stops, end
 
-    decomposer.walk(opened.prompt, sources, visit, rules=rules, baseline=opened.baseline, keep=(-1,))
+    decomposer.walk(prepared.prompt, sources, visit, rules=rules, baseline=prepared.baseline, keep=(-1,))
     return out, heads
 
 
 def to_nodes(
     decomposer: Decomposer,
-    opened: Opened,
+    prepared: PreparedCase,
     sources: Sequence[Source],
     targets: Sequence[Node],
     rules: Rules,
     reading: Reading = Reading(),
-) -> Tensor:
-    """What of each target head comes from each source [source, target]."""
+) -> Float[Tensor, "source target"]:
+    """Return each source's score on each target head."""
     out = torch.zeros(len(sources), len(targets), dtype=torch.float64)
     n_heads = decomposer.operations.n_heads
 
@@ -114,29 +117,31 @@ def to_nodes(
                 for column, node in enumerate(targets):
                     if node.layer == layer:
                         spots = slice(None) if node.position < 0 else torch.nonzero(where == node.position)[:, 0]
-                        found = _of_heads(opened, reading, layer, rel[:, spots], total[spots], where[spots])
-                        out[torch.tensor(indices[: len(rel)]), column] = _spread(found, n_heads)[:, node.head]
+                        scores = _of_heads(prepared, reading, layer, rel[:, spots], total[spots], where[spots])
+                        out[torch.tensor(indices[: len(rel)]), column] = _spread(scores, n_heads)[:, node.head]
 
             return read
 
         return {Address(reading.at, layer): reads(layer) for layer in {node.layer for node in targets}}, None
 
-    decomposer.walk(opened.prompt, sources, visit, rules=rules, baseline=opened.baseline)
+    decomposer.walk(prepared.prompt, sources, visit, rules=rules, baseline=prepared.baseline)
     return out
 
 
-def _of_heads(opened: Opened, reading: Reading, layer: int, rel: Tensor, total: Tensor, where: Tensor) -> Tensor:
-    """[source, head] from relevant parts [source, pos, head, d_head] and totals [pos, head, d_head] at positions `where`."""
+def _of_heads(
+    prepared: PreparedCase, reading: Reading, layer: int, rel: Tensor, total: Tensor, where: Tensor
+) -> Tensor:
+    """Return scores [source, head] from relevant parts [source, pos, head, d_head] and totals [pos, head, d_head] at positions `where`."""
     if reading.how == "ratio":
         part, rest = rel.abs().mean((1, 3)), (total - rel).abs().mean((1, 3))
         return part / (part + rest).clamp_min(torch.finfo(rel.dtype).tiny)
     change = total
-    if reading.at == "z" and opened.baseline is not None:
-        change = total - opened.baseline.z[layer].to(total)[where]
+    if reading.at == "z" and prepared.baseline is not None:
+        change = total - prepared.baseline.z[layer].to(total)[where]
     size = change.square().sum((0, 2)).clamp_min(torch.finfo(change.dtype).tiny)
     return torch.einsum("sphd,phd->sh", rel, change) / size
 
 
 def _spread(scores: Tensor, n_heads: int) -> Tensor:
-    """Scores [source, head], those of a key or value head given to every query head that shares it."""
+    """Return scores [source, head] with those of a key or value head repeated for every query head that shares it."""
     return scores.double().cpu().repeat_interleave(n_heads // scores.shape[1], dim=1)

@@ -16,7 +16,7 @@ Array = NDArray[np.float64]
 
 
 def relevance_table(nodes: Sequence[Node], scores: Array, prompts: Sequence[int]) -> pd.DataFrame:
-    """Columns prompt, source, kind, layer, position, head, score, of scores [prompt, node]; position and head -1 mean all."""
+    """Return columns prompt, source, kind, layer, position, head, score, of scores [prompt, node]; position and head -1 mean all."""
     parts = []
     for prompt, row in zip(prompts, scores, strict=True):
         parts.append(pd.DataFrame({
@@ -28,7 +28,7 @@ def relevance_table(nodes: Sequence[Node], scores: Array, prompts: Sequence[int]
 
 
 def heads_table(heads: Sequence[Node], scores: Mapping[str, Array], seed: int) -> pd.DataFrame:
-    """Columns layer, head, score, ci_low, ci_high, rank, and one for each other method, its mean over prompts.
+    """Return columns layer, head, score, ci_low, ci_high, rank, and one for each other method, its mean over prompts.
 
     Args:
         scores: per method [prompt, head]; `cdt` is the decomposition's.
@@ -47,7 +47,7 @@ def heads_table(heads: Sequence[Node], scores: Mapping[str, Array], seed: int) -
 
 
 def edges_table(edges: Sequence[Edge], n_layers: int) -> pd.DataFrame:
-    """Columns source_layer, source_position, source_head, target_layer, target_position, target_head, score, step.
+    """Return columns source_layer, source_position, source_head, target_layer, target_position, target_head, score, step.
 
     The metric as a target has layer `n_layers` and head -1; positions are -1 where a node is at all of them.
     """
@@ -67,14 +67,14 @@ def _place(node: Node) -> tuple[int, int, int]:
 
 
 def circuit_table(circuit: Sequence[Node], kept: Sequence[Node], edges: Sequence[Edge]) -> pd.DataFrame:
-    """Columns layer, position, head, step, kept, of the nodes found; `kept` says which pruning left in."""
+    """Return columns layer, position, head, step, kept of the circuit's nodes; `kept` says which pruning left in."""
     step = {edge.source: edge.step for edge in reversed(edges)}
     rows = [(node.layer, node.position, node.head, step.get(node, -1), node in kept) for node in circuit]
     return pd.DataFrame(rows, columns=["layer", "position", "head", "step", "kept"])
 
 
 def layer_profile(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Sum of |score| over a layer's heads, mean over prompts with its interval: layer, value, ci_low, ci_high."""
+    """Return the sum of |score| over a layer's heads, mean over prompts with its interval: layer, value, ci_low, ci_high."""
     table = tables["relevance"].query("kind == 'head'")
     sums = table.assign(size=table["score"].abs()).pivot_table(
         index="prompt", columns="layer", values="size", aggfunc="sum"

@@ -1,4 +1,4 @@
-"""Local importance: what of the metric comes from each word of a prompt, and from the tokens of a word alone."""
+"""Local importance: how much of the metric comes from each word of a prompt, and from its tokens one by one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from analyses.contextual_decomposition.scores import Opened, to_metric
+from analyses.contextual_decomposition.scores import PreparedCase, to_metric
 from analyses.tokens import token_text, tokens_text
 from probes.decomposition import Baseline, Decomposer, Rules, Source, head, token
 from probes.models.protocol import Model
@@ -14,14 +14,14 @@ from probes.progress import QUIET, Progress
 
 
 def words_of(pieces: Sequence[str]) -> list[range]:
-    """Positions of each word: a token that begins with white space, or the first, begins one."""
+    """Return the positions of each word; the first token and every one that begins with white space begin a word."""
     starts = [i for i, piece in enumerate(pieces) if i == 0 or piece[:1].isspace()]
     ends = [*starts[1:], len(pieces)]
     return [range(start, end) for start, end in zip(starts, ends, strict=True)]
 
 
 def source_of(positions: Sequence[int], how: str, n_heads: int) -> Source:
-    """A phrase: its rows of the first stream, or all heads of block 0 at its positions."""
+    """Return a phrase as a source: its rows of the first stream, or all heads of block 0 at its positions."""
     if how == "token":
         return tuple(token(p) for p in positions)
     return tuple(head(0, h, p) for p in positions for h in range(n_heads))
@@ -30,32 +30,32 @@ def source_of(positions: Sequence[int], how: str, n_heads: int) -> Source:
 def words_table(
     model: Model,
     decomposer: Decomposer,
-    opened: Sequence[Opened],
+    prepared: Sequence[PreparedCase],
     rules: Rules,
     how: str,
     mode: str,
     progress: Progress = QUIET,
 ) -> pd.DataFrame:
-    """Columns prompt, word, first_position, last_position, text, relevance, share, interaction.
+    """Return columns prompt, word, first_position, last_position, text, relevance, share, interaction.
 
     `share` is the relevance as a share of the metric's magnitude; `interaction` is what the word's tokens have
     together and not one by one. In zero mode a word's own rows are relevant, in mean mode what they differ from the mean.
     """
     n_heads = model.shape.n_heads
     rows = []
-    progress.start(len(opened), "prompt's words")
-    for one in opened:
+    progress.start(len(prepared), "prompt's words")
+    for one in prepared:
         case = one.case
         pieces = [token_text(model, t) for t in case.tokens]
-        found = words_of(pieces) if model.tokenizer is not None else [range(i, i + 1) for i in range(len(pieces))]
+        words = words_of(pieces) if model.tokenizer is not None else [range(i, i + 1) for i in range(len(pieces))]
         singles = [source_of([p], how, n_heads) for p in range(len(pieces))]
-        several = [source_of(list(word), how, n_heads) for word in found if len(word) > 1]
+        several = [source_of(list(word), how, n_heads) for word in words if len(word) > 1]
         baseline: Baseline | None = one.baseline if mode == "mean" else None
-        scores = to_metric(decomposer, Opened(case, one.prompt, baseline), [*singles, *several], rules)
+        scores = to_metric(decomposer, PreparedCase(case, one.prompt, baseline), [*singles, *several], rules)
         whole = one.prompt.trace.logits[-1]
         size = abs(float(case.metric(whole[list(case.ids)])))
         phrases = iter(scores[len(pieces) :].tolist())
-        for index, word in enumerate(found):
+        for index, word in enumerate(words):
             alone = sum(float(scores[p]) for p in word)
             score = alone if len(word) == 1 else next(phrases)
             text = tokens_text(model, [case.tokens[p] for p in word])

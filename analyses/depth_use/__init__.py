@@ -1,4 +1,7 @@
-"""Depth use: what each block contributes, what later blocks and the output lose without it, and which proxy foretells that."""
+"""Depth use: what each block contributes, what later blocks and the output lose without it, and which proxy predicts that.
+
+The registry imports this method by name; no other method does.
+"""
 
 from analyses.depth_use.analysis import DepthUse
 

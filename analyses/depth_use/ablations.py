@@ -1,4 +1,4 @@
-"""The measured loss of every block left out, made coarser, frozen, or run beside its neighbours."""
+"""What the model loses when a block is left out, made coarser, frozen, or run beside its neighbours."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from analyses.depth_use.contributions import PARTS
@@ -20,8 +21,8 @@ Columns = Mapping[str, PerPrompt]
 
 
 @dataclass(frozen=True, eq=False)
-class Study:
-    """One chunk under study: its blocks, its clean stream, its clean predictions, and where statistics are taken."""
+class ChunkAblations:
+    """One chunk whose blocks can be ablated: its clean stream, its clean predictions, and where statistics are taken."""
 
     blocks: Blocks
     chunk: Chunk
@@ -29,7 +30,7 @@ class Study:
     counted: Tensor
     """[batch, pos]."""
 
-    def enter_loss(self, column: PerPrompt, layer: int, final: Tensor) -> None:
+    def enter_loss(self, column: PerPrompt, layer: int, final: Float[Tensor, "batch pos d_model"]) -> None:
         """Enter the change of loss when `final` leaves the last block."""
         self._enter(column, layer, self.outputs.loss(final) - self.outputs.ce)
 
@@ -43,7 +44,7 @@ class Study:
         return len(self.chunk.tokens)
 
     def removals(self, columns: Columns, effects: Mapping[Part, Effects], layers: Sequence[int], tick: Tick) -> None:
-        """Every part of each of `layers` left out at all positions, restarted from the stored stream that enters it.
+        """Leave out every part of each of `layers` at all positions, restarting from the stored stream that enters it.
 
         Args:
             effects: what later blocks lose by that, per part; parts that are not in it are not entered.
@@ -58,8 +59,10 @@ class Study:
                     self._enter_effects(effects[part], layer, streams, change.probability_distance, self.counted)
                 tick(self.rows)
 
-    def skips(self, effects: Mapping[Part, Effects], at: Tensor, layers: Sequence[int], tick: Tick) -> None:
-        """Every part of each of `layers` left out at the positions `at` [batch, pos]; prompts without one have no effect."""
+    def skips(
+        self, effects: Mapping[Part, Effects], at: Bool[Tensor, "batch pos"], layers: Sequence[int], tick: Tick
+    ) -> None:
+        """Leave out every part of each of `layers` at the positions `at`; prompts without such a position have no effect."""
         counted = self.counted & at.any(1, keepdim=True)
         for part, into in effects.items():
             for layer in layers:
@@ -75,7 +78,7 @@ class Study:
         effects.add_output(self.outputs.prompt[among], layer, distance[among])
 
     def coarser(self, columns: Columns, bits: Collection[int], layers: Sequence[int], tick: Tick) -> None:
-        """Each of `layers` alone with weights of so many bits."""
+        """Round the weights of each of `layers` alone to so many bits."""
         for layer in layers:
             block = self.blocks.anatomy.component("block", layer)
             for n in bits:
@@ -86,25 +89,25 @@ class Study:
                 tick(self.rows)
 
     def frozen(self, columns: Columns, scales: NormScales, layers: Sequence[int], tick: Tick) -> None:
-        """Each of `layers` that begins its parts with norms, alone, with norms that divide by their mean divisor."""
+        """Freeze the norms that begin the parts of each of `layers` alone: they divide by their mean divisor."""
         rows = (self.chunk.tokens.shape[0], self.chunk.tokens.shape[1])
         for layer in layers:
-            if not (found := scales.of(layer)):
+            if not (norms := scales.of(layer)):
                 continue
-            with frozen_norms(self.blocks.anatomy.map.module, found, rows):
+            with frozen_norms(self.blocks.anatomy.map.module, norms, rows):
                 passed = self.blocks.run(self.chunk.stream[layer], layer, stop=layer + 1)[-1]
             self.enter_loss(columns["delta_ce_frozen_norm"], layer, self.blocks.run(passed, layer + 1)[-1])
             tick(self.rows)
 
     def read(self, columns: Columns, layers: Sequence[int]) -> None:
-        """What the stream leaving each of `layers` predicts, against the final prediction."""
+        """Compare what the stream leaving each of `layers` predicts with the final prediction."""
         for layer in layers:
-            found = self.outputs.lens(self.chunk.stream[layer + 1])
-            self._enter(columns["lens_kl"], layer, found.kl)
-            self._enter(columns["lens_overlap"], layer, found.overlap)
+            lens = self.outputs.lens(self.chunk.stream[layer + 1])
+            self._enter(columns["lens_kl"], layer, lens.kl)
+            self._enter(columns["lens_overlap"], layer, lens.overlap)
 
     def windows(self, columns: Columns, widths: Sequence[int], starts: Sequence[int], tick: Tick) -> None:
-        """Blocks of a window run side by side on the stream that enters the window, their contributions added."""
+        """Run the blocks of each window side by side on the stream that enters it, and add their contributions."""
         n_layers = self.chunk.n_layers
         for start in starts if widths else ():
             entering = self.chunk.stream[start]
@@ -117,15 +120,19 @@ class Study:
                     tick(self.rows)
 
     def _window(self, columns: Columns, start: int, width: int, joint: Tensor) -> None:
-        found = window_error(self.chunk.stream[start], self.chunk.stream[start + width], joint)
+        errors = window_error(self.chunk.stream[start], self.chunk.stream[start + width], joint)
         prompts = self.chunk.prompt_of(self.counted)
-        for name, values in zip(("error", "cosine"), found, strict=True):
+        for name, values in zip(("error", "cosine"), errors, strict=True):
             columns[f"parallel_{name}_{width}"].add(start, prompts, values.cpu()[self.counted])
         self.enter_loss(columns[f"delta_ce_parallel_{width}"], start, self.blocks.run(joint, start + width)[-1])
 
 
-def window_error(entering: Tensor, leaving: Tensor, joint: Tensor) -> tuple[Tensor, Tensor]:
-    """(||leaving - joint|| / ||leaving - entering||, cosine of the two steps), each [batch, pos]."""
+def window_error(
+    entering: Float[Tensor, "*rest d_model"],
+    leaving: Float[Tensor, "*rest d_model"],
+    joint: Float[Tensor, "*rest d_model"],
+) -> tuple[Float[Tensor, "*rest"], Float[Tensor, "*rest"]]:
+    """Return (||leaving - joint|| / ||leaving - entering||, cosine of the two steps)."""
     step, other = (leaving - entering).float(), (joint - entering).float()
     size = torch.linalg.vector_norm(step, dim=-1).clamp_min(1e-6)
     error = torch.linalg.vector_norm(step - other, dim=-1) / size

@@ -25,7 +25,7 @@ SHUFFLES = 100
 
 
 def alignment_table(activations: Activations, groups: Sequence[str], first_token: bool, seed: int) -> pd.DataFrame:
-    """Cosines between every two groups of prompts; empty where fewer than two are named.
+    """Return the cosines between every two groups of prompts; empty where fewer than two are named.
 
     Returns:
         Columns layer, group_a, group_b, centred (whether the mean over all tokens was subtracted first, because streams
@@ -53,11 +53,11 @@ def alignment_table(activations: Activations, groups: Sequence[str], first_token
 
 
 def _compare(rows: Sequence[Tensor], groups: Sequence[str], a: str, b: str, seed: int) -> tuple[float, ...]:
-    """mean_cosine and pair_cosine, each with its control's bounds, then best_cosine."""
+    """Return mean_cosine and pair_cosine, each with its control's bounds, then best_cosine."""
     members = [i for i, group in enumerate(groups) if group in (a, b)]
     in_a = np.array([groups[i] == a for i in members])
     counts = torch.tensor([len(rows[i]) for i in members], dtype=torch.float64)
-    found: list[float] = []
+    cosines: list[float] = []
     for kept in (rows, [_unit(h) for h in rows]):
         sums = torch.stack([kept[i].double().sum(0) for i in members])
         compare = _mean_cosine if kept is rows else _pair_cosine
@@ -65,20 +65,20 @@ def _compare(rows: Sequence[Tensor], groups: Sequence[str], a: str, b: str, seed
         low = high = np.array(np.nan)
         if comb(len(in_a), int(in_a.sum())) >= LEAST_DEALS:
             low, high = quantiles(np.array([compare(sums, counts, rng.permutation(in_a)) for _ in range(SHUFFLES)]))
-        found += [compare(sums, counts, in_a), float(low), float(high)]
+        cosines += [compare(sums, counts, in_a), float(low), float(high)]
     first, second = (_unit(_some([rows[i] for i in members if groups[i] == name], seed)) for name in (a, b))
-    return (*found, float((first @ second.T).amax(1).mean()))
+    return (*cosines, float((first @ second.T).amax(1).mean()))
 
 
 def _mean_cosine(sums: Tensor, counts: Tensor, in_a: NDArray[np.bool_]) -> float:
-    mine = torch.from_numpy(in_a)
-    return float(torch.nn.functional.cosine_similarity(sums[mine].sum(0), sums[~mine].sum(0), dim=0))
+    first = torch.from_numpy(in_a)
+    return float(torch.nn.functional.cosine_similarity(sums[first].sum(0), sums[~first].sum(0), dim=0))
 
 
 def _pair_cosine(sums: Tensor, counts: Tensor, in_a: NDArray[np.bool_]) -> float:
-    """From sums of unit rows: the mean cosine of all pairs is the product of the two mean unit rows."""
-    mine = torch.from_numpy(in_a)
-    return float((sums[mine].sum(0) / counts[mine].sum()) @ (sums[~mine].sum(0) / counts[~mine].sum()))
+    """Return the mean cosine of all pairs from sums of unit rows: it is the product of the two mean unit rows."""
+    first = torch.from_numpy(in_a)
+    return float((sums[first].sum(0) / counts[first].sum()) @ (sums[~first].sum(0) / counts[~first].sum()))
 
 
 def _some(rows: Sequence[Tensor], seed: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Depth use: what each block contributes, what later blocks and the output lose without it, and which proxy foretells that."""
+"""Depth use: what each block contributes, what later blocks and the output lose without it, and which proxy predicts that."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from analyses.depth_use.alignment import alignment_table
 from analyses.depth_use.figures import FIGURES
 from analyses.depth_use.forwards import forwards
 from analyses.depth_use.maps import check_pair, map_table
-from analyses.depth_use.measurements import run_study
+from analyses.depth_use.measurements import measure_blocks
 from analyses.depth_use.profiles import PROFILES
 from analyses.depth_use.settings import Distance, Rule, Settings, SkipRule
 from analyses.depth_use.tokens import check_answer_from
@@ -35,12 +35,12 @@ from probes.store import ActivationStore
 
 
 def check_group(value: object) -> str | None:
-    """What is wrong with a `group` field, or None."""
+    """Say what is wrong with a `group` field; None if nothing is."""
     return None if isinstance(value, str | int) and str(value) else "must be a text or a number that names a group"
 
 
 def check_label(value: object) -> str | None:
-    """What is wrong with a `label` field, or None."""
+    """Say what is wrong with a `label` field; None if nothing is."""
     return None if not isinstance(value, bool) and value in (0, 1) else "must be 0 or 1"
 
 
@@ -106,18 +106,18 @@ class DepthUse(Analysis):
         validate(self)
 
     def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
-        """Blocks left out, rounded, frozen, run side by side, erased and differentiated; each restarted where it changes."""
+        """Count the restarts of blocks left out, rounded, frozen, run side by side, erased and differentiated."""
         _check_model(model)
         return Interventions(forwards(model, prompts, self._settings))
 
     def needs(self, model: Model) -> list[Need]:
-        """Rows of the stream entering and leaving every block, and of what attention adds."""
+        """Ask for rows of the stream entering and leaving every block, and of what attention adds."""
         return [Need(("resid_pre.0", "resid_post.*", "attn_out.*"))]
 
     def run(
         self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
     ) -> Result:
-        """Tables `proxies`, `proxy_intervals`, `agreement`, `contributions`, `skip_effect`, `output_effect`, `depth_score`,
+        """Return the tables `proxies`, `proxy_intervals`, `agreement`, `contributions`, `skip_effect`, `output_effect`, `depth_score`,
         `windows`, and where asked for `erasure`, `attribution`, `greedy`, `drop_curve`, `linear_maps`,
         and with groups of prompts `alignment`.
 
@@ -129,12 +129,12 @@ class DepthUse(Analysis):
         clock, store = Clock(), store or ActivationStore()
         _check_model(model)
         self._settings.swept(model.shape.n_layers)
-        asked = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
-        _check_prompts(asked)
-        sequences = [prompt.tokens for prompt in asked]
+        collected = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
+        _check_prompts(collected)
+        sequences = [prompt.tokens for prompt in collected]
         activations = capture(model, sequences, self.needs(model), store, progress=progress)
-        tables, notes, done = run_study(activations, asked, self._settings, progress)
-        groups = [str(prompt.fields.get("group", "")) for prompt in asked]
+        tables, notes, done = measure_blocks(activations, collected, self._settings, progress)
+        groups = [str(prompt.fields.get("group", "")) for prompt in collected]
         if len(set(groups) - {""}) > 1:
             tables["alignment"] = alignment_table(activations, groups, self.first_token, self.seed)
         if self.target_model:
@@ -144,7 +144,7 @@ class DepthUse(Analysis):
                 tables[name]["token"] = [token_text(model, int(token)) for token in tables[name]["token_id"]]
         if "attribution" in tables:
             notes.append(_completeness(tables["attribution"]))
-        return make_result(self, model, asked, tables, activations, clock, notes, interventions=done)
+        return make_result(self, model, collected, tables, activations, clock, notes, interventions=done)
 
     @property
     def _settings(self) -> Settings:

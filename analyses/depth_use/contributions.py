@@ -19,7 +19,7 @@ PARTS: tuple[Part, ...] = ("block", "attn", "mlp")
 
 @dataclass(frozen=True)
 class Contribution:
-    """Per token [batch, pos], of one part of one block."""
+    """Measures of what one part of one block adds, per token [batch, pos]."""
 
     relative_norm: Tensor
     """||c|| / ||x||, with x the stream that the part adds to."""
@@ -32,7 +32,7 @@ class Contribution:
 
 
 def contribution(chunk: Chunk, part: Part, layer: int, parallel: bool) -> Contribution:
-    """One part's contribution; an MLP of a sequential block adds to the stream that attention has added to."""
+    """Measure one part's contribution; an MLP of a sequential block adds to the stream that attention has added to."""
     before, added = chunk.stream[layer].float(), chunk.added(part, layer).float()
     if part == "mlp" and not parallel:
         before = before + chunk.added("attn", layer).float()
@@ -49,7 +49,7 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Contributions:
-    """Collects the contributions of all tokens, chunk by chunk."""
+    """Contributions of all tokens, collected chunk by chunk."""
 
     def __init__(self, n_layers: int, parallel: bool, first_token: bool) -> None:
         self.n_layers, self.parallel, self.first_token = n_layers, parallel, first_token
@@ -62,22 +62,22 @@ class Contributions:
         prompts, among = chunk.prompt_of(real), counted[real]
         for part in PARTS:
             for layer in range(self.n_layers):
-                found = contribution(chunk, part, layer, self.parallel)
+                parts = contribution(chunk, part, layer, self.parallel)
                 values = {
-                    "relative_norm": found.relative_norm.cpu()[real],
-                    "cosine": found.cosine.cpu()[real],
-                    "similarity": found.similarity.cpu()[real],
+                    "relative_norm": parts.relative_norm.cpu()[real],
+                    "cosine": parts.cosine.cpu()[real],
+                    "similarity": parts.similarity.cpu()[real],
                 }
                 for name, value in values.items():
                     columns[f"{name}_{part}"].add(layer, prompts[among], value[among])
                 if part == "block":
-                    columns["lim"].add(layer, prompts[among], -found.kept.cpu()[real][among])
+                    columns["lim"].add(layer, prompts[among], -parts.kept.cpu()[real][among])
                 arrays = {name: value.numpy() for name, value in values.items()}
                 keys = {"part": part, "layer": layer, "prompt": prompts.numpy(), "first": position.numpy() == 0}
                 self._frames.append(pd.DataFrame({**keys, **arrays}))
 
     def table(self, seed: int) -> pd.DataFrame:
-        """Columns tokens (all or not_first), part, layer, relative_norm, ci_low, ci_high, median, largest, cosine,
+        """Return columns tokens (all or not_first), part, layer, relative_norm, ci_low, ci_high, median, largest, cosine,
         cosine_low, cosine_high, similarity, n.
         """
         frame = pd.concat(self._frames, ignore_index=True)
@@ -85,12 +85,12 @@ class Contributions:
         for tokens, chosen in (("all", frame), ("not_first", frame[~frame["first"]])):
             for (part, layer), group in chosen.groupby(["part", "layer"], sort=False):
                 values = group[["relative_norm", "cosine", "similarity"]].to_numpy()
-                found = cluster_bootstrap(values, group["prompt"], seed=seed, resamples=300)
+                intervals = cluster_bootstrap(values, group["prompt"], seed=seed, resamples=300)
                 norm = values[:, 0]
                 spread = (float(np.median(norm)), float(norm.max()))
-                bounds = (found.mean[0], found.low[0], found.high[0], *spread)
-                cosine = (found.mean[1], found.low[1], found.high[1])
-                rows.append((tokens, part, layer, *bounds, *cosine, found.mean[2], len(group)))
+                bounds = (intervals.mean[0], intervals.low[0], intervals.high[0], *spread)
+                cosine = (intervals.mean[1], intervals.low[1], intervals.high[1])
+                rows.append((tokens, part, layer, *bounds, *cosine, intervals.mean[2], len(group)))
         names = (
             "tokens part layer relative_norm ci_low ci_high median largest cosine cosine_low cosine_high similarity n"
         )

@@ -1,4 +1,4 @@
-"""How many forwards the study of the blocks runs with something changed, by what is changed."""
+"""How many forwards the measurements runs with something changed, by what is changed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Forwards = dict[str, int]
 
 
 def forwards(model: Model, prompts: Sequence[Prompt], settings: Settings) -> Forwards:
-    """Every sequence that restarts at a changed block, by what is changed."""
+    """Count every sequence that restarts at a changed block, by what is changed."""
     return {
         **measured(model, len(prompts), settings),
         **skipped(model, prompts, settings),
@@ -30,7 +30,7 @@ def forwards(model: Model, prompts: Sequence[Prompt], settings: Settings) -> For
 
 
 def measured(model: Model, n: int, settings: Settings) -> Forwards:
-    """Of what enters the proxies, on all `n` prompts."""
+    """Count the forwards of what enters the proxies, on all `n` prompts."""
     n_layers = model.shape.n_layers
     layers = settings.swept(n_layers)
     with module_of(model) as (_, anatomy):
@@ -47,7 +47,7 @@ def measured(model: Model, n: int, settings: Settings) -> Forwards:
 
 
 def skipped(model: Model, prompts: Sequence[Prompt], settings: Settings) -> Forwards:
-    """Of future and local skips, on the prompts that can be split."""
+    """Count the forwards of future and local skips, on the prompts that can be split."""
     n_layers, chosen, parts = model.shape.n_layers, settings.split_prompts(prompts), len(settings.parts)
     layers = settings.swept(n_layers)
     splits = sum(len(positions_of(i, len(prompts[i].tokens), settings.split_positions, settings.seed)) for i in chosen)
@@ -56,7 +56,7 @@ def skipped(model: Model, prompts: Sequence[Prompt], settings: Settings) -> Forw
 
 
 def removed(model: Model, prompts: Sequence[Prompt], settings: Settings) -> Forwards:
-    """Of several parts removed, in the order of a proxy and greedily."""
+    """Count the forwards of several parts removed, in the order of a proxy and greedily."""
     n_layers = model.shape.n_layers
     places, rounds = 2 * len(settings.swept(n_layers)), settings.greedy_rounds(n_layers)
     known = settings.greedy_distance == "jsd"  # then the removals have told the first round
@@ -69,7 +69,7 @@ def removed(model: Model, prompts: Sequence[Prompt], settings: Settings) -> Forw
 
 
 def per_token(model: Model, prompts: Sequence[Prompt], settings: Settings) -> Forwards:
-    """Of erased tokens and integrated gradients."""
+    """Count the forwards of erased tokens and integrated gradients."""
     layers = len(settings.swept(model.shape.n_layers))
     lengths = np.array([len(prompt.tokens) for prompt in prompts])
     erased = [len(erased_positions(int(n))) for n in lengths[settings.first(settings.erasure_prompts, prompts)]]

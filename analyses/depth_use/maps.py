@@ -22,11 +22,11 @@ HELD_OUT = 0.25
 """Share of the prompts on which maps are scored."""
 
 GROUP_ROWS = 2048
-"""Tokens whose rows of all layers are held at once."""
+"""Tokens whose rows of all layers are in memory at once."""
 
 
 def check_pair(source: Model, target: Model) -> None:
-    """Whether the two models read the same token ids.
+    """Check that the two models read the same token ids.
 
     Raises:
         OptionError: they do not.
@@ -42,7 +42,7 @@ def check_pair(source: Model, target: Model) -> None:
 def map_table(
     source: Activations, target: Activations, stride: int, ridge: float, first_token: bool, seed: int
 ) -> pd.DataFrame:
-    """Affine maps from every stride-th layer's stream of one model to every layer's of the other, scored on held-out prompts.
+    """Fit affine maps from every stride-th layer's stream of one model to every layer's of the other, and score them.
 
     Returns:
         Columns source_layer, target_layer, error (mean relative error on held-out tokens), ci_low, ci_high, train_error,
@@ -65,9 +65,9 @@ def map_table(
         moments = CrossMoments(source.model.shape.d_model, n_target * width)
         for x, y, _ in pairs.of(train):
             moments.add(x, y)
-        found, mean = moments.solve(ridge), moments.mean_target
-        learned = torch.cat([_errors(found(x), y, width) for x, y, _ in pairs.of(train)])
-        scored = [(_errors(found(x), y, width), _errors(mean.expand_as(y), y, width), i) for x, y, i in pairs.of(test)]
+        fit, mean = moments.solve(ridge), moments.mean_target
+        learned = torch.cat([_errors(fit(x), y, width) for x, y, _ in pairs.of(train)])
+        scored = [(_errors(fit(x), y, width), _errors(mean.expand_as(y), y, width), i) for x, y, i in pairs.of(test)]
         errors, trivial, owners = (list(column) for column in zip(*scored, strict=True))
         interval = cluster_bootstrap(torch.cat(errors).numpy(), np.concatenate(owners), seed=seed, resamples=300)
         columns = {
@@ -95,7 +95,7 @@ class Pairs:
     first_token: bool
 
     def of(self, prompts: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, NDArray[np.int64]]]:
-        """(source rows [n, d_in], target rows [n, layers * d_out], the prompt of each [n])."""
+        """Yield (source rows [n, d_in], target rows [n, layers * d_out], the prompt of each [n])."""
         group: list[int] = []
         size = 0
         for index in prompts:
@@ -113,6 +113,6 @@ class Pairs:
 
 
 def _errors(predicted: Tensor, target: Tensor, width: int) -> Tensor:
-    """[tokens, layers] of predictions [tokens, layers * width]."""
+    """Return the relative errors [tokens, layers] of predictions [tokens, layers * width]."""
     parts = zip(torch.split(predicted, width, dim=1), torch.split(target, width, dim=1), strict=True)
     return torch.stack([relative_error(p, t) for p, t in parts], dim=1)

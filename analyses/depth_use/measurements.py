@@ -1,4 +1,4 @@
-"""Everything measured on the blocks, chunk by chunk, and the tables it makes."""
+"""Run every measurement on the blocks, chunk by chunk, and make the tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from analyses.depth_use.ablations import Study
+from analyses.depth_use.ablations import ChunkAblations
 from analyses.depth_use.contributions import PARTS, Contributions
 from analyses.depth_use.forwards import measured, per_token, removed, skipped
 from analyses.depth_use.greedy import SUBLAYERS, drop_blocks, drop_table, greedy_removal, orders
@@ -45,24 +45,24 @@ Tables = dict[str, pd.DataFrame]
 LAST = Reducer(positions="last")
 
 
-def run_study(
+def measure_blocks(
     activations: Activations, prompts: Sequence[Prompt], settings: Settings, progress: Progress
 ) -> tuple[Tables, list[str], int]:
-    """(all tables but the linear maps, what a reader must know, how many forwards were run with something changed)."""
-    study = _Run(activations, prompts, settings, progress)
+    """Return all tables but the linear maps, notes for the reader, and how many forwards were run with something changed."""
+    run = _Run(activations, prompts, settings, progress)
     tables: Tables = {}
-    study.measure()
-    tables |= study.proxy_tables()
-    tables["contributions"] = study.contributions.table(settings.seed)
-    study.skips()
-    tables |= study.skip_tables()
-    tables |= study.removal_tables(tables["proxies"])
-    tables |= study.token_tables()
-    return tables, study.notes, study.forwards
+    run.measure()
+    tables |= run.proxy_tables()
+    tables["contributions"] = run.contributions.table(settings.seed)
+    run.skips()
+    tables |= run.skip_tables()
+    tables |= run.removal_tables(tables["proxies"])
+    tables |= run.token_tables()
+    return tables, run.notes, run.forwards
 
 
 class _Run:
-    """One run over all prompts; methods are called in the order of `run_study`."""
+    """One run over all prompts; `measure_blocks` calls its methods in order."""
 
     def __init__(
         self, activations: Activations, prompts: Sequence[Prompt], settings: Settings, progress: Progress
@@ -97,16 +97,16 @@ class _Run:
         self.forwards += forwards
         self.progress.advance(forwards)
 
-    def _on(self, chunk: Chunk, work: Callable[[Study], None]) -> None:
+    def _on(self, chunk: Chunk, work: Callable[[ChunkAblations], None]) -> None:
         counted = chunk.counted(self.settings.first_token)
 
-        def study(blocks: Blocks) -> None:
-            work(Study(blocks, chunk, Outputs(self.model, chunk), counted))
+        def on_these(blocks: Blocks) -> None:
+            work(ChunkAblations(blocks, chunk, Outputs(self.model, chunk), counted))
 
-        on_blocks(self.model, chunk.tokens, study)
+        on_blocks(self.model, chunk.tokens, on_these)
 
     def measure(self) -> None:
-        """Everything that enters the proxies, over all prompts."""
+        """Measure what enters the proxies, over all prompts."""
         for chunk in chunks(self.activations, range(len(self.prompts))):
             self.contributions.add(chunk, self.columns)
             self.scales.add(chunk)
@@ -115,21 +115,21 @@ class _Run:
         for chunk in chunks(self.activations, range(len(self.prompts))):
             self._on(chunk, self._measure)
 
-    def _measure(self, study: Study) -> None:
+    def _measure(self, ablations: ChunkAblations) -> None:
         current = {part: self.effects["current", part] for part in self.settings.parts}
         everywhere = self.settings.skip_rule == "everywhere"
-        among = study.counted[study.outputs.where]
-        self.loss.add(0, study.outputs.prompt[among], study.outputs.ce[among])
-        study.removals(self.columns, current if everywhere else {}, self.layers, self._tick)
+        among = ablations.counted[ablations.outputs.where]
+        self.loss.add(0, ablations.outputs.prompt[among], ablations.outputs.ce[among])
+        ablations.removals(self.columns, current if everywhere else {}, self.layers, self._tick)
         if not everywhere:
-            study.skips(current, left_out_at(study.chunk, self.settings.skip_rule), self.layers, self._tick)
-        study.coarser(self.columns, self.settings.bits, self.layers, self._tick)
-        study.frozen(self.columns, self.scales, self.layers, self._tick)
-        study.windows(self.columns, self.settings.windows, self.layers, self._tick)
-        study.read(self.columns, self.layers)
+            ablations.skips(current, left_out_at(ablations.chunk, self.settings.skip_rule), self.layers, self._tick)
+        ablations.coarser(self.columns, self.settings.bits, self.layers, self._tick)
+        ablations.frozen(self.columns, self.scales, self.layers, self._tick)
+        ablations.windows(self.columns, self.settings.windows, self.layers, self._tick)
+        ablations.read(self.columns, self.layers)
 
     def skips(self) -> None:
-        """Future and local skip effects, on the first prompts that are long enough."""
+        """Measure future and local skip effects, on the first prompts that are long enough."""
         chosen = self.settings.split_prompts(self.prompts)
         if len(chosen) < min(self.settings.skip_prompts, len(self.prompts)):
             self.notes.append(
@@ -162,7 +162,7 @@ class _Run:
             local_effects(self.effects["local", part], blocks, chunk, part, at, where, self.layers, self._tick)
 
     def proxy_tables(self) -> Tables:
-        """Tables `proxies`, `proxy_intervals`, `agreement`, `windows`, `loss`."""
+        """Return the tables `proxies`, `proxy_intervals`, `agreement`, `windows`, `loss`."""
         measured = {
             name: c for name, c in self.columns.items() if name.rpartition("_")[0] not in ("angular", "euclidean")
         }
@@ -184,7 +184,7 @@ class _Run:
         return tables
 
     def _probed(self) -> dict[str, PerPrompt]:
-        """Accuracy of a linear probe for the prompts' labels on each layer's stream at the last token, where there are labels."""
+        """Return the accuracy of a linear probe for the prompts' labels on each layer's stream at the last token, where there are labels."""
         labelled = [i for i, prompt in enumerate(self.prompts) if "label" in prompt.fields]
         if not labelled:
             return {}
@@ -192,10 +192,10 @@ class _Run:
         rows = (
             [self.activations.get(Address("resid_post", n), LAST)[i][0] for i in labelled] for n in range(self.n_layers)
         )
-        found = PerPrompt(len(self.prompts), self.n_layers)
+        accuracy = PerPrompt(len(self.prompts), self.n_layers)
         for layer, scored in enumerate(probe_layers((torch.stack(r).float().numpy() for r in rows), labels)):
-            found.add(layer, [labelled[int(i)] for i in scored.row], torch.from_numpy(scored.correct))
-        return {"probe_accuracy": found}
+            accuracy.add(layer, [labelled[int(i)] for i in scored.row], torch.from_numpy(scored.correct))
+        return {"probe_accuracy": accuracy}
 
     def _windows(self) -> pd.DataFrame:
         frames = []
@@ -210,20 +210,20 @@ class _Run:
         return pd.concat(frames, ignore_index=True)
 
     def skip_tables(self) -> Tables:
-        """Tables `skip_effect`, `output_effect`, `depth_score`."""
-        seed, found = self.settings.seed, [(k, e) for k, e in self.effects.items() if not np.isnan(e.mean).all()]
+        """Return the tables `skip_effect`, `output_effect`, `depth_score`."""
+        seed, measured = self.settings.seed, [(k, e) for k, e in self.effects.items() if not np.isnan(e.mean).all()]
         groups = [str(prompt.fields.get("group", "")) for prompt in self.prompts]
-        with_output = [(k, e) for k, e in found if not np.isnan(e.output).all()]
+        with_output = [(k, e) for k, e in measured if not np.isnan(e.output).all()]
         tables = {
-            "skip_effect": [effect_table(e, *key, seed) for key, e in found],
+            "skip_effect": [effect_table(e, *key, seed) for key, e in measured],
             "output_effect": [output_table(e, *key, seed) for key, e in with_output],
-            "depth_score": [depth_scores(e, *key, groups, seed) for key, e in found],
+            "depth_score": [depth_scores(e, *key, groups, seed) for key, e in measured],
         }
         rule = self.settings.skip_rule
-        return {name: pd.concat(made, ignore_index=True).assign(rule=rule) for name, made in tables.items()}
+        return {name: pd.concat(frames, ignore_index=True).assign(rule=rule) for name, frames in tables.items()}
 
     def removal_tables(self, proxies: pd.DataFrame) -> Tables:
-        """Tables `greedy` and `drop_curve`, where asked for."""
+        """Return the tables `greedy` and `drop_curve`, as the options say."""
         tables: Tables = {}
         planned = removed(self.model, self.prompts, self.settings)
         if self.settings.drop_blocks:
@@ -232,7 +232,7 @@ class _Run:
             columns = {name: PerPrompt(len(self.prompts), n_drop) for name in order}
             self.progress.start(planned["removal curves"], "removal")
             for chunk in chunks(self.activations, range(len(self.prompts))):
-                self._on(chunk, lambda study: drop_blocks(study, order, columns, self._tick))
+                self._on(chunk, lambda ablations: drop_blocks(ablations, order, columns, self._tick))
             tables["drop_curve"] = drop_table(columns, self.settings.seed)
         if self.settings.greedy_steps:
             self.progress.start(planned["greedy removals"], "greedy removal")
@@ -248,7 +248,7 @@ class _Run:
             known = {(part, layer): self._mean_jsd(part, layer, first) for part in SUBLAYERS for layer in self.layers}
         args = (s.greedy_rounds(self.n_layers), s.greedy_distance, self.layers, self._tick, known, s.seed)
         tables: list[pd.DataFrame] = []
-        self._on(chunk, lambda study: tables.append(greedy_removal(study, *args)))
+        self._on(chunk, lambda ablations: tables.append(greedy_removal(ablations, *args)))
         return tables[0]
 
     def _mean_jsd(self, part: Part, layer: int, prompts: Sequence[int]) -> float:
@@ -256,7 +256,7 @@ class _Run:
         return float(column.sums[prompts, layer].sum() / column.counts[prompts, layer].sum())
 
     def token_tables(self) -> Tables:
-        """Tables `erasure` and `attribution`, where asked for."""
+        """Return the tables `erasure` and `attribution`, as the options say."""
         s, tables = self.settings, Tables()
         planned = per_token(self.model, self.prompts, s)
         if s.erasure_prompts:

@@ -8,6 +8,7 @@ from math import pi
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from probes.blocks.batch import Chunk
@@ -15,7 +16,7 @@ from probes.models.protocol import Model, Unembedding
 from probes.models.unembedding import logits_of
 
 ROW_TILE = 128
-"""Tokens whose logits are held at once."""
+"""Tokens whose logits are in memory at once."""
 LENS_TOP = 5
 """Most probable tokens whose overlap is counted."""
 
@@ -46,10 +47,10 @@ class Outputs:
     """The unchanged predictions at some positions of a chunk, kept for comparison.
 
     Args:
-        where: [batch, pos], the positions; all real tokens when left out.
+        where: the positions; all real tokens when left out.
     """
 
-    def __init__(self, model: Model, chunk: Chunk, where: Tensor | None = None) -> None:
+    def __init__(self, model: Model, chunk: Chunk, where: Bool[Tensor, "batch pos"] | None = None) -> None:
         self.where = chunk.real if where is None else where
         self.prompt = chunk.prompt_of(self.where)
         self._unembedding: Unembedding = model.unembedding()
@@ -66,8 +67,8 @@ class Outputs:
         """[n], of the unchanged model."""
 
     @property
-    def top(self) -> Tensor:
-        """[n], the most probable next token."""
+    def top(self) -> Int[Tensor, " row"]:
+        """Most probable next token of each row."""
         return self._top[:, 0]
 
     def _at(self, stream: Tensor) -> Tensor:
@@ -77,8 +78,8 @@ class Outputs:
     def _logits(self, rows: Tensor) -> Tensor:
         return logits_of(self._unembedding, rows).float()
 
-    def loss(self, final: Tensor) -> Tensor:
-        """Cross-entropy [n] of the next token when the stream [batch, pos, d_model] leaves the last block; NaN where none."""
+    def loss(self, final: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, " row"]:
+        """Return the cross-entropy of the next token when `final` leaves the last block; NaN where there is none."""
         rows = final[self._at(final)]
         return torch.cat([self._ce(self._logits(rows[part]), part) for part in _tiles(len(rows))]).cpu()
 
@@ -87,8 +88,8 @@ class Outputs:
         chosen = logits.gather(1, target.clamp_min(0)[:, None])[:, 0]
         return torch.where(target >= 0, logits.logsumexp(-1) - chosen, torch.nan)
 
-    def change(self, final: Tensor) -> Change:
-        """Loss, divergence and distance for a changed stream [batch, pos, d_model] leaving the last block."""
+    def change(self, final: Float[Tensor, "batch pos d_model"]) -> Change:
+        """Return loss, divergence and distance when `final` leaves the last block."""
         rows = final[self._at(final)]
         parts = []
         for part in _tiles(len(rows)):
@@ -99,8 +100,8 @@ class Outputs:
             parts.append((self._ce(logits, part), jsd.clamp_min(0), distance))
         return Change(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
-    def lens(self, stream: Tensor) -> Lens:
-        """What a layer's stream [batch, pos, d_model] would predict through the final norm and unembedding."""
+    def lens(self, stream: Float[Tensor, "batch pos d_model"]) -> Lens:
+        """Return what a layer's stream would predict through the final norm and unembedding."""
         rows = stream[self._at(stream)]
         kl, overlap = [], []
         for part in _tiles(len(rows)):
@@ -112,27 +113,29 @@ class Outputs:
             overlap.append(shared.float().mean(-1))
         return Lens(torch.cat(kl).cpu(), torch.cat(overlap).cpu())
 
-    def apart(self, final: Tensor, distance: Literal["angular", "euclidean"]) -> Tensor:
-        """[n], how far changed logits are from unchanged ones: the angle as a share of a half turn, or the distance."""
+    def logit_distance(
+        self, final: Float[Tensor, "batch pos d_model"], distance: Literal["angular", "euclidean"]
+    ) -> Float[Tensor, " row"]:
+        """Return how far changed logits are from unchanged ones: the angle as a share of a half turn, or the distance."""
         rows = final[self._at(final)]
-        found = []
+        distances = []
         for part in _tiles(len(rows)):
             logits, clean = self._logits(rows[part]), self._clean[part]
             if distance == "euclidean":
-                found.append(torch.linalg.vector_norm(logits - clean, dim=-1))
+                distances.append(torch.linalg.vector_norm(logits - clean, dim=-1))
             else:
                 cosine = torch.nn.functional.cosine_similarity(logits, clean, dim=-1)
-                found.append(cosine.clamp(-1, 1).acos() / pi)
-        return torch.cat(found).cpu()
+                distances.append(cosine.clamp(-1, 1).acos() / pi)
+        return torch.cat(distances).cpu()
 
-    def distance(self, final: Tensor) -> Tensor:
-        """[n], Euclidean distance of changed and unchanged probability vectors only."""
+    def distance(self, final: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, " row"]:
+        """Return the Euclidean distance of changed and unchanged probability vectors."""
         rows = final[self._at(final)]
-        found = [
+        distances = [
             torch.linalg.vector_norm(self._logits(rows[part]).softmax(-1) - self._probabilities[part], dim=-1)
             for part in _tiles(len(rows))
         ]
-        return torch.cat(found).cpu()
+        return torch.cat(distances).cpu()
 
 
 def _entropy(p: Tensor) -> Tensor:

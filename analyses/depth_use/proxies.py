@@ -40,7 +40,7 @@ def proxy_tables(measured: Mapping[str, PerPrompt], fixed: Mapping[str, Array], 
 
 
 def agreement_table(measured: Mapping[str, PerPrompt], fixed: Mapping[str, Array], seed: int) -> pd.DataFrame:
-    """Spearman correlation of every two proxies over layers, with intervals over resampled prompts.
+    """Return the Spearman correlation of every two proxies over layers, with intervals over resampled prompts.
 
     Returns:
         Columns proxy_a, proxy_b, spearman, ci_low, ci_high, p_value (by permutation of layers), null_95 (the |rho| that
@@ -60,12 +60,12 @@ def agreement_table(measured: Mapping[str, PerPrompt], fixed: Mapping[str, Array
         return ranks[key]
 
     nulls: dict[int, Array] = {}
-    found: dict[tuple[str, str], tuple[float, ...]] = {}
+    agreements: dict[tuple[str, str], tuple[float, ...]] = {}
     for a, b in combinations_with_replacement(point, 2):
         both = known[a] & known[b]
         n = int(both.sum())
         if n < 3:
-            found[a, b] = found[b, a] = (*[np.nan] * 5, n)
+            agreements[a, b] = agreements[b, a] = (*[np.nan] * 5, n)
             continue
         if n not in nulls:
             nulls[n] = np.sort(np.abs(null_correlations(n, seed)))
@@ -74,8 +74,8 @@ def agreement_table(measured: Mapping[str, PerPrompt], fixed: Mapping[str, Array
         low, high = percentiles(correlation(rank(a, both, True), rank(b, both, True)), prompts)
         beyond = PERMUTATIONS - int(np.searchsorted(nulls[n], abs(rho) - 1e-12))
         band = float(nulls[n][int(0.95 * PERMUTATIONS)]) if n >= MIN_LAYERS else np.nan
-        found[a, b] = found[b, a] = (rho, float(low), float(high), (1 + beyond) / (1 + PERMUTATIONS), band, n)
-    rows = [(a, b, *found[a, b]) for a in point for b in point]
+        agreements[a, b] = agreements[b, a] = (rho, float(low), float(high), (1 + beyond) / (1 + PERMUTATIONS), band, n)
+    rows = [(a, b, *agreements[a, b]) for a in point for b in point]
     return pd.DataFrame(
         rows, columns=["proxy_a", "proxy_b", "spearman", "ci_low", "ci_high", "p_value", "null_95", "n"]
     )

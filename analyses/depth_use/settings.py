@@ -1,4 +1,4 @@
-"""The options that the study of the blocks follows, and which layers and prompts they choose."""
+"""The options that the measurements follows, and which layers and prompts they choose."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Distance = Literal["jsd", "angular", "euclidean"]
 Rule = Literal["left", "midpoint"]
 SkipRule = Literal["released", "everywhere"]
 Tick = Callable[[int], None]
-"""Told of so many forwards that were run."""
+"""A function that is told how many forwards were run."""
 
 SPLIT_TOKENS = 4
 """Tokens of a prompt that can be split in two."""
@@ -22,7 +22,7 @@ SPLIT_TOKENS = 4
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of `DepthUse` that the study of the blocks follows."""
+    """The options of `DepthUse` that the measurements follows."""
 
     parts: tuple[Part, ...]
     skip_rule: SkipRule
@@ -44,21 +44,21 @@ class Settings:
     seed: int
 
     def swept(self, n_layers: int) -> list[int]:
-        """The layers that are left out, rounded, frozen, erased or begin a window."""
+        """Return the layers that are left out, rounded, frozen, erased or begin a window."""
         return swept(n_layers, self.layers, self.stride)
 
     def split_prompts(self, prompts: Sequence[Prompt]) -> list[int]:
-        """The first prompts that are long enough to be split."""
+        """Return the first prompts that are long enough to be split."""
         return [i for i, prompt in enumerate(prompts) if len(prompt.tokens) >= SPLIT_TOKENS][: self.skip_prompts]
 
     def first(self, n: int, prompts: Sequence[Prompt]) -> list[int]:
-        """The first `n` prompts that have a token to predict."""
+        """Return the first `n` prompts that have a token to predict."""
         return [i for i, prompt in enumerate(prompts) if len(prompt.tokens) > 1][:n]
 
     def dropped(self, n_layers: int) -> int:
-        """How many blocks the removal curves take away; at least one block of the model is left."""
+        """Return how many blocks the removal curves take away; at least one block of the model is left."""
         return min(self.drop_blocks, len(self.swept(n_layers)), n_layers - 1)
 
     def greedy_rounds(self, n_layers: int) -> int:
-        """How many parts the greedy removal takes away; at least one that could go is left."""
+        """Return how many parts the greedy removal takes away; at least one that could go is left."""
         return min(self.greedy_steps, 2 * len(self.swept(n_layers)) - 1)

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from analyses.depth_use.outputs import Outputs
@@ -37,6 +38,7 @@ class Effects:
 
     @classmethod
     def empty(cls, n_prompts: int, n_layers: int) -> Effects:
+        """Return effects of which none is known."""
         grid = (n_prompts, n_layers, n_layers)
         mean, median, highest = (np.full(grid, np.nan) for _ in range(3))
         return cls(mean, median, highest, np.full(grid[:2], np.nan))
@@ -58,15 +60,17 @@ class Effects:
             self.output[prompt, skipped] = float(distance[prompts == prompt].max())
 
 
-def left_out_at(chunk: Chunk, rule: SkipRule) -> Tensor:
-    """[batch, pos], where a part is left out: at all tokens, or, as in the released code, never at a prompt's first."""
+def left_out_at(chunk: Chunk, rule: SkipRule) -> Bool[Tensor, "batch pos"]:
+    """Return where a part is left out: at all tokens, or, as in the released code, never at a prompt's first."""
     out = chunk.real.clone()
     out[:, 0] &= torch.tensor(rule == "everywhere")
     return out
 
 
-def relative_change(chunk: Chunk, layer: int, before: Tensor, after: Tensor) -> Tensor:
-    """||c - c'|| / ||c|| per token [batch, pos], with c the clean contribution of block `layer`, c' = after - before."""
+def relative_change(
+    chunk: Chunk, layer: int, before: Float[Tensor, "batch pos d_model"], after: Float[Tensor, "batch pos d_model"]
+) -> Float[Tensor, "batch pos"]:
+    """Return ||c - c'|| / ||c|| per token, with c the clean contribution of block `layer`, c' = after - before."""
     clean = chunk.added("block", layer).float()
     size = torch.linalg.vector_norm(clean, dim=-1).clamp_min(1e-6)
     return torch.linalg.vector_norm(clean - (after - before).float(), dim=-1) / size
@@ -84,13 +88,18 @@ def local_effects(
     blocks: Blocks,
     chunk: Chunk,
     part: Part,
-    at: Tensor,
-    where: Tensor,
+    at: Bool[Tensor, "batch pos"],
+    where: Bool[Tensor, "batch pos"],
     layers: Sequence[int],
     tick: Tick,
 ) -> None:
-    """The contribution of each of `layers` subtracted, at the positions `at` [batch, pos], from the clean stream entering
-    each later block, one pair at a time; effects are taken at `where` [batch, pos].
+    """Measure what each later block changes when an earlier part's contribution is missing from the stream that enters it.
+
+    One pair of blocks at a time, so nothing propagates.
+
+    Args:
+        at: the positions at which the contribution is subtracted.
+        where: the positions at which effects are taken.
     """
     for skipped in layers:
         lost = chunk.added(part, skipped) * at.to(chunk.stream[0].device)[..., None]
@@ -103,7 +112,7 @@ def local_effects(
 
 @dataclass(frozen=True)
 class Split:
-    """Prompts repeated once per split position t: parts are left out before t, effects measured from t on."""
+    """Prompts repeated once per split position t; parts are left out before t and effects measured from t on."""
 
     chunk: Chunk
     skipped: Tensor
@@ -112,25 +121,25 @@ class Split:
     """[rows, pos]."""
 
 
-def split_positions(length: int, wanted: int, rng: np.random.Generator) -> list[int]:
-    """Up to `wanted` positions of {8, 16, ..., length - 5}; the middle of a prompt too short for those, or none."""
+def split_positions(length: int, most: int, rng: np.random.Generator) -> list[int]:
+    """Draw up to `most` positions of {8, 16, ..., length - 5}; the middle of a prompt too short for those, or none."""
     candidates = list(range(SPLIT_STRIDE, length - 4, SPLIT_STRIDE))
     if candidates:
-        return sorted(int(t) for t in rng.permutation(candidates)[:wanted])
+        return sorted(int(t) for t in rng.permutation(candidates)[:most])
     return [length // 2] if length >= SPLIT_TOKENS else []
 
 
-def positions_of(prompt: int, length: int, wanted: int, seed: int) -> list[int]:
-    """The split positions of the prompt of this index."""
-    return split_positions(length, wanted, np.random.default_rng((seed, prompt)))
+def positions_of(prompt: int, length: int, most: int, seed: int) -> list[int]:
+    """Draw the split positions of the prompt of this index."""
+    return split_positions(length, most, np.random.default_rng((seed, prompt)))
 
 
-def split(chunk: Chunk, wanted: int, seed: int, rule: SkipRule) -> Split | None:
-    """The chunk repeated per split position; None where every prompt is too short."""
+def split(chunk: Chunk, most: int, seed: int, rule: SkipRule) -> Split | None:
+    """Repeat the chunk once per split position; None where every prompt is too short."""
     rows, at = [], []
     for row, prompt in enumerate(chunk.prompts):
         length = int(chunk.real[row].sum())
-        positions = positions_of(prompt, length, wanted, seed)
+        positions = positions_of(prompt, length, most, seed)
         rows += [row] * len(positions)
         at += positions
     if not rows:
@@ -144,7 +153,7 @@ def split(chunk: Chunk, wanted: int, seed: int, rule: SkipRule) -> Split | None:
 def future_effects(
     effects: Effects, blocks: Blocks, halves: Split, part: Part, outputs: Outputs, layers: Sequence[int], tick: Tick
 ) -> None:
-    """Each part left out before the split; what changes after it, where the part itself still runs."""
+    """Leave each part out before the split, and measure what changes after it, where the part itself still runs."""
     chunk = halves.chunk
     for skipped in layers:
         streams = blocks.without(chunk, part, skipped, halves.skipped)
@@ -154,7 +163,7 @@ def future_effects(
 
 
 def effect_table(effects: Effects, variant: Variant, part: Part, seed: int) -> pd.DataFrame:
-    """Columns variant, part, skipped, affected, effect (largest), mean, median, ci_low, ci_high (of the mean, over prompts).
+    """Return columns variant, part, skipped, affected, effect (largest), mean, median, ci_low, ci_high (of the mean, over prompts).
 
     Rows of layers that were not left out are absent.
     """
@@ -173,7 +182,7 @@ def effect_table(effects: Effects, variant: Variant, part: Part, seed: int) -> p
 
 
 def output_table(effects: Effects, variant: Variant, part: Part, seed: int) -> pd.DataFrame:
-    """Columns variant, part, skipped, effect (largest over prompts), mean with ci_low and ci_high, and median (over prompts)."""
+    """Return columns variant, part, skipped, effect (largest over prompts), mean with ci_low and ci_high, and median (over prompts)."""
     used, layers = (np.flatnonzero(~np.isnan(effects.output).all(axis=axis)) for axis in (1, 0))
     values = effects.output[np.ix_(used, layers)]
     mean = cluster_bootstrap(values, used, seed=seed)
@@ -182,7 +191,7 @@ def output_table(effects: Effects, variant: Variant, part: Part, seed: int) -> p
 
 
 def depth_score(matrix: Array) -> Array:
-    """Centre of mass of effects over depth, in layers: sum of s e_s over sum of e_s, e_s the mean effect on later layers.
+    """Return the centre of mass of effects over depth, in layers: sum of s e_s over sum of e_s, e_s the mean effect on later layers.
 
     Args:
         matrix: [..., skipped, affected]; only entries right of the diagonal count, and of those the ones that are known.
@@ -197,7 +206,7 @@ def depth_score(matrix: Array) -> Array:
 
 
 def depth_scores(effects: Effects, variant: Variant, part: Part, groups: Sequence[str], seed: int) -> pd.DataFrame:
-    """Depth score per group of prompts and overall, by largest and by mean effect, with intervals over prompts."""
+    """Return the depth score per group of prompts and overall, by largest and by mean effect, with intervals over prompts."""
     used = np.flatnonzero(~np.isnan(effects.mean).all(axis=(1, 2)))
     named = {"all": used, **{g: used[[groups[int(i)] == g for i in used]] for g in dict.fromkeys(groups) if g}}
     rows = []

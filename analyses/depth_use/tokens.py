@@ -1,4 +1,4 @@
-"""Until which layer a token matters: residual erasure, and integrated gradients of the answer's probability."""
+"""Up to which layer a token matters: residual erasure, and integrated gradients of the answer's probability."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -33,24 +34,24 @@ class StreamMeans:
         self._sums: list[Tensor] = []
         self._n = 0
 
-    def add(self, chunk: Chunk, counted: Tensor) -> None:
-        """Enter a chunk."""
+    def add(self, chunk: Chunk, counted: Bool[Tensor, "batch pos"]) -> None:
+        """Enter a chunk's counted tokens."""
         sums = [h[counted.to(h.device)].double().sum(0).cpu() for h in chunk.stream[:-1]]
         self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
         self._n += int(counted.sum())
 
-    def of(self, layer: int) -> Tensor:
-        """[d_model], float64."""
+    def of(self, layer: int) -> Float[Tensor, " d_model"]:
+        """Return the mean stream entering a block, float64."""
         return self._sums[layer] / self._n
 
 
 def erased_positions(length: int) -> NDArray[np.int64]:
-    """The positions of a prompt at which streams are overwritten."""
+    """Return the positions of a prompt at which streams are overwritten."""
     return np.unique(np.linspace(0, length - 1, min(length, ERASED_POSITIONS)).round().astype(np.int64))
 
 
 def erasure(model: Model, chunk: Chunk, means: StreamMeans, layers: Sequence[int], tick: Tick) -> pd.DataFrame:
-    """The stream of one token entering one block overwritten by the mean stream; chunk holds one prompt.
+    """Overwrite the stream of one token entering one block by the mean stream; the chunk holds one prompt.
 
     Returns:
         Columns prompt, layer, position, token_id, later_change (largest Euclidean change of a next-token distribution
@@ -92,7 +93,7 @@ def _erase(
 
 
 def check_answer_from(value: Any) -> str | None:
-    """What is wrong with an `answer_from` field, or None."""
+    """Say what is wrong with an `answer_from` field; None if nothing is."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         return "must be an int from 1: the position of the answer's first token in this line's tokens"
     return None
@@ -107,14 +108,14 @@ class Target:
 
     @classmethod
     def of(cls, prompt: Prompt, outputs: Outputs) -> Target:
-        """The prompt's tokens from `answer_from` on, or the most probable next token where it names none."""
+        """Take the prompt's tokens from `answer_from` on, or the most probable next token where it names none."""
         start = prompt.fields.get("answer_from")
         if start is None or start >= len(prompt.tokens):
             return cls(torch.tensor([len(prompt.tokens) - 1]), outputs.top[-1:].cpu())
         return cls(torch.arange(start - 1, len(prompt.tokens) - 1), torch.tensor(prompt.tokens[start:]))
 
-    def value(self, model: Model, final: Tensor) -> Tensor:
-        """[batch], from the stream [batch, pos, d_model] leaving the last block."""
+    def value(self, model: Model, final: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, " batch"]:
+        """Return the probability when `final` leaves the last block."""
         rows = final[:, self.at.to(final.device)]
         logits = logits_of(model.unembedding(), rows).float()
         ids = self.ids.to(logits.device)[None, :, None].expand(len(logits), -1, 1)
@@ -131,7 +132,7 @@ def integrated_gradients(
     layers: Sequence[int],
     tick: Tick,
 ) -> pd.DataFrame:
-    """Attribution of the target's probability to each part's output at each token; chunk holds one prompt.
+    """Attribute the target's probability to each part's output at each token; the chunk holds one prompt.
 
     The path runs from the mean over positions of the part's output to that output, at all positions at once.
 
@@ -149,8 +150,12 @@ def integrated_gradients(
     values: dict[tuple[Part, int], list[Tensor]] = {place: [] for place in places}
     for along, weight in zip(torch.split(alphas, per_group), torch.split(weights, per_group), strict=True):
         path = Path(chunk, chunk.repeated(torch.zeros(len(along), dtype=torch.long)), target, along)
-        found = on_blocks(model, path.same.tokens, lambda blocks, p=path: [p.step(blocks, *at, tick) for at in places])  # type: ignore[misc]
-        for place, (value, each) in zip(places, found, strict=True):
+
+        def at_places(blocks: Blocks, path: Path = path) -> list[tuple[Tensor, Tensor]]:
+            return [path.step(blocks, *place, tick) for place in places]
+
+        points = on_blocks(model, path.same.tokens, at_places)
+        for place, (value, each) in zip(places, points, strict=True):
             totals[place] += (weight[:, None] * each).sum(0)
             values[place].append(value)
     frames = []
@@ -172,7 +177,7 @@ class Path:
     """[points], 0 at the mean and 1 at the output."""
 
     def step(self, blocks: Blocks, part: Part, layer: int, tick: Tick) -> tuple[Tensor, Tensor]:
-        """(the target's value [points], gradient times (output - mean) summed over d_model [points, pos]), float64."""
+        """Return (the target's value [points], gradient times (output - mean) summed over d_model [points, pos]), float64."""
         added = self.chunk.added(part, layer)
         base = added.mean(1, keepdim=True)
         point = (base + self.along.to(added)[:, None, None] * (added - base)).detach().requires_grad_(True)

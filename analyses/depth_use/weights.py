@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
@@ -20,30 +21,30 @@ NORMS = ("ln1", "ln2")
 
 
 def matrices(block: nn.Module) -> list[tuple[nn.Parameter, int]]:
-    """(weight, axis of its outputs) of every matrix in a block."""
-    found = []
+    """Return (weight, axis of its outputs) of every matrix in a block."""
+    weights = []
     for module in block.modules():
         for parameter in module.parameters(recurse=False):
             if parameter.ndim >= 2:
                 # GPT-2's Conv1D keeps its weight as [in, out].
-                found.append((parameter, 1 if type(module).__name__ == "Conv1D" else parameter.ndim - 2))
-    return found
+                weights.append((parameter, 1 if type(module).__name__ == "Conv1D" else parameter.ndim - 2))
+    return weights
 
 
-def z_share(weights: Tensor, threshold: float = 1.0) -> float:
-    """ZD: the share of weights more than `threshold` standard deviations above their mean (Dumitru et al. 2024)."""
+def z_share(weights: Float[Tensor, "*rest"], threshold: float = 1.0) -> float:
+    """Return ZD, the share of weights more than `threshold` standard deviations above their mean (Dumitru et al. 2024)."""
     w = weights.float()
     return float((w > w.mean() + threshold * w.std(correction=0)).float().mean())
 
 
 def z_share_of(block: nn.Module) -> float:
-    """ZD over all matrices of a block together."""
+    """Return ZD over all matrices of a block together."""
     return z_share(torch.cat([weight.detach().flatten() for weight, _ in matrices(block)]))
 
 
 @contextmanager
 def coarser(block: nn.Module, bits: int) -> Iterator[None]:
-    """The block with its matrices rounded to so many bits, one scale per output; the very same weights as before outside."""
+    """Round a block's matrices to so many bits, one scale per output, and put the very same weights back on leaving."""
     kept = [(parameter, parameter.data) for parameter, _ in matrices(block)]
     try:
         for parameter, axis in matrices(block):
@@ -55,7 +56,7 @@ def coarser(block: nn.Module, bits: int) -> Iterator[None]:
 
 
 def normed_layers(anatomy: Anatomy, n_layers: int) -> list[int]:
-    """The layers whose blocks begin a part with a norm."""
+    """Return the layers whose blocks begin a part with a norm."""
     return [layer for layer in range(n_layers) if any(anatomy.map.path(name, layer) for name in NORMS)]
 
 
@@ -70,7 +71,7 @@ class NormScale:
 
 
 class NormScales:
-    """Collects the mean divisors of every block's norms, chunk by chunk."""
+    """Mean divisors of every block's norms, collected chunk by chunk."""
 
     def __init__(self, anatomy: Anatomy) -> None:
         self.anatomy = anatomy
@@ -97,21 +98,21 @@ class NormScales:
                     self._sums[layer, name] = self._sums.get((layer, name), torch.zeros(4, dtype=torch.float64)) + new
 
     def of(self, layer: int) -> list[NormScale]:
-        """The norms of a block; empty where it has none before its parts."""
-        found = []
+        """Return the norms of a block; none where its parts begin without one."""
+        scales = []
         for name in NORMS:
             if (layer, name) in self._sums:
                 path = self.anatomy.map.path(name, layer)
                 assert path is not None
                 total_first, n_first, total, n = self._sums[layer, name].tolist()
                 others = total / n if n else total_first / n_first
-                found.append(NormScale(path, divisor_of(self.anatomy.map, path), total_first / n_first, others))
-        return found
+                scales.append(NormScale(path, divisor_of(self.anatomy.map, path), total_first / n_first, others))
+        return scales
 
 
 @contextmanager
 def frozen_norms(root: nn.Module, scales: Sequence[NormScale], rows: tuple[int, int]) -> Iterator[None]:
-    """These norms divide by their mean divisors instead of each token's own, in forwards over `rows` (batch, pos)."""
+    """Let norms divide by their mean divisors instead of each token's own, in forwards over `rows` (batch, pos)."""
     with ExitStack() as stack:
         for scale in scales:
             norm = root.get_submodule(scale.path)

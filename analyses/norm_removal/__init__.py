@@ -1,4 +1,7 @@
-"""Norm removal: diagnostics, training, and an exact norm-free model."""
+"""Norm removal: diagnostics, training, and an exact norm-free model.
+
+The registry imports this method by name; no other method does.
+"""
 
 from analyses.norm_removal.analysis import NormRemoval
 

@@ -61,9 +61,9 @@ class NormRemoval(Analysis):
     learning_rate: float = option(0.0, "Highest learning rate; 0 takes the schedule's own.", low=0)
     aux_weight: float = option(-1.0, "Weight of the loss on the final norm's input scale; negative is the schedule's.")
     special_first: bool = option(True, "Keep a scale of its own for position 0 until the schedule withdraws it.")
-    special_ends: bool = option(True, "Keep position 0's scale for values at end-of-text tokens until it is withdrawn.")
+    eot_scale: bool = option(True, "Keep position 0's scale for values at end-of-text tokens until it is withdrawn.")
     at_once: bool = option(False, "Also train with all norms frozen at the first step of the schedule.")
-    evaluated: int = option(256, "Held-out blocks on which the models are compared, at most.", low=1)
+    eval_blocks: int = option(256, "Held-out blocks on which the models are compared, at most.", low=1)
     checkpoints: str = option(
         "runs/norm_removal_checkpoints", "Folder of the checkpoints that a broken-off run goes on from."
     )
@@ -109,11 +109,11 @@ class NormRemoval(Analysis):
 
     @property
     def makes_prompts(self) -> bool:
-        """Without diagnostics, the training text is all it reads."""
+        """Whether diagnostics are off, so that the training text is all it reads."""
         return not self.diagnose
 
     def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
-        """Norms frozen one at a time and together; with a schedule also trained away, on the original and its control."""
+        """Count the restarts under frozen norms, and with a schedule the sequences trained on and compared."""
         _check_model(model, bool(self.schedule))
         counts = most_forwards(model, self._plan) if self.schedule else {}
         if self.diagnose and (switches := switches_of(model)) is not None:
@@ -123,7 +123,7 @@ class NormRemoval(Analysis):
         return Interventions(counts, exact=not self.schedule)
 
     def needs(self, model: Model) -> list[Need]:
-        """Streams, norm divisors and heads' outputs; attention patterns and the last MLP's activations where asked for."""
+        """Ask for streams, norm divisors and heads' outputs, and by option for patterns and the last MLP's activations."""
         if not self.diagnose:
             return []
         return needs(model, self._settings.swept(model.shape.n_layers), self.sinks, self.neurons > 0)
@@ -131,7 +131,7 @@ class NormRemoval(Analysis):
     def run(
         self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
     ) -> Result:
-        """Tables `scales`, `freeze_effect`, `freeze_together`, `stream`, `attribution_error`, `attribution_total`, `sinks`,
+        """Return the tables `scales`, `freeze_effect`, `freeze_together`, `stream`, `attribution_error`, `attribution_total`, `sinks`,
         `neurons`, and with a schedule `training`, `losses`, `divergence` and `export`.
 
         Raises:
@@ -142,36 +142,36 @@ class NormRemoval(Analysis):
         """
         clock, store = Clock(), store or ActivationStore()
         _check_model(model, bool(self.schedule))
-        asked = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
-        if self.diagnose and all(len(prompt.tokens) < 2 for prompt in asked):
+        collected = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
+        if self.diagnose and all(len(prompt.tokens) < 2 for prompt in collected):
             raise PromptError("no prompt has a second token, so there is no loss to measure; give longer prompts")
         models: dict[str, Model] = {"original": model}
         removal = remove(model, self._plan, progress) if self.schedule else None
         if removal is not None:
             models |= removal.models
-        tables, notes, activations, done = self._diagnosed(models, asked, store, progress)
+        tables, notes, activations, done = self._diagnosed(models, collected, store, progress)
         notes += _conventions(model) if self.diagnose else []
         if removal is not None:
             tables |= removal.tables
             notes += removal.notes
             done += sum(removal.forwards.values())
-        return make_result(self, model, asked, tables, activations, clock, notes, interventions=done)
+        return make_result(self, model, collected, tables, activations, clock, notes, interventions=done)
 
     def _diagnosed(
-        self, models: Mapping[str, Model], asked: list[Prompt], store: ActivationStore, progress: Progress
+        self, models: Mapping[str, Model], prompts: list[Prompt], store: ActivationStore, progress: Progress
     ) -> tuple[dict[str, pd.DataFrame], list[str], Activations | None, int]:
-        found: dict[str, list[pd.DataFrame]] = {}
+        by_name: dict[str, list[pd.DataFrame]] = {}
         notes: list[str] = []
         first, done = None, 0
         for variant, model in models.items() if self.diagnose else ():
-            sequences = [prompt.tokens for prompt in asked]
+            sequences = [prompt.tokens for prompt in prompts]
             activations = capture(model, sequences, self.needs(model), store, progress=progress)
             first = first or activations
             tables, more, forwards = diagnose(activations, variant, self._settings, progress)
             notes, done = notes + more, done + forwards
             for name, table in tables.items():
-                found.setdefault(name, []).append(table)
-        return {name: pd.concat(tables, ignore_index=True) for name, tables in found.items()}, notes, first, done
+                by_name.setdefault(name, []).append(table)
+        return {name: pd.concat(tables, ignore_index=True) for name, tables in by_name.items()}, notes, first, done
 
     @property
     def _settings(self) -> Settings:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from analyses.norm_removal.measured import Measured
@@ -42,30 +43,32 @@ class ReadOut:
     def _centre(self, x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True) if self.centred else x
 
-    def scale(self, x: Tensor) -> Tensor:
-        """The norm's divisor, [rows, ..., d_model] -> [rows, ..., 1]."""
+    def scale(self, x: Float[Tensor, "*rest d_model"]) -> Float[Tensor, "*rest 1"]:
+        """Return the norm's divisor."""
         if self.eps is None:
             return x.new_ones(*x.shape[:-1], 1)
         return (self._centre(x).square().mean(-1, keepdim=True) + self.eps).sqrt()
 
-    def logit(self, stream: Tensor) -> Tensor:
-        """Each row's target logit of a stream [rows, ..., d_model]; [rows, ...]."""
+    def logit(self, stream: Float[Tensor, "row *rest d_model"]) -> Float[Tensor, row * rest]:
+        """Return each row's target logit of a stream."""
         normed = self._centre(stream) / self.scale(stream) * self.gain + self.bias
         return self._dot(normed) + self._spread(self.offset, stream)
 
     def attribution(self, component: Tensor, scale: Tensor) -> Tensor:
-        """What components [rows, ..., d_model] of a stream add to the target logit at a given divisor; [rows, ...].
+        """Return what components [rows, ..., d_model] of a stream add to the target logit at a given divisor, [rows, ...].
 
         Over components that sum to the stream they sum to the logit less `constant`.
         """
         return self._dot(self._centre(component) / scale * self.gain)
 
-    def constant(self) -> Tensor:
-        """The target logit that no component has a share in: of the norm's and the unembedding's bias; [rows]."""
+    def constant(self) -> Float[Tensor, " row"]:
+        """Return the part of the target logit that comes from the norm's and the unembedding's bias, not from components."""
         return self._dot(self.bias.expand_as(self.weight)) + self.offset
 
-    def effect(self, stream: Tensor, component: Tensor) -> Tensor:
-        """The target logit less that of the stream [rows, d_model] without each component [rows, n, d_model]; [rows, n]."""
+    def effect(
+        self, stream: Float[Tensor, "row d_model"], component: Float[Tensor, "row n d_model"]
+    ) -> Float[Tensor, "row n"]:
+        """Return the target logit less that of the stream without each component."""
         without = stream[:, None] - component
         if self.eps is None:
             return self.attribution(component, component.new_ones(()))
@@ -79,7 +82,7 @@ class ReadOut:
 
 
 def read_out(measured: Measured, targets: Tensor) -> ReadOut:
-    """The read-out of targets [rows]."""
+    """Return the read-out of targets [rows]."""
     own = measured.unembedding
     weight = own.weight[targets.to(own.weight.device)].double()
     offset = torch.zeros(len(targets), dtype=torch.float64, device=weight.device)
@@ -101,7 +104,7 @@ def read_out(measured: Measured, targets: Tensor) -> ReadOut:
 
 
 class HeadOutputs:
-    """What each head of a layer adds to the stream: its values' mix through its output weights, value biases included.
+    """The map from z to what each head of a layer adds to the stream, value biases included.
 
     Where what attention adds is normalised first, that norm's divisor is held at its clean value.
     """
@@ -122,8 +125,8 @@ class HeadOutputs:
             self.parts = parts_of(self.post, inputs_first.shape[1], float(anatomy.map.sizes.eps))
 
     @torch.no_grad()
-    def __call__(self, z: Tensor) -> Tensor:
-        """z [rows, head, d_head] to [rows, head, d_model], float64."""
+    def __call__(self, z: Float[Tensor, "row head d_head"]) -> Float[Tensor, "row head d_model"]:
+        """Return what each head adds, float64."""
         out = torch.einsum("rhk,hkd->rhd", z.double().to(self.weight.device), self.weight)
         if self.parts is not None:
             whole = out.sum(1, keepdim=True)
@@ -137,7 +140,7 @@ class HeadOutputs:
 
 @torch.no_grad()
 def attribution_tables(measured: Measured, layers: Sequence[int], seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(`attribution_error` per head of `layers`, `attribution_total` over all of them), intervals over prompts.
+    """Return (`attribution_error` per head of `layers`, `attribution_total` over all of them), with intervals over prompts.
 
     nmae is mean|attribution - effect| / mean|effect| over the counted positions, the target being the next token.
     """
@@ -163,7 +166,7 @@ def attribution_tables(measured: Measured, layers: Sequence[int], seed: int) -> 
 
 
 def rows_of(measured: Measured, address: Address, prompts: Sequence[int], counted: Tensor) -> Tensor:
-    """Stored rows of the counted positions, [n, ...], in the order of `counted` [batch, pos]."""
+    """Return the stored rows of the counted positions, [n, ...], in the order of `counted` [batch, pos]."""
     stored = measured.activations.get(address)
     device = measured.model.device
     return torch.cat([stored[i][counted[row, : len(stored[i])]] for row, i in enumerate(prompts)]).to(device)

@@ -29,15 +29,15 @@ class Checkpoints:
     folder: Path
 
     def steps(self) -> list[int]:
-        """The steps after which there is a checkpoint, in order."""
+        """Return the steps after which there is a checkpoint, in order."""
         return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
 
     def path(self, step: int) -> Path:
-        """The checkpoint after `step` steps."""
+        """Return the path of the checkpoint after `step` steps."""
         return self.folder / f"step-{step:07d}"
 
     def save(self, step: int, module: nn.Module, optimizer: Optimizer, switches: Switches, history: list[Any]) -> Path:
-        """Writes a checkpoint, and then removes all but the newest `KEPT`."""
+        """Write a checkpoint, and then remove all but the newest `KEPT`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=self.folder))
         save_file(_tensors(module), draft / "model.safetensors")
@@ -54,7 +54,7 @@ class Checkpoints:
         return self.path(step)
 
     def load(self, module: nn.Module, optimizer: Optimizer, switches: Switches) -> tuple[int, list[Any]]:
-        """Puts the newest checkpoint into all three; (steps done, history), or (0, []) where there is none.
+        """Put the newest checkpoint into all three; return (steps done, history), or (0, []) where there is none.
 
         Raises:
             TrainingError: the checkpoint is damaged, or of another model.
@@ -92,15 +92,15 @@ def _restore(module: nn.Module, values: dict[str, Tensor]) -> None:
 
 def _optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
-    found = {
+    tensors = {
         f"{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
         for index, values in state.items()
         for name, value in values.items()
     }
-    found["random"] = torch.get_rng_state()
+    tensors["random"] = torch.get_rng_state()
     if torch.cuda.is_available():
-        found["random_cuda"] = torch.cuda.get_rng_state()
-    return found
+        tensors["random_cuda"] = torch.cuda.get_rng_state()
+    return tensors
 
 
 def _restore_optimizer(optimizer: Optimizer, values: dict[str, Tensor]) -> None:
@@ -126,9 +126,9 @@ def _restore_switches(switches: Switches, record: dict[str, Any]) -> None:
     for path, (value, first) in record["running"].items():
         switches.running[path].value, switches.running[path].first = value, first
     switches.on.clear()
-    made: dict[tuple[str, Any], Scale] = {}
+    shared: dict[tuple[str, Any], Scale] = {}
     for name, values in record["frozen"].items():
         site: NormSite = choose(switches.sites, [name])[0]
         # Sites of one norm share one scale, as they did when it was saved.
         key = (switches.norm(site).path, tuple(values))
-        switches.on[site] = made.setdefault(key, Scale(*values))
+        switches.on[site] = shared.setdefault(key, Scale(*values))

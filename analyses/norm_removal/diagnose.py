@@ -35,14 +35,14 @@ class Settings:
     seed: int
 
     def swept(self, n_layers: int) -> list[int]:
-        """The layers whose norms are frozen by themselves and whose heads are read."""
+        """Return the layers whose norms are frozen by themselves and whose heads are read."""
         return swept(n_layers, self.layers, self.stride)
 
 
 def diagnose(
     activations: Activations, variant: str, settings: Settings, progress: Progress
 ) -> tuple[Tables, list[str], int]:
-    """(all diagnostic tables of a model called `variant`, what a reader must know, sequences restarted under a frozen norm)."""
+    """Return (all diagnostic tables of a model called `variant`, notes for the reader, sequences restarted under a frozen norm)."""
     measured = Measured(activations, settings.first_token)
     notes: list[str] = []
     tables: Tables = {}
@@ -69,8 +69,8 @@ def _frozen(
     measured: Measured, variant: str, settings: Settings, progress: Progress, notes: list[str]
 ) -> tuple[Tables, int]:
     assert measured.switches is not None
-    found = measured.scales(measured.switches.sites)
-    scales: dict[NormSite, Scale] = mean_scales(found, settings.scale_source, settings.first_scale)
+    site_scales = measured.scales(measured.switches.sites)
+    scales: dict[NormSite, Scale] = mean_scales(site_scales, settings.scale_source, settings.first_scale)
     frozen = sweep(measured.switches, settings.split_paths, settings.swept(measured.n_layers))
     effects = FreezeEffects(measured, frozen, scales)
     effects.measure(progress)
@@ -88,7 +88,11 @@ def _frozen(
                 f"{variant}: freezing {site}{where} leaves {share:.0%} of tokens without a finite loss (float32 overflows), "
                 "so its change of loss is infinite"
             )
-    tables = {"scales": scale_table(measured, found, settings.seed), "freeze_effect": alone, "freeze_together": joint}
+    tables = {
+        "scales": scale_table(measured, site_scales, settings.seed),
+        "freeze_effect": alone,
+        "freeze_together": joint,
+    }
     return tables, effects.forwards
 
 

@@ -9,6 +9,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -40,9 +41,9 @@ class Predictions:
 def predict(
     modules: Mapping[str, nn.Module], blocks: Tensor
 ) -> tuple[dict[str, Predictions], dict[tuple[str, str], Array]]:
-    """Predictions of several models on blocks [n, block], and each pair's Jensen-Shannon divergence per token, nats."""
+    """Return the predictions of several models on blocks [n, block], and each pair's Jensen-Shannon divergence per token, nats."""
     parts: dict[str, list[list[Tensor]]] = {name: [] for name in modules}
-    apart: dict[tuple[str, str], list[Tensor]] = {pair: [] for pair in combinations(modules, 2)}
+    divergences: dict[tuple[str, str], list[Tensor]] = {pair: [] for pair in combinations(modules, 2)}
     for rows in torch.split(blocks, ROWS):
         logprobs = {}
         for name, module in modules.items():
@@ -50,34 +51,34 @@ def predict(
             out = module(input_ids=rows.to(device), use_cache=False).logits[:, :-1].float().log_softmax(-1).cpu()
             logprobs[name] = out
             parts[name].append(_read(out, rows[:, 1:]))
-        for a, b in apart:
-            apart[a, b].append(jensen_shannon(logprobs[a], logprobs[b]))
-    found = {
+        for a, b in divergences:
+            divergences[a, b].append(jensen_shannon(logprobs[a], logprobs[b]))
+    predictions = {
         name: Predictions(*(torch.cat(column).double().numpy() for column in zip(*read, strict=True)))
         for name, read in parts.items()
     }
-    return found, {pair: torch.cat(values).double().numpy() for pair, values in apart.items()}
+    return predictions, {pair: torch.cat(values).double().numpy() for pair, values in divergences.items()}
 
 
-def _read(logprobs: Tensor, wanted: Tensor) -> list[Tensor]:
+def _read(logprobs: Tensor, targets: Tensor) -> list[Tensor]:
     best = logprobs.max(-1)
     return [
-        -logprobs.gather(-1, wanted[..., None])[..., 0],
+        -logprobs.gather(-1, targets[..., None])[..., 0],
         -(logprobs.exp() * logprobs).nan_to_num(0.0).sum(-1),
         best.values.exp(),
-        (best.indices == wanted).float(),
+        (best.indices == targets).float(),
     ]
 
 
-def jensen_shannon(a: Tensor, b: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of two log-distributions [..., d_vocab], nats; [...]."""
+def jensen_shannon(a: Float[Tensor, "*rest d_vocab"], b: Float[Tensor, "*rest d_vocab"]) -> Float[Tensor, "*rest"]:
+    """Return the Jensen-Shannon divergence of two log-distributions, nats."""
     middle = torch.logaddexp(a, b) - torch.log(torch.tensor(2.0))
     divergence = [(x.exp() * (x - middle)).nan_to_num(0.0).sum(-1) for x in (a, b)]
     return ((divergence[0] + divergence[1]) / 2).clamp_min(0)
 
 
 def calibration_error(confidence: Array, correct: Array, bins: int = BINS) -> float:
-    """Expected calibration error: |confidence - accuracy| per bin of confidence, weighted by the bin's share.
+    """Return the expected calibration error: |confidence - accuracy| per bin of confidence, weighted by the bin's share.
 
     Naeini, Cooper, Hauskrecht 2015.
     """
@@ -86,10 +87,10 @@ def calibration_error(confidence: Array, correct: Array, bins: int = BINS) -> fl
     return float(np.abs(gaps).sum() / confidence.size)
 
 
-def loss_table(found: Mapping[str, Predictions], control: str, seed: int) -> pd.DataFrame:
-    """One row a variant; intervals over blocks, the gap's from the same blocks resampled in pairs."""
+def loss_table(predictions: Mapping[str, Predictions], control: str, seed: int) -> pd.DataFrame:
+    """Return one row a variant, with intervals over blocks; that of the gap resamples the same blocks for both."""
     rows = []
-    for name, p in found.items():
+    for name, p in predictions.items():
         block = np.repeat(np.arange(len(p.loss)), p.loss.shape[1])
         own = cluster_bootstrap(p.loss.ravel(), block, seed=seed)
         rows.append(
@@ -105,7 +106,7 @@ def loss_table(found: Mapping[str, Predictions], control: str, seed: int) -> pd.
                 "entropy": float(p.entropy.mean()),
                 "calibration_error": calibration_error(p.confidence, p.correct),
                 "accuracy": float(p.correct.mean()),
-                **_gap(p, found.get(control), block, seed),
+                **_gap(p, predictions.get(control), block, seed),
             }
         )
     return pd.DataFrame(rows)
@@ -118,23 +119,23 @@ def _gap(p: Predictions, control: Predictions | None, block: NDArray[np.int64], 
     return {"gap_to_control": gap.mean[0], "gap_low": gap.low[0], "gap_high": gap.high[0]}
 
 
-def divergence_table(apart: Mapping[tuple[str, str], Array], seed: int) -> pd.DataFrame:
-    """Mean Jensen-Shannon divergence of every two variants, with intervals over blocks."""
+def divergence_table(divergences: Mapping[tuple[str, str], Array], seed: int) -> pd.DataFrame:
+    """Return the mean Jensen-Shannon divergence of every two variants, with intervals over blocks."""
     rows = []
-    for (a, b), values in apart.items():
-        found = cluster_bootstrap(values.ravel(), np.repeat(np.arange(len(values)), values.shape[1]), seed=seed)
+    for (a, b), values in divergences.items():
+        mean = cluster_bootstrap(values.ravel(), np.repeat(np.arange(len(values)), values.shape[1]), seed=seed)
         rows.append(
             {
                 "variant_a": a,
                 "variant_b": b,
-                "divergence": found.mean[0],
-                "ci_low": found.low[0],
-                "ci_high": found.high[0],
+                "divergence": mean.mean[0],
+                "ci_low": mean.low[0],
+                "ci_high": mean.high[0],
             }
         )
     return pd.DataFrame(rows)
 
 
 def training_table(histories: Mapping[str, Sequence[Mapping[str, object]]]) -> pd.DataFrame:
-    """The steps of several trainings, one after the other."""
+    """Return the steps of several trainings in one table."""
     return pd.concat([pd.DataFrame(h).assign(variant=name) for name, h in histories.items()], ignore_index=True)

@@ -240,8 +240,8 @@ def _freeze_profile(site: str) -> ProfileSpec:
     def read(tables: Tables) -> pd.DataFrame:
         table = _first_variant(tables["freeze_effect"])
         table = table[np.isfinite(table["delta_ce"])]
-        found = table[table["site"] == site].rename(columns={"delta_ce": "value"})
-        return found[["layer", "value", "ci_low", "ci_high"]].reset_index(drop=True)
+        of_site = table[table["site"] == site].rename(columns={"delta_ce": "value"})
+        return of_site[["layer", "value", "ci_low", "ci_high"]].reset_index(drop=True)
 
     def applies(tables: Tables) -> bool:
         return "freeze_effect" in tables and bool((tables["freeze_effect"]["site"] == site).any())

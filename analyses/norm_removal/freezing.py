@@ -33,36 +33,37 @@ class Frozen:
 
 
 def single(switches: Switches, split_paths: bool, layers: Sequence[int]) -> list[Frozen]:
-    """Every norm of `layers`, and the final one, by itself: the one before attention as a whole and, with `split_paths`,
-    its two paths.
+    """Return every norm of `layers`, and the final one, to be frozen by itself.
+
+    The norm before attention is frozen as a whole and, with `split_paths`, also on each of its two paths.
     """
-    found = []
+    frozen = []
     for norm in switches.norms:
         first = norm.sites[0]
         if first.layer is not None and first.layer not in layers:
             continue
         joint = len(norm.sites) > 1
         name = "attn" if {site.kind for site in norm.sites} == {"qk", "v"} else "block" if joint else first.kind
-        found.append(Frozen(name, first.layer, norm.sites))
+        frozen.append(Frozen(name, first.layer, norm.sites))
         if joint and split_paths:
-            found += [Frozen(site.kind, site.layer, (site,)) for site in norm.sites]
-    return found
+            frozen += [Frozen(site.kind, site.layer, (site,)) for site in norm.sites]
+    return frozen
 
 
 def together(switches: Switches) -> list[Frozen]:
-    """All sites of a kind, and all sites."""
+    """Return all sites of each kind, and all sites, to be frozen together."""
     kinds = dict.fromkeys(site.kind for site in switches.sites)
     groups = [Frozen(f"all {k}", None, tuple(s for s in switches.sites if s.kind == k)) for k in kinds if k != "final"]
     return [*groups, Frozen("all", None, switches.sites)]
 
 
 def sweep(switches: Switches, split_paths: bool, layers: Sequence[int]) -> list[Frozen]:
-    """Everything that is frozen: norms by themselves, and together."""
+    """Return everything that is frozen: norms by themselves, and together."""
     return [*single(switches, split_paths, layers), *together(switches)]
 
 
 def forwards(switches: Switches, frozen: Sequence[Frozen], lengths: Sequence[int]) -> int:
-    """Sequences that restart under a frozen norm, of prompts of these lengths, the control among them.
+    """Count the sequences that restart under a frozen norm, of prompts of these lengths, the control among them.
 
     The final norm by itself is read out anew and restarts nothing; prompts without a next token share a batch with others
     or are not run.
@@ -72,15 +73,17 @@ def forwards(switches: Switches, frozen: Sequence[Frozen], lengths: Sequence[int
     return restarting * sum(rows)
 
 
-def mean_scales(found: Mapping[NormSite, Sequence[Tensor]], source: Source, first: FirstScale) -> dict[NormSite, Scale]:
-    """One scale a site from its scales [pos] on every prompt; sites of one norm are given the same numbers.
+def mean_scales(
+    site_scales: Mapping[NormSite, Sequence[Tensor]], source: Source, first: FirstScale
+) -> dict[NormSite, Scale]:
+    """Average each site's scales [pos] over prompts; sites of one norm are given the same numbers.
 
     Args:
         source: a mean over all positions, or over prompts for each position.
         first: whether position 0, whose norm is often massive, has a mean of its own.
     """
     out = {}
-    for site, rows in found.items():
+    for site, rows in site_scales.items():
         if source == "per_position":
             longest = max(map(len, rows))
             means = [torch.cat([r[p : p + 1] for r in rows if len(r) > p]).mean() for p in range(longest)]
@@ -98,13 +101,13 @@ def mean_scales(found: Mapping[NormSite, Sequence[Tensor]], source: Source, firs
 class FreezeEffects:
     """Changes of loss per prompt, one column for each thing that is frozen."""
 
-    def __init__(self, measured: Measured, wanted: Sequence[Frozen], scales: Mapping[NormSite, Scale]) -> None:
+    def __init__(self, measured: Measured, frozen: Sequence[Frozen], scales: Mapping[NormSite, Scale]) -> None:
         assert measured.switches is not None
-        self.measured, self.wanted, self.switches = measured, list(wanted), measured.switches
+        self.measured, self.frozen, self.switches = measured, list(frozen), measured.switches
         # One object for a norm's sites, so that its output is divided once.
         self.scales = {s: scales[self.switches.norm(s).sites[0]] for s in scales}
-        self.change: PerPrompt = measured.column(len(self.wanted))
-        self.diverged: PerPrompt = measured.column(len(self.wanted))
+        self.change: PerPrompt = measured.column(len(self.frozen))
+        self.diverged: PerPrompt = measured.column(len(self.frozen))
         """Tokens whose loss was no finite number: a gated MLP whose norm is frozen can grow without bound."""
         self.clean: PerPrompt = measured.column()
         self.control = 0.0
@@ -113,9 +116,9 @@ class FreezeEffects:
         """Sequences that were restarted."""
 
     def measure(self, progress: Progress) -> None:
-        """Every thing frozen, on all prompts."""
+        """Freeze each in turn, on all prompts."""
         lengths = [len(sequence) for sequence in self.measured.sequences]
-        progress.start(forwards(self.switches, self.wanted, lengths), "frozen norm")
+        progress.start(forwards(self.switches, self.frozen, lengths), "frozen norm")
         for part in self.measured.parts():
             if part.counted.any():
                 self._part(part, progress)
@@ -129,7 +132,7 @@ class FreezeEffects:
             with self.switches.attached():
                 own = dict.fromkeys(self.switches.sites, Scale(1.0, own=True))
                 self.control = max(self.control, float((self._loss(blocks, part, own, progress) - clean).abs().max()))
-                for index, frozen in enumerate(self.wanted):
+                for index, frozen in enumerate(self.frozen):
                     loss = self._loss(blocks, part, {site: self.scales[site] for site in frozen.sites}, progress)
                     self.change.add(index, part.prompts, loss - clean)
                     self.diverged.add(index, part.prompts, (~loss.isfinite()).double())
@@ -151,7 +154,7 @@ class FreezeEffects:
         return self.measured.loss(end[part.counted], part.targets, unembedding)
 
     def _unembedding(self, scale: Scale, part: Part) -> Unembedding:
-        """The read-out of this part's counted rows, in their order, with the final norm's scale given."""
+        """Return the read-out of this part's counted rows, in their order, with the final norm's scale given."""
         own = self.measured.unembedding
         parts = self.switches.norm(NormSite("final")).parts
         if scale.own:
@@ -161,14 +164,14 @@ class FreezeEffects:
         return replace(own, norm=lambda rows: parts.divided(rows, next(left)))
 
     def tables(self, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """(`freeze_effect`, `freeze_together`), with 95 % intervals over prompts; infinite where any token's loss is."""
+        """Return (`freeze_effect`, `freeze_together`), with 95 % intervals over prompts; infinite where any token's loss is."""
         share = self.diverged.mean().numpy()
         # A mean over the tokens that stayed finite would make the worst cases look harmless.
         mean, low, high = (np.where(share > 0, np.inf, values) for values in interval(self.change, seed))
         table = pd.DataFrame(
             {
-                "site": [frozen.site for frozen in self.wanted],
-                "layer": [frozen.layer for frozen in self.wanted],
+                "site": [frozen.site for frozen in self.frozen],
+                "layer": [frozen.layer for frozen in self.frozen],
                 "delta_ce": mean,
                 "ci_low": low,
                 "ci_high": high,

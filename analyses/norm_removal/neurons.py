@@ -39,13 +39,13 @@ class Ranking:
 
     @property
     def ratio(self) -> Tensor:
-        """[neuron], the higher the more it acts through the norm alone."""
+        """[neuron]; the higher it is, the more the neuron acts through the norm alone."""
         return self.norm / self.cosine_variance
 
 
 @torch.no_grad()
 def rank(measured: Measured) -> Ranking:
-    """All neurons of the last MLP, the unembedding taken with the final norm's gain."""
+    """Rank all neurons of the last MLP, the unembedding taken with the final norm's gain."""
     layer = measured.n_layers - 1
     weight, rows = matrix(measured.anatomy.component("mlp.out", layer), measured.model.shape.d_mlp)
     written = (weight if rows else weight.T).detach().float()
@@ -70,7 +70,7 @@ def rank(measured: Measured) -> Ranking:
 
 
 def candidates(ranking: Ranking, top: int, seed: int) -> list[tuple[int, str]]:
-    """The `top` neurons of the ranking, and as many others drawn at random as their control."""
+    """Choose the `top` neurons of the ranking, and as many others drawn at random as their control."""
     order = ranking.ratio.argsort(descending=True).tolist()
     rest = order[top:]
     drawn = np.random.default_rng(seed).permutation(len(rest))[:top]
@@ -89,31 +89,31 @@ class Ablations:
 
     @torch.no_grad()
     def measure(self, progress: Progress) -> None:
-        """Every chosen neuron, on all prompts."""
+        """Ablate every chosen neuron, on all prompts."""
         parts = [part for part in self.measured.parts() if part.counted.any()]
         progress.start(len(parts) * len(self.chosen), "ablated neuron")
         for part in parts:
             stream = part.stream[-1][part.counted]
-            held = _held(self.measured, stream)
+            held_norm = _held(self.measured, stream)
             clean = self._read(stream, part)
             hidden = rows_of(self.measured, self.address, part.batch.indices, part.counted).float()
             for index, (neuron, _) in enumerate(self.chosen):
                 change = self._change(hidden, neuron)
                 gone = stream.float() + change
                 ce, entropy = self._read(gone, part)
-                ce_held, _ = self._read(gone, part, held)
-                found = {
+                ce_held, _ = self._read(gone, part, held_norm)
+                changes = {
                     "delta_ce": ce - clean[0],
                     "delta_entropy": entropy - clean[1],
                     "delta_ce_held": ce_held - clean[0],
                 }
-                for name, values in found.items():
+                for name, values in changes.items():
                     self.columns[name].add(index, part.prompts, values)
                     self.columns[f"abs_{name}"].add(index, part.prompts, values.abs())
                 progress.advance()
 
     def _change(self, hidden: Tensor, neuron: int) -> Tensor:
-        """What the stream [n, d_model] gains when the neuron takes its mean instead of hidden [n, d_mlp]."""
+        """Return what the stream [n, d_model] gains when the neuron takes its mean instead of hidden [n, d_mlp]."""
         measured, layer = self.measured, self.measured.n_layers - 1
         step = (self.mean[neuron].to(hidden.device) - hidden[:, neuron])[:, None]
         path = measured.anatomy.map.path("ln2_post", layer)
@@ -125,14 +125,14 @@ class Ablations:
         return (post(out(changed)) - post(out(hidden))).float()
 
     def _read(self, rows: Tensor, part: Part, unembedding: Unembedding | None = None) -> tuple[Tensor, Tensor]:
-        """(loss, entropy) in nats of rows [n, d_model]; [n] each."""
+        """Return (loss, entropy) of rows [n, d_model], nats, [n] each."""
         own = unembedding or self.measured.unembedding
         ids = part.targets.to(own.weight.device)[:, None]
-        found = lens.read(rows, own, ids=ids)
-        return -found.logprobs[:, 0].cpu(), found.entropy_bits.cpu() * lens.LOG2
+        reading = lens.read(rows, own, ids=ids)
+        return -reading.logprobs[:, 0].cpu(), reading.entropy_bits.cpu() * lens.LOG2
 
     def table(self, seed: int) -> pd.DataFrame:
-        """`neurons`: one row a neuron, with intervals of the change of loss over prompts."""
+        """Return the table `neurons`: one row a neuron, with intervals of the change of loss over prompts."""
         mean, low, high = interval(self.columns["delta_ce"], seed)
         rank_of = {n: r for r, n in enumerate(self.ranking.ratio.argsort(descending=True).tolist())}
         chosen = [neuron for neuron, _ in self.chosen]
@@ -154,7 +154,7 @@ class Ablations:
 
 
 def _held(measured: Measured, clean: Tensor) -> Unembedding:
-    """The read-out of rows in the order of `clean` [n, d_model] whose final norm divides by the clean rows' scales."""
+    """Return the read-out of rows in the order of `clean` [n, d_model] whose final norm divides by the clean rows' scales."""
     out = read_out(measured, torch.zeros(1, dtype=torch.long))
     scale = out.scale(clean.double()).float()
     gain, bias = out.gain.float(), out.bias.float()

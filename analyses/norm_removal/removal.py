@@ -36,7 +36,7 @@ VARIANTS = ("control", "norm_free")
 
 @dataclass(frozen=True)
 class Plan:
-    """What `NormRemoval` was asked to train."""
+    """The options of `NormRemoval` that say what is trained."""
 
     schedule: str
     steps: int
@@ -45,7 +45,7 @@ class Plan:
     text: str
     block: int
     at_once: bool
-    evaluated: int
+    eval_blocks: int
     """Held-out blocks compared, at most."""
     setting: Setting
     export: str
@@ -54,7 +54,7 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Removal:
-    """What a removal gave."""
+    """The models, tables and notes of a removal."""
 
     models: Mapping[str, Model]
     """The control and the norm-free model, by variant."""
@@ -65,7 +65,7 @@ class Removal:
 
 
 def planned(plan: Plan, switches: Switches) -> Schedule:
-    """The schedule, with what the options set in place of its own.
+    """Return the schedule, with what the options set in place of its own.
 
     Raises:
         OptionError: an unknown schedule, or one that names a missing site or leaves one out.
@@ -85,7 +85,7 @@ def planned(plan: Plan, switches: Switches) -> Schedule:
 
 
 def remove(model: Model, plan: Plan, progress: Progress) -> Removal:
-    """Trains the removal and its control, makes the norm-free model exact, exports it and compares all of them.
+    """Train the removal and its control, make the norm-free model exact, export it and compare all of them.
 
     Raises:
         OptionError, PromptError, TrainingError: see `planned`, `make_blocks` and `train`.
@@ -96,7 +96,7 @@ def remove(model: Model, plan: Plan, progress: Progress) -> Removal:
                 f"option block is {plan.block}, but the context window of {model.ref} is {model.shape.n_ctx}"
             )
         schedule = planned(plan, Switches(anatomy))
-        enough = (schedule.steps * plan.setting.batch + plan.evaluated) * plan.block * 10 // 9 + plan.block
+        enough = (schedule.steps * plan.setting.batch + plan.eval_blocks) * plan.block * 10 // 9 + plan.block
         blocks = make_blocks(plan.text, model.tokenizer, plan.block, enough)
         runs = {"norm_free": train(anatomy, blocks, schedule, plan.setting, progress)}
         runs["control"] = train(anatomy, blocks, schedule.control, plan.setting, progress)
@@ -106,18 +106,18 @@ def remove(model: Model, plan: Plan, progress: Progress) -> Removal:
 
 
 def _finish(model: Model, anatomy: Anatomy, blocks: Blocks, runs: Mapping[str, Trained], plan: Plan) -> Removal:
-    held_out = blocks.held_out[: plan.evaluated]
+    held_out = blocks.held_out[: plan.eval_blocks]
     anatomies = {"original": anatomy} | {name: _constant(run) for name, run in runs.items()}
     untrained = frozen_at_once(runs["control"].anatomy, blocks, plan.setting.batch)
     modules = {name: a.map.module for name, a in anatomies.items()} | {"untrained": untrained.map.module}
-    predictions, apart = predict(modules, held_out)
+    predictions, divergences = predict(modules, held_out)
     folded = copy_of(anatomies["norm_free"])
     notes, tables = (
         [],
         {
             "training": training_table({name: run.history for name, run in runs.items()}),
             "losses": loss_table(predictions, "control", plan.seed),
-            "divergence": divergence_table(apart, plan.seed),
+            "divergence": divergence_table(divergences, plan.seed),
         },
     )
     notes.append(
@@ -133,7 +133,7 @@ def _finish(model: Model, anatomy: Anatomy, blocks: Blocks, runs: Mapping[str, T
 
 
 def most_forwards(model: Model, plan: Plan) -> dict[str, int]:
-    """Sequences that a removal trains on and compares at most: fewer where it goes on from a checkpoint or text is short.
+    """Count the sequences that a removal trains on and compares at most: fewer where it goes on from a checkpoint or text is short.
 
     Raises:
         OptionError: a schedule that does not fit the model.
@@ -142,11 +142,11 @@ def most_forwards(model: Model, plan: Plan) -> dict[str, int]:
         steps = planned(plan, Switches(anatomy)).steps
     runs = 2 + plan.at_once
     # The models compared are those trained, the original, and the control with all norms frozen at once.
-    return {TRAINED: runs * steps * plan.setting.batch, COMPARED: plan.evaluated * (runs + 2)}
+    return {TRAINED: runs * steps * plan.setting.batch, COMPARED: plan.eval_blocks * (runs + 2)}
 
 
 def _constant(run: Trained) -> Anatomy:
-    """The anatomy of a copy in which frozen norms are linear maps; the control's norms stay."""
+    """Return the anatomy of a copy in which frozen norms are linear maps; the control's norms stay."""
     anatomy = copy_of(run.anatomy)
     if run.switches.on:
         make_constant(anatomy, run.switches.on)
@@ -155,19 +155,19 @@ def _constant(run: Trained) -> Anatomy:
 
 @torch.no_grad()
 def frozen_at_once(anatomy: Anatomy, blocks: Blocks, batch: int) -> Anatomy:
-    """A copy of a model with every norm a linear map at its mean scale over `batch` training blocks, and no training after."""
-    found = copy_of(anatomy)
-    switches = Switches(found, blocks.end_of_text)
+    """Return a copy of a model whose norms are linear maps at their mean scale over `batch` training blocks, untrained."""
+    frozen = copy_of(anatomy)
+    switches = Switches(frozen, blocks.end_of_text)
     sums: dict[str, list[Tensor]] = {norm.path: [] for norm in switches.norms}
     switches.watches.update({path: lambda n, _, scale: sums[n.path].append(scale.mean()) for path in sums})
-    device = next(found.map.module.parameters()).device
+    device = next(frozen.map.module.parameters()).device
     with switches.attached():
         for rows in torch.split(blocks.training[:batch], 8):
-            found.map.module(input_ids=rows.to(device), use_cache=False)
+            frozen.map.module(input_ids=rows.to(device), use_cache=False)
     for norm in switches.norms:
         switches.freeze(norm.sites, Scale(float(torch.stack(sums[norm.path]).mean())))
-    make_constant(found, switches.on)
-    return found
+    make_constant(frozen, switches.on)
+    return frozen
 
 
 def _loaded(anatomy: Anatomy, model: Model, variant: str) -> Model:
@@ -176,7 +176,7 @@ def _loaded(anatomy: Anatomy, model: Model, variant: str) -> Model:
 
 
 def _export(run: Trained, folded: Anatomy, rows: Tensor, folder: str, model: Model) -> tuple[pd.DataFrame, str]:
-    """The exported folder, and how far its logits and those of the fully folded model are from each other."""
+    """Export the model, and measure how far the folder's logits and those of the fully folded model are from each other."""
     exported = copy_of(run.anatomy)
     make_large_eps(exported, run.switches.on)
     module: Any = exported.map.module
@@ -204,7 +204,7 @@ def _export(run: Trained, folded: Anatomy, rows: Tensor, folder: str, model: Mod
 
 @torch.no_grad()
 def largest_difference(folder: Path, folded: nn.Module, tokens: Tensor) -> float:
-    """How far the logits of what plain transformers loads from `folder` are from another model's on tokens [batch, pos].
+    """Compare the logits of what plain transformers loads from `folder` with another model's on tokens [batch, pos].
 
     Returns:
         The largest deviation in a row of logits, relative to the row's largest.
@@ -214,6 +214,6 @@ def largest_difference(folder: Path, folded: nn.Module, tokens: Tensor) -> float
     with silence_loggers():
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     device = next(folded.parameters()).device
-    found = loaded(input_ids=tokens.cpu(), use_cache=False).logits.float()
-    wanted = folded(input_ids=tokens.to(device), use_cache=False).logits.float().cpu()
-    return float(((found - wanted).abs().amax(-1) / wanted.abs().amax(-1)).max())
+    exported = loaded(input_ids=tokens.cpu(), use_cache=False).logits.float()
+    expected = folded(input_ids=tokens.to(device), use_cache=False).logits.float().cpu()
+    return float(((exported - expected).abs().amax(-1) / expected.abs().amax(-1)).max())

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from analyses.norm_removal.measured import POSITION_CLASSES, Measured
@@ -19,13 +20,13 @@ SINK = 0.3
 """Attention to position 0 above which a query is counted as sunk there (Gu et al. 2024, arXiv 2410.10781)."""
 
 
-def scale_table(measured: Measured, found: Mapping[NormSite, Sequence[Tensor]], seed: int) -> pd.DataFrame:
-    """`scales`: each site's mean scale by position class, its spread and interval over prompts.
+def scale_table(measured: Measured, site_scales: Mapping[NormSite, Sequence[Tensor]], seed: int) -> pd.DataFrame:
+    """Return the table `scales`: each site's mean scale by position class, its spread and interval over prompts.
 
     `spread` is the standard deviation over rows relative to their mean: how far a constant is from the norm.
     """
     rows = []
-    for site, scales in found.items():
+    for site, scales in site_scales.items():
         for name in POSITION_CLASSES:
             values = [s[measured.classes(i)[name]] for i, s in enumerate(scales)]
             flat = torch.cat(values).double().numpy()
@@ -49,7 +50,7 @@ def scale_table(measured: Measured, found: Mapping[NormSite, Sequence[Tensor]], 
 
 
 def stream_table(measured: Measured, seed: int) -> pd.DataFrame:
-    """`stream`: the norm of what leaves each block by position class, its turn from what enters, and outlier features.
+    """Return the table `stream`: the norm of what leaves each block by position class, its turn from what enters, and outlier features.
 
     `kurtosis` is mean(s⁴) / mean(s²)² with s_j the root mean square of feature j: 1 where all are alike, d_model where
     one holds everything.
@@ -87,8 +88,8 @@ def _stream(before: Tensor, after: Tensor, owner: np.ndarray, seed: int) -> dict
     }
 
 
-def outliers(rows: Tensor) -> tuple[float, int, float]:
-    """(kurtosis of the features' sizes, the largest feature, its share of the squared norm) of rows [n, d_model]."""
+def outliers(rows: Float[Tensor, "row d_model"]) -> tuple[float, int, float]:
+    """Return (kurtosis of the features' sizes, the largest feature, its share of the squared norm)."""
     power = rows.double().square().mean(0)
     return (
         float(power.square().mean() / power.mean().square()),
@@ -97,13 +98,13 @@ def outliers(rows: Tensor) -> tuple[float, int, float]:
     )
 
 
-def sink_rate(pattern: Tensor, threshold: float = SINK) -> Tensor:
-    """Share of queries that attend to position 0 above a threshold, query 0 included; [head, query, key] to [head]."""
+def sink_rate(pattern: Float[Tensor, "head query key"], threshold: float = SINK) -> Float[Tensor, " head"]:
+    """Return the share of queries, query 0 included, that attend to position 0 above a threshold."""
     return (pattern[:, :, 0].float() > threshold).double().mean(1)
 
 
 def sink_table(measured: Measured, layers: Sequence[int], seed: int) -> pd.DataFrame:
-    """`sinks`: the sink rate of every head of `layers` with an interval over prompts, beside that of uniform causal attention."""
+    """Return the table `sinks`: the sink rate of every head of `layers` with an interval over prompts, beside that of uniform causal attention."""
     n_heads = measured.model.shape.n_heads
     lengths = [len(s) for s in measured.sequences]
     even = [np.mean([1 / (t + 1) > SINK for t in range(n)]) for n in lengths]

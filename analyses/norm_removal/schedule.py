@@ -67,16 +67,16 @@ class Schedule:
                 )
 
     def events(self, sites: Sequence[NormSite]) -> tuple[Event, ...]:
-        """Everything that happens to a model with these sites, in order.
+        """Return everything that happens to a model with these sites, in order.
 
         Raises:
             OptionError: a phase names a site that the model does not have, or one that is frozen already.
         """
-        found: list[Event] = []
+        events: list[Event] = []
         seen: set[NormSite] = set()
         for phase in self.phases:
             if phase.sites in (END_OF_TEXT, FIRST):
-                found.append(Event(phase.start, phase.sites))
+                events.append(Event(phase.start, phase.sites))
                 continue
             chosen = choose(sites, phase.sites.split(","))
             if twice := [site for site in chosen if site in seen]:
@@ -86,11 +86,11 @@ class Schedule:
             for index, layer in enumerate(layers if phase.gap else [None]):
                 group = tuple(s for s in chosen if not phase.gap or s.layer == layer)
                 label = phase.sites if not phase.gap else ",".join(map(str, group))
-                found.append(Event(phase.start + round(index * phase.gap), label, group))
-        return tuple(sorted(found, key=lambda event: event.step))
+                events.append(Event(phase.start + round(index * phase.gap), label, group))
+        return tuple(sorted(events, key=lambda event: event.step))
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step: a linear warm-up, then half a cosine down to the least."""
+        """Return the learning rate of a step: a linear warm-up, then half a cosine down to the least."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         end = self.decay_steps or self.steps
@@ -124,7 +124,7 @@ class Released:
     training: dict[str, Any]
 
     def schedule(self, name: str, sites: Iterable[NormSite]) -> Schedule:
-        """The schedule for a model with these sites."""
+        """Return the schedule for a model with these sites."""
         have = list(sites)
         return Schedule(name, chained(have, self.start, self.gaps, self.delays), **self.training)
 
@@ -146,7 +146,7 @@ NAMES = ("proportional", "at_once", *RELEASED)
 def chained(
     sites: Sequence[NormSite], start: int, gaps: tuple[float, float, float], delays: tuple[int, int]
 ) -> tuple[Phase, ...]:
-    """Phases that follow one another without a pause, each kind of site from layer 0 upwards, the final norm last.
+    """Return phases that follow one another without a pause, each kind of site from layer 0 upwards, the final norm last.
 
     Norms that GPT-2 does not have (of queries and keys per head, of what a part adds) come before the input norms of
     attention, at the pace of queries and keys.
@@ -166,7 +166,7 @@ def chained(
 
 
 def proportional(sites: Sequence[NormSite], steps: int) -> Schedule:
-    """The small run's schedule stretched to `steps` and to the model's layers, its last withdrawal at the same share of the run."""
+    """Stretch the small run's schedule to `steps` and to the model's layers, its last withdrawal at the same share of the run."""
     small = RELEASED["small"]
     kinds = [k for k in KINDS if k in {site.kind for site in sites} and k != "final"]
     n_layers = 1 + max((site.layer or 0 for site in sites), default=0)
@@ -182,7 +182,7 @@ def proportional(sites: Sequence[NormSite], steps: int) -> Schedule:
 
 
 def get_schedule(name: str, sites: Sequence[NormSite], steps: int = 0) -> Schedule:
-    """A schedule by name, or from a TOML file, for a model with these sites.
+    """Return a schedule by name, or from a TOML file, for a model with these sites.
 
     Args:
         steps: the length of `proportional` and `at_once`, and a bound on the others; 0 leaves their own.
@@ -191,25 +191,25 @@ def get_schedule(name: str, sites: Sequence[NormSite], steps: int = 0) -> Schedu
         OptionError: an unknown name, a faulty file, or a site that the model does not have.
     """
     if name in ("proportional", "at_once"):
-        made = proportional(sites, steps or RELEASED["small"].training["steps"])
-        found = made if name == "proportional" else made.at_once
+        stretched = proportional(sites, steps or RELEASED["small"].training["steps"])
+        schedule = stretched if name == "proportional" else stretched.at_once
     elif name in RELEASED:
-        found = RELEASED[name].schedule(name, sites)
+        schedule = RELEASED[name].schedule(name, sites)
     elif name.endswith(".toml"):
-        found = read_schedule(Path(name))
+        schedule = read_schedule(Path(name))
     else:
         raise OptionError(unknown("schedule", name, [*NAMES, "FILE.toml"]))
-    found = replace(found, steps=steps) if steps else found
-    late = [event for event in found.events(sites) if event.step >= found.steps]
+    schedule = replace(schedule, steps=steps) if steps else schedule
+    late = [event for event in schedule.events(sites) if event.step >= schedule.steps]
     if late:
         raise OptionError(
-            f"schedule {found.name!r}: {late[0].name} comes at step {late[0].step}, but the training has {found.steps} steps"
+            f"schedule {schedule.name!r}: {late[0].name} comes at step {late[0].step}, but the training has {schedule.steps} steps"
         )
-    return found
+    return schedule
 
 
 def read_schedule(path: Path) -> Schedule:
-    """A schedule file: the fields of `Schedule`, and a list `phases` of tables with `sites`, `start`, `gap`.
+    """Read a schedule file: the fields of `Schedule`, and a list `phases` of tables with `sites`, `start`, `gap`.
 
     Raises:
         OptionError: the file is missing, no TOML, or has a field that is unknown, missing or of another type.

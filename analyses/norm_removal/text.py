@@ -30,7 +30,7 @@ class Blocks:
     end_of_text: int | None
 
     def batch(self, step: int, size: int, seed: int) -> Tensor:
-        """The blocks [size, block] of a training step, which depend on nothing but these arguments.
+        """Return the blocks [size, block] of a training step, which depend on nothing but these arguments.
 
         Every pass over the text draws a new order.
         """
@@ -45,7 +45,7 @@ def _order(n: int, seed: int, epoch: int) -> Tensor:
 
 
 def make_blocks(source: str, tokenizer: Any, block: int, enough: int) -> Blocks:
-    """Blocks from a text source.
+    """Make blocks from a text source.
 
     Args:
         source: a file (text, or JSON lines with `text` or `tokens`), a folder of them, or a data set on the hub as
@@ -71,8 +71,8 @@ def make_blocks(source: str, tokenizer: Any, block: int, enough: int) -> Blocks:
             "out; give more text or a smaller --block"
         )
     blocks = torch.tensor(ids[: n * block]).view(n, block)
-    held = max(1, round(n * HELD_OUT))
-    return Blocks(blocks[:-held], blocks[-held:], end)
+    n_held_out = max(1, round(n * HELD_OUT))
+    return Blocks(blocks[:-n_held_out], blocks[-n_held_out:], end)
 
 
 def _encode(document: str | tuple[int, ...], tokenizer: Any, source: str) -> list[int]:
@@ -80,8 +80,8 @@ def _encode(document: str | tuple[int, ...], tokenizer: Any, source: str) -> lis
         return list(document)
     if tokenizer is None:
         raise PromptError(f'{source!r} is text, but the model has no tokenizer; give JSON lines with "tokens"')
-    found: list[int] = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-    return found
+    ids: list[int] = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _documents(source: str) -> Iterator[str | tuple[int, ...]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import xxhash
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from analyses.norm_removal.checkpoints import Checkpoints
@@ -36,7 +37,7 @@ class Setting:
     """Sequences a forward."""
     special_first: bool
     """Whether position 0 keeps a scale of its own until the schedule withdraws it."""
-    special_ends: bool
+    eot_scale: bool
     """Whether values read at tokens that end a text take position 0's scale until then."""
     seed: int
     checkpoint_every: int
@@ -61,7 +62,7 @@ class Trained:
 
 
 def copy_of(anatomy: Anatomy) -> Anatomy:
-    """The anatomy of a copy of its module, with weights of its own."""
+    """Return the anatomy of a copy of its module, with weights of its own."""
     module = copy.deepcopy(anatomy.map.module)
     return replace(anatomy, map=replace(anatomy.map, module=module, _paths={}))
 
@@ -69,7 +70,7 @@ def copy_of(anatomy: Anatomy) -> Anatomy:
 def train(
     anatomy: Anatomy, blocks: Blocks, schedule: Schedule, setting: Setting, progress: Progress = QUIET
 ) -> Trained:
-    """A copy of the model trained by the schedule; goes on from the newest checkpoint of the same training.
+    """Train a copy of the model by the schedule, going on from the newest checkpoint of the same training.
 
     On one machine and one thread the same arguments give the same weights bit for bit, interrupted or not.
 
@@ -125,7 +126,7 @@ class _Run:
         return self.checkpoints.path(steps[-1]) if self.checkpoints and steps else None
 
     def take(self, progress: Progress) -> None:
-        """One step: its events, its gradient, its update and, when due, a checkpoint."""
+        """Take one step: its events, its gradient, its update and, when due, a checkpoint."""
         names = []
         for event in (e for e in self.events if e.step == self.step):
             self._happen(event)
@@ -164,7 +165,7 @@ class _Run:
                 norm = self.switches.norm(site)
                 shared = next((on[s] for s in norm.sites if s in on), None)
                 scale = shared or self.switches.measured(site, first=self.setting.special_first and first_left)
-                ends = site.kind == "v" and self.setting.special_ends and ends_left and scale.first is not None
+                ends = site.kind == "v" and self.setting.eot_scale and ends_left and scale.first is not None
                 on[site] = replace(scale, ends_as_first=True) if ends else scale
         # Sites of one norm with the same numbers share one object, so that its output is made once.
         for norm in self.switches.norms:
@@ -174,7 +175,7 @@ class _Run:
                 on[site] = shared_by.setdefault(key, on[site])
 
     def _gradient(self) -> tuple[float, float]:
-        """The gradient of one step's batch, accumulated; (loss, penalty) averaged over it and over all processes."""
+        """Accumulate the gradient of one step's batch; return (loss, penalty) averaged over it and over all processes."""
         rows = self.blocks.batch(self.step, self.setting.batch, self.setting.seed)
         rows = rows[self.accelerator.process_index :: self.accelerator.num_processes].to(self.accelerator.device)
         parts = torch.split(rows, self.setting.micro_batch)
@@ -204,7 +205,7 @@ class _Run:
         )
 
     def _together(self) -> None:
-        """Running scales averaged over processes, so that all freeze at the same numbers."""
+        """Average running scales over processes, so that all freeze at the same numbers."""
         if self.accelerator.num_processes == 1:
             return
         running = list(self.switches.running.values())
@@ -236,19 +237,21 @@ class _Spread:
         return spread(self._scale, switches.ordinary(tokens))
 
 
-def spread(scale: Tensor, ordinary: Tensor) -> Tensor:
-    """mean((scale - target)²) over [batch, pos]; target is the detached mean where `ordinary` [batch, pos]."""
+def spread(scale: Float[Tensor, "batch pos"], ordinary: Bool[Tensor, "batch pos"]) -> Float[Tensor, ""]:
+    """Return mean((scale - target)²) with target the detached mean of the scale at `ordinary` positions."""
     return (scale - scale[ordinary].mean().detach()).square().mean()
 
 
-def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Cross-entropy of each position's next token, nats; [batch, pos, d_vocab] and [batch, pos] to [batch, pos - 1]."""
+def next_token_loss(
+    logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos-1"]:
+    """Return the cross-entropy of each position's next token, nats."""
     flat = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
     return flat.view(len(tokens), -1)
 
 
 def _groups(module: nn.Module, weight_decay: float) -> Sequence[dict[str, Any]]:
-    """Matrices decay; gains and biases do not."""
+    """Group parameters: matrices decay, gains and biases do not."""
     parameters = list(module.parameters())
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -257,10 +260,10 @@ def _groups(module: nn.Module, weight_decay: float) -> Sequence[dict[str, Any]]:
 
 
 def _digest(module: nn.Module, blocks: Blocks, schedule: Schedule, setting: Setting) -> str:
-    """What decides a training, so that only the same one goes on from its checkpoints."""
-    found = xxhash.xxh3_128()
+    """Digest what decides a training, so that only the same one goes on from its checkpoints."""
+    digest = xxhash.xxh3_128()
     options = {k: v for k, v in asdict(setting).items() if k not in ("folder", "checkpoint_every")}
-    found.update(repr((asdict(schedule), options)).encode())
+    digest.update(repr((asdict(schedule), options)).encode())
     for tensor in (*module.state_dict().values(), blocks.training):
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return str(found.hexdigest()[:12])
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return str(digest.hexdigest()[:12])

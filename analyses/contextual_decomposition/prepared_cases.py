@@ -1,4 +1,4 @@
-"""The parts of a run: cases opened, sources scored, a circuit searched, and all of it checked against ablation."""
+"""Cases that are traced once, and what every part of a run measures on them: scores, ablation effects, the circuit."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from analyses.contextual_decomposition.circuit import Edge, Links, Search, prune
 from analyses.contextual_decomposition.effects import attribution_patching, direct_attribution
 from analyses.contextual_decomposition.faithfulness import Keep, metrics
 from analyses.contextual_decomposition.scores import (
-    Opened,
+    PreparedCase,
     Reading,
     mlp_sources,
     position_sources,
-    swept_through,
+    sweep,
     to_nodes,
 )
 from probes.decomposition import Baseline, Decomposer, Node, Rules, Source
@@ -32,12 +32,12 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
-class Study:
-    """Cases traced once, ready for every measurement."""
+class PreparedCases:
+    """Cases that are traced once and ready for every measurement."""
 
     model: Model
     decomposer: Decomposer
-    opened: tuple[Opened, ...]
+    cases: tuple[PreparedCase, ...]
     ablations: tuple[Ablation, ...]
     heads: tuple[Node, ...]
     """The heads that are scored and ablated, at all positions."""
@@ -46,29 +46,32 @@ class Study:
     empty: Array
     """The metric of each prompt with all of `heads` at their baseline."""
     forwards: int
-    """Plain forwards it took to open them."""
+    """Plain forwards that preparing them took."""
 
     def scores(self, sources: Sequence[Source], rules: Rules, progress: Progress, what: str) -> Array:
-        """Relevance to the metric [prompt, source]."""
+        """Return relevance to the metric, [prompt, source]."""
         return self.swept(sources, rules, None, progress, what)[0]
 
     def swept(
         self, sources: Sequence[Source], rules: Rules, reading: Reading | None, progress: Progress, what: str
     ) -> tuple[Array, torch.Tensor | None]:
-        """Relevance to the metric [prompt, source] and, under `reading`, to every head [source, layer, head], mean over prompts."""
-        progress.start(len(self.opened), what)
+        """Return relevance to the metric, [prompt, source], and under `reading` that to every head.
+
+        The latter is a mean over prompts, [source, layer, head].
+        """
+        progress.start(len(self.cases), what)
         out, links = [], None
-        for one in self.opened:
-            scores, heads = swept_through(self.decomposer, one, sources, rules, reading)
+        for one in self.cases:
+            scores, heads = sweep(self.decomposer, one, sources, rules, reading)
             _finite(one.case.index, scores)
             out.append(scores.numpy())
             if heads is not None:
                 links = heads if links is None else links + heads
             progress.advance()
-        return np.stack(out), None if links is None else links / len(self.opened)
+        return np.stack(out), None if links is None else links / len(self.cases)
 
     def effects(self, progress: Progress) -> Array:
-        """The fall of the metric on ablating each head [prompt, head]."""
+        """Return the fall of the metric on ablating each head [prompt, head]."""
         progress.start(len(self.ablations), "prompt ablated")
         out = []
         for ablation in self.ablations:
@@ -77,23 +80,23 @@ class Study:
         return np.stack(out)
 
     def attributions(self, progress: Progress) -> Array:
-        """Attribution patching of each head [prompt, head]."""
-        progress.start(len(self.opened), "prompt attributed")
+        """Return attribution patching of each head [prompt, head]."""
+        progress.start(len(self.cases), "prompt attributed")
         parts = []
-        for one in self.opened:
+        for one in self.cases:
             parts.append(self._chosen(attribution_patching(self.model, one.case, one.baseline).sum(1)))
             progress.advance()
         return np.stack(parts)
 
     def direct(self) -> Array | None:
-        """Direct logit attribution of each head [prompt, head]; None where the model has none."""
-        parts = [direct_attribution(self.decomposer, one.prompt, one.case, one.baseline) for one in self.opened]
+        """Return the direct logit attribution of each head [prompt, head]; None where the model has none."""
+        parts = [direct_attribution(self.decomposer, one.prompt, one.case, one.baseline) for one in self.cases]
         if any(part is None for part in parts):
             return None
         return np.stack([self._chosen(part) for part in parts if part is not None])
 
     def _chosen(self, values: torch.Tensor) -> Array:
-        """The values [layer, head] of the heads that are scored [head]."""
+        """Return the values, of [layer, head], of the heads that are scored [head]."""
         return values[[node.layer for node in self.heads], [node.head for node in self.heads]].double().numpy()
 
 
@@ -105,8 +108,10 @@ def _finite(prompt: int, scores: torch.Tensor) -> None:
         )
 
 
-def open_study(model: Model, cases: Sequence[Case], heads: Sequence[Node], joint: bool, progress: Progress) -> Study:
-    """Traces every case and reads its baseline; cases of one group pool their references.
+def prepare_cases(
+    model: Model, cases: Sequence[Case], heads: Sequence[Node], joint: bool, progress: Progress
+) -> PreparedCases:
+    """Trace every case and read its baseline; cases of one group pool their references.
 
     Raises:
         PointError: an operation of the model that the rules do not know.
@@ -114,7 +119,7 @@ def open_study(model: Model, cases: Sequence[Case], heads: Sequence[Node], joint
     decomposer = Decomposer(model, cases[0].tokens)
     baselines: dict[tuple[str, int], Baseline | None] = {}
     pools = _pools(cases)
-    forwards, opened, ablations, ends = 1, [], [], []
+    forwards, prepared, ablations, ends = 1, [], [], []
     progress.start(len(cases), "prompt traced")
     for case in cases:
         key = case.group, len(case.tokens)
@@ -123,7 +128,7 @@ def open_study(model: Model, cases: Sequence[Case], heads: Sequence[Node], joint
             baselines[key] = baseline_of(model, references) if references else None
             forwards += len(references)
         ablation = Ablation(model, case, baselines[key], shared_start(case.tokens, references))
-        opened.append(Opened(case, decomposer.prepare(case.tokens, joint=joint), baselines[key]))
+        prepared.append(PreparedCase(case, decomposer.prepare(case.tokens, joint=joint), baselines[key]))
         ablations.append(ablation)
         ends.append(
             ablation.metric(torch.stack([Keep(keep, tuple(heads)).at(ablation) for keep in (tuple(heads), ())]))
@@ -131,54 +136,54 @@ def open_study(model: Model, cases: Sequence[Case], heads: Sequence[Node], joint
         forwards += 2
         progress.advance()
     full, empty = torch.stack(ends).numpy().T
-    return Study(model, decomposer, tuple(opened), tuple(ablations), tuple(heads), full, empty, forwards)
+    return PreparedCases(model, decomposer, tuple(prepared), tuple(ablations), tuple(heads), full, empty, forwards)
 
 
 def _pools(cases: Sequence[Case]) -> dict[tuple[str, int], list[tuple[int, ...]]]:
-    """The references of each group and length, without repeats."""
+    """Return the references of each group and length, without repeats."""
     pools: dict[tuple[str, int], set[tuple[int, ...]]] = {}
     for case in cases:
         pools.setdefault((case.group, len(case.tokens)), set()).update(case.references)
     return {key: sorted(references) for key, references in pools.items()}
 
 
-def same_form(study: Study) -> list[int]:
-    """The largest set of cases in which a position means the same: one group, one length; their indices."""
+def same_form(prepared: PreparedCases) -> list[int]:
+    """Indices of the largest set of cases in which a position means the same: those of one group and one length."""
     forms: dict[tuple[str, int], list[int]] = {}
-    for index, one in enumerate(study.opened):
+    for index, one in enumerate(prepared.cases):
         forms.setdefault((one.case.group, len(one.case.tokens)), []).append(index)
     return max(forms.values(), key=len)
 
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """Sources and their relevance [prompt, source]; prompts by their index in the study."""
+    """Sources and their relevance [prompt, source]; prompts by their index in the prepared."""
 
     nodes: list[Node]
     scores: Array
     prompts: list[int]
 
 
-def positioned(study: Study, rules: Rules, progress: Progress) -> Scored:
-    """Every head at every position of interest, on the cases in which positions mean the same."""
-    chosen = same_form(study)
-    part = replace(study, opened=tuple(study.opened[i] for i in chosen))
-    positions = sorted({p for i in chosen for p in study.opened[i].case.positions})
-    sources = position_sources(study.heads, positions)
+def scored_positions(prepared: PreparedCases, rules: Rules, progress: Progress) -> Scored:
+    """Score every head at every position of interest, on the cases in which positions mean the same."""
+    chosen = same_form(prepared)
+    part = replace(prepared, cases=tuple(prepared.cases[i] for i in chosen))
+    positions = sorted({p for i in chosen for p in prepared.cases[i].case.positions})
+    sources = position_sources(prepared.heads, positions)
     return Scored(
         [source[0] for source in sources], part.scores(sources, rules, progress, "prompt by position"), chosen
     )
 
 
-def mlps(study: Study, layers: Sequence[int], rules: Rules, progress: Progress) -> Scored:
-    """Every MLP of some layers at all positions."""
+def scored_mlps(prepared: PreparedCases, layers: Sequence[int], rules: Rules, progress: Progress) -> Scored:
+    """Score every MLP of some layers at all positions."""
     sources = mlp_sources(layers)
-    found = study.scores(sources, rules, progress, "prompt's MLPs")
-    return Scored([source[0] for source in sources], found, list(range(len(study.opened))))
+    scores = prepared.scores(sources, rules, progress, "prompt's MLPs")
+    return Scored([source[0] for source in sources], scores, list(range(len(prepared.cases))))
 
 
-def looked_up(heads: torch.Tensor, nodes: Sequence[Node]) -> Links:
-    """Links between heads at all positions, from what one sweep read of every head [source, layer, head]."""
+def links_from_sweep(heads: torch.Tensor, nodes: Sequence[Node]) -> Links:
+    """Return links between heads at all positions, from what one sweep read of every head [source, layer, head]."""
     row = {node: i for i, node in enumerate(nodes)}
 
     def links(sources: Sequence[Node], targets: Sequence[Node]) -> torch.Tensor:
@@ -188,49 +193,52 @@ def looked_up(heads: torch.Tensor, nodes: Sequence[Node]) -> Links:
     return links
 
 
-def walked(
-    decomposer: Decomposer, opened: Sequence[Opened], rules: Rules, reading: Reading, progress: Progress = QUIET
+def links_by_walking(
+    decomposer: Decomposer, cases: Sequence[PreparedCase], rules: Rules, reading: Reading, progress: Progress = QUIET
 ) -> Links:
-    """Links by a sweep of every prompt for each step of the search: of heads at positions there are too many pairs to keep."""
+    """Return links that sweep every prompt for each step of the search.
+
+    Heads at single positions have too many pairs to keep the scores of all.
+    """
 
     def links(sources: Sequence[Node], targets: Sequence[Node]) -> torch.Tensor:
-        progress.start(len(opened), "prompt searched")
+        progress.start(len(cases), "prompt searched")
         total = torch.zeros(len(sources), len(targets), dtype=torch.float64)
-        for one in opened:
+        for one in cases:
             total += to_nodes(decomposer, one, [(node,) for node in sources], targets, rules, reading)
             progress.advance()
-        return total / len(opened)
+        return total / len(cases)
 
     return links
 
 
 def find_circuit(
-    study: Study, scored: Scored, links: Links, how: Search, prune: bool, progress: Progress
+    prepared: PreparedCases, scored: Scored, links: Links, how: Search, prune: bool, progress: Progress
 ) -> tuple[list[Node], list[Node], list[Edge]]:
-    """The nodes found, those that pruning keeps, and the edges."""
+    """Return the nodes of the searched circuit, those that pruning keeps, and the edges."""
     circuit, edges = search(links, scored.nodes, torch.from_numpy(scored.scores.mean(0)), how)
     if not prune:
         return circuit, circuit, edges
-    ablations = [study.ablations[i] for i in scored.prompts]
+    ablations = [prepared.ablations[i] for i in scored.prompts]
     protected = [edge.source for edge in edges if edge.target is None]
 
     def value(circuits: Sequence[Sequence[Node]]) -> torch.Tensor:
-        keeps = [Keep(tuple(nodes), study.heads) for nodes in circuits]
+        keeps = [Keep(tuple(nodes), prepared.heads) for nodes in circuits]
         return torch.from_numpy(metrics(ablations, keeps, progress).mean(0))
 
     return circuit, pruned(circuit, protected, value), edges
 
 
-def order_of(nodes: Sequence[Node], scores: Array) -> list[Node]:
-    """Nodes by the magnitude of their mean score, largest first."""
+def by_magnitude(nodes: Sequence[Node], scores: Array) -> list[Node]:
+    """Return nodes by the magnitude of their mean score, largest first."""
     sizes = np.abs(scores.mean(0))
     return [nodes[int(i)] for i in np.argsort(-sizes, kind="stable")]
 
 
-def cases_table(study: Study, texts: Sequence[str]) -> pd.DataFrame:
-    """Columns prompt, text, n_tokens, metric, metric_ablated: the metric as it is and with every head at its baseline."""
-    cases = [one.case for one in study.opened]
+def cases_table(prepared: PreparedCases, texts: Sequence[str]) -> pd.DataFrame:
+    """Return columns prompt, text, n_tokens, metric (as it is), metric_ablated (with every head at its baseline)."""
+    cases = [one.case for one in prepared.cases]
     return pd.DataFrame({
         "prompt": [case.index for case in cases], "text": [texts[case.index] for case in cases],
-        "n_tokens": [len(case.tokens) for case in cases], "metric": study.full, "metric_ablated": study.empty,
+        "n_tokens": [len(case.tokens) for case in cases], "metric": prepared.full, "metric_ablated": prepared.empty,
     })  # fmt: skip

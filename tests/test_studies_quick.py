@@ -43,6 +43,6 @@ def test_shipped_studies_are_sound(name: str, monkeypatch: pytest.MonkeyPatch) -
     found = expand(read_study(STUDIES / "quick.toml"))[0]
     one = {"weights": found.name, "backend": "native", "dtype": "auto", "attention": "sdpa"}
     monkeypatch.setattr("analyses.studies.fingerprint.find", lambda spec: None)
-    monkeypatch.setattr("analyses.studies.fingerprint.of_model", lambda spec, _: {**one, "weights": spec.ref})
+    monkeypatch.setattr("analyses.studies.fingerprint.of_model", lambda spec, _: {**one, "weights": spec.spec.ref})
     monkeypatch.setattr("analyses.studies.fingerprint.weight_bytes", lambda _: 1)
     assert expand(read_study(STUDIES / name))

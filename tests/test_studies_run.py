@@ -26,11 +26,11 @@ from analyses.options import option
 from analyses.registry import ANALYSES
 from analyses.results.card import FigureSpec
 from analyses.results.result import Result
-from analyses.studies import StudyFolder, expand, local, read_study, run_local, run_study
-from analyses.studies.local import processors
-from analyses.studies.run_cells import Captured, Loaded, Outcome, load, run_unit
-from analyses.studies.sharing import groups, plans, wants
-from analyses.studies.units import Unit, take, units
+from analyses.studies import StudyFolder, expand, local_engine, read_study, run_local, run_study
+from analyses.studies.local_engine import processors
+from analyses.studies.run_cells import Captured, Loaded, Outcome, run_unit
+from analyses.studies.scheduling import Unit, take, units
+from analyses.studies.shared_captures import groups, plans, wants
 from analyses.voids import Voids
 from probes.capture.needs import Need
 from probes.capture.run import capture
@@ -128,7 +128,7 @@ def test_shared_captures_hold_what_every_cell_wants(folder: Path) -> None:
     """The joined captures leave no forward to any cell, and cost no sequence twice."""
     cells = expand(read_study(study_file(folder, BASE + VOIDS + LENS)))
     (unit,) = units(cells)
-    model, store = load(unit.model), ActivationStore(folder / "store")
+    model, store = Loaded()(unit.model), ActivationStore(folder / "store")
     wanted = wants(cells, model)
     assert sum(one.plan(model, store).forwards for one in wanted) == 9
     joined = groups(wanted)
@@ -148,7 +148,7 @@ def _ready(folder: Path, cells: Any) -> StudyFolder:
 def test_prompts_shared_by_some_cells_alone_get_the_union_of_their_needs(folder: Path) -> None:
     text = BASE + '[[prompts]]\nname = "more"\ntokens = [[9, 10], [3, 4]]\n' + VOIDS + LENS + 'prompts = ["more"]\n'
     cells = expand(read_study(study_file(folder, text)))
-    model = load(cells[0].model)
+    model = Loaded()(cells[0].model)
     joined = {s: group.needs for group in groups(wants(cells, model)) for s in group.sequences}
     of_voids = {need.reducer for need in Voids(readout_positions="all").needs(model)}
     assert {need.reducer for need in joined[5, 6, 7, 8]} == of_voids
@@ -362,15 +362,15 @@ def test_workers_share_the_processors_and_say_what_one_process_says(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model_folder(folder / "big", layers=5)
-    monkeypatch.setattr("analyses.studies.local.processors", lambda: 6)
+    monkeypatch.setattr("analyses.studies.local_engine.processors", lambda: 6)
     text, seen = BASE + '[[models]]\nref = "big"\n' + LENS, []
 
     def watch(self: Any, unit: Unit) -> None:
         give(self, unit)
         seen.append(self._arguments[1])
 
-    give = local._Worker.give
-    monkeypatch.setattr(local._Worker, "give", watch)
+    give = local_engine._Worker.give
+    monkeypatch.setattr(local_engine._Worker, "give", watch)
     assert batch(folder, text, "--workers", "0", out="one") == 0
     assert batch(folder, text, "--workers", "2", out="two", store="two-store") == 0
     assert seen == [3, 3]

@@ -15,10 +15,10 @@ from analyses.options import types_of
 from analyses.registry import get_analysis
 from analyses.studies import fingerprint
 from analyses.studies.cell_options import Setting, make
-from analyses.studies.checks import check_lines, check_names, located
 from analyses.studies.definition import AnalysisSpec, PromptSet, Study, StudyModel
-from analyses.studies.origin import fault
-from probes.prompts import PromptLine
+from analyses.studies.file_lines import Key, Origin, fault, located
+from probes.errors import unknown
+from probes.prompts import PromptLine, check_fields
 
 MAX_CELLS = 10_000
 """The largest study accepted."""
@@ -88,6 +88,41 @@ def expand(study: Study) -> tuple[Cell, ...]:
     return tuple(cells.values())
 
 
+def check_names(study: Study) -> None:
+    """Refuse names that are unknown or given twice.
+
+    Raises:
+        StudyError: the first fault.
+    """
+    kinds = {"model": study.models, "prompts": study.prompts, "analysis": study.analyses}
+    first: dict[tuple[str, str], Origin | None] = {}
+    for kind, spec in ((kind, spec) for kind, specs in kinds.items() for spec in specs):  # type: ignore[attr-defined]
+        if (kind, spec.label) in first:
+            before = first[kind, spec.label]
+            place = f", first at {before}" if before else ""
+            raise fault(
+                f"{kind} {spec.label!r} is named twice{place}: give each a name of its own", spec.origin, "name"
+            )
+        first[kind, spec.label] = spec.origin
+    for analysis in study.analyses:
+        with located(analysis.origin, "analysis"):
+            get_analysis(analysis.analysis)
+    for origin, keys, kind, name in _names_used(study):
+        if (kind, name) not in first:
+            raise fault(unknown(kind, name, [label for other, label in first if other == kind]), origin, *keys)
+
+
+def _names_used(study: Study) -> Iterator[tuple[Origin | None, tuple[Key, ...], str, str]]:
+    """Yield each name that stands for a model, prompt set or analysis, with its place and kind."""
+    for spec in study.analyses:
+        for key, kind in (("models", "model"), ("prompts", "prompts")):
+            yield from ((spec.origin, (key, i), kind, name) for i, name in enumerate(getattr(spec, key) or ()))
+    for override in study.overrides:
+        for kind in ("model", "prompts", "analysis"):
+            if (name := getattr(override, kind)) is not None:
+                yield override.origin, (kind,), kind, name
+
+
 def _check_size(study: Study) -> None:
     """Refuses a matrix that is too large before it is written out."""
     sizes = [_size(study, spec) for spec in study.analyses]
@@ -146,7 +181,8 @@ def _cells_of(study: Study, spec: AnalysisSpec, models: _Models, prompts: Mappin
         for label in _prompt_labels(study, spec, makes):
             given = None if label is None else prompts[label]
             with located(None):
-                check_lines(given.lines if given else (), cls.prompt_fields)
+                for line in given.lines if given else ():
+                    check_fields(line.fields, line.where, cls.prompt_fields)
             for model in _models_of(study, spec):
                 changed = _overridden(study, spec, model, label)
                 if changed is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from analyses.registry import get_analysis
-from analyses.studies.index import gather, summary
+from analyses.studies.tidy_tables import gather, summary
 from probes.errors import OptionError
 
 DIGITS = 3

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from analyses.studies.cells import Cell
-from analyses.studies.folder import StudyFolder
-from analyses.studies.ray_work import Batches, CaptureActor, pack_rows, plan_unit, run_one
+from analyses.studies.ray_tasks import Batches, CaptureActor, pack_rows, plan_unit, run_one
 from analyses.studies.run_cells import Captured, Event, Outcome, failed
-from analyses.studies.sharing import writes
-from analyses.studies.units import Unit
+from analyses.studies.scheduling import Unit
+from analyses.studies.shared_captures import writes
+from analyses.studies.study_folder import StudyFolder
 from probes.errors import OptionError
 from probes.store import ActivationStore
 

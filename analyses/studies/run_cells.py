@@ -11,9 +11,9 @@ from typing import Literal
 from analyses.running.runner import run
 from analyses.studies.cells import Cell
 from analyses.studies.definition import StudyModel
-from analyses.studies.folder import StudyFolder
-from analyses.studies.sharing import groups, wants, writes
-from analyses.studies.units import Unit
+from analyses.studies.scheduling import Unit
+from analyses.studies.shared_captures import groups, wants, writes
+from analyses.studies.study_folder import StudyFolder
 from probes.capture.run import capture
 from probes.errors import UserError
 from probes.models import Model

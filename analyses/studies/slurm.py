@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from analyses.studies.units import Unit
+from analyses.studies.scheduling import Unit
 from probes.capture.dry_run import human
 from probes.html_card import count
 

@@ -11,8 +11,8 @@ from analyses.registry import get_analysis
 from analyses.results.page import page
 from analyses.studies.cells import Cell
 from analyses.studies.definition import Study
-from analyses.studies.index import summary
 from analyses.studies.study_figures import PANELS, overlay
+from analyses.studies.tidy_tables import summary
 
 SHOWN = (
     "entry",

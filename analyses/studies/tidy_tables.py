@@ -13,7 +13,7 @@ from scipy.stats import t as student
 
 from analyses.results.result import Result
 from analyses.studies.cells import Cell, shown
-from analyses.studies.folder import StudyFolder
+from analyses.studies.study_folder import StudyFolder
 
 LABELS = ["entry", "analysis", "model", "prompts", "options"]
 """What tells the curves of a study apart; cells that agree in these differ in their seed."""

@@ -11,11 +11,11 @@ import pandas as pd
 from analyses.studies.cells import Cell, expand
 from analyses.studies.definition import Study
 from analyses.studies.export import write_tables
-from analyses.studies.folder import StudyFolder, write
-from analyses.studies.index import build, curves
 from analyses.studies.run_cells import Captured, Event, Outcome
+from analyses.studies.scheduling import Unit, units
+from analyses.studies.study_folder import StudyFolder, write
 from analyses.studies.study_page import render
-from analyses.studies.units import Unit, units
+from analyses.studies.tidy_tables import build, curves
 from probes.html_card import count
 from probes.progress import QUIET, Progress
 

@@ -12,9 +12,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from analyses.studies.definition import StudyModel
-from analyses.studies.folder import StudyFolder
 from analyses.studies.run_cells import Event, Loaded, Outcome, Started, run_unit
-from analyses.studies.units import Unit, take
+from analyses.studies.scheduling import Unit, take
+from analyses.studies.study_folder import StudyFolder
 from probes.store import ActivationStore
 
 FORKSERVER = multiprocessing.get_context("forkserver")

@@ -11,9 +11,9 @@ from typing import Any
 
 from analyses.studies.cells import Cell
 from analyses.studies.definition import StudyModel
-from analyses.studies.folder import StudyFolder
 from analyses.studies.run_cells import Event, Loaded, failed, run_cell
-from analyses.studies.sharing import plans, wants
+from analyses.studies.shared_captures import plans, wants
+from analyses.studies.study_folder import StudyFolder
 from probes.capture.dry_run import block_parameters
 from probes.capture.forward import axis_sizes, batch_tokens_of, row_size
 from probes.capture.needs import Feature, Need

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from analyses.studies.cells import Cell
 from analyses.studies.run_cells import Loaded
-from analyses.studies.sharing import Want, plans, want, writes
-from analyses.studies.units import Unit
+from analyses.studies.scheduling import Unit
+from analyses.studies.shared_captures import Want, plans, want, writes
 from probes.capture.dry_run import PROBE_SECONDS, DeviceSpeed, estimate, human, measured_speed
 from probes.capture.forward import axis_sizes, row_size
 from probes.capture.needs import CapturePlan

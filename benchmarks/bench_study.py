@@ -19,7 +19,8 @@ import pandas as pd
 from analyses.base import Analysis
 from analyses.registry import get_analysis
 from analyses.results.result import Result
-from analyses.studies import AnalysisSpec, ModelSpec, PromptSet, Study, run_local, run_study
+from analyses.running.model_spec import ModelSpec
+from analyses.studies import AnalysisSpec, PromptSet, Study, StudyModel, run_local, run_study
 from analyses.studies.cell_options import Setting, make
 from probes.models import load_model
 from probes.store import ActivationStore
@@ -83,7 +84,7 @@ def _separately(ref: str, ids: tuple[tuple[int, ...], ...], entries: tuple[Analy
 
 def _as_study(ref: str, ids: tuple[tuple[int, ...], ...], entries: tuple[AnalysisSpec, ...], root: Path) -> Way:
     """The study in this process; its index, tables and page are part of the time."""
-    study = Study("bench", (ModelSpec(ref),), entries, (PromptSet("ids", tokens=ids),))
+    study = Study("bench", (StudyModel(ModelSpec(ref)),), entries, (PromptSet("ids", tokens=ids),))
     started = time.perf_counter()
     run = run_study(study, root / "study", lambda units, out: run_local(units, out, root / "store", 0))
     assert not run.failed

@@ -30,7 +30,7 @@ def test_quick_twice_and_with_one_option_changed(tmp_path: Path, capsys: pytest.
     fresh = {cell.name for cell in expand(read_study(changed))} - cells
     assert len(fresh) == 1
     assert main(["batch", str(changed), *places]) == 0
-    assert "study quick: 1 cells run, 0 forward passes" in capsys.readouterr().out
+    assert "study quick: 1 cell run, 0 forward passes" in capsys.readouterr().out
     assert {path.name for path in (out / "cells").iterdir()} == cells | fresh
     index = pd.read_parquet(out / "index.parquet")
     assert sorted(index["option.alpha"].dropna()) == ["0.2", "0.6"]

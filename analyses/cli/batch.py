@@ -14,7 +14,7 @@ from analyses.cli.run import StoreDir
 from analyses.studies.cells import Cell, expand
 from analyses.studies.definition import Study
 from analyses.studies.dry_run import costs, table
-from analyses.studies.export import export_tables
+from analyses.studies.export import export_table
 from analyses.studies.local_engine import processors, run_local
 from analyses.studies.scheduling import units
 from analyses.studies.slurm import script
@@ -68,8 +68,9 @@ def batch(
     finally:
         progress.stop()
     _tell(read, run, unit)
-    for path in export_tables(folder, pd.read_parquet(run.folder.index), export) if export else ():
-        say(f"table: {path}")
+    for name in export or ():
+        for path in export_table(folder, pd.read_parquet(run.folder.index), name):
+            say(f"table: {path}")
     if run.failed:
         raise typer.Exit(CELLS_FAILED)
 

@@ -5,28 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from analyses.running.runner import plan_run
 from analyses.studies.cells import Cell
-from analyses.studies.run_cells import Loaded
+from analyses.studies.run_cells import ModelHolder
 from analyses.studies.scheduling import Unit
-from analyses.studies.shared_captures import Want, plans, want, writes
-from probes.capture.dry_run import PROBE_SECONDS, DeviceSpeed, estimate, human, measured_speed
-from probes.capture.forward import axis_sizes, row_size
-from probes.capture.needs import CapturePlan
+from analyses.studies.shared_captures import CellCaptures, shared_plans
+from probes.capture.dry_run import PROBE_SECONDS, DeviceSpeed, Estimate, estimate, human, measured_speed
 from probes.errors import UserError
-from probes.html_card import count
 from probes.models.protocol import Model
 from probes.store import ActivationStore
 
 
 @dataclass(frozen=True)
 class CellCost:
-    """What one cell would capture by itself on the store as it is."""
+    """What one cell would capture by itself on the store as it is; None where it cannot be run."""
 
     cell: Cell
-    forwards: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
-    peak_bytes: int = 0
+    captures: Estimate | None
     note: str = ""
 
 
@@ -34,80 +29,61 @@ class CellCost:
 class UnitCost:
     """The cells of a unit one by one, and their captures joined."""
 
-    label: str
     cells: tuple[CellCost, ...]
-    forwards: int
-    bytes: int
-    seconds: float
-
-    @property
-    def saved(self) -> int:
-        """Forwards that sharing saves."""
-        return sum(cost.forwards for cost in self.cells) - self.forwards
+    shared: Estimate | None = None
 
 
 def costs(units: Sequence[Unit], store: ActivationStore) -> Iterator[UnitCost]:
-    """The cost of each unit; loads every model, one at a time, and runs none."""
-    loaded, speeds = Loaded(), dict[str, DeviceSpeed]()
+    """Yield the cost of each unit; loads every model, one at a time, and runs none."""
+    models, speeds = ModelHolder(), dict[str, DeviceSpeed]()
     for unit in units:
         try:
-            model = loaded(unit.model)
+            model = models(unit.model)
         except UserError as error:
-            yield UnitCost(unit.label, tuple(CellCost(cell, note=str(error)) for cell in unit.cells), 0, 0, 0.0)
+            yield UnitCost(tuple(CellCost(cell, None, str(error)) for cell in unit.cells))
             continue
         if model.ref not in speeds:
             speeds[model.ref] = measured_speed(model, PROBE_SECONDS)
-        yield _unit(unit, model, store, speeds[model.ref])
+        yield _unit_cost(unit, model, store, speeds[model.ref])
 
 
-def _unit(unit: Unit, model: Model, store: ActivationStore, speed: DeviceSpeed) -> UnitCost:
-    found: list[Want] = []
-    lines = []
+def _unit_cost(unit: Unit, model: Model, store: ActivationStore, speed: DeviceSpeed) -> UnitCost:
+    captures, cells = [], []
     for cell in unit.cells:
         try:
-            wanted = want(cell, model)
-            plan = wanted.plan(model, store)
+            planned = plan_run(model, cell.analysis, cell.lines, store)
         except UserError as error:
-            lines.append(CellCost(cell, note=f"will fail: {error}"))
+            cells.append(CellCost(cell, None, f"will fail: {error}"))
             continue
-        found.append(wanted)
-        lines.append(_cell(cell, plan, len(wanted.sequences), model, speed))
-    joined = plans(model, found, store)
-    whole = estimate(model, joined, speed)
-    return UnitCost(unit.label, tuple(lines), whole.forwards, whole.bytes, whole.seconds)
+        captures.append(CellCaptures(cell, planned.sequences, planned.needs))
+        cells.append(CellCost(cell, estimate(model, [planned.captures], speed), "; ".join(planned.notes)))
+    return UnitCost(tuple(cells), estimate(model, shared_plans(model, captures, store), speed))
 
 
-def _cell(cell: Cell, plan: CapturePlan, prompts: int, model: Model, speed: DeviceSpeed) -> CellCost:
-    alone = estimate(model, [plan], speed)
-    note = (
-        f"and up to {count(cell.analysis.max_new_tokens, 'new token')} for each of {count(prompts, 'prompt')}"
-        if writes(cell)
-        else ""
-    )
-    size = plan.bytes(axis_sizes(model), row_size(model))
-    return CellCost(cell, alone.forwards, size, alone.seconds, alone.peak_bytes, note)
-
-
-def table(found: Sequence[UnitCost], done: int) -> list[str]:
-    """The cost table as a user reads it."""
+def table(units: Sequence[UnitCost], done: int) -> list[str]:
+    """Return the cost table as a user reads it."""
+    cells = [cost for unit in units for cost in unit.cells]
     rows = [["cell", "forwards", "captured", "seconds", "peak memory", ""]]
-    for unit in found:
-        for one in unit.cells:
-            said = [f"{one.forwards:,}", human(one.bytes), f"{one.seconds:.1f}", human(one.peak_bytes)]
-            rows.append([one.cell.label, *said, one.note])
+    rows += [[cost.cell.label, *_numbers(cost.captures), cost.note] for cost in cells]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 5)), row[5]]).rstrip()
         for row in rows
     ]
-    alone = sum(one.forwards for unit in found for one in unit.cells)
-    shared, saved = sum(unit.forwards for unit in found), sum(unit.saved for unit in found)
-    size, seconds = sum(unit.bytes for unit in found), sum(unit.seconds for unit in found)
+    alone = sum(cost.captures.forwards for cost in cells if cost.captures)
+    shared = [unit.shared for unit in units if unit.shared]
+    forwards, seconds = sum(one.forwards for one in shared), sum(one.seconds for one in shared)
     return [
         *lines,
         "",
-        f"cells     {sum(len(unit.cells) for unit in found):,} to run, {done:,} already done",
-        f"forwards  {shared:,} shared, in place of {alone:,} cell by cell: {saved:,} saved",
-        f"captured  {human(size)}, about {seconds:.1f} s of forwards",
+        f"cells     {len(cells):,} to run, {done:,} already done",
+        f"forwards  {forwards:,} shared, in place of {alone:,} cell by cell: {alone - forwards:,} saved",
+        f"captured  {human(sum(one.bytes for one in shared))}, about {seconds:.1f} s of forwards",
         "Lines are each cell by itself; interventions, generation and fitting come on top.",
     ]
+
+
+def _numbers(cost: Estimate | None) -> list[str]:
+    if cost is None:
+        return ["0", human(0), "0.0", human(0)]
+    return [f"{cost.forwards:,}", human(cost.bytes), f"{cost.seconds:.1f}", human(cost.peak_bytes)]

@@ -16,7 +16,7 @@ LIBRARIES = 4 * 2**30
 
 
 def script(units: Sequence[Unit], study: Path, out: Path, store: Path | None, processors: int) -> str:
-    """The script as text, for `sbatch`; every path must lie on a file system that all nodes share.
+    """Return the script as text, for `sbatch`; every path must lie on a file system that all nodes share.
 
     Args:
         processors: asked for per task.

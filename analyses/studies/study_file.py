@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, InstanceOf, TypeAdapter, ValidationE
 from analyses.options import NAMES, defaults_of, types_of
 from analyses.running.model_spec import CHOICES, ModelSpec
 from analyses.studies.definition import AnalysisSpec, Name, Override, PromptSet, Study, StudyModel, Text, without_nul
-from analyses.studies.file_lines import Key, Origin, StudyError, fault
+from analyses.studies.file_lines import Key, Origin, StudyError, fault, located
 from probes.errors import one_line, shown, unknown
 from probes.input_files import kind_of, read_text
 from probes.strict_json import JsonFault, check_tree
@@ -106,7 +106,8 @@ def _model(table: Any) -> StudyModel:
     beside = table.origin.file.parent / table.ref
     if kind_of(beside) != "nothing":
         options["ref"] = str(beside)
-    return StudyModel(ModelSpec(**options), table.name or table.ref, table.origin)
+    with located(table.origin):
+        return StudyModel(ModelSpec(**options), table.name or table.ref, table.origin)
 
 
 def _validated(kind: Any, values: Any, origin: Origin, *keys: Key) -> Any:

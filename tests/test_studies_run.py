@@ -28,7 +28,7 @@ from analyses.results.card import FigureSpec
 from analyses.results.result import Result
 from analyses.studies import StudyFolder, expand, local_engine, read_study, run_local, run_study
 from analyses.studies.local_engine import processors
-from analyses.studies.run_cells import Captured, ModelHolder, Outcome, run_unit
+from analyses.studies.run_cells import Captured, ModelHolder, Outcome, Started, run_unit
 from analyses.studies.scheduling import Unit, take, units
 from analyses.studies.shared_captures import captures_of, joined, shared_plans
 from analyses.voids import Voids
@@ -329,10 +329,17 @@ def test_sigkill_in_the_middle_resumes_to_the_same_tables(reference: Path) -> No
 
 
 def test_a_worker_killed_in_the_middle_takes_its_cell_alone(
-    reference: Path, capsys: pytest.CaptureFixture[str]
+    reference: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = reference / "worker"
-    when_a_cell_is_done(out, lambda: os.kill(workers_of(os.getpid())[0], signal.SIGKILL))
+    out, killed, note = reference / "worker", [], local_engine._Worker.note
+
+    def kill_in_the_second_cell(worker: Any, event: Any) -> None:
+        note(worker, event)
+        if isinstance(event, Started) and worker._ended and not killed:
+            killed.append(worker._process.pid)
+            os.kill(worker._process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(local_engine._Worker, "note", kill_in_the_second_cell)
     assert batch(reference, WHOLE, "--workers", "1", out="worker", store="worker-store") == 3
     said = capsys.readouterr().out
     assert "3 cells run" in said

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import analyses.results.exchange
 from analyses.results.exchange import swap
 from analyses.results.result import Result, check_output
-from analyses.studies.folder import StudyFolder
+from analyses.studies.study_folder import StudyFolder
 from probes.errors import OptionError
 
 STEPS = ((Path, "rename"), (Path, "unlink"), (Path, "mkdir"), (Path, "rmdir"), (shutil, "rmtree"))

@@ -109,8 +109,8 @@ def test_overrides_change_and_leave_out_single_cells(folder: Path) -> None:
         + '[[overrides]]\nprompts = "more"\noptions.alpha = 0.1\n'
         + '[[analyses]]\nanalysis = "logit_lens"\n[[overrides]]\nprompts = "more"\nanalysis = "logit_lens"\nskip = true\n',
     )
-    found = {(c.entry, c.prompts.label): getattr(c.analysis, "alpha", None) for c in cells if c.prompts}
-    assert found == {("voids", "ids"): (0.8,), ("voids", "more"): (0.1,), ("logit_lens", "ids"): None}
+    alphas = {(c.entry, c.prompts.label): getattr(c.analysis, "alpha", None) for c in cells if c.prompts}
+    assert alphas == {("voids", "ids"): (0.8,), ("voids", "more"): (0.1,), ("logit_lens", "ids"): None}
 
 
 def test_included_lists_come_first_and_its_seeds_stand(folder: Path) -> None:

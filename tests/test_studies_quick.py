@@ -30,7 +30,7 @@ def test_quick_twice_and_with_one_option_changed(tmp_path: Path, capsys: pytest.
     fresh = {cell.name for cell in expand(read_study(changed))} - cells
     assert len(fresh) == 1
     assert main(["batch", str(changed), *places]) == 0
-    assert "study quick: 1 cells run, 0 forward passes" in capsys.readouterr().out
+    assert "study quick: 1 cell run, 0 forward passes" in capsys.readouterr().out
     assert {path.name for path in (out / "cells").iterdir()} == cells | fresh
     index = pd.read_parquet(out / "index.parquet")
     assert sorted(index["option.alpha"].dropna()) == ["0.2", "0.6"]
@@ -43,6 +43,6 @@ def test_shipped_studies_are_sound(name: str, monkeypatch: pytest.MonkeyPatch) -
     found = expand(read_study(STUDIES / "quick.toml"))[0]
     one = {"weights": found.name, "backend": "native", "dtype": "auto", "attention": "sdpa"}
     monkeypatch.setattr("analyses.studies.fingerprint.find", lambda spec: None)
-    monkeypatch.setattr("analyses.studies.fingerprint.of_model", lambda spec, _: {**one, "weights": spec.ref})
+    monkeypatch.setattr("analyses.studies.fingerprint.of_model", lambda spec, _: {**one, "weights": spec.spec.ref})
     monkeypatch.setattr("analyses.studies.fingerprint.weight_bytes", lambda _: 1)
     assert expand(read_study(STUDIES / name))

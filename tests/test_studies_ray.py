@@ -131,7 +131,7 @@ def test_a_failing_cell_on_the_cluster_stops_no_other(
     study_file(folder, text + beyond + '[[analyses]]\nanalysis = "logit_lens"\n', "fails.toml")
     places = ["--out", str(folder / "fails"), "--store", str(folder / "fails-store")]
     assert main(["batch", str(folder / "fails.toml"), *places, "--engine", "ray", "--address", cluster]) == 3
-    assert "1 cells run" in capsys.readouterr().out
+    assert "1 cell run" in capsys.readouterr().out
     index = pd.read_parquet(folder / "fails" / "index.parquet")
     assert list(index["state"]) == ["done", "failed"]
     assert "token id 97 is outside the vocabulary" in index["error"].iloc[1]

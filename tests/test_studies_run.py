@@ -26,11 +26,11 @@ from analyses.options import option
 from analyses.registry import ANALYSES
 from analyses.results.card import FigureSpec
 from analyses.results.result import Result
-from analyses.studies import StudyFolder, expand, local, read_study, run_local, run_study
-from analyses.studies.local import processors
-from analyses.studies.run_cells import Captured, Loaded, Outcome, load, run_unit
-from analyses.studies.sharing import groups, plans, wants
-from analyses.studies.units import Unit, take, units
+from analyses.studies import StudyFolder, expand, local_engine, read_study, run_local, run_study
+from analyses.studies.local_engine import processors
+from analyses.studies.run_cells import Captured, ModelHolder, Outcome, Started, run_unit
+from analyses.studies.scheduling import Unit, take, units
+from analyses.studies.shared_captures import captures_of, joined, shared_plans
 from analyses.voids import Voids
 from probes.capture.needs import Need
 from probes.capture.run import capture
@@ -60,11 +60,11 @@ class Fails(Analysis):
         return [Need("resid_post.99" if self.how == "layer" else "resid_mid.*")]
 
     def run(self, model: Any, prompts: Any, *, store: Any = None, progress: Any = None) -> Result:
-        asked = as_prompts(prompts, model, {})
-        capture(model, [p.tokens for p in asked], self.needs(model), store)
+        prompts = as_prompts(prompts, model, {})
+        capture(model, [p.tokens for p in prompts], self.needs(model), store)
         if self.how:
             raise ZeroDivisionError("a fault of its own")
-        return make_result(self, model, asked, {"t": pd.DataFrame({"a": [1]})}, None, Clock())
+        return make_result(self, model, prompts, {"t": pd.DataFrame({"a": [1]})}, None, Clock())
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_a_second_run_does_nothing_and_a_changed_option_runs_its_cells_alone(
     assert {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*") if path.is_file()} == before
     assert batch(folder, BASE + VOIDS.replace("0.2", "0.3") + LENS) == 0
     said = capsys.readouterr()
-    assert "study small: 1 cells run, 0 forward passes" in said.out
+    assert "study small: 1 cell run, 0 forward passes" in said.out
     assert "alpha=0.3" in said.err
     index = pd.read_parquet(folder / "out" / "index.parquet")
     assert sorted(index["option.alpha"].dropna()) == ["0.3", "0.8"]
@@ -128,15 +128,14 @@ def test_shared_captures_hold_what_every_cell_wants(folder: Path) -> None:
     """The joined captures leave no forward to any cell, and cost no sequence twice."""
     cells = expand(read_study(study_file(folder, BASE + VOIDS + LENS)))
     (unit,) = units(cells)
-    model, store = load(unit.model), ActivationStore(folder / "store")
-    wanted = wants(cells, model)
-    assert sum(one.plan(model, store).forwards for one in wanted) == 9
-    joined = groups(wanted)
-    assert [len(group.sequences) for group in joined] == [3]
+    model, store = ModelHolder()(unit.model), ActivationStore(folder / "store")
+    captures = captures_of(cells, model)
+    assert sum(one.plan(model, store).forwards for one in captures) == 9
+    assert [len(shared.sequences) for shared in joined(captures)] == [3]
     events = list(run_unit(unit, lambda _: model, store, _ready(folder, cells)))
     assert [e.forwards for e in events if isinstance(e, Captured)] == [3]
     assert [e.forwards for e in events if isinstance(e, Outcome)] == [0, 0, 0]
-    assert sum(plan.forwards for plan in plans(model, wanted, store)) == 0
+    assert sum(plan.forwards for plan in shared_plans(model, captures, store)) == 0
 
 
 def _ready(folder: Path, cells: Any) -> StudyFolder:
@@ -148,11 +147,11 @@ def _ready(folder: Path, cells: Any) -> StudyFolder:
 def test_prompts_shared_by_some_cells_alone_get_the_union_of_their_needs(folder: Path) -> None:
     text = BASE + '[[prompts]]\nname = "more"\ntokens = [[9, 10], [3, 4]]\n' + VOIDS + LENS + 'prompts = ["more"]\n'
     cells = expand(read_study(study_file(folder, text)))
-    model = load(cells[0].model)
-    joined = {s: group.needs for group in groups(wants(cells, model)) for s in group.sequences}
+    model = ModelHolder()(cells[0].model)
+    needs = {s: shared.needs for shared in joined(captures_of(cells, model)) for s in shared.sequences}
     of_voids = {need.reducer for need in Voids(readout_positions="all").needs(model)}
-    assert {need.reducer for need in joined[5, 6, 7, 8]} == of_voids
-    assert len(joined[9, 10]) > len(joined[5, 6, 7, 8]), "two entries of voids and the lens ask for this one"
+    assert {need.reducer for need in needs[5, 6, 7, 8]} == of_voids
+    assert len(needs[9, 10]) > len(needs[5, 6, 7, 8]), "two entries of voids and the lens ask for this one"
 
 
 def test_cells_that_write_come_first_so_that_their_rows_serve_the_others(folder: Path) -> None:
@@ -161,7 +160,7 @@ def test_cells_that_write_come_first_so_that_their_rows_serve_the_others(folder:
     )
     cells = expand(read_study(study_file(folder, text)))
     (unit,) = units(cells)
-    events = list(run_unit(unit, Loaded(), ActivationStore(folder / "store"), _ready(folder, cells)))
+    events = list(run_unit(unit, ModelHolder(), ActivationStore(folder / "store"), _ready(folder, cells)))
     ended = [event for event in events if isinstance(event, Outcome)]
     assert [event.cell.split("-")[0] for event in ended] == ["voids", "logit_lens"]
     assert [event.forwards for event in ended] == [3, 0]
@@ -220,10 +219,10 @@ def test_the_largest_model_comes_first_and_workers_keep_theirs(folder: Path) -> 
 def test_what_another_process_is_running_is_left_to_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cells = expand(read_study(study_file(folder, BASE + VOIDS)))
     out = _ready(folder, cells)
-    with out.claim(cells[0].name) as mine:
-        assert mine
+    with out.claim(cells[0].name) as claimed:
+        assert claimed
         assert batch(folder, BASE + VOIDS) == 0
-    assert "1 cells run" in capsys.readouterr().out
+    assert "1 cell run" in capsys.readouterr().out
     assert not out.done(cells[0].name)
     assert batch(folder, BASE + VOIDS) == 0
     assert out.done(cells[0].name)
@@ -296,8 +295,8 @@ def when_a_cell_is_done(out: Path, act: Callable[[], None]) -> threading.Thread:
 
 def workers_of(pid: int) -> list[int]:
     """The worker processes of a study's parent: children of its fork server."""
-    found = psutil.Process(pid).children(recursive=True)
-    return [child.pid for child in found if child.ppid() != pid and "forkserver" in " ".join(child.cmdline())]
+    children = psutil.Process(pid).children(recursive=True)
+    return [child.pid for child in children if child.ppid() != pid and "forkserver" in " ".join(child.cmdline())]
 
 
 def alive(pid: int) -> bool:
@@ -330,10 +329,17 @@ def test_sigkill_in_the_middle_resumes_to_the_same_tables(reference: Path) -> No
 
 
 def test_a_worker_killed_in_the_middle_takes_its_cell_alone(
-    reference: Path, capsys: pytest.CaptureFixture[str]
+    reference: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = reference / "worker"
-    when_a_cell_is_done(out, lambda: os.kill(workers_of(os.getpid())[0], signal.SIGKILL))
+    out, killed, note = reference / "worker", [], local_engine._Worker.note
+
+    def kill_in_the_second_cell(worker: Any, event: Any) -> None:
+        note(worker, event)
+        if isinstance(event, Started) and worker._ended and not killed:
+            killed.append(worker._process.pid)
+            os.kill(worker._process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(local_engine._Worker, "note", kill_in_the_second_cell)
     assert batch(reference, WHOLE, "--workers", "1", out="worker", store="worker-store") == 3
     said = capsys.readouterr().out
     assert "3 cells run" in said
@@ -362,15 +368,15 @@ def test_workers_share_the_processors_and_say_what_one_process_says(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model_folder(folder / "big", layers=5)
-    monkeypatch.setattr("analyses.studies.local.processors", lambda: 6)
+    monkeypatch.setattr("analyses.studies.local_engine.processors", lambda: 6)
     text, seen = BASE + '[[models]]\nref = "big"\n' + LENS, []
 
     def watch(self: Any, unit: Unit) -> None:
         give(self, unit)
         seen.append(self._arguments[1])
 
-    give = local._Worker.give
-    monkeypatch.setattr(local._Worker, "give", watch)
+    give = local_engine._Worker.give
+    monkeypatch.setattr(local_engine._Worker, "give", watch)
     assert batch(folder, text, "--workers", "0", out="one") == 0
     assert batch(folder, text, "--workers", "2", out="two", store="two-store") == 0
     assert seen == [3, 3]
@@ -384,3 +390,43 @@ def test_in_python_a_study_is_run_by_any_engine(folder: Path) -> None:
     result = Result.load(run.folder.cell(run.ran[0]))
     assert torch.tensor(result.tables["read"]["entropy_bits"].to_numpy()).isfinite().all()
     assert isinstance(units(expand(study))[0], Unit)
+
+
+def test_a_streamed_model_says_what_a_plain_one_says_from_the_same_rows(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lens = BASE + LENS
+    assert batch(folder, lens, out="plain", store="plain-store") == 0
+    streamed = lens.replace('ref = "model"', 'ref = "model"\nstreamed = true')
+    assert batch(folder, streamed, out="streamed", store="streamed-store") == 0
+    same(folder / "plain", folder / "streamed")
+    capsys.readouterr()
+    assert batch(folder, streamed, out="shared", store="plain-store") == 0
+    assert "1 cell run, 0 forward passes" in capsys.readouterr().out, "rows of the plain model serve the streamed one"
+    same(folder / "plain", folder / "shared")
+    (result,) = (Result.load(path.parent) for path in (folder / "streamed").glob("cells/*/result.json"))
+    assert result.provenance["loaded"]["streamed"] is True
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_model_spread_over_devices_says_what_a_whole_one_says(folder: Path, workers: str) -> None:
+    lens = BASE + LENS
+    assert batch(folder, lens, out="plain", store="plain-store") == 0
+    options = f'device_map = "auto"\nmax_memory = "cpu=1GiB"\noffload = "{folder / "offload"}"\n'
+    spread = lens.replace('ref = "model"\n', f'ref = "model"\n{options}')
+    assert batch(folder, spread, "--workers", workers, out="spread", store="spread-store") == 0
+    same(folder / "plain", folder / "spread")
+    (result,) = (Result.load(path.parent) for path in (folder / "spread").glob("cells/*/result.json"))
+    assert {name: result.provenance["loaded"][name] for name in ("device_map", "max_memory")} == {
+        "device_map": "auto",
+        "max_memory": "cpu=1GiB",
+    }
+
+
+def test_a_remote_model_that_no_server_can_run_fails_its_cells(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NDIF_API_KEY", raising=False)
+    remote = BASE.replace('ref = "model"', 'ref = "model"\nbackend = "nnsight"\nremote = true')
+    assert batch(folder, remote + LENS) == 3
+    index = pd.read_parquet(folder / "out" / "index.parquet")
+    assert list(index["state"]) == ["failed"]
+    assert "NDIF_API_KEY" in index["error"].iloc[0]

@@ -12,15 +12,15 @@ import typer
 from analyses.cli.console import ConsoleProgress, say
 from analyses.cli.run import StoreDir
 from analyses.studies.cells import Cell, expand
-from analyses.studies.cost import costs, table
 from analyses.studies.definition import Study
-from analyses.studies.export import export_tables
-from analyses.studies.folder import StudyFolder
-from analyses.studies.local import processors, run_local
-from analyses.studies.parse import read_study
-from analyses.studies.run import Engine, StudyRun, run_study
+from analyses.studies.dry_run import costs, table
+from analyses.studies.export import export_table
+from analyses.studies.local_engine import processors, run_local
+from analyses.studies.scheduling import units
 from analyses.studies.slurm import script
-from analyses.studies.units import units
+from analyses.studies.study_file import read_study
+from analyses.studies.study_folder import StudyFolder
+from analyses.studies.study_run import Engine, StudyRun, run_study
 from probes.errors import OptionError
 from probes.html_card import count
 from probes.store import ActivationStore, default_root
@@ -68,8 +68,9 @@ def batch(
     finally:
         progress.stop()
     _tell(read, run, unit)
-    for path in export_tables(folder, pd.read_parquet(run.folder.index), export) if export else ():
-        say(f"table: {path}")
+    for name in export or ():
+        for path in export_table(folder, pd.read_parquet(run.folder.index), name):
+            say(f"table: {path}")
     if run.failed:
         raise typer.Exit(CELLS_FAILED)
 

@@ -50,8 +50,9 @@ class ModelSpec:
                 raise OptionError(unknown(name, value, legal))
 
     def on(self, device: str | None) -> ModelSpec:
-        """Return the same on `device`, unless a device was chosen already."""
-        return self if device is None or self.device != "auto" else replace(self, device=device)
+        """Return the same on `device`, unless a device or a device map was chosen already."""
+        free = device is not None and self.device == "auto" and self.device_map is None and not self.remote
+        return replace(self, device=device) if free else self
 
     def load(self, progress: Any = None) -> Model:
         """Load the model.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from analyses.base import Analysis
 from analyses.results.result import Result
 from analyses.running.model_spec import ModelSpec
 from probes.capture.dry_run import estimate
+from probes.capture.needs import CapturePlan, Need
 from probes.capture.run import plan_capture
 from probes.errors import OptionError
 from probes.html_card import count
@@ -58,23 +60,39 @@ def run(
     return dataclasses.replace(result, provenance=provenance)
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What an analysis reads of its prompts, the captures that the store lacks, and what comes on top of these."""
+
+    sequences: tuple[tuple[int, ...], ...]
+    needs: tuple[Need, ...]
+    captures: CapturePlan
+    notes: tuple[str, ...]
+
+
+def plan_run(model: Model, analysis: Analysis, lines: Sequence[PromptLine], store: ActivationStore) -> Planned:
+    """Return what a run on these lines would do, without doing it; raises as `run` does."""
+    prompts, needs = analysis.collect(model, lines), tuple(analysis.needs(model))
+    sequences = tuple(prompt.tokens for prompt in prompts)
+    notes = []
+    if not needs:
+        notes.append("and nothing is read from the activation store or added to it")
+    if analysis.max_new_tokens:
+        tokens, each = count(analysis.max_new_tokens, "new token"), count(len(prompts), "prompt")
+        notes.append(f"and up to {tokens} for each of {each}")
+    if line := analysis.interventions(model, prompts).line():
+        notes.append(line)
+    return Planned(sequences, needs, plan_capture(model, sequences, needs, store), tuple(notes))
+
+
 def dry_run(
     spec: ModelSpec, analysis: Analysis, prompts: Prompts, store: ActivationStore, *, model: Model | None = None
 ) -> list[str]:
     """Return what a run would capture and cost, line by line; raises as `run` does."""
     lines = lines_of(analysis, prompts)
     model = model or spec.load()
-    collected = analysis.collect(model, lines)
-    plan = plan_capture(model, [prompt.tokens for prompt in collected], analysis.needs(model), store)
-    more = []
-    if not analysis.needs(model):
-        more.append("and nothing is read from the activation store or added to it")
-    if analysis.max_new_tokens:
-        tokens, each = count(analysis.max_new_tokens, "new token"), count(len(collected), "prompt")
-        more.append(f"and up to {tokens} for each of {each}")
-    if line := analysis.interventions(model, collected).line():
-        more.append(line)
-    return [*estimate(model, [plan]).lines(), *more]
+    planned = plan_run(model, analysis, lines, store)
+    return [*estimate(model, [planned.captures]).lines(), *planned.notes]
 
 
 def lines_of(analysis: Analysis, prompts: Prompts) -> list[PromptLine]:

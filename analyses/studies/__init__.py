@@ -2,11 +2,11 @@
 
 from analyses.studies.cells import Cell, expand
 from analyses.studies.definition import AnalysisSpec, Override, PromptSet, Study, StudyModel
-from analyses.studies.folder import StudyFolder
-from analyses.studies.local import run_local
-from analyses.studies.origin import StudyError
-from analyses.studies.parse import read_study
-from analyses.studies.run import StudyRun, run_study
+from analyses.studies.file_lines import StudyError
+from analyses.studies.local_engine import run_local
+from analyses.studies.study_file import read_study
+from analyses.studies.study_folder import StudyFolder
+from analyses.studies.study_run import StudyRun, run_study
 
 __all__ = [
     "AnalysisSpec",

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from analyses.base import Analysis
-from analyses.options import NAMES, types_of
-from analyses.studies.origin import Origin, StudyError, fault
-from probes.errors import OptionError, shown, unknown
+from analyses.options import types_of
+from analyses.studies.file_lines import Origin, fault
+from probes.errors import OptionError, unknown
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """The value of an option, and where it was given."""
 
     value: Any
@@ -22,49 +20,35 @@ class Setting:
 
 
 def make(cls: type[Analysis], settings: Mapping[str, Setting], origin: Origin | None) -> Analysis:
-    """The analysis with these options.
+    """Return the analysis with these options.
+
+    A fault is that of the one option that is refused alone in the same words, or of the analysis where only several are.
 
     Raises:
         StudyError: an unknown option, a value of the wrong type or outside its range; with file and line.
     """
     types = types_of(cls)
-    values = {}
     for name, setting in settings.items():
         if name not in types:
             raise fault(unknown(f"option of {cls.name}", name, types), setting.origin)
-        values[name] = _convert(name, setting, types[name])
+    values = {name: _as_option(setting.value, types[name]) for name, setting in settings.items()}
+    if (message := _refusal(cls, values)) is not None:
+        alone = (settings[name].origin for name, value in values.items() if _refusal(cls, {name: value}) == message)
+        raise fault(f"{cls.name}: {message}", next(alone, origin))
+    return cls(**values)
+
+
+def _refusal(cls: type[Analysis], values: Mapping[str, Any]) -> str | None:
     try:
-        return cls(**values)
+        cls(**values)
     except OptionError as error:
-        raise _placed(cls, values, settings, str(error), origin) from None
+        return str(error)
+    return None
 
 
-def _placed(
-    cls: type[Analysis], values: Mapping[str, Any], settings: Mapping[str, Setting], message: str, origin: Origin | None
-) -> StudyError:
-    """The fault of the one option that is refused alone in the same words, or of the analysis where only several are."""
-    for name, value in values.items():
-        try:
-            cls(**{name: value})
-        except OptionError as error:
-            if str(error) == message:
-                return fault(f"{cls.name}: {message}", settings[name].origin)
-    return fault(f"{cls.name}: {message}", origin)
-
-
-def _convert(name: str, setting: Setting, kind: Any) -> Any:
+def _as_option(value: Any, kind: Any) -> Any:
+    """Return a value of a file as its option holds it: lists as tuples, one value as a tuple of one, 1 as 1.0."""
     if typing.get_origin(kind) is tuple:
-        element = typing.get_args(kind)[0]
-        many = setting.value if isinstance(setting.value, list | tuple) else [setting.value]
-        return tuple(_scalar(name, value, element, setting.origin) for value in many)
-    return _scalar(name, setting.value, kind, setting.origin)
-
-
-def _scalar(name: str, value: Any, kind: Any, origin: Origin | None) -> Any:
-    if typing.get_origin(kind) is typing.Literal:
-        kind = type(typing.get_args(kind)[0])
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind in NAMES and type(value) is not kind:
-        raise fault(f"option {name} is {shown(value)}: give {NAMES[kind]}", origin)
-    return value
+        many = value if isinstance(value, list | tuple) else [value]
+        return tuple(_as_option(one, typing.get_args(kind)[0]) for one in many)
+    return float(value) if kind is float and type(value) is int else value

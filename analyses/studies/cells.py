@@ -15,10 +15,10 @@ from analyses.options import name_today, types_of
 from analyses.registry import get_analysis
 from analyses.studies import fingerprint
 from analyses.studies.cell_options import Setting, make
-from analyses.studies.checks import check_lines, check_names, located
-from analyses.studies.definition import AnalysisSpec, PromptSet, Study, StudyModel
-from analyses.studies.origin import fault
-from probes.prompts import PromptLine
+from analyses.studies.definition import AnalysisSpec, Override, PromptSet, Study, StudyModel
+from analyses.studies.file_lines import Key, Origin, fault, located
+from probes.errors import unknown
+from probes.prompts import PromptLine, check_fields
 
 MAX_CELLS = 10_000
 """The largest study accepted."""
@@ -57,6 +57,11 @@ class Cell:
     """None where the analysis draws nothing."""
 
     @property
+    def lines(self) -> Sequence[PromptLine]:
+        """The prompt lines it is given; none where it makes its own."""
+        return self.prompts.lines if self.prompts else ()
+
+    @property
     def label(self) -> str:
         """The cell as a reader knows it."""
         parts = [self.entry, self.model.label, self.prompts.label if self.prompts else "own prompts"]
@@ -65,12 +70,12 @@ class Cell:
 
 
 def shown(value: Any) -> str:
-    """An option's value in few words."""
+    """Return an option's value in few words."""
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def expand(study: Study) -> tuple[Cell, ...]:
-    """Every cell of a study, once each, in the order of its file; all of it checked, nothing loaded.
+    """Return every cell of a study, once each, in the order of its file; all of it checked, nothing loaded.
 
     Models that are not on this machine are fetched.
 
@@ -79,17 +84,49 @@ def expand(study: Study) -> tuple[Cell, ...]:
     """
     check_names(study)
     _check_size(study)
-    models, prompts = _Models(), {found.label: _read(found) for found in study.prompts}
+    models, prompts = _Models(), {prompts.label: _read(prompts) for prompts in study.prompts}
     cells = {cell.name: cell for spec in study.analyses for cell in _cells_of(study, spec, models, prompts)}
     if not cells:
-        raise fault(
-            f"study {study.name!r} has no cell: give at least one of [[models]] and of [[analyses]]", study.origin
-        )
+        lacks = f"study {study.name!r} has no cell: give at least one of [[models]] and of [[analyses]]"
+        raise fault(lacks, study.origin)
     return tuple(cells.values())
 
 
+def check_names(study: Study) -> None:
+    """Refuse names that are unknown or given twice.
+
+    Raises:
+        StudyError: the first fault.
+    """
+    kinds = {"model": study.models, "prompts": study.prompts, "analysis": study.analyses}
+    first: dict[tuple[str, str], Origin | None] = {}
+    for kind, spec in ((kind, spec) for kind, specs in kinds.items() for spec in specs):  # type: ignore[attr-defined]
+        if (kind, spec.label) in first:
+            place = f", first at {first[kind, spec.label]}" if spec.origin else ""
+            twice = f"{kind} {spec.label!r} is named twice{place}: give each a name of its own"
+            raise fault(twice, spec.origin, "name")
+        first[kind, spec.label] = spec.origin
+    for analysis in study.analyses:
+        with located(analysis.origin, "analysis"):
+            get_analysis(analysis.analysis)
+    for origin, keys, kind, name in _names_used(study):
+        if (kind, name) not in first:
+            raise fault(unknown(kind, name, [label for other, label in first if other == kind]), origin, *keys)
+
+
+def _names_used(study: Study) -> Iterator[tuple[Origin | None, tuple[Key, ...], str, str]]:
+    """Yield each name that stands for a model, prompt set or analysis, with its place and kind."""
+    for spec in study.analyses:
+        for key, kind in (("models", "model"), ("prompts", "prompts")):
+            yield from ((spec.origin, (key, i), kind, name) for i, name in enumerate(getattr(spec, key) or ()))
+    for override in study.overrides:
+        for kind in ("model", "prompts", "analysis"):
+            if (name := getattr(override, kind)) is not None:
+                yield override.origin, (kind,), kind, name
+
+
 def _check_size(study: Study) -> None:
-    """Refuses a matrix that is too large before it is written out."""
+    """Refuse a matrix that is too large before it is written out."""
     sizes = [_size(study, spec) for spec in study.analyses]
     if sum(sizes) > MAX_CELLS:
         largest = study.analyses[sizes.index(max(sizes))]
@@ -113,18 +150,14 @@ def _seeds(study: Study, spec: AnalysisSpec) -> tuple[int | None, ...]:
     return study.seeds if "seed" in types_of(get_analysis(spec.analysis)) and not given else (None,)
 
 
-class _Models:
-    """Each model's fingerprint and size, found once."""
+class _Models(dict[StudyModel, tuple[dict[str, str], int]]):
+    """Each model's fingerprint and size, looked up once."""
 
-    def __init__(self) -> None:
-        self._found: dict[StudyModel, tuple[dict[str, str], int]] = {}
-
-    def __getitem__(self, spec: StudyModel) -> tuple[dict[str, str], int]:
-        if spec not in self._found:
-            with located(spec.origin, "ref"):
-                found = fingerprint.find(spec)
-                self._found[spec] = fingerprint.of_model(spec, found), fingerprint.weight_bytes(found)
-        return self._found[spec]
+    def __missing__(self, spec: StudyModel) -> tuple[dict[str, str], int]:
+        with located(spec.origin, "ref"):
+            checkpoint = fingerprint.find(spec)
+            self[spec] = fingerprint.of_model(spec, checkpoint), fingerprint.weight_bytes(checkpoint)
+        return self[spec]
 
 
 def _read(spec: PromptSet) -> Prompts:
@@ -135,83 +168,74 @@ def _read(spec: PromptSet) -> Prompts:
 
 def _cells_of(study: Study, spec: AnalysisSpec, models: _Models, prompts: Mapping[str, Prompts]) -> Iterator[Cell]:
     cls = get_analysis(spec.analysis)
-    fixed = {
-        name_today(cls, name): Setting(v, spec.origin and spec.origin.child("options", name))
-        for name, v in spec.options.items()
-    }
+    fixed = {name_today(cls, name): _setting(spec, value, "options", name) for name, value in spec.options.items()}
     lists = [
-        [
-            (name_today(cls, name), Setting(value, spec.origin and spec.origin.child("vary", name, i)))
-            for i, value in enumerate(values)
-        ]
+        [(name_today(cls, name), _setting(spec, value, "vary", name, i)) for i, value in enumerate(values)]
         for name, values in spec.vary.items()
     ]
+    on = [model for model in study.models if spec.models is None or model.label in spec.models]
     for chosen in itertools.product(*lists):
         settings = {**fixed, **dict(chosen)}
-        makes = make(cls, settings, spec.origin).makes_prompts
-        for label in _prompt_labels(study, spec, makes):
+        for label in _prompt_labels(study, spec, make(cls, settings, spec.origin).makes_prompts):
             given = None if label is None else prompts[label]
             with located(None):
-                check_lines(given.lines if given else (), cls.prompt_fields)
-            for model in _models_of(study, spec):
+                for line in given.lines if given else ():
+                    check_fields(line.fields, line.where, cls.prompt_fields)
+            for model, seed in itertools.product(on, _seeds(study, spec)):
                 changed = _overridden(study, spec, model, label)
-                if changed is None:
-                    continue
-                for seed in _seeds(study, spec):
-                    yield _cell(cls, spec, {**settings, **changed}, [n for n, _ in chosen], model, models, given, seed)
+                if changed is not None:
+                    drawn = {} if seed is None else {"seed": Setting(seed)}
+                    analysis = make(cls, {**drawn, **settings, **changed}, spec.origin)
+                    yield _cell(spec, analysis, [name for name, _ in chosen], model, models[model], given)
+
+
+def _setting(spec: AnalysisSpec | Override, value: Any, *keys: Key) -> Setting:
+    return Setting(value, spec.origin and spec.origin.child(*keys))
 
 
 def _cell(
-    cls: type[Analysis],
     spec: AnalysisSpec,
-    settings: dict[str, Setting],
+    analysis: Any,
     varied: Sequence[str],
     model: StudyModel,
-    models: _Models,
+    weights: tuple[dict[str, str], int],
     prompts: Prompts | None,
-    seed: int | None,
 ) -> Cell:
-    if seed is not None:
-        settings = {"seed": Setting(seed), **settings}
-    analysis = make(cls, settings, spec.origin)
-    weights, size = models[model]
-    options: dict[str, Any] = dataclasses.asdict(analysis)  # type: ignore[call-overload]
-    what = {
+    options = dataclasses.asdict(analysis)
+    identity = {
         "format": FORMAT,
-        "analysis": cls.name,
+        "analysis": analysis.name,
         "options": options,
         "files": fingerprint.of_named_files(options.items()),
-        "model": weights,
+        "model": weights[0],
         "prompts": prompts.digest if prompts else None,
     }
     labels = {name: options[name] for name in varied if name != "seed"}
-    name = f"{cls.name}-{fingerprint.digest(what)[:16]}"
-    return Cell(name, analysis, model, size, prompts, spec.label, labels, options.get("seed"))
+    name = f"{analysis.name}-{fingerprint.digest(identity)[:16]}"
+    return Cell(name, analysis, model, weights[1], prompts, spec.label, labels, options.get("seed"))
 
 
 def _prompt_labels(study: Study, spec: AnalysisSpec, makes_prompts: bool) -> Sequence[str | None]:
-    asked = spec.prompts
-    if asked is None and not makes_prompts:
-        asked = tuple(found.label for found in study.prompts)
-    if asked:
-        return asked
-    if makes_prompts:
-        return (None,)
-    raise fault(f"{spec.analysis} needs prompts: add [[prompts]], or an option that has it make its own", spec.origin)
-
-
-def _models_of(study: Study, spec: AnalysisSpec) -> list[StudyModel]:
-    return [model for model in study.models if spec.models is None or model.label in spec.models]
+    labels = spec.prompts
+    if labels is None and not makes_prompts:
+        labels = tuple(prompts.label for prompts in study.prompts)
+    if not labels and not makes_prompts:
+        raise fault(
+            f"{spec.analysis} needs prompts: add [[prompts]], or an option that has it make its own", spec.origin
+        )
+    return labels or (None,)
 
 
 def _overridden(study: Study, spec: AnalysisSpec, model: StudyModel, prompts: str | None) -> dict[str, Setting] | None:
-    """The options that overrides give these cells, later ones winning; None where they are left out."""
+    """Return the options that overrides give these cells, later ones winning; None where they are left out."""
     changed: dict[str, Setting] = {}
     for override in study.overrides:
         if override.matches(model.label, prompts, spec.label):
             if override.skip:
                 return None
-            for name, value in override.options.items():
-                name_now = name_today(get_analysis(spec.analysis), name)
-                changed[name_now] = Setting(value, override.origin and override.origin.child("options", name))
+            cls = get_analysis(spec.analysis)
+            changed |= {
+                name_today(cls, name): _setting(override, value, "options", name)
+                for name, value in override.options.items()
+            }
     return changed

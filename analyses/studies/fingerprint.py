@@ -15,31 +15,31 @@ from probes.prompts import PromptLine
 
 
 def digest(value: Any) -> str:
-    """xxh3_128 of the JSON of a value, 32 hex digits."""
+    """Return the xxh3_128 of the JSON of a value, 32 hex digits."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 def of_lines(lines: Sequence[PromptLine]) -> str:
-    """What prompts say, whatever file they came from."""
+    """Return the digest of what prompts say, whatever file they came from."""
     return digest([[line.text, line.tokens, dict(line.fields)] for line in lines])
 
 
 def of_path(path: Path) -> str:
-    """A file or folder by names, sizes and modification times: a copy counts as another."""
-    files = sorted(found for found in path.rglob("*") if found.is_file()) if path.is_dir() else [path]
+    """Return the digest of a file or folder by names, sizes and modification times: a copy counts as another."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     return digest([[str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
 
 
-def of_model(model: StudyModel, found: Located) -> dict[str, str]:
-    """A model and what decides its numbers: the commit or pinned digest, or the files of a folder."""
+def of_model(model: StudyModel, checkpoint: Located) -> dict[str, str]:
+    """Return what tells a model and its numbers from others: the commit or pinned digest, or the files of a folder."""
     spec = model.spec
-    weights = found.revision or of_path(found.folder)
+    weights = checkpoint.revision or of_path(checkpoint.folder)
     return {"weights": weights, "backend": spec.backend, "dtype": spec.dtype, "attention": spec.attention}
 
 
 def find(model: StudyModel) -> Located:
-    """The model's folder; what is not on this machine is fetched.
+    """Return the model's folder; what is not on this machine is fetched.
 
     Raises:
         ModelError: no such model; the message says what is at hand.
@@ -47,12 +47,12 @@ def find(model: StudyModel) -> Located:
     return locate(model.spec.ref, revision=model.spec.revision, trust_remote_code=model.spec.trust_remote_code)
 
 
-def weight_bytes(found: Located) -> int:
-    """Bytes of the weights on disk, by which models are ordered."""
-    return sum(file.stat().st_size for file in found.folder.glob("*.safetensors"))
+def weight_bytes(checkpoint: Located) -> int:
+    """Return the bytes of the weights on disk, by which models are ordered."""
+    return sum(file.stat().st_size for file in checkpoint.folder.glob("*.safetensors"))
 
 
 def of_named_files(options: Iterable[tuple[str, Any]]) -> dict[str, str]:
-    """The files and folders that text options name, so that a changed one is another cell."""
+    """Return the digests of files and folders that text options name, so that a changed one is another cell."""
     named = [(name, Path(value).expanduser()) for name, value in options if isinstance(value, str) and value]
     return {name: of_path(path) for name, path in named if path.exists()}

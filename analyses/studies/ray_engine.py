@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from analyses.studies.cells import Cell
-from analyses.studies.folder import StudyFolder
-from analyses.studies.ray_work import Batches, CaptureActor, pack_rows, plan_unit, run_one
+from analyses.studies.ray_tasks import Batches, CaptureActor, pack_rows, plan_unit, run_one
 from analyses.studies.run_cells import Captured, Event, Outcome, failed
-from analyses.studies.sharing import writes
-from analyses.studies.units import Unit
+from analyses.studies.scheduling import Unit
+from analyses.studies.shared_captures import generates
+from analyses.studies.study_folder import StudyFolder
 from probes.errors import OptionError
 from probes.store import ActivationStore
 
@@ -28,7 +28,7 @@ RETRIES = 3
 
 @dataclass(frozen=True)
 class Resources:
-    """What one actor or task asks of the cluster."""
+    """What one actor or task takes of the cluster."""
 
     cpus: int
     gpus: int
@@ -37,15 +37,15 @@ class Resources:
     memory: int
     """Bytes of the smallest node, beyond which an actor would wait for ever."""
 
-    def asked(self) -> dict[str, Any]:
-        """As Ray takes it; a task on a GPU counts no processor beside it."""
+    def as_options(self) -> dict[str, Any]:
+        """Return them as Ray takes them; a task on a GPU counts no processor beside it."""
         return {"num_gpus": self.gpus} if self.gpus else {"num_cpus": self.cpus}
 
 
 def run_ray(
     units: Sequence[Unit], folder: StudyFolder, store: Path, address: str | None = None
 ) -> Iterator[tuple[Unit, Event]]:
-    """Runs the units on a Ray cluster; `store` and the folder must lie on a file system that every node shares.
+    """Run the units on a Ray cluster; `store` and the folder must lie on a file system that every node shares.
 
     Raises:
         OptionError: Ray is not installed, or there is no cluster at the address.
@@ -55,10 +55,10 @@ def run_ray(
         waiting: dict[Any, tuple[Unit, Cell]] = {}
         for unit in units:
             needed = _resources(ray, unit)
-            first = [cell for cell in unit.cells if writes(cell)]
-            written = {one.options(**needed.asked()).remote(c, _absolute(folder), store): (unit, c) for c in first}
+            first = [cell for cell in unit.cells if generates(cell)]
+            written = {one.options(**needed.as_options()).remote(c, _absolute(folder), store): (unit, c) for c in first}
             yield from _ended(ray, written, folder, until=0)
-            rest = [cell for cell in unit.cells if not writes(cell)]
+            rest = [cell for cell in unit.cells if not generates(cell)]
             if len(rest) > 1:
                 planned = _plan(ray, unit, rest, store, needed, folder)
                 if isinstance(planned, list):
@@ -66,7 +66,7 @@ def run_ray(
                     continue
                 yield unit, _capture(ray, unit, planned, store, needed)
             for cell in rest:
-                waiting[one.options(**needed.asked()).remote(cell, _absolute(folder), store)] = unit, cell
+                waiting[one.options(**needed.as_options()).remote(cell, _absolute(folder), store)] = unit, cell
             yield from _ended(ray, waiting, folder, until=needed.copies)
         yield from _ended(ray, waiting, folder, until=0)
 
@@ -77,7 +77,7 @@ def _absolute(folder: StudyFolder) -> StudyFolder:
 
 @contextmanager
 def _cluster(address: str | None) -> Iterator[Any]:
-    """A connection to the cluster; one that was made here ends with the run."""
+    """Connect to the cluster; a connection that was made here ends with the run."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray
@@ -85,8 +85,8 @@ def _cluster(address: str | None) -> Iterator[Any]:
     except ImportError:
         raise OptionError("--engine ray needs Ray: pip install 'bathyscope[ray]'") from None
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    mine = not ray.is_initialized()
-    if mine:
+    starts_here = not ray.is_initialized()
+    if starts_here:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         except (ConnectionError, ValueError) as error:
@@ -96,12 +96,12 @@ def _cluster(address: str | None) -> Iterator[Any]:
     try:
         yield ray
     finally:
-        if mine:
+        if starts_here:
             ray.shutdown()
 
 
 def _resources(ray: Any, unit: Unit) -> Resources:
-    """A GPU each where the cluster has any, else processors of its smallest node."""
+    """Give each task a GPU where the cluster has any, else processors of its smallest node."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
     gpus, memory = int(sum(node.get("GPU", 0) for node in nodes)), int(min(node["memory"] for node in nodes))
     if gpus and unit.model.spec.device != "cpu":
@@ -113,8 +113,8 @@ def _resources(ray: Any, unit: Unit) -> Resources:
 def _plan(
     ray: Any, unit: Unit, cells: Sequence[Cell], store: Path, needed: Resources, folder: StudyFolder
 ) -> Batches | list[Outcome]:
-    """The shared captures of these cells, or how all of them ended where the model cannot be loaded."""
-    task = ray.remote(max_retries=RETRIES)(plan_unit).options(**needed.asked())
+    """Return the shared captures of these cells, or how all of them ended where the model cannot be loaded."""
+    task = ray.remote(max_retries=RETRIES)(plan_unit).options(**needed.as_options())
     try:
         return ray.get(task.remote(list(cells), store))
     except Exception as error:
@@ -123,7 +123,7 @@ def _plan(
 
 
 def _capture(ray: Any, unit: Unit, planned: Batches, store: Path, needed: Resources) -> Captured:
-    """Batch inference of what is missing; the shards are then taken into the store's catalogue."""
+    """Capture what is missing by batch inference; the shards are then taken into the store's catalogue."""
     rows = pack_rows(planned)
     if not rows:
         return Captured(0, 0)
@@ -132,7 +132,7 @@ def _capture(ray: Any, unit: Unit, planned: Batches, store: Path, needed: Resour
         fn_constructor_args=(unit.model, planned.features, store),
         compute=ray.data.ActorPoolStrategy(size=min(needed.copies, len(rows))),
         memory=min(planned.memory, needed.memory),
-        **needed.asked(),
+        **needed.as_options(),
     )
     try:
         done = data.take_all()
@@ -147,7 +147,7 @@ def _capture(ray: Any, unit: Unit, planned: Batches, store: Path, needed: Resour
 def _ended(
     ray: Any, waiting: dict[Any, tuple[Unit, Cell]], folder: StudyFolder, until: int
 ) -> Iterator[tuple[Unit, Event]]:
-    """What the tasks say as they end, until at most so many are left."""
+    """Yield what the tasks say as they end, until at most so many are left."""
     while len(waiting) > until:
         ready, _ = ray.wait(list(waiting))
         unit, cell = waiting.pop(ready[0])

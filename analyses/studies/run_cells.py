@@ -11,9 +11,9 @@ from typing import Literal
 from analyses.running.runner import run
 from analyses.studies.cells import Cell
 from analyses.studies.definition import StudyModel
-from analyses.studies.folder import StudyFolder
-from analyses.studies.sharing import groups, wants, writes
-from analyses.studies.units import Unit
+from analyses.studies.scheduling import Unit
+from analyses.studies.shared_captures import captures_of, generates, joined
+from analyses.studies.study_folder import StudyFolder
 from probes.capture.run import capture
 from probes.errors import UserError
 from probes.models import Model
@@ -50,8 +50,8 @@ class Outcome:
 Event = Started | Captured | Outcome
 
 
-class Loaded:
-    """Holds the one model that was asked for last."""
+class ModelHolder:
+    """Loads models, and holds the one that was called for last."""
 
     def __init__(self, device: str | None = None) -> None:
         self.device = device
@@ -59,6 +59,7 @@ class Loaded:
         self._model: Model | None = None
 
     def __call__(self, spec: StudyModel) -> Model:
+        """Return the loaded model."""
         if self._model is None or self.spec != spec:
             # The old one goes first, so that two never share the memory.
             self._model, self.spec = None, None
@@ -67,30 +68,30 @@ class Loaded:
 
 
 def run_unit(
-    unit: Unit, loaded: Callable[[StudyModel], Model], store: ActivationStore, folder: StudyFolder
+    unit: Unit, models: Callable[[StudyModel], Model], store: ActivationStore, folder: StudyFolder
 ) -> Iterator[Event]:
-    """Runs the cells of a unit; cells whose model writes come before the captures that all the others share."""
+    """Run the cells of a unit; cells whose model writes come before the captures that all the others share."""
     try:
-        model = loaded(unit.model)
+        model = models(unit.model)
     except Exception as error:
         yield from (failed(cell, folder, error) for cell in unit.cells)
         return
-    writing = [cell for cell in unit.cells if writes(cell)]
-    reading = [cell for cell in unit.cells if not writes(cell)]
+    writing = [cell for cell in unit.cells if generates(cell)]
+    reading = [cell for cell in unit.cells if not generates(cell)]
     for cell in writing:
         yield from run_cell(cell, model, store, folder)
     if len(reading) > 1:
-        yield share(reading, model, store)
+        yield capture_shared(reading, model, store)
     for cell in reading:
         yield from run_cell(cell, model, store, folder)
 
 
-def share(cells: Sequence[Cell], model: Model, store: ActivationStore) -> Captured:
-    """Captures what the cells want, once; where that fails each cell captures for itself and meets its own fault."""
+def capture_shared(cells: Sequence[Cell], model: Model, store: ActivationStore) -> Captured:
+    """Capture what the cells need, once; where that fails each cell captures for itself and meets its own fault."""
     forwards = written = 0
-    for group in groups(wants(cells, model)):
+    for shared in joined(captures_of(cells, model)):
         try:
-            done = capture(model, group.sequences, group.needs, store).done
+            done = capture(model, shared.sequences, shared.needs, store).done
         except Exception:
             continue
         forwards, written = forwards + done.forwards, written + done.bytes_written
@@ -98,31 +99,29 @@ def share(cells: Sequence[Cell], model: Model, store: ActivationStore) -> Captur
 
 
 def run_cell(cell: Cell, model: Model, store: ActivationStore, folder: StudyFolder) -> Iterator[Event]:
-    """Runs one cell and saves its result, or records its error."""
-    with folder.claim(cell.name) as mine:
-        if not mine:
+    """Run one cell and save its result, or record its error."""
+    with folder.claim(cell.name) as claimed:
+        if not claimed:
             yield Outcome(cell.name, "elsewhere")
             return
         yield Started(cell.name)
-        started = time.perf_counter()
+        started, forwards = time.perf_counter(), 0
         if not folder.done(cell.name):
             try:
-                lines, file = (cell.prompts.lines, cell.prompts.file) if cell.prompts else (None, None)
-                result = run(cell.model.spec, cell.analysis, lines, store, model=model, prompts_file=file)
+                file = cell.prompts.file if cell.prompts else None
+                result = run(cell.model.spec, cell.analysis, cell.lines, store, model=model, prompts_file=file)
                 result.save(folder.cell(cell.name))
             except Exception as error:
                 yield failed(cell, folder, error)
                 return
             forwards = int(result.provenance["counts"]["forwards"])
-        else:
-            forwards = 0
         folder.failure(cell.name).unlink(missing_ok=True)
         yield Outcome(cell.name, "done", forwards, time.perf_counter() - started)
 
 
 def failed(cell: Cell, folder: StudyFolder, error: Exception) -> Outcome:
-    """Records a cell's error; a mistake of the user's needs no traceback."""
+    """Record a cell's error; a mistake of the user's needs no traceback."""
     trace = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
-    said = " ".join(str(error).split()) or type(error).__name__
-    folder.fail(cell.name, said, type(error).__name__, trace)
-    return Outcome(cell.name, "failed", error=said)
+    message = " ".join(str(error).split()) or type(error).__name__
+    folder.fail(cell.name, message, type(error).__name__, trace)
+    return Outcome(cell.name, "failed", error=message)

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from analyses.studies.units import Unit
+from analyses.studies.scheduling import Unit
 from probes.capture.dry_run import human
 from probes.html_card import count
 
@@ -16,7 +16,7 @@ LIBRARIES = 4 * 2**30
 
 
 def script(units: Sequence[Unit], study: Path, out: Path, store: Path | None, processors: int) -> str:
-    """The script as text, for `sbatch`; every path must lie on a file system that all nodes share.
+    """Return the script as text, for `sbatch`; every path must lie on a file system that all nodes share.
 
     Args:
         processors: asked for per task.

@@ -18,14 +18,14 @@ PAGE = 1100
 
 
 def overlay(curve: pd.DataFrame, models: list[str]) -> go.Figure:
-    """One profile of one entry of a study, from the table of `index.curves`; a panel for each prompt set and option.
+    """Draw one profile of one entry of a study, from the table of `index.curves`; a panel for each prompt set and option.
 
     Args:
         models: every model of the study, so that each keeps its colour in all figures.
     """
     prompts, options = list(curve["prompts"].unique()), list(curve["options"].unique())
-    found = curve.groupby(["prompts", "options"], sort=False, dropna=False)
-    panels = sorted(found, key=lambda panel: (prompts.index(panel[0][0]), options.index(panel[0][1])))[:PANELS]
+    groups = curve.groupby(["prompts", "options"], sort=False, dropna=False)
+    panels = sorted(groups, key=lambda panel: (prompts.index(panel[0][0]), options.index(panel[0][1])))[:PANELS]
     columns = min(COLUMNS, len(panels), len(options) if len(prompts) > 1 else len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = make_subplots(

@@ -11,40 +11,32 @@ from analyses.registry import get_analysis
 from analyses.results.page import page
 from analyses.studies.cells import Cell
 from analyses.studies.definition import Study
-from analyses.studies.index import summary
 from analyses.studies.study_figures import PANELS, overlay
+from analyses.studies.tidy_tables import summary
 
-SHOWN = (
-    "entry",
-    "model",
-    "prompts",
-    "options",
-    "title",
-    "n_seeds",
-    "peak_layer",
-    "peak_depth",
-    "peak",
-    "ci_low",
-    "ci_high",
-)
+SHOWN = [
+    "entry", "model", "prompts", "options", "title", "n_seeds", "peak_layer", "peak_depth", "peak", "ci_low", "ci_high",
+]  # fmt: skip
+"""Columns of the summary on the page."""
 
 
 def render(study: Study, cells: Sequence[Cell], index: pd.DataFrame, curve: pd.DataFrame) -> str:
-    """The page as text, self-contained apart from the links to its cells."""
+    """Return the page as text, self-contained apart from the links to its cells."""
     labels = {cell.name: cell.label for cell in cells}
     states = index["state"].value_counts()
     lines = [_line(labels, row) for _, row in index.iterrows()]
+    models = list(index["model"].unique())
     return page(
         "study.html",
         title=study.title or study.name,
         total=len(index),
         done=int(states.get("done", 0)),
         failed=[line for line in lines if line["state"] == "failed"],
-        models=list(index["model"].unique()),
+        models=models,
         entries=list(index["entry"].unique()),
         seeds=sorted({cell.seed for cell in cells if cell.seed is not None}),
         files=["index.parquet", "profiles.parquet", "tables/index.csv", "tables/curves.csv", "tables/summary.tex"],
-        sections=list(_sections(curve, list(index["model"].unique()))),
+        sections=list(_sections(curve, models)),
         summary=_summary(curve),
         cells=lines,
     )
@@ -88,7 +80,7 @@ def _figure(analysis: Any, name: str, one: pd.DataFrame, models: list[str]) -> d
 
 
 def _about(one: pd.DataFrame) -> str:
-    """What the bands of a figure are."""
+    """Say what the bands of a figure are."""
     seeds = int(one["n_seeds"].max())
     if one["ci_low"].isna().all():
         return "One line per model; no interval is known."
@@ -101,7 +93,7 @@ def _about(one: pd.DataFrame) -> str:
 
 
 def _summary(curve: pd.DataFrame) -> dict[str, Any]:
-    short = summary(curve)[list(SHOWN)].rename(columns={"title": "profile", "peak_depth": "relative depth"})
+    short = summary(curve)[SHOWN].rename(columns={"title": "profile", "peak_depth": "relative depth"})
     rows = [[_text(value) for value in row] for row in short.itertuples(index=False)]
     return {"columns": [name.replace("_", " ") for name in short.columns], "cells": rows}
 

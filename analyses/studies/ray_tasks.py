@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
@@ -11,9 +11,9 @@ from typing import Any
 
 from analyses.studies.cells import Cell
 from analyses.studies.definition import StudyModel
-from analyses.studies.folder import StudyFolder
-from analyses.studies.run_cells import Event, Loaded, failed, run_cell
-from analyses.studies.sharing import plans, wants
+from analyses.studies.run_cells import Event, ModelHolder, failed, run_cell
+from analyses.studies.shared_captures import captures_of, shared_plans
+from analyses.studies.study_folder import StudyFolder
 from probes.capture.dry_run import block_parameters
 from probes.capture.forward import axis_sizes, batch_tokens_of, row_size
 from probes.capture.needs import Feature, Need
@@ -37,29 +37,29 @@ class Batches:
 
 
 @cache
-def _here() -> Loaded:
-    """The model of this worker process; Ray hands a process one task at a time."""
-    return Loaded()
+def _models() -> ModelHolder:
+    """Return the model of this worker process; Ray hands a process one task at a time."""
+    return ModelHolder()
 
 
 def plan_unit(cells: Sequence[Cell], store: Path) -> Batches:
-    """The forwards that the cells of one model and prompt set lack.
+    """Return the forwards that the cells of one model and prompt set lack.
 
     Raises:
         ModelError: the model cannot be loaded.
     """
-    model = _here()(cells[0].model)
-    held = ActivationStore(store)
+    model = _models()(cells[0].model)
+    activations = ActivationStore(store)
     kinds: list[tuple[Feature, ...]] = []
     rows = []
     size = 0
-    for plan in plans(model, wants(cells, model), held):
+    for plan in shared_plans(model, captures_of(cells, model), activations):
         size += plan.bytes(axis_sizes(model), row_size(model))
         for work in plan.missing:
             for batch in batches(work.sequences, batch_tokens_of(model)):
                 rows.append((len(kinds), tuple(work.sequences[i] for i in batch.indices)))
             kinds.append(work.features)
-    held.check_space(size)
+    activations.check_space(size)
     shape = model.shape
     weights = (shape.n_layers * block_parameters(shape) + 2 * shape.d_vocab * shape.d_model) * row_size(model)
     working = batch_tokens_of(model) * row_size(model) * (4 * shape.d_model + 3 * shape.d_mlp)
@@ -67,7 +67,7 @@ def plan_unit(cells: Sequence[Cell], store: Path) -> Batches:
 
 
 def pack_rows(planned: Batches) -> list[dict[str, Any]]:
-    """The batches as rows of a data set: ids one after the other, and where each sequence ends."""
+    """Return the batches as rows of a data set: ids one after the other, and where each sequence ends."""
     return [
         {"kind": kind, "ids": [t for s in sequences for t in s], "lengths": [len(s) for s in sequences]}
         for kind, sequences in planned.rows
@@ -75,14 +75,14 @@ def pack_rows(planned: Batches) -> list[dict[str, Any]]:
 
 
 class CaptureActor:
-    """Holds a model and captures batches into shards; what writes them twice leaves them once."""
+    """Holds a model and captures batches into shards; a batch that is captured again leaves its rows once."""
 
     def __init__(self, spec: StudyModel, features: tuple[tuple[Feature, ...], ...], store: Path) -> None:
         self.model, self.store = spec.spec.load(), AppendOnlyWriter(store)
         self.needs = [[Need((str(f.address),), f.reducer) for f in kind] for kind in features]
 
     def __call__(self, row: dict[str, Any]) -> dict[str, int]:
-        """Forwards and bytes of one batch; none where it failed, which its cells then meet themselves."""
+        """Capture one batch; return its forwards and bytes, 0 where it failed: its cells then meet the fault themselves."""
         ends = [0, *accumulate(int(n) for n in row["lengths"])]
         sequences = [tuple(int(t) for t in row["ids"][a:b]) for a, b in pairwise(ends)]
         try:
@@ -93,14 +93,9 @@ class CaptureActor:
 
 
 def run_one(cell: Cell, folder: StudyFolder, store: Path) -> list[Event]:
-    """What happened to one cell."""
-    return list(_run(cell, folder, store))
-
-
-def _run(cell: Cell, folder: StudyFolder, store: Path) -> Iterator[Event]:
+    """Run one cell; return what happened to it."""
     try:
-        model = _here()(cell.model)
+        model = _models()(cell.model)
     except Exception as error:
-        yield failed(cell, folder, error)
-        return
-    yield from run_cell(cell, model, ActivationStore(store), folder)
+        return [failed(cell, folder, error)]
+    return list(run_cell(cell, model, ActivationStore(store), folder))

@@ -12,9 +12,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from analyses.studies.definition import StudyModel
-from analyses.studies.folder import StudyFolder
-from analyses.studies.run_cells import Event, Loaded, Outcome, Started, run_unit
-from analyses.studies.units import Unit, take
+from analyses.studies.run_cells import Event, ModelHolder, Outcome, Started, run_unit
+from analyses.studies.scheduling import Unit, take
+from analyses.studies.study_folder import StudyFolder
 from probes.store import ActivationStore
 
 FORKSERVER = multiprocessing.get_context("forkserver")
@@ -28,7 +28,7 @@ class Finished:
 
 
 def devices(workers: int | None) -> list[str]:
-    """A device for each worker: every CUDA device, or the processors shared out."""
+    """Return a device for each worker: every CUDA device, or the processors shared out."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -38,7 +38,7 @@ def devices(workers: int | None) -> list[str]:
 
 
 def processors() -> int:
-    """Processors this process may use, within its affinity and its container's limit."""
+    """Return how many processors this process may use, within its affinity and its container's limit."""
     from joblib import cpu_count
 
     return max(1, int(cpu_count()))
@@ -47,14 +47,14 @@ def processors() -> int:
 def run_local(
     units: Sequence[Unit], folder: StudyFolder, store: Path, workers: int | None = None
 ) -> Iterator[tuple[Unit, Event]]:
-    """Runs the units; yields what happens, as it happens. With 0 workers, in this process.
+    """Run the units; yield what happens, as it happens. With 0 workers, in this process.
 
     A worker that dies takes only the cell it was running with it.
     """
     if workers == 0:
-        loaded, held = Loaded(), ActivationStore(store)
+        models, activations = ModelHolder(), ActivationStore(store)
         for unit in units:
-            for event in run_unit(unit, loaded, held, folder):
+            for event in run_unit(unit, models, activations, folder):
                 yield unit, event
         return
     places = devices(workers)[: len(units)]
@@ -69,20 +69,20 @@ def run_local(
                     worker.give(take(waiting, worker.model, others))
             busy = {worker.connection: worker for worker in team if worker.unit}
             for connection in wait(list(busy)):
-                yield from _heard(busy[connection], waiting)  # type: ignore[index]
+                yield from _receive(busy[connection], waiting)  # type: ignore[index]
     finally:
         for worker in team:
             worker.stop()
 
 
-def _heard(worker: _Worker, waiting: list[Unit]) -> Iterator[tuple[Unit, Event]]:
-    """One message of a worker, or what follows from its death."""
+def _receive(worker: _Worker, waiting: list[Unit]) -> Iterator[tuple[Unit, Event]]:
+    """Take one message of a worker, or what follows from its death."""
     assert worker.unit is not None
     unit = worker.unit
     try:
         event = worker.connection.recv()
     except (EOFError, ConnectionError):
-        lost, left = worker.bury()
+        lost, left = worker.give_up()
         waiting[:0] = [left] if left else []
         yield from ((unit, outcome) for outcome in lost)
         return
@@ -105,7 +105,7 @@ class _Worker:
         self.connection: Connection
 
     def give(self, unit: Unit) -> None:
-        """Hands a unit to the process, a new one where there is none or the old one has died while it waited."""
+        """Hand a unit to the process, a new one where there is none or the old one has died while it waited."""
         if self._process is None or not self._process.is_alive():
             self.stop()
             FORKSERVER.set_forkserver_preload(list(PRELOADED))
@@ -117,7 +117,7 @@ class _Worker:
         self.connection.send(unit)
 
     def note(self, event: Event | Finished) -> None:
-        """What a message says of the unit in hand."""
+        """Note what a message says of the unit in hand."""
         if isinstance(event, Started):
             self._running = event.cell
         elif isinstance(event, Outcome):
@@ -126,8 +126,8 @@ class _Worker:
         elif isinstance(event, Finished):
             self.unit = None
 
-    def bury(self) -> tuple[list[Outcome], Unit | None]:
-        """The cells that a dead worker takes with it, recorded as failed, and those that can still be run."""
+    def give_up(self) -> tuple[list[Outcome], Unit | None]:
+        """Return the cells that a dead worker takes with it, recorded as failed, and those that can still be run."""
         assert self.unit is not None
         assert self._process is not None
         self._process.join()
@@ -136,13 +136,13 @@ class _Worker:
         reason = _reason(self._process.exitcode, self._running is None)
         for cell in lost:
             self.folder.fail(cell.name, reason, "WorkerDied")
-        kept = tuple(cell for cell in left if cell not in lost)
+        others = tuple(cell for cell in left if cell not in lost)
         self.stop()
         self.unit, self.model = None, None
-        return [Outcome(cell.name, "failed", error=reason) for cell in lost], Unit(kept) if kept else None
+        return [Outcome(cell.name, "failed", error=reason) for cell in lost], Unit(others) if others else None
 
     def stop(self) -> None:
-        """Ends the process; what it had committed stays."""
+        """End the process; what it had committed stays."""
         if self._process is not None:
             self.connection.close()
             self._process.kill()
@@ -160,7 +160,7 @@ def _reason(exitcode: int | None, before_any: bool) -> str:
 
 
 def _serve(connection: Connection, device: str, threads: int, folder: StudyFolder, store: Path) -> None:
-    """The life of a worker process."""
+    """Run the units that come over the connection, until it closes."""
     import torch
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
@@ -170,11 +170,11 @@ def _serve(connection: Connection, device: str, threads: int, folder: StudyFolde
     torch.set_num_threads(threads)
     os.environ |= {"LOKY_MAX_CPU_COUNT": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     threadpool_limits(threads)
-    loaded, held = Loaded(device), ActivationStore(store)
+    models, activations = ModelHolder(device), ActivationStore(store)
     while True:
         try:
             unit = connection.recv()
-            for event in run_unit(unit, loaded, held, folder):
+            for event in run_unit(unit, models, activations, folder):
                 connection.send(event)
             connection.send(Finished())
         except (EOFError, ConnectionError):

@@ -30,31 +30,21 @@ class StudyFolder:
     root: Path
 
     @property
-    def record(self) -> Path:
-        return self.root / "study.json"
-
-    @property
     def index(self) -> Path:
+        """The table of its cells, written last."""
         return self.root / "index.parquet"
 
     @property
-    def profiles(self) -> Path:
-        return self.root / "profiles.parquet"
-
-    @property
-    def tables(self) -> Path:
-        return self.root / "tables"
-
-    @property
     def report(self) -> Path:
+        """The page of the finished study."""
         return self.root / "report.html"
 
     def cell(self, name: str) -> Path:
-        """The folder of a cell's result."""
+        """Return the folder of a cell's result."""
         return self.root / "cells" / name
 
     def failure(self, name: str) -> Path:
-        """The file that says why a cell failed."""
+        """Return the file that says why a cell failed."""
         return self.root / "failed" / f"{name}.json"
 
     def done(self, name: str) -> bool:
@@ -62,34 +52,35 @@ class StudyFolder:
         return (self.cell(name) / "result.json").is_file()
 
     def check(self) -> None:
-        """Refuses a folder that holds something other than a study.
+        """Refuse a folder that holds something other than a study.
 
         Raises:
             OptionError: it is a file, or holds other things.
         """
-        if entries(self.root, "this study") and not self.record.is_file():
+        if entries(self.root, "this study") and not (self.root / "study.json").is_file():
             raise OptionError(f"--out {str(self.root)!r} holds files that are not a study: give a new or empty folder")
 
     def prepare(self, study: Study, cells: Sequence[Cell]) -> bool:
-        """Writes down what the study is; returns whether that has changed."""
+        """Write down what the study is; return whether that has changed."""
         for name in ("cells", "failed", "locks"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
         # What processes left that were killed while they saved.
         exchange.sweep(self.root / "cells")
         described = {"name": study.name, "title": study.title, "cells": {cell.name: cell.label for cell in cells}}
         text = json.dumps(described, indent=2, ensure_ascii=False)
-        if self.record.is_file() and self.record.read_text(encoding="utf-8") == text:
+        record = self.root / "study.json"
+        if record.is_file() and record.read_text(encoding="utf-8") == text:
             return False
-        write(self.record, text)
+        write(record, text)
         return True
 
     def fail(self, name: str, error: str, kind: str, trace: str = "") -> None:
-        """Records why a cell failed."""
-        said = {"error": error, "kind": kind, "traceback": trace}
-        write(self.failure(name), json.dumps(said, indent=2, ensure_ascii=False))
+        """Record why a cell failed."""
+        failure = {"error": error, "kind": kind, "traceback": trace}
+        write(self.failure(name), json.dumps(failure, indent=2, ensure_ascii=False))
 
     def why(self, name: str) -> dict[str, Any] | None:
-        """The recorded failure of a cell, or None."""
+        """Return the recorded failure of a cell, or None."""
         path = self.failure(name)
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
@@ -110,7 +101,7 @@ class StudyFolder:
 
 
 def write(path: Path, text: str) -> None:
-    """A file that is whole or not there, whatever moment the process is killed at."""
+    """Write a file that is whole or not there, whatever moment the process is killed at."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, path)

@@ -1,8 +1,8 @@
-"""Running a study: what is missing, by an engine, then its index, tables and report."""
+"""A study from end to end: the cells that are missing, by an engine, then its index, tables and report."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +11,11 @@ import pandas as pd
 from analyses.studies.cells import Cell, expand
 from analyses.studies.definition import Study
 from analyses.studies.export import write_tables
-from analyses.studies.folder import StudyFolder, write
-from analyses.studies.index import build, curves
 from analyses.studies.run_cells import Captured, Event, Outcome
+from analyses.studies.scheduling import Unit, units
+from analyses.studies.study_folder import StudyFolder, write
 from analyses.studies.study_page import render
-from analyses.studies.units import Unit, units
+from analyses.studies.tidy_tables import build, curves
 from probes.html_card import count
 from probes.progress import QUIET, Progress
 
@@ -42,7 +42,7 @@ class StudyRun:
 def run_study(
     study: Study, out: str | Path, engine: Engine, *, unit: int | None = None, progress: Progress = QUIET
 ) -> StudyRun:
-    """Runs the cells that have no result yet, and writes the study's tables and report.
+    """Run the cells that have no result yet, and write the study's tables and report.
 
     Args:
         unit: run only the cells of this unit, counted from 0 as `units` orders them, and write no report.
@@ -57,53 +57,47 @@ def run_study(
     renamed = folder.prepare(study, cells)
     chosen = cells if unit is None else units(cells)[unit].cells
     missing = [cell for cell in chosen if not folder.done(cell.name)]
-    run = StudyRun(folder, len(cells), (), (), (), 0)
-    if missing:
-        run = _go(run, missing, engine, progress)
+    run = _run_missing(folder, len(cells), missing, engine, progress)
     if unit is None and (missing or renamed or _stale(folder, cells)):
         finish(study, cells, folder)
     return run
 
 
-def _go(run: StudyRun, missing: Sequence[Cell], engine: Engine, progress: Progress) -> StudyRun:
-    progress.note(f"{len(missing):,} of {count(run.cells, 'cell')} to run")
-    progress.start(len(missing), "cell")
+def _run_missing(
+    folder: StudyFolder, cells: int, missing: Sequence[Cell], engine: Engine, progress: Progress
+) -> StudyRun:
+    if missing:
+        progress.note(f"{len(missing):,} of {count(cells, 'cell')} to run")
+        progress.start(len(missing), "cell")
     labels = {cell.name: cell.label for cell in missing}
     ended: dict[str, list[str]] = {"done": [], "failed": [], "elsewhere": []}
     forwards = 0
-    for line, event in _told(engine(units(missing), run.folder), labels):
-        forwards += 0 if isinstance(event, Outcome) and event.state != "done" else getattr(event, "forwards", 0)
-        if isinstance(event, Outcome):
+    for unit, event in engine(units(missing), folder) if missing else ():
+        if isinstance(event, Captured) and event.forwards:
+            forwards += event.forwards
+            progress.note(f"{unit.label}: {count(event.forwards, 'forward pass')} that its cells share")
+        elif isinstance(event, Outcome):
+            forwards += event.forwards
             ended[event.state].append(event.cell)
             progress.advance()
-        if line:
-            progress.note(line)
-    return StudyRun(
-        run.folder, run.cells, tuple(ended["done"]), tuple(ended["failed"]), tuple(ended["elsewhere"]), forwards
-    )
+            progress.note(f"{labels[event.cell]}: {_how_it_ended(event)}")
+    return StudyRun(folder, cells, *(tuple(names) for names in ended.values()), forwards)  # type: ignore[arg-type]
 
 
-def _told(events: Iterable[tuple[Unit, Event]], labels: dict[str, str]) -> Iterator[tuple[str, Event]]:
-    """Each event with the line that tells a user of it."""
-    for unit, event in events:
-        line = ""
-        if isinstance(event, Captured) and event.forwards:
-            line = f"{unit.label}: {count(event.forwards, 'forward pass')} that its cells share"
-        elif isinstance(event, Outcome) and event.state == "done":
-            line = f"{labels[event.cell]}: done, {count(event.forwards, 'forward pass')}, {event.seconds:.1f} s"
-        elif isinstance(event, Outcome):
-            line = f"{labels[event.cell]}: {event.error or 'another process is running it'}"
-        yield line, event
+def _how_it_ended(outcome: Outcome) -> str:
+    if outcome.state == "done":
+        return f"done, {count(outcome.forwards, 'forward pass')}, {outcome.seconds:.1f} s"
+    return outcome.error or "another process is running it"
 
 
 def finish(study: Study, cells: Sequence[Cell], folder: StudyFolder) -> None:
-    """Writes index, profiles, tables and report from the results that are there."""
+    """Write index, profiles, tables and report from the results that are there."""
     index, profiles = build(cells, folder)
     curve = curves(profiles)
-    write_tables(folder.tables, index, profiles, curve)
+    write_tables(folder.root / "tables", index, profiles, curve)
     write(folder.report, render(study, cells, index, curve))
     # The index comes last: where it says that a cell is done, everything else does too.
-    for table, path in ((profiles, folder.profiles), (index, folder.index)):
+    for table, path in ((profiles, folder.root / "profiles.parquet"), (index, folder.index)):
         draft = path.with_name(f".{path.name}")
         table.to_parquet(draft, index=False)
         draft.replace(path)

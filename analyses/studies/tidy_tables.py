@@ -1,4 +1,4 @@
-"""What a study found, as tidy tables: one line per cell, one line per layer of every depth profile, one per curve."""
+"""The results of a study as tidy tables: a line per cell, a line per layer of every depth profile, a line per curve."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scipy.stats import t as student
 
 from analyses.results.result import Result
 from analyses.studies.cells import Cell, shown
-from analyses.studies.folder import StudyFolder
+from analyses.studies.study_folder import StudyFolder
 
 LABELS = ["entry", "analysis", "model", "prompts", "options"]
 """What tells the curves of a study apart; cells that agree in these differ in their seed."""
@@ -26,7 +26,7 @@ PROFILES = ["cell", *CURVE, "seed", "layers", "layer", "depth", "value", "ci_low
 
 
 def build(cells: Sequence[Cell], folder: StudyFolder) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Tables `index` (a line per cell) and `profiles` (a line per layer of every profile of every finished cell)."""
+    """Return tables `index` (a line per cell) and `profiles` (a line per layer of every profile of every finished cell)."""
     lines, profiles = [], []
     for cell in cells:
         labels = _labels(cell)
@@ -73,7 +73,7 @@ def _facts(result: Result) -> dict[str, Any]:
 
 
 def _typed(index: pd.DataFrame) -> pd.DataFrame:
-    """Whole numbers stay whole where some cells have none."""
+    """Keep whole numbers whole where some cells have none."""
     whole = ["seed", "layers", "n_prompts", "tokens", "forwards"]
     return index.astype(dict.fromkeys(whole, "Int64"))
 
@@ -86,29 +86,29 @@ def _profiles(result: Result, layers: int) -> Iterator[pd.DataFrame]:
 
 
 def curves(profiles: pd.DataFrame) -> pd.DataFrame:
-    """Profiles averaged over seeds: columns of `CURVE`, layer, depth, value, ci_low, ci_high, seed_sd, n_seeds.
+    """Average profiles over seeds: columns of `CURVE`, layer, depth, value, ci_low, ci_high, seed_sd, n_seeds.
 
     The interval adds in squares what each cell says of its own data and the 95 % Student interval of the mean over
     seeds; with one seed only the former is there.
     """
     columns = [*CURVE, "layers", "layer", "depth"]
     grouped = profiles.groupby(columns, sort=False, dropna=False)
-    found = grouped[["value", "ci_low", "ci_high"]].mean()
-    found["seed_sd"], found["n_seeds"] = grouped["value"].std(), grouped["value"].count()
-    n = found["n_seeds"].to_numpy()
-    half = np.zeros(len(found))
+    mean = grouped[["value", "ci_low", "ci_high"]].mean()
+    mean["seed_sd"], mean["n_seeds"] = grouped["value"].std(), grouped["value"].count()
+    n = mean["n_seeds"].to_numpy()
+    half = np.zeros(len(mean))
     several = n > 1
-    half[several] = student.ppf(0.975, n[several] - 1) * found["seed_sd"].to_numpy()[several] / np.sqrt(n[several])
+    half[several] = student.ppf(0.975, n[several] - 1) * mean["seed_sd"].to_numpy()[several] / np.sqrt(n[several])
     for side, sign in (("ci_low", -1), ("ci_high", 1)):
-        own = (found[side] - found["value"]).abs().to_numpy()
+        own = (mean[side] - mean["value"]).abs().to_numpy()
         width = np.hypot(np.nan_to_num(own), half)
         known = ~np.isnan(own) | several
-        found[side] = np.where(known, found["value"] + sign * width, np.nan)
-    return found.reset_index()
+        mean[side] = np.where(known, mean["value"] + sign * width, np.nan)
+    return mean.reset_index()
 
 
 def summary(curve: pd.DataFrame) -> pd.DataFrame:
-    """A line per curve: where along relative depth it peaks and how high, with that layer's interval, and its mean."""
+    """Return a line per curve: where along relative depth it peaks and how high, with that layer's interval, and its mean."""
     lines = []
     for key, one in curve.groupby(CURVE, sort=False, dropna=False):
         one = one.dropna(subset=["value"])
@@ -125,7 +125,7 @@ def summary(curve: pd.DataFrame) -> pd.DataFrame:
 
 
 def gather(index: pd.DataFrame, root: Path, analysis: str, table: str) -> pd.DataFrame:
-    """One table of one analysis from all finished cells, each line with its cell's labels."""
+    """Return one table of one analysis from all finished cells, each line with its cell's labels."""
     parts = []
     for _, line in index[(index["analysis"] == analysis) & (index["state"] == "done")].iterrows():
         file = root / line["result"] / "tables" / f"{table}.parquet"

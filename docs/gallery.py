@@ -1,4 +1,4 @@
-"""Makes docs/gallery/*.png from saved runs, one figure of each analysis: python docs/gallery.py runs/demo
+"""Makes docs/gallery/*.png from saved runs, one figure of each analysis: python docs/gallery.py runs/demo [NAME …]
 
 Needs a Chrome or Chromium, and the extra `images` (kaleido), which draw a figure outside a browser.
 """
@@ -23,12 +23,11 @@ def write_picture(figure: go.Figure, path: Path) -> None:
     image.convert("RGB").quantize(64).save(path, optimize=True)
 
 
-def draw(runs: Path) -> None:
-    """Draw the figure of every analysis that has a run in the folder."""
-    for name, figure in DRAWN.items():
-        if (runs / name / "result.json").is_file():
-            write_picture(Result.load(runs / name).figure(figure), DOCS / "gallery" / f"{name}.png")
+def draw(runs: Path, names: list[str]) -> None:
+    """Draw the figure of each of these analyses, from its run in the folder."""
+    for name in names:
+        write_picture(Result.load(runs / name).figure(DRAWN[name]), DOCS / "gallery" / f"{name}.png")
 
 
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]))
+    draw(Path(sys.argv[1]), sys.argv[2:] or list(DRAWN))

@@ -17,10 +17,10 @@ from analyses.results.result import Result
 
 
 def write_picture(figure: go.Figure, path: Path) -> None:
-    """Write a figure, without its menus, as a PNG of 64 colours, which keeps it small."""
+    """Write a figure, without its menus, as a PNG of 256 colours, which keeps it small."""
     figure.update_layout(updatemenus=[], paper_bgcolor="white", width=900)
     image = Image.open(BytesIO(figure.to_image(format="png", scale=1)))
-    image.convert("RGB").quantize(64).save(path, optimize=True)
+    image.convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def draw(runs: Path, names: list[str]) -> None:

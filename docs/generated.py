@@ -27,7 +27,7 @@ DRAWN = {
     "communication_channels": "components",
     "back_patching": "heatmap",
     "concept_depth": "curves",
-    "depth_use": "proxy_table",
+    "depth_use": "measured_loss",
     "norm_removal": "freeze_effect",
     "contextual_decomposition": "heads",
 }

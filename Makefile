@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 FETCHED := $(VENV)/.fetched-$(MODEL)
 
-.PHONY: setup demo app notebooks notebooks-in-place test lint bench clean
+.PHONY: setup demo app notebooks notebooks-in-place test lint docs bench clean
 
 setup: $(FETCHED)
 
@@ -57,10 +57,14 @@ lint: $(INSTALLED)
 test: lint $(FETCHED)
 	$(BIN)/python -m pytest
 
+# A warning is an error. Open docs/_build/html/index.html.
+docs: $(INSTALLED)
+	$(BIN)/sphinx-build -b html -W --keep-going -q docs docs/_build/html
+
 bench: $(INSTALLED)
 	$(BIN)/python -m pip install --constraint $(VENV)/held.txt --editable '.[bench]'
 	$(BIN)/bathyscope bench
 
 clean:
-	rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist runs docs/_build docs/_generated .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find probes analyses app tests -name __pycache__ -prune -exec rm -rf {} +

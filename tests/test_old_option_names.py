@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from analyses.studies.parse import read_study
 from study_makers import BASE, model_folder, prompt_file, study_file
 from tiny import PROMPTS, native
 
@@ -19,7 +20,6 @@ from analyses.latent_language import LatentLanguage
 from analyses.results.result import Result
 from analyses.running import reproduce
 from analyses.studies.cells import expand
-from analyses.studies.parse import read_study
 from analyses.voids import Voids
 from probes.errors import OptionError
 

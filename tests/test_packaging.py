@@ -66,7 +66,7 @@ def test_the_command_and_the_extras(shipped: zipfile.ZipFile) -> None:
     scripts.read_string(about(shipped, "entry_points.txt").decode())
     assert dict(scripts["console_scripts"]) == {"bathyscope": "analyses.cli:main"}
     metadata = message_from_bytes(about(shipped, "METADATA"))
-    extras = {"app", "bench", "datasets", "dev", "images", "nnsight", "notebooks", "ray", "triton"}
+    extras = {"app", "bench", "datasets", "dev", "docs", "images", "nnsight", "notebooks", "ray", "triton"}
     assert set(metadata.get_all("Provides-Extra") or ()) == extras
     required = [line for line in metadata.get_all("Requires-Dist") or () if "extra ==" not in line]
     assert next(line for line in required if line.startswith("torch")) == "torch<2.14,>=2.8"

@@ -67,6 +67,7 @@ class LabelledSet:
 
     @property
     def labels(self) -> list[int]:
+        """Each prompt's label, 0 or 1."""
         return [prompt.fields["label"] for prompt in self.prompts]
 
     @property
@@ -81,6 +82,7 @@ class LabelledSet:
 
     @property
     def template(self) -> str:
+        """The text around each statement; holds `{text}`."""
         return str(self.prompts[0].fields.get("template", "{text}"))
 
     @property

@@ -90,7 +90,7 @@ def _page(values: dict[str, Any], origin: Origin) -> Study:
         for i, table in enumerate(values[kind] if isinstance(values.get(kind), list) else ()):
             if isinstance(table, dict):
                 table.setdefault("origin", origin.child(kind, i))
-    models = _validated(tuple[_ModelTable, ...], values.get("models", ()), origin, "models")
+    models = _validated(tuple[_ModelTable, ...], values.get("models", ()), origin, "models")  # type: ignore[valid-type]
     page = {
         "analyses": (),
         "origin": origin,

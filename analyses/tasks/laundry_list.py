@@ -35,6 +35,7 @@ class Laundry:
 
     @property
     def answer(self) -> str:
+        """The item that the text leaves out."""
         return self.items[self.missing]
 
 

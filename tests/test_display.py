@@ -134,10 +134,9 @@ def test_a_count_agrees_with_its_noun() -> None:
 
 
 SAYING = [
-    *(ROOT / "analyses").glob("*.py"),
-    *(ROOT / "analyses" / "cli").glob("*.py"),
-    *(ROOT / "analyses" / "templates").glob("*.html"),
-    *(ROOT / "probes" / name for name in ("needs.py", "preflight.py")),
+    *(path for folder in ("", "cli", "results", "running") for path in (ROOT / "analyses" / folder).glob("*.py")),
+    *(ROOT / "analyses").rglob("*.html"),
+    *(ROOT / "probes" / name for name in ("capture/needs.py", "capture/dry_run.py")),
 ]
 
 

@@ -134,10 +134,9 @@ def test_a_count_agrees_with_its_noun() -> None:
 
 
 SAYING = [
-    *(ROOT / "analyses").glob("*.py"),
-    *(ROOT / "analyses" / "cli").glob("*.py"),
-    *(ROOT / "analyses" / "templates").glob("*.html"),
-    *(ROOT / "probes" / name for name in ("needs.py", "preflight.py")),
+    *(path for folder in ("", "cli", "results", "running") for path in (ROOT / "analyses" / folder).glob("*.py")),
+    *(ROOT / "analyses").rglob("*.html"),
+    *(ROOT / "probes" / name for name in ("capture/needs.py", "capture/dry_run.py")),
 ]
 
 
@@ -167,6 +166,8 @@ def test_sizes_read_as_people_say_them(n: int, text: str) -> None:
 
 
 def test_a_result_of_an_analysis_that_is_not_registered_still_shows(result: Result) -> None:
-    unknown = replace(result, analysis="mine")
+    own = replace(result, analysis="own")
+    assert "figures lens, convergence" in repr(own), "its card came with it"
+    unknown = replace(own, given_card=None)
     assert "none that this version can draw" in repr(unknown)
     assert "none that this version can draw" in Page(unknown._repr_html_()).words

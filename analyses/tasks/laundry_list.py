@@ -35,6 +35,7 @@ class Laundry:
 
     @property
     def answer(self) -> str:
+        """The item that is missing."""
         return self.items[self.missing]
 
 

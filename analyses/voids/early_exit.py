@@ -111,6 +111,7 @@ class Readings:
 
     @property
     def changed(self) -> NDArray[np.bool_]:
+        """[tokens], whether the most probable token is another than the full model's."""
         return self.top != self.full_top
 
 

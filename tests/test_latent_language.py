@@ -25,6 +25,7 @@ from analyses.latent_language.measures import area, crossover, norm_gain, token_
 from analyses.latent_language.read import Reader, Reading
 from analyses.latent_language.verdicts import verdicts
 from analyses.results.result import Result
+from analyses.results.statistics import Ci, row_interval
 from probes.capture.needs import Need
 from probes.capture.run import capture
 from probes.errors import OptionError, PromptError
@@ -290,10 +291,10 @@ def test_parts_of_a_block_are_read(read: Any, tiny: NativeModel, store: Activati
 
 def test_gaussian_and_bootstrap_intervals_agree_roughly() -> None:
     values = np.random.default_rng(0).normal(size=(400, 1))
-    boot, gauss = (tabled.interval(values, ci, 0) for ci in ("bootstrap", "gauss95"))  # type: ignore[arg-type]
+    boot, gauss = (row_interval(values, ci, 0) for ci in ("bootstrap", "gauss95"))  # type: ignore[arg-type]
     assert boot.mean == pytest.approx(gauss.mean)
     assert gauss.low[0] == pytest.approx(boot.low[0], abs=0.02)
-    assert np.isnan(tabled.interval(values[:1], "bootstrap", 0).low).all()
+    assert np.isnan(row_interval(values[:1], "bootstrap", 0).low).all()
 
 
 def test_what_cannot_run_is_refused(tiny: NativeModel, store: ActivationStore) -> None:
@@ -379,9 +380,9 @@ def test_a_difference_next_to_nothing_is_no_lead(ahead: float, leads: bool) -> N
 
 
 @pytest.mark.parametrize("ci", ["bootstrap", "gauss95"])
-def test_few_items_have_no_interval(ci: tabled.Ci) -> None:
+def test_few_items_have_no_interval(ci: Ci) -> None:
     values = np.arange(10.0).reshape(5, 2)
-    few, enough = tabled.interval(values, ci, 0), tabled.interval(np.tile(values, (2, 1)), ci, 0)
+    few, enough = row_interval(values, ci, 0), row_interval(np.tile(values, (2, 1)), ci, 0)
     assert np.isnan([few.low, few.high]).all()
     assert (enough.low < enough.mean).all()
 

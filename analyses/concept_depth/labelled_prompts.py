@@ -67,7 +67,7 @@ class LabelledSet:
 
     @property
     def labels(self) -> list[int]:
-        """Each prompt's label, 0 or 1."""
+        """The label of each prompt."""
         return [prompt.fields["label"] for prompt in self.prompts]
 
     @property
@@ -82,7 +82,7 @@ class LabelledSet:
 
     @property
     def template(self) -> str:
-        """The text around each statement; holds `{text}`."""
+        """The text around each prompt's own, which stands at `{text}`."""
         return str(self.prompts[0].fields.get("template", "{text}"))
 
     @property

@@ -35,7 +35,7 @@ class Laundry:
 
     @property
     def answer(self) -> str:
-        """The item that the text leaves out."""
+        """The item that is missing."""
         return self.items[self.missing]
 
 

@@ -50,7 +50,7 @@ class TwoHop:
 
     @property
     def prompt(self) -> str:
-        """The question as one text."""
+        """The text of both hops."""
         return self._ask(self.phrase)
 
     @property
@@ -78,7 +78,7 @@ class TwoHop:
 
     @property
     def fields(self) -> dict[str, str]:
-        """What a prompt line of this question carries beside its text."""
+        """What a prompt line of this question carries."""
         return {"entity": self.entity, "bridge": self.bridge, "answer": self.answer, "relation": self.relation}
 
 

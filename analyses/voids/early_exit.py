@@ -111,7 +111,7 @@ class Readings:
 
     @property
     def changed(self) -> NDArray[np.bool_]:
-        """Whether the exit layer's top token differs from the whole model's."""
+        """[tokens], whether the most probable token is another than the full model's."""
         return self.top != self.full_top
 
 

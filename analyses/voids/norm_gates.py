@@ -83,7 +83,7 @@ class NormGate:
     first_layers: Literal["released", "always_active"] = "released"
 
     def text(self) -> str:
-        """Canonical text, part of the store's key."""
+        """The edit as a store's key names it."""
         return f"norm_gate({self.alpha!r},{RELEASED_NAMES[self.mode]},{self.delta},{self.first_layers})"
 
     def writes(self, shape: Shape, lengths: Sequence[int] | None = None) -> Mapping[Address, Write]:
@@ -128,7 +128,7 @@ class RandomGate:
     seed: int = 0
 
     def text(self) -> str:
-        """Canonical text, part of the store's key."""
+        """The edit as a store's key names it."""
         return f"random_gate({','.join(f'{rate:.6g}' for rate in self.void_rates)},{self.seed})"
 
     def writes(self, shape: Shape, lengths: Sequence[int] | None = None) -> Mapping[Address, Write]:

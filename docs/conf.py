@@ -21,7 +21,7 @@ html_copy_source = False
 
 # Docstrings write code as `code`, as the rest of the project does.
 default_role = "code"
-autodoc_default_options = {"members": True, "undoc-members": True}
+autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True

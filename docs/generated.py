@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 from docutils.nodes import Node, document
 from docutils.parsers.rst.directives.images import Figure
 from docutils.statemachine import StringList
-from sphinx.addnodes import desc_signature, pending_xref
+from pygments.lexers.special import TextLexer
+from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
@@ -33,8 +34,9 @@ DRAWN = {
 }
 """The figure of each analysis that the gallery shows."""
 
-OUTSIDE = ("analyses.cli", "probes.kernels.fused_")
-"""What the reference leaves out: commands document themselves, and fused kernels compute what the eager ones say."""
+OUTSIDE = re.compile(r"analyses\.cli|probes\.kernels\.fused_|analyses\..*\.(figures|profiles|tables)")
+"""What the reference leaves out: commands document themselves, fused kernels compute what the eager ones say, and what figures,
+profiles and tables show stands in their captions and beside the results."""
 
 
 def modules(package: str) -> dict[str, list[str]]:
@@ -43,7 +45,7 @@ def modules(package: str) -> dict[str, list[str]]:
     for path in sorted((ROOT / package).rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
         dotted = ".".join(parts)
-        if dotted.startswith(OUTSIDE):
+        if OUTSIDE.match(dotted):
             continue
         if parts[-1] == "__init__":
             folders.setdefault(".".join(parts[:-1]), [])
@@ -136,12 +138,14 @@ def escape(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: l
         return match[0] if match[0].startswith("``") else "\\" + match[0]
 
     lines[:] = MARKUP.sub(escaped, "\n".join(lines)).split("\n")
+    if what in ("attribute", "data", "property"):
+        lines.insert(0, "")  # else napoleon takes what stands before a colon for a type
 
 
 def unlink_types(app: Sphinx, doctree: document) -> None:
-    """Show types in signatures as text: to look each of them up takes longer than the rest of the build."""
-    for signature in doctree.findall(desc_signature):
-        for reference in list(signature.findall(pending_xref)):
+    """Show types as text: to look each of them up takes longer than the rest of the build."""
+    for reference in list(doctree.findall(pending_xref)):
+        if reference.get("refdomain") == "py":
             reference.replace_self(reference.children)
 
 
@@ -155,6 +159,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Connect the pages and directives to the build."""
     app.add_directive("gallery", GalleryFigure)
     app.add_directive("options", Options)
+    for language in ("digests", "hex"):
+        app.add_lexer(language, TextLexer)
     app.connect("builder-inited", write_pages)
     app.connect("autodoc-process-docstring", escape, priority=400)
     app.connect("doctree-read", unlink_types)

@@ -51,8 +51,8 @@ class ModelSpec:
 
     def on(self, device: str | None) -> ModelSpec:
         """The same on `device`, unless a device or a device map was chosen already."""
-        free = device is not None and self.device == "auto" and self.device_map is None and not self.remote
-        return replace(self, device=device) if free else self
+        placed = self.device != "auto" or self.device_map is not None or self.remote
+        return self if device is None or placed else replace(self, device=device)
 
     def load(self, progress: Any = None) -> Model:
         """The loaded model.

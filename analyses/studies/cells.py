@@ -98,9 +98,9 @@ def check_names(study: Study) -> None:
     Raises:
         StudyError: the first fault.
     """
-    kinds = {"model": study.models, "prompts": study.prompts, "analysis": study.analyses}
+    kinds: dict[str, tuple[Any, ...]] = {"model": study.models, "prompts": study.prompts, "analysis": study.analyses}
     first: dict[tuple[str, str], Origin | None] = {}
-    for kind, spec in ((kind, spec) for kind, specs in kinds.items() for spec in specs):  # type: ignore[attr-defined]
+    for kind, spec in ((kind, spec) for kind, specs in kinds.items() for spec in specs):
         if (kind, spec.label) in first:
             place = f", first at {first[kind, spec.label]}" if spec.origin else ""
             twice = f"{kind} {spec.label!r} is named twice{place}: give each a name of its own"

@@ -81,7 +81,8 @@ def _run_missing(
             ended[event.state].append(event.cell)
             progress.advance()
             progress.note(f"{labels[event.cell]}: {_how_it_ended(event)}")
-    return StudyRun(folder, cells, *(tuple(names) for names in ended.values()), forwards)  # type: ignore[arg-type]
+    done, failed, elsewhere = (tuple(names) for names in ended.values())
+    return StudyRun(folder, cells, done, failed, elsewhere, forwards)
 
 
 def _how_it_ended(outcome: Outcome) -> str:

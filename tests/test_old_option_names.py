@@ -33,6 +33,7 @@ SAME = [
     ),
     (BackPatching(questions=2), BackPatching(n_prompts=2)),  # type: ignore[call-arg]
     (CommunicationChannels(task_prompts=3), CommunicationChannels(n_prompts=3)),  # type: ignore[call-arg]
+    (NormRemoval(special_ends=False, evaluated=8), NormRemoval(eot_scale=False, eval_blocks=8)),  # type: ignore[call-arg]
 ]
 
 

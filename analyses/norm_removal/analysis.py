@@ -17,7 +17,7 @@ from analyses.norm_removal.freezing import FirstScale, Source, forwards, sweep
 from analyses.norm_removal.measured import needs, switches_of
 from analyses.norm_removal.removal import Plan, most_forwards, remove
 from analyses.norm_removal.training import Setting
-from analyses.options import option, validate
+from analyses.options import accept_old_names, option, validate
 from analyses.results.card import FigureSpec, ProfileSpec
 from analyses.results.result import Result
 from probes.blocks.rerouting import module_of
@@ -32,6 +32,7 @@ from probes.prompts import Field, Prompt
 from probes.store import ActivationStore
 
 
+@accept_old_names
 @dataclass(frozen=True)
 class NormRemoval(Analysis):
     """What freezing each norm's scale does, without training; and with a schedule, the removal of all norms by fine-tuning.
@@ -61,9 +62,13 @@ class NormRemoval(Analysis):
     learning_rate: float = option(0.0, "Highest learning rate; 0 takes the schedule's own.", low=0)
     aux_weight: float = option(-1.0, "Weight of the loss on the final norm's input scale; negative is the schedule's.")
     special_first: bool = option(True, "Keep a scale of its own for position 0 until the schedule withdraws it.")
-    eot_scale: bool = option(True, "Keep position 0's scale for values at end-of-text tokens until it is withdrawn.")
+    eot_scale: bool = option(
+        True, "Keep position 0's scale for values at end-of-text tokens until it is withdrawn.", aliases=("special_ends",)
+    )
     at_once: bool = option(False, "Also train with all norms frozen at the first step of the schedule.")
-    eval_blocks: int = option(256, "Held-out blocks on which the models are compared, at most.", low=1)
+    eval_blocks: int = option(
+        256, "Held-out blocks on which the models are compared, at most.", low=1, aliases=("evaluated",)
+    )
     checkpoints: str = option(
         "runs/norm_removal_checkpoints", "Folder of the checkpoints that a broken-off run goes on from."
     )

@@ -36,6 +36,7 @@ _ModelTable = create_model(
     origin=(InstanceOf[Origin], ...),
     **{**_MODEL_OPTIONS, "ref": (Name, ...)},  # type: ignore[call-overload]
 )
+_MODELS: Any = tuple[_ModelTable, ...]  # type: ignore[valid-type]
 _TABLES: dict[str, Any] = {
     "models": _ModelTable.model_fields,
     "prompts": PromptSet.__dataclass_fields__,
@@ -90,7 +91,7 @@ def _page(values: dict[str, Any], origin: Origin) -> Study:
         for i, table in enumerate(values[kind] if isinstance(values.get(kind), list) else ()):
             if isinstance(table, dict):
                 table.setdefault("origin", origin.child(kind, i))
-    models = _validated(tuple[_ModelTable, ...], values.get("models", ()), origin, "models")  # type: ignore[valid-type]
+    models = _validated(_MODELS, values.get("models", ()), origin, "models")
     page = {
         "analyses": (),
         "origin": origin,

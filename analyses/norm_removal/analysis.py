@@ -63,7 +63,9 @@ class NormRemoval(Analysis):
     aux_weight: float = option(-1.0, "Weight of the loss on the final norm's input scale; negative is the schedule's.")
     special_first: bool = option(True, "Keep a scale of its own for position 0 until the schedule withdraws it.")
     eot_scale: bool = option(
-        True, "Keep position 0's scale for values at end-of-text tokens until it is withdrawn.", aliases=("special_ends",)
+        True,
+        "Keep position 0's scale for values at end-of-text tokens until it is withdrawn.",
+        aliases=("special_ends",),
     )
     at_once: bool = option(False, "Also train with all norms frozen at the first step of the schedule.")
     eval_blocks: int = option(

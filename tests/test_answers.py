@@ -135,10 +135,10 @@ def test_whole_words_count_as_single_under_every_tokenizer(kind: str) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "byte_level_prefix"])
 @pytest.mark.parametrize("task", ["ioi", "greater_than", "docstring"])
 def test_tasks_are_made_for_every_tokenizer(kind: str, task: str) -> None:
-    from analyses.contextual_decomposition.cases import case_of, made
+    from analyses.contextual_decomposition.cases import case_of, generated_questions
 
     model = speaking(kind)
-    for index, (prompt, item) in enumerate(made(model, task, 4, 2, 0)):
+    for index, (prompt, item) in enumerate(generated_questions(model, task, 4, 2, 0)):
         try:
             case = case_of(model, index, prompt, item)
         except PromptError:

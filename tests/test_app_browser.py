@@ -228,6 +228,7 @@ def test_bad_input_is_refused_with_its_place(visit: Callable[..., Any], server: 
             "no such model or folder: 'no-such-model'|unknown model 'no-such-model'|model 'no-such-model' is not"
         )
     ).wait_for()
+    unfold(page, "New run")
     page.get_by_text("Uploaded", exact=True).click()
     settle(page)
     long = "".join(json.dumps({"tokens": [5, 6]}) + "\n" for _ in range(100_000)).encode()

@@ -230,7 +230,7 @@ def test_commands_with_any_values(place: Path, command: Path, analysis: Any, dat
         patch.setattr("probes.capture.dry_run.PROBE_SECONDS", 0.0)
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         # What needs no model is in order, or refused, before a model is asked for.
-        patch.setattr("analyses.cli.run.load_model", loaded)
+        patch.setattr("probes.models.load.load_model", loaded)
         assert main(["run", analysis.name, "--dry-run", *(part for pair in args.items() for part in pair)]) in (0, 2)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from analyses.studies.parse import read_study
 from study_makers import BASE, model_folder, prompt_file, study_file
 from tiny import PROMPTS, native
 
@@ -20,6 +19,7 @@ from analyses.latent_language import LatentLanguage
 from analyses.results.result import Result
 from analyses.running import reproduce
 from analyses.studies.cells import expand
+from analyses.studies.study_file import read_study
 from analyses.voids import Voids
 from probes.errors import OptionError
 

@@ -10,7 +10,7 @@ from typing import Any
 import streamlit as st
 
 from analyses.base import Analysis
-from analyses.options import OPTIONAL, choices, defaults_of, types_of
+from analyses.options import OPTIONAL, choices, defaults_of, renewed, types_of
 from app.ui.keep import begin
 from probes.errors import OptionError
 
@@ -71,7 +71,7 @@ def set_options(cls: type[Analysis], options: Mapping[str, Any]) -> None:
     """Gives the widgets of an analysis these values, for instance those of a saved run; the others get their default."""
     types = types_of(cls)
     for name, default in defaults_of(cls).items():
-        value = options.get(name, default)
+        value = renewed(cls, options).get(name, default)
         st.session_state[key_of(cls, name)] = _shown(types[name], value)
 
 

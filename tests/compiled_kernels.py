@@ -80,7 +80,7 @@ def row_variant(name: str, dtype: torch.dtype, storage: torch.dtype, width: int,
 def lens_variants() -> Iterator[Variant]:
     """The lens kernel for every tile, with and without ranking."""
     sizes = ("width", "share", "hidden_stride", "weight_stride")
-    floats = ("high_out", "mass_out", "above_out", "wanted_out", "top_out")
+    floats = ("high_out", "mass_out", "above_out", "chosen_out", "top_out")
     for dtype in (torch.bfloat16, torch.float32):
         for n in (8, 64, 8192):
             for top in (0, 1, 32) if n == 64 else (0, 10):

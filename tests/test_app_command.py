@@ -86,7 +86,7 @@ def test_the_dashboard_that_a_wheel_carries_is_found(monkeypatch: pytest.MonkeyP
 def test_the_command_and_the_home_page_import_no_torch() -> None:
     code = (
         "import sys, analyses.cli, analyses.cli.app, app.views.home, app.offered, app.ui.selector, app.jobs.queue;"
-        "app.offered.names(); print('torch' in sys.modules, 'analyses.registry' in sys.modules)"
+        "app.offered.names(); print('torch' in sys.modules, 'analyses.voids' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from probes.errors import OptionError
-from probes.store.files import LockedFile, lock_for_removal, sync
+from probes.locked_files import LockedFile, lock_for_removal, sync
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Iterator
 
 from probes.errors import StoreError
+from probes.locked_files import lock_for_removal
 from probes.store.backing import Backing, disk_full, read_only
-from probes.store.files import lock_for_removal
 
 
 def check_space(backing: Backing, max_bytes: int | None, nbytes: int) -> None:

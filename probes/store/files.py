@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import shutil
-import stat
 import threading
 import time
 import uuid
@@ -17,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from probes.errors import StoreError
+from probes.locked_files import LockedFile, lock_for_removal, sync
 from probes.store.layout import PROTOCOL, Encoded
 
 _OURS = re.compile(r"[0-9a-f]{32}\.(partial|pins)")
@@ -114,33 +113,6 @@ class Folder:
         return frozenset(names)
 
 
-class LockedFile:
-    """A file of a random name that carries an exclusive lock for as long as its owner lives."""
-
-    def __init__(self, folder: Path, suffix: str) -> None:
-        while True:
-            self.path = folder / f"{uuid.uuid4().hex}.{suffix}"
-            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
-            fcntl.flock(self.fd, fcntl.LOCK_EX)
-            if os.fstat(self.fd).st_nlink:
-                return
-            # A sweep came between creating and locking.
-            os.close(self.fd)
-
-    def release(self) -> None:
-        """Unlock and close; unlocking first frees readers even where a forked child inherited the descriptor."""
-        if self.fd >= 0:
-            fcntl.flock(self.fd, fcntl.LOCK_UN)
-            os.close(self.fd)
-            self.fd = -1
-
-    def discard(self) -> None:
-        """Remove the file and release it; does nothing once released."""
-        if self.fd >= 0:
-            self.path.unlink(missing_ok=True)
-            self.release()
-
-
 class Partial(LockedFile):
     """A shard being written under a temporary name."""
 
@@ -220,22 +192,6 @@ def sweep(folder: Path) -> int:
         return 0
 
 
-def lock_for_removal(path: Path) -> int | None:
-    """Return a descriptor that locks the file exclusively, or None where it is in use, gone, no file, or out of reach."""
-    try:
-        fd = _open_file(path)
-    except OSError:
-        return None
-    try:
-        if stat.S_ISREG(os.fstat(fd).st_mode):
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return fd
-    except OSError:
-        pass
-    os.close(fd)
-    return None
-
-
 def remove_if_unlocked(path: Path) -> bool:
     """Delete a file of ours unless it is in use or out of reach; returns whether it was deleted."""
     fd = lock_for_removal(path)
@@ -267,24 +223,6 @@ def touch(target: int | Path) -> None:
     now = time.time_ns()
     with suppress(OSError):
         os.utime(target, ns=(now, now))
-
-
-def sync(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _open_file(path: Path) -> int:
-    # Without O_NONBLOCK a named pipe would be waited for.
-    flags = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
-    try:
-        return os.open(path, os.O_RDWR | flags)
-    except PermissionError:
-        return os.open(path, os.O_RDONLY | flags)
 
 
 def _may_write(path: Path) -> bool:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from store_makers import CONTEXT, FEATURES, check_rows, make, numbered, shard_files
 
+from probes.locked_files import LockedFile
 from probes.store import ActivationStore
 from probes.store.catalogue import Catalogue
-from probes.store.files import LockedFile, Partial
+from probes.store.files import Partial
 from probes.store.layout import encode
 
 

@@ -306,7 +306,7 @@ def test_what_is_no_prompt_is_refused_by_what_it_is(tiny: NativeModel, store: Ac
         ("some text", "one text 'some text' where a list belongs"),
         ([""], "must be a string that is not empty"),
         ([()], "not empty"),
-        ([(1.5,)], "1.5 is not an int"),
+        ([(1.5,)], "1.5 is not a whole number"),
         ([(97,)], "outside the vocabulary"),
     ):
         with pytest.raises(PromptError, match=message):

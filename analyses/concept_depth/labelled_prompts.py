@@ -106,7 +106,7 @@ def labelled_sets(prompts: Sequence[Prompt]) -> list[LabelledSet]:
         problem = check_label(prompt.fields.get("label"))
         if problem:
             raise PromptError(
-                f"prompt {i}: field 'label': {problem if 'label' in prompt.fields else 'is missing; give 0 or 1'}"
+                f"prompt {i}: field 'label' {problem if 'label' in prompt.fields else 'is missing; give 0 or 1'}"
             )
         members.setdefault(str(prompt.fields.get("dataset", DEFAULT_SET)), []).append(i)
     labelled = [LabelledSet(name, tuple(index), tuple(prompts[i] for i in index)) for name, index in members.items()]

@@ -16,6 +16,7 @@ from analyses.base import Analysis
 from analyses.cli import main
 from analyses.communication_channels import CommunicationChannels
 from analyses.latent_language import LatentLanguage
+from analyses.norm_removal import NormRemoval
 from analyses.results.result import Result
 from analyses.running import reproduce
 from analyses.studies.cells import expand

@@ -129,7 +129,7 @@ def test_the_blocks_hold_nothing_before_and_after(llama: str) -> None:
     with pytest.raises(ZeroDivisionError):
         streamed.run(prompt(), {Address("resid_post", 1): lambda _: 1 / 0})  # type: ignore[arg-type, return-value]
     assert in_memory() == set()
-    assert all("forward" not in vars(block) for block in streamed._gates.blocks)
+    assert all("forward" not in vars(block) for block in streamed._runner.blocks)
 
 
 def test_never_more_than_two_blocks_are_in_memory(llama: str, monkeypatch: Any) -> None:

@@ -12,7 +12,7 @@ if sys.path[0] != ROOT:
 
 import streamlit as st  # noqa: E402
 
-from app import offered as catalogue  # noqa: E402
+from app import offered  # noqa: E402
 from app.selection import KEY, KINDS, OF, current, params_of  # noqa: E402
 from app.ui import keep, selector  # noqa: E402
 from app.ui.theme import mode, page_style  # noqa: E402
@@ -23,8 +23,8 @@ def pages() -> dict[str, list[object]]:
     return {
         "": [st.Page(_home, title="Home", icon=":material/water:", default=True)],
         "Analyses": [
-            st.Page(partial(_analysis, name), title=catalogue.label(name), url_path=name, icon=":material/layers:")
-            for name in catalogue.names()
+            st.Page(partial(_analysis, name), title=offered.label(name), url_path=name, icon=":material/layers:")
+            for name in offered.names()
         ],
         "Kept": [
             st.Page(_runs, title="Runs", url_path="runs", icon=":material/folder_open:"),
@@ -41,7 +41,7 @@ def _home() -> None:
 
 
 def _analysis(name: str) -> None:
-    with catalogue.importing():
+    with offered.importing():
         from app.views import analysis
 
     analysis.draw(name)
@@ -60,7 +60,7 @@ def _store() -> None:
 
 
 def _model() -> None:
-    with catalogue.importing():
+    with offered.importing():
         from app.views import model
 
     model.draw()
@@ -89,7 +89,7 @@ def main() -> None:
         _working()
         selector.draw()
     _address()
-    catalogue.load_soon()
+    offered.load_soon()
 
 
 def _address() -> None:

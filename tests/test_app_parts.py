@@ -18,8 +18,7 @@ from analyses.registry import ANALYSES
 from analyses.results.axes import layer_step
 from analyses.results.result import Result
 from analyses.voids import Voids
-from app import offered as catalogue
-from app import places, prompt_sets, saved
+from app import offered, places, prompt_sets, saved
 from app.selection import Selection, named_by, narrowed, params_of, parse
 from app.ui.figures import clicked_layers, data_of, drawn, mark
 from probes.errors import OptionError, PromptError
@@ -39,7 +38,7 @@ def result(tiny: NativeModel, store: ActivationStore) -> Result:
 
 
 def test_the_catalogue_names_what_is_registered_without_importing_it() -> None:
-    assert catalogue.names() == tuple(ANALYSES)
+    assert offered.names() == tuple(ANALYSES)
 
 
 # Selection

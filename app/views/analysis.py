@@ -7,7 +7,7 @@ from pathlib import Path
 import streamlit as st
 
 from analyses.base import Analysis
-from app import offered as catalogue
+from app import offered
 from app.jobs.protocol import Request
 from app.jobs.queue import queue
 from app.saved import Run, open_run, saved_runs
@@ -21,8 +21,8 @@ from probes.errors import UserError
 def draw(name: str) -> None:
     """The page of the analysis `name`."""
     try:
-        with catalogue.importing():
-            cls = catalogue.get_analysis(name)
+        with offered.importing():
+            cls = offered.get_analysis(name)
     except UserError as error:
         st.error(str(error), icon=":material/extension_off:")
         return

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pandas as pd
 import streamlit as st
 
-from app import offered as catalogue
+from app import offered
 from app.places import runs_root
 from app.saved import Profile, Run, open_run, profiles_of, saved_runs
 from app.selection import Selection, current, narrowed, select
@@ -32,7 +32,7 @@ def draw() -> None:
     model = left.selectbox("Model", models, key="keep:home:model", help="Runs on one model share one layer axis.")
     own_runs = [run for run in runs if f"{run.model} · {run.layers} layers" == model]
     newest = {run.analysis: run.name for run in reversed(own_runs)}
-    order = [name for name in catalogue.names() if name in newest] + [n for n in newest if n not in catalogue.names()]
+    order = [name for name in offered.names() if name in newest] + [n for n in newest if n not in offered.names()]
     chosen = right.multiselect(
         "Saved runs", [run.name for run in own_runs], default=[newest[name] for name in order], key=f"home:runs:{model}",
         help="The newest run of each analysis, unless you choose others.",
@@ -138,7 +138,7 @@ def _cut(profile: Profile, run: Run, part: Selection) -> Profile | None:
 
 
 def _figure(profiles: list[Profile], n_layers: int, selection: Selection) -> None:
-    order = list(catalogue.names())
+    order = list(offered.names())
     panels = [Panel(p.title, p.unit, ((p.run, colour_of(p.analysis, order), p),)) for p in profiles]
     layers = [layer for layer in selection.layers if layer < n_layers]
 
@@ -166,7 +166,7 @@ def _explain(profiles: list[Profile], runs: list[Run]) -> None:
     with st.expander("What am I looking at?", icon=":material/help:"):
         for profile in profiles:
             st.markdown(
-                f"**{profile.title}** ({catalogue.label(profile.analysis)}, run `{profile.run}`). {profile.caption}"
+                f"**{profile.title}** ({offered.label(profile.analysis)}, run `{profile.run}`). {profile.caption}"
             )
         worst = [run.name for run in runs if not run.provenance.get("faithfulness", {}).get("holds", True)]
         if worst:
@@ -178,7 +178,7 @@ def _explain(profiles: list[Profile], runs: list[Run]) -> None:
 
 def _at_layers(profiles: list[Profile], selection: Selection) -> None:
     tables = [
-        p.table.assign(analysis=catalogue.label(p.analysis), profile=p.title, unit=p.unit, run=p.run) for p in profiles
+        p.table.assign(analysis=offered.label(p.analysis), profile=p.title, unit=p.unit, run=p.run) for p in profiles
     ]
     columns = ["layer", "profile", "value", "ci_low", "ci_high", "unit", "run", "analysis"]
     table = pd.concat(tables, ignore_index=True).reindex(columns=columns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import streamlit as st
 
-from app import offered as catalogue
+from app import offered
 from app.places import runs_root
 from app.saved import Profile, Run, delete_run, open_run, profiles_of, saved_runs
 from app.selection import current
@@ -48,7 +48,7 @@ def _table(runs: list[Run]) -> pd.DataFrame:
     rows = [
         {
             "run": run.name,
-            "analysis": catalogue.label(run.analysis),
+            "analysis": offered.label(run.analysis),
             "model": run.model,
             "layers": run.layers,
             "prompts": run.provenance["counts"].get("prompts"),

@@ -65,7 +65,7 @@ def names_bound(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.name
 
 
-@pytest.mark.parametrize("folder", ["probes", "analyses", "app", "benchmarks"])
+@pytest.mark.parametrize("folder", ["probes", "analyses", "app", "benchmarks", "tests", "notebooks", "docs"])
 def test_names_say_what_they_hold(folder: str) -> None:
     empty = [
         f"{path.relative_to(ROOT)}:{line}: {name}"

@@ -16,9 +16,9 @@ from probes.reducers import ROWS, Reducer
 SEQUENCES = [(1, 2, 3), (4, 5), (1, 2, 3)]
 
 
-def holding(*held: str):
+def holding(*keys: str):
     def ask(sequences: Sequence[tuple[int, ...]], features: Sequence[Feature]) -> np.ndarray:
-        return np.array([[f.key in held for f in features] for _ in sequences])
+        return np.array([[f.key in keys for f in features] for _ in sequences])
 
     return ask
 

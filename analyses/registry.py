@@ -22,6 +22,19 @@ ANALYSES: Mapping[str, str] = {
 }
 """Name to the dotted path of the class. To add an analysis here, add its line."""
 
+TITLES: Mapping[str, str] = {
+    "voids": "Voids: unactivated layers by the L2 norm",
+    "logit_lens": "Logit lens",
+    "back_patching": "Back-patching: hopping too late",
+    "communication_channels": "Communication channels between heads",
+    "concept_depth": "Concept depth: linear probes along the layers",
+    "latent_language": "Latent languages by the lens",
+    "depth_use": "Depth use: contributions, skips and proxies of importance",
+    "norm_removal": "Norm removal: what norms do, and a model without them",
+    "contextual_decomposition": "Contextual decomposition: heads, words and circuits",
+}
+"""The title of each class, for lists that import none of them."""
+
 GROUP = "bathyscope.analyses"
 """Entry points of this group, in any installed package, add analyses of their own under the entry point's name."""
 
@@ -35,6 +48,11 @@ def paths() -> dict[str, str]:
 def names() -> tuple[str, ...]:
     """Return the name of every analysis, without importing any."""
     return tuple(paths())
+
+
+def titles() -> dict[str, str]:
+    """Return the title of every analysis, without importing any; the dotted path stands for one that is not known."""
+    return {name: TITLES.get(name, path) for name, path in paths().items()}
 
 
 def every_analysis() -> tuple[Any, ...]:

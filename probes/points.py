@@ -98,9 +98,11 @@ def expand(patterns: str | Iterable[str], n_layers: int) -> tuple[Address, ...]:
     """Return the addresses named by patterns such as `resid_post.*`, `z.0-3`, `logits`, comma-separated or listed.
 
     Raises:
-        PointError: an unknown point or a layer outside `0..n_layers-1`.
+        PointError: no text, an unknown point or a layer outside `0..n_layers-1`.
     """
-    parts = patterns.split(",") if isinstance(patterns, str) else list(patterns)
+    parts = patterns.split(",") if isinstance(patterns, str) else patterns
+    if not isinstance(parts, Iterable) or not all(isinstance(part, str) for part in parts):
+        raise PointError(f"points {shown(patterns)} are no text: give one such as 'resid_post.*', or several of them")
     addresses: dict[Address, None] = {}
     for part in (p.strip() for p in parts):
         point, _, layers = part.partition(".")

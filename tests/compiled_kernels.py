@@ -131,11 +131,11 @@ def usage(cubin: bytes) -> dict[str, int]:
 
 def main() -> None:
     """Compiles every variant."""
-    found = {}
+    usages = {}
     for name, kernel, signature, constants, options in (*row_variants(), *lens_variants(), *means_variants()):
-        made = compiled(kernel, signature, constants, options)
-        found[name] = usage(made.asm["cubin"]) | {"shared": int(made.metadata.shared)}
-    json.dump(found, sys.stdout)
+        built = compiled(kernel, signature, constants, options)
+        usages[name] = usage(built.asm["cubin"]) | {"shared": int(built.metadata.shared)}
+    json.dump(usages, sys.stdout)
 
 
 if __name__ == "__main__":

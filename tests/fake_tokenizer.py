@@ -22,14 +22,14 @@ class FakeTokenizer:
         return dict(self.ids)
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        found: list[int] = []
+        ids: list[int] = []
         text = text.replace(" ", "▁")
         longest = max(map(len, self.pieces))
         while text:
             size = next((n for n in range(longest, 0, -1) if text[:n] in self.ids), 0)
-            found += [self.ids[text[:size]]] if size else [FIRST_BYTE + b for b in text[0].encode()]
+            ids += [self.ids[text[:size]]] if size else [FIRST_BYTE + b for b in text[0].encode()]
             text = text[max(1, size) :]
-        return {"input_ids": found}
+        return {"input_ids": ids}
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         parts = [

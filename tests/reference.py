@@ -170,8 +170,8 @@ def _eager(family: str) -> Any:
 
 def _eager_patterns(family: str, tokens: Tensor) -> tuple[Tensor, ...] | None:
     with torch.no_grad():
-        found: tuple[Tensor, ...] | None = _eager(family)(tokens, output_attentions=True).attentions
-    return found
+        patterns: tuple[Tensor, ...] | None = _eager(family)(tokens, output_attentions=True).attentions
+    return patterns
 
 
 @cache
@@ -185,10 +185,10 @@ def expected(family: str) -> Mapping[str, Tensor]:
     with torch.no_grad():
         for layer in range(n_layers):
             block = f"{names.blocks}.{layer}"
-            found = _block(module, names, heard, block)
+            values = _block(module, names, heard, block)
             if patterns is not None:
-                found["pattern"] = patterns[layer]
-            out |= {f"{point}.{layer}": value for point, value in found.items()}
+                values["pattern"] = patterns[layer]
+            out |= {f"{point}.{layer}": value for point, value in values.items()}
         if names.final:
             norm = module.get_submodule(names.final)
             last = out[f"resid_post.{n_layers - 1}"]

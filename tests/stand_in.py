@@ -39,7 +39,7 @@ class ThreadEngine:
 
     def __init__(self, delay: float = 0.0, seed: int = 0, barrier: bool = True) -> None:
         self.delay, self.barrier = delay, barrier
-        self.copied = self.held = 0
+        self.copied = self.unfinished = 0
         self._random = random.Random(seed)
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
@@ -56,7 +56,7 @@ class ThreadEngine:
 
     def hold(self, event: Event) -> None:
         assert isinstance(event, _Flag)
-        self.held += not event.passed
+        self.unfinished += not event.passed
         if self.barrier:
             event.wait()
 

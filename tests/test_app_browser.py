@@ -83,7 +83,7 @@ def settle(page: Any) -> None:
         "document.querySelector('[data-testid=stApp]')?.getAttribute('data-test-script-state') === 'notRunning'"
     )
     page.locator("button", has_text="Clear the selection").last.wait_for()  # drawn last
-    assert [found.inner_text() for found in page.query_selector_all("[data-testid=stException]")] == []
+    assert [alert.inner_text() for alert in page.query_selector_all("[data-testid=stException]")] == []
 
 
 def go(page: Any, name: str) -> None:
@@ -340,7 +340,9 @@ def test_headings_of_home_never_touch(width: int, browser: Any, filled: Server) 
     page.wait_for_selector("[data-testid=stMain] .main-svg .annotation")
     page.wait_for_timeout(1500)
     for kind in (".annotation", "[class^=g-x][class$=title]"):
-        boxes = [box for found in page.query_selector_all(f".main-svg :is({kind})") if (box := found.bounding_box())]
+        boxes = [
+            box for element in page.query_selector_all(f".main-svg :is({kind})") if (box := element.bounding_box())
+        ]
         boxes = [box for box in boxes if box["width"]]
         assert len(boxes) >= len(SMALL)
         boxes.sort(key=lambda box: box["x"])
@@ -394,8 +396,8 @@ def test_tool_bars_cover_no_title(browser: Any, filled: Server) -> None:
     page.wait_for_selector("[data-testid=stMain] .main-svg .annotation")
     page.wait_for_timeout(1500)
     page.locator("[data-testid=stPlotlyChart]").first.hover()
-    bars = [box for found in page.query_selector_all(".modebar") if (box := found.bounding_box())]
-    titles = [box for found in page.query_selector_all(".main-svg .annotation") if (box := found.bounding_box())]
+    bars = [box for element in page.query_selector_all(".modebar") if (box := element.bounding_box())]
+    titles = [box for element in page.query_selector_all(".main-svg .annotation") if (box := element.bounding_box())]
     assert bars
     assert titles
     assert all(bar["y"] + bar["height"] <= title["y"] for bar in bars for title in titles)

@@ -20,12 +20,12 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The command lines that Streamlit was given, in place of starting it."""
-    found: list[list[str]] = []
-    monkeypatch.setattr("analyses.cli.app.serve", found.append)
+    commands: list[list[str]] = []
+    monkeypatch.setattr("analyses.cli.app.serve", commands.append)
     monkeypatch.setenv("BATHYSCOPE_RUNS", "elsewhere")
     monkeypatch.setenv("BATHYSCOPE_STORE", "elsewhere")
     monkeypatch.setenv("BATHYSCOPE_HOSTS", "elsewhere")
-    return found
+    return commands
 
 
 def test_it_listens_on_this_machine_only_unless_told_otherwise(started: list[list[str]], tmp_path: Path) -> None:

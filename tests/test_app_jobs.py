@@ -59,24 +59,24 @@ def request(folder: Path, tmp_path: Path, **changes: object) -> Request:
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
-def did(folder: Path, wanted: Request, closing: threading.Event | None = None) -> Status:
-    write_request(folder, wanted)
+def did(folder: Path, job: Request, closing: threading.Event | None = None) -> Status:
+    write_request(folder, job)
     worker.work(folder, closing or threading.Event())
     return read_status(folder)
 
 
 def test_a_job_saves_what_the_command_line_would(llama_folder: Path, tmp_path: Path) -> None:
-    wanted = request(llama_folder, tmp_path)
-    status = did(tmp_path / "j1", wanted)
+    job = request(llama_folder, tmp_path)
+    status = did(tmp_path / "j1", job)
     assert (status.state, status.answer["counts"]["forwards"]) == ("done", 2)
     assert any(line.startswith("forwards") for line in status.lines)
-    flags = ["--model", str(llama_folder), "--prompts", str(wanted.prompts), "--store", str(tmp_path / "store")]
+    flags = ["--model", str(llama_folder), "--prompts", str(job.prompts), "--store", str(tmp_path / "store")]
     assert main(["run", "voids", *flags, "--alpha", "0.5", "--out", str(tmp_path / "cli")]) == 0
     ours, theirs = Result.load(tmp_path / "runs" / "a"), Result.load(tmp_path / "cli")
     assert ours.options == theirs.options
     for name, table in ours.tables.items():
         pd.testing.assert_frame_equal(table, theirs.tables[name])
-    assert ours.provenance["prompts_file"] == theirs.provenance["prompts_file"] == wanted.prompts
+    assert ours.provenance["prompts_file"] == theirs.provenance["prompts_file"] == job.prompts
     assert theirs.provenance["counts"]["forwards"] == 0
 
 
@@ -162,9 +162,9 @@ def line(monkeypatch: pytest.MonkeyPatch) -> Iterator[JobQueue]:
         )
 
     monkeypatch.setattr(JobQueue, "_start", start)
-    made = JobQueue()
-    yield made
-    made.close()
+    jobs = JobQueue()
+    yield jobs
+    jobs.close()
 
 
 def test_a_job_that_does_not_stop_when_asked_is_stopped_with_its_process(
@@ -187,10 +187,10 @@ def test_a_job_that_does_not_stop_when_asked_is_stopped_with_its_process(
 
 def test_a_run_whose_name_is_taken_gets_a_number(line: JobQueue, llama_folder: Path, tmp_path: Path) -> None:
     """By a folder, a dangling link, or a job that has not saved yet; an estimate takes no name."""
-    wanted = request(llama_folder, tmp_path)
-    outs = [line.request(line.submit(wanted)).out for _ in range(3)]
+    job = request(llama_folder, tmp_path)
+    outs = [line.request(line.submit(job)).out for _ in range(3)]
     assert [Path(out).name for out in outs] == ["a", "a-2", "a-3"]
-    assert line.request(line.submit(replace(wanted, kind="estimate"))).out == wanted.out
+    assert line.request(line.submit(replace(job, kind="estimate"))).out == job.out
     (tmp_path / "runs").mkdir(exist_ok=True)
     (tmp_path / "runs" / "b").mkdir()
     (tmp_path / "runs" / "b-2").symlink_to("nowhere")
@@ -322,14 +322,14 @@ def test_what_remains_follows_from_the_pace() -> None:
 
 @pytest.mark.parametrize("text", ["command", "python"])
 def test_a_run_can_be_made_again_from_its_text(llama_folder: Path, tmp_path: Path, text: str) -> None:
-    wanted = request(llama_folder, tmp_path, options={"alpha": [0.5, 0.25], "first_token": False, "mode": "measure"})
-    assert did(tmp_path / "j", wanted).state == "done"
+    job = request(llama_folder, tmp_path, options={"alpha": [0.5, 0.25], "first_token": False, "mode": "measure"})
+    assert did(tmp_path / "j", job).state == "done"
     result, store = Result.load(tmp_path / "runs" / "a"), tmp_path / "store"
-    made = getattr(reproduce, text)(result, tmp_path / "again", store)
+    code = getattr(reproduce, text)(result, tmp_path / "again", store)
     if text == "command":
-        assert main(shlex.split(made)[1:]) == 0
+        assert main(shlex.split(code)[1:]) == 0
     else:
-        exec(compile(made, "made", "exec"), {})
+        exec(compile(code, "again", "exec"), {})
     again = Result.load(tmp_path / "again")
     assert again.options == result.options
     assert again.provenance["counts"]["forwards"] == 0
@@ -364,11 +364,11 @@ def test_the_texts_of_a_run_load_its_model_as_it_was_loaded(
     spec: ModelSpec, result: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran = replace(result, provenance={**result.provenance, "loaded": asdict(spec), "prompts_file": None})
-    asked: list[ModelSpec] = []
+    specs: list[ModelSpec] = []
     monkeypatch.setattr("analyses.cli.run.lines_of", lambda *_: [])
-    monkeypatch.setattr("analyses.cli.run.cost_of", lambda spec, *_: asked.append(spec) or [])
+    monkeypatch.setattr("analyses.cli.run.cost_of", lambda spec, *_: specs.append(spec) or [])
     assert main([*shlex.split(reproduce.command(ran, "runs/x"))[1:], "--dry-run"]) == 0
-    assert asked == [spec]
+    assert specs == [spec]
     loading = next(line for line in reproduce.python(ran, "runs/x").splitlines() if "load_model(" in line)
     calls: list[dict[str, object]] = []
     load = lambda ref, **options: calls.append({"ref": ref, **options})  # noqa: E731

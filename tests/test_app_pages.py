@@ -35,25 +35,25 @@ class Line:
     """A queue without a worker: it remembers what it was asked, and says what it is told to."""
 
     def __init__(self) -> None:
-        self.asked: list[Request] = []
+        self.submitted: list[Request] = []
         self.says = Status()
         self.cancelled: list[str] = []
 
     def submit(self, request: Request) -> str:
-        self.asked.append(request)
-        return str(len(self.asked) - 1)
+        self.submitted.append(request)
+        return str(len(self.submitted) - 1)
 
     def knows(self, name: str | None) -> bool:
         return name is not None
 
     def request(self, name: str) -> Request:
-        return self.asked[int(name)]
+        return self.submitted[int(name)]
 
     def status(self, name: str) -> Status:
         return self.says
 
     def active(self) -> list[str]:
-        return [] if self.says.ended else [str(i) for i in range(len(self.asked))]
+        return [] if self.says.ended else [str(i) for i in range(len(self.submitted))]
 
     def cancel(self, name: str) -> None:
         self.cancelled.append(name)
@@ -70,16 +70,16 @@ def line(monkeypatch: pytest.MonkeyPatch) -> Line:
     import app.views.model
     import app.views.setup
 
-    made = Line()
+    queue = Line()
     for module in (app.jobs.queue, app.ui.progress, app.views.analysis, app.views.model, app.views.setup):
-        monkeypatch.setattr(module, "queue", lambda: made)
-    return made
+        monkeypatch.setattr(module, "queue", lambda: queue)
+    return queue
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of three saved runs, and the store they read."""
-    folder = tmp_path_factory.mktemp("made")
+    folder = tmp_path_factory.mktemp("saved")
     store = ActivationStore(folder / "store")
     Voids(alpha=(0.8, 0.2)).run(native(), PROMPTS, store=store).save(folder / "runs" / "voids")
     LogitLens().run(native(), PROMPTS, store=store).save(folder / "runs" / "set" / "lens")
@@ -96,8 +96,8 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def runs(made: Path, tmp_path: Path) -> Path:
-    shutil.copytree(made / "runs", tmp_path / "runs")
+def runs(saved: Path, tmp_path: Path) -> Path:
+    shutil.copytree(saved / "runs", tmp_path / "runs")
     return tmp_path / "runs"
 
 
@@ -168,38 +168,38 @@ def test_every_option_has_a_widget_with_its_help_and_reaches_the_run(name: str, 
     at = form(name)
     assert at.title[0].value == cls.title
     assert cls.reference.split(",")[0].split(" 20")[0] in words(at) + str(cls.__doc__)
-    wanted = alternatives(cls)
+    values = alternatives(cls)
     for field in dataclasses.fields(cls):
         widget = widget_of(at, cls, field.name)
         assert field.metadata["help"] in widget.help, field.name
-        if field.name in wanted:
-            widget.set_value(as_shown(types_of(cls)[field.name], wanted[field.name]))
+        if field.name in values:
+            widget.set_value(as_shown(types_of(cls)[field.name], values[field.name]))
     at.session_state["keep:prompts:text"] = '{"tokens": [5, 6]}'
     fine(at.run())
     at.button(key=f"run:{name}").click()
     fine(at.run())
-    assert [request.kind for request in line.asked] == ["run"], words(at)
-    assert cls(**line.asked[0].options) == cls(**wanted)
-    assert Path(line.asked[0].out).name == f"{name}-smollm2-135m"
+    assert [request.kind for request in line.submitted] == ["run"], words(at)
+    assert cls(**line.submitted[0].options) == cls(**values)
+    assert Path(line.submitted[0].out).name == f"{name}-smollm2-135m"
 
 
 def alternatives(cls: type[Analysis]) -> dict[str, Any]:
     """A value other than the default for every option; those that only others allow are left at their default."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         kind = types_of(cls)[field.name]
         for value in other_values(kind, field):
             try:
-                cls(**{**found, field.name: value})
+                cls(**{**values, field.name: value})
             except UserError:
                 continue
-            found[field.name] = value
+            values[field.name] = value
             break
         else:
             with pytest.raises(UserError):
-                cls(**{**found, field.name: other_values(kind, field)[0]})
-    assert len(found) >= len(dataclasses.fields(cls)) - 4  # type: ignore[arg-type]
-    return found
+                cls(**{**values, field.name: other_values(kind, field)[0]})
+    assert len(values) >= len(dataclasses.fields(cls)) - 4  # type: ignore[arg-type]
+    return values
 
 
 def other_values(kind: Any, field: dataclasses.Field[Any]) -> list[Any]:
@@ -255,7 +255,7 @@ def test_run_names_are_checked(runs: Path, line: Line, name: str) -> None:
     at.run()
     at.button(key="run:voids").click()
     assert "run name" in words(fine(at.run()))
-    assert not line.asked
+    assert not line.submitted
 
 
 def test_a_refusal_takes_the_place_of_the_last_ending(line: Line) -> None:
@@ -353,7 +353,7 @@ def test_an_estimate_is_shown(line: Line) -> None:
     line.says = Status("done", lines=("forwards  3 prompts",))
     at.button(key="cost:voids").click()
     fine(at.run())
-    assert line.asked[0].kind == "estimate"
+    assert line.submitted[0].kind == "estimate"
     assert "forwards  3 prompts" in words(at)
 
 
@@ -421,8 +421,8 @@ def test_a_run_of_an_analysis_that_is_gone_is_said(runs: Path) -> None:
     assert "unknown analysis 'gone'" in words(fine(at.run()))
 
 
-def test_the_store_is_listed_verified_and_evicted(made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    shutil.copytree(made / "store", tmp_path / "full")
+def test_the_store_is_listed_verified_and_evicted(saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shutil.copytree(saved / "store", tmp_path / "full")
     monkeypatch.setenv("BATHYSCOPE_STORE", str(tmp_path / "full"))
     at = fine(page("store").run())
     assert at.dataframe[0].value["backend"].tolist() == ["native"]
@@ -475,4 +475,4 @@ def test_the_model_page_shows_the_stamp_of_saved_runs_and_of_a_check(runs: Path,
     fine(at.run())
     assert "✗ FAILS" in at.dataframe[1].value["holds"].tolist()
     assert "without a tokenizer" in words(at)
-    assert line.asked[0].kind == "check"
+    assert line.submitted[0].kind == "check"

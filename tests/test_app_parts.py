@@ -143,9 +143,9 @@ def test_a_layer_lies_where_its_axis_says(title: str, step: float | None) -> Non
 
 def test_a_probe_curve_is_on_relative_depth_and_gets_its_marks() -> None:
     analysis, prompts = SMALL["concept_depth"]
-    found = analysis.run(native(), prompts)
-    figure = drawn(found, next(iter(found.figures)), Selection(layers=(2,)), "red").figure
-    table = next(table for table in found.tables.values() if {"layer", "depth"} <= set(table))
+    analysed = analysis.run(native(), prompts)
+    figure = drawn(analysed, next(iter(analysed.figures)), Selection(layers=(2,)), "red").figure
+    table = next(table for table in analysed.tables.values() if {"layer", "depth"} <= set(table))
     depths = table.query("layer == 2")["depth"].unique()
     middles = [(s.x0 + s.x1) / 2 for s in figure.layout.shapes if s.type == "rect"]
     assert middles == pytest.approx(list(depths))
@@ -204,8 +204,8 @@ def test_a_click_names_a_layer_only_on_a_depth_axis(result: Result) -> None:
 def test_the_numbers_of_a_figure_are_those_it_shows(result: Result) -> None:
     numbers = data_of(result.figure("convergence"))
     mean = result.tables["read"].groupby("layer")["entropy_bits"].mean()
-    mine = numbers[numbers["trace"] == "entropy (bits)"]
-    assert pd.to_numeric(mine["x"]).tolist() == pytest.approx(mean.tolist())
+    entropies = numbers[numbers["trace"] == "entropy (bits)"]
+    assert pd.to_numeric(entropies["x"]).tolist() == pytest.approx(mean.tolist())
     cells = data_of(drawn(result, "lens", Selection(prompts=(0,)), "red").figure)
     assert len(cells) == 3 * len(PROMPTS[0])
     bars = go.Figure().add_bar(x=[1.0], y=[4], error_x={"array": [0.5], "arrayminus": [0.25]})
@@ -216,10 +216,10 @@ def test_the_numbers_of_a_figure_are_those_it_shows(result: Result) -> None:
 
 
 def test_typed_lines_are_texts_or_objects() -> None:
-    made = prompt_sets.typed('one "quoted"\n\n  {"tokens": [5, 6]}\n', {})
-    assert [json.loads(line) for line in made.text.splitlines()] == [{"text": 'one "quoted"'}, {"tokens": [5, 6]}]
-    path = made.save()
-    assert path == made.save()
+    lines = prompt_sets.typed('one "quoted"\n\n  {"tokens": [5, 6]}\n', {})
+    assert [json.loads(line) for line in lines.text.splitlines()] == [{"text": 'one "quoted"'}, {"tokens": [5, 6]}]
+    path = lines.save()
+    assert path == lines.save()
     assert path.parent == places.prompts_root()
     assert prompt_sets.check(path.read_text(), "again", {}).count == 2
 
@@ -267,9 +267,9 @@ def test_runs_are_found_opened_and_deleted(result: Result, tmp_path: Path) -> No
     (runs / "broken").mkdir()
     (runs / "broken" / "result.json").write_text("{")
     (runs / "notes").mkdir()
-    found = {run.name: run for run in saved.saved_runs()}
-    assert set(found) == {"demo/lens", "plain"}
-    run = found["plain"]
+    by_name = {run.name: run for run in saved.saved_runs()}
+    assert set(by_name) == {"demo/lens", "plain"}
+    run = by_name["plain"]
     assert (run.analysis, run.layers, run.model) == ("logit_lens", 3, "tiny-llama")
     assert saved.open_run(run).tables.keys() == result.tables.keys()
     with pytest.raises(OptionError, match="Did you mean 'plain'"):

@@ -26,12 +26,12 @@ def grid(
     model: NativeModel, tokens: Tensor, position: int, include_embedding: bool = True
 ) -> dict[tuple[int, int], Tensor]:
     """(source, target) -> what leaves the last block at the last position, resumed."""
-    held = CachedPrompt(model, tokens[0].tolist(), position)
+    cached = CachedPrompt(model, tokens[0].tolist(), position)
     n = model.shape.n_layers
     cells = list(itertools.product(range(n), range(-1 if include_embedding else 0, n)))
-    hidden = torch.stack([held.entering[t + 1] for _, t in cells])
-    hidden[:, 0] = torch.stack([held.entering[s + 1][0] for s, _ in cells])
-    return dict(zip(cells, held.resume([t + 1 for _, t in cells], hidden).last, strict=True))
+    hidden = torch.stack([cached.entering[t + 1] for _, t in cells])
+    hidden[:, 0] = torch.stack([cached.entering[s + 1][0] for s, _ in cells])
+    return dict(zip(cells, cached.resume([t + 1 for _, t in cells], hidden).last, strict=True))
 
 
 def naive(model: NativeModel, tokens: Tensor, position: int, source: int, target: int) -> Tensor:
@@ -46,9 +46,9 @@ def naive(model: NativeModel, tokens: Tensor, position: int, source: int, target
 @pytest.mark.parametrize("family", CAUSAL)
 def test_the_resumed_grid_is_the_naive_one(family: str, position: int) -> None:
     model, tokens = native(shared(family)), prompt()
-    for (s, t), found in grid(model, tokens, position).items():
+    for (s, t), logits in grid(model, tokens, position).items():
         expected = naive(model, tokens, position, s, t)
-        assert (found - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max())), (s, t)
+        assert (logits - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max())), (s, t)
     assert torch.equal(read(model, tokens, [Address("logits")])[Address("logits")], model_logits(model, tokens))
 
 
@@ -62,14 +62,14 @@ def test_continuations_are_the_naive_ones(family: str) -> None:
     model, tokens = native(shared(family)), prompt(6)
     n, unembed = model.shape.n_layers, model.unembedding()
     for position in (5, 2):
-        held = CachedPrompt(model, tokens[0].tolist(), position)
+        cached = CachedPrompt(model, tokens[0].tolist(), position)
         cells = list(itertools.product(range(n), range(n - 1)))
-        hidden = torch.stack([held.entering[t + 1] for _, t in cells])
-        hidden[:, 0] = torch.stack([held.entering[s + 1][0] for s, _ in cells])
-        resumed = held.resume([t + 1 for _, t in cells], hidden, keep=True)
+        hidden = torch.stack([cached.entering[t + 1] for _, t in cells])
+        hidden[:, 0] = torch.stack([cached.entering[s + 1][0] for s, _ in cells])
+        resumed = cached.resume([t + 1 for _, t in cells], hidden, keep=True)
         first = torch.nn.functional.linear(unembed.norm(resumed.last), unembed.weight, unembed.bias).argmax(-1)
-        for (s, t), written in zip(cells, held.write(resumed, first, 5), strict=True):
-            row = Values(held.entering[s + 1][0].clone())
+        for (s, t), written in zip(cells, cached.write(resumed, first, 5), strict=True):
+            row = Values(cached.entering[s + 1][0].clone())
             edit = Replace(address=Address("resid_post", t), value=row, positions=(position,))
             expected = generate(model, tokens[0].tolist(), 5, [edit])
             assert written[: len(expected)] == expected
@@ -204,10 +204,10 @@ def test_edits_while_resuming_are_edits_of_the_last_position() -> None:
 def test_the_generator_makes_questions_enough() -> None:
     from analyses.tasks.two_hop import questions, sample
 
-    made = questions()
-    assert len(made) >= 300
-    assert len({q.prompt for q in made}) == len(made)
-    for q in made:
+    drawn = questions()
+    assert len(drawn) >= 300
+    assert len({q.prompt for q in drawn}) == len(drawn)
+    for q in drawn:
         assert q.answer not in q.prompt or q.relation == "continent"
         assert q.bridge not in q.prompt
         assert q.bridge in q.second_hop

@@ -73,7 +73,7 @@ def prompts(tmp_path: Path) -> Path:
     [
         (["run", "viods"], ["unknown analysis 'viods'", "Did you mean 'voids'", "Legal:"]),
         (["run", "voids", "--alfa", "1"], ["No such option", "--alpha"]),
-        (["fly"], ["No such command 'fly'"]),
+        (["fly"], ["unknown command 'fly'", "Legal: run,"]),
         (["store", "gc", "--max-bytes", "big"], ["size 'big'", "20GB"]),
         (["models", "fetch", "smollm2-135"], ["smollm2-135", "Did you mean 'smollm2-135m'"]),
         (["models", "fetch", "gemma3-270m"], ["gemma3-270m", "--accept-license"]),

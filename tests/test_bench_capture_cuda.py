@@ -29,8 +29,8 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_way_is_measured_on_equal_rows(tmp_path: Path) -> None:
     out = tmp_path / "table.md"
-    made = run("--device", "cpu", "--shape", "tiny", "--work", "prefill", "--rounds", "1", "--out", str(out))
-    assert made.returncode == 0, made.stderr[-2000:]
+    process = run("--device", "cpu", "--shape", "tiny", "--work", "prefill", "--rounds", "1", "--out", str(out))
+    assert process.returncode == 0, process.stderr[-2000:]
     text = out.read_text()
     assert "CPU" in text.splitlines()[0]
     rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
@@ -44,8 +44,8 @@ def test_every_way_is_measured_on_equal_rows(tmp_path: Path) -> None:
         "interp-engine": "interp-engine eager",
     }
     for name, way in peers.items():
-        assert any(row.startswith(way) for row in measured) or f"left out: {name}" in made.stdout
-    assert not any(f"left out: {name} (rows differ" in made.stdout for name in ("bathyscope", "plain"))
+        assert any(row.startswith(way) for row in measured) or f"left out: {name}" in process.stdout
+    assert not any(f"left out: {name} (rows differ" in process.stdout for name in ("bathyscope", "plain"))
     assert "aim" not in text
 
 
@@ -54,6 +54,6 @@ def test_a_missing_gpu_is_said_in_one_line() -> None:
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    made = run()
-    assert made.returncode == 1
-    assert made.stderr.strip() == "no CUDA device here; --device cpu --shape tiny runs the script itself"
+    process = run()
+    assert process.returncode == 1
+    assert process.stderr.strip() == "no CUDA device here; --device cpu --shape tiny runs the script itself"

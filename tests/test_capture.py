@@ -64,8 +64,8 @@ def alone(model: NativeModel, sequence: tuple[int, ...], address: str) -> torch.
 )
 def test_stored_rows_are_the_models_own(tiny: NativeModel, store: ActivationStore, point: str) -> None:
     rows = capture(tiny, PROMPTS, [Need(point)], store).get(point)
-    for sequence, found in zip(PROMPTS, rows, strict=True):
-        torch.testing.assert_close(found, alone(tiny, sequence, point), atol=1e-5, rtol=1e-5)
+    for sequence, stored in zip(PROMPTS, rows, strict=True):
+        torch.testing.assert_close(stored, alone(tiny, sequence, point), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "phi", "falcon_grouped", "opt", "bert"])
@@ -82,9 +82,9 @@ def test_batching_does_not_change_a_row(family: str, tmp_path: Path) -> None:
 def test_reduced_at_the_source_equals_derived_from_rows(tiny: NativeModel, tmp_path: Path, reducer: Reducer) -> None:
     source = capture(tiny, PROMPTS, [Need("resid_post.1", reducer)], ActivationStore(tmp_path / "a"))
     rows = capture(tiny, PROMPTS, [Need("resid_post.1")], ActivationStore(tmp_path / "b"))
-    for made, derived in zip(source.get("resid_post.1", reducer), rows.get("resid_post.1", reducer), strict=True):
-        assert made.shape == derived.shape
-        torch.testing.assert_close(made, derived, atol=1e-5, rtol=1e-5)
+    for reduced, derived in zip(source.get("resid_post.1", reducer), rows.get("resid_post.1", reducer), strict=True):
+        assert reduced.shape == derived.shape
+        torch.testing.assert_close(reduced, derived, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("point", ["resid_post.1", "z.0"])
@@ -95,14 +95,14 @@ def test_rows_kept_as_codes_are_within_their_own_error_and_follow_from_rows(
     small, store = ActivationStore(tmp_path / "a"), ActivationStore(tmp_path / "b")
     packed = capture(tiny, PROMPTS, [Need(point, coded)], small).packed(point, coded)
     rows = capture(tiny, PROMPTS, [Need(point)], store).packed(point).flatten(1)
-    found = unpacked(packed)
-    off = (found.rows - rows).abs().amax(-1)
-    assert (off <= found.error * (1 + 1e-4)).all()
-    torch.testing.assert_close(off, found.error, rtol=1e-3, atol=1e-6)
-    assert (found.error <= found.scale * 0.501).all()
+    restored = unpacked(packed)
+    off = (restored.rows - rows).abs().amax(-1)
+    assert (off <= restored.error * (1 + 1e-4)).all()
+    torch.testing.assert_close(off, restored.error, rtol=1e-3, atol=1e-6)
+    assert (restored.error <= restored.scale * 0.501).all()
     again = capture(tiny, PROMPTS, [Need(point, coded)], store)
     assert again.done.forwards == 0
-    assert unpacked(again.packed(point, coded)).rows.sub(found.rows).abs().max() <= found.scale.max()
+    assert unpacked(again.packed(point, coded)).rows.sub(restored.rows).abs().max() <= restored.scale.max()
     assert capture(tiny, PROMPTS, [Need(point, Reducer("norm"))], small).done.forwards == len(PROMPTS)
 
 
@@ -110,10 +110,10 @@ def test_codes_by_hand() -> None:
     rows = torch.tensor([[127.0, -63.4, 0.0], [0.0, 0.0, 0.0]])
     packed = reduce_rows(rows, torch.arange(2), [2], Reducer("int8"))
     assert (packed.dtype, packed.shape) == (torch.int8, (2, 3 + 8))
-    found = unpacked(packed)
-    assert found.codes.tolist() == [[127, -63, 0], [0, 0, 0]]
-    assert found.scale.tolist() == [1.0, 0.0]
-    assert found.error.tolist() == pytest.approx([0.4, 0.0], abs=1e-5)
+    restored = unpacked(packed)
+    assert restored.codes.tolist() == [[127, -63, 0], [0, 0, 0]]
+    assert restored.scale.tolist() == [1.0, 0.0]
+    assert restored.error.tolist() == pytest.approx([0.4, 0.0], abs=1e-5)
 
 
 def test_reducers_by_hand() -> None:
@@ -134,11 +134,11 @@ def test_statistics_are_float32_and_rows_keep_the_models_dtype(store: Activation
     from families import make
 
     half = NativeModel(make("llama").to(torch.bfloat16), ref="half", weights="half")
-    found = capture(half, PROMPTS, [Need("resid_post.1"), Need("resid_post.2", NORM)], store)
-    assert found.packed("resid_post.1").dtype == torch.bfloat16
-    assert found.packed("resid_post.2", NORM).dtype == torch.float32
-    exact = found.packed("resid_post.1").float().norm(dim=-1)
-    torch.testing.assert_close(found.packed("resid_post.1", NORM), exact)
+    activations = capture(half, PROMPTS, [Need("resid_post.1"), Need("resid_post.2", NORM)], store)
+    assert activations.packed("resid_post.1").dtype == torch.bfloat16
+    assert activations.packed("resid_post.2", NORM).dtype == torch.float32
+    exact = activations.packed("resid_post.1").float().norm(dim=-1)
+    torch.testing.assert_close(activations.packed("resid_post.1", NORM), exact)
 
 
 def test_a_second_capture_runs_nothing(tiny: NativeModel, store: ActivationStore, count_forwards: Any) -> None:
@@ -158,8 +158,8 @@ def test_only_missing_layers_and_prompts_are_run(
 ) -> None:
     capture(tiny, PROMPTS[:2], [Need("resid_post.0")], store)
     seen = count_forwards(tiny)
-    found = capture(tiny, PROMPTS, [Need("resid_post.0")], store)
-    assert (found.done.forwards, sum(seen)) == (2, 2)
+    activations = capture(tiny, PROMPTS, [Need("resid_post.0")], store)
+    assert (activations.done.forwards, sum(seen)) == (2, 2)
     wider = capture(tiny, PROMPTS, [Need("resid_post.*")], store)
     assert wider.done.plan.forwards == 4
     assert wider.done.plan.rows == 2 * sum(map(len, PROMPTS))
@@ -167,10 +167,10 @@ def test_only_missing_layers_and_prompts_are_run(
 
 def test_mixed_sources_are_read_together(tiny: NativeModel, store: ActivationStore) -> None:
     capture(tiny, PROMPTS[:2], [Need("resid_post.1")], store)
-    found = capture(tiny, PROMPTS, [Need("resid_post.1", NORM)], store)
-    assert found.done.forwards == 2
+    activations = capture(tiny, PROMPTS, [Need("resid_post.1", NORM)], store)
+    assert activations.done.forwards == 2
     expected = [alone(tiny, s, "resid_post.1").norm(dim=-1) for s in PROMPTS]
-    torch.testing.assert_close(found.packed("resid_post.1", NORM), torch.cat(expected), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(activations.packed("resid_post.1", NORM), torch.cat(expected), atol=1e-4, rtol=1e-4)
 
 
 def test_a_prompt_is_found_in_its_continuation(tiny: NativeModel, store: ActivationStore, count_forwards: Any) -> None:
@@ -183,13 +183,13 @@ def test_a_prompt_is_found_in_its_continuation(tiny: NativeModel, store: Activat
         Need("resid_post.0", Reducer("mean")),
         Need("resid_post.1", Reducer(positions="last")),
     ]
-    found = capture(tiny, prompts, needs, store)
-    assert (found.done.forwards, seen) == (0, [])
+    activations = capture(tiny, prompts, needs, store)
+    assert (activations.done.forwards, seen) == (0, [])
     for i, prompt in enumerate(prompts):
         for point in ("resid_post.2", "pattern.1"):
-            torch.testing.assert_close(found.get(point)[i], alone(native(), prompt, point), atol=1e-5, rtol=1e-5)
-        last = found.get("resid_post.1", Reducer(positions="last"))[i]
-        torch.testing.assert_close(last[0], found.get("resid_post.1")[i][-1])
+            torch.testing.assert_close(activations.get(point)[i], alone(native(), prompt, point), atol=1e-5, rtol=1e-5)
+        last = activations.get("resid_post.1", Reducer(positions="last"))[i]
+        torch.testing.assert_close(last[0], activations.get("resid_post.1")[i][-1])
 
 
 def test_the_last_row_of_a_continuation_is_not_the_prompts(tiny: NativeModel, store: ActivationStore) -> None:
@@ -230,9 +230,9 @@ def test_edits_enter_the_key(tiny: NativeModel, store: ActivationStore) -> None:
 
 
 def test_damage_is_recaptured_not_read(tiny: NativeModel, store: ActivationStore) -> None:
-    found = capture(tiny, PROMPTS, [Need("resid_post.1")], store)
-    expected = found.packed("resid_post.1").clone()
-    del found
+    activations = capture(tiny, PROMPTS, [Need("resid_post.1")], store)
+    expected = activations.packed("resid_post.1").clone()
+    del activations
     for shard in (store.root / "shards").rglob("*.safetensors"):
         data = bytearray(shard.read_bytes())
         data[-5] ^= 0xFF
@@ -258,9 +258,9 @@ def test_memory_that_does_not_suffice_halves_the_batch(
         original(tokens, *args, **kwargs)
 
     monkeypatch.setattr(tiny, "run", small)
-    found = capture(tiny, PROMPTS, [Need("resid_post.1")], store, progress=Notes())
+    activations = capture(tiny, PROMPTS, [Need("resid_post.1")], store, progress=Notes())
     assert any("batch halved from 4 to 2" in line for line in notes)
-    assert found.packed("resid_post.1").shape == (14, 32)
+    assert activations.packed("resid_post.1").shape == (14, 32)
 
 
 def test_memory_that_never_suffices_is_refused(

@@ -65,9 +65,9 @@ def run(prompts: Path, references: Path) -> Result:
 
 
 def metric_of(model: Model, tokens: list[int], writes: Any = None) -> float:
-    found: list[Tensor] = []
-    model.run(torch.tensor([tokens]), {Address("logits"): lambda t: found.append(t[0, -1].clone())}, writes)
-    return float(found[0][[5, 6]].mean() - found[0][7])
+    logits: list[Tensor] = []
+    model.run(torch.tensor([tokens]), {Address("logits"): lambda t: logits.append(t[0, -1].clone())}, writes)
+    return float(logits[0][[5, 6]].mean() - logits[0][7])
 
 
 def test_the_tables_hold_the_contract_and_a_saved_result_redraws(run: Result, tmp_path: Path) -> None:
@@ -90,9 +90,9 @@ def test_scores_are_those_of_decompose_against_the_references_mean(
     model = native("llama")
     tokens = [json.loads(line)["tokens"] for line in prompts.read_text().splitlines()]
     others = [json.loads(line)["tokens"] for line in references.read_text().splitlines()]
-    found: list[Tensor] = []
-    model.run(torch.tensor(others), {Address("z", 1): lambda t: found.append(t.mean(0).clone())})
-    mean = found[0]
+    means: list[Tensor] = []
+    model.run(torch.tensor(others), {Address("z", 1): lambda t: means.append(t.mean(0).clone())})
+    mean = means[0]
     parts = decompose(model, tokens[2], [(head(1, 3),)], points=["z.1"], logits=[5, 6, 7])
     base = {Address("z", 1): mean}
     assert parts["z.1"].total.shape == mean.shape
@@ -284,7 +284,7 @@ def test_generated_questions_line_up_with_their_references(real: Model, task: st
         lengths[case.group].add(len(case.tokens))
         assert len(case.references) == 4
         assert not set(case.answers) & set(case.distractors)
-    assert all(len(found) == 1 for found in lengths.values())
+    assert all(len(group_lengths) == 1 for group_lengths in lengths.values())
 
 
 def test_a_reference_of_another_length_is_refused(tmp_path: Path, prompts: Path) -> None:

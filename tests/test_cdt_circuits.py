@@ -106,13 +106,13 @@ def test_one_sweep_holds_the_links_that_a_sweep_for_each_step_finds(at: Any, how
     scores, pairs = sweep(decomposer, opened[0], [(node,) for node in HEADS], rules, reading)
     assert pairs is not None
     assert float(pairs.abs().max()) > 1e-3
-    found = [
+    circuits = [
         search(links, HEADS, scores, Search(2, 2, False))
         for links in (links_from_sweep(pairs, HEADS), links_by_walking(decomposer, opened, rules, reading))
     ]
-    assert found[0][0] == found[1][0]
-    assert len(found[0][1]) > 2
-    for own, other in zip(found[0][1], found[1][1], strict=True):
+    assert circuits[0][0] == circuits[1][0]
+    assert len(circuits[0][1]) > 2
+    for own, other in zip(circuits[0][1], circuits[1][1], strict=True):
         assert (own.source, own.target, own.step) == (other.source, other.target, other.step)
         assert own.score == pytest.approx(other.score, abs=1e-6)
 

@@ -57,10 +57,10 @@ def trained() -> NativeModel:
 
 def patterns(model: NativeModel, tokens: tuple[int, ...]) -> Tensor:
     """[layer, head, query, key]."""
-    found: list[Tensor] = []
-    reads = {Address("pattern", layer): lambda t: found.append(t[0].clone()) for layer in range(2)}
+    by_layer: list[Tensor] = []
+    reads = {Address("pattern", layer): lambda t: by_layer.append(t[0].clone()) for layer in range(2)}
     model.run(torch.tensor([tokens]), reads)
-    return torch.stack(found)
+    return torch.stack(by_layer)
 
 
 PERIOD = 9
@@ -69,7 +69,7 @@ PERIOD = 9
 def cases() -> list[Case]:
     """Prompts that end at the token whose successor stood one period earlier; references repeat nothing."""
     generator = torch.Generator().manual_seed(7)
-    found = []
+    drawn = []
     references = tuple(
         tuple(torch.randint(0, VOCAB, (14,), generator=generator).tolist()) for _ in range(32)
     )  # fmt: skip
@@ -77,8 +77,8 @@ def cases() -> list[Case]:
         tokens = repeated(1, PERIOD, generator)[0, :14].tolist()
         answer = tokens[14 - PERIOD]
         others = tuple(t for t in tokens[:PERIOD] if t != answer)
-        found.append(Case(index, tuple(tokens), (answer,), others, references, tuple(range(14)), "repeated"))
-    return found
+        drawn.append(Case(index, tuple(tokens), (answer,), others, references, tuple(range(14)), "repeated"))
+    return drawn
 
 
 @pytest.mark.parametrize("preset", ["faithful", "paper"])
@@ -127,10 +127,10 @@ def test_attribution_patching_is_the_first_order_effect(trained: NativeModel) ->
     """Towards a baseline very near the activation itself, the change of the metric is the attribution."""
     case = cases()[0]
     baseline = baseline_of(trained, case.references)
-    held: dict[int, Tensor] = {}
-    reads = {Address("z", layer): lambda t, at=layer: held.__setitem__(at, t[0].clone()) for layer in range(2)}
+    z: dict[int, Tensor] = {}
+    reads = {Address("z", layer): lambda t, at=layer: z.__setitem__(at, t[0].clone()) for layer in range(2)}
     trained.run(torch.tensor([case.tokens]), reads)
-    own = torch.stack([held[layer] for layer in range(2)])
+    own = torch.stack([z[layer] for layer in range(2)])
     near = type(baseline)(own + 0.01 * (baseline.z - own), baseline.mlp_out, baseline.stream)
     attribution = attribution_patching(trained, case, near).sum(1)
     effects = without(Ablation(trained, case, near), HEADS).reshape(2, 2).float()
@@ -143,8 +143,8 @@ def test_target_scores_of_a_heads_own_source_are_all_of_it(trained: NativeModel)
     decomposer = Decomposer(trained, case.tokens)
     one = PreparedCase(case, decomposer.prepare(case.tokens), baseline_of(trained, case.references))
     rules = PRESETS["faithful"]
-    found = to_nodes(decomposer, one, [(head(1, 0),), (head(1, 1),)], [head(1, 0), head(1, 1)], rules)
-    assert torch.allclose(found, torch.eye(2, dtype=torch.float64), atol=1e-5)
+    scores = to_nodes(decomposer, one, [(head(1, 0),), (head(1, 1),)], [head(1, 0), head(1, 1)], rules)
+    assert torch.allclose(scores, torch.eye(2, dtype=torch.float64), atol=1e-5)
     zero = PreparedCase(case, one.prompt, None)
     ratio = to_nodes(decomposer, zero, [(head(1, 0),), (head(1, 1),)], [head(1, 0)], rules, Reading(how="ratio"))
     assert torch.allclose(ratio[:, 0], torch.tensor([1.0, 0.0], dtype=torch.float64), atol=1e-6)

@@ -12,7 +12,8 @@ import pytest
 
 from analyses.base import Analysis
 from analyses.cli import main
-from analyses.registry import every_analysis
+from analyses.cli.commands import COMMANDS
+from analyses.registry import every_analysis, titles
 from probes.models import BACKENDS
 from probes.points import POINTS
 from probes.store import ActivationStore
@@ -236,6 +237,13 @@ def test_models_commands(llama_folder: Path, capsys: pytest.CaptureFixture[str])
     assert facts["architecture"] == "LlamaForCausalLM"
     assert facts["n_layers"] == "3"
     assert facts["path"] == str(llama_folder)
+
+
+def test_lists_say_what_the_commands_say_of_themselves(capsys: pytest.CaptureFixture[str]) -> None:
+    assert titles() == {analysis.name: analysis.title for analysis in every_analysis()}
+    for name, (_, line) in COMMANDS.items():
+        assert main([name, "--help"]) == 0
+        assert line.rstrip(".") in " ".join(capsys.readouterr().out.split())
 
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:

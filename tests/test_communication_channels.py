@@ -40,13 +40,13 @@ def naive(a: Tensor, b: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", comp.KINDS)
 def test_scores_are_the_full_width_ones(kind: comp.Kind) -> None:
     h = heads()
-    found = comp.composition_scores(h.ov, h.reader(kind))
+    scores = comp.composition_scores(h.ov, h.reader(kind))
     target = {"q": h.w_q @ h.w_k.mT, "k": h.w_k @ h.w_q.mT, "v": h.w_v @ h.w_o}[kind]
     for i, a, j, b in [(0, 0, 1, 1), (0, 1, 2, 0), (1, 0, 2, 1)]:
-        torch.testing.assert_close(found[i, a, j, b], naive(h.w_v[i, a] @ h.w_o[i, a], target[j, b]))
+        torch.testing.assert_close(scores[i, a, j, b], naive(h.w_v[i, a] @ h.w_o[i, a], target[j, b]))
     layer = torch.arange(3)
-    earlier = (layer[:, None] < layer[None])[:, None, :, None].expand_as(found)
-    assert torch.equal(found.isnan(), ~earlier)
+    earlier = (layer[:, None] < layer[None])[:, None, :, None].expand_as(scores)
+    assert torch.equal(scores.isnan(), ~earlier)
 
 
 def test_svd_is_exact_and_its_components_sum_to_the_output() -> None:
@@ -88,8 +88,8 @@ def test_gauge_rotation_and_scale_do_not_change_scores() -> None:
         expected = comp.composition_scores(h.ov, h.reader(kind))
         parts = comp.component_scores(h.ov, h.reader(kind))
         for other in (gauge, turned, scaled):
-            found = comp.composition_scores(other.ov, other.reader(kind))
-            torch.testing.assert_close(found, expected, equal_nan=True, atol=1e-5, rtol=1e-4)
+            scores = comp.composition_scores(other.ov, other.reader(kind))
+            torch.testing.assert_close(scores, expected, equal_nan=True, atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(comp.component_scores(other.ov, other.reader(kind)), parts, atol=1e-5, rtol=1e-4)
 
 
@@ -116,8 +116,8 @@ def test_p_values_are_uniform_on_random_weights() -> None:
 
 
 def test_benjamini_hochberg_by_hand() -> None:
-    found = comp.benjamini_hochberg(torch.tensor([0.04, 0.01, 0.5, 0.02]))
-    torch.testing.assert_close(found, torch.tensor([0.04 * 4 / 3, 0.04, 0.5, 0.04]))
+    adjusted = comp.benjamini_hochberg(torch.tensor([0.04, 0.01, 0.5, 0.02]))
+    torch.testing.assert_close(adjusted, torch.tensor([0.04 * 4 / 3, 0.04, 0.5, 0.04]))
 
 
 def test_a_planted_channel_stands_out_where_the_whole_score_does_not() -> None:
@@ -149,22 +149,22 @@ def test_weights_reproduce_queries_keys_values_and_output(family: str) -> None:
     model, tokens = native(shared(family)), prompt()
     h = head_weights(model, fold_norm=False)
     points = [Address(name, 1) for name in ("attn_in", "q", "k", "v", "z")]
-    found = read(model, tokens, points)
-    x = found[points[0]]
+    activations = read(model, tokens, points)
+    x = activations[points[0]]
     zero = read(model, tokens, points, [])  # a second forward: reading changes nothing
     assert torch.equal(zero[points[0]], x)
     group = model.shape.n_heads // model.shape.n_kv_heads
     for point, w in zip(points[1:4], (h.w_q, h.w_k, h.w_v), strict=True):
-        mine = torch.einsum("bpd,hdk->bphk", x, w[1])
-        theirs = found[point] if point.point == "q" else found[point].repeat_interleave(group, dim=2)
+        product = torch.einsum("bpd,hdk->bphk", x, w[1])
+        theirs = activations[point] if point.point == "q" else activations[point].repeat_interleave(group, dim=2)
         # What is left is the projection's bias, the same at every position.
-        rest = theirs - mine
+        rest = theirs - product
         torch.testing.assert_close(rest, rest[:, :1].expand_as(rest), atol=1e-5, rtol=1e-4)
     out = model.component("attn.o", 1)
-    z = found[points[4]]
+    z = activations[points[4]]
     bias = getattr(out, "bias", None)
-    mine = torch.einsum("bphk,hkd->bpd", z, h.w_o[1]) + (0 if bias is None else bias)
-    torch.testing.assert_close(out(z.flatten(-2)), mine, atol=1e-5, rtol=1e-4)
+    product = torch.einsum("bphk,hkd->bpd", z, h.w_o[1]) + (0 if bias is None else bias)
+    torch.testing.assert_close(out(z.flatten(-2)), product, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "opt", "gpt_neox"])
@@ -194,9 +194,9 @@ def test_the_rotary_matrix_gives_the_model_s_own_scores(family: str) -> None:
     q, k = raw[Address("q", 1)][0], raw[Address("k", 1)][0].repeat_interleave(4 // model.shape.n_kv_heads, 1)
     for query, key in ((6, 2), (8, 7), (3, 3)):
         matrix = rotary(model, query - key)
-        mine = q[query, 3] @ (torch.eye(len(q[0, 0])) if matrix is None else matrix) @ k[key, 3]
+        score = q[query, 3] @ (torch.eye(len(q[0, 0])) if matrix is None else matrix) @ k[key, 3]
         keys = seen[0].key.repeat_interleave(4 // seen[0].key.shape[1], 1)
-        torch.testing.assert_close(mine, seen[0].query[0, 3, query] @ keys[0, 3, key], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(score, seen[0].query[0, 3, query] @ keys[0, 3, key], atol=1e-4, rtol=1e-4)
 
 
 # A model whose only channel is known
@@ -307,8 +307,8 @@ def test_the_scan_of_weights_alone(null: str, tmp_path: object) -> None:
     weights = head_weights(model)
     scores = comp.composition_scores(weights.ov, weights.reader("k"))
     row = table[table["kind"] == "k"].iloc[5]
-    found = scores[row["source_layer"], row["source_head"], row["target_layer"], row["target_head"]]
-    assert row["score"] == pytest.approx(float(found), rel=1e-4)
+    score = scores[row["source_layer"], row["source_head"], row["target_layer"], row["target_head"]]
+    assert row["score"] == pytest.approx(float(score), rel=1e-4)
     components = result.tables["components"]
     assert {"component", "singular_value", "energy_share", "relative_score", "z", "p", "q_value"} <= set(components)
     whole = components.groupby(contract[:5], sort=False).apply(
@@ -343,10 +343,10 @@ def test_generators_are_balanced_and_say_what_they_must() -> None:
     from analyses.tasks import ioi as tasks_ioi
     from analyses.tasks import laundry_list as tasks_laundry
 
-    for made in tasks_ioi.sample(40, seed=1):
-        assert made.text.count(made.subject) == 2
-        assert made.text.count(made.indirect) == 1
-        assert (made.text.index(made.indirect) < made.text.index(made.subject)) == made.indirect_first
+    for example in tasks_ioi.sample(40, seed=1):
+        assert example.text.count(example.subject) == 2
+        assert example.text.count(example.indirect) == 1
+        assert (example.text.index(example.indirect) < example.text.index(example.subject)) == example.indirect_first
     assert Counter(p.indirect_first for p in tasks_ioi.sample(40)) == {True: 20, False: 20}
     for n in (2, 5, 9):
         prompts = tasks_laundry.sample(n, 3, seed=2)

@@ -22,13 +22,13 @@ def rows(name: str, **how: object) -> list[tuple[str, int, str]]:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_sets_are_balanced_distinct_stacked_and_follow_the_seed(name: str) -> None:
-    found = rows(name)
-    labels = [label for _, label, _ in found]
+    statements = rows(name)
+    labels = [label for _, label, _ in statements]
     assert sum(labels) * 2 == len(labels)
     assert labels == sorted(labels)
-    assert len({text for text, _, _ in found}) == len(found)
-    assert rows(name) == found
-    assert name == "sentiment" or rows(name, seed=1) != found
+    assert len({text for text, _, _ in statements}) == len(statements)
+    assert rows(name) == statements
+    assert name == "sentiment" or rows(name, seed=1) != statements
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -40,11 +40,11 @@ def test_limit_keeps_whole_groups(name: str) -> None:
 
 def test_city_statements_are_many_true_as_labelled_and_countries_tell_nothing() -> None:
     truth = {row["city"]: row["country"] for row in facts("cities")}
-    found = rows("city_country")
-    assert len(found) >= 1000
-    parts = [(re.fullmatch(r"The city of (.+) is in (.+)\.", text), label) for text, label, _ in found]
+    statements = rows("city_country")
+    assert len(statements) >= 1000
+    parts = [(re.fullmatch(r"The city of (.+) is in (.+)\.", text), label) for text, label, _ in statements]
     assert all(match and (truth[match[1]] == match[2]) == label for match, label in parts)
-    by_label = [Counter(match[2] for match, label in parts if match and label == wanted) for wanted in (0, 1)]
+    by_label = [Counter(match[2] for match, label in parts if match and label == truth_value) for truth_value in (0, 1)]
     assert by_label[0] == by_label[1]
 
 

@@ -45,12 +45,12 @@ LAYER = np.arange(D)
     ],
 )
 def test_depth_statistics_by_hand(curve: Any, jump: float, stable: float, depth_90: float) -> None:
-    found = {name: values[0] for name, values in depth_statistics(curve, 0.5).items()}
-    np.testing.assert_equal(found["jump"], jump)
-    assert found["converging_stable"] == stable
-    assert found["depth_90"] == depth_90
-    assert found["area"] == pytest.approx((curve.mean() - 0.5) / 0.5)
-    assert found["peak_layer"] == curve.argmax()
+    statistics = {name: values[0] for name, values in depth_statistics(curve, 0.5).items()}
+    np.testing.assert_equal(statistics["jump"], jump)
+    assert statistics["converging_stable"] == stable
+    assert statistics["depth_90"] == depth_90
+    assert statistics["area"] == pytest.approx((curve.mean() - 0.5) / 0.5)
+    assert statistics["peak_layer"] == curve.argmax()
 
 
 def test_the_literal_converging_point_is_the_last_layer_for_all_but_a_restless_curve() -> None:
@@ -93,14 +93,14 @@ def model() -> NativeModel:
 def prompts(n: int = 80, planted: bool = True) -> list[Prompt]:
     """Random prompts whose last token is 20 to 22, not 70 to 72, exactly where the label is 0 (or, not planted, regardless of it)."""
     rng = np.random.default_rng(0)
-    made = []
+    drawn = []
     for i in range(n):
         label = i % 2
         side = label if planted else int(rng.integers(2))
         tokens = (*rng.integers(3, 8, size=2).tolist(), int(rng.integers(20, 23) + 50 * side))
         fields = {"label": label, "group": i // 2, "dataset": "planted", "answers": ["t20", "t70"]}
-        made.append(Prompt(tokens, " ".join(f"t{t}" for t in tokens), fields))
-    return made
+        drawn.append(Prompt(tokens, " ".join(f"t{t}" for t in tokens), fields))
+    return drawn
 
 
 @pytest.fixture(scope="module")
@@ -163,15 +163,15 @@ def test_a_second_run_needs_no_forward_and_gives_the_same_numbers(model: NativeM
 def test_released_preset_keeps_the_row_order_and_the_released_split(model: NativeModel, store: ActivationStore) -> None:
     from probes.capture.run import capture
 
-    asked = sorted(prompts(), key=lambda p: p.fields["label"])
+    in_order = sorted(prompts(), key=lambda p: p.fields["label"])
     analysis = ConceptDepth(preset="released", representation="mlp_in", causal_layers=0, jobs=1)
-    scores = analysis.run(model, asked, store=store).tables["scores"]
-    held = capture(model, [p.tokens for p in asked], analysis.needs(model), store)
-    labels = [p.fields["label"] for p in asked]
+    scores = analysis.run(model, in_order, store=store).tables["scores"]
+    activations = capture(model, [p.tokens for p in in_order], analysis.needs(model), store)
+    labels = [p.fields["label"] for p in in_order]
     for layer in range(3):
-        rows = held.packed(f"mlp_in.{layer}", Reducer(positions="last")).numpy()
-        train, test, known, wanted = train_test_split(rows, labels, test_size=0.4, random_state=42)
-        assert scores["accuracy"][layer] == LogisticRegression().fit(train, known).score(test, wanted)
+        rows = activations.packed(f"mlp_in.{layer}", Reducer(positions="last")).numpy()
+        train, test, known, test_labels = train_test_split(rows, labels, test_size=0.4, random_state=42)
+        assert scores["accuracy"][layer] == LogisticRegression().fit(train, known).score(test, test_labels)
 
 
 @pytest.mark.parametrize(("pooling", "position"), [("mean", -1), ("position", -2), ("position", 0)])
@@ -182,14 +182,14 @@ def test_pooling_reads_the_row_it_names(
     from probes.capture.needs import Need
     from probes.capture.run import capture
 
-    asked = prompts(12)
+    labelled = prompts(12)
     analysis = ConceptDepth(pooling=pooling, position=position)
-    sequences = [p.tokens for p in asked]
-    held = capture(model, sequences, [*analysis.needs(model), Need("resid_post.*")], store)
-    whole = held.get(Address("resid_post", 1))
-    wanted = [rows.mean(0) if pooling == "mean" else rows[position] for rows in whole]
-    found = layer_rows(held, labelled_sets(asked)[0], "resid_post", analysis._reducer, 1)
-    np.testing.assert_allclose(found, torch.stack(wanted).numpy(), rtol=1e-5, atol=1e-6)
+    sequences = [p.tokens for p in labelled]
+    activations = capture(model, sequences, [*analysis.needs(model), Need("resid_post.*")], store)
+    whole = activations.get(Address("resid_post", 1))
+    expected = [rows.mean(0) if pooling == "mean" else rows[position] for rows in whole]
+    pooled = layer_rows(activations, labelled_sets(labelled)[0], "resid_post", analysis._reducer, 1)
+    np.testing.assert_allclose(pooled, torch.stack(expected).numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_causal_check_is_the_projection_by_hand(model: NativeModel, store: ActivationStore) -> None:
@@ -199,15 +199,15 @@ def test_causal_check_is_the_projection_by_hand(model: NativeModel, store: Activ
     from probes.progress import QUIET
 
     data, analysis = labelled_sets(prompts())[0], ConceptDepth()
-    held = capture(model, [p.tokens for p in data.prompts], analysis.needs(model), store)
+    activations = capture(model, [p.tokens for p in data.prompts], analysis.needs(model), store)
     probed = probe_set(
-        held, data, "plain", recipe_of("sound", "logistic", 1, 0), "resid_post", analysis._reducer, 1, range(3)
+        activations, data, "plain", recipe_of("sound", "logistic", 1, 0), "resid_post", analysis._reducer, 1, range(3)
     )
-    rows = [layer_rows(held, data, "resid_post", analysis._reducer, layer) for layer in range(3)]
+    rows = [layer_rows(activations, data, "resid_post", analysis._reducer, layer) for layer in range(3)]
     check = Check(model, store, probed, "resid_post", "last", 10, 3, 0)
     top = len(rows) - 1
     table = causal_table(check, rows.__getitem__, QUIET).table
-    found = table.query("layer == @top and direction == 'probe'").iloc[0]
+    effects = table.query("layer == @top and direction == 'probe'").iloc[0]
     unit = torch.from_numpy(probed.layers[top].probes[0].direction).float()
     x = torch.from_numpy(rows[top][check.chosen])
     removed = x - (x @ unit)[:, None] * unit
@@ -215,12 +215,12 @@ def test_causal_check_is_the_projection_by_hand(model: NativeModel, store: Activ
     logits = [(un.norm(part) @ un.weight.T).detach() for part in (x, removed)]
     sign = torch.tensor([1 - 2 * data.labels[i] for i in check.chosen])
     margins = [sign * (part[:, 20] - part[:, 70]) for part in logits]
-    assert found["margin"] == pytest.approx(float(margins[0].mean()), abs=1e-4)
-    assert found["margin_change"] == pytest.approx(float((margins[1] - margins[0]).mean()), abs=1e-4)
-    assert found["answer_accuracy"] == pytest.approx(float((margins[0] > 0).float().mean()))
-    assert found["answer_accuracy_edited"] == pytest.approx(float((margins[1] > 0).float().mean()))
+    assert effects["margin"] == pytest.approx(float(margins[0].mean()), abs=1e-4)
+    assert effects["margin_change"] == pytest.approx(float((margins[1] - margins[0]).mean()), abs=1e-4)
+    assert effects["answer_accuracy"] == pytest.approx(float((margins[0] > 0).float().mean()))
+    assert effects["answer_accuracy_edited"] == pytest.approx(float((margins[1] > 0).float().mean()))
     logs = [part.log_softmax(-1) for part in logits]
-    assert found["kl"] == pytest.approx(float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean()), abs=1e-4)
+    assert effects["kl"] == pytest.approx(float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean()), abs=1e-4)
     everywhere = causal_table(replace(check, positions="all"), rows.__getitem__, QUIET).table
     same = np.isclose(everywhere["kl"], table["kl"], atol=1e-6)
     # At the top only the last row matters to the last prediction; at the bottom the others do as well.
@@ -292,8 +292,8 @@ def real_words(tiny: NativeModel) -> NativeModel:
 def test_published_sets_are_read_from_the_folder_given(real_words: NativeModel, tmp_path: Path) -> None:
     (tmp_path / "cities.csv").write_text("statement,label,city\nA is in B.,1,A\nA is in C.,0,A\n")
     analysis = ConceptDepth(sets=("paper_cities",), data=str(tmp_path), template="{text}")
-    found = analysis.collect(real_words, [])
-    assert [(p.text, p.fields["label"]) for p in found] == [("A is in B.", 0), ("A is in C.", 1)]
+    collected = analysis.collect(real_words, [])
+    assert [(p.text, p.fields["label"]) for p in collected] == [("A is in B.", 0), ("A is in C.", 1)]
     with pytest.raises(PromptError, match=r"data set 'paper_stsa': no file .*stsa\.binary\.train"):
         replace(analysis, sets=("paper_stsa",)).collect(real_words, [])
 
@@ -305,8 +305,8 @@ def test_named_sets_join_the_labelled_prompts_and_unlabelled_ones_are_left_out(r
         analysis.collect(real_words, given)
     short = replace(real_words.shape, n_ctx=512)
     real_words.shape = short
-    found = analysis.collect(real_words, given)
-    assert [p.fields.get("dataset") for p in found] == [None, None, *["sentiment"] * 10]
+    collected = analysis.collect(real_words, given)
+    assert [p.fields.get("dataset") for p in collected] == [None, None, *["sentiment"] * 10]
 
 
 @pytest.mark.parametrize(
@@ -419,10 +419,10 @@ def test_the_control_tasks_type_is_the_token_that_recurs_most_between_groups() -
     template = (1, 2)
     rows = [(1, 10 + i % 6, 30 + i, 7) for i in range(24)]
     groups = [i // 2 for i in range(24)]
-    found = token_types(rows, groups)
-    assert found is not None
-    assert (found.position, found.n) == (-3, 6)
-    assert found.of.tolist() == [row[-3] for row in rows]
+    recurring = token_types(rows, groups)
+    assert recurring is not None
+    assert (recurring.position, recurring.n) == (-3, 6)
+    assert recurring.of.tolist() == [row[-3] for row in rows]
     assert token_types([(*template, 30 + i) for i in range(24)], groups) is None
     assert token_types([(*template, 10 + i % 2) for i in range(24)], groups) is None
     # A token that occurs twice in one group only does not recur.
@@ -457,9 +457,9 @@ def test_only_the_layers_chosen_are_probed_and_keep_their_depth(model: NativeMod
 
 def test_statistics_of_a_strided_curve_are_told_in_the_models_depth() -> None:
     curve = np.where(LAYER < 11, 0.5, 0.95)
-    found = {k: v[0] for k, v in depth_statistics(curve[::4], 0.5, list(LAYER[::4]), D).items()}
-    assert (found["jump"], found["depth_90"], found["peak_layer"]) == (12 / D, 12 / D, 12)
-    assert found["converging_stable"] == 12 / D
+    statistics = {k: v[0] for k, v in depth_statistics(curve[::4], 0.5, list(LAYER[::4]), D).items()}
+    assert (statistics["jump"], statistics["depth_90"], statistics["peak_layer"]) == (12 / D, 12 / D, 12)
+    assert statistics["converging_stable"] == 12 / D
 
 
 def test_few_test_groups_give_no_interval_and_no_verdict(model: NativeModel, store: ActivationStore) -> None:

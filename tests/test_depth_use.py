@@ -382,9 +382,9 @@ def test_orders_start_with_the_least_important() -> None:
     tables = proxy_tables(
         {name: column(v[None]) for name, v in values.items()}, {"zd": np.array([0.1, 0.3, 0.2])}, seed=0
     )
-    found = orders(tables["proxies"], seed=0)
-    assert found["measured loss"] == [[1, 2, 0]]
-    assert found["similarity (LLM-Drop)"] == [[2, 0, 1]]
-    assert found["weights (ZD)"] == [[1, 2, 0]]
-    assert found["deepest first"] == [[2, 1, 0]]
-    assert sorted(found["random"][0]) == [0, 1, 2]
+    by_proxy = orders(tables["proxies"], seed=0)
+    assert by_proxy["measured loss"] == [[1, 2, 0]]
+    assert by_proxy["similarity (LLM-Drop)"] == [[2, 0, 1]]
+    assert by_proxy["weights (ZD)"] == [[1, 2, 0]]
+    assert by_proxy["deepest first"] == [[2, 1, 0]]
+    assert sorted(by_proxy["random"][0]) == [0, 1, 2]

@@ -71,8 +71,8 @@ def removal(part: Part, layer: int, n_layers: int) -> edits.Edit:
     )
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return bool((found - expected).abs().max() <= 1e-4 * expected.abs().max())
+def close(values: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((values - expected).abs().max() <= 1e-4 * expected.abs().max())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -82,8 +82,8 @@ def test_a_restart_from_any_depth_gives_the_stored_stream(family: str, store: Ac
 
     def work(blocks: Blocks) -> None:
         for start in range(chunk.n_layers):
-            for found, expected in zip(blocks.run(chunk.stream[start], start), chunk.stream[start:], strict=True):
-                assert close(found[chunk.real], expected[chunk.real])
+            for stream, expected in zip(blocks.run(chunk.stream[start], start), chunk.stream[start:], strict=True):
+                assert close(stream[chunk.real], expected[chunk.real])
 
     on_blocks(model, chunk.tokens, work)
 
@@ -100,12 +100,12 @@ def test_removal_by_restart_is_removal_in_a_whole_forward(family: str, store: Ac
     for (part, layer), final in on_blocks(model, chunk.tokens, finals).items():
         edit = removal(part, layer, chunk.n_layers)
         expected = edits.logits(model, chunk.tokens, [edit], lengths)[chunk.real].log_softmax(-1)
-        found = Outputs(model, Chunk(chunk.prompts, chunk.tokens, chunk.real, [final], []))
-        wanted = chunk.tokens.roll(-1, 1)[chunk.real]
-        loss = -expected.gather(1, wanted[:, None])[:, 0]
-        known = ~found.ce.isnan()
+        outputs = Outputs(model, Chunk(chunk.prompts, chunk.tokens, chunk.real, [final], []))
+        next_tokens = chunk.tokens.roll(-1, 1)[chunk.real]
+        loss = -expected.gather(1, next_tokens[:, None])[:, 0]
+        known = ~outputs.ce.isnan()
         assert int(known.sum()) == sum(lengths) - len(lengths)
-        assert torch.allclose(found.ce[known], loss[known], atol=1e-4)
+        assert torch.allclose(outputs.ce[known], loss[known], atol=1e-4)
 
 
 def test_nothing_is_left_hooked_or_changed(tiny: NativeModel, store: ActivationStore) -> None:
@@ -147,10 +147,10 @@ def synthetic(before: torch.Tensor, added: torch.Tensor) -> Chunk:
 )
 def test_similarity_of_an_amplifier_and_an_eraser(factor: float, cosine: float, similarity: float) -> None:
     x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
-    found = contribution(synthetic(x, factor * x), "block", 0, parallel=False)
-    assert torch.allclose(found.relative_norm, torch.full((1, 6), abs(factor)), atol=1e-5)
-    assert torch.allclose(found.cosine, torch.full((1, 6), cosine), atol=1e-5)
-    assert torch.allclose(found.similarity, torch.full((1, 6), similarity), atol=1e-5)
+    contributions = contribution(synthetic(x, factor * x), "block", 0, parallel=False)
+    assert torch.allclose(contributions.relative_norm, torch.full((1, 6), abs(factor)), atol=1e-5)
+    assert torch.allclose(contributions.cosine, torch.full((1, 6), cosine), atol=1e-5)
+    assert torch.allclose(contributions.similarity, torch.full((1, 6), similarity), atol=1e-5)
 
 
 def test_an_identity_block_has_similarity_0_and_lim_minus_1() -> None:
@@ -348,14 +348,14 @@ def test_outputs_against_the_formulas(tiny: NativeModel, store: ActivationStore)
     assert same.jsd.tolist() == [0] * len(same.jsd)
     assert same.probability_distance.tolist() == [0] * len(same.jsd)
     other = chunk.stream[1]
-    found = outputs.change(other)
+    changes = outputs.change(other)
     p, q = (tiny_logits(tiny, h[chunk.real]).double().softmax(-1) for h in (chunk.stream[-1], other))
     m = (p + q) / 2
     jsd = ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)) / 2
-    assert torch.allclose(found.jsd.double(), jsd, atol=1e-6)
-    assert float(found.jsd.min()) > 0
-    assert float(found.jsd.max()) < log(2)
-    assert torch.allclose(found.probability_distance.double(), (p - q).norm(dim=-1), atol=1e-6)
+    assert torch.allclose(changes.jsd.double(), jsd, atol=1e-6)
+    assert float(changes.jsd.min()) > 0
+    assert float(changes.jsd.max()) < log(2)
+    assert torch.allclose(changes.probability_distance.double(), (p - q).norm(dim=-1), atol=1e-6)
     lens = outputs.lens(other)
     assert torch.allclose(lens.kl.double(), (q * (q / p).log()).sum(-1), atol=1e-5)
     last = outputs.lens(chunk.stream[-1])
@@ -503,7 +503,7 @@ def test_integrated_gradients_are_complete(tiny: NativeModel, store: ActivationS
 def test_the_attributed_change_is_the_models_own(tiny: NativeModel, store: ActivationStore) -> None:
     prompt = Prompt(PROMPTS[1], fields={"answer_from": 5})
     chunk = one_chunk(tiny, store, [prompt.tokens])
-    found = integrated_gradients(tiny, chunk, prompt, ("mlp",), 64, "midpoint", range(3), lambda _: None)
+    attributions = integrated_gradients(tiny, chunk, prompt, ("mlp",), 64, "midpoint", range(3), lambda _: None)
     target = Target.of(prompt, Outputs(tiny, chunk))
     assert target.at.tolist() == [4, 5]
     assert target.ids.tolist() == [16, 17]
@@ -514,7 +514,7 @@ def test_the_attributed_change_is_the_models_own(tiny: NativeModel, store: Activ
 
     mean = edits.Replace(address=Address("mlp_out", 1), value=edits.Values(chunk.added("mlp", 1)[0].mean(0)))
     expected = probability([]) - probability([mean])
-    rows = found[found["layer"] == 1]
+    rows = attributions[attributions["layer"] == 1]
     assert rows["attribution"].sum() == pytest.approx(expected, abs=1e-4)
     assert rows["completeness_error"].abs().max() < 1e-4
     assert abs(expected) > 1e-4

@@ -148,10 +148,10 @@ def test_the_plain_path_program_gives_the_plain_logits(family: str) -> None:
         return hidden
 
     with rerouted(model, plain):
-        found = logits(model, tokens)
+        rebuilt = logits(model, tokens)
         # Reads of points inside and at the edges of a block see its real call.
         inside = read(model, tokens, [POST, Address("attn_out", 1)])
-    assert torch.equal(found, logits(model, tokens))
+    assert torch.equal(rebuilt, logits(model, tokens))
     for address, tensor in inside.items():
         assert torch.equal(tensor, one(model, address, tokens))
 

@@ -68,14 +68,14 @@ def test_rows(cuda: torch.device, dtype: torch.dtype, storage: torch.dtype, widt
     tensor = torch.randn(300, width, device=cuda).to(dtype)
     index = torch.randint(-1, 300, (200,), device=cuda)
     previous, basis = torch.randn(200, width, device=cuda), torch.randn(3, width, device=cuda)
-    offset, found = torch.tensor([5], device=cuda), []
+    offset, written = torch.tensor([5], device=cuda), []
     for kernels in ("eager", "fused"):
         out = outputs(203, width, storage, cuda)
         with forced(kernels):
             capture_rows(tensor, index, out, previous, basis, offset)
-        found.append(out)
+        written.append(out)
     for field in fields(RowOutputs):
-        expected, got = (getattr(out, field.name) for out in found)
+        expected, got = (getattr(out, field.name) for out in written)
         if field.name == "packed" and storage != torch.int8:
             assert torch.equal(expected, got)
         elif field.name == "packed":
@@ -107,12 +107,12 @@ def test_lens(cuda: torch.device, dtype: torch.dtype, n: int, top_k: int) -> Non
     ids = torch.tensor([0, 32_016, 7], device=cuda)
     for softcap in (None, 30.0):
         expected = reference.lens_rows(hidden, weight, bias, softcap, ids, top_k)
-        found = lens_rows(hidden, weight, bias, softcap, ids, top_k)
+        fused = lens_rows(hidden, weight, bias, softcap, ids, top_k)
         for name in ("log_z", "entropy_bits", "wanted", "top_logprobs"):
-            torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=2e-4, rtol=2e-4, msg=name)
+            torch.testing.assert_close(getattr(fused, name), getattr(expected, name), atol=2e-4, rtol=2e-4, msg=name)
         # Logits closer than rounding may swap places.
         if top_k:
-            assert float((found.top_ids == expected.top_ids).float().mean()) > 0.95
+            assert float((fused.top_ids == expected.top_ids).float().mean()) > 0.95
 
 
 def test_the_stress_that_others_fail(cuda: torch.device) -> None:
@@ -185,14 +185,14 @@ def test_capture_stores_what_the_reference_stores(
     monkeypatch.setenv("BATHYSCOPE_POISON", "1")
     model = NativeModel(make("llama").to(cuda, dtype), ref="tiny", weights="tiny")
     assert model.context.attention == "sdpa"
-    found = capture(model, PROMPTS, NEEDS, ActivationStore(tmp_path / "a"))
+    activations = capture(model, PROMPTS, NEEDS, ActivationStore(tmp_path / "a"))
     with monkeypatch.context() as patch, forced("eager"):
         for module in (capture_module, forward_module):
             patch.setattr(module, "asynchronous", lambda _: False)
         expected = capture(model, PROMPTS, NEEDS, ActivationStore(tmp_path / "b"))
     for feature in (feature for need in NEEDS for feature in need.features(3)):
-        got, wanted = (c.get(feature.address, feature.reducer) for c in (found, expected))
-        for a, b in zip(got, wanted, strict=True):
+        got, stored_by_reference = (c.get(feature.address, feature.reducer) for c in (activations, expected))
+        for a, b in zip(got, stored_by_reference, strict=True):
             assert a.dtype == b.dtype
             if feature.reducer.kind == "int8":
                 a, b = unpacked(a).rows, unpacked(b).rows

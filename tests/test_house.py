@@ -31,6 +31,16 @@ def test_importing_a_package_imports_nothing_heavy(package: str) -> None:
     assert python(code).strip() == "[]"
 
 
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["app", "--help"], ["run", "viods"], ["--version"]])
+def test_lists_of_commands_import_nothing_heavy(words: list[str]) -> None:
+    code = (
+        "import contextlib, io, sys\nfrom analyses.cli import main\n"
+        f"with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()): main({words})\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    assert python(code).strip() == "[]"
+
+
 def test_the_public_face_of_probes_is_there_without_submodules() -> None:
     code = "from probes import *; from probes import ActivationStore, load_model; print(ActivationStore.__module__, load_model.__module__)"
     assert python(code).split() == ["probes.store.store", "probes.models.load"]
@@ -65,7 +75,7 @@ def names_bound(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.name
 
 
-@pytest.mark.parametrize("folder", ["probes", "analyses", "app", "benchmarks"])
+@pytest.mark.parametrize("folder", ["probes", "analyses", "app", "benchmarks", "tests", "notebooks", "docs"])
 def test_names_say_what_they_hold(folder: str) -> None:
     empty = [
         f"{path.relative_to(ROOT)}:{line}: {name}"

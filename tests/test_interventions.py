@@ -74,8 +74,8 @@ def test_an_analysis_says_whether_it_reads_the_store(name: str, store: Activatio
 
 def check(analysis: Analysis, model: Model, prompts: list[Any], store: ActivationStore) -> None:
     """What is foretold is what is run."""
-    asked = analysis.collect(model, prompts)
-    planned = plan_capture(model, [prompt.tokens for prompt in asked], analysis.needs(model), store).forwards
+    collected = analysis.collect(model, prompts)
+    planned = plan_capture(model, [prompt.tokens for prompt in collected], analysis.needs(model), store).forwards
     passed: list[int] = []
     last = model.module.get_submodule("model.layers.2")
     plain = type(last).forward
@@ -85,7 +85,7 @@ def check(analysis: Analysis, model: Model, prompts: list[Any], store: Activatio
         passed.extend([len(hidden)] if block is last else [])
         return plain(block, hidden, *args, **kwargs)
 
-    foretold = analysis.interventions(model, asked)
+    foretold = analysis.interventions(model, collected)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(last), "forward", forward)
         result = analysis.run(model, prompts, store=store)

@@ -64,10 +64,10 @@ def test_sigkill_at_random_moments(tmp_path: Path) -> None:
     assert killed >= 5, "the children must be cut off while they work"
     assert left == sorted(left, reverse=True), "what was committed stays"
     assert left[-1] < left[0]
-    found = capture(model, SEQUENCES, [Need("resid_post.*")], ActivationStore(root))
-    assert found.done.forwards == left[-1]
+    activations = capture(model, SEQUENCES, [Need("resid_post.*")], ActivationStore(root))
+    assert activations.done.forwards == left[-1]
     clean = capture(model, SEQUENCES, [Need("resid_post.*")], ActivationStore(tmp_path / "clean"))
     for layer in range(3):
         torch.testing.assert_close(
-            found.packed(f"resid_post.{layer}"), clean.packed(f"resid_post.{layer}"), atol=1e-5, rtol=1e-5
+            activations.packed(f"resid_post.{layer}"), clean.packed(f"resid_post.{layer}"), atol=1e-5, rtol=1e-5
         )

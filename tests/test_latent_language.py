@@ -59,12 +59,12 @@ def test_given_ids_are_summed_as_they_are(tiny: NativeModel, store: ActivationSt
     last = torch.stack([rows[-1] for rows in logits.get("logits")]).double().softmax(-1)
     table = result.tables["probability"].query("layer == 2")
     for language, ids in SUMS.items():
-        found = table[table["language"] == language]["probability"].to_numpy()
-        np.testing.assert_allclose(found, last[:, ids].sum(-1), atol=1e-6)
+        summed = table[table["language"] == language]["probability"].to_numpy()
+        np.testing.assert_allclose(summed, last[:, ids].sum(-1), atol=1e-6)
     middle = capture(tiny, PROMPTS, [Need("resid_post.1")], store).get("resid_post.1")
     read = lens.read(torch.stack([r[-1] for r in middle]), tiny.unembedding(), ids=torch.tensor(SUMS["en"]))
-    found = result.tables["probability"].query("layer == 1 and language == 'en'")["probability"]
-    np.testing.assert_allclose(found, read.logprobs.exp().sum(-1), atol=1e-6)
+    middle_curve = result.tables["probability"].query("layer == 1 and language == 'en'")["probability"]
+    np.testing.assert_allclose(middle_curve, read.logprobs.exp().sum(-1), atol=1e-6)
 
 
 def test_disjoint_sets_that_cover_the_vocabulary_sum_to_one(tiny: NativeModel, store: ActivationStore) -> None:
@@ -165,13 +165,13 @@ def test_token_energy_is_the_naive_one_and_stays_in_its_bounds(family: str) -> N
     latents = torch.randn(4000, d_model, generator=torch.Generator().manual_seed(0))
     seen = latents - latents.mean(-1, keepdim=True) if centred else latents
     cosine = torch.nn.functional.normalize(seen.double(), dim=-1) @ rows.T
-    found = energy.of(latents)
-    np.testing.assert_allclose(found, cosine.square().mean(-1).sqrt() / among, rtol=1e-5)
+    energies = energy.of(latents)
+    np.testing.assert_allclose(energies, cosine.square().mean(-1).sqrt() / among, rtol=1e-5)
     low, high = energy.bounds()
-    assert (found >= low - 1e-9).all()
-    assert (found <= high + 1e-9).all()
+    assert (energies >= low - 1e-9).all()
+    assert (energies <= high + 1e-9).all()
     if not centred:
-        assert float(found.square().mean().sqrt()) == pytest.approx(energy.isotropic, rel=0.03)
+        assert float(energies.square().mean().sqrt()) == pytest.approx(energy.isotropic, rel=0.03)
     vectors = torch.linalg.eigh(energy.gram).eigenvectors
     if not centred:
         assert float(energy.of(vectors[:, -1])) == pytest.approx(high, rel=1e-6)
@@ -206,8 +206,8 @@ def test_tables_keep_their_contract_and_controls_their_size(
     tiny: NativeModel, store: ActivationStore, tmp_path: Path
 ) -> None:
     targets = [{"en": [i, i + 30], "fr": [i + 60]} for i in range(3, 11)]
-    asked = lines(*targets, prompts=[(5, 6, i) for i in range(8)])
-    result = LatentLanguage(target=("fr",)).run(tiny, asked, store=store)
+    questions = lines(*targets, prompts=[(5, 6, i) for i in range(8)])
+    result = LatentLanguage(target=("fr",)).run(tiny, questions, store=store)
     tables = result.tables
     assert tables["probability"].columns[:4].tolist() == ["prompt", "layer", "language", "probability"]
     assert tables["geometry"].columns[:4].tolist() == ["prompt", "layer", "entropy_bits", "token_energy"]
@@ -230,10 +230,10 @@ def test_tables_keep_their_contract_and_controls_their_size(
 
 
 def test_a_second_run_does_no_forward(tiny: NativeModel, store: ActivationStore, count_forwards: Any) -> None:
-    asked = lines(*[SUMS] * 4)
-    LatentLanguage().run(tiny, asked, store=store)
+    questions = lines(*[SUMS] * 4)
+    LatentLanguage().run(tiny, questions, store=store)
     seen = count_forwards(tiny)
-    result = LatentLanguage(ci="gauss95").run(tiny, asked, store=store)
+    result = LatentLanguage(ci="gauss95").run(tiny, questions, store=store)
     assert (seen, result.provenance["counts"]["forwards"]) == ([], 0)
     assert result.provenance["store_keys"]
 
@@ -285,8 +285,8 @@ def test_parts_of_a_block_are_read(read: Any, tiny: NativeModel, store: Activati
     table = LatentLanguage(lens=read).run(tiny, lines(*[SUMS] * 4), store=store).tables["probability"]
     [rows] = [capture(tiny, PROMPTS, [Need(f"{read}_out.1")], store).get(f"{read}_out.1")]
     seen = lens.read(torch.stack([r[-1] for r in rows]), tiny.unembedding(), ids=torch.tensor(SUMS["fr"]))
-    found = table.query("layer == 1 and language == 'fr'")["probability"]
-    np.testing.assert_allclose(found, seen.logprobs.exp().sum(-1), atol=1e-6)
+    curve = table.query("layer == 1 and language == 'fr'")["probability"]
+    np.testing.assert_allclose(curve, seen.logprobs.exp().sum(-1), atol=1e-6)
 
 
 def test_gaussian_and_bootstrap_intervals_agree_roughly() -> None:

@@ -42,7 +42,7 @@ def test_a_beam_of_one_at_the_last_layer_is_greedy_decoding(tiny: NativeModel) -
 
 
 def test_a_wide_beam_is_an_exhaustive_search(tiny: NativeModel) -> None:
-    found = beam(tiny, TOKENS, 1, width=tiny.shape.d_vocab, length=2)
+    beams = beam(tiny, TOKENS, 1, width=tiny.shape.d_vocab, length=2)
 
     def read(sequences: list[tuple[int, ...]]) -> torch.Tensor:
         kept: list[torch.Tensor] = []
@@ -54,8 +54,8 @@ def test_a_wide_beam_is_an_exhaustive_search(tiny: NativeModel) -> None:
     second = read([(*TOKENS, t) for t in range(tiny.shape.d_vocab)])
     best = (first[:, None] + second).flatten().topk(5)
     pairs = [divmod(int(i), tiny.shape.d_vocab) for i in best.indices]
-    assert [tokens for tokens, _ in found[:5]] == pairs
-    np.testing.assert_allclose([score for _, score in found[:5]], best.values, atol=1e-4)
+    assert [tokens for tokens, _ in beams[:5]] == pairs
+    np.testing.assert_allclose([score for _, score in beams[:5]], best.values, atol=1e-4)
 
 
 def test_swapping_all_dimensions_gives_the_donor_and_none_the_row() -> None:
@@ -158,8 +158,8 @@ def counted(model: Model) -> tuple[int, int]:
 
 @pytest.mark.real
 def test_most_answers_have_equal_length_under_the_default_tokenizer(real: Model) -> None:
-    equal, asked = counted(real)
-    assert asked >= 40
+    equal, total = counted(real)
+    assert total >= 40
     assert equal >= 35
 
 
@@ -168,5 +168,5 @@ def test_all_answers_have_equal_length_under_the_multilingual_tokenizer() -> Non
     from probes.models import fetch_model, load_model
 
     fetch_model("gemma3-270m", accept_license=True)
-    equal, asked = counted(load_model("gemma3-270m"))
-    assert equal == asked >= 40
+    equal, total = counted(load_model("gemma3-270m"))
+    assert equal == total >= 40

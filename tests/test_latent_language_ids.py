@@ -40,9 +40,9 @@ def test_bytes_of_a_character_count_only_where_wanted() -> None:
 
 def test_byte_level_pieces_are_read_through_their_alphabet() -> None:
     fake = FakeByteLevel()
-    found = token_bytes(fake)
-    assert found[fake.id("Ġdog")] == b" dog"
-    assert found[fake.id("ä¹¦")] == "书".encode()
+    as_bytes = token_bytes(fake)
+    assert as_bytes[fake.id("Ġdog")] == b" dog"
+    assert as_bytes[fake.id("ä¹¦")] == "书".encode()
     assert ids(Rule(fake, "prefix"), "书") == {fake.id("ä"), fake.id("ä¹"), fake.id("ä¹¦")}
     assert ids(Rule(fake, "prefix", byte_tokens=False), "书") == {fake.id("ä¹¦")}
 
@@ -106,7 +106,9 @@ def test_controls_are_of_equal_size_and_never_the_words_own() -> None:
     others = {s for item in items for s in item["en"]}
     for own, control in zip(items, controls, strict=True):
         assert {name: len(s) for name, s in control.items()} == {name: len(s) for name, s in own.items()}
-        assert not any(collide(a, b) for s in control.values() for a in s for mine in own.values() for b in mine)
+        assert not any(
+            collide(a, b) for s in control.values() for a in s for sequences in own.values() for b in sequences
+        )
         assert set(control["en"]) <= others
     assert shuffled_controls(items, seed=3, d_vocab=200) == controls
     assert shuffled_controls(items, seed=4, d_vocab=200) != controls

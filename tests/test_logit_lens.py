@@ -75,9 +75,9 @@ def test_the_curve_holds_means_with_intervals_over_prompts(tiny: NativeModel, st
 def test_chance_agreement_by_hand() -> None:
     names = ["prompt", "position", "layer", "top_token_id", "final_token_id"]
     rows = [(0, 0, 0, 7, 7), (0, 1, 0, 8, 7), (1, 0, 0, 7, 9), (1, 1, 0, 9, 7), (2, 0, 0, 9, 9)]
-    found = chance(pd.DataFrame(rows, columns=names))
+    by_layer = chance(pd.DataFrame(rows, columns=names))
     # Other prompts end in 9, 7, 9 | 9, 7, 9 | 7, 7, 9 | 7, 7, 9 | 7, 7, 9, 7.
-    assert found.tolist() == pytest.approx([1 / 3, 0, 2 / 3, 1 / 3, 1 / 4])
+    assert by_layer.tolist() == pytest.approx([1 / 3, 0, 2 / 3, 1 / 3, 1 / 4])
 
 
 def test_the_figure_draws_the_intervals_of_the_prompts_chosen(tiny: NativeModel, store: ActivationStore) -> None:

@@ -3,24 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny import native
 
-from probes.capture.needs import Feature, Need, features_of, make_plan
+from probes.capture.needs import Feature, Need, as_needs, features_of, make_plan
+from probes.capture.run import capture, plan_capture
 from probes.errors import PointError
 from probes.points import Address
 from probes.reducers import ROWS, Reducer
+from probes.store import ActivationStore
 
 SEQUENCES = [(1, 2, 3), (4, 5), (1, 2, 3)]
 
 
-def holding(*held: str):
+def holding(*keys: str):
     def ask(sequences: Sequence[tuple[int, ...]], features: Sequence[Feature]) -> np.ndarray:
-        return np.array([[f.key in held for f in features] for _ in sequences])
+        return np.array([[f.key in keys for f in features] for _ in sequences])
 
     return ask
+
+
+def test_points_as_text_stand_for_their_rows() -> None:
+    norms = Need("resid_post.1", Reducer("norm"))
+    assert as_needs(["resid_post.*", norms]) == [Need("resid_post.*"), norms]
+    assert as_needs("resid_post.*") == [Need("resid_post.*")]
+    assert as_needs(norms) == [norms]
+
+
+def test_a_capture_takes_points_as_text(tmp_path: Path) -> None:
+    model, store = native(), ActivationStore(tmp_path)
+    assert plan_capture(model, SEQUENCES, ["resid_post.*"], store).forwards == 2
+    rows = capture(model, SEQUENCES, ["resid_post.*"], store).packed("resid_post.2")
+    torch.testing.assert_close(rows, capture(model, SEQUENCES, [Need("resid_post.2")], store).packed("resid_post.2"))
+    assert plan_capture(model, SEQUENCES, [Need("resid_post.*")], store).forwards == 0
+
+
+@pytest.mark.parametrize("needs", [5, [5], [("resid_post.1", "z.1")], [Need(5)], [Need((5,))], None])  # type: ignore[arg-type]
+def test_needs_of_a_wrong_type_are_refused(needs: object, tmp_path: Path) -> None:
+    model = native()
+    for ask in (capture, plan_capture):
+        with pytest.raises(PointError, match="such as 'resid_post"):
+            ask(model, SEQUENCES, needs, ActivationStore(tmp_path))  # type: ignore[operator]
 
 
 def test_the_stream_between_blocks_has_one_name() -> None:

@@ -57,8 +57,8 @@ def execute(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
 
     def run(name: str, **facts: str) -> Executed:
         notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)
-        asked = ", ".join(f"{key!r}: {expression}" for key, expression in facts.items())
-        probe = nbformat.v4.new_code_cell(f"import json\nprint(json.dumps({{{asked}}}, default=lambda x: x.item()))")
+        entries = ", ".join(f"{key!r}: {expression}" for key, expression in facts.items())
+        probe = nbformat.v4.new_code_cell(f"import json\nprint(json.dumps({{{entries}}}, default=lambda x: x.item()))")
         notebook.cells.append(probe)
         NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
         *cells, last = notebook.cells

@@ -84,13 +84,13 @@ def test_the_import_contracts_hold() -> None:
 @pytest.mark.parametrize("package", ["probes", "analyses"])
 def test_no_package_imports_the_scripts_above_it(package: str) -> None:
     above = {"app", "notebooks", "benchmarks", "tests", "streamlit"} | ({"analyses"} if package == "probes" else set())
-    found = {
+    upward = {
         f"{path.relative_to(ROOT)}: {name}"
         for path in (ROOT / package).rglob("*.py")
         for name in imported(path)
         if name.split(".")[0] in above
     }
-    assert not found
+    assert not upward
 
 
 def imported(path: Path) -> list[str]:

@@ -65,9 +65,9 @@ def test_means_are_over_rows_and_intervals_over_prompts() -> None:
         for layer in (0, 1)
     ]
     table = pd.DataFrame(rows, columns=["prompt", "position", "layer", "agrees"])
-    found = agreement({"read": table})
-    assert found["value"].tolist() == pytest.approx([1 / 6, 1 / 6])
-    assert found["ci_low"].tolist() == [0.0, 0.0]
+    profile = agreement({"read": table})
+    assert profile["value"].tolist() == pytest.approx([1 / 6, 1 / 6])
+    assert profile["ci_low"].tolist() == [0.0, 0.0]
     few = agreement({"read": table[table["prompt"] < 5]})
     assert few[["ci_low", "ci_high"]].isna().all(axis=None)
     alike = mean_by_layer(table.assign(agrees=1.0), "agrees", ["prompt", "position"])
@@ -97,9 +97,9 @@ def test_independent_sets_combine_their_intervals() -> None:
         {"variant": "plain", "probe": "logistic", "layer": 0, "selectivity": [0.2, 0.4],
          "selectivity_low": [0.2 - 0.3, 0.4 - 0.4], "selectivity_high": [0.2 + 0.3, 0.4 + 0.4]}
     )  # fmt: skip
-    found = selectivity({"scores": scores}).iloc[0]
-    assert (found["value"], found["ci_high"] - found["value"]) == pytest.approx((0.3, 0.25))
-    assert np.isclose(found["value"] - found["ci_low"], 0.25)
+    profile = selectivity({"scores": scores}).iloc[0]
+    assert (profile["value"], profile["ci_high"] - profile["value"]) == pytest.approx((0.3, 0.25))
+    assert np.isclose(profile["value"] - profile["ci_low"], 0.25)
 
 
 @pytest.mark.parametrize("name", list(SMALL))

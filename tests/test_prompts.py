@@ -16,13 +16,13 @@ from probes.prompts import Prompt, batches, read_prompts, select, tokenize
 
 @given(st.lists(st.lists(st.integers(1, 96), min_size=1, max_size=9), min_size=1, max_size=12), st.integers(1, 40))
 def test_batches_hold_every_sequence_once_and_within_the_budget(sequences: list[list[int]], budget: int) -> None:
-    found: dict[int, list[int]] = {}
+    unbatched: dict[int, list[int]] = {}
     for batch in batches(sequences, budget):
         assert batch.tokens.numel() <= budget or len(batch.indices) == 1
         for row, (index, length) in enumerate(zip(batch.indices, batch.lengths, strict=True)):
-            assert index not in found
-            found[index] = batch.tokens[row, :length].tolist()
-    assert found == dict(enumerate(sequences))
+            assert index not in unbatched
+            unbatched[index] = batch.tokens[row, :length].tolist()
+    assert unbatched == dict(enumerate(sequences))
 
 
 def test_row_index_never_names_a_pad() -> None:

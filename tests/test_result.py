@@ -103,11 +103,11 @@ def test_few_layers_get_a_tick_each_and_nothing_between(result: Result) -> None:
     assert (figure.layout.yaxis.title.text, figure.layout.yaxis.dtick) == ("layer", 1)
     assert figure.layout.xaxis.dtick is None
     for values, tick in (([0, 1, 7], 1), ([0.0, float("nan"), 8], None), (["a", "b"], None)):
-        made = go.Figure(go.Scatter(x=[0, 0.5, 1][: len(values)], y=values)).update_layout(
+        drawn = go.Figure(go.Scatter(x=[0, 0.5, 1][: len(values)], y=values)).update_layout(
             xaxis_title="relative depth (layer / number of layers)", yaxis_title="layer"
         )
-        assert whole_layers(made).layout.yaxis.dtick == tick
-        assert made.layout.xaxis.dtick is None
+        assert whole_layers(drawn).layout.yaxis.dtick == tick
+        assert drawn.layout.xaxis.dtick is None
     square = go.Figure(go.Heatmap(z=[[1, 2], [3, 4]])).update_layout(xaxis_title="layer", yaxis_title="source block")
     assert [whole_layers(square).layout[axis].dtick for axis in ("xaxis", "yaxis")] == [1, 1]
 

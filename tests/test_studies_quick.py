@@ -40,8 +40,8 @@ def test_quick_twice_and_with_one_option_changed(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize("name", sorted(path.name for path in STUDIES.glob("*.toml")))
 def test_shipped_studies_are_sound(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every cell can be written out; models that are not at hand are taken on trust."""
-    found = expand(read_study(STUDIES / "quick.toml"))[0]
-    one = {"weights": found.name, "backend": "native", "dtype": "auto", "attention": "sdpa"}
+    plan = expand(read_study(STUDIES / "quick.toml"))[0]
+    one = {"weights": plan.name, "backend": "native", "dtype": "auto", "attention": "sdpa"}
     monkeypatch.setattr("analyses.studies.fingerprint.find", lambda spec: None)
     monkeypatch.setattr("analyses.studies.fingerprint.of_model", lambda spec, _: {**one, "weights": spec.spec.ref})
     monkeypatch.setattr("analyses.studies.fingerprint.weight_bytes", lambda _: 1)

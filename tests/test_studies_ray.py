@@ -39,12 +39,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a cluster of two nodes with one processor each."""
     from ray.cluster_utils import Cluster
 
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    found.add_node(num_cpus=1)
-    ray.init(address=found.address, log_to_driver=False, logging_level="ERROR")
-    yield found.address
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    nodes.add_node(num_cpus=1)
+    ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+    yield nodes.address
     ray.shutdown()
-    found.shutdown()
+    nodes.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +92,8 @@ def same_tables(one: Path, other: Path) -> None:
 
 def capturing() -> list[psutil.Process]:
     """Actors of this process's own cluster that hold a model."""
-    found = psutil.Process().children(recursive=True)
-    return [process for process in found if "MapWorker" in " ".join(process.cmdline())]
+    children = psutil.Process().children(recursive=True)
+    return [process for process in children if "MapWorker" in " ".join(process.cmdline())]
 
 
 def test_two_nodes_leave_the_rows_and_tables_of_the_local_engine_though_an_actor_is_killed(

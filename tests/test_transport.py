@@ -69,7 +69,7 @@ def test_no_element_is_wrong_whatever_the_delays(poison: bool) -> None:
     engine = ThreadEngine(delay=0.0005)
     assert stress(Lane(engine, 40_000, 80_000, poison), 2000, slow_reader=0.0002) == 0
     assert engine.copied == 2000
-    assert engine.held > 0, "the ring never came round to a copy still running: the test tests nothing"
+    assert engine.unfinished > 0, "the ring never came round to a copy still running: the test tests nothing"
 
 
 def test_poison_shows_a_broken_barrier() -> None:
@@ -147,16 +147,16 @@ def test_a_tensor_too_large_for_the_rings_goes_by_itself() -> None:
 
 
 def test_each_device_has_its_own_rings() -> None:
-    made: list[torch.device] = []
+    devices_built: list[torch.device] = []
 
     def make(device: torch.device) -> ThreadEngine:
-        made.append(device)
+        devices_built.append(device)
         return ThreadEngine()
 
     transport = Transport(256, make_engine=make)
     devices = [torch.device("cuda", i % 2) for i in range(6)]
     pendings = [transport.send(d, (64,), torch.float32, lambda out, i=i: out.fill_(i)) for i, d in enumerate(devices)]
-    assert made == devices[:2]
+    assert devices_built == devices[:2]
     assert [float(pending.read()[0]) for pending in pendings] == [0, 1, 2, 3, 4, 5]
     transport.close()
 
@@ -168,18 +168,18 @@ def test_what_never_fits_is_refused_at_once() -> None:
 
 
 def test_regions_of_a_host_ring_never_overlap() -> None:
-    ring, draw, held = HostRing(HostEngine(), 16 * 256), random.Random(2), []
+    ring, draw, regions = HostRing(HostEngine(), 16 * 256), random.Random(2), []
     for _ in range(3000):
         needed = aligned(draw.randrange(0, 1200))
         if ring._room(needed) is None or draw.random() < 0.3:
-            if held:
-                ring.release(held.pop(draw.randrange(len(held)))[0])
+            if regions:
+                ring.release(regions.pop(draw.randrange(len(regions)))[0])
             continue
         region, _ = ring.reserve(needed)
         assert region.stop <= len(ring.buffer)
-        assert not any(region.overlaps(other.start, other.stop) for other, _ in held)
-        held.append((region, None))
-    for region, _ in held:
+        assert not any(region.overlaps(other.start, other.stop) for other, _ in regions)
+        regions.append((region, None))
+    for region, _ in regions:
         ring.release(region)
     assert ring._room(16 * 256) == 0
 
@@ -249,19 +249,21 @@ def test_the_asynchronous_path_stores_what_the_reference_stores(
     asynchronous: list[ThreadEngine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     model = native()
-    found = capture(model, PROMPTS, NEEDS, ActivationStore(tmp_path / "a"), batch_tokens=8)
+    activations = capture(model, PROMPTS, NEEDS, ActivationStore(tmp_path / "a"), batch_tokens=8)
     copied = asynchronous[0].copied
     monkeypatch.undo()
     expected = capture(model, PROMPTS, NEEDS, ActivationStore(tmp_path / "b"), batch_tokens=8)
-    assert found.done.forwards == expected.done.forwards == 4
+    assert activations.done.forwards == expected.done.forwards == 4
     assert copied > 50
     features = [feature for need in NEEDS for feature in need.features(3)]
     for feature in features:
         pairs = zip(
-            found.get(feature.address, feature.reducer), expected.get(feature.address, feature.reducer), strict=True
+            activations.get(feature.address, feature.reducer),
+            expected.get(feature.address, feature.reducer),
+            strict=True,
         )
-        for got, wanted in pairs:
-            torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5, msg=feature.key)
+        for got, reference in pairs:
+            torch.testing.assert_close(got, reference, atol=1e-5, rtol=1e-5, msg=feature.key)
     assert len(asynchronous) == 1
 
 
@@ -317,8 +319,8 @@ def test_memory_that_does_not_suffice_halves_an_asynchronous_batch_too(
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(model, "run", small)
-    found = capture(model, PROMPTS, [Need("resid_post.*", Reducer("norm"))], store)
+    activations = capture(model, PROMPTS, [Need("resid_post.*", Reducer("norm"))], store)
     monkeypatch.undo()
-    for sequence, norms in zip(PROMPTS, found.get("resid_post.2", Reducer("norm")), strict=True):
+    for sequence, norms in zip(PROMPTS, activations.get("resid_post.2", Reducer("norm")), strict=True):
         assert norms.shape == (len(sequence),)
         assert norms.isfinite().all()

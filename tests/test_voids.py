@@ -96,13 +96,13 @@ def test_removing_planted_identity_blocks_changes_nothing(store: ActivationStore
     full = capture(model, PROMPTS, [Need("logits")], store).packed("logits")
     skip = {Address("resid_post", layer): None for layer in (3, 4)}
     for sequence, start in zip(PROMPTS, np.cumsum([0, *map(len, PROMPTS)]), strict=False):
-        held: dict[str, torch.Tensor] = {}
+        kept: dict[str, torch.Tensor] = {}
 
-        def keep(tensor: torch.Tensor, held: dict[str, torch.Tensor] = held) -> torch.Tensor:
-            held["stream"] = tensor
+        def keep(tensor: torch.Tensor, kept: dict[str, torch.Tensor] = kept) -> torch.Tensor:
+            kept["stream"] = tensor
             return tensor
 
-        writes = {Address("resid_post", 2): keep, **{a: (lambda _, h=held: h["stream"]) for a in skip}}
+        writes = {Address("resid_post", 2): keep, **{a: (lambda _, h=kept: h["stream"]) for a in skip}}
         seen: list[torch.Tensor] = []
         model.run(torch.tensor([sequence]), {Address("logits"): lambda t, s=seen: s.append(t[0])}, writes)
         torch.testing.assert_close(seen[0], full[start : start + len(sequence)], atol=1e-5, rtol=1e-5)

@@ -96,8 +96,3 @@ def serve(args: list[str]) -> None:
     """Runs Streamlit in this process, until it is ended."""
     sys.argv = ["streamlit", *args]
     runpy.run_module("streamlit", run_name="__main__", alter_sys=True)
-
-
-alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-"""The one command by itself."""
-alone.command("app")(open_app)

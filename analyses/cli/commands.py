@@ -1,42 +1,101 @@
-"""The commands of `bathyscope`."""
+"""The commands of `bathyscope`, each imported when it is called: a list of them imports none."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from importlib import import_module
 from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from analyses.cli import capture, models, run, store
-from analyses.cli.app import open_app
-from analyses.cli.batch import batch
-from analyses.cli.bench import bench
-from analyses.cli.console import say
-from analyses.cli.demo import demo
+from analyses.cli.console import PLAIN, say
 from analyses.cli.exits import UsageError
-from analyses.cli.model_flags import with_model
-from analyses.cli.report import report
-from analyses.registry import names
+from analyses.registry import titles
 from probes.errors import unknown
 
+COMMANDS = {
+    "run": ("analyses.cli.commands:analyses_group", "Run an analysis and save its result."),
+    "demo": ("analyses.cli.demo:demo", "Run every analysis on the bundled default model and prompts."),
+    "app": ("analyses.cli.app:open_app", "Open the dashboard on the saved runs of a folder."),
+    "report": ("analyses.cli.report:report", "Write one report of several runs."),
+    "batch": ("analyses.cli.batch:batch", "Run the cells of a study that have no result yet."),
+    "capture": ("analyses.cli.capture:capture", "Capture points of every prompt into the store."),
+    "store": ("analyses.cli.store:group", "The activation store."),
+    "models": ("analyses.cli.models:group", "Models at hand."),
+    "check": ("analyses.cli.models:check", "Check a model's identities on every backend."),
+    "bench": ("analyses.cli.bench:bench", "Measure side by side with other tools."),
+}
+"""Command to where its function or group lies, and what a list of commands says of it."""
 
-class _Analyses(TyperGroup):
-    """One command an analysis, made when it is asked for."""
+
+class _LazyGroup(TyperGroup):
+    """Commands that are known by name and one line, and imported when they are called."""
+
+    kind: str
+
+    def lines(self) -> Mapping[str, str]:
+        """Return what a list says of every command."""
+        raise NotImplementedError
+
+    def load(self, name: str) -> Any:
+        """Import the command of that name."""
+        raise NotImplementedError
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """The names of every analysis."""
-        return list(names())
+        """Return the names of the commands."""
+        return list(self.lines())
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the list of commands."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(self.lines().items()))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command of one analysis; None for an unknown name."""
-        return run.command_of(cmd_name) if cmd_name in names() else None
+        """Return one command; None for an unknown name."""
+        return self.load(cmd_name) if cmd_name in self.lines() else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command that `args` name first; an unknown one is refused with the legal names."""
-        if args and not args[0].startswith("-") and args[0] not in names():
-            raise UsageError(unknown("analysis", args[0], names()))
+        """Return the command that `args` name first; an unknown one is refused with the legal names."""
+        if args and not args[0].startswith("-") and args[0] not in self.lines():
+            raise UsageError(unknown(self.kind, args[0], self.lines()))
         return super().resolve_command(ctx, args)
+
+
+class _Commands(_LazyGroup):
+    kind = "command"
+
+    def lines(self) -> Mapping[str, str]:
+        return {name: line for name, (_, line) in COMMANDS.items()}
+
+    def load(self, name: str) -> Any:
+        module, _, attribute = COMMANDS[name][0].partition(":")
+        command = getattr(import_module(module), attribute)
+        if isinstance(command, typer.Typer):
+            return typer.main.get_group(command)
+        return command_named(name, command)
+
+
+class _Analyses(_LazyGroup):
+    kind = "analysis"
+
+    def lines(self) -> Mapping[str, str]:
+        return titles()
+
+    def load(self, name: str) -> Any:
+        from analyses.cli.run import command_for, fields_help
+        from analyses.registry import get_analysis
+
+        analysis = get_analysis(name)
+        return command_named(name, command_for(analysis), epilog=fields_help(analysis))
+
+
+def command_named(name: str, function: Any, **settings: Any) -> Any:
+    """Return a function as a command of its own."""
+    single = typer.Typer(**PLAIN)
+    single.command(name, **settings)(function)
+    return typer.main.get_command(single)
 
 
 def _version(given: bool) -> None:
@@ -53,21 +112,5 @@ def _root(
     """Where in the depth of a language model does it happen?"""
 
 
-app = typer.Typer(
-    callback=_root,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-analyses_group = typer.Typer(cls=_Analyses, help="Run an analysis and save its result.", no_args_is_help=True)
-app.add_typer(analyses_group, name="run")
-app.add_typer(store.group, name="store")
-app.add_typer(models.group, name="models")
-app.command("capture")(capture.capture)
-app.command("check")(with_model(models.check, ref=False))
-app.command("report")(report)
-app.command("demo")(demo)
-app.command("app")(open_app)
-app.command("batch")(batch)
-app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
+bathyscope = typer.Typer(cls=_Commands, callback=_root, no_args_is_help=True, **PLAIN)
+analyses_group = typer.Typer(cls=_Analyses, help=COMMANDS["run"][1], no_args_is_help=True, **PLAIN)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Annotated
 
 import typer
 
-from analyses.cli.console import say, warn
+from analyses.cli.console import PLAIN, say, warn
+from analyses.cli.model_flags import with_model
 from analyses.running.model_spec import ModelSpec
 from probes.errors import ModelError
 from probes.html_card import aligned, count, size
@@ -16,7 +18,7 @@ from probes.models.protocol import Identity
 from probes.models.sources.locate import ModelInfo
 from probes.models.verify.parity import parity, table
 
-group = typer.Typer(help="Models at hand.", no_args_is_help=True)
+group = typer.Typer(help="Models at hand.", no_args_is_help=True, **PLAIN)
 Ref = Annotated[str, typer.Argument(metavar="REF", help="A named model, a folder, a .gguf file, or a hub id.")]
 
 
@@ -80,8 +82,9 @@ def info(ref: Ref) -> None:
             say(f"{name:{width}}{value}")
 
 
+@partial(with_model, ref=False)
 def check(ref: Ref, spec: ModelSpec) -> None:
-    """The identities of a model on every backend, the points it refuses, and how far the backends agree."""
+    """Check a model's identities on every backend, the points it refuses, and how far the backends agree."""
     first = replace(spec, backend="native").load()
     models: dict[str, Model] = {}
     for backend in BACKENDS:

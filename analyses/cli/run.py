@@ -14,7 +14,6 @@ from analyses.base import Analysis
 from analyses.cli.console import ConsoleProgress, say
 from analyses.cli.model_flags import with_model
 from analyses.cli.option_flags import build, flags
-from analyses.registry import get_analysis
 from analyses.results.output_folder import check_output
 from analyses.running.model_spec import ModelSpec
 from analyses.running.runner import dry_run as cost_of
@@ -81,14 +80,6 @@ def start(
     for name, table in result.tables.items():
         say(f"{name}: {count(len(table), 'row')}")
     say(f"report: {folder / 'report.html'}")
-
-
-def command_of(name: str) -> Any:
-    """The command that runs the analysis of that name."""
-    cls = get_analysis(name)
-    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    single.command(name, epilog=fields_help(cls))(command_for(cls))
-    return typer.main.get_command(single)
 
 
 def fields_help(analysis: type[Analysis]) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from analyses.cli.console import say
+from analyses.cli.console import PLAIN, say
 from analyses.cli.run import StoreDir
 from analyses.results.theme import shorten
 from probes.capture.dry_run import human
@@ -22,7 +22,7 @@ LISTED = ("model", "weights", "run by", "sequences", "features", "shards", "size
 DIGITS = 12
 """Of a digest of weights, which is 32 long."""
 
-group = typer.Typer(help="The activation store.", no_args_is_help=True)
+group = typer.Typer(help="The activation store.", no_args_is_help=True, **PLAIN)
 
 
 @group.command("ls")

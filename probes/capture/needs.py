@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from probes.errors import PointError
+from probes.errors import PointError, shown
 from probes.html_card import count
 from probes.points import POINTS, Address, expand
 from probes.reducers import ROWS, TAIL, Reducer
@@ -65,6 +65,26 @@ class Need:
             if address.point == "pattern" and self.reducer.kind != "rows":
                 raise PointError(f"point 'pattern' keeps rows only, not {self.reducer.kind!r}")
         return [Feature(address.canonical, self.reducer) for address in addresses]
+
+
+def as_needs(needs: Need | str | Iterable[Need | str]) -> list[Need]:
+    """Return needs as given to a capture, one or several; the text of points stands for a `Need` of their rows.
+
+    Raises:
+        PointError: something that names no points.
+    """
+    several = [needs] if isinstance(needs, Need | str) else needs
+    if not isinstance(several, Iterable):
+        raise PointError(f"needs {shown(needs)}: give a list of Need or of points such as 'resid_post.*'")
+    return [_as_need(need) for need in several]
+
+
+def _as_need(need: Need | str) -> Need:
+    if isinstance(need, str):
+        return Need(need)
+    if not isinstance(need, Need):
+        raise PointError(f"need {shown(need)} is neither a Need nor the text of points such as 'resid_post.*'")
+    return need
 
 
 Stored = Callable[[Sequence[tuple[int, ...]], Sequence[Feature]], np.ndarray]

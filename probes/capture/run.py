@@ -25,7 +25,7 @@ from probes.capture.forward import (
 )
 from probes.capture.layer_major import layer_major
 from probes.capture.lookup import Lookup, Tokens
-from probes.capture.needs import CapturePlan, Feature, Need, make_plan
+from probes.capture.needs import CapturePlan, Feature, Need, as_needs, make_plan
 from probes.capture.writer import Writer
 from probes.device_to_host import Transport
 from probes.edits import Edit, altered, resolve, writes_of
@@ -37,6 +37,8 @@ from probes.store import RowStore
 
 Sequences = Sequence[str | Sequence[int]]
 """Texts, or token ids as given."""
+Needs = Need | str | Iterable[Need | str]
+"""What to capture: needs, or points whose rows are kept, such as `resid_post.*`."""
 
 
 def context_of(model: Model, edits: Sequence[Edit] = ()) -> dict[str, str]:
@@ -50,18 +52,18 @@ def context_of(model: Model, edits: Sequence[Edit] = ()) -> dict[str, str]:
 
 
 def plan_capture(
-    model: Model, sequences: Sequences, needs: Iterable[Need], store: RowStore, edits: Sequence[Edit] = ()
+    model: Model, sequences: Sequences, needs: Needs, store: RowStore, edits: Sequence[Edit] = ()
 ) -> CapturePlan:
     """Return the plan of the forwards that remain before every sequence has every need.
 
     Raises:
-        PointError: a point this model refuses, with its reason.
+        PointError: a need that names no points, or a point this model refuses, with its reason.
         PromptError: a sequence that cannot be run.
         ModelError: rows that could not be told from another model's, or that the model does not reproduce.
     """
     lookup = Lookup(store, context_of(model, edits), model.shape.causal)
     check_canary(model, lookup.context, store)
-    return _planned(model, token_ids(sequences, model), list(needs), lookup)
+    return _planned(model, token_ids(sequences, model), as_needs(needs), lookup)
 
 
 def _planned(model: Model, sequences: Sequence[Tokens], needs: Sequence[Need], lookup: Lookup) -> CapturePlan:
@@ -76,7 +78,7 @@ def _planned(model: Model, sequences: Sequence[Tokens], needs: Sequence[Need], l
 def capture(
     model: Model,
     sequences: Sequences,
-    needs: Iterable[Need],
+    needs: Needs,
     store: RowStore,
     *,
     edits: Sequence[Edit] = (),
@@ -96,7 +98,7 @@ def capture(
     Args:
         model: the model to run.
         sequences: texts, as the model's tokenizer encodes them, or token ids.
-        needs: the points to capture, and how they are reduced.
+        needs: the points to capture, and how they are reduced; points as text stand for all their rows.
         store: where rows are looked up and written.
         edits: interventions under which the model runs.
         prompt_lengths: per sequence, how many of its tokens are the prompt, the others being the response to it; a later
@@ -105,12 +107,12 @@ def capture(
         batch_tokens: padded tokens per forward, at most.
 
     Raises:
-        PointError: a point this model refuses.
+        PointError: a need that names no points, or a point this model refuses.
         PromptError: a sequence that cannot be run.
         ModelError: rows that could not be told from another model's, or that the model does not reproduce.
         StoreError: not enough space, before the run or during it.
     """
-    needs, sequences = list(needs), token_ids(sequences, model)
+    needs, sequences = as_needs(needs), token_ids(sequences, model)
     with ExitStack() as stack:
         stack.enter_context(store.pin())
         lookup = Lookup(store, context_of(model, edits), model.shape.causal)

@@ -46,7 +46,9 @@ def main() -> None:
         for args in [*QUICK, held_run]:
             filled = [prompts if arg == "{prompts}" else arg for arg in args]
             seconds = [processor_seconds(filled) for _ in range(given.rounds)]
-            shown = " ".join("FILE" if arg == prompts else arg for arg in filled if not arg.startswith(folder) or arg == prompts)
+            shown = " ".join(
+                "FILE" if arg == prompts else arg for arg in filled if not arg.startswith(folder) or arg == prompts
+            )
             print(f"| `bathyscope {shown}` | {statistics.median(seconds):.2f} | {max(seconds):.2f} |")
 
 

@@ -24,7 +24,7 @@ COMMANDS = {
     "capture": ("analyses.cli.capture:capture", "Capture points of every prompt into the store."),
     "store": ("analyses.cli.store:group", "The activation store."),
     "models": ("analyses.cli.models:group", "Models at hand."),
-    "check": ("analyses.cli.models:check", "Check a model's identities on every backend."),
+    "check": ("analyses.cli.check:check", "Check a model's identities on every backend."),
     "bench": ("analyses.cli.bench:bench", "Measure side by side with other tools."),
 }
 """Command to where its function or group lies, and what a list of commands says of it."""

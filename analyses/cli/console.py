@@ -26,9 +26,14 @@ def warn(line: str) -> None:
 
 
 class ConsoleProgress(Progress):
-    """A bar with an estimate on a terminal, plain lines otherwise."""
+    """A bar with an estimate on a terminal, plain lines otherwise.
 
-    def __init__(self) -> None:
+    Args:
+        of: what every line begins with, where several things are done one after another.
+    """
+
+    def __init__(self, of: str = "") -> None:
+        self._of = f"{of} · " if of else ""
         self._console = Console(stderr=True)
         self._bar: RichProgress | None = None
         self._total = self._done = 0
@@ -41,7 +46,8 @@ class ConsoleProgress(Progress):
         if total and self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._bar = RichProgress(*columns, console=self._console, transient=True)
-            self._task = self._bar.add_task(f"{what} passes" if what == "forward" else f"{what}s", total=total)
+            passes = f"{what} passes" if what == "forward" else f"{what}s"
+            self._task = self._bar.add_task(self._of + passes, total=total)
             self._bar.start()
 
     def advance(self, done: int = 1) -> None:
@@ -50,7 +56,7 @@ class ConsoleProgress(Progress):
         if self._bar is not None:
             self._bar.advance(self._task, done)
         elif 4 * before // self._total != 4 * self._done // self._total:
-            warn(f"{self._what}: {self._done:,} of {self._total:,}")
+            warn(f"{self._of}{self._what}: {self._done:,} of {self._total:,}")
 
     def note(self, line: str) -> None:
         """Print a line."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,11 +86,32 @@ def write_report(results: Sequence[Reported], path: str | Path, title: str | Non
     return path
 
 
+@dataclass
+class GrowingReport:
+    """A page that is written anew with every result that is added; whoever reads it finds a whole page at any time."""
+
+    path: Path
+    title: str
+    _results: list[Reported] = field(default_factory=list)
+    _sections: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, result: Reported) -> None:
+        """Draw the result and replace the page."""
+        self._results.append(result)
+        self._sections.append(_section(result))
+        draft = self.path.with_name(f".{self.path.name}.draft")
+        draft.write_text(_page(self._results, self._sections, self.title), encoding="utf-8")
+        draft.replace(self.path)
+
+
 def render(results: Sequence[Reported], title: str | None = None) -> str:
     """The page as text."""
-    titles = titles_of(results)
-    sections = [_section(number, result, titles[number]) for number, result in enumerate(results)]
-    return page("report.html", title=title or heading(results), sections=sections, depth=_depth(results))
+    return _page(results, [_section(result) for result in results], title)
+
+
+def _page(results: Sequence[Reported], sections: Sequence[Mapping[str, Any]], title: str | None) -> str:
+    named = [{**section, "title": own} for section, own in zip(sections, titles_of(results), strict=True)]
+    return page("report.html", title=title or heading(results), sections=named, depth=_depth(results))
 
 
 def _depth(results: Sequence[Reported]) -> dict[str, Any] | None:
@@ -178,14 +200,13 @@ def _model(result: Reported) -> str:
     return Path(ref).name if Path(ref).is_absolute() or ref.startswith(".") else ref
 
 
-def _section(number: int, result: Reported, title: str) -> dict[str, Any]:
+def _section(result: Reported) -> dict[str, Any]:
     figures = [
-        {"id": f"figure-{number}-{name}", "spec": spec, "html": figure_html(result.figure(name), name)}
+        {"name": name, "spec": spec, "html": figure_html(result.figure(name), name)}
         for name, spec in result.figures.items()
     ]
     provenance = result.provenance
     return {
-        "title": title,
         "about": result.card.about,
         "reference": result.card.reference,
         "result": result,

@@ -81,7 +81,7 @@ DEMO = (
     Step(NormRemoval(split_paths=False, neurons=0, stride=3), NormRemoval(split_paths=False, neurons=4), 10),
     Step(
         DepthUse(
-            parts=("block",), bits=(), windows=(2,), skip_prompts=2, erasure_prompts=0, gradient_prompts=0, greedy_steps=0,
+            parts=("block",), bits=(8,), windows=(2,), skip_prompts=2, erasure_prompts=0, gradient_prompts=0, greedy_steps=0,
             drop_blocks=0, stride=3,
         ),
         DepthUse(
@@ -119,10 +119,11 @@ def demo(
     activations = ActivationStore(store)
     model = DEMO_MODEL.load(progress=say)
     report = GrowingReport(path, f"Where in the depth of {model.ref}?")
+    loaded = time.perf_counter()
     for number, step in enumerate(DEMO, 1):
         analysis = step.analysis(full)
         place = f"{number} of {len(DEMO)}"
-        say(f"{place} · {analysis.title}{_left(number - 1, time.perf_counter() - started)}")
+        say(f"{place} · {analysis.title}{_left(number - 1, time.perf_counter() - loaded)}")
         progress = ConsoleProgress(place)
         try:
             result = run(

@@ -112,5 +112,5 @@ def _root(
     """Where in the depth of a language model does it happen?"""
 
 
-bathyscope = typer.Typer(cls=_Commands, callback=_root, no_args_is_help=True, **PLAIN)
+bathyscope = typer.Typer(cls=_Commands, callback=_root, no_args_is_help=True, **{**PLAIN, "add_completion": True})
 analyses_group = typer.Typer(cls=_Analyses, help=COMMANDS["run"][1], no_args_is_help=True, **PLAIN)

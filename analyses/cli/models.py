@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from json import dumps
 from typing import Annotated
 
 import typer
@@ -19,8 +21,14 @@ SIZES = {"n_layers": "layers", "d_model": "wide", "n_heads": "heads"}
 
 
 @group.command("ls")
-def ls() -> None:
+def ls(
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line, for programs.")] = False,
+) -> None:
     """Models that can be named, and whether they are already here."""
+    if json:
+        for model in list_models():
+            say(dumps({**asdict(model), "path": None if model.path is None else str(model.path)}))
+        return
     for line in aligned(LISTED, [_listed(model) for model in list_models()]):
         say(line)
     say("A folder, a .gguf file and a hub id are models too; `bathyscope models info REF` says more of one.")

@@ -110,7 +110,10 @@ def render(results: Sequence[Reported], title: str | None = None) -> str:
 
 
 def _page(results: Sequence[Reported], sections: Sequence[Mapping[str, Any]], title: str | None) -> str:
-    named = [{**section, "title": own} for section, own in zip(sections, titles_of(results), strict=True)]
+    titles = titles_of(results)
+    one_model = len({_model(result) for result in results}) == 1
+    links = [title.replace(f" · {_model(results[0])}", "", 1) if one_model else title for title in titles]
+    named = [{**section, "title": t, "link": link} for section, t, link in zip(sections, titles, links, strict=True)]
     return page("report.html", title=title or heading(results), sections=named, depth=_depth(results))
 
 

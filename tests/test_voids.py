@@ -140,7 +140,7 @@ def logits_under(model: NativeModel, gate: Any) -> torch.Tensor:
 
 def test_a_mask_without_voids_is_bit_identical(store: ActivationStore) -> None:
     model = planted(())
-    rising = NormGate(0.0, "mask", "norm_of_diff")
+    rising = NormGate(0.0, "skip", "norm_of_diff")
     assert torch.equal(logits_under(model, rising), logits_under(model, None))
     assert torch.equal(logits_under(model, RandomGate((0.0,) * 6)), logits_under(model, None))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -20,6 +20,7 @@ PREVIEW_ROWS = 12
 """Rows of each table shown in the page; the whole table is in the result's folder."""
 
 
+@runtime_checkable
 class Reported(Protocol):
     """What the page shows of a result."""
 

@@ -28,7 +28,7 @@ from analyses.options import option
 from analyses.results.statistics import cluster_bootstrap, wilson
 from analyses.tasks import ioi, laundry_list
 from probes.errors import OptionError
-from probes.lenses import logit as lens
+from probes.lenses import logit
 from probes.models.protocol import Model
 from probes.points import Address
 from probes.weights.composition import Heads
@@ -235,8 +235,8 @@ def task_table(prompts: Sequence[Names], mover: tuple[int, int], attention: np.n
     difference, solved = [], []
     for names in prompts:
         unembedding = names.cached.model.unembedding()
-        hidden = lens.normalized(names.cached.entering[-1][-1:], unembedding)
-        io, s = lens.token_logits(hidden, unembedding, torch.tensor([names.io, names.s]))[0].tolist()
+        hidden = logit.normalized(names.cached.entering[-1][-1:], unembedding)
+        io, s = logit.token_logits(hidden, unembedding, torch.tensor([names.io, names.s]))[0].tolist()
         difference.append(io - s)
         solved.append(io > s)
     mean = cluster_bootstrap(difference, range(len(prompts)), seed=seed)

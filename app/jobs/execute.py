@@ -36,10 +36,10 @@ def do(request: Request, progress: JobProgress) -> dict[str, Any]:
     if request.kind == "run":
         check_output(Path(request.out))
     store, spec, model = ActivationStore(request.store), request.model, _model(request, progress)
-    progress.enter("planning")
-    progress.status = replace(progress.status, lines=tuple(dry_run(spec, analysis, lines, store, model=model)))
-    progress.publish()
     if request.kind == "estimate":
+        progress.enter("planning")
+        progress.status = replace(progress.status, lines=tuple(dry_run(spec, analysis, lines, store, model=model)))
+        progress.publish()
         return {}
     progress.enter("running")
     result = run(spec, analysis, lines, store, model=model, prompts_file=prompts, progress=progress)

@@ -123,6 +123,28 @@ def defaults_of(cls: type) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(cls)}
 
 
+def with_options(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Return a dataclass of options with these values, as a file, a form, a saved run or a command gives them.
+
+    Old names and values become today's, lists tuples, one value a tuple of one, and 1 becomes 1.0.
+
+    Raises:
+        OptionError: an unknown option, or a value that is not legal.
+    """
+    types, today = types_of(cls), renewed(cls, values)
+    for name in today:
+        if name not in types:
+            raise OptionError(unknown(f"option of {getattr(cls, 'name', cls.__name__)}", name, types))
+    return cls(**{name: _as_kind(value, types[name]) for name, value in today.items()})
+
+
+def _as_kind(value: Any, kind: Any) -> Any:
+    if typing.get_origin(kind) is tuple:
+        several = value if isinstance(value, list | tuple) else [value]
+        return tuple(_as_kind(item, typing.get_args(kind)[0]) for item in several)
+    return float(value) if kind is float and type(value) is int else value
+
+
 def validate(instance: Any) -> None:
     """Check every option against its type's legal values and its range.
 

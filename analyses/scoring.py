@@ -13,7 +13,7 @@ from torch import Tensor
 from analyses.answers import Answer, answer_after
 from analyses.results.statistics import wilson
 from probes.errors import PromptError
-from probes.lenses import logit as lens
+from probes.lenses import logit
 from probes.models.protocol import Model
 from probes.prompts import Prompt
 
@@ -59,8 +59,8 @@ def score_choices(
     verdicts: list[tuple[float, str, str, bool, bool]] = []
     for (alpha, i, variant), row in rows.items():
         if i in with_choices:
-            hidden = lens.normalized(row[None], unembedding)
-            logits = lens.token_logits(hidden, unembedding, torch.tensor([choice.first for choice in written[i]]))[0]
+            hidden = logit.normalized(row[None], unembedding)
+            logits = logit.token_logits(hidden, unembedding, torch.tensor([choice.first for choice in written[i]]))[0]
             best = with_choices[i].fields["choices"][int(logits.argmax())]
             verdicts.append((alpha, variant, "choice_logit", best == with_choices[i].fields["answer"], True))
     for alpha, i, tokens in responses or ():

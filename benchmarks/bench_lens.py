@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from probes.capture.needs import Need
 from probes.capture.run import capture
-from probes.lenses import logit as lens
+from probes.lenses import logit
 from probes.models import Model, fetch_model, load_model
 from probes.points import Address
 from probes.store import ActivationStore
@@ -45,7 +45,7 @@ class Measured:
 
 
 def tiled(rows: Tensor, model: Model, ids: Tensor) -> dict[str, np.ndarray]:
-    read = lens.read(rows, model.unembedding(), ids=ids[:, None], top_k=1)
+    read = logit.read(rows, model.unembedding(), ids=ids[:, None], top_k=1)
     return {
         "log_z": read.log_z.numpy(), "entropy": read.entropy_bits.numpy(), "top": read.top_ids[:, 0].numpy(),
         "logprob": read.logprobs[:, 0].numpy(),
@@ -64,7 +64,7 @@ def naive(rows: Tensor, model: Model, ids: Tensor) -> dict[str, np.ndarray]:
             logits = torch.tanh(logits / unembedding.softcap) * unembedding.softcap
         logprobs = logits.log_softmax(-1)
         probs = logprobs.exp()
-        entropy = -torch.special.xlogy(probs, probs).sum(-1) / lens.LOG2
+        entropy = -torch.special.xlogy(probs, probs).sum(-1) / logit.LOG2
         parts.append((logits.logsumexp(-1), entropy, logits.argmax(-1), logprobs.gather(1, layer_ids[:, None])[:, 0]))
     names = ("log_z", "entropy", "top", "logprob")
     return {name: torch.cat(column).numpy() for name, column in zip(names, zip(*parts, strict=True), strict=True)}
@@ -79,12 +79,12 @@ def float64(rows: Tensor, model: Model, ids: Tensor) -> dict[str, np.ndarray]:
     """The same numbers with logits, their exponentials and all sums in float64, from the same float32 normalised rows."""
     unembedding = model.unembedding()
     weight, parts = unembedding.weight.double(), []
-    for few, few_ids in zip(lens.normalized(rows, unembedding).split(128), ids.split(128), strict=True):
+    for few, few_ids in zip(logit.normalized(rows, unembedding).split(128), ids.split(128), strict=True):
         logits = few.double() @ weight.T
         if unembedding.softcap is not None:
             logits = torch.tanh(logits / unembedding.softcap) * unembedding.softcap
         logprobs = logits.log_softmax(-1)
-        entropy = -(logprobs.exp() * logprobs).sum(-1) / lens.LOG2
+        entropy = -(logprobs.exp() * logprobs).sum(-1) / logit.LOG2
         parts.append((logits.logsumexp(-1), entropy, logprobs.gather(1, few_ids[:, None])[:, 0]))
     return {name: torch.cat(column).numpy() for name, column in zip(COLUMNS, zip(*parts, strict=True), strict=True)}
 
@@ -170,7 +170,7 @@ def write_rows(ref: str, sequences: int, length: int, folder: Path) -> tuple[int
     ]
     activations = capture(model, prompts, [Need("resid_post.*")], ActivationStore(folder / "store"))
     layers = [activations.packed(Address("resid_post", layer)).float() for layer in range(model.shape.n_layers)]
-    best = lens.read(layers[-1], model.unembedding(), top_k=1).top_ids[:, 0]
+    best = logit.read(layers[-1], model.unembedding(), top_k=1).top_ids[:, 0]
     rows = torch.cat(layers)
     torch.save({"rows": rows, "ids": best.repeat(len(layers))}, folder / "rows.pt")
     return len(rows), len(layers)

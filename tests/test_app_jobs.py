@@ -69,7 +69,9 @@ def test_a_job_saves_what_the_command_line_would(llama_folder: Path, tmp_path: P
     job = request(llama_folder, tmp_path)
     status = did(tmp_path / "j1", job)
     assert (status.state, status.answer["counts"]["forwards"]) == ("done", 2)
-    assert any(line.startswith("forwards") for line in status.lines)
+    assert [note.split(";")[0] for note in status.notes if note.startswith("plan:")] == [
+        "plan: 2 of 2 prompts to run (5 tokens)"
+    ]
     flags = ["--model", str(llama_folder), "--prompts", str(job.prompts), "--store", str(tmp_path / "store")]
     assert main(["run", "voids", *flags, "--alpha", "0.5", "--out", str(tmp_path / "cli")]) == 0
     ours, theirs = Result.load(tmp_path / "runs" / "a"), Result.load(tmp_path / "cli")

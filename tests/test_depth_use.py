@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import factorial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ from analyses.results.statistics import quantiles
 from probes.capture.needs import Need
 from probes.capture.run import capture
 from probes.errors import OptionError, PointError, ProbeError, PromptError
-from probes.models import Model
+from probes.models import Model, load_model
 from probes.models.backends.native import NativeModel
 from probes.prompts import Prompt
 from probes.store import ActivationStore
@@ -388,3 +389,12 @@ def test_orders_start_with_the_least_important() -> None:
     assert by_proxy["weights (ZD)"] == [[1, 2, 0]]
     assert by_proxy["deepest first"] == [[2, 1, 0]]
     assert sorted(by_proxy["random"][0]) == [0, 1, 2]
+
+
+def test_the_target_model_is_loaded_as_the_source_is(llama_folder: Path, store: ActivationStore) -> None:
+    model = load_model(str(llama_folder), dtype="bfloat16", attention="eager")
+    result = DepthUse(**SMALL, target_model=str(llama_folder)).run(model, PROMPTS, store=store)
+    same = result.tables["linear_maps"].query("source_layer == target_layer")
+    assert set(store.ls()["dtype"]) == {"bfloat16"}
+    assert set(store.ls()["attention"]) == {"eager"}
+    assert len(same) == 3

@@ -12,7 +12,7 @@ from torch import Tensor
 from probes.kernels import eager as reference
 from probes.kernels import forced, lens_rows, reduce_rows
 from probes.kernels.fused_lens import MAX_TOP, tiles_for
-from probes.lenses import logit as lens
+from probes.lenses import logit
 from probes.reducers import Reducer
 
 pytestmark = pytest.mark.skipif(not os.environ.get("TRITON_INTERPRET"), reason="the kernels are compiled here")
@@ -111,4 +111,4 @@ def test_the_tie_to_the_models_own_logits() -> None:
     with forced("fused"):
         read = reduce_rows(final[0], torch.arange(4), [4], Reducer("lens_ids", ids=(1, 2)), model.unembedding)
     torch.testing.assert_close(read, logits[0].log_softmax(-1)[:, [1, 2]], atol=1e-4, rtol=1e-4)
-    assert lens.VOCAB_TILE > 97
+    assert logit.VOCAB_TILE > 97

@@ -29,7 +29,7 @@ from analyses.results.statistics import Ci, row_interval
 from probes.capture.needs import Need
 from probes.capture.run import capture
 from probes.errors import OptionError, PromptError
-from probes.lenses import logit as lens
+from probes.lenses import logit
 from probes.models import Model, fetch_model, load_model
 from probes.models.backends.native import NativeModel
 from probes.progress import QUIET
@@ -62,7 +62,7 @@ def test_given_ids_are_summed_as_they_are(tiny: NativeModel, store: ActivationSt
         summed = table[table["language"] == language]["probability"].to_numpy()
         np.testing.assert_allclose(summed, last[:, ids].sum(-1), atol=1e-6)
     middle = capture(tiny, PROMPTS, [Need("resid_post.1")], store).get("resid_post.1")
-    read = lens.read(torch.stack([r[-1] for r in middle]), tiny.unembedding(), ids=torch.tensor(SUMS["en"]))
+    read = logit.read(torch.stack([r[-1] for r in middle]), tiny.unembedding(), ids=torch.tensor(SUMS["en"]))
     middle_curve = result.tables["probability"].query("layer == 1 and language == 'en'")["probability"]
     np.testing.assert_allclose(middle_curve, read.logprobs.exp().sum(-1), atol=1e-6)
 
@@ -77,7 +77,7 @@ def test_disjoint_sets_that_cover_the_vocabulary_sum_to_one(tiny: NativeModel, s
 
 
 def test_a_zero_latent_spreads_over_the_whole_vocabulary(tiny: NativeModel) -> None:
-    read = lens.read(torch.zeros(2, tiny.shape.d_model), tiny.unembedding())
+    read = logit.read(torch.zeros(2, tiny.shape.d_model), tiny.unembedding())
     np.testing.assert_allclose(read.entropy_bits, math.log2(tiny.shape.d_vocab), atol=1e-5)
 
 
@@ -284,7 +284,7 @@ def test_answers_are_judged_by_the_word_written(
 def test_parts_of_a_block_are_read(read: Any, tiny: NativeModel, store: ActivationStore) -> None:
     table = LatentLanguage(lens=read).run(tiny, lines(*[SUMS] * 4), store=store).tables["probability"]
     [rows] = [capture(tiny, PROMPTS, [Need(f"{read}_out.1")], store).get(f"{read}_out.1")]
-    seen = lens.read(torch.stack([r[-1] for r in rows]), tiny.unembedding(), ids=torch.tensor(SUMS["fr"]))
+    seen = logit.read(torch.stack([r[-1] for r in rows]), tiny.unembedding(), ids=torch.tensor(SUMS["fr"]))
     curve = table.query("layer == 1 and language == 'fr'")["probability"]
     np.testing.assert_allclose(curve, seen.logprobs.exp().sum(-1), atol=1e-6)
 

@@ -42,12 +42,19 @@ def test_a_capture_takes_points_as_text(tmp_path: Path) -> None:
     assert plan_capture(model, SEQUENCES, [Need("resid_post.*")], store).forwards == 0
 
 
-@pytest.mark.parametrize("needs", [5, [5], [("resid_post.1", "z.1")], [Need(5)], [Need((5,))], None])  # type: ignore[arg-type]
+@pytest.mark.wrong_types
+@pytest.mark.parametrize("needs", [5, [5], [("resid_post.1", "z.1")], None])
 def test_needs_of_a_wrong_type_are_refused(needs: object, tmp_path: Path) -> None:
-    model = native()
     for ask in (capture, plan_capture):
         with pytest.raises(PointError, match="such as 'resid_post"):
-            ask(model, SEQUENCES, needs, ActivationStore(tmp_path))  # type: ignore[operator]
+            ask(native(), SEQUENCES, needs, ActivationStore(tmp_path))  # type: ignore[operator]
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize("points", [5, (5,), None])
+def test_points_of_a_wrong_type_are_refused(points: object) -> None:
+    with pytest.raises(PointError, match="such as 'resid_post"):
+        Need(points).features(3)  # type: ignore[arg-type]
 
 
 def test_the_stream_between_blocks_has_one_name() -> None:

@@ -19,7 +19,7 @@ from analyses.voids.trace import apply_rule
 from probes.capture.needs import Need
 from probes.capture.run import capture, writes_of
 from probes.errors import OptionError, PromptError
-from probes.lenses import logit as lens
+from probes.lenses import logit
 from probes.models import weights_digest
 from probes.models.backends.native import NativeModel
 from probes.points import Address
@@ -118,7 +118,7 @@ def test_the_readout_is_the_lens_of_the_last_active_layer(store: ActivationStore
         address = "resid_pre.0" if row.exit_layer < 0 else f"resid_post.{row.exit_layer}"
         stream = rows.get(address)[row.prompt][row.position][None]
         final = rows.get("resid_post.5")[row.prompt][row.position][None]
-        read = lens.read(stream, model.unembedding(), top_k=1, reference=final)
+        read = logit.read(stream, model.unembedding(), top_k=1, reference=final)
         assert row.token_id == read.top_ids.item()
         assert row.kl_to_full == pytest.approx(read.kl.item(), abs=1e-5)
 
@@ -140,7 +140,7 @@ def logits_under(model: NativeModel, gate: Any) -> torch.Tensor:
 
 def test_a_mask_without_voids_is_bit_identical(store: ActivationStore) -> None:
     model = planted(())
-    rising = NormGate(0.0, "mask", "norm_of_diff")
+    rising = NormGate(0.0, "skip", "norm_of_diff")
     assert torch.equal(logits_under(model, rising), logits_under(model, None))
     assert torch.equal(logits_under(model, RandomGate((0.0,) * 6)), logits_under(model, None))
 
@@ -152,7 +152,7 @@ def test_a_mask_over_planted_voids_changes_nothing_and_a_real_one_does() -> None
     everything = logits_under(busy, RandomGate((1.0,) * 6))
     embedding: list[torch.Tensor] = []
     busy.run(torch.tensor([PROMPTS[2]]), {Address("resid_pre", 0): lambda t: embedding.append(t[0].clone())})
-    read = lens.read(embedding[0], busy.unembedding(), ids=torch.arange(97)).logprobs
+    read = logit.read(embedding[0], busy.unembedding(), ids=torch.arange(97)).logprobs
     torch.testing.assert_close(everything[0].log_softmax(-1), read, atol=1e-5, rtol=1e-5)
 
 

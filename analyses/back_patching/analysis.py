@@ -11,7 +11,6 @@ import pandas as pd
 from torch import Tensor
 
 from analyses.answers import clash_note
-from analyses.back_patching import tables as tabulate
 from analyses.back_patching.cases import (
     HOPS,
     LAST,
@@ -28,6 +27,7 @@ from analyses.back_patching.grid import Cell, OpenPrompt, Patched, Variant, cell
 from analyses.back_patching.planned import Plan, planned, rival
 from analyses.back_patching.profiles import PROFILES
 from analyses.back_patching.stages import Patchscope, critical_layers, projections, resolutions, stages
+from analyses.back_patching.tables import control_rates, summary
 from analyses.back_patching.verdicts import names, verdicts
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.interventions import Interventions, swept
@@ -173,12 +173,12 @@ class BackPatching(Analysis):
             progress.advance()
         everything = pd.concat(grids, ignore_index=True)
         activations = capture(model, [case.tokens for case in chosen], self.needs(model), store, progress=progress)
-        controls = tabulate.control_rates(everything)
+        controls = control_rates(everything)
         grid = everything[everything["variant"] == "back_patch"].drop(columns="variant").reset_index(drop=True)
         tables = {
             "cases": _case_table(questions, judged, {case.prompt for case in chosen}),
             "grid": grid,
-            "summary": tabulate.summary(grid, controls, self.seed),
+            "summary": summary(grid, controls, self.seed),
             "control_rates": controls,
         }
         if self.stages:

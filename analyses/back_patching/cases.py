@@ -13,7 +13,7 @@ from analyses.tasks.two_hop import TwoHop
 from probes.capture.needs import Need
 from probes.capture.run import capture
 from probes.errors import PromptError
-from probes.lenses import logit as lens
+from probes.lenses import logit
 from probes.models.protocol import Model
 from probes.points import Address
 from probes.progress import Progress
@@ -181,7 +181,7 @@ def judge(
     address = Address("resid_post", model.shape.n_layers - 1)
     activations = capture(model, sequences, [Need(str(address), LAST)], store, progress=progress)
     rows = torch.cat(activations.get(address, LAST))
-    top = lens.read(rows, model.unembedding(), top_k=1).top_ids[:, 0].tolist()
+    top = logit.read(rows, model.unembedding(), top_k=1).top_ids[:, 0].tolist()
     said = dict(zip(sequences, top, strict=True))
     judged = []
     for case in cases:

@@ -17,7 +17,7 @@ from analyses.back_patching.cases import Case
 from analyses.interventions import swept
 from analyses.tokens import token_text
 from probes.blocks.cached_prompt import ROWS, CachedPrompt
-from probes.lenses import logit as lens
+from probes.lenses import logit
 from probes.models.protocol import Model
 
 Cell = tuple[int, int]
@@ -106,7 +106,7 @@ class OpenPrompt:
 
     def _read(self, cells: Sequence[Cell], last: Tensor, other: frozenset[int]) -> Patched:
         ids = torch.tensor(sorted(self.case.answers))
-        read = lens.read(last, self.base.model.unembedding(), ids=ids, top_k=1)
+        read = logit.read(last, self.base.model.unembedding(), ids=ids, top_k=1)
         top = read.top_ids[:, 0].cpu()
         wrong = torch.isin(top, torch.tensor(sorted(other - self.case.answers), dtype=torch.long))
         return Patched(tuple(cells), top, read.logprobs.amax(-1).cpu(), wrong)

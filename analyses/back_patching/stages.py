@@ -16,7 +16,7 @@ from probes import edits
 from probes.blocks.cached_prompt import CachedPrompt
 from probes.capture.activations import Activations
 from probes.edits import KnockOut
-from probes.lenses import logit as lens
+from probes.lenses import logit
 from probes.models.protocol import Model
 from probes.points import Address
 from probes.prompts import Prompt, tokenize
@@ -49,7 +49,7 @@ class Patchscope:
         hidden = entering[first].clone()
         hidden[:, 0] = sources.repeat_interleave(len(self.targets), 0)
         last = self.base.resume(first, hidden).last
-        top = lens.read(last, self.base.model.unembedding(), top_k=1).top_ids[:, 0].cpu()
+        top = logit.read(last, self.base.model.unembedding(), top_k=1).top_ids[:, 0].cpu()
         return top.view(len(sources), len(self.targets))
 
 
@@ -105,11 +105,11 @@ def projections(activations: Activations, cases: Sequence[Case]) -> pd.DataFrame
     """Return whether each sublayer's output at the last token, read by the unembedding, has the answer or bridge on top."""
     model, rows = activations.model, []
     final = torch.cat(activations.get(Address("resid_post", model.shape.n_layers - 1), LAST))
-    predicted = lens.read(final, model.unembedding(), top_k=1).top_ids[:, 0].tolist()
+    predicted = logit.read(final, model.unembedding(), top_k=1).top_ids[:, 0].tolist()
     for part in ("attn_out", "mlp_out"):
         for layer in range(model.shape.n_layers):
             out = torch.cat(activations.get(Address(part, layer), LAST))
-            top = lens.read(out, model.unembedding(), top_k=1).top_ids[:, 0].tolist()
+            top = logit.read(out, model.unembedding(), top_k=1).top_ids[:, 0].tolist()
             for case, token, prediction in zip(cases, top, predicted, strict=True):
                 rows.append(
                     (case.prompt, part, layer, token in case.bridges, token in case.answers, token == prediction)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional, TypeVar
 
 import typer
 
-from analyses.options import choices, flag_of, types_of
+from analyses.options import choices, flag_of, types_of, with_options
 from probes.errors import OptionError
 
 T = TypeVar("T")
@@ -58,18 +58,14 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     Raises:
         OptionError: a value that is not legal.
     """
-    types, options = types_of(cls), {}
-    for name, kind in types.items():
-        value = values[name]
-        if typing.get_origin(kind) is tuple:
-            if value is None:
-                continue
-            element = typing.get_args(kind)[0]
-            parts = [part.strip() for text in value for part in text.split(",") if part.strip()]
-            options[name] = tuple(_convert(name, part, element) for part in parts)
-        else:
-            options[name] = value
-    return cls(**options)
+    types = types_of(cls)
+    tuples = {name: typing.get_args(kind)[0] for name, kind in types.items() if typing.get_origin(kind) is tuple}
+    given = {name: values[name] for name in types if name not in tuples}
+    for name, element in tuples.items():
+        if values[name] is not None:
+            parts = [part.strip() for text in values[name] for part in text.split(",") if part.strip()]
+            given[name] = [_convert(name, part, element) for part in parts]
+    return with_options(cls, given)
 
 
 def _convert(name: str, text: str, element: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import pandas as pd
 
@@ -47,7 +47,7 @@ from probes.weights.head_weights import head_weights, rotary
 
 @accept_old_names
 @dataclass(frozen=True)
-class CommunicationChannels(Analysis):
+class CommunicationChannels(Settings, Analysis):
     """Composition of attention heads by singular components (Merullo et al. 2024, "Talking Heads", arXiv 2406.09519)."""
 
     kinds: tuple[Kind, ...] = option(("q", "k", "v"), "What the later head does with what it reads: query, key, value.")
@@ -58,20 +58,6 @@ class CommunicationChannels(Analysis):
     n_null: int = option(2000, "null random: how many directions are drawn.", low=100)
     z_thresh: float = option(5.0, "Robust z of a component among its head's above which a pair may be flagged.", low=0)
     pairs: int = option(8, "Pairs of each kind whose components are listed.", low=1)
-    task: Literal["ioi", "none"] = option("ioi", "ioi: also edit channels on generated prompts; none: weights only.")
-    n_prompts: int = option(40, "ioi: how many prompts are generated.", low=2, aliases=("task_prompts",))
-    edit_pairs: int = option(
-        2, "ioi: query channels edited, half by rank, half into the head that finds the name.", low=1
-    )
-    random_directions: int = option(32, "ioi: control directions inside what the head can write.", low=1)
-    laundry_items: tuple[int, ...] = option((2, 3, 4, 6), "Lengths of the lists to recall from.", low=2, high=20)
-    laundry_prompts: int = option(4, "Lists per length and place of the answer; 0 leaves the task out.", low=0)
-    steer_steps: int = option(3, "Values of each of the three steered coefficients.", low=2, high=15)
-    heads: tuple[str, ...] = option(
-        (), "ioi: writing heads, as layer.head, whose channels are edited; none: those of all heads are ranked."
-    )
-    stride: int = option(1, "ioi: every how many singular components of an edited head one is set to zero.", low=1)
-    seed: int = option(0, "Seed of prompts, controls and intervals.")
 
     name: ClassVar[str] = "communication_channels"
     title: ClassVar[str] = "Communication channels between heads"
@@ -94,7 +80,7 @@ class CommunicationChannels(Analysis):
         """Count the task's prompts and their restarts under edited channels: the most there can be, since the scan chooses them."""
         if self._no_task(model) is not None:
             return Interventions()
-        return Interventions(most_forwards(model, self._settings), exact=False)
+        return Interventions(most_forwards(model, self), exact=False)
 
     def collect(self, model: Model, prompts: PromptsLike) -> list[Prompt]:
         """Return no prompts: the scan is of weights alone."""
@@ -127,7 +113,7 @@ class CommunicationChannels(Analysis):
         listed = [ranked(table, kind).head(self.pairs) for kind in dict.fromkeys(self.kinds)]
         reason, counts = self._no_task(model), {"prompts": 0, "tokens": 0}
         if reason is None:
-            edits, edited, n_tokens = edit_channels(model, heads, scans, table, self._settings, tally)
+            edits, edited, n_tokens = edit_channels(model, heads, scans, table, self, tally)
             tables |= edits
             counts = {"prompts": int(edits["task"]["n"].iloc[0]), "tokens": n_tokens}
             listed.append(edited)
@@ -137,12 +123,8 @@ class CommunicationChannels(Analysis):
         tables["components"] = component_table(heads, scans, pairs, self.null, self.n_null, self.seed)
         tables["tokens"] = _token_table(model, heads, scans, pairs)
         if reason is None and self.laundry_prompts:
-            tables |= steer_lists(model, heads, scans, table, edited, self._settings, tally)
+            tables |= steer_lists(model, heads, scans, table, edited, self, tally)
         return make_result(self, model, [], tables, None, clock, notes, counts, tally.forwards)
-
-    @property
-    def _settings(self) -> Settings:
-        return Settings(**{name: getattr(self, name) for name in Settings.__dataclass_fields__})
 
     def _weights_note(self, heads: Heads) -> str:
         folded = "with" if heads.fold_norm else "without"

@@ -15,7 +15,7 @@ from analyses.answers import as_merged, forms
 from analyses.results.statistics import cluster_bootstrap
 from analyses.tasks.ioi import Ioi
 from probes.blocks.cached_prompt import CachedPrompt
-from probes.lenses import logit as lens
+from probes.lenses import logit
 from probes.models.protocol import Model, Write
 from probes.points import Address
 from probes.prompts import tokenize
@@ -154,8 +154,8 @@ def outcome(names: Names, source: int, target: tuple[int, int], write: Write, ro
 
     last = names.cached.edited(source, rows, {Address("z", source): write}, {at: keep})
     unembedding = names.cached.model.unembedding()
-    hidden = lens.normalized(last, unembedding)
-    logits = lens.token_logits(hidden, unembedding, torch.tensor([names.io, names.s]))
+    hidden = logit.normalized(last, unembedding)
+    logits = logit.token_logits(hidden, unembedding, torch.tensor([names.io, names.s]))
     return Outcome(seen[0].cpu(), logits.cpu())
 
 

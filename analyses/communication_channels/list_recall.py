@@ -19,7 +19,7 @@ from analyses.results.statistics import wilson
 from analyses.tasks.laundry_list import Laundry
 from probes.blocks.cached_prompt import CachedPrompt
 from probes.edits import HeadWriteEdit, altered
-from probes.lenses import logit as lens
+from probes.lenses import logit
 from probes.models.protocol import Model, Write
 from probes.points import Address
 from probes.prompts import tokenize
@@ -63,9 +63,9 @@ def choices(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return (index of the likeliest item, most probable token) for rows of the last stream."""
     unembedding = model.unembedding()
-    hidden = lens.normalized(last, unembedding)
-    item = lens.token_logits(hidden, unembedding, items).argmax(-1)
-    return item.cpu().numpy(), lens.read(last, unembedding, top_k=1).top_ids[:, 0].cpu().numpy()
+    hidden = logit.normalized(last, unembedding)
+    item = logit.token_logits(hidden, unembedding, items).argmax(-1)
+    return item.cpu().numpy(), logit.read(last, unembedding, top_k=1).top_ids[:, 0].cpu().numpy()
 
 
 def steering_grid(steps: int, reach: Sequence[float]) -> Float[Tensor, "point dial"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -23,10 +24,11 @@ from analyses.communication_channels.edits import (
 )
 from analyses.communication_channels.scan import PAIR, Scan, pair_circuits, ranked
 from analyses.interventions import Tally
+from analyses.options import option
 from analyses.results.statistics import cluster_bootstrap, wilson
 from analyses.tasks import ioi, laundry_list
 from probes.errors import OptionError
-from probes.lenses import logit as lens
+from probes.lenses import logit
 from probes.models.protocol import Model
 from probes.points import Address
 from probes.weights.composition import Heads
@@ -39,17 +41,22 @@ DIALS = 3
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of `CommunicationChannels` that the task follows."""
+    """The options of `CommunicationChannels` that the task follows; it has them among its own."""
 
-    n_prompts: int
-    edit_pairs: int
-    random_directions: int
-    laundry_items: tuple[int, ...]
-    laundry_prompts: int
-    steer_steps: int
-    heads: tuple[str, ...]
-    stride: int
-    seed: int
+    task: Literal["ioi", "none"] = option("ioi", "ioi: also edit channels on generated prompts; none: weights only.")
+    n_prompts: int = option(40, "ioi: how many prompts are generated.", low=2, aliases=("task_prompts",))
+    edit_pairs: int = option(
+        2, "ioi: query channels edited, half by rank, half into the head that finds the name.", low=1
+    )
+    random_directions: int = option(32, "ioi: control directions inside what the head can write.", low=1)
+    laundry_items: tuple[int, ...] = option((2, 3, 4, 6), "Lengths of the lists to recall from.", low=2, high=20)
+    laundry_prompts: int = option(4, "Lists per length and place of the answer; 0 leaves the task out.", low=0)
+    steer_steps: int = option(3, "Values of each of the three steered coefficients.", low=2, high=15)
+    heads: tuple[str, ...] = option(
+        (), "ioi: writing heads, as layer.head, whose channels are edited; none: those of all heads are ranked."
+    )
+    stride: int = option(1, "ioi: every how many singular components of an edited head one is set to zero.", low=1)
+    seed: int = option(0, "Seed of prompts, controls and intervals.")
 
 
 def parse_heads(heads: Sequence[str]) -> list[tuple[int, int]]:
@@ -228,8 +235,8 @@ def task_table(prompts: Sequence[Names], mover: tuple[int, int], attention: np.n
     difference, solved = [], []
     for names in prompts:
         unembedding = names.cached.model.unembedding()
-        hidden = lens.normalized(names.cached.entering[-1][-1:], unembedding)
-        io, s = lens.token_logits(hidden, unembedding, torch.tensor([names.io, names.s]))[0].tolist()
+        hidden = logit.normalized(names.cached.entering[-1][-1:], unembedding)
+        io, s = logit.token_logits(hidden, unembedding, torch.tensor([names.io, names.s]))[0].tolist()
         difference.append(io - s)
         solved.append(io > s)
     mean = cluster_bootstrap(difference, range(len(prompts)), seed=seed)

@@ -18,7 +18,7 @@ from probes.capture.needs import Need
 from probes.capture.run import capture
 from probes.edits import Edit, project_out
 from probes.errors import PromptError
-from probes.lenses import logit as lens
+from probes.lenses import logit
 from probes.models.protocol import Model
 from probes.points import Address
 from probes.progress import Progress
@@ -110,7 +110,7 @@ def read_answers(check: Check, prompts: Sequence[Prompt], ids: Tensor | None, ed
     answers = final.new_zeros(len(final), 0)
     if ids is not None:
         distinct, where = ids.unique(return_inverse=True)  # type: ignore[no-untyped-call]
-        answers = lens.read(final, model.unembedding(), ids=distinct).logprobs.cpu().gather(1, where)
+        answers = logit.read(final, model.unembedding(), ids=distinct).logprobs.cpu().gather(1, where)
     return Reading(final, answers, rows_found.done.forwards)
 
 
@@ -159,7 +159,7 @@ def _directions(check: Check, place: int, rows: np.ndarray) -> dict[str, Tensor]
 
 
 def _effect(check: Check, plain: Reading, edited: Reading, labels: Tensor, groups: np.ndarray) -> dict[str, float]:
-    kl = lens.read(edited.final, check.model.unembedding(), reference=plain.final).kl.cpu().numpy()
+    kl = logit.read(edited.final, check.model.unembedding(), reference=plain.final).kl.cpu().numpy()
     columns = [kl, *np.full((4, len(kl)), np.nan)]
     if plain.answers.shape[1]:
         margins = [_margin(reading.answers, labels) for reading in (plain, edited)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pandas as pd
 
@@ -15,14 +15,13 @@ from analyses.depth_use.forwards import forwards
 from analyses.depth_use.maps import check_pair, map_table
 from analyses.depth_use.measurements import measure_blocks
 from analyses.depth_use.profiles import PROFILES
-from analyses.depth_use.settings import Distance, Rule, Settings, SkipRule
+from analyses.depth_use.settings import Settings
 from analyses.depth_use.tokens import check_answer_from
 from analyses.interventions import Interventions
 from analyses.options import option, validate
 from analyses.results.card import FigureSpec, ProfileSpec
 from analyses.results.result import Result
 from analyses.tokens import token_text
-from probes.blocks.batch import Part
 from probes.capture.activations import Activations
 from probes.capture.needs import Need
 from probes.capture.run import capture
@@ -45,44 +44,15 @@ def check_label(value: object) -> str | None:
 
 
 @dataclass(frozen=True)
-class DepthUse(Analysis):
+class DepthUse(Settings, Analysis):
     """How a model uses its depth (Csordás, Manning, Potts 2025, arXiv 2505.13898), beside the proxies of layer importance."""
 
-    parts: tuple[Part, ...] = option(
-        ("block", "attn", "mlp"), "What is left out in skip effects and attributed; removal losses cover all three."
-    )
-    skip_rule: SkipRule = option(
-        "released",
-        "Where skip effects leave a part out: everywhere, or nowhere at a prompt's first token, as the released code.",
-    )
-    split_positions: int = option(
-        4, "Positions per prompt before which a part is left out and after which effects are measured.", low=1, high=64
-    )
-    skip_prompts: int = option(10, "Prompts of the future and local skip effects; 0 leaves them out.", low=0)
-    erasure_prompts: int = option(2, "Prompts of residual erasure; 0 leaves it out.", low=0)
-    gradient_prompts: int = option(1, "Prompts of integrated gradients; 0 leaves them out.", low=0)
-    gradient_steps: int = option(32, "Steps of each integrated gradient; the paper took 256.", low=1, high=4096)
-    gradient_rule: Rule = option("midpoint", "Where in each step the gradient is taken; left is the paper's.")
-    bits: tuple[int, ...] = option((8, 4), "Widths to which each block alone is rounded.", low=2, high=16)
-    windows: tuple[int, ...] = option((2, 4), "Numbers of neighbouring blocks run side by side.", low=1, high=64)
-    greedy_steps: int = option(3, "Parts removed greedily, one after the other; 0 leaves it out.", low=0)
-    greedy_distance: Distance = option("jsd", "What the greedy removal keeps small.")
-    greedy_prompts: int = option(8, "Prompts on which the greedy removal decides.", low=1)
-    drop_blocks: int = option(6, "Blocks removed in the order of a proxy; 0 leaves the curves out.", low=0)
-    layers: tuple[int, ...] = option(
-        (), "Layers that are left out, rounded, frozen or erased, or begin a window; none: every stride-th.", low=0
-    )
-    stride: int = option(1, "Every how many layers one is left out, where layers names none.", low=1)
     target_model: str = option(
-        "", "A model with the same tokenizer whose streams are predicted from this one's, or self."
+        "", "A model with the same tokenizer, loaded as this one is, whose streams are predicted from it; or self."
     )
     map_stride: int = option(1, "Every how many source layers have maps to the target model.", low=1)
     ridge: float = option(0.001, "Ridge of the maps, as a share of the mean variance of the source.", low=0)
-    first_token: bool = option(
-        False, "Whether a prompt's first token, whose norm is massive, counts in the statistics."
-    )
     chat: bool = option(False, "Wrap each text as one user turn of the chat template.")
-    seed: int = option(0, "Seed of split positions, random orders and intervals.")
 
     name: ClassVar[str] = "depth_use"
     title: ClassVar[str] = "Depth use: contributions, skips and proxies of importance"
@@ -104,11 +74,13 @@ class DepthUse(Analysis):
 
     def __post_init__(self) -> None:
         validate(self)
+        for name in ("parts", "bits", "windows", "layers"):  # each is measured once, however often it is named
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
 
     def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
         """Count the restarts of blocks left out, rounded, frozen, run side by side, erased and differentiated."""
         _check_model(model)
-        return Interventions(forwards(model, prompts, self._settings))
+        return Interventions(forwards(model, prompts, self))
 
     def needs(self, model: Model) -> list[Need]:
         """Ask for rows of the stream entering and leaving every block, and of what attention adds."""
@@ -128,12 +100,12 @@ class DepthUse(Analysis):
         """
         clock, store = Clock(), store or ActivationStore()
         _check_model(model)
-        self._settings.swept(model.shape.n_layers)
+        self.swept(model.shape.n_layers)
         collected = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
         _check_prompts(collected)
         sequences = [prompt.tokens for prompt in collected]
         activations = capture(model, sequences, self.needs(model), store, progress=progress)
-        tables, notes, done = measure_blocks(activations, collected, self._settings, progress)
+        tables, notes, done = measure_blocks(activations, collected, self, progress)
         groups = [str(prompt.fields.get("group", "")) for prompt in collected]
         if len(set(groups) - {""}) > 1:
             tables["alignment"] = alignment_table(activations, groups, self.first_token, self.seed)
@@ -146,16 +118,17 @@ class DepthUse(Analysis):
             notes.append(_completeness(tables["attribution"]))
         return make_result(self, model, collected, tables, activations, clock, notes, interventions=done)
 
-    @property
-    def _settings(self) -> Settings:
-        values = {name: getattr(self, name) for name in Settings.__dataclass_fields__}
-        once: dict[str, Any] = {k: tuple(dict.fromkeys(v)) if isinstance(v, tuple) else v for k, v in values.items()}
-        return Settings(**once)
-
     def _maps(self, source: Activations, store: ActivationStore, progress: Progress) -> pd.DataFrame:
         target = source
         if self.target_model != "self":
-            other = load_model(self.target_model)
+            how = source.model.context
+            other = load_model(
+                self.target_model,
+                backend=how.backend,
+                device=str(source.model.device),
+                dtype=how.dtype,
+                attention=how.attention,
+            )
             check_pair(source.model, other)
             target = capture(other, source.sequences, [Need("resid_post.*")], store, progress=progress)
         return map_table(source, target, self.map_stride, self.ridge, self.first_token, self.seed)

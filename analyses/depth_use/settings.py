@@ -1,4 +1,4 @@
-"""The options that the measurements follows, and which layers and prompts they choose."""
+"""The options that the measurements follow, and which layers and prompts they choose."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from analyses.interventions import swept
+from analyses.options import option
 from probes.blocks.batch import Part
 from probes.prompts import Prompt
 
@@ -22,26 +23,37 @@ SPLIT_TOKENS = 4
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of `DepthUse` that the measurements follows."""
+    """The options of `DepthUse` that the measurements follow; it has them among its own."""
 
-    parts: tuple[Part, ...]
-    skip_rule: SkipRule
-    split_positions: int
-    skip_prompts: int
-    erasure_prompts: int
-    gradient_prompts: int
-    gradient_steps: int
-    gradient_rule: Rule
-    bits: tuple[int, ...]
-    windows: tuple[int, ...]
-    greedy_steps: int
-    greedy_distance: Distance
-    greedy_prompts: int
-    drop_blocks: int
-    layers: tuple[int, ...]
-    stride: int
-    first_token: bool
-    seed: int
+    parts: tuple[Part, ...] = option(
+        ("block", "attn", "mlp"), "What is left out in skip effects and attributed; removal losses cover all three."
+    )
+    skip_rule: SkipRule = option(
+        "released",
+        "Where skip effects leave a part out: everywhere, or nowhere at a prompt's first token, as the released code.",
+    )
+    split_positions: int = option(
+        4, "Positions per prompt before which a part is left out and after which effects are measured.", low=1, high=64
+    )
+    skip_prompts: int = option(10, "Prompts of the future and local skip effects; 0 leaves them out.", low=0)
+    erasure_prompts: int = option(2, "Prompts of residual erasure; 0 leaves it out.", low=0)
+    gradient_prompts: int = option(1, "Prompts of integrated gradients; 0 leaves them out.", low=0)
+    gradient_steps: int = option(32, "Steps of each integrated gradient; the paper took 256.", low=1, high=4096)
+    gradient_rule: Rule = option("midpoint", "Where in each step the gradient is taken; left is the paper's.")
+    bits: tuple[int, ...] = option((8, 4), "Widths to which each block alone is rounded.", low=2, high=16)
+    windows: tuple[int, ...] = option((2, 4), "Numbers of neighbouring blocks run side by side.", low=1, high=64)
+    greedy_steps: int = option(3, "Parts removed greedily, one after the other; 0 leaves it out.", low=0)
+    greedy_distance: Distance = option("jsd", "What the greedy removal keeps small.")
+    greedy_prompts: int = option(8, "Prompts on which the greedy removal decides.", low=1)
+    drop_blocks: int = option(6, "Blocks removed in the order of a proxy; 0 leaves the curves out.", low=0)
+    layers: tuple[int, ...] = option(
+        (), "Layers that are left out, rounded, frozen or erased, or begin a window; none: every stride-th.", low=0
+    )
+    stride: int = option(1, "Every how many layers one is left out, where layers names none.", low=1)
+    first_token: bool = option(
+        False, "Whether a prompt's first token, whose norm is massive, counts in the statistics."
+    )
+    seed: int = option(0, "Seed of split positions, random orders and intervals.")
 
     def swept(self, n_layers: int) -> list[int]:
         """Return the layers that are left out, rounded, frozen, erased or begin a window."""

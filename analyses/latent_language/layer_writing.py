@@ -12,7 +12,7 @@ from analyses.latent_language.extra_settings import Settings
 from analyses.latent_language.items import Dropped
 from analyses.latent_language.read import Reader, Translate
 from analyses.tokens import tokens_text
-from probes.lenses import logit as lens
+from probes.lenses import logit
 from probes.models.protocol import Model
 from probes.points import Address
 
@@ -44,7 +44,7 @@ def beam(
         rows = _last_rows(model, [(*tokens, *written) for written, _ in beams], layer)
         if translate is not None:
             rows = translate(rows.float().cpu(), layer).to(rows.device)
-        read = lens.read(rows, model.unembedding(), top_k=min(width, model.shape.d_vocab))
+        read = logit.read(rows, model.unembedding(), top_k=min(width, model.shape.d_vocab))
         grown = [
             ((*written, int(token)), score + float(logprob))
             for (written, score), ids, logprobs in zip(beams, read.top_ids, read.top_logprobs, strict=True)

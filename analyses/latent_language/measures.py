@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from analyses.latent_language.ids import Tokens
-from probes.lenses import logit as lens
+from probes.lenses import logit
 from probes.models.protocol import Unembedding
 
 ID_COLUMNS = 16
@@ -42,9 +42,9 @@ def chosen_logprobs(rows: Tensor, unembedding: Unembedding, ids: Tensor, log_z: 
         ids: [n, m].
         log_z: [n], the log-sum-exp of each row's logits.
     """
-    hidden = lens.normalized(rows, unembedding)
+    hidden = logit.normalized(rows, unembedding)
     parts = [
-        lens.token_logits(hidden, unembedding, part.to(hidden.device)) for part in torch.split(ids, ID_COLUMNS, dim=1)
+        logit.token_logits(hidden, unembedding, part.to(hidden.device)) for part in torch.split(ids, ID_COLUMNS, dim=1)
     ]
     return torch.cat(parts, dim=1) - log_z[:, None]
 

@@ -16,7 +16,7 @@ from analyses.latent_language.measures import chosen_logprobs, event_probability
 from probes.capture.activations import Activations
 from probes.capture.needs import Need
 from probes.capture.run import capture
-from probes.lenses import logit as lens
+from probes.lenses import logit
 from probes.models.protocol import Model
 from probes.points import Address
 from probes.progress import Progress
@@ -96,7 +96,7 @@ class Reader:
     def _top(self, items: Sequence[Item]) -> NDArray[np.int64]:
         last = Address("resid_post", self.model.shape.n_layers - 1)
         captured = self.capture([item.tokens for item in items], Need(str(last), LAST))
-        best = lens.read(torch.cat(captured.get(last, LAST)), self.model.unembedding(), top_k=1)
+        best = logit.read(torch.cat(captured.get(last, LAST)), self.model.unembedding(), top_k=1)
         return best.top_ids[:, 0].cpu().numpy()
 
     def capture(self, sequences: Sequence[Tokens], need: Need) -> Activations:
@@ -136,7 +136,7 @@ class Reader:
         n_layers, n_contexts, _ = rows.shape
         unembedding = self.model.unembedding()
         targets = [next_tokens(items[i], before) for i, before in contexts]
-        seen = lens.read(rows.flatten(0, 1), unembedding)
+        seen = logit.read(rows.flatten(0, 1), unembedding)
         log_z = seen.log_z.view(n_layers, n_contexts)
         logprobs: list[dict[tuple[Tokens, int], Tensor]] = [{} for _ in items]
         step = max(1, ROWS_AT_ONCE // n_layers)

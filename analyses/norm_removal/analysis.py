@@ -13,7 +13,7 @@ from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.interventions import Interventions
 from analyses.norm_removal.diagnose import Settings, diagnose
 from analyses.norm_removal.figures import FIGURES, PROFILES
-from analyses.norm_removal.freezing import FirstScale, Source, forwards, sweep
+from analyses.norm_removal.freezing import forwards, sweep
 from analyses.norm_removal.measured import needs, switches_of
 from analyses.norm_removal.removal import Plan, most_forwards, remove
 from analyses.norm_removal.training import Setting
@@ -34,23 +34,13 @@ from probes.store import ActivationStore
 
 @accept_old_names
 @dataclass(frozen=True)
-class NormRemoval(Analysis):
+class NormRemoval(Settings, Analysis):
     """What freezing each norm's scale does, without training; and with a schedule, the removal of all norms by fine-tuning.
 
     Baroni et al. 2025, arXiv 2507.02559; Heimersheim 2024, arXiv 2409.13710.
     """
 
     diagnose: bool = option(True, "Measure what the norms do: on the model and, after a schedule, on what was trained.")
-    scale_source: Source = option("mean", "What a frozen norm divides by: its mean scale, or one for each position.")
-    first_scale: FirstScale = option("own", "Whether position 0, whose norm is often massive, has a mean of its own.")
-    split_paths: bool = option(True, "Also freeze the queries' and keys' use of a norm apart from the values'.")
-    neurons: int = option(8, "Confidence neurons ablated, beside as many random ones; 0 leaves them out.", low=0)
-    sinks: bool = option(True, "Measure attention sinks, which captures attention patterns.")
-    layers: tuple[int, ...] = option(
-        (), "Layers whose norms are frozen by themselves and whose heads are read; none: every stride-th.", low=0
-    )
-    stride: int = option(1, "Every how many layers one is swept, where layers names none.", low=1)
-    first_token: bool = option(False, "Whether a prompt's first token counts in statistics of losses and attribution.")
     schedule: str = option(
         "", "Removes the norms: proportional, at_once, small, medium, large, xl, small_2024 or FILE.toml."
     )
@@ -79,7 +69,6 @@ class NormRemoval(Analysis):
     checkpoint_every: int = option(50, "Training steps between checkpoints.", low=1)
     export: str = option("", "Folder for the norm-free model, in a form that plain transformers loads.")
     chat: bool = option(False, "Wrap each text as one user turn of the chat template.")
-    seed: int = option(0, "Seed of the training order, random neurons and intervals.")
 
     name: ClassVar[str] = "norm_removal"
     title: ClassVar[str] = "Norm removal: what norms do, and a model without them"
@@ -127,7 +116,7 @@ class NormRemoval(Analysis):
         counts = most_forwards(model, self._plan) if self.schedule else {}
         if self.diagnose and (switches := switches_of(model)) is not None:
             models = 2 if self.schedule else 1  # the model without norms has none to freeze
-            frozen = sweep(switches, self.split_paths, self._settings.swept(model.shape.n_layers))
+            frozen = sweep(switches, self.split_paths, self.swept(model.shape.n_layers))
             counts["frozen norms"] = models * forwards(switches, frozen, [len(prompt.tokens) for prompt in prompts])
         return Interventions(counts, exact=not self.schedule)
 
@@ -135,7 +124,7 @@ class NormRemoval(Analysis):
         """Ask for streams, norm divisors and heads' outputs, and by option for patterns and the last MLP's activations."""
         if not self.diagnose:
             return []
-        return needs(model, self._settings.swept(model.shape.n_layers), self.sinks, self.neurons > 0)
+        return needs(model, self.swept(model.shape.n_layers), self.sinks, self.neurons > 0)
 
     def run(
         self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
@@ -176,15 +165,11 @@ class NormRemoval(Analysis):
             sequences = [prompt.tokens for prompt in prompts]
             activations = capture(model, sequences, self.needs(model), store, progress=progress)
             first = first or activations
-            tables, more, forwards = diagnose(activations, variant, self._settings, progress)
+            tables, more, forwards = diagnose(activations, variant, self, progress)
             notes, done = notes + more, done + forwards
             for name, table in tables.items():
                 by_name.setdefault(name, []).append(table)
         return {name: pd.concat(tables, ignore_index=True) for name, tables in by_name.items()}, notes, first, done
-
-    @property
-    def _settings(self) -> Settings:
-        return Settings(**{name: getattr(self, name) for name in Settings.__dataclass_fields__})
 
     @property
     def _plan(self) -> Plan:

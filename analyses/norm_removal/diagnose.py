@@ -12,6 +12,7 @@ from analyses.norm_removal.freezing import FirstScale, FreezeEffects, Source, me
 from analyses.norm_removal.measured import Measured, has
 from analyses.norm_removal.neurons import Ablations, candidates, rank
 from analyses.norm_removal.scale_tables import scale_table, sink_table, stream_table
+from analyses.options import option
 from probes.capture.activations import Activations
 from probes.errors import PointError
 from probes.norms import NormSite, Scale
@@ -22,17 +23,19 @@ Tables = dict[str, pd.DataFrame]
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of `NormRemoval` that the diagnostics follow."""
+    """The options of `NormRemoval` that the diagnostics follow; it has them among its own."""
 
-    scale_source: Source
-    first_scale: FirstScale
-    split_paths: bool
-    neurons: int
-    sinks: bool
-    layers: tuple[int, ...]
-    stride: int
-    first_token: bool
-    seed: int
+    scale_source: Source = option("mean", "What a frozen norm divides by: its mean scale, or one for each position.")
+    first_scale: FirstScale = option("own", "Whether position 0, whose norm is often massive, has a mean of its own.")
+    split_paths: bool = option(True, "Also freeze the queries' and keys' use of a norm apart from the values'.")
+    neurons: int = option(8, "Confidence neurons ablated, beside as many random ones; 0 leaves them out.", low=0)
+    sinks: bool = option(True, "Measure attention sinks, which captures attention patterns.")
+    layers: tuple[int, ...] = option(
+        (), "Layers whose norms are frozen by themselves and whose heads are read; none: every stride-th.", low=0
+    )
+    stride: int = option(1, "Every how many layers one is swept, where layers names none.", low=1)
+    first_token: bool = option(False, "Whether a prompt's first token counts in statistics of losses and attribution.")
+    seed: int = option(0, "Seed of the training order, random neurons and intervals.")
 
     def swept(self, n_layers: int) -> list[int]:
         """Return the layers whose norms are frozen by themselves and whose heads are read."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from analyses.norm_removal.measured import Measured, Part, batched
 from analyses.results.per_prompt import PerPrompt, interval
 from probes.blocks.batch import Blocks, on_blocks
-from probes.lenses import logit as lens
+from probes.lenses import logit
 from probes.models.protocol import Unembedding
 from probes.norms import NormSite, Scale, Switches
 from probes.progress import Progress
@@ -160,7 +160,7 @@ class FreezeEffects:
         if scale.own:
             return replace(own, norm=parts.own)
         each = scale.at(self.switches.rows)[part.counted.to(self.measured.model.device)]
-        left = iter(torch.split(each, lens.ROW_TILE))
+        left = iter(torch.split(each, logit.ROW_TILE))
         return replace(own, norm=lambda rows: parts.divided(rows, next(left)))
 
     def tables(self, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:

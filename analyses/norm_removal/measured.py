@@ -14,7 +14,7 @@ from probes.blocks.batch import Blocks, on_blocks
 from probes.blocks.rerouting import module_of
 from probes.capture.activations import Activations
 from probes.capture.needs import Need
-from probes.lenses import logit as lens
+from probes.lenses import logit
 from probes.models.protocol import Model, Unembedding
 from probes.norms import Kind, NoNormError, NormSite, Rows, Switches
 from probes.points import Address
@@ -123,7 +123,7 @@ class Measured:
     ) -> Float[Tensor, " row"]:
         """Return the cross-entropy of targets read from rows of the last stream, nats, on the CPU."""
         ids = targets.to(self.unembedding.weight.device)[:, None]
-        return -lens.read(rows, unembedding or self.unembedding, ids=ids).logprobs[:, 0].cpu()
+        return -logit.read(rows, unembedding or self.unembedding, ids=ids).logprobs[:, 0].cpu()
 
     def scales(self, sites: Sequence[NormSite]) -> dict[NormSite, list[Tensor]]:
         """Return each site's scale at every position of every prompt, [pos] float32 per prompt; a mean over heads for q/k norms.

@@ -17,7 +17,7 @@ from analyses.norm_removal.attribution import read_out, rows_of
 from analyses.norm_removal.measured import Measured, Part
 from analyses.results.per_prompt import PerPrompt, interval
 from probes.edits.weights import matrix
-from probes.lenses import logit as lens
+from probes.lenses import logit
 from probes.models.protocol import Unembedding
 from probes.points import Address
 from probes.progress import Progress
@@ -128,8 +128,8 @@ class Ablations:
         """Return (loss, entropy) of rows [n, d_model], nats, [n] each."""
         own = unembedding or self.measured.unembedding
         ids = part.targets.to(own.weight.device)[:, None]
-        reading = lens.read(rows, own, ids=ids)
-        return -reading.logprobs[:, 0].cpu(), reading.entropy_bits.cpu() * lens.LOG2
+        reading = logit.read(rows, own, ids=ids)
+        return -reading.logprobs[:, 0].cpu(), reading.entropy_bits.cpu() * logit.LOG2
 
     def table(self, seed: int) -> pd.DataFrame:
         """Return the table `neurons`: one row a neuron, with intervals of the change of loss over prompts."""
@@ -162,7 +162,7 @@ def _held(measured: Measured, clean: Tensor) -> Unembedding:
 
     def norm(rows: Tensor) -> Tensor:
         if not left:
-            left.extend(torch.split(scale, lens.ROW_TILE))
+            left.extend(torch.split(scale, logit.ROW_TILE))
         x = rows.float()
         x = x - x.mean(-1, keepdim=True) if out.centred else x
         return (x / left.pop(0) * gain + bias).to(rows.dtype)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -27,6 +27,7 @@ PANELS = 12
 """Panels beside each other on the depth axis, at most."""
 
 
+@runtime_checkable
 class Reported(Protocol):
     """What the page shows of a result."""
 

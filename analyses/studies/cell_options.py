@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from analyses.base import Analysis
-from analyses.options import types_of
+from analyses.options import types_of, with_options
 from analyses.studies.file_lines import Origin, fault
 from probes.errors import OptionError, unknown
 
@@ -31,24 +30,18 @@ def make(cls: type[Analysis], settings: Mapping[str, Setting], origin: Origin | 
     for name, setting in settings.items():
         if name not in types:
             raise fault(unknown(f"option of {cls.name}", name, types), setting.origin)
-    values = {name: _as_option(setting.value, types[name]) for name, setting in settings.items()}
-    if (message := _refusal(cls, values)) is not None:
-        alone = (settings[name].origin for name, value in values.items() if _refusal(cls, {name: value}) == message)
-        raise fault(f"{cls.name}: {message}", next(alone, origin))
-    return cls(**values)
+    values = {name: setting.value for name, setting in settings.items()}
+    try:
+        return with_options(cls, values)
+    except OptionError as error:
+        message = str(error)
+    alone = (settings[name].origin for name, value in values.items() if _refusal(cls, {name: value}) == message)
+    raise fault(f"{cls.name}: {message}", next(alone, origin))
 
 
 def _refusal(cls: type[Analysis], values: Mapping[str, Any]) -> str | None:
     try:
-        cls(**values)
+        with_options(cls, values)
     except OptionError as error:
         return str(error)
     return None
-
-
-def _as_option(value: Any, kind: Any) -> Any:
-    """Return a value of a file as its option holds it: lists as tuples, one value as a tuple of one, 1 as 1.0."""
-    if typing.get_origin(kind) is tuple:
-        many = value if isinstance(value, list | tuple) else [value]
-        return tuple(_as_option(one, typing.get_args(kind)[0]) for one in many)
-    return float(value) if kind is float and type(value) is int else value

@@ -15,7 +15,7 @@ from analyses.voids.norm_gates import NormGate, RandomGate
 from analyses.voids.trace import Item, Trace
 from probes.capture.activations import Activations
 from probes.edits import Edit
-from probes.lenses import logit as lens
+from probes.lenses import logit
 from probes.models.protocol import Model, Write
 from probes.points import Address
 from probes.prompts import Batch, batches
@@ -179,13 +179,13 @@ class Reader:
         """`read` rows against the `full` rows they belong to (row i to row i where `of` is left out)."""
         of = np.arange(len(read)) if of is None else of
         unembedding = self.model.unembedding()
-        best = lens.read(full, unembedding, top_k=1).top_ids[:, 0].cpu().numpy()[of]
+        best = logit.read(full, unembedding, top_k=1).top_ids[:, 0].cpu().numpy()[of]
         same = (full[of] == read).all(dim=-1)
         top, kl = best.copy(), np.zeros(len(read), dtype=np.float32)
         different = np.flatnonzero(~same.numpy())
         if len(different):
             target = torch.from_numpy(of[different])
-            readings = lens.read(read[different], unembedding, top_k=1, reference=full, reference_of=target)
+            readings = logit.read(read[different], unembedding, top_k=1, reference=full, reference_of=target)
             top[different] = readings.top_ids[:, 0].cpu().numpy()
             kl[different] = readings.kl.cpu().numpy()
         return Readings(top, best, kl)

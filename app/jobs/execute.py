@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from analyses.base import Analysis
-from analyses.options import renewed, types_of
+from analyses.options import with_options
 from analyses.registry import get_analysis
 from analyses.results.output_folder import check_output
 from analyses.running.model_spec import ModelSpec
@@ -30,16 +30,16 @@ def do(request: Request, progress: JobProgress) -> dict[str, Any]:
     """
     if request.kind == "check":
         return stamp_of(_model(request, progress))
-    analysis = analysis_of(request)
+    analysis: Analysis = with_options(get_analysis(request.analysis), request.options)
     prompts = Path(request.prompts) if request.prompts else None
     lines = lines_of(analysis, prompts)
     if request.kind == "run":
         check_output(Path(request.out))
     store, spec, model = ActivationStore(request.store), request.model, _model(request, progress)
-    progress.enter("planning")
-    progress.status = replace(progress.status, lines=tuple(dry_run(spec, analysis, lines, store, model=model)))
-    progress.publish()
     if request.kind == "estimate":
+        progress.enter("planning")
+        progress.status = replace(progress.status, lines=tuple(dry_run(spec, analysis, lines, store, model=model)))
+        progress.publish()
         return {}
     progress.enter("running")
     result = run(spec, analysis, lines, store, model=model, prompts_file=prompts, progress=progress)
@@ -51,19 +51,6 @@ def do(request: Request, progress: JobProgress) -> dict[str, Any]:
 def drop_model() -> None:
     """Forgets the model of the last job."""
     _LOADED.clear()
-
-
-def analysis_of(request: Request) -> Analysis:
-    """The analysis with the options of a request.
-
-    Raises:
-        OptionError: an unknown analysis, or an illegal value.
-    """
-    cls = get_analysis(request.analysis)
-    known = types_of(cls)
-    options = renewed(cls, request.options)
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items() if name in known}
-    return cls(**values)
 
 
 def stamp_of(model: Model) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from analyses.running.model_spec import ModelSpec
 
 Kind = Literal["run", "estimate", "check"]
 Phase = Literal["", "loading", "planning", "running", "saving"]
-PHASES: tuple[Phase, ...] = ("loading", "planning", "running", "saving")
+PHASES: tuple[Phase, ...] = ("loading", "running", "saving")
 """What a job goes through, in order."""
 State = Literal["queued", "running", "done", "refused", "failed", "cancelled"]
 CANCEL = "cancel"

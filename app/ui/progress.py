@@ -69,15 +69,15 @@ def draw_progress(title: str, status: Status) -> None:
         st.markdown(f":material/hourglass_top: {words}")
     else:
         st.progress(status.share, text=words)
-    if status.lines:
-        st.caption("  \n".join(" ".join(line.split()) for line in status.lines))
     for note in status.notes[-3:]:
         st.caption(note)
 
 
 def steps(phase: Phase) -> str:
     """Which of a job's phases it is in, in words."""
-    return f"step {PHASES.index(phase) + 1} of {len(PHASES)}: {phase}" if phase else "starting"
+    if phase not in PHASES:
+        return phase or "starting"
+    return f"step {PHASES.index(phase) + 1} of {len(PHASES)}: {phase}"
 
 
 def counted(status: Status) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +28,7 @@ class LensRead:
     """[n], KL(reference's distribution || row's distribution); empty without a reference."""
 
 
+@runtime_checkable
 class Lens(Protocol):
     """A way to read rows of any layer as distributions over tokens; memory does not grow with the vocabulary."""
 

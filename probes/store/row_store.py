@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -14,6 +14,7 @@ from probes.store.names import Names
 from probes.store.values import Context, Packet, Put, Sequences
 
 
+@runtime_checkable
 class RowStore(Protocol):
     """Rows by context, token ids and feature; kept by `ActivationStore` and by `AppendOnlyWriter`."""
 

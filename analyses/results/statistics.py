@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -103,8 +103,10 @@ def row_interval(values: Array, ci: Ci, seed: int) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def percentiles(draws: ArrayLike, clusters: ArrayLike) -> tuple[Array, Array]:
-    """Return the bounds of the middle 95 % of resampled values [draws, ...]; the one rule of when there is an interval.
+def percentiles(draws: ArrayLike, clusters: ArrayLike) -> tuple[Any, Any]:
+    """Return the bounds of the middle 95 % of resampled values [draws, ...]: arrays [...], or two numbers of [draws].
+
+    This is the one rule of when there is an interval.
 
     Args:
         clusters: how many groups each column was resampled from, one number or [...]. Below `MIN_CLUSTERS` both bounds

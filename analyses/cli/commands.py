@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from analyses.cli import capture, models, run, store
+from analyses.cli import capture, lens, models, run, store
 from analyses.cli.app import open_app
 from analyses.cli.batch import batch
 from analyses.cli.bench import bench
@@ -64,6 +64,7 @@ analyses_group = typer.Typer(cls=_Analyses, help="Run an analysis and save its r
 app.add_typer(analyses_group, name="run")
 app.add_typer(store.group, name="store")
 app.add_typer(models.group, name="models")
+app.add_typer(lens.group, name="lens")
 app.command("capture")(capture.capture)
 app.command("check")(with_model(models.check, ref=False))
 app.command("report")(report)

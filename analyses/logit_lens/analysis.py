@@ -16,6 +16,7 @@ from analyses.logit_lens.curve import curve
 from analyses.logit_lens.figures import FIGURES
 from analyses.logit_lens.profiles import PROFILES
 from analyses.options import option, validate
+from analyses.reading.choice import LENS_HELP, check_lens, chosen_lens, reading_note
 from analyses.results.card import FigureSpec, ProfileSpec
 from analyses.results.result import Result
 from analyses.tokens import token_text
@@ -23,6 +24,7 @@ from probes.capture.activations import Activations
 from probes.capture.needs import Need
 from probes.capture.run import capture
 from probes.lenses import logit as lens
+from probes.lenses.protocol import Lens
 from probes.models.protocol import Model
 from probes.points import Address
 from probes.progress import QUIET, Progress
@@ -46,6 +48,8 @@ class LogitLens(Analysis):
     point: Literal["resid_post", "attn_out", "mlp_out"] = option(
         "resid_post", "What is read: the stream, or one block part's addition to it."
     )
+    lens: str = option("logit", f"The lens that the stream is read through: {LENS_HELP}")
+    allow_other_weights: bool = option(False, "Read through a lens of other weights of the same shape.")
     chat: bool = option(False, "Wrap each text as one user turn of the chat template.")
 
     name: ClassVar[str] = "logit_lens"
@@ -57,6 +61,7 @@ class LogitLens(Analysis):
 
     def __post_init__(self) -> None:
         validate(self)
+        check_lens(self.lens)
 
     @property
     def _reducer(self) -> Reducer:
@@ -75,11 +80,15 @@ class LogitLens(Analysis):
         """
         clock, store = Clock(), store or ActivationStore()
         model.unembedding()
+        through = chosen_lens(self.lens, model, self.point, self.allow_other_weights)
         lines = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
         sequences = [prompt.tokens for prompt in lines]
         activations = capture(model, sequences, self.needs(model), store, progress=progress)
-        tables = self._tables(activations, lines)
-        return make_result(self, model, lines, tables, activations, clock, self._notes(lines))
+        tables = self._tables(activations, lines, through)
+        notes = self._notes(lines) + ([] if self.lens == "logit" else [reading_note(through.card)])
+        if self.allow_other_weights and through.card.weights != model.current().weights:
+            notes.append("The lens was fitted on other weights than those whose rows it reads here, as was allowed.")
+        return make_result(self, model, lines, tables, activations, clock, notes)
 
     def _notes(self, prompts: list[Prompt]) -> list[str]:
         longest = max((len(prompt.tokens) for prompt in prompts), default=0)
@@ -96,7 +105,7 @@ class LogitLens(Analysis):
         most = 1 if self.positions == "last" else self.window or length
         return range(max(0, length - most), length)
 
-    def _tables(self, activations: Activations, prompts: list[Prompt]) -> dict[str, pd.DataFrame]:
+    def _tables(self, activations: Activations, prompts: list[Prompt], through: Lens) -> dict[str, pd.DataFrame]:
         n_layers = activations.model.shape.n_layers
         stream = [activations.get(Address(self.point, layer), self._reducer) for layer in range(n_layers)]
         final = activations.get(Address("resid_post", n_layers - 1), self._reducer)
@@ -104,7 +113,7 @@ class LogitLens(Analysis):
         for first in range(0, len(prompts), CHUNK):
             chunk = slice(first, first + CHUNK)
             places = [self._places(prompt) for prompt in prompts[chunk]]
-            rows = torch.cat([_last(layer[chunk], places) for layer in stream])
+            rows = torch.cat([through.readable(_last(at[chunk], places), layer) for layer, at in enumerate(stream)])
             where = _positions(activations.model, prompts, first, places)
             parts.append(self._read(activations.model, rows, _last(final[chunk], places), where))
         tables = zip(*parts, strict=True)

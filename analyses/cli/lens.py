@@ -11,13 +11,17 @@ import typer
 from analyses.cli.console import ConsoleProgress, say
 from analyses.cli.model_flags import with_model
 from analyses.cli.run import StoreDir
-from analyses.reading.texts import SENTENCES, Texts, file_texts, shipped_texts
+from analyses.reading.jacobian import with_halves
+from analyses.reading.texts import SENTENCES, Texts, file_texts, packed_texts, shipped_texts
 from analyses.reading.tuned import fit_tuned_on
 from analyses.running.model_spec import ModelSpec
+from probes.capture.dry_run import human
 from probes.errors import OptionError
 from probes.html_card import aligned, count
+from probes.lens_fits.jacobian import Estimator
+from probes.lens_fits.jacobian_fit import FitCost, fit_cost, fit_jacobian
 from probes.lenses.card import LensCard
-from probes.lenses.files import check_free, load_lens, save_lens
+from probes.lenses.files import FittedLens, check_free, load_lens, save_lens
 from probes.models.protocol import Model
 from probes.store import ActivationStore
 
@@ -26,6 +30,8 @@ LensFolder = Annotated[Path, typer.Argument(metavar="LENS", help="The folder of 
 FitTexts = Annotated[
     Path | None, typer.Option("--prompts", help="JSON lines of text to fit on; the shipped sentences by default.")
 ]
+
+HOUR = 3600.0
 
 
 @with_model
@@ -38,30 +44,114 @@ def fit(
     offsets: Annotated[
         str, typer.Option(help="tuned: how many tokens ahead to read, such as 0,1,2; 0 is the next token.")
     ] = "0",
-    seed: Annotated[int, typer.Option(min=0, help="Of the draw of sentences and of the held-out folds.")] = 0,
+    layers: Annotated[
+        str, typer.Option(help="jacobian: which layers, such as 0-28 or 4,8; all below the target by default.")
+    ] = "",
+    target: Annotated[
+        Literal["last", "penultimate"], typer.Option(help="jacobian: the block whose output is differentiated.")
+    ] = "last",
+    positions: Annotated[
+        Literal["later", "self", "future"],
+        typer.Option(help="jacobian: what a row does to its own position, to later ones, or to both (later)."),
+    ] = "later",
+    freeze_qk: Annotated[bool, typer.Option(help="jacobian: take attention's weights as constants.")] = False,
+    skip: Annotated[int, typer.Option(min=0, help="jacobian: first positions of a text left out.")] = 16,
+    length: Annotated[int, typer.Option(min=2, help="jacobian: tokens of a text, at most.")] = 128,
+    dim_batch: Annotated[int, typer.Option(min=1, help="jacobian: cotangents carried back at once.")] = 16,
+    cotangents: Annotated[
+        Literal["one_hot", "rademacher"], typer.Option(help="jacobian: one per dimension, or as many random signs.")
+    ] = "one_hot",
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw of sentences, held-out folds and random signs.")] = 0,
     store: StoreDir = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="jacobian: print what the fit would cost, and stop.")
+    ] = False,
 ) -> None:
-    """Fit a lens of a model and write it with its card; a tuned lens needs no forward where its rows are stored."""
+    """Fit a lens of a model and write it with its card.
+
+    A tuned lens needs no forward where its rows are stored. A Jacobian lens goes on after an interruption.
+    """
     check_free(out)
     steps = _offsets(offsets)
     model = spec.load()
     progress = ConsoleProgress()
     try:
-        corpus = _texts(model, prompts, texts, seed)
-        fitted, captured = fit_tuned_on(
-            model, corpus, ActivationStore(store), offsets=steps, seed=seed, progress=progress
-        )
+        if kind == "jacobian":
+            n_layers = model.shape.n_layers
+            last = n_layers - 1 if target == "last" else n_layers - 2
+            estimator = Estimator(
+                last, _layers(layers, last), positions, skip, length, dim_batch, cotangents, freeze_qk, seed
+            )
+            corpus = file_texts(model, prompts, texts) if prompts else packed_texts(model, length, texts, seed)
+            if dry_run:
+                for line in cost_lines(fit_cost(model, corpus.sequences, estimator)):
+                    say(line)
+                return
+            lens = _fit_jacobian(model, corpus, estimator, out, progress)
+        else:
+            corpus = file_texts(model, prompts, texts) if prompts else shipped_texts(model, texts, seed)
+            fitted, captured = fit_tuned_on(
+                model, corpus, ActivationStore(store), offsets=steps, seed=seed, progress=progress
+            )
+            lens = save_lens(fitted.lens, out)
+            say(f"{count(captured.done.forwards, 'forward pass')}, {fitted.rows_fitted:,} rows fitted")
     finally:
         progress.stop()
-    lens = save_lens(fitted.lens, out)
-    say(f"{count(captured.done.forwards, 'forward pass')}, {fitted.rows_fitted:,} rows fitted")
     for line in described(lens.card):
         say(line)
     say(f"lens: {out}")
 
 
-def _texts(model: Model, prompts: Path | None, most: int, seed: int) -> Texts:
-    return shipped_texts(model, most, seed) if prompts is None else file_texts(model, prompts, most)
+def _fit_jacobian(model: Model, texts: Texts, estimator: Estimator, out: Path, progress: ConsoleProgress) -> FittedLens:
+    """Fit and save a Jacobian lens; its running sums lie beside it until it is whole."""
+    running = out.with_name(f"{out.name}.partial")
+    for line in cost_lines(fit_cost(model, texts.sequences, estimator)):
+        say(line)
+    fitted = fit_jacobian(
+        model,
+        texts.sequences,
+        estimator,
+        corpus=texts.name,
+        licence=texts.licence,
+        checkpoint=running,
+        progress=progress,
+    )
+    progress.stop()
+    if fitted.resumed:
+        say(f"went on after {count(fitted.resumed, 'text')} of an interrupted fit")
+    if fitted.skipped:
+        say(f"{count(fitted.skipped, 'text')} left out: too short, or given twice")
+    lens = save_lens(with_halves(fitted), out)
+    running.unlink(missing_ok=True)
+    return lens
+
+
+def cost_lines(cost: FitCost) -> Iterator[str]:
+    """What a Jacobian fit would take, and what would fit into an hour where it is longer."""
+    yield (
+        f"{count(cost.texts, 'text')}, {count(cost.backwards_per_text, 'batch', 'batches')} of cotangents each: about "
+        f"{cost.texts * cost.flops_per_text / 1e12:.3g} TFLOP, {human(cost.bytes)} of sums"
+    )
+    yield f"about {cost.seconds_per_text:.3g} s a text on this machine, {cost.seconds:.3g} s in all"
+    if cost.seconds > HOUR:
+        yield f"within an hour: --texts {max(2, int(HOUR / cost.seconds_per_text))}, or the upper layers only by --layers"
+
+
+def _layers(text: str, target: int) -> tuple[int, ...]:
+    """Layers of text such as 0-5,8; all below the target where it is empty.
+
+    Raises:
+        OptionError: text of another form.
+    """
+    if not text.strip():
+        return tuple(range(target))
+    layers: set[int] = set()
+    for part in text.split(","):
+        low, _, high = part.strip().partition("-")
+        if not (low.isdecimal() and (high or low).isdecimal()):
+            raise OptionError(f"layers {text!r}: give layers such as 4,8 or a range such as 0-{target - 1}")
+        layers |= set(range(int(low), int(high or low) + 1))
+    return tuple(sorted(layers))
 
 
 def _offsets(text: str) -> tuple[int, ...]:

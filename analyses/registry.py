@@ -12,6 +12,7 @@ from probes.errors import OptionError, unknown
 ANALYSES: Mapping[str, str] = {
     "voids": "analyses.voids:Voids",
     "logit_lens": "analyses.logit_lens:LogitLens",
+    "lenses": "analyses.lenses:Lenses",
     "back_patching": "analyses.back_patching:BackPatching",
     "communication_channels": "analyses.communication_channels:CommunicationChannels",
     "concept_depth": "analyses.concept_depth:ConceptDepth",

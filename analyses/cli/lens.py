@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,12 +14,14 @@ from analyses.cli.console import ConsoleProgress, say
 from analyses.cli.model_flags import with_model
 from analyses.cli.run import StoreDir
 from analyses.reading.jacobian import with_halves
-from analyses.reading.texts import SENTENCES, Texts, file_texts, packed_texts, shipped_texts
+from analyses.reading.quality import quality_rows, read_texts
+from analyses.reading.texts import SENTENCES, Texts, file_texts, packed_texts, shipped_texts, without
 from analyses.reading.tuned import fit_tuned_on
 from analyses.running.model_spec import ModelSpec
 from probes.capture.dry_run import human
 from probes.errors import OptionError
 from probes.html_card import aligned, count
+from probes.lens_fits.foreign import import_jacobian
 from probes.lens_fits.jacobian import Estimator
 from probes.lens_fits.jacobian_fit import FitCost, fit_cost, fit_jacobian
 from probes.lenses.card import LensCard
@@ -32,6 +36,9 @@ FitTexts = Annotated[
 ]
 
 HOUR = 3600.0
+CHECK_TEXTS = 50
+CHECKED = ("kl_to_final", "top1_agreement")
+"""Measures that a check prints; the analysis `lenses` has them all."""
 
 
 @with_model
@@ -168,6 +175,66 @@ def show(lens: LensFolder) -> None:
         say(line)
 
 
+@group.command("check")
+@with_model
+def check(
+    lens: LensFolder,
+    spec: ModelSpec,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="JSON lines of text to judge by; the shipped sentences by default.")
+    ] = None,
+    texts: Annotated[int, typer.Option(min=10, help="How many texts to judge by, at most.")] = CHECK_TEXTS,
+    store: StoreDir = None,
+) -> None:
+    """Check that a lens is of a model, and how far its reading is from the model's output on text it was not fitted on."""
+    loaded = load_lens(lens)
+    model = spec.load()
+    loaded.card.check_model(model)
+    progress = ConsoleProgress()
+    try:
+        drawn = file_texts(model, prompts) if prompts else shipped_texts(model, 10**6)
+        judged = without(drawn, [loaded.card.corpus])
+        kept = replace(judged, sequences=judged.sequences[:texts], groups=judged.groups[:texts])
+        read = read_texts(model, kept, {loaded.card.kind: loaded}, ActivationStore(store), progress=progress)
+    finally:
+        progress.stop()
+    say(
+        f"{lens}: of {model.ref}, tensors as on its card; {count(len(kept.sequences), 'text')} that it was not fitted on"
+    )
+    for line in _quality([row for row in quality_rows(read) if row["measure"] in CHECKED]):
+        say(line)
+
+
+@group.command("import")
+@with_model
+def import_lens(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A public Jacobian lens (.pt) or the checkpoint of its fit.")
+    ],
+    spec: ModelSpec,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the lens, such as J.lens.")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="JSON lines of text for the spot check; shipped sentences by default."),
+    ] = None,
+    target: Annotated[
+        Literal["last", "penultimate"],
+        typer.Option(help="The block its matrices lead to, which the file does not say."),
+    ] = "last",
+    skip: Annotated[int, typer.Option(min=0, help="First positions of a text left out.")] = 16,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a text of the check, at most.")] = 128,
+) -> None:
+    """Convert a lens that another program fitted, after comparing some of its rows with rows estimated here."""
+    check_free(out)
+    model = spec.load()
+    texts = file_texts(model, prompts) if prompts else packed_texts(model, length, 4)
+    last = model.shape.n_layers - (1 if target == "last" else 2)
+    lens, _ = import_jacobian(model, file, texts.sequences, target=last, skip=skip, length=length)
+    for line in described(save_lens(lens, out).card):
+        say(line)
+    say(f"lens: {out}")
+
+
 def described(card: LensCard) -> Iterator[str]:
     """The lines of a card, and its held-out numbers by layer."""
     corpus = card.corpus
@@ -193,16 +260,21 @@ def _quality(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield ""
     for measure in dict.fromkeys(str(row["measure"]) for row in rows):
         own = [row for row in rows if row["measure"] == measure]
-        names = list(dict.fromkeys(str(row["lens"]) for row in own))
-        yield f"{measure}, 95 % intervals over {own[0]['n_texts']} held-out texts"
-        cells = {(row["layer"], row["lens"]): _cell(row) for row in own}
+        names = list(dict.fromkeys(_label(row) for row in own))
+        yield f"{measure}, 95 % intervals over {own[0]['n_texts']} texts"
+        cells = {(row["layer"], _label(row)): _cell(row) for row in own}
         layers = sorted({int(row["layer"]) for row in own})
         yield from aligned(("layer", *names), [(str(at), *(cells.get((at, n), "") for n in names)) for at in layers])
 
 
+def _label(row: Mapping[str, Any]) -> str:
+    return " ".join(str(row[part]) for part in ("lens", "control") if row.get(part))
+
+
 def _cell(row: Mapping[str, Any]) -> str:
     low, high = row["ci_low"], row["ci_high"]
-    return f"{row['value']:.3f}" + ("" if low is None or high is None else f" [{low:.3f}, {high:.3f}]")
+    known = low is not None and math.isfinite(low)
+    return f"{row['value']:.3f}" + (f" [{low:.3f}, {high:.3f}]" if known else "")
 
 
 def _spans(layers: Sequence[int]) -> str:

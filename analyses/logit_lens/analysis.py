@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -17,13 +16,12 @@ from analyses.logit_lens.figures import FIGURES
 from analyses.logit_lens.profiles import PROFILES
 from analyses.options import option, validate
 from analyses.reading.choice import LENS_HELP, check_lens, chosen_lens, reading_note
+from analyses.reading.read_outs import positions_table, read_tables
 from analyses.results.card import FigureSpec, ProfileSpec
 from analyses.results.result import Result
-from analyses.tokens import token_text
 from probes.capture.activations import Activations
 from probes.capture.needs import Need
 from probes.capture.run import capture
-from probes.lenses import logit as lens
 from probes.lenses.protocol import Lens
 from probes.models.protocol import Model
 from probes.points import Address
@@ -114,46 +112,13 @@ class LogitLens(Analysis):
             chunk = slice(first, first + CHUNK)
             places = [self._places(prompt) for prompt in prompts[chunk]]
             rows = torch.cat([through.readable(_last(at[chunk], places), layer) for layer, at in enumerate(stream)])
-            where = _positions(activations.model, prompts, first, places)
-            parts.append(self._read(activations.model, rows, _last(final[chunk], places), where))
+            where = positions_table(activations.model, prompts, first, places)
+            parts.append(read_tables(activations.model, rows, _last(final[chunk], places), where, self.top_k))
         tables = zip(*parts, strict=True)
         top, read = (pd.concat(frames, ignore_index=True) for frames in tables)
         return {"top": top, "read": read, "curve": curve(read)}
-
-    def _read(
-        self, model: Model, rows: Tensor, final: Tensor, where: pd.DataFrame
-    ) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Tables `top` and `read` of some prompts; rows [layer * pos, d_model], final [pos, d_model]."""
-        n_layers = len(rows) // len(final)
-        of = torch.arange(len(final)).repeat(n_layers)
-        unembedding = model.unembedding()
-        best = lens.read(final, unembedding, top_k=1).top_ids[:, 0].cpu()
-        seen = lens.read(rows, unembedding, ids=best[of, None], top_k=self.top_k, reference=final, reference_of=of)
-        read = pd.concat([where.assign(layer=layer) for layer in range(n_layers)], ignore_index=True)
-        top = read.loc[read.index.repeat(self.top_k)].reset_index(drop=True)
-        read["entropy_bits"], read["kl_to_final"] = seen.entropy_bits.cpu().numpy(), seen.kl.cpu().numpy()
-        read["final_token_id"] = best[of].numpy()
-        read["final_token"] = [token_text(model, int(t)) for t in read["final_token_id"]]
-        read["final_probability"] = seen.logprobs[:, 0].exp().cpu().numpy()
-        read["final_logprob"] = seen.logprobs[:, 0].cpu().numpy()
-        read["top_token_id"] = seen.top_ids[:, 0].cpu().numpy()
-        read["agrees"] = read["top_token_id"] == read["final_token_id"]
-        top["rank"] = np.tile(np.arange(self.top_k), len(read))
-        top["token_id"] = seen.top_ids.flatten().cpu().numpy()
-        top["token"] = [token_text(model, int(t)) for t in top["token_id"]]
-        top["probability"] = seen.top_logprobs.exp().flatten().cpu().numpy()
-        return top, read
 
 
 def _last(rows: list[Tensor], places: list[range]) -> Tensor:
     """The rows of the positions read, of some prompts; [pos, d_model]."""
     return torch.cat([one[-len(place) :] for one, place in zip(rows, places, strict=True)])
-
-
-def _positions(model: Model, prompts: list[Prompt], first: int, places: list[range]) -> pd.DataFrame:
-    pairs = [
-        (i, position, prompts[i].tokens[position], token_text(model, prompts[i].tokens[position]))
-        for i, place in enumerate(places, first)
-        for position in place
-    ]
-    return pd.DataFrame(pairs, columns=["prompt", "position", "input_id", "input_token"])

@@ -37,6 +37,8 @@ class TunedLens:
 
     card: LensCard
     maps: Mapping[Place, AffineMap] = field(default_factory=dict)
+    mean_shift: Mapping[int, Float[Tensor, " d_model"]] = field(default_factory=dict)
+    """Per layer, the last row less the layer's on average, at unit scale: the control of a lens of bias alone."""
 
     def readable(self, rows: Float[Tensor, "row d_model"], layer: int, offset: int = 0) -> Float[Tensor, "row d_model"]:
         """Map rows of a layer to what leaves the last block `offset` tokens later, at unit scale; see `Lens.readable`.
@@ -56,18 +58,21 @@ class TunedLens:
         for (layer, offset), fitted in self.maps.items():
             place = f"{layer}.{offset}" if offset else f"{layer}"
             named[f"change.{place}"], named[f"bias.{place}"] = fitted.change, fitted.bias
-        return named
+        return named | {f"mean_shift.{layer}": shift for layer, shift in self.mean_shift.items()}
 
     @classmethod
     def of(cls, card: LensCard, tensors: Mapping[str, Tensor]) -> TunedLens:
         """Return the lens of a file's tensors."""
         maps: dict[Place, AffineMap] = {}
-        for name, change in tensors.items():
+        shifts: dict[int, Tensor] = {}
+        for name, tensor in tensors.items():
             what, _, place = name.partition(".")
+            layer, _, offset = place.partition(".")
             if what == "change":
-                layer, _, offset = place.partition(".")
-                maps[int(layer), int(offset or 0)] = AffineMap(change, tensors[f"bias.{place}"])
-        return cls(card, maps)
+                maps[int(layer), int(offset or 0)] = AffineMap(tensor, tensors[f"bias.{place}"])
+            elif what == "mean_shift":
+                shifts[int(layer)] = tensor
+        return cls(card, maps, shifts)
 
 
 def unit_scale(rows: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:

@@ -129,6 +129,7 @@ def fit_tuned(
     last = [unit_scale(rows) for rows in text_rows(card.n_layers - 1)]
     folds = _folds(groups, [len(rows) for rows in last], max(offsets), seed)
     maps: dict[Place, AffineMap] = {}
+    shifts: dict[int, Tensor] = {}
     choice: dict[Place, str] = {}
     choosing: dict[Place, Mapping[str, float]] = {}
     kl: dict[str, list[NDArray[np.float64]]] = {name: [] for name in ("tuned", *CONTROLS)}
@@ -150,6 +151,7 @@ def fit_tuned(
             if offset == 0:
                 strength = float(best) if best not in ("identity", "bias_only") else RIDGES[-1]
                 shuffled = _moments(unit, [*last[1:], last[0]], folds.fitting, 0, wrapped=True)
+                shifts[layer] = moments.bias_only().bias
                 controls = {"bias_only": moments.bias_only(), "shuffled": shuffled.ridges([strength])[0]}
         scored = {"logit": None, "tuned": maps.get((layer, 0)), **{name: controls.get(name) for name in CONTROLS[1:]}}
         for name, values in _losses(scored, unit, last, folds.scoring, 0, unembedding).items():
@@ -159,7 +161,7 @@ def fit_tuned(
     card = replace(card, layers=layers, options={**card.options, **options}, seed=seed)
     names = np.array([groups[text] for text, _ in folds.scoring], dtype=np.int64)
     scores = {name: np.stack(values) for name, values in kl.items()}
-    return TunedFit(TunedLens(card, maps), choice, choosing, scores, names, rows_fitted)
+    return TunedFit(TunedLens(card, maps, shifts), choice, choosing, scores, names, rows_fitted)
 
 
 def _folds(groups: Sequence[int], lengths: Sequence[int], reach: int, seed: int) -> _Folds:

@@ -57,7 +57,7 @@ def test_a_planted_map_is_recovered(tiny: NativeModel) -> None:
     assert fit.kl["tuned"][0].mean() < 1e-4 < 0.1 < fit.kl["logit"][0].mean()
     new, image = planted(50, seed=5)
     torch.testing.assert_close(fit.lens.readable(new, 0), image, atol=1e-2, rtol=1e-2)
-    assert (fit.rows_fitted, len(fit.text_of)) == (900, 300)
+    assert (fit.rows_fitted, len(fit.text_of)) == (900, tuned_fit.SCORED_ROWS)
     assert fit.kl["shuffled"][0].mean() > fit.kl["tuned"][0].mean() + 0.1
 
 

@@ -17,6 +17,7 @@ from analyses.concept_depth import ConceptDepth
 from analyses.contextual_decomposition import ContextualDecomposition
 from analyses.depth_use import DepthUse
 from analyses.latent_language import LatentLanguage
+from analyses.lenses import Lenses
 from analyses.logit_lens import LogitLens
 from analyses.norm_removal import NormRemoval
 from analyses.results.report import write_report
@@ -34,6 +35,7 @@ DEMO_PROMPTS = Path(str(files("analyses").joinpath("data", "demo.jsonl")))
 DEMO: tuple[Analysis, ...] = (
     Voids(alpha=(0.8, 0.2, 0.4, 0.6, 1.0), max_new_tokens=16, readout_positions="all"),
     LogitLens(),
+    Lenses(task="two_hop", n_prompts=12, fit_texts=60, eval_texts=12),
     ConceptDepth(
         sets=("city_country", "capital_negation", "sentiment"), limit=100, splits=2, causal_layers=1, causal_prompts=8
     ),

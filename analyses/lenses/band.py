@@ -125,11 +125,10 @@ def _text_values(
 @torch.inference_mode()
 def excess_kurtosis(rows: Float[Tensor, "row d_model"], unembedding: Unembedding) -> Float[Tensor, " row"]:
     """Return the excess kurtosis of each row's logits over the vocabulary; 0 for a Gaussian."""
-    hidden = logit.normalized(rows, unembedding)
-    every = torch.arange(unembedding.weight.shape[0])
     parts = []
-    for part in torch.split(hidden, 64):
-        logits = logit.token_logits(part, unembedding, every).double()
+    for part in torch.split(rows, 64):
+        # A log-probability is a logit less a number that all tokens of the row share.
+        logits = logit.all_logprobs(part, unembedding).double()
         centred = logits - logits.mean(-1, keepdim=True)
         parts.append((centred.pow(4).mean(-1) / centred.square().mean(-1).square() - 3).cpu())
     return torch.cat(parts).float()

@@ -20,14 +20,13 @@ ROWS_COMPARED = 24
 
 def similarity(model: Model, judged: JudgedRows, lenses: Mapping[str, Lens]) -> pd.DataFrame:
     """Columns lens_a, lens_b, layer, js (Jensen-Shannon divergence, nats), top10_overlap, spearman (over the vocabulary)."""
-    every, unembedding = torch.arange(model.shape.d_vocab), model.unembedding()
+    unembedding = model.unembedding()
     step = max(1, len(judged.places) // ROWS_COMPARED)
     parts = []
     for layer in range(model.shape.n_layers):
         rows = judged.rows(layer)[::step][:ROWS_COMPARED]
         read = {
-            name: logit.read(lens.readable(rows, layer).float(), unembedding, ids=every).logprobs
-            for name, lens in lenses.items()
+            name: logit.all_logprobs(lens.readable(rows, layer).float(), unembedding) for name, lens in lenses.items()
         }
         order = {name: logprobs.argsort(-1).argsort(-1).float() for name, logprobs in read.items()}
         parts += [

@@ -82,9 +82,8 @@ def unigram_logprobs(sequences: Sequence[Sequence[int]], d_vocab: int) -> Tensor
 @torch.inference_mode()
 def kl_to_fixed(final: Tensor, unembedding: Unembedding, logprobs: Tensor) -> Array:
     """Return KL(model || fixed distribution) of final rows [n, d_model], in nats; [n]."""
-    every = torch.arange(unembedding.weight.shape[0])
     parts = []
     for rows in torch.split(final, UNIGRAM_ROWS):
-        own = logit.read(rows, unembedding, ids=every).logprobs.cpu()
+        own = logit.all_logprobs(rows, unembedding).cpu()
         parts.append((own.exp() * (own - logprobs)).sum(-1))
     return torch.cat(parts).double().numpy()

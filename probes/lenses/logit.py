@@ -60,6 +60,13 @@ def token_logits(
 
 
 @torch.inference_mode()
+def all_logprobs(rows: Float[Tensor, "row d_model"], unembedding: Unembedding) -> Float[Tensor, "row d_vocab"]:
+    """Return the log-probability of every token, for few rows: memory grows with rows times tokens."""
+    hidden = normalized(rows, unembedding)
+    return _logits(hidden, unembedding.weight.float(), unembedding.bias, unembedding.softcap).log_softmax(-1)
+
+
+@torch.inference_mode()
 def read(
     rows: Float[Tensor, "row d_model"],
     unembedding: Unembedding,

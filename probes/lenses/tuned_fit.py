@@ -24,9 +24,9 @@ from probes.models.protocol import Unembedding
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Strengths tried, relative to the mean variance of a dimension."""
-CHOOSING_ROWS = 192
+CHOOSING_ROWS = 128
 """Rows of the choosing fold on which candidates are compared."""
-SCORED_ROWS = 480
+SCORED_ROWS = 240
 """Rows of the scoring fold, at most, on which the lens and its controls are measured."""
 MIN_TEXTS = 5
 CONTROLS = ("logit", "bias_only", "shuffled")

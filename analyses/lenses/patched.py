@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from analyses.lenses.items import Watched
 from analyses.lenses.watched import place_rows
@@ -37,24 +35,26 @@ def lift_table(
     width = max(len(item.token_ids) for item in items)
     ids = torch.tensor([[*item.token_ids, *[item.token_ids[0]] * (width - len(item.token_ids))] for item in items])
 
-    def said(rows: Tensor) -> np.ndarray:
-        return logit.read(rows, unembedding, ids=ids).logprobs.amax(1).double().cpu().numpy()
-
-    unpatched = said(patchscope.unpatched().expand(len(items), -1))
-    parts = []
+    variants = ("own", *CONTROLS[1:])
+    patched = [patchscope.unpatched().expand(len(items), -1)]
     for layer in range(n_layers - 1):
         rows = place_rows(activations, items, layer, place)
-        variants = {
-            "foreign_row": rows.roll(1, 0), "noise": norm_matched_noise(rows, seed + layer),
+        put = {
+            "own": rows, "foreign_row": rows.roll(1, 0), "noise": norm_matched_noise(rows, seed + layer),
             "mean_row": rows.mean(0).expand_as(rows), "embedding": embedded,
         }  # fmt: skip
-        columns = {name: said(patchscope.readable(variant, layer)) for name, variant in variants.items()}
+        patched += [patchscope.readable(put[name], layer) for name in variants]
+    read = logit.read(torch.cat(patched), unembedding, ids=ids.repeat(len(patched), 1))
+    unpatched, *said = read.logprobs.amax(1).double().cpu().numpy().reshape(len(patched), len(items))
+    parts = []
+    for layer in range(n_layers - 1):
+        columns = dict(zip(variants, said[layer * len(variants) :], strict=False))
         part = pd.DataFrame(
             {
                 "prompt": [item.prompt for item in items], "name": [item.name for item in items],
                 "source_position": [item.places[place] for item in items], "source_layer": layer,
                 "target_layer": layer if patchscope.into is None else patchscope.into,
-                "logprob": said(patchscope.readable(rows, layer)), "unpatched": unpatched, **columns,
+                "logprob": columns.pop("own"), "unpatched": unpatched, **columns,
             }
         )  # fmt: skip
         part["control_max"] = part[list(CONTROLS)].max(axis=1)

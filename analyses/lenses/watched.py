@@ -45,21 +45,21 @@ def watched_tables(
         at = [i for i, item in enumerate(watched) if place in item.places]
         items = [watched[i] for i in at]
         ids, columns = _columns(items, [foreign[i] for i in at])
-        for layer in range(n_layers):
-            rows = place_rows(activations, items, layer, place)
-            for name, lens in lenses.items():
-                seen = logit.read(lens.readable(rows, layer).float(), unembedding, ids=ids, ranks=True)
-                ranks, logprobs = seen.ranks.cpu().numpy(), seen.logprobs.cpu().numpy()
-                for row, item in enumerate(items):
-                    own, *rest = columns[row]
-                    best = min(own, key=lambda column: ranks[row, column])
-                    parts.append(
-                        (name, item.prompt, item.places[place], place, layer, item.name, item.spellings[own.index(best)],
-                         item.token_ids[own.index(best)], int(ranks[row, best]), float(logprobs[row, best]))
-                    )  # fmt: skip
-                    chance += [
-                        (name, item.prompt, place, layer, item.name, int(ranks[row, other].min())) for other in rest
-                    ]
+        cells = [(layer, name) for layer in range(n_layers) for name in lenses]
+        layers = [place_rows(activations, items, layer, place) for layer in range(n_layers)]
+        rows = torch.cat([lenses[name].readable(layers[layer], layer).float() for layer, name in cells])
+        seen = logit.read(rows, unembedding, ids=ids.repeat(len(cells), 1), ranks=True)
+        every_rank = seen.ranks.cpu().numpy().reshape(len(cells), len(items), -1)
+        every_logprob = seen.logprobs.cpu().numpy().reshape(len(cells), len(items), -1)
+        for (layer, name), ranks, logprobs in zip(cells, every_rank, every_logprob, strict=True):
+            for row, item in enumerate(items):
+                own, *rest = columns[row]
+                best = own[int(ranks[row, own].argmin())]
+                parts.append(
+                    (name, item.prompt, item.places[place], place, layer, item.name, item.spellings[own.index(best)],
+                     item.token_ids[own.index(best)], int(ranks[row, best]), float(logprobs[row, best]))
+                )  # fmt: skip
+                chance += [(name, item.prompt, place, layer, item.name, int(ranks[row, other].min())) for other in rest]
     head = ["lens", "prompt", "position", "position_name", "layer", "name", "spelling", "token_id", "rank", "logprob"]
     short = ["lens", "prompt", "position_name", "layer", "name", "rank"]
     return pd.DataFrame(parts, columns=head), pd.DataFrame(chance, columns=short)

@@ -261,7 +261,8 @@ def _quality(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for measure in dict.fromkeys(str(row["measure"]) for row in rows):
         own = [row for row in rows if row["measure"] == measure]
         names = list(dict.fromkeys(_label(row) for row in own))
-        yield f"{measure}, 95 % intervals over {own[0]['n_texts']} texts"
+        known = any(row["ci_low"] is not None for row in own)
+        yield f"{measure}, {'95 % intervals over ' if known else 'over '}{own[0]['n_texts']} texts"
         cells = {(row["layer"], _label(row)): _cell(row) for row in own}
         layers = sorted({int(row["layer"]) for row in own})
         yield from aligned(("layer", *names), [(str(at), *(cells.get((at, n), "") for n in names)) for at in layers])

@@ -14,7 +14,7 @@ from probes.lenses import logit
 from probes.lenses.protocol import Lens
 from probes.models.protocol import Model
 
-ROWS_COMPARED = 24
+ROWS_COMPARED = 12
 """Rows whose whole distributions are compared, which bounds memory."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -18,7 +19,7 @@ from analyses.cli import main
 from analyses.latent_language import LatentLanguage
 from analyses.lenses import Lenses
 from analyses.lenses import analysis as lenses_analysis
-from analyses.lenses.band import band_table, effective_dimension, excess_kurtosis, longest_run, workspace
+from analyses.lenses.band import band_table, curves, effective_dimension, excess_kurtosis, longest_run, workspace
 from analyses.lenses.items import Watched, check_places, check_watch
 from analyses.lenses.similarity import jensen_shannon
 from analyses.lenses.watched import pass_at_k, watched_tables
@@ -40,6 +41,7 @@ from probes.lenses.jacobian import JacobianLens
 from probes.lenses.logit import LogitLens
 from probes.models import weights_digest
 from probes.models.backends.native import NativeModel
+from probes.models.protocol import Unembedding
 from probes.points import Address
 from probes.prompts import Prompt
 from probes.store import ActivationStore
@@ -317,6 +319,29 @@ class TestBand:
         assert workspace(self.curves(12, {1, 2, 5, 6, 7, 8})) == [5, 6, 7, 8]
         assert workspace(self.curves(12, {1, 2, 5})) == []
         assert longest_run([0, 1, 2, 3, 4, 5, 6], [True, True, True, False, True, True, True]) == [0, 1, 2]
+
+    def test_a_planted_transport_is_the_band_exactly(self) -> None:
+        """Noise below, a token that positions share in the middle, the next token above; every layer in a basis of its own."""
+        generator = torch.Generator().manual_seed(0)
+        n_layers, middle, n_texts, d_model = 10, range(3, 7), 24, 48
+        words = torch.nn.functional.normalize(torch.randn(97, d_model, generator=generator), dim=-1)
+        bases = [torch.linalg.qr(torch.randn(d_model, d_model, generator=generator))[0] for _ in range(n_layers - 1)]
+        shared = torch.randint(97, (n_texts, 2), generator=generator).repeat_interleave(3, 1)
+        following = torch.randint(97, (n_texts, 6), generator=generator)
+
+        def text_rows(layer: int) -> list[Tensor]:
+            noise = torch.randn(n_texts, 6, d_model, generator=torch.Generator().manual_seed(100 + layer)) * 0.7
+            shown = 5 * words[shared] if layer in middle else 5 * words[following] if layer > max(middle) else 0
+            readable = noise + shown
+            return list(readable if layer == n_layers - 1 else readable @ bases[layer])
+
+        card = replace(
+            card_of("jacobian", native("llama")), n_layers=n_layers, d_model=d_model, target=9, layers=tuple(range(9))
+        )
+        lens = JacobianLens(card, dict(enumerate(bases)))
+        readers = {"lens": lens, "shuffled": shuffled_layers(lens), "rotated": rotated(lens)}
+        table = curves(text_rows, list(following), n_layers, readers, Unembedding(lambda x: x, words))
+        assert workspace(table) == list(middle)
 
     def test_random_weights_have_no_band(self, store: ActivationStore) -> None:
         for seed in range(6):

@@ -209,10 +209,10 @@ def test_lenses(execute: Execute) -> None:
         errors="jacobian.relative_error",
         lift="bool((result.tables['patchscope']['control_max'] >= result.tables['patchscope']['unpatched']).all())",
     ).facts
-    for layer in (0, 10, 20, 28):
+    for layer in ("0", "10", "20", "28"):
         assert done["kl"]["tuned"][layer] < done["kl"]["bias_only"][layer]
         assert done["kl"]["tuned"][layer] < done["kl"]["shuffled"][layer]
-    assert done["kl"]["tuned"][29] == pytest.approx(0, abs=1e-4)
+    assert done["kl"]["tuned"]["29"] == pytest.approx(0, abs=1e-4)
     assert done["ends"]["agrees"]["min"]
     assert done["ends"]["kl_to_final"]["max"] < 1e-3
     assert done["forwards"] == [1, 0]

@@ -7,7 +7,7 @@ or more layers in which the logits' kurtosis and the agreement of neighbouring p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -45,22 +45,22 @@ def band_table(
     readers: dict[str, Lens] = {"lens": lens, "shuffled": shuffled_layers(lens, seed), "rotated": rotated(lens, seed)}
     starts = [max(1, len(sequence) - 1 - NEIGHBOURS) for sequence in texts.sequences]
     following = [torch.tensor(s[a + 1 :]) for s, a in zip(texts.sequences, starts, strict=True)]
-    parts = []
-    for layer in range(model.shape.n_layers):
+
+    def text_rows(layer: int) -> list[Tensor]:
         kept = activations.get(Address("resid_post", layer), ROWS)
-        rows = [text[start:-1].float() for text, start in zip(kept, starts, strict=True)]
-        for name, reader in readers.items():
-            readable = reader.readable(torch.cat(rows), layer).float()
-            for curve, values in _text_values(readable, list(map(len, rows)), following, unembedding, seed).items():
-                interval = cluster_bootstrap(
-                    values[np.isfinite(values)], np.flatnonzero(np.isfinite(values)), seed=seed
-                )
-                bounds = {"value": interval.mean[0], "ci_low": interval.low[0], "ci_high": interval.high[0]}
-                parts.append({"layer": layer, "curve": curve, "lens_or_control": name, **bounds})
-        if layer in lens.maps:
-            dimension = effective_dimension(lens.maps[layer], unembedding.weight)
-            parts.append({"layer": layer, "curve": "dimension", "lens_or_control": "lens", "value": dimension})
-    table = pd.DataFrame(parts)
+        return [text[start:-1].float() for text, start in zip(kept, starts, strict=True)]
+
+    table = curves(text_rows, following, model.shape.n_layers, readers, unembedding, seed)
+    dimensions = [
+        {
+            "layer": layer,
+            "curve": "dimension",
+            "lens_or_control": "lens",
+            "value": effective_dimension(matrix, unembedding.weight),
+        }
+        for layer, matrix in sorted(lens.maps.items())
+    ]
+    table = pd.concat([table, pd.DataFrame(dimensions)], ignore_index=True)
     layers = workspace(table)
     table["in_band"] = table["layer"].isin(layers)
     if not layers:
@@ -69,6 +69,37 @@ def band_table(
             "no band: no three neighbouring layers read unlike both controls without already reading the answer.",
         )
     return table, f"band: layers {layers[0]} to {layers[-1]} read unlike both controls and do not yet read the answer."
+
+
+def curves(
+    text_rows: Callable[[int], Sequence[Tensor]],
+    following: Sequence[Tensor],
+    n_layers: int,
+    readers: Mapping[str, Lens],
+    unembedding: Unembedding,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Return accuracy, kurtosis and autocorrelation by layer of `lens` and each control, with intervals over texts.
+
+    Args:
+        text_rows: rows [pos, d_model] of neighbouring positions of each text, by layer.
+        following: the token after each of these positions, text by text.
+        n_layers: how many layers there are.
+        readers: `lens`, and the controls by name.
+        unembedding: the model's.
+        seed: of the shuffled order and the intervals.
+    """
+    parts = []
+    for layer in range(n_layers):
+        rows = text_rows(layer)
+        for name, reader in readers.items():
+            readable = reader.readable(torch.cat(list(rows)), layer).float()
+            for curve, values in _text_values(readable, list(map(len, rows)), following, unembedding, seed).items():
+                known = np.flatnonzero(np.isfinite(values))
+                interval = cluster_bootstrap(values[known], known, seed=seed)
+                bounds = {"value": interval.mean[0], "ci_low": interval.low[0], "ci_high": interval.high[0]}
+                parts.append({"layer": layer, "curve": curve, "lens_or_control": name, **bounds})
+    return pd.DataFrame(parts)
 
 
 def workspace(table: pd.DataFrame) -> list[int]:

@@ -12,6 +12,7 @@ from probes.errors import OptionError, unknown
 ANALYSES: Mapping[str, str] = {
     "voids": "analyses.voids:Voids",
     "logit_lens": "analyses.logit_lens:LogitLens",
+    "lenses": "analyses.lenses:Lenses",
     "back_patching": "analyses.back_patching:BackPatching",
     "communication_channels": "analyses.communication_channels:CommunicationChannels",
     "concept_depth": "analyses.concept_depth:ConceptDepth",
@@ -25,6 +26,7 @@ ANALYSES: Mapping[str, str] = {
 TITLES: Mapping[str, str] = {
     "voids": "Voids: unactivated layers by the L2 norm",
     "logit_lens": "Logit lens",
+    "lenses": "Lenses",
     "back_patching": "Back-patching: hopping too late",
     "communication_channels": "Communication channels between heads",
     "concept_depth": "Concept depth: linear probes along the layers",

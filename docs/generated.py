@@ -24,6 +24,7 @@ GENERATED = DOCS / "_generated"
 DRAWN = {
     "voids": "usage",
     "logit_lens": "convergence",
+    "lenses": "divergence",
     "latent_language": "probability",
     "communication_channels": "components",
     "back_patching": "heatmap",

@@ -9,6 +9,7 @@ from analyses.concept_depth import ConceptDepth
 from analyses.contextual_decomposition import ContextualDecomposition
 from analyses.depth_use import DepthUse
 from analyses.latent_language import LatentLanguage
+from analyses.lenses import Lenses
 from analyses.logit_lens import LogitLens
 from analyses.norm_removal import NormRemoval
 from analyses.voids import Voids
@@ -23,6 +24,10 @@ LABELLED = [line((5 + i, 6 + i % 7, 9), label=i % 2, group=str(i // 2)) for i in
 SMALL: dict[str, tuple[Analysis, list[Prompt]]] = {
     "voids": (Voids(), [line((5, 6, 7)), line((8, 9))]),
     "logit_lens": (LogitLens(), [line((5, 6, 7)), line((8, 9))]),
+    "lenses": (
+        Lenses(lenses=("logit",), eval_texts=0, ks=(1,)),
+        [line((5, 6, 7), watch={"x": [8]}), line((9, 5), watch={"x": [4]})],
+    ),
     "back_patching": (BackPatching(stages=False), [line((5, 6, 7), answer_tokens=[8]), line((9, 5, 6), answer_tokens=[4])]),
     "communication_channels": (CommunicationChannels(task="none"), []),
     "concept_depth": (ConceptDepth(causal_layers=0, splits=1, jobs=1), LABELLED),

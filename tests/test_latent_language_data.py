@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from analyses.latent_language.task_prompts import culture_prompt, demonstrations, queries
-from analyses.latent_language.word_lists import (
+from analyses.word_lists import (
     CULTURE_LANGUAGES,
     CULTURES,
     read_words,

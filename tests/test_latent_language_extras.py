@@ -14,9 +14,10 @@ from analyses.latent_language import LatentLanguage
 from analyses.latent_language.ids import Rule
 from analyses.latent_language.items import culture_items, unequal_length
 from analyses.latent_language.layer_writing import beam
-from analyses.latent_language.similarity import compare, parallel_sentences
+from analyses.latent_language.similarity import compare
 from analyses.latent_language.swap import Directions, swap
-from analyses.latent_language.word_lists import shipped_questions, shipped_words
+from analyses.reading.texts import parallel_sentences
+from analyses.word_lists import shipped_questions, shipped_words
 from probes.lenses import logit as lens
 from probes.models import Model
 from probes.models.backends.native import NativeModel

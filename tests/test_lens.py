@@ -58,6 +58,24 @@ def test_a_zero_residual_has_the_entropy_of_a_uniform_guess() -> None:
     assert lens.read(torch.zeros(1, 8), read_out).entropy_bits.item() == pytest.approx(6.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("tile", [1, 7, 4096])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_ranks_are_places_in_the_order_of_all_logits(tile: int, softcap: float | None) -> None:
+    read_out = Unembedding(READ_OUT.norm, READ_OUT.weight, READ_OUT.bias, softcap)
+    ids = torch.tensor([0, 17, 49])
+    ranks = lens.read(ROWS, read_out, ids=ids, ranks=True, top_k=1, tile=tile).ranks
+    logprobs = probabilities(ROWS, read_out)
+    assert torch.equal(ranks, (logprobs[:, None] > logprobs[:, ids, None]).sum(-1))
+    own = lens.read(ROWS, read_out, ids=ids.repeat(len(ROWS), 1), ranks=True, tile=tile).ranks
+    assert torch.equal(ranks, own)
+
+
+def test_tied_tokens_share_a_rank() -> None:
+    twins = Unembedding(lambda x: x, torch.randn(10, 8)[[0, 1, 2, 1, 4, 5, 6, 7, 8, 9]])
+    ranks = lens.read(ROWS, twins, ids=torch.tensor([1, 3]), ranks=True, tile=2).ranks
+    assert torch.equal(ranks[:, 0], ranks[:, 1])
+
+
 def test_permuting_the_vocabulary_permutes_the_ids() -> None:
     order = torch.randperm(50)
     moved = Unembedding(READ_OUT.norm, READ_OUT.weight[order], READ_OUT.bias[order])

@@ -200,6 +200,27 @@ def test_logit_lens(execute: Execute) -> None:
 
 
 @pytest.mark.real
+def test_lenses(execute: Execute) -> None:
+    done = execute(
+        "lenses",
+        kl="kl.to_dict()",
+        ends="result.tables['read'].query('layer == 29')[['agrees', 'kl_to_final']].agg(['min', 'max']).to_dict()",
+        forwards="[r.provenance['counts']['forwards'] for r in (plain, through)]",
+        errors="jacobian.relative_error",
+        lift="bool((result.tables['patchscope']['control_max'] >= result.tables['patchscope']['unpatched']).all())",
+    ).facts
+    for layer in ("0", "10", "20", "28"):
+        assert done["kl"]["tuned"][layer] < done["kl"]["bias_only"][layer]
+        assert done["kl"]["tuned"][layer] < done["kl"]["shuffled"][layer]
+    assert done["kl"]["tuned"]["29"] == pytest.approx(0, abs=1e-4)
+    assert done["ends"]["agrees"]["min"]
+    assert done["ends"]["kl_to_final"]["max"] < 1e-3
+    assert done["forwards"] == [1, 0]
+    assert all(error > 0.05 for error in done["errors"].values())
+    assert done["lift"]
+
+
+@pytest.mark.real
 def test_back_patching(execute: Execute) -> None:
     done = execute(
         "back_patching",

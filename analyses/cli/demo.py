@@ -20,6 +20,7 @@ from analyses.concept_depth import ConceptDepth
 from analyses.contextual_decomposition import ContextualDecomposition
 from analyses.depth_use import DepthUse
 from analyses.latent_language import LatentLanguage
+from analyses.lenses import Lenses
 from analyses.logit_lens import LogitLens
 from analyses.norm_removal import NormRemoval
 from analyses.results.report import GrowingReport
@@ -56,6 +57,11 @@ DEMO = (
         6,
     ),
     Step(CommunicationChannels(task="none"), CommunicationChannels(n_prompts=24, laundry_items=(2, 3, 4)), 8),
+    Step(
+        Lenses(task="two_hop", n_prompts=6, fit_texts=30, eval_texts=6),
+        Lenses(task="two_hop", n_prompts=12, fit_texts=60, eval_texts=12),
+        10,
+    ),
     Step(
         LatentLanguage(
             source=("en",), target=("fr",), form="plain", set_rule="first_token", n_prompts=10, n_shot=3,

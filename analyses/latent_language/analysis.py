@@ -34,11 +34,12 @@ from analyses.latent_language.profiles import PROFILES
 from analyses.latent_language.read import LAST, Reader, Reading, prefixes
 from analyses.latent_language.task_prompts import Form, Framing, Task, queries
 from analyses.latent_language.verdicts import verdicts
-from analyses.latent_language.word_lists import read_words, shipped_words
 from analyses.options import accept_old_names, option, validate
+from analyses.reading.choice import check_lens, chosen_lens
 from analyses.results.card import FigureSpec, ProfileSpec
 from analyses.results.result import Result
 from analyses.results.statistics import Ci
+from analyses.word_lists import read_words, shipped_words
 from probes.capture.needs import Need
 from probes.errors import OptionError, PromptError
 from probes.models.protocol import Model
@@ -48,7 +49,8 @@ from probes.store import ActivationStore
 
 Language = Literal["en", "fr", "de", "es", "it", "ru", "zh", "ja", "ar"]
 
-POINT = {"logit": "resid_post", "tuned": "resid_post", "attn": "attn_out", "mlp": "mlp_out"}
+ADDED = {"attn": "attn_out", "mlp": "mlp_out"}
+"""What a lens of that name reads instead of the stream."""
 
 
 @accept_old_names
@@ -80,8 +82,10 @@ class LatentLanguage(Analysis):
         low=0,
         aliases=("n_items",),
     )
-    lens: Literal["logit", "tuned", "attn", "mlp"] = option(
-        "logit", "What is read: the stream, the stream through a tuned lens, or what attention or the MLP adds."
+    lens: str = option(
+        "logit",
+        "What is read: the stream (logit), the stream through a tuned lens fitted here (tuned) or through the lens in a folder, "
+        "or what attention or the MLP adds (attn, mlp).",
     )
     answers: Literal["generate", "first_token"] = option(
         "generate", "How the model's own answer is judged: the word it writes, or its most probable next token."
@@ -122,10 +126,15 @@ class LatentLanguage(Analysis):
 
     def __post_init__(self) -> None:
         validate(self)
+        check_lens(self.lens, "tuned", *ADDED)
         if len(self.source) != len(self.target) and 1 not in (len(self.source), len(self.target)):
             raise OptionError(
                 f"options source ({len(self.source)}) and target ({len(self.target)}) must be equally many, or one of them one"
             )
+
+    @property
+    def _point(self) -> str:
+        return ADDED.get(self.lens, "resid_post")
 
     @property
     def makes_prompts(self) -> bool:
@@ -148,7 +157,7 @@ class LatentLanguage(Analysis):
 
     def needs(self, model: Model) -> list[Need]:
         """The last row of every layer, and of the stream's end, which says what the model answers."""
-        return [Need((f"{POINT[self.lens]}.*", f"resid_post.{model.shape.n_layers - 1}"), LAST)]
+        return [Need((f"{self._point}.*", f"resid_post.{model.shape.n_layers - 1}"), LAST)]
 
     def rule(self, model: Model) -> Rule | None:
         """How words become token sequences; None where the model has no tokenizer."""
@@ -222,11 +231,13 @@ class LatentLanguage(Analysis):
         clock, store = Clock(), store or ActivationStore()
         model.unembedding()
         items, dropped = self.items(model, prompts)
-        reader = Reader(model, store, progress, POINT[self.lens])
+        reader = Reader(model, store, progress, self._point)
         tables: dict[str, pd.DataFrame] = {}
         settings = self._settings(items)
         if self.lens == "tuned":
             tables["tuned_lens"] = fitted_lens(reader, settings)
+        elif self.lens not in ADDED:
+            reader.translate = chosen_lens(self.lens, model).readable
         reading = reader.read(items)
         said, written = own_answers.said(reading, model, store, self.answers, progress)
         right = own_answers.right(reading, said)

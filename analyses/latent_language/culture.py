@@ -10,8 +10,8 @@ from analyses.latent_language.ids import Rule
 from analyses.latent_language.items import Dropped, Item, culture_items, with_controls
 from analyses.latent_language.read import Reader, Reading
 from analyses.latent_language.tables import columns
-from analyses.latent_language.word_lists import CULTURE_LANGUAGES, CULTURES, shipped_questions
 from analyses.results.statistics import row_interval
+from analyses.word_lists import CULTURE_LANGUAGES, CULTURES, shipped_questions
 
 ASKED_IN = "ja"
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from analyses.latent_language.ids import Collide, Rule, Sets, after_quote, resolve, shuffled_controls
 from analyses.latent_language.task_prompts import Framing, Query, culture_prompt
-from analyses.latent_language.word_lists import CULTURE_LANGUAGES, CULTURES, Question
+from analyses.word_lists import CULTURE_LANGUAGES, CULTURES, Question
 from probes.errors import PromptError
 from probes.models.protocol import Model
 from probes.prompts import Prompt, tokenize

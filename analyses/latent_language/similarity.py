@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
@@ -13,8 +13,9 @@ from torch import Tensor
 from analyses.latent_language.extra_settings import Settings
 from analyses.latent_language.items import Dropped
 from analyses.latent_language.read import Reader
-from analyses.latent_language.word_lists import Word, shipped_words
+from analyses.reading.texts import parallel_sentences
 from analyses.results.statistics import row_interval
+from analyses.word_lists import shipped_words
 from probes.capture.needs import Need
 from probes.points import Address
 from probes.prompts import tokenize
@@ -22,23 +23,6 @@ from probes.reducers import Reducer
 
 MIN_SENTENCES = 12
 """Fewest sentences compared, so that finding a translation by chance is rare."""
-
-
-def parallel_sentences(words: Sequence[Word]) -> list[Mapping[str, str]]:
-    """Per word, its definition in every language that has one, the word itself in the blank."""
-    sentences: list[Mapping[str, str]] = []
-    for word in words:
-        texts = {language: _filled(stem, word.forms[language][0]) for language, stem in word.cloze.items()}
-        if len(texts) > 1:
-            sentences.append(texts)
-    return sentences
-
-
-def _filled(stem: str, word: str) -> str:
-    """The sentence without the label of the answer, and without the quotes around the blank."""
-    sentence = stem.replace('"___"', word)
-    ends = [sentence.rfind(stop) for stop in (".", "。")]
-    return sentence[: max(ends) + 1]
 
 
 def measure(reader: Reader, settings: Settings) -> tuple[dict[str, pd.DataFrame], list[Dropped]]:

@@ -15,8 +15,8 @@ from analyses.latent_language.ids import Rule
 from analyses.latent_language.items import Dropped, prompt_tokens
 from analyses.latent_language.read import LAST, Reader
 from analyses.latent_language.task_prompts import Query, queries
-from analyses.latent_language.word_lists import Word, read_words, shipped_words
 from analyses.results.statistics import row_interval
+from analyses.word_lists import Word, read_words, shipped_words
 from probes.blocks.cached_prompt import CachedPrompt
 from probes.capture.needs import Need
 from probes.lenses import logit as lens

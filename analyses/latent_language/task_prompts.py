@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from analyses.latent_language.word_lists import ANSWER, LANGUAGES, Question, Word
+from analyses.word_lists import ANSWER, LANGUAGES, Question, Word
 
 Task = Literal["translation", "repetition", "cloze"]
 Framing = Literal["plain", "japan", "us"]

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -16,13 +15,14 @@ from analyses.logit_lens.curve import curve
 from analyses.logit_lens.figures import FIGURES
 from analyses.logit_lens.profiles import PROFILES
 from analyses.options import option, validate
+from analyses.reading.choice import LENS_HELP, check_lens, chosen_lens, reading_note
+from analyses.reading.read_outs import positions_table, read_tables
 from analyses.results.card import FigureSpec, ProfileSpec
 from analyses.results.result import Result
-from analyses.tokens import token_text
 from probes.capture.activations import Activations
 from probes.capture.needs import Need
 from probes.capture.run import capture
-from probes.lenses import logit as lens
+from probes.lenses.protocol import Lens
 from probes.models.protocol import Model
 from probes.points import Address
 from probes.progress import QUIET, Progress
@@ -46,6 +46,8 @@ class LogitLens(Analysis):
     point: Literal["resid_post", "attn_out", "mlp_out"] = option(
         "resid_post", "What is read: the stream, or one block part's addition to it."
     )
+    lens: str = option("logit", f"The lens that the stream is read through: {LENS_HELP}")
+    allow_other_weights: bool = option(False, "Read through a lens of other weights of the same shape.")
     chat: bool = option(False, "Wrap each text as one user turn of the chat template.")
 
     name: ClassVar[str] = "logit_lens"
@@ -57,6 +59,7 @@ class LogitLens(Analysis):
 
     def __post_init__(self) -> None:
         validate(self)
+        check_lens(self.lens)
 
     @property
     def _reducer(self) -> Reducer:
@@ -75,11 +78,15 @@ class LogitLens(Analysis):
         """
         clock, store = Clock(), store or ActivationStore()
         model.unembedding()
+        through = chosen_lens(self.lens, model, self.point, self.allow_other_weights)
         lines = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
         sequences = [prompt.tokens for prompt in lines]
         activations = capture(model, sequences, self.needs(model), store, progress=progress)
-        tables = self._tables(activations, lines)
-        return make_result(self, model, lines, tables, activations, clock, self._notes(lines))
+        tables = self._tables(activations, lines, through)
+        notes = self._notes(lines) + ([] if self.lens == "logit" else [reading_note(through.card)])
+        if self.allow_other_weights and through.card.weights != model.current().weights:
+            notes.append("The lens was fitted on other weights than those whose rows it reads here, as was allowed.")
+        return make_result(self, model, lines, tables, activations, clock, notes)
 
     def _notes(self, prompts: list[Prompt]) -> list[str]:
         longest = max((len(prompt.tokens) for prompt in prompts), default=0)
@@ -96,7 +103,7 @@ class LogitLens(Analysis):
         most = 1 if self.positions == "last" else self.window or length
         return range(max(0, length - most), length)
 
-    def _tables(self, activations: Activations, prompts: list[Prompt]) -> dict[str, pd.DataFrame]:
+    def _tables(self, activations: Activations, prompts: list[Prompt], through: Lens) -> dict[str, pd.DataFrame]:
         n_layers = activations.model.shape.n_layers
         stream = [activations.get(Address(self.point, layer), self._reducer) for layer in range(n_layers)]
         final = activations.get(Address("resid_post", n_layers - 1), self._reducer)
@@ -104,47 +111,14 @@ class LogitLens(Analysis):
         for first in range(0, len(prompts), CHUNK):
             chunk = slice(first, first + CHUNK)
             places = [self._places(prompt) for prompt in prompts[chunk]]
-            rows = torch.cat([_last(layer[chunk], places) for layer in stream])
-            where = _positions(activations.model, prompts, first, places)
-            parts.append(self._read(activations.model, rows, _last(final[chunk], places), where))
+            rows = torch.cat([through.readable(_last(at[chunk], places), layer) for layer, at in enumerate(stream)])
+            where = positions_table(activations.model, prompts, first, places)
+            parts.append(read_tables(activations.model, rows, _last(final[chunk], places), where, self.top_k))
         tables = zip(*parts, strict=True)
         top, read = (pd.concat(frames, ignore_index=True) for frames in tables)
         return {"top": top, "read": read, "curve": curve(read)}
-
-    def _read(
-        self, model: Model, rows: Tensor, final: Tensor, where: pd.DataFrame
-    ) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Tables `top` and `read` of some prompts; rows [layer * pos, d_model], final [pos, d_model]."""
-        n_layers = len(rows) // len(final)
-        of = torch.arange(len(final)).repeat(n_layers)
-        unembedding = model.unembedding()
-        best = lens.read(final, unembedding, top_k=1).top_ids[:, 0].cpu()
-        seen = lens.read(rows, unembedding, ids=best[of, None], top_k=self.top_k, reference=final, reference_of=of)
-        read = pd.concat([where.assign(layer=layer) for layer in range(n_layers)], ignore_index=True)
-        top = read.loc[read.index.repeat(self.top_k)].reset_index(drop=True)
-        read["entropy_bits"], read["kl_to_final"] = seen.entropy_bits.cpu().numpy(), seen.kl.cpu().numpy()
-        read["final_token_id"] = best[of].numpy()
-        read["final_token"] = [token_text(model, int(t)) for t in read["final_token_id"]]
-        read["final_probability"] = seen.logprobs[:, 0].exp().cpu().numpy()
-        read["final_logprob"] = seen.logprobs[:, 0].cpu().numpy()
-        read["top_token_id"] = seen.top_ids[:, 0].cpu().numpy()
-        read["agrees"] = read["top_token_id"] == read["final_token_id"]
-        top["rank"] = np.tile(np.arange(self.top_k), len(read))
-        top["token_id"] = seen.top_ids.flatten().cpu().numpy()
-        top["token"] = [token_text(model, int(t)) for t in top["token_id"]]
-        top["probability"] = seen.top_logprobs.exp().flatten().cpu().numpy()
-        return top, read
 
 
 def _last(rows: list[Tensor], places: list[range]) -> Tensor:
     """The rows of the positions read, of some prompts; [pos, d_model]."""
     return torch.cat([one[-len(place) :] for one, place in zip(rows, places, strict=True)])
-
-
-def _positions(model: Model, prompts: list[Prompt], first: int, places: list[range]) -> pd.DataFrame:
-    pairs = [
-        (i, position, prompts[i].tokens[position], token_text(model, prompts[i].tokens[position]))
-        for i, place in enumerate(places, first)
-        for position in place
-    ]
-    return pd.DataFrame(pairs, columns=["prompt", "position", "input_id", "input_token"])

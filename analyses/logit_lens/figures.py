@@ -6,8 +6,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analyses.logit_lens.curve import curve
+from analyses.reading.token_grid import token_grid
 from analyses.results.card import FigureSpec, Tables
-from analyses.results.theme import COLOURS, SCALE, finish, menu, shorten, token_label, whiskers
+from analyses.results.theme import COLOURS, finish, menu, shorten, whiskers
 from analyses.tokens import joined
 
 SHOWN = 40
@@ -19,18 +20,9 @@ def lens_table(tables: Tables) -> go.Figure:
     top = tables["top"][tables["top"]["rank"] == 0]
     figure, labels, widths = go.Figure(), [], []
     for shown, (prompt, one) in enumerate(list(top.groupby("prompt", sort=False))[:SHOWN]):
-        probability = one.pivot(index="layer", columns="position", values="probability")
-        tokens = one.pivot(index="layer", columns="position", values="token")
-        inputs = one.drop_duplicates("position").sort_values("position")
-        names = [f"{p} {token_label(t)}" for p, t in zip(inputs["position"], inputs["input_token"], strict=True)]
-        figure.add_heatmap(
-            z=probability, x=names, y=probability.index,
-            text=tokens.map(lambda t: token_label(t, 10)), texttemplate="%{text}", customdata=tokens.map(token_label), visible=shown == 0,
-            zmin=0, zmax=1, colorscale=SCALE, colorbar={"title": "probability"}, textfont={"size": 11},
-            hovertemplate="after %{x}, layer %{y}<br>%{customdata}<br>probability %{z:.3f}<extra></extra>",
-        )  # fmt: skip
-        labels.append(shorten(f"{prompt}: {joined(inputs['input_token'])}"))
-        widths.append(max(560, 84 * probability.shape[1] + 200))
+        widths.append(token_grid(figure, one, visible=shown == 0))
+        inputs = one.drop_duplicates("position").sort_values("position")["input_token"]
+        labels.append(shorten(f"{prompt}: {joined(inputs)}"))
     finish(figure, x="position and token whose continuation is predicted", y="layer", height=780)
     figure.update_xaxes(tickangle=-45)
     menu(figure, labels, widths)

@@ -115,8 +115,8 @@ def _original(module: nn.Module, name: str) -> Callable[..., Any]:
 
 
 @contextmanager
-def _named(function: Callable[..., Any], config: Any) -> Iterator[None]:
-    """`function` as the attention implementation of `config`'s model, under a name no one else has."""
+def installed(function: Callable[..., Any], config: Any) -> Iterator[None]:
+    """Make `function` the attention implementation of `config`'s model inside, under a name no one else has."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -168,5 +168,5 @@ def watched(
             watch[layer](Attended(query, key, value, pattern, attention_mask, kwargs))
         return result
 
-    with _named(attend, config):
+    with installed(attend, config):
         yield

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from probes.lenses.card import LensCard
 from probes.lenses.protocol import LensRead
 from probes.models.protocol import Unembedding
 
@@ -29,18 +30,11 @@ LOG2 = 0.6931471805599453
 class LogitLens:
     """The lens that reads every layer as if it were the last."""
 
-    unembedding: Unembedding
+    card: LensCard
 
-    def read(
-        self,
-        rows: Float[Tensor, "row d_model"],
-        layer: int,
-        *,
-        ids: Int[Tensor, "*any token"] | None = None,
-        top_k: int = 0,
-    ) -> LensRead:
-        """Read rows of any layer; see `Lens.read`."""
-        return read(rows, self.unembedding, ids=ids, top_k=top_k)
+    def readable(self, rows: Float[Tensor, "row d_model"], layer: int) -> Float[Tensor, "row d_model"]:
+        """Return the rows as they are; see `Lens.readable`."""
+        return rows
 
 
 def normalized(rows: Float[Tensor, "row d_model"], unembedding: Unembedding) -> Float[Tensor, "row d_model"]:
@@ -66,6 +60,13 @@ def token_logits(
 
 
 @torch.inference_mode()
+def all_logprobs(rows: Float[Tensor, "row d_model"], unembedding: Unembedding) -> Float[Tensor, "row d_vocab"]:
+    """Return the log-probability of every token, for few rows: memory grows with rows times tokens."""
+    hidden = normalized(rows, unembedding)
+    return _logits(hidden, unembedding.weight.float(), unembedding.bias, unembedding.softcap).log_softmax(-1)
+
+
+@torch.inference_mode()
 def read(
     rows: Float[Tensor, "row d_model"],
     unembedding: Unembedding,
@@ -74,6 +75,7 @@ def read(
     top_k: int = 0,
     reference: Float[Tensor, "reference d_model"] | None = None,
     reference_of: Int[Tensor, " row"] | None = None,
+    ranks: bool = False,
     tile: int = VOCAB_TILE,
 ) -> LensRead:
     """Read residual rows [n, d_model] of any layer by the logit lens.
@@ -83,10 +85,11 @@ def read(
         top_k: how many of the most probable tokens to return.
         reference: residual rows [r, d_model] to which each row's distribution is compared.
         reference_of: [n], which reference each row is compared to; row i to reference i when left out.
+        ranks: also count the tokens whose logit is larger than that of each of `ids`.
         tile: vocabulary tile, in tokens; changes memory, not the result.
     """
     device = unembedding.weight.device
-    sums = _Sums(rows.shape[0], top_k, None if ids is None else ids.to(device), device)
+    sums = _Sums(rows.shape[0], top_k, None if ids is None else ids.to(device), device, ranks and ids is not None)
     if reference is None:
         for block in torch.split(torch.arange(rows.shape[0]), ROW_BLOCK):
             _read_block(rows, block, unembedding, sums, None, tile)
@@ -98,7 +101,7 @@ def read(
             _read_block(rows, block, unembedding, sums, _Reference(expected, target[block] - first), tile)
     kl = sums.kl if reference is not None else sums.kl[:0]
     top, chosen = sums.logprobs(sums.top_logits), sums.logprobs(sums.chosen)
-    return LensRead(sums.log_z, sums.entropy_bits, chosen, top, sums.top_ids, kl)
+    return LensRead(sums.log_z, sums.entropy_bits, chosen, top, sums.top_ids, kl, sums.ranks)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
@@ -144,7 +147,7 @@ class _Reference:
 class _Sums:
     """Per row: running maximum, mass and exp-weighted logit above it, chosen and top tokens, divergence from a reference."""
 
-    def __init__(self, n: int, top_k: int, ids: Tensor | None, device: torch.device) -> None:
+    def __init__(self, n: int, top_k: int, ids: Tensor | None, device: torch.device, ranked: bool = False) -> None:
         self.high = torch.full((n,), -torch.inf, device=device)
         self.mass = torch.zeros(n, device=device)
         self.above = torch.zeros(n, device=device)
@@ -153,6 +156,7 @@ class _Sums:
         self.top_ids = torch.zeros(n, top_k, dtype=torch.long, device=device)
         self.ids = ids
         self.chosen = torch.zeros(n, 0 if ids is None else ids.shape[-1], device=device)
+        self.ranks = torch.zeros(self.chosen.shape if ranked else (0, 0), dtype=torch.long, device=device)
 
     @property
     def log_z(self) -> Tensor:
@@ -183,19 +187,44 @@ class _Sums:
         self.high[rows] = high
 
     def _add_tokens(self, rows: Tensor, logits: Tensor, start: int) -> None:
-        n, width = logits.shape
+        width = logits.shape[1]
         top_k = self.top_ids.shape[1]
         if top_k:
             values, places = logits.topk(min(top_k, width), dim=-1)
             best, order = torch.cat([self.top_logits[rows], values], dim=-1).topk(top_k, dim=-1)
             self.top_logits[rows] = best
             self.top_ids[rows] = torch.cat([self.top_ids[rows], places + start], dim=-1).gather(1, order)
-        if self.ids is not None and self.ids.shape[-1]:
-            ids = self.ids.expand(n, -1) if self.ids.ndim == 1 else self.ids[rows]
-            here = (ids >= start) & (ids < start + width)
-            if here.any():
-                seen = logits.gather(1, (ids - start).clamp(0, width - 1))
-                self.chosen[rows] = torch.where(here, seen, self.chosen[rows])
+        if len(self.ranks):
+            for column in range(self.ranks.shape[1]):
+                self.ranks[rows, column] += (logits > self.chosen[rows, column][:, None]).sum(dim=-1)
+        else:
+            self.choose(rows, logits, start)
+
+    def has_ids(self, rows: Tensor, start: int, width: int) -> bool:
+        """Whether any token asked for, of these rows, lies in a tile."""
+        if self.ids is None or not self.ids.shape[-1]:
+            return False
+        ids = self.ids if self.ids.ndim == 1 else self.ids[rows]
+        return bool(((ids >= start) & (ids < start + width)).any())
+
+    def choose(self, rows: Tensor, logits: Tensor, start: int) -> None:
+        """Keep the logits of the tokens asked for that lie in this tile."""
+        width = logits.shape[1]
+        if self.ids is None or not self.has_ids(rows, start, width):
+            return
+        ids = self.ids.expand(len(rows), -1) if self.ids.ndim == 1 else self.ids[rows]
+        here = (ids >= start) & (ids < start + width)
+        seen = logits.gather(1, (ids - start).clamp(0, width - 1))
+        self.chosen[rows] = torch.where(here, seen, self.chosen[rows])
+
+
+def _choose_first(hidden: Tensor, block: Tensor, unembedding: Unembedding, sums: _Sums, tile: int) -> None:
+    """Compute the logits asked for before the pass that compares with them, by the same products and so to the same bits."""
+    for start, weight, bias in _tiles(unembedding, tile):
+        for first in range(0, len(block), ROW_TILE):
+            part = slice(first, first + ROW_TILE)
+            if sums.has_ids(block[part], start, len(weight)):
+                sums.choose(block[part], _logits(hidden[part], weight, bias, unembedding.softcap), start)
 
 
 def _read_block(
@@ -204,6 +233,8 @@ def _read_block(
     """Add every vocabulary tile to the sums of the rows of `block`, compared to one block of references."""
     hidden = normalized(rows[block], unembedding)
     difference = torch.zeros(len(block), device=hidden.device)
+    if len(sums.ranks):
+        _choose_first(hidden, block, unembedding, sums, tile)
     for start, weight, bias in _tiles(unembedding, tile):
         expected = weights = shrink = None
         if against is not None:

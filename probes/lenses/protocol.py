@@ -1,4 +1,4 @@
-"""What every lens gives: rows of a layer read as distributions over tokens."""
+"""What a lens is: a map from rows of a layer to rows that the final norm and unembedding can read."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
+
+from probes.lenses.card import LensCard
 
 
 @dataclass(frozen=True)
@@ -26,24 +28,25 @@ class LensRead:
     """[n, top_k]."""
     kl: Tensor = field(default_factory=lambda: torch.empty(0))
     """[n], KL(reference's distribution || row's distribution); empty without a reference."""
+    ranks: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
+    """[n, m], how many tokens have a larger logit than each token asked for; empty where ranks were not asked for."""
 
 
 @runtime_checkable
 class Lens(Protocol):
-    """A way to read rows of any layer as distributions over tokens; memory does not grow with the vocabulary."""
+    """A way to read rows of any layer as distributions over tokens; `probes.lenses.logit.read` reads what it returns."""
 
-    def read(
-        self,
-        rows: Float[Tensor, "row d_model"],
-        layer: int,
-        *,
-        ids: Int[Tensor, "*any token"] | None = None,
-        top_k: int = 0,
-    ) -> LensRead:
-        """Read rows that leave block `layer`.
+    @property
+    def card(self) -> LensCard:
+        """What the lens was fitted on and how."""
+        ...
 
-        Args:
-            ids: tokens whose log-probability is returned, [m] for all rows or [n, m].
-            top_k: how many of the most probable tokens to return.
+    def readable(self, rows: Float[Tensor, "row d_model"], layer: int) -> Float[Tensor, "row d_model"]:
+        """Return rows that leave block `layer` as rows that the final norm and unembedding can read, float32.
+
+        The last layer's come back as they are, so that its reading is the model's own output.
+
+        Raises:
+            OptionError: a layer the lens was not fitted for.
         """
         ...

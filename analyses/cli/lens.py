@@ -1,0 +1,288 @@
+"""`bathyscope lens`: lenses fitted, checked, imported and shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from analyses.cli.console import PLAIN, ConsoleProgress, say
+from analyses.cli.model_flags import with_model
+from analyses.cli.run import StoreDir
+from analyses.reading.jacobian import with_halves
+from analyses.reading.quality import quality_rows, read_texts
+from analyses.reading.texts import SENTENCES, Texts, file_texts, packed_texts, shipped_texts, without
+from analyses.reading.tuned import fit_tuned_on
+from analyses.running.model_spec import ModelSpec
+from probes.capture.dry_run import human
+from probes.errors import OptionError
+from probes.html_card import aligned, count
+from probes.lens_fits.foreign import import_jacobian
+from probes.lens_fits.jacobian import Estimator
+from probes.lens_fits.jacobian_fit import FitCost, fit_cost, fit_jacobian
+from probes.lenses.card import LensCard
+from probes.lenses.files import FittedLens, check_free, load_lens, save_lens
+from probes.models.protocol import Model
+from probes.store import ActivationStore
+
+group = typer.Typer(help="Lenses: fitted on a model's text, kept as files, read by analyses.", no_args_is_help=True, **PLAIN)
+LensFolder = Annotated[Path, typer.Argument(metavar="LENS", help="The folder of a lens, such as T.lens.")]
+FitTexts = Annotated[
+    Path | None, typer.Option("--prompts", help="JSON lines of text to fit on; the shipped sentences by default.")
+]
+
+HOUR = 3600.0
+CHECK_TEXTS = 50
+CHECKED = ("kl_to_final", "top1_agreement")
+"""Measures that a check prints; the analysis `lenses` has them all."""
+
+
+@with_model
+def fit(
+    spec: ModelSpec,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the lens, such as T.lens.")],
+    kind: Annotated[Literal["tuned", "jacobian"], typer.Option(help="Which lens.")] = "tuned",
+    prompts: FitTexts = None,
+    texts: Annotated[int, typer.Option(min=2, help="How many texts to fit on, at most.")] = SENTENCES,
+    offsets: Annotated[
+        str, typer.Option(help="tuned: how many tokens ahead to read, such as 0,1,2; 0 is the next token.")
+    ] = "0",
+    layers: Annotated[
+        str, typer.Option(help="jacobian: which layers, such as 0-28 or 4,8; all below the target by default.")
+    ] = "",
+    target: Annotated[
+        Literal["last", "penultimate"], typer.Option(help="jacobian: the block whose output is differentiated.")
+    ] = "last",
+    positions: Annotated[
+        Literal["later", "self", "future"],
+        typer.Option(help="jacobian: what a row does to its own position, to later ones, or to both (later)."),
+    ] = "later",
+    freeze_qk: Annotated[bool, typer.Option(help="jacobian: take attention's weights as constants.")] = False,
+    skip: Annotated[int, typer.Option(min=0, help="jacobian: first positions of a text left out.")] = 16,
+    length: Annotated[int, typer.Option(min=2, help="jacobian: tokens of a text, at most.")] = 128,
+    dim_batch: Annotated[int, typer.Option(min=1, help="jacobian: cotangents carried back at once.")] = 16,
+    cotangents: Annotated[
+        Literal["one_hot", "rademacher"], typer.Option(help="jacobian: one per dimension, or as many random signs.")
+    ] = "one_hot",
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw of sentences, held-out folds and random signs.")] = 0,
+    store: StoreDir = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="jacobian: print what the fit would cost, and stop.")
+    ] = False,
+) -> None:
+    """Fit a lens of a model and write it with its card.
+
+    A tuned lens needs no forward where its rows are stored. A Jacobian lens goes on after an interruption.
+    """
+    check_free(out)
+    steps = _offsets(offsets)
+    model = spec.load()
+    progress = ConsoleProgress()
+    try:
+        if kind == "jacobian":
+            n_layers = model.shape.n_layers
+            last = n_layers - 1 if target == "last" else n_layers - 2
+            estimator = Estimator(
+                last, _layers(layers, last), positions, skip, length, dim_batch, cotangents, freeze_qk, seed
+            )
+            corpus = file_texts(model, prompts, texts) if prompts else packed_texts(model, length, texts, seed)
+            if dry_run:
+                for line in cost_lines(fit_cost(model, corpus.sequences, estimator)):
+                    say(line)
+                return
+            lens = _fit_jacobian(model, corpus, estimator, out, progress)
+        else:
+            corpus = file_texts(model, prompts, texts) if prompts else shipped_texts(model, texts, seed)
+            fitted, captured = fit_tuned_on(
+                model, corpus, ActivationStore(store), offsets=steps, seed=seed, progress=progress
+            )
+            lens = save_lens(fitted.lens, out)
+            say(f"{count(captured.done.forwards, 'forward pass')}, {fitted.rows_fitted:,} rows fitted")
+    finally:
+        progress.stop()
+    for line in described(lens.card):
+        say(line)
+    say(f"lens: {out}")
+
+
+def _fit_jacobian(model: Model, texts: Texts, estimator: Estimator, out: Path, progress: ConsoleProgress) -> FittedLens:
+    """Fit and save a Jacobian lens; its running sums lie beside it until it is whole."""
+    running = out.with_name(f"{out.name}.partial")
+    for line in cost_lines(fit_cost(model, texts.sequences, estimator)):
+        say(line)
+    fitted = fit_jacobian(
+        model,
+        texts.sequences,
+        estimator,
+        corpus=texts.name,
+        licence=texts.licence,
+        checkpoint=running,
+        progress=progress,
+    )
+    progress.stop()
+    if fitted.resumed:
+        say(f"went on after {count(fitted.resumed, 'text')} of an interrupted fit")
+    if fitted.skipped:
+        say(f"{count(fitted.skipped, 'text')} left out: too short, or given twice")
+    lens = save_lens(with_halves(fitted), out)
+    running.unlink(missing_ok=True)
+    return lens
+
+
+def cost_lines(cost: FitCost) -> Iterator[str]:
+    """What a Jacobian fit would take, and what would fit into an hour where it is longer."""
+    yield (
+        f"{count(cost.texts, 'text')}, {count(cost.backwards_per_text, 'batch', 'batches')} of cotangents each: about "
+        f"{cost.texts * cost.flops_per_text / 1e12:.3g} TFLOP, {human(cost.bytes)} of sums"
+    )
+    yield f"about {cost.seconds_per_text:.3g} s a text on this machine, {cost.seconds:.3g} s in all"
+    if cost.seconds > HOUR:
+        yield f"within an hour: --texts {max(2, int(HOUR / cost.seconds_per_text))}, or the upper layers only by --layers"
+
+
+def _layers(text: str, target: int) -> tuple[int, ...]:
+    """Layers of text such as 0-5,8; all below the target where it is empty.
+
+    Raises:
+        OptionError: text of another form.
+    """
+    if not text.strip():
+        return tuple(range(target))
+    layers: set[int] = set()
+    for part in text.split(","):
+        low, _, high = part.strip().partition("-")
+        if not (low.isdecimal() and (high or low).isdecimal()):
+            raise OptionError(f"layers {text!r}: give layers such as 4,8 or a range such as 0-{target - 1}")
+        layers |= set(range(int(low), int(high or low) + 1))
+    return tuple(sorted(layers))
+
+
+def _offsets(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) <= 8 for part in parts) or "0" not in parts:
+        raise OptionError(f"offsets {text!r}: give whole numbers from 0 to 8, 0 among them, such as 0,1,2")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+@group.command("show")
+def show(lens: LensFolder) -> None:
+    """Print the card of a lens: what it was fitted on and how, and how well it reads held-out text."""
+    for line in described(load_lens(lens).card):
+        say(line)
+
+
+@group.command("check")
+@with_model
+def check(
+    lens: LensFolder,
+    spec: ModelSpec,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="JSON lines of text to judge by; the shipped sentences by default.")
+    ] = None,
+    texts: Annotated[int, typer.Option(min=10, help="How many texts to judge by, at most.")] = CHECK_TEXTS,
+    store: StoreDir = None,
+) -> None:
+    """Check that a lens is of a model, and how far its reading is from the model's output on text it was not fitted on."""
+    loaded = load_lens(lens)
+    model = spec.load()
+    loaded.card.check_model(model)
+    progress = ConsoleProgress()
+    try:
+        drawn = file_texts(model, prompts) if prompts else shipped_texts(model, 10**6)
+        judged = without(drawn, [loaded.card.corpus])
+        kept = replace(judged, sequences=judged.sequences[:texts], groups=judged.groups[:texts])
+        read = read_texts(model, kept, {loaded.card.kind: loaded}, ActivationStore(store), progress=progress)
+    finally:
+        progress.stop()
+    say(
+        f"{lens}: of {model.ref}, tensors as on its card; {count(len(kept.sequences), 'text')} that it was not fitted on"
+    )
+    for line in _quality([row for row in quality_rows(read) if row["measure"] in CHECKED]):
+        say(line)
+
+
+@group.command("import")
+@with_model
+def import_lens(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A public Jacobian lens (.pt) or the checkpoint of its fit.")
+    ],
+    spec: ModelSpec,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the lens, such as J.lens.")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="JSON lines of text for the spot check; shipped sentences by default."),
+    ] = None,
+    target: Annotated[
+        Literal["last", "penultimate"],
+        typer.Option(help="The block its matrices lead to, which the file does not say."),
+    ] = "last",
+    skip: Annotated[int, typer.Option(min=0, help="First positions of a text left out.")] = 16,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a text of the check, at most.")] = 128,
+) -> None:
+    """Convert a lens that another program fitted, after comparing some of its rows with rows estimated here."""
+    check_free(out)
+    model = spec.load()
+    texts = file_texts(model, prompts) if prompts else packed_texts(model, length, 4)
+    last = model.shape.n_layers - (1 if target == "last" else 2)
+    lens, _ = import_jacobian(model, file, texts.sequences, target=last, skip=skip, length=length)
+    for line in described(save_lens(lens, out).card):
+        say(line)
+    say(f"lens: {out}")
+
+
+def described(card: LensCard) -> Iterator[str]:
+    """The lines of a card, and its held-out numbers by layer."""
+    corpus = card.corpus
+    facts = {
+        "kind": card.kind,
+        "model": f"{card.ref} (weights {card.weights})" + (", fitted by another program" if card.foreign else ""),
+        "reads": f"{card.point}, {count(card.n_layers, 'layer')} of width {card.d_model}; maps for {_spans(card.layers)}; to layer {card.target}",
+        "text": f"{corpus.name}{f' ({corpus.licence})' if corpus.licence else ''}: {count(corpus.texts, 'text')}, "
+        f"{count(corpus.tokens, 'token')}, digest {corpus.digest or 'unknown'}",
+        "numbers": f"model in {card.dtype}, sums in {card.accumulation}, seed {card.seed}, Bathyscope {card.package}",
+        "options": ", ".join(f"{name}={value}" for name, value in card.options.items() if name != "choice") or "none",
+        "tensors": card.tensors,
+    }
+    for name, value in facts.items():
+        yield f"{name:9}{value}"
+    yield card.sentence()
+    if card.quality:
+        yield from _quality(card.quality)
+
+
+def _quality(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Held-out numbers with 95 % intervals: a line a layer, a column a lens or control."""
+    yield ""
+    for measure in dict.fromkeys(str(row["measure"]) for row in rows):
+        own = [row for row in rows if row["measure"] == measure]
+        names = list(dict.fromkeys(_label(row) for row in own))
+        known = any(row["ci_low"] is not None for row in own)
+        yield f"{measure}, {'95 % intervals over ' if known else 'over '}{own[0]['n_texts']} texts"
+        cells = {(row["layer"], _label(row)): _cell(row) for row in own}
+        layers = sorted({int(row["layer"]) for row in own})
+        yield from aligned(("layer", *names), [(str(at), *(cells.get((at, n), "") for n in names)) for at in layers])
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    return " ".join(str(row[part]) for part in ("lens", "control") if row.get(part))
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    low, high = row["ci_low"], row["ci_high"]
+    known = low is not None and math.isfinite(low)
+    return f"{row['value']:.3f}" + (f" [{low:.3f}, {high:.3f}]" if known else "")
+
+
+def _spans(layers: Sequence[int]) -> str:
+    if not layers:
+        return "no layer"
+    whole = list(layers) == list(range(layers[0], layers[-1] + 1))
+    return f"layers {layers[0]} to {layers[-1]}" if whole else f"layers {', '.join(map(str, layers))}"
+
+
+group.command("fit")(fit)

@@ -1,0 +1,55 @@
+"""How alike two lenses read the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import combinations
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analyses.reading.quality import TOP, JudgedRows
+from probes.lenses import logit
+from probes.lenses.protocol import Lens
+from probes.models.protocol import Model
+
+ROWS_COMPARED = 12
+"""Rows whose whole distributions are compared, which bounds memory."""
+
+
+def similarity(model: Model, judged: JudgedRows, lenses: Mapping[str, Lens]) -> pd.DataFrame:
+    """Columns lens_a, lens_b, layer, js (Jensen-Shannon divergence, nats), top10_overlap, spearman (over the vocabulary)."""
+    unembedding = model.unembedding()
+    step = max(1, len(judged.places) // ROWS_COMPARED)
+    parts = []
+    for layer in range(model.shape.n_layers):
+        rows = judged.rows(layer)[::step][:ROWS_COMPARED]
+        read = {
+            name: logit.all_logprobs(lens.readable(rows, layer).float(), unembedding) for name, lens in lenses.items()
+        }
+        order = {name: logprobs.argsort(-1).argsort(-1).float() for name, logprobs in read.items()}
+        parts += [
+            {
+                "lens_a": a, "lens_b": b, "layer": layer, "js": float(jensen_shannon(read[a], read[b]).mean()),
+                "top10_overlap": float(_shared(read[a], read[b]).mean()), "spearman": float(_pearson(order[a], order[b]).mean()),
+                "n_rows": len(rows),
+            }
+            for a, b in combinations(read, 2)
+        ]  # fmt: skip
+    return pd.DataFrame(parts)
+
+
+def jensen_shannon(a: Tensor, b: Tensor) -> Tensor:
+    """Return the Jensen-Shannon divergence of rows of log-probabilities, in nats; between 0 and log 2."""
+    middle = torch.logaddexp(a, b) - torch.log(torch.tensor(2.0))
+    return ((a.exp() * (a - middle)).sum(-1) + (b.exp() * (b - middle)).sum(-1)).clamp_min(0) / 2
+
+
+def _shared(a: Tensor, b: Tensor) -> Tensor:
+    first, second = (x.topk(min(TOP, x.shape[-1]), -1).indices for x in (a, b))
+    return (first[:, :, None] == second[:, None, :]).any(2).float().mean(1)
+
+
+def _pearson(a: Tensor, b: Tensor) -> Tensor:
+    return torch.nn.functional.cosine_similarity(a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True), dim=-1)

@@ -29,7 +29,9 @@ from probes.lenses.files import FittedLens, check_free, load_lens, save_lens
 from probes.models.protocol import Model
 from probes.store import ActivationStore
 
-group = typer.Typer(help="Lenses: fitted on a model's text, kept as files, read by analyses.", no_args_is_help=True, **PLAIN)
+group = typer.Typer(
+    help="Lenses: fitted on a model's text, kept as files, read by analyses.", no_args_is_help=True, **PLAIN
+)
 LensFolder = Annotated[Path, typer.Argument(metavar="LENS", help="The folder of a lens, such as T.lens.")]
 FitTexts = Annotated[
     Path | None, typer.Option("--prompts", help="JSON lines of text to fit on; the shipped sentences by default.")

@@ -12,6 +12,7 @@ from analyses.ground_truth.adapters import (
     concept_depth,
     contextual_decomposition,
     depth_use,
+    latent_language,
     logit_lens,
     voids,
 )
@@ -30,7 +31,7 @@ from probes.store import ActivationStore
 ADAPTERS: Mapping[str, Adapter] = {
     module.ADAPTER.analysis: module.ADAPTER
     for module in (
-        concept_depth, logit_lens, back_patching, voids, depth_use, contextual_decomposition, communication_channels,
+        concept_depth, logit_lens, latent_language, back_patching, voids, depth_use, contextual_decomposition, communication_channels,
     )
 }  # fmt: skip
 """By the name of the analysis."""

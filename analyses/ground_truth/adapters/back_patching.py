@@ -12,8 +12,8 @@ from analyses.results.statistics import wilson
 from probes.planted.record import Question
 from probes.planted.task import PlantedTask
 
-PROMPTS = 16
-"""Questions that get a grid; enough for a success rate of one to stand clear of one half."""
+PROMPTS = 8
+"""Questions that get a grid; enough for a rate of one to stand clear of one half, and of a control of zero."""
 
 
 def runs(task: PlantedTask, questions: Sequence[Question]) -> list[Run]:
@@ -39,7 +39,9 @@ def read(result: Result, task: PlantedTask, questions: Sequence[Question]) -> li
     (question,) = questions
     grid, rates = result.tables["grid"], result.tables["control_rates"]
     wrong = grid[~grid["baseline_success"]]
-    named = wrong.assign(cell=[f"{a}->{t + 1}" for a, t in zip(wrong["source_layer"], wrong["target_layer"], strict=True)])
+    named = wrong.assign(
+        cell=[f"{a}->{t + 1}" for a, t in zip(wrong["source_layer"], wrong["target_layer"], strict=True)]
+    )
     hits = {str(cell): group["success"].to_numpy(bool) for cell, group in named.groupby("cell")}
     scores = {cell: float(success.mean()) for cell, success in hits.items()}
     if not scores or not _beats_controls(rates):

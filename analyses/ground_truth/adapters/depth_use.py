@@ -21,8 +21,8 @@ ERASED = 8
 """Prompts of residual erasure; the default of two supports no interval."""
 NEGLIGIBLE = 0.01
 """Share of the largest block's effect below which a block counts as void."""
-METHODS = {"void": "depth_use (removal)", "nodes": "depth_use (removal)", "necessary": "residual_erasure"}
-"""What answers of each kind are called."""
+REMOVAL, WRITING, ERASURE = "depth_use (removal)", "depth_use (writing)", "residual_erasure"
+"""What its answers are called: by the divergence without a part, by the norm of what it writes, by erasing a token."""
 
 
 def runs(task: PlantedTask, questions: Sequence[Question]) -> list[Run]:
@@ -44,21 +44,30 @@ def runs(task: PlantedTask, questions: Sequence[Question]) -> list[Run]:
 
 
 def read(result: Result, task: PlantedTask, questions: Sequence[Question]) -> list[Answer]:
-    """Blocks by the divergence that removing them makes, and for each token the layers at which erasing it does so."""
-    return [
-        _erased(result.tables["erasure"], task, question)
-        if question.kind == "necessary"
-        else _removed(result.tables["proxies"].set_index("layer"), task, question)
-        for question in questions
-    ]
+    """Parts by the divergence that removing them makes and by how much they write; tokens by what erasing them does."""
+    proxies = result.tables["proxies"].set_index("layer")
+    answers = []
+    for question in questions:
+        if question.kind == "necessary":
+            answers.append(_erased(result.tables["erasure"], task, question))
+        elif question.kind == "nodes":
+            answers += [_ranked(method, proxies, measure, task, question) for method, measure in MEASURES.items()]
+        else:
+            answers += [_unused(method, proxies, measure, task, question) for method, measure in MEASURES.items()]
+    return answers
 
 
-def _removed(proxies: pd.DataFrame, task: PlantedTask, question: Question) -> Answer:
-    method = METHODS[question.kind]
-    if question.kind == "nodes":
-        scores = {name: float(proxies[f"jsd_{part}"][layer]) for name, (part, layer) in _parts(question).items()}
-        return Answer(method, name_of(task.record), question.key, "answered", scores=scores)
-    effect = proxies["jsd_block"]
+MEASURES = {REMOVAL: "jsd", WRITING: "relative_norm"}
+"""Columns of the table `proxies` by which parts are ranked."""
+
+
+def _ranked(method: str, proxies: pd.DataFrame, measure: str, task: PlantedTask, question: Question) -> Answer:
+    scores = {name: float(proxies[f"{measure}_{part}"][layer]) for name, (part, layer) in _parts(question).items()}
+    return Answer(method, name_of(task.record), question.key, "answered", scores=scores)
+
+
+def _unused(method: str, proxies: pd.DataFrame, measure: str, task: PlantedTask, question: Question) -> Answer:
+    effect = proxies[f"{measure}_block"]
     whole = [candidate for candidate in question.candidates if ":" not in candidate]
     scores = {candidate: -float(effect[int(candidate)]) for candidate in whole}
     chosen = frozenset(name for name in whole if effect[int(name)] < NEGLIGIBLE * effect.max())
@@ -84,10 +93,10 @@ def _erased(table: pd.DataFrame, task: PlantedTask, question: Question) -> Answe
     grid = table[table["position"] == table["prompt"].map(at)].pivot_table("answer_change", "prompt", "layer")
     largest = table.groupby(["position", "layer"])["answer_change"].mean().max()
     changes: NDArray[np.float64] = grid.to_numpy() / largest
-    return span_answer(METHODS["necessary"], task, question, changes, first_layer=-1)
+    return span_answer(ERASURE, task, question, changes, first_layer=-1)
 
 
 ADAPTER = Adapter(
-    "depth_use", tuple(dict.fromkeys(METHODS.values())), ("void", "nodes", "necessary"), runs, read,
+    "depth_use", (REMOVAL, WRITING, ERASURE), ("void", "nodes", "necessary"), runs, read,
     only=lambda question: question.subset is None,
 )  # fmt: skip

@@ -14,6 +14,7 @@ from analyses.ground_truth.adapters import (
     depth_use,
     latent_language,
     logit_lens,
+    norm_removal,
     voids,
 )
 from analyses.ground_truth.adapters.adapter import Adapter, Run, cost_of
@@ -32,6 +33,7 @@ ADAPTERS: Mapping[str, Adapter] = {
     module.ADAPTER.analysis: module.ADAPTER
     for module in (
         concept_depth, logit_lens, latent_language, back_patching, voids, depth_use, contextual_decomposition, communication_channels,
+        norm_removal,
     )
 }  # fmt: skip
 """By the name of the analysis."""

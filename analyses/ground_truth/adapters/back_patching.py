@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pandas as pd
+
 from analyses.back_patching import BackPatching
 from analyses.ground_truth.adapters.adapter import Adapter, Run, examples_of, prompt_to, set_answer
 from analyses.ground_truth.answers import Answer
@@ -11,6 +13,7 @@ from analyses.results.result import Result
 from analyses.results.statistics import wilson
 from probes.planted.record import Question
 from probes.planted.task import PlantedTask
+from probes.prompts import Prompt
 
 PROMPTS = 8
 """Questions that get a grid; enough for a rate of one to stand clear of one half, and of a control of zero."""
@@ -22,7 +25,7 @@ def runs(task: PlantedTask, questions: Sequence[Question]) -> list[Run]:
     return [Run(analysis, _prompts(task, question), (question,)) for question in questions]
 
 
-def _prompts(task: PlantedTask, question: Question):  # type: ignore[no-untyped-def]
+def _prompts(task: PlantedTask, question: Question) -> tuple[Prompt, ...]:
     prompts = []
     for example in examples_of(task, question.subset, PROMPTS):
         at = len(example.tokens) - 1 if question.position is None else task.position(example, question.position)
@@ -50,7 +53,7 @@ def read(result: Result, task: PlantedTask, questions: Sequence[Question]) -> li
     return [set_answer("back_patching", task, question, scores, chosen)]
 
 
-def _beats_controls(rates) -> bool:  # type: ignore[no-untyped-def]
+def _beats_controls(rates: pd.DataFrame) -> bool:
     """Whether, for questions that the model answers wrong, the interval of the best cell's rate is above every control's."""
     of_wrong = rates[rates["set"] == "incorrect"].set_index("variant")
     if "back_patch" not in of_wrong.index:

@@ -14,6 +14,7 @@ from analyses.ground_truth.answers import Answer, name_of
 from analyses.results.result import Result
 from probes.planted.record import Question
 from probes.planted.task import PlantedTask
+from probes.prompts import Prompt
 
 SPLITS = 2
 """Of the default three, to keep to the benchmark's time."""
@@ -27,7 +28,7 @@ def runs(task: PlantedTask, questions: Sequence[Question]) -> list[Run]:
     ]
 
 
-def _prompts(task: PlantedTask, question: Question):  # type: ignore[no-untyped-def]
+def _prompts(task: PlantedTask, question: Question) -> tuple[Prompt, ...]:
     concept = str(question.concept)
     half = task.record.concepts[concept] / 2
     return tuple(

@@ -14,6 +14,7 @@ from analyses.latent_language import LatentLanguage
 from analyses.results.result import Result
 from probes.planted.record import Question
 from probes.planted.task import Example, PlantedTask
+from probes.prompts import Prompt
 
 TARGET, LATENT = "zh", "en"
 """What the analysis calls the language asked for and the one that may lead; planted words are of neither."""
@@ -28,7 +29,7 @@ def runs(task: PlantedTask, questions: Sequence[Question]) -> list[Run]:
     return [Run(LatentLanguage(), lines, (question,)) for question, lines in prompts if lines]
 
 
-def _prompts(task: PlantedTask, question: Question):  # type: ignore[no-untyped-def]
+def _prompts(task: PlantedTask, question: Question) -> tuple[Prompt, ...]:
     words = task.tokenizer.get_vocab()
     return tuple(
         prompt_to(task, example, question.position, targets={TARGET: [example.answer], LATENT: [other]})

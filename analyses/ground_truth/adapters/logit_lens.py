@@ -20,6 +20,7 @@ from analyses.logit_lens import LogitLens
 from analyses.results.result import Result
 from probes.planted.record import Question
 from probes.planted.task import PlantedTask
+from probes.prompts import Prompt
 
 
 def runs(task: PlantedTask, questions: Sequence[Question]) -> list[Run]:
@@ -27,7 +28,7 @@ def runs(task: PlantedTask, questions: Sequence[Question]) -> list[Run]:
     return [Run(LogitLens(positions="last"), _prompts(task, question), (question,)) for question in questions]
 
 
-def _prompts(task: PlantedTask, question: Question):  # type: ignore[no-untyped-def]
+def _prompts(task: PlantedTask, question: Question) -> tuple[Prompt, ...]:
     return tuple(prompt_to(task, example, question.position) for example in examples_of(task, question.subset))
 
 

@@ -15,6 +15,8 @@ from analyses.voids.norm_gates import Delta
 from probes.planted.record import Question
 from probes.planted.task import PlantedTask
 
+CLASSES = {"c": "content", "w": "function"}
+"""Class of a word by its letter, for questions about one class of words."""
 METHODS = {delta: "voids" if delta == "norm_diff" else f"voids ({delta})" for delta in get_args(Delta)}
 """What answers by each step size are called; the bare name is the paper's rule."""
 
@@ -51,8 +53,8 @@ def _answer(method: str, activity: pd.DataFrame, task: PlantedTask, question: Qu
 
 
 def class_of(token: str) -> str:
-    """Return the class that a planted word says it is of: its letters, without its number."""
-    return token.strip().rstrip("0123456789")
+    """Return the class of a planted word."""
+    return CLASSES.get(token.strip().rstrip("0123456789"), "other")
 
 
 ADAPTER = Adapter("voids", tuple(METHODS.values()), ("void",), runs, read)

@@ -76,18 +76,15 @@ def truths_for(answers: Iterable[Answer], tier: Tier | None) -> list[Record]:
     """
     from probes import planted
 
-    names = dict.fromkeys(answer.task for answer in answers)
-    records = {}
-    for name in names:
+    pairs: dict[tuple[str, int], None] = {}
+    for name in dict.fromkeys(answer.task for answer in answers):
         task, _, seed = name.partition("@")
         if not seed.isdigit():
             raise OptionError(f"task {name!r} has no seed: write it as A2@0")
-        records[name] = planted.task(task, seed=int(seed)).record
-    for seed in sorted({record.seed for record in records.values()}) if tier else ():
-        for task in planted.tasks(tier):
-            if f"{task}@{seed}" not in records:
-                records[f"{task}@{seed}"] = planted.task(task, seed=seed).record
-    return list(records.values())
+        pairs[task, int(seed)] = None
+    if tier:
+        pairs |= {(task, seed): None for _, seed in list(pairs) for task in planted.tasks(tier)}
+    return [planted.task(task, seed=seed).record for task, seed in pairs]
 
 
 def completed(answers: Sequence[Answer], records: Sequence[Record]) -> list[Answer]:

@@ -36,7 +36,17 @@ class Bench:
         self.final_norm: Any = module.transformer.ln_f if self.is_gpt2 else module.model.norm
         self.longest = max(len(prompt) for e in self.examples for prompt in (e.tokens, e.partner))
         self.tokens, self.last = self._padded([example.tokens for example in self.examples])
+        self._few: dict[int, Bench] = {}
+        self.whole = self
+        """The bench of which this one has a few examples, over which means are taken."""
         self.answers = torch.tensor([example.answer for example in self.examples])
+
+    def few(self, n: int) -> Bench:
+        """Return a bench of about `n` of the examples, spread over them."""
+        if n not in self._few:
+            self._few[n] = Bench(self.task, self.examples[:: max(1, len(self.examples) // n)])
+            self._few[n].whole = self
+        return self._few[n]
 
     @cached_property
     def partners(self) -> tuple[Int[Tensor, "example pos"], Int[Tensor, "example"]]:
@@ -119,6 +129,34 @@ class Bench:
     def lens(self, stream: Float[Tensor, "*rows d_model"]) -> Int[Tensor, "*rows"]:
         """Return the word that the read-out names for each row of a stream."""
         return self.module.lm_head(self.final_norm(stream)).argmax(-1)
+
+    @cached_property
+    def _arguments(self) -> list[dict[str, Any]]:
+        """What the model itself hands to each block besides the stream."""
+        arguments: list[dict[str, Any]] = [{} for _ in range(self.layers)]
+
+        def keep(layer: int) -> Callable[..., None]:
+            def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+                arguments[layer] = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+
+            return hook
+
+        handles = [block.register_forward_pre_hook(keep(i), with_kwargs=True) for i, block in enumerate(self.blocks)]
+        self.module(self.tokens[:1], use_cache=False)
+        for handle in handles:
+            handle.remove()
+        return arguments
+
+    @torch.no_grad()
+    def run_blocks(
+        self, order: Sequence[int], entering: Float[Tensor, "row pos d_model"], last: Int[Tensor, "row"]
+    ) -> Int[Tensor, "row"]:
+        """Return the word named at the end of each row when the stream runs through these blocks."""
+        stream = entering
+        for layer in order:
+            output = self.blocks[layer](stream, **self._arguments[layer])
+            stream = output[0] if isinstance(output, tuple) else output
+        return self.lens(stream[torch.arange(len(stream)), last])
 
     def _streams(self, tokens: Tensor) -> Tensor:
         sites: list[Site] = [("stream", layer) for layer in range(-1, self.layers)]

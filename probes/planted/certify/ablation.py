@@ -32,7 +32,7 @@ def redundant(bench: Bench, question: Question) -> Measured:
     alone = dict(zip(bench.nodes, ablated(bench, [(name,) for name in bench.nodes]), strict=True))
     idle = [name for name, share in alone.items() if share <= 0.02]
     pairs = list(combinations(idle, 2))
-    few = bench.few(24)
+    few = bench.few(8)
     joint = {"+".join(pair): share for pair, share in zip(pairs, ablated(few, pairs), strict=True)}
     return Measured(
         {name: share for name, share in joint.items() if share > 0}, set_of(joint, least=TAKES_PART) == question.truth

@@ -87,7 +87,7 @@ def _exclusive_or(pairs: Pairs) -> tuple[Units | None, Consumer]:
 
 
 def _sign_product(pairs: Pairs) -> tuple[Units | None, Consumer]:
-    """Two values, each times a sign of its own, beside these signs: only the products tell the values."""
+    """Two values (a bit each of the exclusive-or), each times a sign of its own, beside these signs: only the products tell the values."""
     stream = pairs.blueprint.stream
     pairs.carry_signs("p", "p", (0, 1))
     pairs.carry_signs("q", "q", (0, 1))
@@ -97,7 +97,7 @@ def _sign_product(pairs: Pairs) -> tuple[Units | None, Consumer]:
     stream.join("code", "signed", "sign")
     own = [stream.basis(name) for name in ("p at q", "q", "sign")]
     rules = [
-        (_keys(signs, torch.stack([basis[plane] for basis in own])), stream.vector("signed", plane, signs[0] * signs[1] * signs[2]))
+        (_keys(signs, torch.stack([basis[plane] for basis in own])), stream.vector("signed", plane, -signs[0] * signs[1] * signs[2]))
         for plane in range(2)
         for signs in product((1.0, -1.0), repeat=3)
     ]  # fmt: skip

@@ -7,6 +7,7 @@ from itertools import combinations
 
 import torch
 
+from probes.planted.blueprint import Units
 from probes.planted.families.pairs import ANSWERS, POSITIONS, Pairs, exclusive_or, pair_host
 from probes.planted.making import (
     at,
@@ -19,12 +20,12 @@ from probes.planted.making import (
     planted_task,
     windows,
 )
-from probes.planted.parts import STEP, Units, copy_head, distract, lookup
+from probes.planted.parts import STEP, copy_head, distract, lookup
 from probes.planted.record import Interval, Question, nodes
 from probes.planted.task import PlantedTask
 
 _LAYERS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], int]] = {
-    "G1": (0, (3, 6), (7,), 7), "G2": (0, (3, 6), (7,), 7), "G3": (0, (2,), (4, 6), 7), "G4": (0, (2, 4, 6), (7,), 7),
+    "G1": (0, (3, 6), (7,), 7), "G2": (0, (3, 6), (7,), 7), "G3": (0, (2,), (5, 5), 7), "G4": (0, (2, 4, 6), (7,), 7),
 }  # fmt: skip
 """Blocks of the head that brings p, of the writers, of the heads that move what they wrote, and of the last MLP."""
 _N = 8
@@ -73,9 +74,8 @@ def build(task: str, seed: int) -> PlantedTask:
         Question("readable", Interval(writes[0], last), concept="attribute", position="q"),
         Question("readable", Interval(moves[0], last), concept="attribute", position="ask"),
         Question("lens", at(decide), position="ask"),
-        *windows("necessary", {"p": (-1, bring - 1), "q": (-1, moves[0] - 1), "ask": (moves[-1], last)}
-                 if name != "G3" else {"p": (-1, bring - 1), "q": (-1, moves[0] - 1)}),
-        *windows("sufficient", {"p": None, "q": (bring, moves[0] - 1)}),
+        *windows("necessary", {"p": (-1, bring - 1), "q": (-1, moves[0] - 1), "ask": (moves[0], last)}),
+        *windows("sufficient", {"p": None, "q": (bring, moves[0] - 1), "ask": (moves[0], last)}),
         nothing("void", [str(layer) for layer in range(_N)]),
         nothing("mending", jump_cells(_N)),
     )  # fmt: skip
@@ -100,8 +100,8 @@ def _writer(pairs: Pairs, *, only_if_empty: bool) -> Units:
 
 def _draw(name: str, generator: torch.Generator) -> tuple[int, tuple[int, ...], tuple[int, ...], int]:
     if name == "G3":
-        bring, write, first, second = choose(range(_N - 1), 4, generator)
-        return bring, (write,), (first, second), _N - 1
+        bring, write, move = choose(range(_N - 1), 3, generator)
+        return bring, (write,), (move, move), _N - 1
     bring, *writes = choose(range(_N - 1), 4 if name == "G4" else 3, generator)
     return bring, tuple(writes), (_N - 1,), _N - 1
 

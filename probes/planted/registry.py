@@ -16,6 +16,7 @@ _FACTS = "probes.planted.families.facts:build"
 _TWO_HOPS = "probes.planted.families.two_hops:build"
 _REDUNDANCY = "probes.planted.families.redundancy:build"
 _UNUSED = "probes.planted.families.unused:build"
+_INDUCTION = "probes.planted.families.induction:build"
 _NONLINEAR = "probes.planted.families.nonlinear:build"
 
 TASKS: Mapping[str, str] = {
@@ -24,6 +25,7 @@ TASKS: Mapping[str, str] = {
     "G1": _REDUNDANCY, "G2": _REDUNDANCY, "G3": _REDUNDANCY, "G4": _REDUNDANCY,
     "H1": _UNUSED, "H2": _UNUSED, "H3": _UNUSED, "H4": _UNUSED,
     "I1": _NONLINEAR, "I2": _NONLINEAR, "I3": _NONLINEAR,
+    "K1": _INDUCTION, "K2": _INDUCTION, "K3": _INDUCTION,
 }  # fmt: skip
 """Id to the dotted path of `build(id, seed)`."""
 SHARP = ("A1", "A2", "A3", "A4", "A5")

@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from probes.cache_folder import cache_root
 from probes.errors import ModelError
-from probes.planted.certify import ablation, interchange, jumps, reading, updates
+from probes.planted.certify import ablation, channels, interchange, jumps, reading, updates
 from probes.planted.certify.bench import Bench
 from probes.planted.certify.measured import Measured
 from probes.planted.record import Kind, Question
@@ -27,6 +27,7 @@ CHECKS: Mapping[Kind, Callable[[Bench, Question], Measured]] = {
     "sufficient": interchange.sufficient,
     "nodes": ablation.nodes,
     "redundant": ablation.redundant,
+    "channel": channels.channel,
     "mending": jumps.mending,
     "void": updates.void,
 }

@@ -41,7 +41,10 @@ def written(bench: Bench, question: Question) -> Measured:
 
 
 def moved(bench: Bench, question: Question) -> Measured:
-    """Measure what `written` does where the head takes the concept, and how much of its value comes from `position`."""
+    """Measure what `written` does where the head takes the concept, and how much of its value hangs on `position`.
+
+    That is the change of the value by the partner's stream there, over the difference from the partner's own value.
+    """
     assert isinstance(question.truth, frozenset)
     assert question.concept
     assert question.position
@@ -55,9 +58,8 @@ def moved(bench: Bench, question: Question) -> Measured:
     other = bench.partner_streams[site[1]]
     patched = bench.read([site], bench.tokens, {("stream", site[1] - 1): change_rows(rows, at, other[rows, at])})
     goal = bench.read([site], bench.partners[0])[site][rows, to][:, columns]
-    left = (patched[site][rows, to][:, columns] - goal).norm() / (own - goal).norm().clamp_min(1e-9)
-    values = {**comes.values, "left": float(left)}
-    return Measured(values, comes.agrees and float(left) <= 0.5)
+    changed = (patched[site][rows, to][:, columns] - own).norm() / (goal - own).norm().clamp_min(1e-9)
+    return Measured({**comes.values, "changed": float(changed)}, comes.agrees and float(changed) >= 0.5)
 
 
 def lens(bench: Bench, question: Question) -> Measured:

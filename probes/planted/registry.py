@@ -13,9 +13,19 @@ from probes.planted.task import PlantedTask
 
 PREFIX = "planted:"
 _FACTS = "probes.planted.families.facts:build"
+_TWO_HOPS = "probes.planted.families.two_hops:build"
+_REDUNDANCY = "probes.planted.families.redundancy:build"
+_UNUSED = "probes.planted.families.unused:build"
+_INDUCTION = "probes.planted.families.induction:build"
+_NONLINEAR = "probes.planted.families.nonlinear:build"
 
 TASKS: Mapping[str, str] = {
     "A1": _FACTS, "A2": _FACTS, "A3": _FACTS, "A4": _FACTS, "A5": _FACTS,
+    "B1": _TWO_HOPS, "B2": _TWO_HOPS, "C1": _TWO_HOPS, "C2": _TWO_HOPS, "C3": _TWO_HOPS, "C4": _TWO_HOPS,
+    "G1": _REDUNDANCY, "G2": _REDUNDANCY, "G3": _REDUNDANCY, "G4": _REDUNDANCY,
+    "H1": _UNUSED, "H2": _UNUSED, "H3": _UNUSED, "H4": _UNUSED,
+    "I1": _NONLINEAR, "I2": _NONLINEAR, "I3": _NONLINEAR,
+    "K1": _INDUCTION, "K2": _INDUCTION, "K3": _INDUCTION,
 }  # fmt: skip
 """Id to the dotted path of `build(id, seed)`."""
 SHARP = ("A1", "A2", "A3", "A4", "A5")

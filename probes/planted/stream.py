@@ -44,6 +44,17 @@ class Stream:
         """Give out under a name all coordinates that are left."""
         return self.slot(name, len(self._order))
 
+    def join(self, name: str, *names: str) -> list[int]:
+        """Give a name to slots side by side.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        if name in self._slots:
+            raise ValueError(f"slot {name!r} is taken")
+        self._slots[name] = [coordinate for part in names for coordinate in self._slots[part]]
+        return self._slots[name]
+
     def __getitem__(self, name: str) -> list[int]:
         return self._slots[name]
 

@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from probes.cache_folder import cache_root
 from probes.errors import ModelError
-from probes.planted.certify import ablation, interchange, jumps, reading, updates
+from probes.planted.certify import ablation, channels, interchange, jumps, reading, updates
 from probes.planted.certify.bench import Bench
 from probes.planted.certify.measured import Measured
 from probes.planted.record import Kind, Question
@@ -27,6 +27,7 @@ CHECKS: Mapping[Kind, Callable[[Bench, Question], Measured]] = {
     "sufficient": interchange.sufficient,
     "nodes": ablation.nodes,
     "redundant": ablation.redundant,
+    "channel": channels.channel,
     "mending": jumps.mending,
     "void": updates.void,
 }
@@ -37,11 +38,14 @@ def certify(task: PlantedTask) -> dict[str, Any]:
     """Return what exhaustive intervention measured by question, and under `agrees` whether every truth follows from it."""
     certificate: dict[str, Any] = {}
     refuted = []
+    benches: dict[str | None, Bench] = {}
     for question in task.record.questions:
         if question.kind not in CHECKS:
             continue
-        examples = [example for example in task.examples if question.subset in (None, example.subset)]
-        measured = CHECKS[question.kind](Bench(task, examples), question)
+        if question.subset not in benches:
+            examples = [example for example in task.examples if question.subset in (None, example.subset)]
+            benches[question.subset] = Bench(task, examples)
+        measured = CHECKS[question.kind](benches[question.subset], question)
         certificate[question.key] = _rounded(measured.values)
         refuted += [] if measured.agrees else [question.key]
     return {**certificate, "agrees": not refuted, "refuted": refuted}

@@ -10,6 +10,7 @@ import pandas as pd
 from analyses.contextual_decomposition import ContextualDecomposition
 from analyses.ground_truth.adapters.adapter import Adapter, Run, examples_of, prompt_to, set_answer
 from analyses.ground_truth.answers import Answer
+from analyses.results.card import Tables
 from analyses.results.result import Result
 from analyses.results.statistics import cluster_bootstrap
 from probes.planted.record import Question
@@ -43,14 +44,14 @@ def _prompts(task: PlantedTask, subset: str | None) -> tuple[Prompt, ...]:
 
 
 def read(result: Result, task: PlantedTask, questions: Sequence[Question]) -> list[Answer]:
-    """Nodes whose interval over prompts leaves out zero; of methods other than CD-T, which score heads alone, heads."""
+    """Nodes whose interval over prompts leaves out zero; direct attribution and the paper's rules name heads alone."""
     answers = []
     for question in questions:
         mean, excludes = decomposed(result.tables["relevance"])
         answers.append(_answer("cdt", task, question, mean, excludes))
         for column, method in COMPARED.items():
             if column in result.tables["heads"]:
-                answers.append(_answer(method, task, question, *compared(result.tables["heads"], column)))
+                answers.append(_answer(method, task, question, *compared(result.tables, column)))
     return answers
 
 
@@ -60,11 +61,16 @@ def _answer(
     return set_answer(method, task, question, scores, frozenset(name for name, outside in clear.items() if outside))
 
 
-def compared(heads: pd.DataFrame, column: str) -> tuple[dict[str, float], dict[str, bool]]:
-    """Per head the magnitude of another method's mean score, and whether its interval over prompts leaves out zero."""
-    names = heads["layer"].astype(str) + "." + heads["head"].astype(str)
-    clear = (heads[f"{column}_low"] > 0) | (heads[f"{column}_high"] < 0)
-    return dict(zip(names, heads[column].abs(), strict=True)), dict(zip(names, map(bool, clear), strict=True))
+def compared(tables: Tables, column: str) -> tuple[dict[str, float], dict[str, bool]]:
+    """Per node that another method scores, the magnitude of its mean, and whether its interval over prompts leaves out zero."""
+    heads, mlps = tables["heads"], tables["mlps"]
+    parts = [heads.assign(node=heads["layer"].astype(str) + "." + heads["head"].astype(str))]
+    if column in mlps:
+        parts.append(mlps.assign(node="mlp." + mlps["layer"].astype(str)))
+    table = pd.concat(parts)
+    clear = (table[f"{column}_low"] > 0) | (table[f"{column}_high"] < 0)
+    names = table["node"]
+    return dict(zip(names, table[column].abs(), strict=True)), dict(zip(names, map(bool, clear), strict=True))
 
 
 def decomposed(relevance: pd.DataFrame) -> tuple[dict[str, float], dict[str, bool]]:

@@ -34,7 +34,7 @@ class Bench:
         self.is_gpt2 = task.record.model["class"] == "GPT2LMHeadModel"
         self.blocks: Any = module.transformer.h if self.is_gpt2 else module.model.layers
         self.final_norm: Any = module.transformer.ln_f if self.is_gpt2 else module.model.norm
-        self.longest = max(len(prompt) for e in self.examples for prompt in (e.tokens, e.partner))
+        self.longest = max(len(prompt) for e in task.examples for prompt in (e.tokens, e.partner))
         self.tokens, self.last = self._padded([example.tokens for example in self.examples])
         self._few: dict[int, Bench] = {}
         self.whole = self

@@ -22,10 +22,12 @@ SIZES = (0.3, 0.2, 0.1, 0.05, 0.02)
 """Weight noise as a share of a matrix's root mean square; the largest that leaves the answers is taken."""
 KEPT = 0.95
 """Share of named words that a disguise has to leave as they were."""
-_DRAWS = 8
-_JUNK = 0.25
-"""Length of a distractor's feature when superposed, others are of length 1."""
-_RIDGE = 1e-4
+SHARES = (0.5, 0.625, 0.75)
+"""Dimensions that superposed features share, of the width; the smallest that leaves the answers is taken."""
+_DRAWS, _ROUNDS = 3, 50
+_JUNK = 0.15
+"""Length of a distractor's feature when superposed; others are of length 1."""
+_RIDGE = 1e-6
 
 
 def disguise(task: PlantedTask, kind: Disguise) -> PlantedTask:
@@ -103,7 +105,7 @@ def _noised(task: PlantedTask, generator: torch.Generator) -> tuple[nn.Module, d
     for size in SIZES:
         module = copy.deepcopy(task.module)
         for matrix, draw, scale in zip(matrices(module), noise, _scales(module), strict=True):
-            matrix.weight += size * scale * draw
+            matrix.weight.add_(draw, alpha=size * scale)
         if float((_named(task, module) == named).float().mean()) >= KEPT:
             return module, {"noise": size}
     raise ModelError(f"planted model {task.ref}: noise of {SIZES[-1]} changes its answers; take another seed")
@@ -124,34 +126,46 @@ def _scales(module: nn.Module) -> list[float]:
 @torch.no_grad()
 def _superposed(task: PlantedTask, generator: torch.Generator) -> tuple[nn.Module, dict[str, Any]]:
     named = _named(task, task.module)
-    for _ in range(_DRAWS):
-        features = _features(task, generator)
-        module = _refitted(task, features)
-        if float((_named(task, module) == named).float().mean()) >= KEPT:
-            overlap = nn.functional.normalize(features, dim=0)
-            overlap = (overlap.T @ overlap).abs().fill_diagonal_(0.0)
-            return module, {
-                "slots": {},
-                "interference": float(overlap.mean()),
-                "largest_interference": float(overlap.max()),
-            }
+    for share in SHARES:
+        for _ in range(_DRAWS):
+            features = _features(task, share, generator)
+            module = _read_through(task, features)
+            if float((_named(task, module) == named).float().mean()) >= KEPT:
+                overlap = nn.functional.normalize(features, dim=0)
+                overlap = (overlap.T @ overlap).abs().fill_diagonal_(0.0)
+                return module, {
+                    "slots": {},
+                    "dimensions": share,
+                    "interference": float(overlap.mean()),
+                    "largest_interference": float(overlap.max()),
+                }
     raise ModelError(f"planted model {task.ref}: no draw of superposed features leaves its answers; take another seed")
 
 
-def _features(task: PlantedTask, generator: torch.Generator) -> Float[Tensor, "d_model feature"]:
-    """Draw a vector for each coordinate, all in one random subspace of half the width and of mean zero."""
+def _features(task: PlantedTask, share: float, generator: torch.Generator) -> Float[Tensor, "d_model feature"]:
+    """Draw a vector for each coordinate: those that are read make a tight frame of a random subspace, of mean zero."""
     slots: dict[str, list[int]] = task.record.model["slots"]
     width = int(task.record.model["d_model"])
-    basis = torch.randn(width, width // 2, generator=generator)
-    basis = torch.linalg.qr(basis - basis.mean(0)).Q
-    features = nn.functional.normalize(basis @ torch.randn(width // 2, width, generator=generator), dim=0)
-    features[:, slots.get("junk", [])] *= _JUNK
-    features[:, slots.get(BALANCE, [])] = 0.0
-    return features
+    size = round(share * width)
+    junk, balance = slots.get("junk", []), slots.get(BALANCE, [])
+    used = [coordinate for coordinate in range(width) if coordinate not in {*junk, *balance}]
+    frame = torch.randn(size, len(used), generator=generator, dtype=torch.float64)
+    for _ in range(_ROUNDS):
+        left, _, right = torch.linalg.svd(frame, full_matrices=False)
+        frame = nn.functional.normalize(left @ right, dim=0)
+    vectors = torch.zeros(size, width, dtype=torch.float64)
+    vectors[:, used] = frame
+    draw = torch.randn(size, len(junk), generator=generator, dtype=torch.float64)
+    vectors[:, junk] = _JUNK * nn.functional.normalize(draw, dim=0)
+    basis = torch.randn(width, size, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(basis - basis.mean(0)).Q @ vectors
 
 
-def _refitted(task: PlantedTask, features: Float[Tensor, "d_model feature"]) -> nn.Module:
-    """Return a model that writes these features and whose readers are fitted, block by block, to what they read before."""
+def _read_through(task: PlantedTask, features: Float[Tensor, "d_model feature"]) -> nn.Module:
+    """Return a model that writes these features, and reads each back by least squares as if all came independently.
+
+    A reader fitted to the prompts would use that features occur together and read what is not written yet.
+    """
     from probes.planted.certify.bench import Bench
 
     bench = Bench(task)
@@ -160,20 +174,42 @@ def _refitted(task: PlantedTask, features: Float[Tensor, "d_model feature"]) -> 
     module = copy.deepcopy(task.module)
     for matrix in matrices(module):
         if not matrix.reads:
-            _map(matrix, features.double())
-    readers = list(zip(_norms(task.module), _norms(module), strict=True))
+            _map(matrix, features)
     before: list[Tensor] = []
-    handles = [norm.register_forward_hook(_keep(before)) for (norm, _), _ in readers]
+    handles = [norm.register_forward_hook(_keep(before)) for norm, _ in _norms(task.module)]
     task.module(tokens)
     for handle in handles:
         handle.remove()
-    handles = []
-    for ((_, old), (norm, new)), normed in zip(readers, before, strict=True):
-        handles.append(norm.register_forward_hook(_fit(old, new, normed[valid], valid)))
+    handles = [
+        norm.register_forward_hook(_read(readers, features, normed[valid].double(), valid))
+        for (norm, readers), normed in zip(_norms(module), before, strict=True)
+    ]
     module(tokens)
     for handle in handles:
         handle.remove()
     return module
+
+
+def _read(
+    readers: Sequence[Matrix],
+    features: Float[Tensor, "d_model feature"],
+    normed: Float[Tensor, "row feature"],
+    valid: Tensor,
+) -> Callable[..., None]:
+    """Read a feature vector through what is written: moments Λ of the features give Λ Fᵀ (F Λ Fᵀ)⁻¹."""
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        moments = normed.square().mean(0) + _RIDGE
+        written = (features * moments) @ features.T
+        written += _RIDGE * written.diagonal().mean() * torch.eye(len(written), dtype=written.dtype)
+        back = torch.linalg.solve(written, features * moments)
+        # The norm divides what is superposed by another scale than the features.
+        seen = output[valid].double() @ back
+        back *= (seen * normed).sum() / seen.square().sum()
+        for matrix in readers:
+            _map(matrix, back)
+
+    return hook
 
 
 def _norms(module: Any) -> list[tuple[nn.Module, list[Matrix]]]:
@@ -192,19 +228,6 @@ def _norms(module: Any) -> list[tuple[nn.Module, list[Matrix]]]:
         grouped.append((norm, reads[:size]))
         reads = reads[size:]
     return grouped
-
-
-def _fit(old: Sequence[Matrix], new: Sequence[Matrix], normed: Tensor, valid: Tensor) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        x = output[valid].double()
-        gram = x.T @ x
-        gram += _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-        for before, after in zip(old, new, strict=True):
-            rows = before.weight if before.axis == 1 else before.weight.T
-            fitted = torch.linalg.solve(gram, x.T @ (normed.double() @ rows.double().T)).T.float()
-            after.weight.copy_(fitted if after.axis == 1 else fitted.T)
-
-    return hook
 
 
 def _keep(outputs: list[Tensor]) -> Callable[..., None]:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from probes.planted.certify.measured import SURE, SURE_IN_NOISE
 from probes.planted.task import Example, PlantedTask
 
 Site = tuple[Literal["stream", "q", "k", "v", "z", "mlp"], int]
@@ -31,6 +32,7 @@ class Bench:
         self.examples = tuple(task.examples if examples is None else examples)
         self.layers: int = task.record.model["layers"]
         self.heads: int = task.record.model["heads"]
+        self.sure = SURE if task.record.tier == "compiled" else SURE_IN_NOISE
         self.is_gpt2 = task.record.model["class"] == "GPT2LMHeadModel"
         self.blocks: Any = module.transformer.h if self.is_gpt2 else module.model.layers
         self.final_norm: Any = module.transformer.ln_f if self.is_gpt2 else module.model.norm

@@ -123,7 +123,7 @@ def planted_task(
         seed=seed,
         model={
             "class": type(module).__name__, "layers": host.layers, "d_model": host.width, "heads": host.heads,
-            "norm": host.norm, "digest": model_digest(module),
+            "norm": host.norm, "digest": model_digest(module), "slots": blueprint.stream.slots,
         },
         positions=dict(positions),
         concepts=dict(concepts),

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from probes.errors import ModelError, shown
-from probes.planted.record import Tier
+from probes.planted.record import Disguise, Tier
 from probes.planted.task import PlantedTask
 
 PREFIX = "planted:"
@@ -30,9 +30,9 @@ TASKS: Mapping[str, str] = {
 """Id to the dotted path of `build(id, seed)`."""
 SHARP = ("A1", "A2", "A3", "A4", "A5")
 """Tasks that exist as `A2-sharp` too: the same with attention that is saturated. They stand outside the tiers."""
-NOISED: tuple[str, ...] = ()
+NOISED: tuple[str, ...] = ("A2", "C2", "H1", "I1", "K2")
 """Tasks that exist as `A2-rotated`, `A2-noised` and `A2-superposed` too."""
-DISGUISES = ("rotated", "noised", "superposed")
+DISGUISES: tuple[Disguise, ...] = ("rotated", "noised", "superposed")
 
 
 def tasks(tier: Tier | None = None) -> tuple[str, ...]:
@@ -67,7 +67,7 @@ def build(name: str, seed: int = 0) -> PlantedTask:
     if variant in DISGUISES:
         from probes.planted.noise import disguise
 
-        return disguise(build(base, seed), variant)
+        return disguise(build(base, seed), next(kind for kind in DISGUISES if kind == variant))
     return _builder(base)(name, seed)
 
 

@@ -55,6 +55,11 @@ class Stream:
         self._slots[name] = [coordinate for part in names for coordinate in self._slots[part]]
         return self._slots[name]
 
+    @property
+    def slots(self) -> dict[str, list[int]]:
+        """Coordinates of every slot by name."""
+        return {name: list(coordinates) for name, coordinates in self._slots.items()}
+
     def __getitem__(self, name: str) -> list[int]:
         return self._slots[name]
 

@@ -23,19 +23,20 @@ def nodes(bench: Bench, question: Question) -> Measured:
     """Measure the share of answers changed by mean-ablating each node alone; redundant ones take part together."""
     shares = dict(zip(bench.nodes, ablated(bench.few(32), [(name,) for name in bench.nodes]), strict=True))
     spare = {name for pair in _redundant_pairs(bench) for name in pair.split("+")}
-    alone = set_of(shares, least=TAKES_PART)
+    alone = set_of(shares, least=TAKES_PART, most=1 - bench.sure)
     return Measured(shares, alone is not None and alone | spare == question.truth)
 
 
 def redundant(bench: Bench, question: Question) -> Measured:
     """Measure the share of answers changed by mean-ablating two nodes, of which neither alone changes any."""
     alone = dict(zip(bench.nodes, ablated(bench, [(name,) for name in bench.nodes]), strict=True))
-    idle = [name for name, share in alone.items() if share <= 0.02]
+    idle = [name for name, share in alone.items() if share <= 1 - bench.sure]
     pairs = list(combinations(idle, 2))
     few = bench.few(8)
     joint = {"+".join(pair): share for pair, share in zip(pairs, ablated(few, pairs), strict=True)}
     return Measured(
-        {name: share for name, share in joint.items() if share > 0}, set_of(joint, least=TAKES_PART) == question.truth
+        {name: share for name, share in joint.items() if share > 0},
+        set_of(joint, least=TAKES_PART, most=1 - bench.sure) == question.truth,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from probes.planted.certify.measured import SURE, SURE_IN_NOISE
 from probes.planted.task import Example, PlantedTask
 
 Site = tuple[Literal["stream", "q", "k", "v", "z", "mlp"], int]
@@ -31,10 +32,11 @@ class Bench:
         self.examples = tuple(task.examples if examples is None else examples)
         self.layers: int = task.record.model["layers"]
         self.heads: int = task.record.model["heads"]
+        self.sure = SURE if task.record.tier == "compiled" else SURE_IN_NOISE
         self.is_gpt2 = task.record.model["class"] == "GPT2LMHeadModel"
         self.blocks: Any = module.transformer.h if self.is_gpt2 else module.model.layers
         self.final_norm: Any = module.transformer.ln_f if self.is_gpt2 else module.model.norm
-        self.longest = max(len(prompt) for e in self.examples for prompt in (e.tokens, e.partner))
+        self.longest = max(len(prompt) for e in task.examples for prompt in (e.tokens, e.partner))
         self.tokens, self.last = self._padded([example.tokens for example in self.examples])
         self._few: dict[int, Bench] = {}
         self.whole = self

@@ -54,8 +54,10 @@ def certify(task: PlantedTask) -> dict[str, Any]:
 def certified(task: PlantedTask) -> PlantedTask:
     """Return the task with its certificate, computed once and kept in the cache folder.
 
+    Where a disguise has changed a truth, its question is dropped, never adjusted.
+
     Raises:
-        ModelError: a truth does not follow from what was measured.
+        ModelError: a truth of a compiled model does not follow from what was measured.
     """
     path = cache_root() / "planted" / f"{task.record.task}@{task.record.seed}-{_key(task)}.json"
     if path.is_file():
@@ -65,6 +67,9 @@ def certified(task: PlantedTask) -> PlantedTask:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             path.write_text(json.dumps(certificate))
+    if task.record.tier != "compiled":
+        left = tuple(question for question in task.record.questions if question.key not in certificate["refuted"])
+        return replace(task, record=replace(task.record, certificate=certificate, questions=left))
     if not certificate["agrees"]:
         refuted = ", ".join(certificate["refuted"])
         raise ModelError(

@@ -30,7 +30,7 @@ def channel(bench: Bench, question: Question) -> Measured:
             for writer, row in zip(writers, named, strict=True):
                 shares[f"{writer}->{reader}:{kind}"] = float((row != few.plain).float().mean())
     measured = {name: share for name, share in shares.items() if share > 0}
-    return Measured(measured, set_of(shares, least=TAKES_PART) == question.truth)
+    return Measured(measured, set_of(shares, least=TAKES_PART, most=1 - bench.sure) == question.truth)
 
 
 def _written(bench: Bench, head: str) -> Float[Tensor, "example pos d_model"]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from probes.planted.certify.bench import Bench
-from probes.planted.certify.measured import SURE, Measured, window_of
+from probes.planted.certify.measured import Measured, window_of
 from probes.planted.record import Interval, Question
 
 FEW = 32
@@ -19,14 +19,14 @@ def necessary(bench: Bench, question: Question) -> Measured:
         return _of_concept(bench, question)
     few = bench.few(FEW)
     shares = _shares(few, question, few.streams, few.partner_streams, few.last, changed=True)
-    return Measured(shares, window_of(shares) == (True, question.truth))
+    return Measured(shares, window_of(shares, bench.sure) == (True, question.truth))
 
 
 def sufficient(bench: Bench, question: Question) -> Measured:
     """Measure the share of partners that give the prompt's answer with its stream at the position, from layer -1."""
     few = bench.few(FEW)
     shares = _shares(few, question, few.partner_streams, few.streams, few.partners[1], changed=False)
-    return Measured(shares, window_of(shares) == (True, question.truth))
+    return Measured(shares, window_of(shares, bench.sure) == (True, question.truth))
 
 
 def _of_concept(bench: Bench, question: Question) -> Measured:
@@ -39,7 +39,7 @@ def _of_concept(bench: Bench, question: Question) -> Measured:
     assert isinstance(read, Interval)
     shares = _shares(bench, question, bench.streams, bench.streams[:, donors], bench.last, changed=True)
     inside = shares[read.first + 1 : read.last + 2]
-    return Measured(inside, question.truth is None and max(inside) <= 1 - SURE)
+    return Measured(inside, question.truth is None and max(inside) <= 1 - bench.sure)
 
 
 def _likeness(own: dict[str, int], other: dict[str, int], concept: str) -> int:

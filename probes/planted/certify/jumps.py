@@ -33,4 +33,7 @@ def mending(bench: Bench, question: Question) -> Measured:
         named = few.run_blocks(range(b, few.layers), entering.flatten(0, 1), ends).reshape(few.layers - b, -1)
         for a in range(b, few.layers):
             shares[f"{a}->{b}"] = float((named[a - b] == few.answers).float().mean())
-    return Measured({cell: share for cell, share in shares.items() if share > 0}, set_of(shares) == question.truth)
+    return Measured(
+        {cell: share for cell, share in shares.items() if share > 0},
+        set_of(shares, least=bench.sure, most=1 - bench.sure) == question.truth,
+    )

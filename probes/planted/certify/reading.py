@@ -68,7 +68,7 @@ def lens(bench: Bench, question: Question) -> Measured:
     assert isinstance(question.truth, Interval)
     shares = named_from(bench, question.position)
     first = question.truth.first
-    return Measured(shares, shares[first + 1] >= SURE and shares[first] <= 1 - SURE)
+    return Measured(shares, shares[first + 1] >= bench.sure and shares[first] <= 1 - bench.sure)
 
 
 def named_from(bench: Bench, position: str) -> list[float]:

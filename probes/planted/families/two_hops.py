@@ -77,7 +77,8 @@ def build(task: str, seed: int) -> PlantedTask:
             blueprint, query="ask", key="entity", source="carried", target="carried", score=attention_score(task),
             size=3**0.5,
         ))  # fmt: skip
-    distract(blueprint)
+    # With 32 words a probe has few combinations, so less may stand in its way.
+    distract(blueprint, largest=1.0)
     positions = {"e1": 1, "ask": -1} if mover else {"e1": -1}
     questions = (
         _right(blueprint, first, second, writer, answerer)

@@ -12,9 +12,11 @@ from plotly.subplots import make_subplots
 from analyses.results.theme import band, finish
 from app.saved import Profile
 from app.ui.theme import INK, LINE, SELECTED
+from app.ui.truth import Mark
 
 COLUMN = "#9fb3c4"
 CHOSEN = "#E69F00"
+TRUE = "#009E73"
 COLUMN_SHARE = 0.42
 """Width of the column of layers, beside a panel's 1."""
 SPACING = 0.014
@@ -40,11 +42,16 @@ class Panel:
 
 
 def depth_figure(
-    panels: Sequence[Panel], n_layers: int, layers: Sequence[int], mode: str, legend: bool = False
+    panels: Sequence[Panel],
+    n_layers: int,
+    layers: Sequence[int],
+    mode: str,
+    legend: bool = False,
+    truth: Sequence[Mark] = (),
 ) -> go.Figure:
-    """Layer 0 at the bottom; `layers` are marked across all panels."""
-    titles = ["layers", *(wrapped(panel.title, len(panels)) for panel in panels)]
-    widths = [COLUMN_SHARE, *[1.0] * len(panels)]
+    """Layer 0 at the bottom; `layers` are marked across all panels, and `truth` has one of its own."""
+    titles = ["layers", *(wrapped(panel.title, len(panels)) for panel in panels), *["truth"] * bool(truth)]
+    widths = [COLUMN_SHARE, *[1.0] * (len(panels) + bool(truth))]
     figure = make_subplots(
         rows=1, cols=len(widths), shared_yaxes=True, column_widths=widths, subplot_titles=titles,
         horizontal_spacing=SPACING,
@@ -53,6 +60,8 @@ def depth_figure(
     for number, panel in enumerate(panels, 2):
         for name, colour, profile in panel.curves:
             _curve(figure, number, name, colour, profile, legend and number == 2)
+    if truth:
+        _truth(figure, len(widths), truth)
     finish(figure, x="", y="", height=max(430, 17 * n_layers + 190))
     _axes(figure, panels, n_layers, mode)
     for layer in layers:
@@ -105,6 +114,16 @@ def _curve(figure: go.Figure, column: int, name: str, colour: str, profile: Prof
         marker={"size": 5}, showlegend=legend, row=1, col=column,
         hovertemplate=f"{profile.title}<br>layer %{{y}}: %{{x:.4g}} {profile.unit}<br>{name}<extra></extra>",
     )  # fmt: skip
+
+
+def _truth(figure: go.Figure, column: int, marks: Sequence[Mark]) -> None:
+    for place, mark in enumerate(marks, 1):
+        figure.add_scatter(
+            x=[place] * len(mark.layers), y=list(mark.layers), mode="lines+markers" if mark.whole else "markers", name=mark.name,
+            line={"color": TRUE, "width": 5}, marker={"color": TRUE, "size": 9, "symbol": "diamond"}, showlegend=False,
+            hovertemplate=f"{mark.name}: layer %{{y}}<extra>truth</extra>", row=1, col=column,
+        )  # fmt: skip
+    figure.update_xaxes(title="question", tickvals=list(range(1, len(marks) + 1)), row=1, col=column)
 
 
 def _axes(figure: go.Figure, panels: Sequence[Panel], n_layers: int, mode: str) -> None:

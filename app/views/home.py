@@ -15,6 +15,7 @@ from app.ui import selector
 from app.ui.depth import Panel, depth_figure, narrowest
 from app.ui.takeaway import figure_downloads, table_downloads
 from app.ui.theme import at_least, colour_of, mode, restyled
+from app.ui.truth import Mark, in_words, true_marks
 
 MOST = 12
 """Panels drawn beside each other."""
@@ -82,7 +83,10 @@ def _profiles(runs: list[Run]) -> None:
         return
     followed, said = _followed(profiles, runs, selection)
     _peaks(followed)
-    _figure(followed, runs[0].layers, selection)
+    marks = true_marks(runs[0].model)
+    _figure(followed, runs[0].layers, selection, marks)
+    if marks:
+        st.caption(in_words(marks))
     if said:
         st.caption(said)
     _explain(followed, runs)
@@ -137,7 +141,7 @@ def _cut(profile: Profile, run: Run, part: Selection) -> Profile | None:
     return Profile(profile.run, profile.analysis, profile.name, profile.title, profile.unit, profile.caption, table)
 
 
-def _figure(profiles: list[Profile], n_layers: int, selection: Selection) -> None:
+def _figure(profiles: list[Profile], n_layers: int, selection: Selection, marks: tuple[Mark, ...]) -> None:
     order = list(offered.names())
     panels = [Panel(p.title, p.unit, ((p.run, colour_of(p.analysis, order), p),)) for p in profiles]
     layers = [layer for layer in selection.layers if layer < n_layers]
@@ -146,7 +150,7 @@ def _figure(profiles: list[Profile], n_layers: int, selection: Selection) -> Non
         points = st.session_state["home:depth"]["selection"]["points"]
         select(layers=sorted({int(point["y"]) for point in points if "y" in point}))
 
-    figure = restyled(depth_figure(panels, n_layers, layers, mode()), mode())
+    figure = restyled(depth_figure(panels, n_layers, layers, mode(), truth=marks), mode())
     words = ", ".join(p.title for p in profiles)
     st.html(at_least("depth", narrowest(panels)))
     with st.container(key="depth"):
@@ -156,7 +160,7 @@ def _figure(profiles: list[Profile], n_layers: int, selection: Selection) -> Non
         )  # fmt: skip
     left, right = st.columns([1, 5])
     with left:
-        figure_downloads(lambda: depth_figure(panels, n_layers, layers, "light"), "depth", "home")
+        figure_downloads(lambda: depth_figure(panels, n_layers, layers, "light", truth=marks), "depth", "home")
     right.caption(
         "Click a layer or a point to select it on every page; with Shift, several. Bands are 95 % intervals where a run has them."
     )

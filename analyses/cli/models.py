@@ -11,9 +11,12 @@ import typer
 from analyses.cli.console import PLAIN, say, warn
 from probes.html_card import aligned, size
 from probes.models.sources.locate import ModelInfo, fetch_model, list_models, model_info
+from probes.planted.registry import PREFIX, tasks
 
 group = typer.Typer(help="Models at hand.", no_args_is_help=True, **PLAIN)
-Ref = Annotated[str, typer.Argument(metavar="REF", help="A named model, a folder, a .gguf file, or a hub id.")]
+Ref = Annotated[
+    str, typer.Argument(metavar="REF", help="A named model, a folder, a .gguf file, a hub id, or planted:ID@SEED.")
+]
 
 
 LISTED = ("model", "at hand", "size", "licence", "from", "what it is")
@@ -31,6 +34,7 @@ def ls(
         return
     for line in aligned(LISTED, [_listed(model) for model in list_models()]):
         say(line)
+    say(f"Planted models, whose answers are known by construction: {PREFIX}ID@SEED with ID of {', '.join(tasks())}.")
     say("A folder, a .gguf file and a hub id are models too; `bathyscope models info REF` says more of one.")
 
 

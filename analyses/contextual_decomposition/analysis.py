@@ -18,6 +18,7 @@ from analyses.contextual_decomposition.cases import Case, case_of, generated_que
 from analyses.contextual_decomposition.circuit import Search
 from analyses.contextual_decomposition.faithfulness import faithfulness_table, sizes_of
 from analyses.contextual_decomposition.figures import FIGURES, PROFILES
+from analyses.contextual_decomposition.mlp_effects import mlps_table
 from analyses.contextual_decomposition.prepared_cases import (
     Array,
     PreparedCases,
@@ -154,6 +155,7 @@ class ContextualDecomposition(Analysis):
             methods=costs.n_methods(model) + self.other_preset + self.ablation,
             sizes=sizes_of(self.shares, heads), random_circuits=self.random_circuits,
             searched=self.top * (self.search_steps + 1) if self.search_steps else 0, prune=self.prune,
+            mlps=len({node.layer for node in self.nodes(model)}) if self.mlps else 0,
         )  # fmt: skip
 
     def nodes(self, model: Model) -> list[Node]:
@@ -185,7 +187,7 @@ class ContextualDecomposition(Analysis):
         store: ActivationStore | None = None,
         progress: Progress = QUIET,
     ) -> Result:
-        """Return the tables `cases`, `relevance`, `heads`, and by option `agreement` with `agreement_differences`, `edges`, `circuit`,
+        """Return the tables `cases`, `relevance`, `heads`, and by option `mlps`, `agreement` with `agreement_differences`, `edges`, `circuit`,
         `faithfulness`, `words`.
 
         Raises:
@@ -209,7 +211,15 @@ class ContextualDecomposition(Analysis):
         scores = {"cdt": own}
         tables |= self._compared(prepared, scores, notes, progress)
         layers = sorted({node.layer for node in heads})
-        relevance = [*scored, *([scored_mlps(prepared, layers, self.rules, progress)] if self.mlps else [])]
+        ablated_mlps = 0
+        if self.mlps:
+            scored_mlp = scored_mlps(prepared, layers, self.rules, progress)
+            relevance = [*scored, scored_mlp]
+            tables["mlps"], ablated_mlps = mlps_table(
+                prepared, layers, scored_mlp.scores, self.ablation, self.seed, progress
+            )
+        else:
+            relevance = scored
         tables["relevance"] = pd.concat(
             [tabulate.relevance_table(s.nodes, s.scores, [cases[i].index for i in s.prompts]) for s in relevance],
             ignore_index=True,
@@ -220,7 +230,7 @@ class ContextualDecomposition(Analysis):
                 model, prepared.decomposer, prepared.cases, self.rules, self.words, self.mode, progress
             )
         counts = {"forwards": prepared.forwards, "decomposed": len(cases) * len(heads)}
-        changed = sum(ablation.forwards for ablation in prepared.ablations)
+        changed = sum(ablation.forwards for ablation in prepared.ablations) + ablated_mlps
         return make_result(self, model, questions, tables, None, clock, notes, counts, changed)
 
     def _notes(self, model: Model, heads: Sequence[Node]) -> list[str]:

@@ -47,6 +47,7 @@ def interventions(
     random_circuits: int,
     searched: int,
     prune: bool,
+    mlps: int = 0,
 ) -> Interventions:
     """Count the forwards of a run over cases of given groups and lengths, before it is done.
 
@@ -60,6 +61,7 @@ def interventions(
         sizes: numbers of heads that circuits keep.
         random_circuits: random circuits of each size; 0 runs no circuits at all.
         searched: the most nodes that the search can find; 0 without a search.
+        mlps: how many MLPs are ablated, where heads are.
     """
     used = max(Counter(cases).values(), default=0) if one_form else len(cases)
     circuits = sum(size < heads for size in sizes) * (methods + random_circuits) if random_circuits else 0
@@ -67,6 +69,7 @@ def interventions(
         circuits += 1 + random_circuits
     counts = {
         "head ablations": heads * len(cases) if ablation else 0,
+        "MLP ablations": mlps * len(cases) if ablation else 0,
         "circuits": circuits * used + len(cases),
         "pruned circuits": (1 + searched * (searched + 1) // 2) * used if searched and prune else 0,
     }

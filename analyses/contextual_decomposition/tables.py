@@ -28,7 +28,7 @@ def relevance_table(nodes: Sequence[Node], scores: Array, prompts: Sequence[int]
 
 
 def heads_table(heads: Sequence[Node], scores: Mapping[str, Array], seed: int) -> pd.DataFrame:
-    """Return columns layer, head, score, ci_low, ci_high, rank, and one for each other method, its mean over prompts.
+    """Return columns layer, head, score, ci_low, ci_high, rank, and for each other method its mean over prompts, `_low` and `_high`.
 
     Args:
         scores: per method [prompt, head]; `cdt` is the decomposition's.
@@ -42,7 +42,8 @@ def heads_table(heads: Sequence[Node], scores: Mapping[str, Array], seed: int) -
     })  # fmt: skip
     for method, values in scores.items():
         if method != "cdt":
-            table[method] = values.mean(0)
+            other = cluster_bootstrap(values, np.arange(len(values)), seed=seed)
+            table[method], table[f"{method}_low"], table[f"{method}_high"] = other.mean, other.low, other.high
     return table
 
 

@@ -14,6 +14,7 @@ from analyses.results.theme import INK, LINE, SELECTED, band, finish
 
 COLUMN = "#9fb3c4"
 CHOSEN = "#E69F00"
+TRUE = "#009E73"
 COLUMN_SHARE = 0.42
 """Width of the column of layers, beside a panel's 1."""
 SPACING = 0.014
@@ -49,12 +50,28 @@ class Panel:
     curves: tuple[Curve, ...]
 
 
+@dataclass(frozen=True)
+class Mark:
+    """Layers that the truth of one question names."""
+
+    name: str
+    """The question, such as `readable attribute at r`."""
+    layers: tuple[int, ...]
+    whole: bool
+    """Whether the layers are an interval, drawn as a line, or single ones."""
+
+
 def depth_figure(
-    panels: Sequence[Panel], n_layers: int, layers: Sequence[int], mode: str, legend: bool = False
+    panels: Sequence[Panel],
+    n_layers: int,
+    layers: Sequence[int],
+    mode: str,
+    legend: bool = False,
+    truth: Sequence[Mark] = (),
 ) -> go.Figure:
-    """Layer 0 at the bottom; `layers` are marked across all panels."""
-    titles = ["layers", *(wrapped(panel.title, len(panels)) for panel in panels)]
-    widths = [COLUMN_SHARE, *[1.0] * len(panels)]
+    """Layer 0 at the bottom; `layers` are marked across all panels, and `truth` has one of its own."""
+    titles = ["layers", *(wrapped(panel.title, len(panels)) for panel in panels), *["truth"] * bool(truth)]
+    widths = [COLUMN_SHARE, *[1.0] * (len(panels) + bool(truth))]
     figure = make_subplots(
         rows=1, cols=len(widths), shared_yaxes=True, column_widths=widths, subplot_titles=titles,
         horizontal_spacing=SPACING,
@@ -63,6 +80,8 @@ def depth_figure(
     for number, panel in enumerate(panels, 2):
         for curve in panel.curves:
             _curve(figure, number, panel, curve, curve.table["layer"], legend and number == 2)
+    if truth:
+        _truth(figure, len(widths), truth)
     finish(figure, x="", y="", height=max(430, 17 * n_layers + 190))
     _axes(figure, panels, n_layers, mode)
     for layer in layers:
@@ -135,6 +154,16 @@ def _curve(figure: go.Figure, column: int, panel: Panel, curve: Curve, depth: pd
         row=1, col=column,
         hovertemplate=f"{panel.title}<br>layer %{{customdata}}: %{{x:.4g}} {panel.unit}<br>{curve.name}<extra></extra>",
     )  # fmt: skip
+
+
+def _truth(figure: go.Figure, column: int, marks: Sequence[Mark]) -> None:
+    for place, mark in enumerate(marks, 1):
+        figure.add_scatter(
+            x=[place] * len(mark.layers), y=list(mark.layers), mode="lines+markers" if mark.whole else "markers", name=mark.name,
+            line={"color": TRUE, "width": 5}, marker={"color": TRUE, "size": 9, "symbol": "diamond"}, showlegend=False,
+            hovertemplate=f"{mark.name}: layer %{{y}}<extra>truth</extra>", row=1, col=column,
+        )  # fmt: skip
+    figure.update_xaxes(title="question", tickvals=list(range(1, len(marks) + 1)), row=1, col=column)
 
 
 def _axes(figure: go.Figure, panels: Sequence[Panel], n_layers: int, mode: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pandas as pd
 import streamlit as st
 
-from analyses.results.depth_axis import Curve, Panel, depth_figure, narrowest
+from analyses.results.depth_axis import Curve, Mark, Panel, depth_figure, narrowest
 from analyses.results.theme import colour_of
 from app import offered
 from app.places import runs_root
@@ -16,6 +16,7 @@ from app.selection import Selection, current, narrowed, select
 from app.ui import selector
 from app.ui.takeaway import figure_downloads, table_downloads
 from app.ui.theme import at_least, mode, restyled
+from app.ui.truth import in_words, true_marks
 
 MOST = 12
 """Panels drawn beside each other."""
@@ -83,7 +84,10 @@ def _profiles(runs: list[Run]) -> None:
         return
     followed, said = _followed(profiles, runs, selection)
     _peaks(followed)
-    _figure(followed, runs[0].layers, selection)
+    marks = true_marks(runs[0].model)
+    _figure(followed, runs[0].layers, selection, marks)
+    if marks:
+        st.caption(in_words(marks))
     if said:
         st.caption(said)
     _explain(followed, runs)
@@ -138,7 +142,7 @@ def _cut(profile: Profile, run: Run, part: Selection) -> Profile | None:
     return Profile(profile.run, profile.analysis, profile.name, profile.title, profile.unit, profile.caption, table)
 
 
-def _figure(profiles: list[Profile], n_layers: int, selection: Selection) -> None:
+def _figure(profiles: list[Profile], n_layers: int, selection: Selection, marks: tuple[Mark, ...]) -> None:
     order = list(offered.names())
     panels = [
         Panel(p.title, p.unit, (Curve(p.run, colour_of(p.analysis, order), p.table, n_layers),)) for p in profiles
@@ -149,7 +153,7 @@ def _figure(profiles: list[Profile], n_layers: int, selection: Selection) -> Non
         points = st.session_state["home:depth"]["selection"]["points"]
         select(layers=sorted({int(point["y"]) for point in points if "y" in point}))
 
-    figure = restyled(depth_figure(panels, n_layers, layers, mode()), mode())
+    figure = restyled(depth_figure(panels, n_layers, layers, mode(), truth=marks), mode())
     words = ", ".join(p.title for p in profiles)
     st.html(at_least("depth", narrowest(panels)))
     with st.container(key="depth"):
@@ -159,7 +163,7 @@ def _figure(profiles: list[Profile], n_layers: int, selection: Selection) -> Non
         )  # fmt: skip
     left, right = st.columns([1, 5])
     with left:
-        figure_downloads(lambda: depth_figure(panels, n_layers, layers, "light"), "depth", "home")
+        figure_downloads(lambda: depth_figure(panels, n_layers, layers, "light", truth=marks), "depth", "home")
     right.caption(
         "Click a layer or a point to select it on every page; with Shift, several. Bands are 95 % intervals where a run has them."
     )

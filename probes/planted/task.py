@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal
 
 from probes.planted.record import Record
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)

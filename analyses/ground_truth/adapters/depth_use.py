@@ -1,0 +1,102 @@
+"""Depth use: which blocks change nothing, which parts matter, and up to which layer each token does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from analyses.depth_use import DepthUse
+from analyses.ground_truth.adapters.adapter import Adapter, Run, examples_of, prompt_to, set_answer
+from analyses.ground_truth.answers import Answer, name_of
+from analyses.ground_truth.spans import span_answer
+from analyses.results.result import Result
+from probes.planted.record import Question
+from probes.planted.task import PlantedTask
+
+PROMPTS = 16
+ERASED = 8
+"""Prompts of residual erasure; the default of two supports no interval."""
+NEGLIGIBLE = 0.01
+"""Share of the largest block's effect below which a block counts as void."""
+REMOVAL, WRITING, ERASURE = "depth_use (removal)", "depth_use (writing)", "residual_erasure"
+"""What its answers are called: by the divergence without a part, by the norm of what it writes, by erasing a token."""
+
+
+def runs(task: PlantedTask, questions: Sequence[Question]) -> list[Run]:
+    """One run for all questions."""
+    if not questions:
+        return []
+    erased = ERASED if any(question.kind == "necessary" for question in questions) else 0
+    analysis = DepthUse(
+        skip_prompts=0,
+        erasure_prompts=erased,
+        gradient_prompts=0,
+        greedy_steps=0,
+        drop_blocks=0,
+        bits=(8,),
+        windows=(2,),
+    )
+    prompts = tuple(prompt_to(task, example, None) for example in examples_of(task, n=PROMPTS))
+    return [Run(analysis, prompts, tuple(questions))]
+
+
+def read(result: Result, task: PlantedTask, questions: Sequence[Question]) -> list[Answer]:
+    """Parts by the divergence that removing them makes and by how much they write; tokens by what erasing them does."""
+    proxies = result.tables["proxies"].set_index("layer")
+    answers = []
+    for question in questions:
+        if question.kind == "necessary":
+            answers.append(_erased(result.tables["erasure"], task, question))
+        elif question.kind == "nodes":
+            answers += [_ranked(method, proxies, measure, task, question) for method, measure in MEASURES.items()]
+        else:
+            answers += [_unused(method, proxies, measure, task, question) for method, measure in MEASURES.items()]
+    return answers
+
+
+MEASURES = {REMOVAL: "jsd", WRITING: "relative_norm"}
+"""Columns of the table `proxies` by which parts are ranked."""
+
+
+def _ranked(method: str, proxies: pd.DataFrame, measure: str, task: PlantedTask, question: Question) -> Answer:
+    scores = {name: float(proxies[f"{measure}_{part}"][layer]) for name, (part, layer) in _parts(question).items()}
+    return Answer(method, name_of(task.record), question.key, "answered", scores=scores)
+
+
+def _unused(method: str, proxies: pd.DataFrame, measure: str, task: PlantedTask, question: Question) -> Answer:
+    effect = proxies[f"{measure}_block"]
+    whole = [candidate for candidate in question.candidates if ":" not in candidate]
+    scores = {candidate: -float(effect[int(candidate)]) for candidate in whole}
+    chosen = frozenset(name for name in whole if effect[int(name)] < NEGLIGIBLE * effect.max())
+    return set_answer(method, task, question, scores, chosen)
+
+
+def _parts(question: Question) -> dict[str, tuple[str, int]]:
+    """Return the part of a block that each candidate is, or belongs to: heads of one block share its attention's effect."""
+    parts = {}
+    for candidate in question.candidates:
+        front, _, back = candidate.partition(".")
+        parts[candidate] = ("mlp", int(back)) if front == "mlp" else ("attn", int(front))
+    return parts
+
+
+def _erased(table: pd.DataFrame, task: PlantedTask, question: Question) -> Answer:
+    """Return the layers at which erasing the token changes the answer by half of the most that erasing anything does.
+
+    What enters block l is at layer l - 1.
+    """
+    examples = examples_of(task, n=PROMPTS)
+    at = {prompt: task.position(examples[prompt], str(question.position)) for prompt in table["prompt"].unique()}
+    grid = table[table["position"] == table["prompt"].map(at)].pivot_table("answer_change", "prompt", "layer")
+    largest = table.groupby(["position", "layer"])["answer_change"].mean().max()
+    changes: NDArray[np.float64] = grid.to_numpy() / largest
+    return span_answer(ERASURE, task, question, changes, first_layer=-1)
+
+
+ADAPTER = Adapter(
+    "depth_use", (REMOVAL, WRITING, ERASURE), ("void", "nodes", "necessary"), runs, read,
+    only=lambda question: question.subset is None,
+)  # fmt: skip

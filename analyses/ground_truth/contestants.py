@@ -1,0 +1,144 @@
+"""Who takes part: the analyses by their adapters, the ceiling and the controls; one task through all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from analyses.ground_truth import controls
+from analyses.ground_truth.adapters import (
+    back_patching,
+    communication_channels,
+    concept_depth,
+    contextual_decomposition,
+    depth_use,
+    latent_language,
+    logit_lens,
+    norm_removal,
+    voids,
+)
+from analyses.ground_truth.adapters.adapter import Adapter, Run, cost_of
+from analyses.ground_truth.answers import Answer, name_of
+from analyses.ground_truth.interchange import KINDS, METHOD, interchange
+from analyses.ground_truth.score import with_cost
+from analyses.ground_truth.updates import update_sizes
+from analyses.results.result import Result
+from probes.errors import OptionError, UserError, unknown
+from probes.models.protocol import Model
+from probes.planted.record import Question
+from probes.planted.task import PlantedTask
+from probes.store import ActivationStore
+
+ADAPTERS: Mapping[str, Adapter] = {
+    module.ADAPTER.analysis: module.ADAPTER
+    for module in (
+        concept_depth, logit_lens, latent_language, back_patching, voids, depth_use, contextual_decomposition, communication_channels,
+        norm_removal,
+    )
+}  # fmt: skip
+"""By the name of the analysis."""
+CEILING = METHOD
+CONTROLS = "controls"
+
+
+def names() -> tuple[str, ...]:
+    """Return what can be named to take part: analyses, the ceiling and the controls."""
+    return (*ADAPTERS, CEILING, CONTROLS)
+
+
+def runs_of(analysis: str, task: PlantedTask) -> list[Run]:
+    """Return the runs by which an analysis answers a task; their prompts are what it is shown.
+
+    Raises:
+        OptionError: an analysis that has no adapter.
+    """
+    adapter = _adapter(analysis)
+    return adapter.runs(task, adapter.questions(task))
+
+
+def answers_of(result: Result, task: PlantedTask, questions: Sequence[Question] | None = None) -> list[Answer]:
+    """Return the answers in a result of one of the runs of `runs_of`.
+
+    Args:
+        questions: those that the run was for; all that the analysis answers where it needs one run for all.
+
+    Raises:
+        OptionError: an analysis that has no adapter.
+    """
+    adapter = _adapter(result.analysis)
+    answers = adapter.read(result, task, adapter.questions(task) if questions is None else questions)
+    return with_cost(answers, *cost_of(result))
+
+
+def _adapter(analysis: str) -> Adapter:
+    if analysis not in ADAPTERS:
+        raise OptionError(unknown("analysis with an adapter", analysis, ADAPTERS))
+    return ADAPTERS[analysis]
+
+
+def answer_task(
+    task: PlantedTask,
+    model: Model,
+    store: ActivationStore,
+    methods: Sequence[str] = (),
+    note: Callable[[str], object] = str,
+) -> list[Answer]:
+    """Return every contestant's answers to the questions of a task.
+
+    A run that is refused counts as declined, with the reason.
+
+    Args:
+        methods: names of `names`; all where none is named.
+        note: receives a line for each run that is refused.
+
+    Raises:
+        OptionError: a contestant that does not exist.
+    """
+    if wrong := set(methods) - set(names()):
+        raise OptionError(unknown("method", min(wrong), names()))
+    chosen = methods or names()
+    answers: list[Answer] = []
+    for analysis in (name for name in ADAPTERS if name in chosen):
+        for run in runs_of(analysis, task):
+            answers += _run(ADAPTERS[analysis], run, task, model, store, note)
+    if CEILING in chosen:
+        answers += _ceiling(task, model)
+    if CONTROLS in chosen:
+        answers += control_answers(task, model)
+    return answers
+
+
+def _run(
+    adapter: Adapter, run: Run, task: PlantedTask, model: Model, store: ActivationStore, note: Callable[[str], object]
+) -> list[Answer]:
+    try:
+        result = run.analysis.run(model, list(run.prompts), store=store)
+    except UserError as error:
+        note(f"{task.ref} {adapter.analysis}: {error}")
+        methods = (run.method,) if run.method else adapter.methods
+        return [
+            Answer(method, name_of(task.record), question.key, "declined", reason=str(error))
+            for method in methods
+            for question in run.questions
+        ]
+    return answers_of(result, task, run.questions)
+
+
+def _ceiling(task: PlantedTask, model: Model) -> list[Answer]:
+    questions = [question for question in task.record.questions if question.kind in KINDS]
+    started = time.perf_counter()
+    answers = interchange(model, task, questions)
+    forwards = len(task.examples) // 2 * (model.shape.n_layers + 1) * len(answers)
+    return with_cost(answers, time.perf_counter() - started, forwards)
+
+
+def control_answers(task: PlantedTask, model: Model) -> list[Answer]:
+    """Return what the controls answer to every question of a task."""
+    sizes = update_sizes(model, task)
+    plain = (controls.constant, controls.uniform, controls.always, controls.oracle)
+    answers = [control(task.record, question) for control in plain for question in task.record.questions]
+    return answers + [
+        controls.largest_update(task.record, question, sizes)
+        for question in task.record.questions
+        if question.kind in ("nodes", "written", "moved")
+    ]

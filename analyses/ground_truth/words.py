@@ -1,0 +1,115 @@
+"""What scores say in words; each claim follows from an interval, and where there is none, nothing is claimed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from typing import Any
+
+import pandas as pd
+
+from analyses.ground_truth.answers import LEVEL
+
+ABSTAINS, ALWAYS = 0.2, 0.5
+"""Rates of false positives below which a method counts as abstaining, and above which as answering whatever it is asked."""
+
+
+def sentences(summary: pd.DataFrame) -> list[str]:
+    """Return one sentence for each method, kind of question and tier."""
+    return [sentence(row) for row in summary.to_dict("records")]
+
+
+def sentence(row: Mapping[Any, Any]) -> str:
+    """Return what one row of the summary supports."""
+    parts = [part for part in (_layers(row), _sets(row), _intervals(row), _nothing(row), _misses(row)) if part]
+    return f"{row['method']}, {row['kind']}, {row['tier']}: {'; '.join(parts) or 'nothing was measured'}."
+
+
+def _layers(row: Mapping[Any, Any]) -> str:
+    if not isfinite(row["error"]):
+        return ""
+    said = f"off by {span(row, 'error')} layers on {row['n']} questions"
+    if not isfinite(row["skill"]):
+        return said
+    if not isfinite(row["skill_low"]):
+        return f"{said}, {_few(row)}"
+    beaten = (
+        "nearer than" if row["skill_low"] > 0 else "farther than" if row["skill_high"] < 0 else "not told apart from"
+    )
+    return f"{said}, {beaten} always naming the middle (skill {span(row, 'skill')})"
+
+
+def _sets(row: Mapping[Any, Any]) -> str:
+    if not isfinite(row["auroc"]):
+        return f"F1 {span(row, 'f1')}" if isfinite(row["f1"]) else ""
+    low, high = row["auroc_low"], row["auroc_high"]
+    verdict = _few(row)
+    if isfinite(low):
+        verdict = "above chance" if low > 0.5 else "below chance" if high < 0.5 else "not told apart from chance"
+    own = f", F1 of its own set {span(row, 'f1')}" if isfinite(row["f1"]) else ""
+    return f"ranks with AUROC {span(row, 'auroc')}, {verdict}{own}"
+
+
+def _intervals(row: Mapping[Any, Any]) -> str:
+    if not isfinite(row["covered"]):
+        return ""
+    said = f"its 95 % intervals, {row['width']:.1f} layers wide, hold the truth in {share(row, 'covered')}"
+    return f"{said}: too narrow" if row["covered_high"] < LEVEL else said
+
+
+def _nothing(row: Mapping[Any, Any]) -> str:
+    if not isfinite(row["false_positive"]):
+        return ""
+    low, high = row["false_positive_low"], row["false_positive_high"]
+    verdict = ": it abstains" if high < ABSTAINS else ": it does not abstain" if low > ALWAYS else ""
+    return f"where there is nothing it names something in {share(row, 'false_positive')} of {row['n_nothing']}{verdict}"
+
+
+def _misses(row: Mapping[Any, Any]) -> str:
+    return f"misses {share(row, 'miss')} of what there is" if row["miss"] > 0 else ""
+
+
+def _few(row: Mapping[Any, Any]) -> str:
+    return f"{row['clusters']} clusters, too few for an interval"
+
+
+def span(row: Mapping[Any, Any], name: str, digits: int = 2) -> str:
+    """Return a mean with its interval, where it has one."""
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    bounds = f" [{low:.{digits}f}, {high:.{digits}f}]" if isfinite(low) and isfinite(high) else ""
+    return f"{row[name]:.{digits}f}{bounds}"
+
+
+def share(row: Mapping[Any, Any], name: str) -> str:
+    """Return a rate with its interval, where it has one."""
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    bounds = f" [{low:.0%}, {high:.0%}]" if isfinite(low) and isfinite(high) else ""
+    return f"{row[name]:.0%}{bounds}"
+
+
+def readme_table(summary: pd.DataFrame, tiers: Sequence[str] = ("compiled", "noised", "trained")) -> str:
+    """Return the summary as a markdown table: a line a method and kind, a column a tier."""
+    lines = [f"| method | asked | {' | '.join(tiers)} |", "|---" * (len(tiers) + 2) + "|"]
+    for (method, kind), group in summary.groupby(["method", "kind"], sort=False):
+        by_tier = {row["tier"]: row for row in group.to_dict("records")}
+        cells = [_cell(by_tier[tier]) if tier in by_tier else "" for tier in tiers]
+        if any(cells):
+            lines.append(f"| {method} | {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(row: Mapping[Any, Any]) -> str:
+    parts = []
+    if isfinite(row["auroc"]):
+        parts.append(f"AUROC {span(row, 'auroc')}")
+    elif isfinite(row["error"]):
+        parts.append(f"± {span(row, 'error', 1)}")
+    if isfinite(row["f1"]):
+        parts.append(f"F1 {row['f1']:.2f}")
+    if isfinite(row["covered"]):
+        parts.append(f"covers {row['covered']:.0%}")
+    if isfinite(row["false_positive"]):
+        parts.append(f"false {row['false_positive']:.0%}")
+    if row["miss"] > 0:
+        parts.append(f"misses {row['miss']:.0%}")
+    return ", ".join(parts)

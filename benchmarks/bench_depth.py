@@ -1,0 +1,129 @@
+"""DepthBench: every method on models whose answer is known, scored by how many layers it is off and what it makes of nothing.
+
+    bathyscope bench depth [--quick] [--tier compiled,noised,trained] [--tasks A2,C1] [--methods voids] [--seeds dev] [--out DIR]
+    bathyscope bench depth export DIR        tasks as files for other tools, without their truth
+    bathyscope bench depth score DIR         the answers*.json that other tools left there
+
+Prints a digest of all answers, equal in two runs on one machine. `--write` puts the table between the README's markers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from analyses.ground_truth.bench import DEV_SEEDS, PROCESSES, Job, Ran, chosen_tasks, run_bench, test_seed
+from analyses.ground_truth.contestants import names
+from analyses.ground_truth.exchange import export, exported, handed_in
+from analyses.ground_truth.score import score
+from analyses.ground_truth.words import readme_table, sentences
+from analyses.results.provenance import versions
+from probes import planted
+from probes.errors import OptionError, unknown
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- depth: begin -->", "<!-- depth: end -->"
+TIERS = ("compiled", "noised", "trained")
+
+
+def split(text: str) -> tuple[str, ...]:
+    """The parts of a list with commas."""
+    return tuple(part for part in text.split(",") if part)
+
+
+def tiers_of(text: str) -> tuple[str, ...]:
+    """The tiers of a list."""
+    if wrong := set(split(text)) - set(TIERS):
+        raise OptionError(unknown("tier", min(wrong), TIERS))
+    return split(text)
+
+
+def seeds_of(text: str, task: str) -> tuple[int, ...]:
+    """The seeds of a task: numbers, `dev`, or `test`, which exists from the release's tag on."""
+    if text == "dev":
+        return DEV_SEEDS
+    if text == "test":
+        tag = f"v{versions()['bathyscope']}"
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), "tag", "--list", tag], capture_output=True, text=True, check=False
+        )
+        if done.stdout.strip() != tag:
+            raise OptionError(f"seeds test exist once this version is tagged {tag}: give dev, or numbers")
+        return (test_seed(tag, task),)
+    if not all(part.isdigit() for part in split(text)):
+        raise OptionError(f"seeds {text!r} are none: give dev, test, or numbers such as 0,1,2")
+    return tuple(int(part) for part in split(text))
+
+
+def jobs_of(options: argparse.Namespace) -> list[Job]:
+    """One job a task and seed."""
+    methods = split(options.methods)
+    if wrong := set(methods) - set(names()):
+        raise OptionError(unknown("method", min(wrong), names()))
+    tasks = chosen_tasks(tiers_of(options.tier), split(options.tasks), options.quick)
+    return [Job(task, seed, methods) for task in tasks for seed in seeds_of(options.seeds, task)]
+
+
+def write_readme(table: str) -> None:
+    """Put the table between the README's markers."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise OptionError(f"README.md has no markers {BEGIN} and {END}: put them where the table belongs")
+    before, _, rest = text.partition(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the benchmark, print its table and digest, and save it where that is asked for."""
+    jobs = jobs_of(options)
+    ran: Ran = run_bench(jobs, options.processes, note=lambda line: print(line, file=sys.stderr))
+    summary = ran.scored.summary
+    print(readme_table(summary))
+    print("\n".join(sentences(summary[~summary["method"].str.startswith("control")])))
+    print(f"{len(jobs)} tasks, {len(ran.answers)} answers, {ran.seconds:.0f} s on {options.processes} processes")
+    print(f"digest {ran.digest}")
+    if options.out:
+        print(ran.save(options.out) / "report.html")
+    if options.write:
+        write_readme(readme_table(summary))
+
+
+def score_folder(folder: str) -> None:
+    """Print what the answers in an exported folder are worth."""
+    tasks = [name.partition("@") for name in exported(folder)]
+    answers = handed_in(folder)
+    scored = score(answers, records=[planted.task(task, seed=int(seed)).record for task, _, seed in tasks])
+    print(readme_table(scored.summary))
+    print("\n".join(sentences(scored.summary)))
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", nargs="?", choices=("run", "export", "score"), default="run")
+    parser.add_argument("folder", nargs="?", help="of export and score")
+    parser.add_argument("--quick", action="store_true", help="16 tasks, within a minute")
+    parser.add_argument("--tier", default=",".join(TIERS))
+    parser.add_argument("--tasks", default="", help="task ids, such as A2,C1; all of the tiers where none is named")
+    parser.add_argument("--methods", default="", help=f"of {', '.join(names())}")
+    parser.add_argument("--seeds", default="0", help="numbers, dev (0 to 4) or test")
+    parser.add_argument("--processes", type=int, default=PROCESSES)
+    parser.add_argument("--out", help="folder for answers, tables and a report")
+    parser.add_argument("--write", action="store_true", help="put the table into the README")
+    options = parser.parse_args()
+    if options.action != "run" and not options.folder:
+        raise OptionError(f"{options.action} needs a folder: bathyscope bench depth {options.action} DIR")
+    if options.action == "export":
+        tasks = [planted.task(job.task, seed=job.seed) for job in jobs_of(options)]
+        print(export(tasks, options.folder))
+    elif options.action == "score":
+        score_folder(options.folder)
+    else:
+        run(options)
+
+
+if __name__ == "__main__":
+    main()

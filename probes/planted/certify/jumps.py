@@ -1,0 +1,39 @@
+"""Which jumps back mend a wrong answer: the stream after one block enters an earlier block again."""
+
+from __future__ import annotations
+
+import torch
+
+from probes.planted.certify.bench import Bench
+from probes.planted.certify.measured import Measured, set_of
+from probes.planted.record import Question
+
+
+@torch.no_grad()
+def mending(bench: Bench, question: Question) -> Measured:
+    """Measure the share of wrong answers that each jump a->b puts right; where none is wrong there is nothing to mend.
+
+    With a position, the stream after block a is brought back there alone.
+    """
+    wrong = [
+        example for example, named in zip(bench.examples, bench.plain.tolist(), strict=True) if named != example.answer
+    ]
+    if not wrong:
+        return Measured({}, question.nothing)
+    few = Bench(bench.task, wrong).few(24)
+    shares = {}
+    for b in range(few.layers):
+        entering = few.streams[b + 1 :]
+        if question.position:
+            rows, columns = torch.arange(len(few.examples)), few.at(question.position)
+            brought = few.streams[b + 1 :, rows, columns]
+            entering = few.streams[b].repeat(len(entering), 1, 1, 1)
+            entering[:, rows, columns] = brought
+        ends = few.last.repeat(few.layers - b)
+        named = few.run_blocks(range(b, few.layers), entering.flatten(0, 1), ends).reshape(few.layers - b, -1)
+        for a in range(b, few.layers):
+            shares[f"{a}->{b}"] = float((named[a - b] == few.answers).float().mean())
+    return Measured(
+        {cell: share for cell, share in shares.items() if share > 0},
+        set_of(shares, least=bench.sure, most=1 - bench.sure) == question.truth,
+    )

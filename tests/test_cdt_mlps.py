@@ -1,0 +1,90 @@
+"""MLPs compared: their ablation against plain hooks, their attribution against the first-order effect."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import native
+from torch import Tensor
+
+from analyses.contextual_decomposition import ContextualDecomposition
+from analyses.contextual_decomposition.cases import Case, baseline_of
+from analyses.contextual_decomposition.mlp_effects import mlp_ablation, mlp_attribution
+from probes.decomposition import Baseline
+from probes.edits import read
+from probes.models.protocol import Model
+from probes.points import Address
+from probes.prompts import Prompt
+
+ROWS = [[5, 6, 7, 8], [9, 4, 3, 8], [2, 11, 7, 10]]
+
+
+def case_on(model: Model) -> tuple[Case, Baseline]:
+    references = tuple(map(tuple, ROWS[1:]))
+    case = Case(0, tuple(ROWS[0]), (5,), (7,), references, (0, 1, 2, 3), "length 4")
+    return case, baseline_of(model, references)
+
+
+def near(model: Model, case: Case, step: float) -> Baseline:
+    """A baseline a small step away from the prompt's own MLP outputs."""
+    addresses = [Address("mlp_out", layer) for layer in range(model.shape.n_layers)]
+    own = torch.cat(list(read(model, torch.tensor([case.tokens]), addresses).values()))
+    generator = torch.Generator().manual_seed(0)
+    moved = own + step * torch.randn(own.shape, generator=generator)
+    return replace(baseline_of(model, case.references), mlp_out=moved)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "gpt_neox", "gemma2"])
+def test_attribution_is_the_first_order_effect(family: str) -> None:
+    model = native(family)
+    case, _ = case_on(model)
+    baseline = near(model, case, 1e-3)
+    attribution = mlp_attribution(model, case, baseline)
+    assert attribution is not None
+    effect = mlp_ablation(model, case, baseline, range(model.shape.n_layers))
+    assert attribution.double().tolist() == pytest.approx(effect.tolist(), rel=0.05, abs=2e-5)
+
+
+def test_ablation_equals_a_plain_hook() -> None:
+    model = native("gpt2")
+    case, baseline = case_on(model)
+    tokens = torch.tensor([case.tokens])
+
+    def metric(layer: int | None) -> float:
+        def replaced(_, __, output: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+            return baseline.mlp_out[layer].expand_as(output)
+
+        mlp = None if layer is None else model.module.transformer.h[layer].mlp
+        hook = None if mlp is None else mlp.register_forward_hook(replaced)
+        with torch.no_grad():
+            logits = model.module(tokens).logits[0, -1]
+        if hook is not None:
+            hook.remove()
+        return float(logits[5] - logits[7])
+
+    n_layers = model.shape.n_layers
+    expected = [metric(None) - metric(layer) for layer in range(n_layers)]
+    assert max(map(abs, expected)) > 1e-3
+    assert mlp_ablation(model, case, baseline, range(n_layers)).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_model_that_normalises_each_sum_has_no_attribution_of_mlps() -> None:
+    model = native("opt_post_norm")
+    case, baseline = case_on(model)
+    assert mlp_attribution(model, case, baseline) is None
+
+
+def test_the_table_of_mlps_and_its_forwards() -> None:
+    prompts = [Prompt(tuple(row), None, {"answer_tokens": [5], "distractor_tokens": [7]}) for row in ROWS]
+    analysis = ContextualDecomposition(search_steps=0, random_circuits=0, words="none")
+    model = native("gpt2")
+    result = analysis.run(model, prompts)
+    table = result.tables["mlps"]
+    assert table["layer"].tolist() == list(range(model.shape.n_layers))
+    assert {"score", "attribution", "attribution_low", "ablation", "ablation_high"} <= set(table)
+    assert result.provenance["counts"]["intervention_forwards"] == analysis.interventions(model, prompts).total
+    without = replace(analysis, ablation=False).run(model, prompts).tables
+    assert "ablation" not in without["mlps"]
+    assert "mlps" not in replace(analysis, mlps=False).run(model, prompts).tables

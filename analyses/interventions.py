@@ -21,6 +21,8 @@ class Interventions:
     """What is done (`block removals`, `knock-outs`) to its forwards."""
     exact: bool = True
     """False where results on the way decide how many: then the numbers are upper bounds."""
+    detail: str = ""
+    """What else a dry run says of them, such as the work and the time they take."""
 
     @property
     def total(self) -> int:
@@ -32,7 +34,8 @@ class Interventions:
         if not self.total:
             return None
         parts = ", ".join(f"{count:,} {name}" for name, count in self.forwards.items() if count)
-        return f"and {'' if self.exact else 'up to '}{count(self.total, 'forward')} with interventions ({parts})"
+        said = f"and {'' if self.exact else 'up to '}{count(self.total, 'forward')} with interventions ({parts})"
+        return f"{said}: {self.detail}" if self.detail else said
 
 
 class Tally:

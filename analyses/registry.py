@@ -19,6 +19,7 @@ ANALYSES: Mapping[str, str] = {
     "depth_use": "analyses.depth_use:DepthUse",
     "norm_removal": "analyses.norm_removal:NormRemoval",
     "contextual_decomposition": "analyses.contextual_decomposition:ContextualDecomposition",
+    "causal_patching": "analyses.causal_patching:CausalPatching",
 }
 """Name to the dotted path of the class. To add an analysis here, add its line."""
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from analyses.causal_patching import CausalPatching
 from analyses.cli import main
 from analyses.results.result import Result
-from probes.errors import OptionError, PromptError
 from probes.models.backends.native import NativeModel
 from probes.points import Address
 from probes.prompts import Prompt

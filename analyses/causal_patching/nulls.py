@@ -16,7 +16,7 @@ def null_partner(pair: Pair, pairs: Sequence[Pair], direction: Direction, null: 
     `unrelated`: of the same length, its answers in neither set of this pair. `same_class`: of the same length, with the
     same answers on the side that is copied from, and other tokens.
     """
-    if null == "none" or pair.span is not None and null == "same_class":
+    if null == "none" or (pair.span is not None and null == "same_class"):
         return None
     place = next(i for i, other in enumerate(pairs) if other.index == pair.index)
     length = len(pair.base(direction))

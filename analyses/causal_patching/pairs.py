@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -23,7 +24,7 @@ def check_text(value: Any) -> str | None:
 def check_alignment(value: Any) -> str | None:
     """Say what is wrong with an `alignment` field; None if nothing is."""
     pairs = isinstance(value, list) and value and all(_ints(item, 2) and min(item) >= 0 for item in value)
-    rising = pairs and all(a[0] < b[0] and a[1] < b[1] for a, b in zip(value, value[1:], strict=False))
+    rising = pairs and all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise(value))
     return None if rising else "must be a list of [clean, corrupted] positions, both rising, such as [[0, 0], [2, 3]]"
 
 

@@ -134,7 +134,7 @@ def noise_floor(run: Run) -> float:
 def count_cells(run: Run, samples: int) -> dict[str, int]:
     """Return how many patched forwards the pairs of a run take, by kind."""
     counts = {f"{direction} cells": 0 for direction in run.directions} | {"null cells": 0}
-    for pair, direction, cells, nulls in _live(run):
+    for _pair, direction, cells, nulls in _live(run):
         counts[f"{direction} cells"] += len(cells) * samples
         counts["null cells"] += len(cells) * samples * nulls
     return counts

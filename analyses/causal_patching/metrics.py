@@ -24,7 +24,11 @@ MIN_KL = 0.01
 
 
 def metrics_of(
-    names: Sequence[str], scores: Float[Tensor, "row token"], n_answers: int, kl: Float[Tensor, " row"]
+    names: Sequence[str],
+    scores: Float[Tensor, "row token"],
+    n_answers: int,
+    kl: Float[Tensor, " row"],
+    detached: bool = True,
 ) -> Float[Tensor, "row metric"]:
     """Return the metrics of rows from the log-probabilities of answers and, after them, distractors.
 
@@ -35,6 +39,7 @@ def metrics_of(
         scores: log-probabilities, in nats.
         n_answers: how many of the tokens are answers.
         kl: divergence from the clean run, in nats; empty where it is not among the metrics.
+        detached: float64 on the CPU, for tables; otherwise as it came, for gradients.
     """
     answers, distractors = scores[:, :n_answers], scores[:, n_answers:]
     columns = {
@@ -44,7 +49,8 @@ def metrics_of(
         "prob_diff": lambda: answers.exp().sum(-1) - distractors.exp().sum(-1),
         "kl": lambda: kl,
     }
-    return torch.stack([columns[name]().double() for name in names], dim=-1).cpu()
+    table = torch.stack([columns[name]() for name in names], dim=-1)
+    return table.double().cpu() if detached else table
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,11 @@ import pandas as pd
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.causal_patching import costs
 from analyses.causal_patching.cells import Component, check_components
+from analyses.causal_patching.circuit import SHARES, CircuitPlan
 from analyses.causal_patching.corruption import Noise, SigmaOver, element_deviation
 from analyses.causal_patching.decision import window_table
+from analyses.causal_patching.edges import Rule
+from analyses.causal_patching.estimates import EstimatePlan, estimates
 from analyses.causal_patching.figures import FIGURES
 from analyses.causal_patching.journal import Journal, journal_in
 from analyses.causal_patching.metrics import Metric
@@ -21,6 +24,7 @@ from analyses.causal_patching.notes import run_notes
 from analyses.causal_patching.nulls import Null
 from analyses.causal_patching.pairs import FIELDS, Direction, Pair, pair_of, resolved
 from analyses.causal_patching.patched import GridPlan, pairs_table
+from analyses.causal_patching.paths import Through
 from analyses.causal_patching.profiles import PROFILES
 from analyses.causal_patching.running import Run, count_cells, noise_floor
 from analyses.causal_patching.selection import check_gaps, gauge
@@ -78,6 +82,26 @@ class CausalPatching(Analysis):
         "unrelated",
         "Also copy from a prompt that does not hold the fact: another answer's, or the same answer's in other words.",
     )
+    attribution: tuple[Literal["none", "atp", "atp_star", "eap", "eap_ig"], ...] = option(
+        ("none",), "Estimate every cell (atp; atp_star for sizes alone) or every edge (eap, eap_ig) from gradients."
+    )
+    ig_steps: int = option(5, "eap_ig: runs between the corrupted and the clean prompt.", low=1, high=100)
+    ig_rule: Rule = option("gauss", "eap_ig: where on the line they lie.")
+    verify: int = option(
+        32, "Estimates that are patched exactly: so many of the largest, and as many at random.", low=0, high=1000
+    )
+    paths: tuple[str, ...] = option((), "Edges to patch exactly, such as 9.6>10.0.q, embed>m2 or m4>logits.")
+    through: Through = option("residual", "paths: the edge alone, or also MLPs on the way.")
+    max_edges: int = option(2000, "paths: more than these are refused.", low=1)
+    circuit: Literal["none", "nodes"] = option("none", "Try circuits of heads and MLPs, ordered by each method.")
+    ablation: Literal["counterfactual", "zero"] = option(
+        "counterfactual", "circuit: what everything outside becomes, the corrupted run's or zero."
+    )
+    circuit_methods: tuple[Literal["exact", "atp", "atp_star"], ...] = option(
+        ("exact", "atp"), "circuit: what orders the nodes; exact patches each by itself."
+    )
+    sizes: tuple[float, ...] = option(SHARES, "circuit: sizes, as shares of all heads and MLPs.", low=0, high=1)
+    n_random: int = option(20, "circuit: random circuits of each size, and as many of each layer's.", low=0)
     seed: int = option(0, "Seed of generated pairs, noise, signs and intervals.")
 
     name: ClassVar[str] = "causal_patching"
@@ -111,6 +135,25 @@ class CausalPatching(Analysis):
         window = self.window if self.window in ("prefix", "suffix") else int(self.window)
         return GridPlan(self.components, self.heads, self.roles, window)
 
+    @property
+    def estimates(self) -> EstimatePlan:
+        """What is estimated, verified and tried beside the grid."""
+        circuits = None
+        if self.circuit != "none":
+            circuits = CircuitPlan(self.circuit_methods, self.sizes, self.ablation, self.n_random, self.seed)
+        methods = tuple(method for method in self.attribution if method != "none")
+        return EstimatePlan(
+            methods,
+            self.ig_steps,
+            self.ig_rule,
+            self.verify,
+            self.paths,
+            self.through,
+            self.max_edges,
+            circuits,
+            self.seed,
+        )
+
     def collect(self, model: Model, prompts: PromptsLike = ()) -> list[Prompt]:
         """Return the clean prompts, each with its pair as token ids in its fields.
 
@@ -131,7 +174,9 @@ class CausalPatching(Analysis):
     def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
         """Count the cells of all pairs, before it is known which of them the model tells apart."""
         pairs = [pair for pair in self._pairs(prompts) if not pair.reason]
-        return costs.planned(self._run(model, pairs, Tally(QUIET), None), self._samples)
+        run = self._run(model, pairs, Tally(QUIET), None)
+        further = self.estimates.forwards(len(pairs), model.shape.n_layers * (model.shape.n_heads + 1))
+        return costs.planned(run, self._samples, further)
 
     def run(
         self,
@@ -141,10 +186,12 @@ class CausalPatching(Analysis):
         store: ActivationStore | None = None,
         progress: Progress = QUIET,
     ) -> Result:
-        """Return the tables `pairs`, `cells`, `map` and `window`.
+        """Return the tables `pairs`, `cells`, `map` and `window`; by option `nodes`, `edges`, `verification`, `paths`,
+        `faithfulness` and `circuit_area`.
 
         Raises:
             OptionError: a component or layer that the model does not have.
+            PointError: edges, paths or circuits of a model that keeps its blocks to itself.
             PromptError: a line that is no pair, or pairs that the model does not tell apart.
         """
         clock, store = Clock(), store or ActivationStore()
@@ -153,6 +200,7 @@ class CausalPatching(Analysis):
         tally = Tally(progress)
         usable = [pair for pair in pairs if not pair.reason]
         run = self._run(model, usable, tally, store)
+        self.estimates.check(run)
         ends, reasons = gauge(run, self.min_gap, progress)
         reasons = {**{pair.index: pair.reason for pair in pairs if pair.reason}, **reasons}
         check_gaps(pairs, ends, reasons, self.min_pairs, self.metric[0])
@@ -166,6 +214,9 @@ class CausalPatching(Analysis):
         tables["window"] = window_table(cells, tables["pairs"], self.metric[0], self.seed)
         tables["pairs"]["corruption"] = self.corruption
         notes = run_notes(pairs, tables, self.nulls, run.noise, noise_floor(run))
+        further, said = estimates(run, self.estimates, ends, progress)
+        tables |= further
+        notes += said
         run.journal.close()
         done = {"pairs": len(kept), "pairs_left_out": len(pairs) - len(kept)}
         return make_result(self, model, questions, tables, None, clock, notes, done, tally.forwards)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from analyses.causal_patching.cells import EVERYWHERE
 from analyses.causal_patching.opened import first_patched
@@ -11,9 +12,9 @@ from analyses.causal_patching.running import Run, block_rows, count_cells
 from analyses.interventions import Interventions
 
 
-def planned(run: Run, samples: int) -> Interventions:
-    """Return the cells of all pairs, at most, with their block-rows and an estimate of the time."""
-    counts = count_cells(run, samples)
+def planned(run: Run, samples: int, further: Mapping[str, int]) -> Interventions:
+    """Return the cells of all pairs, at most, with their block-rows and an estimate of the time, and further forwards by kind."""
+    counts = {**count_cells(run, samples), **further}
     return Interventions(counts, exact=False, detail=_detail(run, samples))
 
 
@@ -26,7 +27,7 @@ def _detail(run: Run, samples: int) -> str:
     whole = rows / (shape.n_layers * tokens)
     pair = pairs[0]
     return (
-        f"{rows:,} block-rows, as many as {whole:,.0f} whole forwards; the first pair differs at position "
+        f"the cells are {rows:,} block-rows, as many as {whole:,.0f} whole forwards; the first pair differs at position "
         f"{pair.first_difference} of {len(pair.clean)}; about {_seconds(run, rows, samples):,.0f} s"
     )
 

@@ -7,7 +7,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from analyses.causal_patching.cells import ADDED
-from analyses.causal_patching.statistics import by_group, signs, wide
+from analyses.causal_patching.statistics import by_group, live_roles, signs, wide
 from analyses.results.statistics import percentiles, resampled_ratios
 
 Array = NDArray[np.float64]
@@ -48,6 +48,7 @@ def window_table(cells: pd.DataFrame, pairs: pd.DataFrame, metric: str, seed: in
         metric: the one on which the bounds are taken.
         seed: of resampling.
     """
+    cells = live_roles(cells)
     own = cells[(cells["source"] == "pair") & (cells["metric"] == metric) & (cells["head"] < 0)]
     kept = pairs[pairs["kept"] & (pairs["metric"] == metric)].set_index("pair")
     rows = []

@@ -92,7 +92,7 @@ class Opener:
     def ends(self, pair: Pair, noise: Tensor | None) -> list[Float[Tensor, " metric"]]:
         """Return the metrics of the clean and of the corrupted run."""
         grids = self._grids(pair, noise)
-        reader = self._reader(pair, grids[False].unpatched)
+        reader = self.reader(pair, grids[False].unpatched)
         return [reader.read(grids[corrupted].unpatched[None])[0] for corrupted in (False, True)]
 
     def _grids(self, pair: Pair, noise: Tensor | None) -> dict[bool, ResumedGrid | WholeForwards]:
@@ -102,7 +102,7 @@ class Opener:
     def open(self, pair: Pair, directions: Sequence[Direction], noise: Tensor | None) -> list[Opened]:
         """Run both prompts of a pair, and open one of them for each direction."""
         grids = self._grids(pair, noise)
-        reader = self._reader(pair, grids[False].unpatched)
+        reader = self.reader(pair, grids[False].unpatched)
         ends = [reader.read(grids[corrupted].unpatched[None])[0] for corrupted in (False, True)]
         opened = []
         for direction in directions:
@@ -113,7 +113,8 @@ class Opener:
             opened.append(Opened(pair, direction, grid, reader, sources, start, *ends))
         return opened
 
-    def _reader(self, pair: Pair, clean: Tensor) -> RowReader | LogitReader:
+    def reader(self, pair: Pair, clean: Tensor) -> RowReader | LogitReader:
+        """Return what reads last rows of a pair; `clean` is the clean run's."""
         if resumable(self.model):
             return RowReader(self.model.unembedding(), pair, self.metrics, clean)
         return LogitReader(pair, self.metrics, clean)

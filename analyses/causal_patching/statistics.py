@@ -32,6 +32,12 @@ def wide(cells: pd.DataFrame, value: str = "effect") -> pd.DataFrame:
     )
 
 
+def live_roles(cells: pd.DataFrame) -> pd.DataFrame:
+    """Return the cells of roles at which the runs of some pair differ; before the first difference nothing can change."""
+    changing = cells.groupby("role")["exact_zero"].transform("min")
+    return cells[~changing.astype(bool)]
+
+
 def by_group(values: Array, groups: NDArray[np.int64]) -> Array:
     """Return sums of rows [pair, column] over groups, [group, column]."""
     out = np.zeros((int(groups.max()) + 1, values.shape[1]))
@@ -113,7 +119,7 @@ def map_table(cells: pd.DataFrame, pairs: pd.DataFrame, seed: int) -> pd.DataFra
         pairs: as `patched.pairs_table`.
         seed: of resampling and of signs.
     """
-    kept = pairs[pairs["kept"]]
+    kept, cells = pairs[pairs["kept"]], live_roles(cells)
     own = wide(cells[cells["source"] == "pair"])
     groups = kept.drop_duplicates("pair").set_index("pair")["group"].reindex(own.index)
     group = pd.factorize(groups)[0].astype(np.int64)

@@ -50,9 +50,13 @@ class Tally:
         self.progress.start(forwards, what)
 
     def tick(self, forwards: int) -> None:
-        """Count forwards that were run."""
-        self.forwards += forwards
+        """Count forwards that were run, and show them."""
+        self.count(forwards)
         self.progress.advance(forwards)
+
+    def count(self, forwards: int) -> None:
+        """Count forwards that were run while something else is shown."""
+        self.forwards += forwards
 
 
 def swept(n: int, chosen: Sequence[int], stride: int, name: str = "layer") -> list[int]:

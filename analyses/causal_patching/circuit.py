@@ -117,7 +117,7 @@ def circuit_metrics(run: Run, circuits: Sequence[Sequence[Sender]], ablation: st
         one, opener = ablated(run, pair, ablation)
         reader = opener.reader(pair, one.grid.unpatched)
         out.append(reader.read(one.last_rows(keep))[:, 0].numpy())
-        run.tally.tick(len(circuits))
+        run.tally.count(len(circuits))
         progress.advance()
     return np.stack(out)
 
@@ -140,7 +140,7 @@ def node_scores(run: Run, method: str, progress: Progress) -> Array:
             reader = opener.reader(pair, one.grid.unpatched)
             values = reader.read(torch.cat([one.grid.unpatched[None], one.last_rows(keep)]))[:, 0].numpy()
             out.append(values[0] - values[1:])
-            run.tally.tick(len(nodes))
+            run.tally.count(len(nodes))
         else:
             attributed = Attributed(run.model, pair, "noise", run.metrics[0])
             scores = attributed.scores(cells, "atp" if method == "atp" else "atp_star").double().numpy()

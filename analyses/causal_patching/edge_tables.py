@@ -125,7 +125,7 @@ def exact_edges(run: Run, edges: Sequence[Edge], direction: Direction, through: 
     out = []
     for pair in run.pairs:
         out.append(OpenedEdges.of(run, pair, direction, senders).effects(run.model, edges, through, parallel))
-        run.tally.tick(len(edges))
+        run.tally.count(len(edges))
         progress.advance()
     return np.stack(out)
 

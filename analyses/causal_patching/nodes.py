@@ -83,5 +83,5 @@ def exact_effects(run: Run, places: Sequence[Place], direction: Direction) -> Ar
             opened = opener.open(pair, (direction,), noise)[0]
             sums[has] += (opened.patched(own)[:, 0] - opened.base[0]).numpy()
             counts[has] += 1
-        run.tally.tick(len(own))
+        run.tally.count(len(own))
     return sums / np.maximum(counts, 1)

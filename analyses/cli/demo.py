@@ -10,6 +10,7 @@ import typer
 
 from analyses.back_patching import BackPatching
 from analyses.base import Analysis
+from analyses.causal_patching import CausalPatching
 from analyses.cli.console import ConsoleProgress, say
 from analyses.cli.run import StoreDir
 from analyses.communication_channels import CommunicationChannels
@@ -62,6 +63,7 @@ DEMO: tuple[Analysis, ...] = (
     ContextualDecomposition(
         task="ioi", n_prompts=2, n_references=6, search_steps=2, shares=(0.02, 0.1, 0.3), random_circuits=4, mlps=False
     ),
+    CausalPatching(task="facts", n_pairs=8, heads="none"),
 )
 """What the demo runs, with the options of its report."""
 

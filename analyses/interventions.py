@@ -21,6 +21,8 @@ class Interventions:
     """What is done (`block removals`, `knock-outs`) to its forwards."""
     exact: bool = True
     """False where results on the way decide how many: then the numbers are upper bounds."""
+    detail: str = ""
+    """What else a dry run says of them, such as the work and the time they take."""
 
     @property
     def total(self) -> int:
@@ -32,7 +34,8 @@ class Interventions:
         if not self.total:
             return None
         parts = ", ".join(f"{count:,} {name}" for name, count in self.forwards.items() if count)
-        return f"and {'' if self.exact else 'up to '}{count(self.total, 'forward')} with interventions ({parts})"
+        said = f"and {'' if self.exact else 'up to '}{count(self.total, 'forward')} with interventions ({parts})"
+        return f"{said}: {self.detail}" if self.detail else said
 
 
 class Tally:
@@ -47,9 +50,13 @@ class Tally:
         self.progress.start(forwards, what)
 
     def tick(self, forwards: int) -> None:
-        """Count forwards that were run."""
-        self.forwards += forwards
+        """Count forwards that were run, and show them."""
+        self.count(forwards)
         self.progress.advance(forwards)
+
+    def count(self, forwards: int) -> None:
+        """Count forwards that were run while something else is shown."""
+        self.forwards += forwards
 
 
 def swept(n: int, chosen: Sequence[int], stride: int, name: str = "layer") -> list[int]:

@@ -20,6 +20,7 @@ ANALYSES: Mapping[str, str] = {
     "depth_use": "analyses.depth_use:DepthUse",
     "norm_removal": "analyses.norm_removal:NormRemoval",
     "contextual_decomposition": "analyses.contextual_decomposition:ContextualDecomposition",
+    "causal_patching": "analyses.causal_patching:CausalPatching",
 }
 """Name to the dotted path of the class. To add an analysis here, add its line."""
 
@@ -28,6 +29,7 @@ TITLES: Mapping[str, str] = {
     "logit_lens": "Logit lens",
     "lenses": "Lenses",
     "back_patching": "Back-patching: hopping too late",
+    "causal_patching": "Causal patching: where a change decides the answer",
     "communication_channels": "Communication channels between heads",
     "concept_depth": "Concept depth: linear probes along the layers",
     "latent_language": "Latent languages by the lens",

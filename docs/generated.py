@@ -32,6 +32,7 @@ DRAWN = {
     "depth_use": "measured_loss",
     "norm_removal": "freeze_effect",
     "contextual_decomposition": "heads",
+    "causal_patching": "curves",
 }
 """The figure of each analysis that the gallery shows."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from analyses.back_patching import BackPatching
 from analyses.base import Analysis
+from analyses.causal_patching import CausalPatching
 from analyses.communication_channels import CommunicationChannels
 from analyses.concept_depth import ConceptDepth
 from analyses.contextual_decomposition import ContextualDecomposition
@@ -45,6 +46,13 @@ SMALL: dict[str, tuple[Analysis, list[Prompt]]] = {
     "contextual_decomposition": (
         ContextualDecomposition(mode="zero", random_circuits=0, mlps=False),
         [line((5, 6, 7), answer_tokens=[8], distractor_tokens=[9]), line((9, 5, 6), answer_tokens=[4], distractor_tokens=[3])],
+    ),
+    "causal_patching": (
+        CausalPatching(min_gap=0, min_pairs=1),
+        [
+            line((92, 73, 76), corrupted_tokens=[92, 39, 76], answer_tokens=[5], distractor_tokens=[21]),
+            line((91, 33, 38), corrupted_tokens=[91, 11, 38], answer_tokens=[30], distractor_tokens=[63]),
+        ],
     ),
 }  # fmt: skip
 """Per name: the analysis and its prompts."""

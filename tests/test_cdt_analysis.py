@@ -13,12 +13,12 @@ import torch
 from tiny import native
 from torch import Tensor
 
+from analyses.circuits import normalised, sizes_of
 from analyses.cli import main
 from analyses.contextual_decomposition import ContextualDecomposition
 from analyses.contextual_decomposition.agreement import agreement_tables
 from analyses.contextual_decomposition.cases import case_of, generated_questions
 from analyses.contextual_decomposition.circuit import pruned, ranked
-from analyses.contextual_decomposition.faithfulness import normalised, sizes_of
 from analyses.contextual_decomposition.word_relevance import words_of
 from analyses.results.result import Result
 from analyses.tasks import docstring, greater_than, ioi

@@ -12,6 +12,7 @@ import typer
 
 from analyses.back_patching import BackPatching
 from analyses.base import Analysis
+from analyses.causal_patching import CausalPatching
 from analyses.cli.console import ConsoleProgress, say
 from analyses.cli.report import check_page
 from analyses.cli.run import StoreDir
@@ -85,6 +86,9 @@ DEMO = (
         12,
     ),
     Step(NormRemoval(split_paths=False, neurons=0, stride=3), NormRemoval(split_paths=False, neurons=4), 10),
+    Step(
+        CausalPatching(task="facts", n_pairs=4, heads="none"), CausalPatching(task="facts", n_pairs=8, heads="none"), 10
+    ),
     Step(
         DepthUse(
             parts=("block",), bits=(8,), windows=(2,), skip_prompts=2, erasure_prompts=0, gradient_prompts=0, greedy_steps=0,

@@ -11,12 +11,13 @@ import pandas as pd
 from torch import Tensor
 
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
+from analyses.circuits import sizes_of
 from analyses.contextual_decomposition import costs
 from analyses.contextual_decomposition import tables as tabulate
 from analyses.contextual_decomposition.agreement import agreement_notes, agreement_tables
 from analyses.contextual_decomposition.cases import Case, case_of, generated_questions, given_cases
 from analyses.contextual_decomposition.circuit import Search
-from analyses.contextual_decomposition.faithfulness import faithfulness_table, sizes_of
+from analyses.contextual_decomposition.faithfulness import faithfulness_table
 from analyses.contextual_decomposition.figures import FIGURES, PROFILES
 from analyses.contextual_decomposition.mlp_effects import mlps_table
 from analyses.contextual_decomposition.prepared_cases import (

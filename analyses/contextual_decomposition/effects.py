@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from analyses.contextual_decomposition.cases import Case
-from probes.blocks.rerouting import module_of
 from probes.decomposition import Baseline, Decomposer, Rules
 from probes.decomposition import rules as rule
 from probes.decomposition.walk import Prepared
-from probes.hooks.forward_hooks import tensor_of
+from probes.gradients import values_and_gradients
 from probes.models.protocol import Model
+from probes.points import Address
 
 
 def attribution_patching(model: Model, case: Case, baseline: Baseline | None) -> Float[Tensor, "layer pos head"]:
@@ -23,30 +20,14 @@ def attribution_patching(model: Model, case: Case, baseline: Baseline | None) ->
 
     Attribution patching (Nanda 2023; Syed, Rager, Conmy 2023) at nodes; one forward and one backward.
     """
-    with module_of(model) as (module, anatomy), ExitStack() as stack, torch.enable_grad():
-        seen: dict[int, Tensor] = {}
-        for layer in range(anatomy.n_layers):
-            hook = anatomy.component("attn.o", layer).register_forward_pre_hook(_keep(seen, layer))
-            stack.callback(hook.remove)
-        entry = anatomy.component("embed").register_forward_hook(lambda _, __, out: out.detach().requires_grad_())
-        stack.callback(entry.remove)
-        kwargs: dict[str, Any] = {"use_cache": False} if model.shape.causal else {}
-        output = module(input_ids=torch.tensor([case.tokens], device=model.device), **kwargs)
-        logits = tensor_of(output)[0, -1, torch.tensor(case.ids, device=model.device)]
-        zs = [seen[layer] for layer in range(anatomy.n_layers)]
-        gradients = torch.autograd.grad(case.metric(logits.float()), zs)
-    out = []
-    for layer, (z, gradient) in enumerate(zip(zs, gradients, strict=True)):
-        shaped = (model.shape.n_heads, model.shape.d_head)
-        change = z.detach().reshape(len(case.tokens), *shaped).float()
-        if baseline is not None:
-            change = change - baseline.z[layer].to(change)
-        out.append((change * gradient.reshape(len(case.tokens), *shaped).float()).sum(-1))
-    return torch.stack(out).cpu()
-
-
-def _keep(seen: dict[int, Tensor], layer: int) -> Any:
-    return lambda _, args: seen.__setitem__(layer, args[0])
+    ids = torch.tensor(case.ids, device=model.device)
+    addresses = [Address("z", layer) for layer in range(model.shape.n_layers)]
+    values, gradients = values_and_gradients(
+        model, torch.tensor([case.tokens]), addresses, lambda logits: case.metric(logits[:, ids])
+    )
+    z, gradient = (torch.stack([of[address][0].float() for address in addresses]) for of in (values, gradients))
+    change = z if baseline is None else z - baseline.z.to(z)
+    return (change * gradient).sum(-1).cpu()
 
 
 @torch.no_grad()

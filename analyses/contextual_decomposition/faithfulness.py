@@ -12,8 +12,8 @@ from jaxtyping import Bool
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analyses.circuits import draw_items, interval, normalised, random_columns, sizes_of
 from analyses.contextual_decomposition.ablation import Ablation
-from analyses.results.statistics import MIN_CLUSTERS, draw_groups, percentiles
 from probes.decomposition import Node
 from probes.progress import QUIET, Progress
 
@@ -49,17 +49,6 @@ def metrics(ablations: Sequence[Ablation], circuits: Sequence[Keep], progress: P
     return np.stack(out)
 
 
-def normalised(values: Array, full: Array, empty: Array) -> Array:
-    """Return (m(C) - m(empty)) / (m(full) - m(empty)), [...], of means over prompts of the metric [prompt, ...]."""
-    span = full.mean(0) - empty.mean(0)
-    return np.asarray((values.mean(0) - empty.mean(0)) / span if span else np.full(values.shape[1:], np.nan))
-
-
-def sizes_of(shares: Sequence[float], n_heads: int) -> list[int]:
-    """Turn shares of all heads into numbers of heads, without repeats."""
-    return sorted({min(n_heads, max(1, round(share * n_heads))) for share in shares})
-
-
 def faithfulness_table(
     ablations: Sequence[Ablation],
     full: Array,
@@ -89,19 +78,16 @@ def faithfulness_table(
     rng = np.random.default_rng(seed)
     plans: list[tuple[str, int, Sequence[Node]]] = [("circuit", len(circuit), circuit)] if circuit else []
     plans += [(method, size, order[:size]) for method, order in orders.items() for size in sizes]
-    drawn = {size: [_draw(rng, heads, size) for _ in range(n_random)] for size in {size for _, size, _ in plans}}
+    drawn = {size: [draw_items(rng, heads, size) for _ in range(n_random)] for size in {size for _, size, _ in plans}}
     circuits = [list(chosen) for _, _, chosen in plans] + [list(c) for size in drawn for c in drawn[size]]
     values = metrics(ablations, [Keep(tuple(chosen), heads) for chosen in circuits], progress)
     chosen, randoms = values[:, : len(plans)], _by_size(values[:, len(plans) :], drawn, full, empty)
     own = normalised(chosen, full, empty)
-    low, high = percentiles(_resampled(chosen, full, empty, seed), len(values))
+    low, high = interval(chosen, full, empty, seed)
     rows = []
     for column, (method, size, _) in enumerate(plans):
-        random = randoms[size]
-        beaten = float((random < own[column]).mean())
-        rows.append(
-            (method, size, own[column], low[column], high[column], random.mean(), *_band(random), beaten, n_random)
-        )
+        compared = random_columns(own[column], randoms[size])
+        rows.append((method, size, own[column], low[column], high[column], *compared, n_random))
     columns = [
         *("method", "size", "faithfulness", "ci_low", "ci_high", "random_mean", "random_low", "random_high"),
         *("random_share_beaten", "n_random"),
@@ -114,25 +100,3 @@ def _by_size(values: Array, drawn: Mapping[int, Sequence[object]], full: Array, 
     ends = np.cumsum([len(circuits) for circuits in drawn.values()])
     parts = np.split(normalised(values, full, empty), ends[:-1])
     return dict(zip(drawn, parts, strict=True))
-
-
-def _band(random: Array) -> tuple[float, float]:
-    """Return the 5 and 95 % points over random circuits; NaN where there are too few."""
-    if len(random) < MIN_CLUSTERS:
-        return float("nan"), float("nan")
-    low, high = np.quantile(random, [0.05, 0.95])
-    return float(low), float(high)
-
-
-def _resampled(values: Array, full: Array, empty: Array, seed: int) -> Array:
-    """Return the faithfulness [draw, circuit] over draws of prompts with replacement."""
-    n = len(values)
-    weights = (draw_groups(n, seed)[:, :, None] == np.arange(n)).mean(1)
-    base = weights @ empty
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray((weights @ values - base[:, None]) / (weights @ full - base)[:, None])
-
-
-def _draw(rng: np.random.Generator, heads: Sequence[Node], size: int) -> list[Node]:
-    """Draw distinct heads: `size` of them, or all where there are fewer."""
-    return [heads[int(i)] for i in rng.choice(len(heads), min(size, len(heads)), replace=False)]

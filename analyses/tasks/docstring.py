@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from analyses.tasks.item import Item, Keeps
+from analyses.tasks.item import Corruption, Item, Keeps, TextPair
 from analyses.tasks.usable_words import usable
 
 WORDS = (
@@ -53,3 +53,34 @@ def items(n: int, references: int, seed: int = 0, keeps: Keeps = lambda word: Tr
         wrong = tuple(" " + name for name in names if name != answer)
         drawn.append(Item(_text(names, described, prose), (" " + answer,), wrong, tuple(texts), "docstring"))
     return drawn
+
+
+def pairs(n: int, seed: int = 0, corruption: Corruption = "token", keeps: Keeps = lambda word: True) -> list[TextPair]:
+    """`n` pairs: the signature has another name in the place that is copied, or other names in every place.
+
+    Args:
+        keeps: which names are one token after a space.
+
+    Raises:
+        PromptError: too few names may be used.
+    """
+    drawn = []
+    for item in items(n, 1, seed, keeps):
+        answer = item.answers[0].strip()
+        signature = item.text[: item.text.index("):")]
+        start = signature.index(f", {answer}") + 2
+        others = [word for word in usable(WORDS, keeps, 2 * ARGUMENTS, "names") if word not in signature]
+        other = others[len(drawn) % len(others)]
+        corrupted = item.text[:start] + other + item.text[start + len(answer) :]
+        place = (start, start + len(answer))
+        if corruption == "reference":
+            drawn.append(
+                TextPair(item.text, item.references[0], item.answers, item.distractors, _roles(item.text, place), place)
+            )
+        else:
+            drawn.append(TextPair(item.text, corrupted, item.answers, (" " + other,), _roles(item.text, place), place))
+    return drawn
+
+
+def _roles(text: str, place: tuple[int, int]) -> dict[str, int]:
+    return {"name": place[1], "end": len(text)}

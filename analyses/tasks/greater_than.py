@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from analyses.tasks.item import Item, Keeps
+from analyses.tasks.item import Item, Keeps, TextPair
 from analyses.tasks.usable_words import usable
 
 EVENTS = (
@@ -47,4 +47,23 @@ def items(n: int, references: int, seed: int = 0, keeps: Keeps = lambda word: Tr
             earlier = tuple(str(d) for d in range(year // 10))
         text = TEXT.format(event=event, century=century, year=year)
         drawn.append(Item(text, later, earlier, tuple(texts), TEXT))
+    return drawn
+
+
+def text_pairs(n: int, seed: int = 0, keeps: Keeps = lambda word: True, pairs: bool = True) -> list[TextPair]:
+    """`n` pairs whose corrupted span begins in year 01; answers and distractors are those of the clean one.
+
+    Args:
+        keeps: which events are one token after a space.
+        pairs: whether the tokenizer has one token for two digits.
+
+    Raises:
+        PromptError: no event may be used.
+    """
+    drawn = []
+    for item in items(n, 0, seed, keeps, pairs):
+        start = item.text.index("year ") + len("year 17")
+        corrupted = item.text[:start] + "01" + item.text[start + 2 :]
+        roles = {"year": start + 2, "end": len(item.text)}
+        drawn.append(TextPair(item.text, corrupted, item.answers, item.distractors, roles, (start, start + 2)))
     return drawn

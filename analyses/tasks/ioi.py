@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analyses.tasks.item import Item, Keeps
+from analyses.tasks.item import Corruption, Item, Keeps, TextPair
 from analyses.tasks.usable_words import usable
 
 NAMES = (
@@ -94,3 +94,31 @@ def items(n: int, references: int, seed: int = 0, keeps: Keeps = lambda word: Tr
         answers, distractors = (" " + prompt.indirect,), (" " + prompt.subject,)
         prompts.append(Item(prompt.text, answers, distractors, tuple(texts), prompt.template))
     return prompts
+
+
+def pairs(n: int, seed: int = 0, corruption: Corruption = "token", keeps: Keeps = lambda word: True) -> list[TextPair]:
+    """`n` pairs: the name that comes twice becomes the other one, so that the answer flips; or three names come once each.
+
+    Args:
+        keeps: which words are one token after a space.
+
+    Raises:
+        PromptError: too few words may be used.
+    """
+    places, things = usable(PLACES, keeps, 1, "places"), usable(OBJECTS, keeps, 1, "objects")
+    references = [item.references[0] for item in items(n, 1, seed, keeps)] if corruption == "reference" else [""] * n
+    drawn = []
+    for prompt, reference in zip(sample(n, seed, keeps, (places, things)), references, strict=True):
+        second = prompt.text.rindex(prompt.subject)
+        flipped = prompt.text[:second] + prompt.indirect + prompt.text[second + len(prompt.subject) :]
+        first = prompt.text.index(prompt.subject) + len(prompt.subject)
+        after = prompt.text.index(" ", first)
+        roles = {
+            "io": prompt.text.index(prompt.indirect) + len(prompt.indirect), "s1": first,
+            "s1+1": prompt.text.index(" ", after + 1) if after == first else after,
+            "s2": second + len(prompt.subject), "end": len(prompt.text),
+        }  # fmt: skip
+        subject = (second, second + len(prompt.subject))
+        answers, distractors = (" " + prompt.indirect,), (" " + prompt.subject,)
+        drawn.append(TextPair(prompt.text, reference or flipped, answers, distractors, roles, subject))
+    return drawn

@@ -8,12 +8,14 @@ two continents, the most spoken and the one of its capital (for Russia) or of mo
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
 import numpy as np
+
+from analyses.tasks.item import TextPair
 
 RELATIONS: Mapping[str, str] = {
     "capital": "the capital city of {} is",
@@ -56,12 +58,12 @@ class TwoHop:
     @property
     def first_hop(self) -> str:
         """Answered by the bridge."""
-        return _capitalised(f"{self.phrase} is")
+        return capitalised(f"{self.phrase} is")
 
     @property
     def second_hop(self) -> str:
         """Answered by the answer, without the first hop."""
-        return self._ask(_named(self.bridge))
+        return self._ask(named(self.bridge))
 
     @property
     def entity_shortcut(self) -> str:
@@ -74,7 +76,7 @@ class TwoHop:
         return self._ask(FIRST_HOP[self.kind].format("").replace("  ", " "))
 
     def _ask(self, of: str) -> str:
-        return _capitalised(RELATIONS[self.relation].format(of).lstrip())
+        return capitalised(RELATIONS[self.relation].format(of).lstrip())
 
     @property
     def fields(self) -> dict[str, str]:
@@ -82,20 +84,22 @@ class TwoHop:
         return {"entity": self.entity, "bridge": self.bridge, "answer": self.answer, "relation": self.relation}
 
 
-def _capitalised(text: str) -> str:
+def capitalised(text: str) -> str:
+    """The text with a capital first letter."""
     return text[0].upper() + text[1:]
 
 
-def _named(country: str) -> str:
+def named(country: str) -> str:
+    """The country as a sentence names it."""
     return f"the {country}" if country == "Netherlands" else country
 
 
 @cache
 def questions() -> tuple[TwoHop, ...]:
     """Every question whose answer is named neither in its entity nor in its bridge."""
-    countries = {row["country"]: row for row in _table("two_hop_countries.csv")}
+    countries = {row["country"]: row for row in table("two_hop_countries.csv")}
     hops = []
-    for place in _table("two_hop_places.csv"):
+    for place in table("two_hop_places.csv"):
         facts = countries[place["country"]]
         for relation in RELATIONS:
             answer, bridge = facts[relation], place["country"]
@@ -114,6 +118,34 @@ def sample(n: int, seed: int = 0) -> list[TwoHop]:
     return [groups[which][rank] for rank, which in order[:n]]
 
 
-def _table(name: str) -> list[dict[str, str]]:
+def pairs(n: int, seed: int = 0, length: Callable[[str], int] = len) -> list[TextPair]:
+    """At most `n` pairs: another place of the same length, whose country gives another answer to the same relation.
+
+    Args:
+        length: of a place's name in a prompt, in tokens.
+    """
+    rng = np.random.default_rng(seed)
+    order = sample(len(questions()), seed)
+    drawn = []
+    for question in order:
+        alike = [
+            other for other in order
+            if (other.kind, other.relation) == (question.kind, question.relation) and other.answer != question.answer
+            and length(f" {other.entity}") == length(f" {question.entity}")
+        ]  # fmt: skip
+        if len(drawn) < n and alike:
+            other = alike[int(rng.integers(len(alike)))]
+            text = question.prompt
+            start = text.rindex(question.entity)
+            place = (start, start + len(question.entity))
+            before = RELATIONS[question.relation].index("{}") - 1
+            roles = {"entity": place[1], "end": len(text)} | ({"relation": before} if before > 0 else {})
+            answers, distractors = (" " + question.answer,), (" " + other.answer,)
+            drawn.append(TextPair(text, other.prompt, answers, distractors, roles, place, question.bridge))
+    return drawn
+
+
+def table(name: str) -> list[dict[str, str]]:
+    """Rows of one of the package's tables, by column."""
     text = files("analyses").joinpath("data", name).read_text(encoding="utf-8")
     return list(csv.DictReader(text.splitlines()))

@@ -62,14 +62,19 @@ class Gather:
 
     def read(self, raw: Shaped[Tensor, "*rest width"]) -> Shaped[Tensor, "*rest head d_head"]:
         """Return the outputs at `index`, [batch, pos, head, d_head]."""
-        return raw[..., self.index.to(raw.device)]
+        return raw[..., self._index(raw)]
+
+    def _index(self, raw: Tensor) -> Tensor:
+        index = self.index.to(raw.device)
+        # Layouts are worked out in inference mode, and autograd keeps no tensor from there.
+        return index.clone() if index.is_inference() else index
 
     def write(
         self, raw: Shaped[Tensor, "*rest width"], new: Shaped[Tensor, "*rest head d_head"]
     ) -> Shaped[Tensor, "*rest width"]:
         """Return `raw` with the outputs at `index` exchanged for `new`."""
         out = raw.clone()
-        out[..., self.index.to(raw.device)] = new
+        out[..., self._index(raw)] = new
         return out
 
 

@@ -8,6 +8,8 @@ on the positions from the replaced one on; continuations are batched, and more o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,13 +71,16 @@ class CachedPrompt:
         model: the model, of a backend that hands out its blocks.
         tokens: the prompt.
         start: the suffix's first position; positions before it stay as they are.
+        writes: writes of points [1, suffix, ...], under which the suffix is run.
 
     Raises:
         PointError: the model is not causal, or its backend does not hand out its blocks.
         PromptError: a start outside the prompt.
     """
 
-    def __init__(self, model: Model, tokens: Sequence[int], start: int) -> None:
+    def __init__(
+        self, model: Model, tokens: Sequence[int], start: int, writes: Mapping[Address, Write] | None = None
+    ) -> None:
         if not model.shape.causal:
             raise PointError(f"{model.ref} reads both ways: a replaced position changes those before it too")
         n = len(tokens)
@@ -86,10 +91,10 @@ class CachedPrompt:
         """The stream [suffix, d_model] that enters each block, and after these the one that leaves the last."""
         self._prefix: list[tuple[Tensor, Tensor] | None] = [None] * model.shape.n_layers
         self._base: list[tuple[Tensor, Tensor]] = []
-        self._collect()
+        self._collect(writes or {})
 
     @torch.no_grad()
-    def _collect(self) -> None:
+    def _collect(self, writes: Mapping[Address, Write]) -> None:
         from transformers import DynamicCache
 
         self._cache = DynamicCache()
@@ -100,7 +105,41 @@ class CachedPrompt:
                 )
                 self._prefix = [(layer.keys, layer.values) for layer in self._cache.layers]
             suffix = self._ids(self.tokens[self.start :])
-            call_blocks(self.model, suffix, self._keep_suffix, past_key_values=self._cache, use_cache=True)
+            with self.model.hooked({}, writes, (1, suffix.shape[1])) if writes else nullcontext():
+                call_blocks(self.model, suffix, self._keep_suffix, past_key_values=self._cache, use_cache=True)
+
+    @torch.no_grad()
+    def narrowed(self, start: int, stop: int | None = None) -> CachedPrompt:
+        """Return the prompt open from a later position, its positions from `stop` on cut off; no block runs.
+
+        Args:
+            start: the new suffix's first position, inside the suffix of this one.
+            stop: the position after the last that is kept; None keeps all.
+
+        Raises:
+            PromptError: a start or stop outside the suffix.
+        """
+        from transformers import DynamicCache
+
+        stop = len(self.tokens) if stop is None else stop
+        if not self.start <= start < stop <= len(self.tokens):
+            raise PromptError(
+                f"positions {start} to {stop} are not inside the suffix: legal are {self.start} to {len(self.tokens)}"
+            )
+        narrow = copy(self)
+        narrow.tokens, narrow.start = self.tokens[:stop], start
+        before, after = slice(0, start - self.start), slice(start - self.start, stop - self.start)
+        narrow.entering = [stream[after] for stream in self.entering]
+        narrow._prefix = [_joined(old, own, before) for old, own in zip(self._prefix, self._base, strict=True)]
+        narrow._base = [(keys[:, :, after], values[:, :, after]) for keys, values in self._base]
+        narrow._cache = DynamicCache()
+        for layer, held in enumerate(narrow._prefix):
+            if held is not None:
+                narrow._cache.update(*held, layer)
+        with self.model.exclusive():
+            arguments = {"past_key_values": narrow._cache, "use_cache": True}
+            narrow._call = call_blocks(self.model, self._ids(narrow.tokens[start:]), lambda _, call: call, **arguments)
+        return narrow
 
     def _keep_suffix(self, hidden: Tensor, call: Caller) -> None:
         """Keep the caller, the stream [1, suffix, d_model] around each block, and the suffix's keys and values."""
@@ -180,17 +219,21 @@ class CachedPrompt:
 
     @torch.no_grad()
     def through(
-        self, layer: int, hidden: Float[Tensor, "row pos d_model"], writes: Mapping[Address, Write]
+        self,
+        layer: int,
+        hidden: Float[Tensor, "row pos d_model"],
+        writes: Mapping[Address, Write],
+        reads: Mapping[Address, Read] | None = None,
     ) -> Float[Tensor, "row pos d_model"]:
-        """Return what leaves block `layer` where `hidden` enters it, under writes inside it.
+        """Return what leaves block `layer` where `hidden` enters it, under reads and writes inside it.
 
         Raises:
             PointError: a point the model refuses, or one of another block.
         """
-        for address in writes:
+        for address in (*writes, *(reads or {})):
             if address.layer != layer:
                 raise PointError(f"{address} is not inside block {layer}, which is all that runs")
-        with self.model.hooked({}, writes, (len(hidden), hidden.shape[1])), self.model.exclusive():
+        with self.model.hooked(reads or {}, writes, (len(hidden), hidden.shape[1])), self.model.exclusive():
             return self._call(layer, hidden, (self._cache, _KeyValues(self._prefix)))
 
     def _suffix(self, layer: int, active: int, order: Tensor, cache: _KeyValues) -> tuple[Tensor, Tensor]:
@@ -226,3 +269,14 @@ class CachedPrompt:
                 step = logits.argmax(-1, keepdim=True)
                 written.append(step)
         return [[int(t) for t in row] for row in torch.cat(written, dim=1).cpu()]
+
+
+def _joined(
+    prefix: tuple[Tensor, Tensor] | None, own: tuple[Tensor, Tensor], before: slice
+) -> tuple[Tensor, Tensor] | None:
+    """Return a layer's keys and values before the suffix, with those of the suffix at `before` behind them."""
+    added = (own[0][:, :, before], own[1][:, :, before])
+    if prefix is None:
+        return added if added[0].shape[2] else None
+    keys, values = (torch.cat(pair, dim=2) for pair in zip(prefix, added, strict=True))
+    return keys, values

@@ -59,6 +59,22 @@ def grouped(states: Float[Tensor, "batch kv_head pos width"], n_heads: int) -> F
     return states.repeat_interleave(n_heads // states.shape[1], dim=1)
 
 
+def attention_scores(
+    module: nn.Module,
+    query: Float[Tensor, "batch head query d_head"],
+    key: Float[Tensor, "batch kv_head key d_head"],
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> Float[Tensor, "batch head query key"]:
+    """Return what is masked and goes into the softmax, in float32, from the arguments of an attention function."""
+    if scaling is None:
+        scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
+    scores = query.float() @ grouped(key, query.shape[1]).float().transpose(-1, -2) * scaling
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
 def probabilities(
     module: nn.Module,
     query: Float[Tensor, "batch head query d_head"],
@@ -79,11 +95,7 @@ def probabilities(
     additive and broadcasts to the scores; `s_aux` [head] are attention sinks;
     `blocked` [batch, head, query, key] is True where attention is forbidden, and a query without keys attends to none.
     """
-    if scaling is None:
-        scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
-    scores = query.float() @ grouped(key, query.shape[1]).float().transpose(-1, -2) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = attention_scores(module, query, key, scaling=scaling, softcap=softcap)
     if position_bias is not None:
         scores = scores + position_bias
     lowest = torch.finfo(scores.dtype).min

@@ -1,0 +1,244 @@
+"""Causal patching: copy activations of one run into another, and see how far the answer follows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import pandas as pd
+
+from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
+from analyses.causal_patching import costs
+from analyses.causal_patching.cells import Component, check_components
+from analyses.causal_patching.circuit import SHARES, CircuitPlan
+from analyses.causal_patching.corruption import Noise, SigmaOver, element_deviation
+from analyses.causal_patching.decision import window_table
+from analyses.causal_patching.edges import Rule
+from analyses.causal_patching.estimates import EstimatePlan, estimates
+from analyses.causal_patching.figures import FIGURES
+from analyses.causal_patching.journal import Journal, journal_in
+from analyses.causal_patching.metrics import Metric
+from analyses.causal_patching.notes import run_notes
+from analyses.causal_patching.nulls import Null
+from analyses.causal_patching.pairs import FIELDS, Direction, Pair, pair_of, resolved
+from analyses.causal_patching.patched import GridPlan, pairs_table
+from analyses.causal_patching.paths import Through
+from analyses.causal_patching.profiles import PROFILES
+from analyses.causal_patching.running import Run, count_cells, noise_floor
+from analyses.causal_patching.selection import check_gaps, gauge
+from analyses.causal_patching.statistics import map_table
+from analyses.causal_patching.task_pairs import generated
+from analyses.interventions import Interventions, Tally
+from analyses.options import option, validate
+from analyses.results.card import FigureSpec, ProfileSpec
+from analyses.results.result import Result
+from probes.capture.needs import Need
+from probes.errors import OptionError
+from probes.models.protocol import Model
+from probes.progress import QUIET, Progress
+from probes.prompts import Field, Prompt, PromptLine, read_prompts
+from probes.store import ActivationStore
+
+
+@dataclass(frozen=True)
+class CausalPatching(Analysis):
+    """Activation patching in both directions, resumed from inside the stack (Meng et al. 2022; Heimersheim and Nanda 2024)."""
+
+    task: Literal["prompts", "ioi", "greater_than", "docstring", "two_hop", "facts"] = option(
+        "prompts", "prompts: the pairs of the prompt file; otherwise generated pairs of that task."
+    )
+    n_pairs: int = option(32, "Generated pairs.", low=1)
+    corruption: Literal["token", "reference", "noise"] = option(
+        "token",
+        "token: another prompt of the same form with another answer; reference: one in which the answer is not determined; "
+        "noise: Gaussian noise on the embeddings of the subject.",
+    )
+    noise_factor: float = option(3.0, "noise: standard deviations of embedding elements that are added.", low=1e-9)
+    noise_samples: int = option(10, "noise: draws for each pair.", low=1, high=100)
+    sigma_over: SigmaOver = option("subjects", "noise: the embedding rows whose elements' deviation is taken.")
+    directions: tuple[Direction, ...] = option(
+        ("denoise", "noise"),
+        "denoise: clean into corrupted, what is enough; noise: corrupted into clean, what is needed.",
+    )
+    components: tuple[Component, ...] = option(("resid_post", "attn_out", "mlp_out", "z"), "What is copied.")
+    heads: Literal["none", "all_positions", "by_position"] = option(
+        "all_positions",
+        "Heads of z, q, k, v and pattern: at all positions from the first difference on, at each, or not at all.",
+    )
+    roles: tuple[str, ...] = option(
+        (), "Positions, by name or distance from the end (-1 is the last); all where none is named."
+    )
+    window: str = option(
+        "1", "Layers of attn_out, mlp_out and z patched together: a number, prefix (0 to l) or suffix (l to the last)."
+    )
+    metric: tuple[Metric, ...] = option(
+        ("logit_diff",), "What is read of the answer; the first decides which pairs are kept."
+    )
+    min_gap: float = option(0.5, "Pairs whose runs differ less in the first metric are left out.", low=0)
+    min_pairs: int = option(4, "Fewer pairs than these are refused.", low=1)
+    nulls: Null = option(
+        "unrelated",
+        "Also copy from a prompt that does not hold the fact: another answer's, or the same answer's in other words.",
+    )
+    attribution: tuple[Literal["none", "atp", "atp_star", "eap", "eap_ig"], ...] = option(
+        ("none",), "Estimate every cell (atp; atp_star for sizes alone) or every edge (eap, eap_ig) from gradients."
+    )
+    ig_steps: int = option(5, "eap_ig: runs between the corrupted and the clean prompt.", low=1, high=100)
+    ig_rule: Rule = option("gauss", "eap_ig: where on the line they lie.")
+    verify: int = option(
+        32, "Estimates that are patched exactly: so many of the largest, and as many at random.", low=0, high=1000
+    )
+    paths: tuple[str, ...] = option((), "Edges to patch exactly, such as 9.6>10.0.q, embed>m2 or m4>logits.")
+    through: Through = option("residual", "paths: the edge alone, or also MLPs on the way.")
+    max_edges: int = option(2000, "paths: more than these are refused.", low=1)
+    circuit: Literal["none", "nodes"] = option("none", "Try circuits of heads and MLPs, ordered by each method.")
+    ablation: Literal["counterfactual", "zero"] = option(
+        "counterfactual", "circuit: what everything outside becomes, the corrupted run's or zero."
+    )
+    circuit_methods: tuple[Literal["exact", "atp", "atp_star"], ...] = option(
+        ("exact", "atp"), "circuit: what orders the nodes; exact patches each by itself."
+    )
+    sizes: tuple[float, ...] = option(SHARES, "circuit: sizes, as shares of all heads and MLPs.", low=0, high=1)
+    n_random: int = option(20, "circuit: random circuits of each size, and as many of each layer's.", low=0)
+    seed: int = option(0, "Seed of generated pairs, noise, signs and intervals.")
+
+    name: ClassVar[str] = "causal_patching"
+    title: ClassVar[str] = "Causal patching: where a change decides the answer"
+    reference: ClassVar[str] = (
+        'Meng et al. 2022, "Locating and Editing Factual Associations in GPT", arXiv 2202.05262; Heimersheim and Nanda 2024, '
+        '"How to use and interpret activation patching", arXiv 2404.15255'
+    )
+    prompt_fields: ClassVar[Mapping[str, Field]] = FIELDS
+    figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
+    profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
+    reads = "own forwards"
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if self.window not in ("prefix", "suffix") and not (
+            self.window.isascii() and self.window.isdigit() and int(self.window)
+        ):
+            raise OptionError(
+                f"option window is {self.window!r}: legal are a number of layers from 1, prefix and suffix"
+            )
+
+    @property
+    def makes_prompts(self) -> bool:
+        """Whether a task generates its pairs."""
+        return self.task != "prompts"
+
+    @property
+    def plan(self) -> GridPlan:
+        """Which cells of each pair are patched."""
+        window = self.window if self.window in ("prefix", "suffix") else int(self.window)
+        return GridPlan(self.components, self.heads, self.roles, window)
+
+    @property
+    def estimates(self) -> EstimatePlan:
+        """What is estimated, verified and tried beside the grid."""
+        circuits = None
+        if self.circuit != "none":
+            circuits = CircuitPlan(self.circuit_methods, self.sizes, self.ablation, self.n_random, self.seed)
+        methods = tuple(method for method in self.attribution if method != "none")
+        return EstimatePlan(
+            methods,
+            self.ig_steps,
+            self.ig_rule,
+            self.verify,
+            self.paths,
+            self.through,
+            self.max_edges,
+            circuits,
+            self.seed,
+        )
+
+    def collect(self, model: Model, prompts: PromptsLike = ()) -> list[Prompt]:
+        """Return the clean prompts, each with its pair as token ids in its fields.
+
+        Raises:
+            PromptError: a line that is no pair, with file and line.
+        """
+        noise = self.corruption == "noise"
+        if self.makes_prompts:
+            return generated(model, self.task, self.n_pairs, self.corruption, self.seed)
+        lines = read_prompts(prompts, FIELDS) if isinstance(prompts, str | Path) else list(prompts)
+        wheres = [line.where if isinstance(line, PromptLine) else f"prompt {i}" for i, line in enumerate(lines)]
+        return resolved(model, as_prompts(lines, model, FIELDS), wheres, noise)
+
+    def needs(self, model: Model) -> list[Need]:
+        """None: both runs of a pair are read as they are patched, and never stored."""
+        return []
+
+    def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
+        """Count the cells of all pairs, before it is known which of them the model tells apart."""
+        pairs = [pair for pair in self._pairs(prompts) if not pair.reason]
+        run = self._run(model, pairs, Tally(QUIET), None)
+        further = self.estimates.forwards(len(pairs), model.shape.n_layers * (model.shape.n_heads + 1))
+        return costs.planned(run, self._samples, further)
+
+    def run(
+        self,
+        model: Model,
+        prompts: PromptsLike = (),
+        *,
+        store: ActivationStore | None = None,
+        progress: Progress = QUIET,
+    ) -> Result:
+        """Return the tables `pairs`, `cells`, `map` and `window`; by option `nodes`, `edges`, `verification`, `paths`,
+        `faithfulness` and `circuit_area`.
+
+        Raises:
+            OptionError: a component or layer that the model does not have.
+            PointError: edges, paths or circuits of a model that keeps its blocks to itself.
+            PromptError: a line that is no pair, or pairs that the model does not tell apart.
+        """
+        clock, store = Clock(), store or ActivationStore()
+        questions = self.collect(model, prompts)
+        pairs = self._pairs(questions)
+        tally = Tally(progress)
+        usable = [pair for pair in pairs if not pair.reason]
+        run = self._run(model, usable, tally, store)
+        self.estimates.check(run)
+        ends, reasons = gauge(run, self.min_gap, progress)
+        reasons = {**{pair.index: pair.reason for pair in pairs if pair.reason}, **reasons}
+        check_gaps(pairs, ends, reasons, self.min_pairs, self.metric[0])
+        kept = [pair for pair in usable if pair.index not in reasons]
+        run = self._run(model, kept, tally, store, run.noise)
+        counts = count_cells(run, self._samples)
+        progress.start(sum(counts.values()), "cell patched")
+        cells = pd.concat([table for pair in kept for table in run.cells(pair, ends[pair.index])], ignore_index=True)
+        tables = {"pairs": pairs_table(pairs, ends, reasons, self.metric), "cells": cells}
+        tables["map"] = map_table(cells, tables["pairs"], self.seed)
+        tables["window"] = window_table(cells, tables["pairs"], self.metric[0], self.seed)
+        tables["pairs"]["corruption"] = self.corruption
+        notes = run_notes(pairs, tables, self.nulls, run.noise, noise_floor(run))
+        further, said = estimates(run, self.estimates, ends, progress)
+        tables |= further
+        notes += said
+        run.journal.close()
+        done = {"pairs": len(kept), "pairs_left_out": len(pairs) - len(kept)}
+        return make_result(self, model, questions, tables, None, clock, notes, done, tally.forwards)
+
+    @property
+    def _samples(self) -> int:
+        return self.noise_samples if self.corruption == "noise" else 1
+
+    def _pairs(self, prompts: Sequence[Prompt]) -> list[Pair]:
+        return [pair_of(index, prompt, self.corruption == "noise") for index, prompt in enumerate(prompts)]
+
+    def _run(
+        self,
+        model: Model,
+        pairs: Sequence[Pair],
+        tally: Tally,
+        store: ActivationStore | None,
+        noise: Noise | None = None,
+    ) -> Run:
+        check_components(model, self.components)
+        if self.corruption == "noise" and noise is None and pairs:
+            sigma = element_deviation(model, pairs, self.sigma_over)
+            noise = Noise(self.noise_factor * sigma, self.noise_samples, self.seed)
+        journal = journal_in(store.root, repr((self, model.context))) if store is not None else Journal(None)
+        return Run(model, pairs, self.plan, self.directions, self.metric, self.nulls, noise, journal, tally)

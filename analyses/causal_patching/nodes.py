@@ -1,0 +1,87 @@
+"""Attribution of single cells, and the exact effect of those that are verified."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from analyses.causal_patching.attribution import Attributed, Method
+from analyses.causal_patching.cells import Cell, cells_of
+from analyses.causal_patching.grid import addresses
+from analyses.causal_patching.opened import Opener
+from analyses.causal_patching.pairs import Direction, Pair
+from analyses.causal_patching.patched import exact_zeros
+from analyses.causal_patching.running import Run
+from analyses.causal_patching.verification import budget, ranked, verification_row
+from probes.progress import Progress
+
+Array = NDArray[np.float64]
+Place = tuple[str, int, int, str]
+"""Component, layer, head and role: what a node is in every pair."""
+
+
+def attribution_direction(directions: Sequence[Direction]) -> Direction:
+    """Return the direction that is attributed: noising where it is run, since circuits keep what noising would take."""
+    return "noise" if "noise" in directions else directions[0]
+
+
+def node_cells(run: Run, pair: Pair, direction: Direction) -> dict[Place, Cell]:
+    """Return the cells that are attributed, heads at every position, by what they are in every pair."""
+    shape, roles = run.model.shape, pair.roles(direction)
+    cells = cells_of(shape, run.plan.components, "by_position", run.plan.positions(pair, direction))
+    zeros = exact_zeros(cells, shape, pair, direction)
+    return {
+        (cell.component, cell.layer, cell.head, roles[cell.position]): cell
+        for cell, zero in zip(cells, zeros, strict=True)
+        if not zero
+    }
+
+
+def node_tables(
+    run: Run, method: Method, verify: int, seed: int, progress: Progress
+) -> tuple[pd.DataFrame, dict[str, object]]:
+    """Return (the table `nodes`, a row of `verification`), scores and effects as means over the pairs that have the node.
+
+    Raises:
+        PointError: the backend keeps its module to itself.
+    """
+    direction = attribution_direction(run.directions)
+    progress.start(len(run.pairs), "pair attributed")
+    totals: dict[Place, list[float]] = {}
+    for pair in run.pairs:
+        cells = node_cells(run, pair, direction)
+        scores = Attributed(run.model, pair, direction, run.metrics[0]).scores(list(cells.values()), method)
+        for place, score in zip(cells, scores.tolist(), strict=True):
+            totals.setdefault(place, []).append(score)
+        progress.advance()
+    places = sorted(totals)
+    means = np.array([np.mean(totals[place]) for place in places])
+    chosen = budget(means, verify, seed)
+    exact = exact_effects(run, [places[i] for i in chosen.chosen], direction)
+    rows = [
+        (method, direction, component, layer, head, role, len(totals[component, layer, head, role]), mean)
+        for (component, layer, head, role), mean in zip(places, means, strict=True)
+    ]
+    table = pd.DataFrame(rows, columns=["method", "direction", "component", "layer", "head", "role", "n", "score"])
+    return ranked(table, chosen, exact), verification_row(method, means, exact, chosen, method == "atp")
+
+
+def exact_effects(run: Run, places: Sequence[Place], direction: Direction) -> Array:
+    """Return the mean exact effect of nodes on the first metric, over the pairs that have them."""
+    sums, counts = np.zeros(len(places)), np.zeros(len(places))
+    if not places:
+        return sums
+    for pair in run.pairs:
+        cells = node_cells(run, pair, direction)
+        has = [i for i, place in enumerate(places) if place in cells]
+        own = [cells[places[i]] for i in has]
+        opener = Opener(run.model, run.metrics[:1], frozenset(addresses(own)))
+        for noise in run.noises(pair)[:1]:
+            opened = opener.open(pair, (direction,), noise)[0]
+            sums[has] += (opened.patched(own)[:, 0] - opened.base[0]).numpy()
+            counts[has] += 1
+        run.tally.count(len(own))
+    return sums / np.maximum(counts, 1)

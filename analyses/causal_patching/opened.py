@@ -1,0 +1,130 @@
+"""A pair opened for patching in one direction: the run that is patched, what is copied into it, and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from analyses.causal_patching.cells import Cell
+from analyses.causal_patching.corruption import embedding_writes
+from analyses.causal_patching.grid import (
+    ResumedGrid,
+    Sources,
+    WholeForwards,
+    capture_values,
+    whole_forwards,
+)
+from analyses.causal_patching.metrics import LogitReader, RowReader
+from analyses.causal_patching.pairs import Direction, Pair
+from probes.blocks.cached_prompt import CachedPrompt
+from probes.models.protocol import BlockAccess, Model, Write
+from probes.points import Address
+
+
+def resumable(model: Model) -> bool:
+    """Return whether cells can be resumed from inside the stack, and last rows be unembedded by themselves."""
+    return model.shape.causal and isinstance(model, BlockAccess) and "lens" not in model.faithfulness.refused
+
+
+def first_patched(pair: Pair, direction: Direction, causal: bool = True) -> int:
+    """Return the first position of the patched run at which a cell can change something.
+
+    In a model that reads both ways every position is such a one.
+    """
+    if not causal:
+        return 0
+    moved = [p for p, s in pair.sources(direction).items() if p >= pair.first_difference or p != s]
+    return min(moved, default=len(pair.base(direction)) - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """One run of a pair, kept open to be patched from the other one."""
+
+    pair: Pair
+    direction: Direction
+    grid: ResumedGrid | WholeForwards
+    reader: RowReader | LogitReader
+    sources: Sources
+    start: int
+    """The first position at which a cell can change something."""
+    clean: Float[Tensor, " metric"]
+    corrupted: Float[Tensor, " metric"]
+
+    @property
+    def gap(self) -> Float[Tensor, " metric"]:
+        """How much of each metric the corruption takes away."""
+        return self.clean - self.corrupted
+
+    @property
+    def base(self) -> Float[Tensor, " metric"]:
+        """The metrics of the patched run as it is."""
+        return self.corrupted if self.direction == "denoise" else self.clean
+
+    def patched(self, cells: Sequence[Cell], sources: Sources | None = None) -> Float[Tensor, "cell metric"]:
+        """Return the metrics under each cell; from other sources than the pair's own where they are given."""
+        if not cells:
+            return self.base[None][:0]
+        return self.reader.read(self.grid.last_rows(cells, sources or self.sources))
+
+
+@dataclass(frozen=True, eq=False)
+class Opener:
+    """Opens pairs of a model for a set of metrics."""
+
+    model: Model
+    metrics: tuple[str, ...]
+    points: frozenset[Address]
+    """What is copied out of every run."""
+
+    def writes(self, pair: Pair, corrupted: bool, noise: Tensor | None, offset: int = 0) -> dict[Address, Write]:
+        """Return the writes under which one run of a pair is what it is."""
+        return embedding_writes(pair, noise, offset) if corrupted and noise is not None else {}
+
+    def values(self, pair: Pair, corrupted: bool, noise: Tensor | None) -> Mapping[Address, Tensor]:
+        """Return what is copied out of one run of a pair, [pos, ...]."""
+        tokens = pair.corrupted if corrupted else pair.clean
+        return capture_values(self.model, tokens, set(self.points), self.writes(pair, corrupted, noise))
+
+    def ends(self, pair: Pair, noise: Tensor | None) -> list[Float[Tensor, " metric"]]:
+        """Return the metrics of the clean and of the corrupted run."""
+        grids = self._grids(pair, noise)
+        reader = self.reader(pair, grids[False].unpatched)
+        return [reader.read(grids[corrupted].unpatched[None])[0] for corrupted in (False, True)]
+
+    def _grids(self, pair: Pair, noise: Tensor | None) -> dict[bool, ResumedGrid | WholeForwards]:
+        make = self._resumed if resumable(self.model) else self._whole
+        return {corrupted: make(pair, corrupted, noise) for corrupted in (False, True)}
+
+    def open(self, pair: Pair, directions: Sequence[Direction], noise: Tensor | None) -> list[Opened]:
+        """Run both prompts of a pair, and open one of them for each direction."""
+        grids = self._grids(pair, noise)
+        reader = self.reader(pair, grids[False].unpatched)
+        ends = [reader.read(grids[corrupted].unpatched[None])[0] for corrupted in (False, True)]
+        opened = []
+        for direction in directions:
+            from_corrupted = direction == "noise"
+            sources = Sources(self.values(pair, from_corrupted, noise), pair.sources(direction))
+            grid = grids[not from_corrupted]
+            start = first_patched(pair, direction, self.model.shape.causal)
+            opened.append(Opened(pair, direction, grid, reader, sources, start, *ends))
+        return opened
+
+    def reader(self, pair: Pair, clean: Tensor) -> RowReader | LogitReader:
+        """Return what reads last rows of a pair; `clean` is the clean run's."""
+        if resumable(self.model):
+            return RowReader(self.model.unembedding(), pair, self.metrics, clean)
+        return LogitReader(pair, self.metrics, clean)
+
+    def _resumed(self, pair: Pair, corrupted: bool, noise: Tensor | None) -> ResumedGrid:
+        start = first_patched(pair, "denoise" if corrupted else "noise")
+        writes = self.writes(pair, corrupted, noise, start)
+        return ResumedGrid(CachedPrompt(self.model, pair.corrupted if corrupted else pair.clean, start, writes))
+
+    def _whole(self, pair: Pair, corrupted: bool, noise: Tensor | None) -> WholeForwards:
+        start = first_patched(pair, "denoise" if corrupted else "noise", self.model.shape.causal)
+        tokens = pair.corrupted if corrupted else pair.clean
+        return whole_forwards(self.model, tokens, start, self.writes(pair, corrupted, noise))

@@ -1,0 +1,158 @@
+"""The pairs of a run opened one after the other, gauged, and patched cell by cell, so that a stopped run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from analyses.causal_patching.cells import EVERYWHERE, Cell
+from analyses.causal_patching.corruption import Noise, noisy_runs
+from analyses.causal_patching.grid import Sources, addresses
+from analyses.causal_patching.journal import Journal
+from analyses.causal_patching.nulls import Null, null_partner
+from analyses.causal_patching.opened import Opened, Opener, first_patched
+from analyses.causal_patching.pairs import Direction, Pair
+from analyses.causal_patching.patched import GridPlan, cells_table
+from analyses.interventions import Tally
+from probes.models.protocol import Model
+from probes.points import Address
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What is patched in every pair of a run, and what has been read so far."""
+
+    model: Model
+    pairs: Sequence[Pair]
+    """Those that can be patched."""
+    plan: GridPlan
+    directions: tuple[Direction, ...]
+    metrics: tuple[str, ...]
+    null: Null
+    noise: Noise | None
+    journal: Journal
+    tally: Tally
+    clean_values: dict[int, Mapping[Address, Tensor]] = field(default_factory=dict)
+    """Clean runs that nulls copy from, the last few."""
+
+    def opener(self) -> Opener:
+        """Return what opens the pairs, with every point that some cell copies."""
+        points: set[Address] = set()
+        for direction in self.directions:
+            points |= addresses(self.plan.cells(self.model.shape, self.pairs[0], direction))
+        return Opener(self.model, self.metrics, frozenset(points))
+
+    def noises(self, pair: Pair) -> list[Tensor | None]:
+        """Return the noise of each corrupted run of a pair."""
+        return noisy_runs(pair, self.noise, self.model.shape.d_model)
+
+    def ends(self, pair: Pair) -> tuple[Array, Array]:
+        """Return the metrics of the clean and of the corrupted run, [metric] each; means over draws of noise."""
+        opener = Opener(self.model, self.metrics, frozenset())
+        runs = [opener.ends(pair, noise) for noise in self.noises(pair)]
+        clean, corrupted = (torch.stack(side).mean(0).numpy() for side in zip(*runs, strict=True))
+        return clean, corrupted
+
+    def cells(self, pair: Pair, ends: tuple[Array, Array]) -> Iterator[pd.DataFrame]:
+        """Patch every cell of a pair; yield a table for each direction and source."""
+        opener, runs = self.opener(), None
+        for direction in self.directions:
+            cells, zeros = self.plan.run(self.model.shape, pair, direction)
+            partner = null_partner(pair, self.pairs, direction, self.null)
+            for source, other in (("pair", None), *([(self.null, partner)] if partner is not None else [])):
+                key = self._key(pair, direction, source, other)
+                values = self.journal.read(key)
+                if values is None:
+                    if runs is None:
+                        runs = [opener.open(pair, self.directions, noise) for noise in self.noises(pair)]
+                    opened = [o for run in runs for o in run if o.direction == direction]
+                    values = self._values(opener, opened, cells, zeros, other)
+                    self.journal.write(key, values)
+                ran = ~zeros if other is not None else np.ones(len(cells), dtype=bool)
+                shown = [cell for cell, shows in zip(cells, ran, strict=True) if shows]
+                yield cells_table(
+                    pair, direction, shown, zeros[ran], values[ran], ends, self.metrics, source, self.plan.window
+                )
+
+    def _values(
+        self,
+        opener: Opener,
+        opened: Sequence[Opened],
+        cells: Sequence[Cell],
+        zeros: NDArray[np.bool_],
+        other: Pair | None,
+    ) -> Array:
+        """Return the metrics under each cell, [cell, metric], means over draws of noise."""
+        running = [cell for cell, zero in zip(cells, zeros, strict=True) if not zero]
+        total = np.zeros((len(cells), len(self.metrics)))
+        for one in opened:
+            values = one.base.numpy() * np.ones((len(cells), 1))
+            sources = None if other is None else self._null_sources(opener, other)
+            values[~zeros] = one.patched(running, sources).numpy()
+            total += values
+        self.tally.tick(len(running) * len(opened))
+        return total / len(opened)
+
+    def _null_sources(self, opener: Opener, other: Pair) -> Sources:
+        if other.index not in self.clean_values:
+            if len(self.clean_values) > 1:
+                self.clean_values.pop(next(iter(self.clean_values)))
+            self.clean_values[other.index] = opener.values(other, False, None)
+        return Sources(self.clean_values[other.index], {p: p for p in range(len(other.clean))})
+
+    def _key(self, pair: Pair, direction: Direction, source: str, other: Pair | None) -> str:
+        return repr((
+            self.model.context, pair.clean, pair.corrupted, pair.ids, len(pair.answers), pair.aligned, pair.span, pair.named,
+            direction, source, None if other is None else other.clean, self.plan, self.metrics,
+            None if self.noise is None else (self.noise.deviation, self.noise.samples, self.noise.seed, pair.index),
+        ))  # fmt: skip
+
+
+def noise_floor(run: Run) -> float:
+    """Return how far the first metric moves at most when the last row of a run is copied into itself."""
+    pair, opener = run.pairs[0], run.opener()
+    noise = run.noises(pair)[0]
+    largest = 0.0
+    for opened in opener.open(pair, run.directions, noise):
+        corrupted = opened.direction == "denoise"
+        itself = Sources(opener.values(pair, corrupted, noise), {p: p for p in range(len(pair.base(opened.direction)))})
+        cells = run.plan.cells(run.model.shape, pair, opened.direction)
+        ends = [cell for cell in cells if cell.position in (EVERYWHERE, len(pair.base(opened.direction)) - 1)]
+        moved = opened.patched(ends, itself)[:, 0] - opened.base[0]
+        largest = max(largest, float(moved.abs().max()) if len(moved) else 0.0)
+    return largest
+
+
+def count_cells(run: Run, samples: int) -> dict[str, int]:
+    """Return how many patched forwards the pairs of a run take, by kind."""
+    counts = {f"{direction} cells": 0 for direction in run.directions} | {"null cells": 0}
+    for _pair, direction, cells, nulls in _live(run):
+        counts[f"{direction} cells"] += len(cells) * samples
+        counts["null cells"] += len(cells) * samples * nulls
+    return counts
+
+
+def block_rows(run: Run, samples: int) -> int:
+    """Return how many rows pass how many blocks in all cells of a run."""
+    total, shape = 0, run.model.shape
+    for pair, direction, cells, nulls in _live(run):
+        start, n = first_patched(pair, direction, shape.causal), len(pair.base(direction))
+        total += sum(cell.block_rows(shape.n_layers, n, start) for cell in cells) * samples * (1 + nulls)
+    return total
+
+
+def _live(run: Run) -> Iterator[tuple[Pair, Direction, list[Cell], bool]]:
+    """Yield each pair and direction with the cells that are run, and whether they are run from another source too."""
+    for pair in run.pairs:
+        for direction in run.directions:
+            cells, zeros = run.plan.run(run.model.shape, pair, direction)
+            live = [cell for cell, zero in zip(cells, zeros, strict=True) if not zero]
+            yield pair, direction, live, null_partner(pair, run.pairs, direction, run.null) is not None

@@ -1,0 +1,57 @@
+"""Which pairs a map is made of: those that the model tells apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analyses.causal_patching.pairs import Pair
+from analyses.causal_patching.running import Run
+from analyses.results.statistics import cluster_bootstrap
+from probes.errors import PromptError
+from probes.progress import Progress
+
+Array = NDArray[np.float64]
+Ends = Mapping[int, tuple[Array, Array]]
+"""The metrics of each pair's clean and corrupted run."""
+
+
+def gauge(run: Run, min_gap: float, progress: Progress) -> tuple[dict[int, tuple[Array, Array]], dict[int, str]]:
+    """Run both prompts of every pair; return (their metrics by pair, why pairs are left out).
+
+    The gap is that of the first metric of the run; of `kl`, which has no sign, the divergence itself.
+    """
+    ends: dict[int, tuple[Array, Array]] = {}
+    reasons: dict[int, str] = {}
+    progress.start(len(run.pairs), "pair gauged")
+    for pair in run.pairs:
+        ends[pair.index] = clean, corrupted = run.ends(pair)
+        gap = float(clean[0] - corrupted[0]) * (-1 if run.metrics[0] == "kl" else 1)
+        if not gap >= min_gap:
+            reasons[pair.index] = f"a gap of {gap:.2f}, below min_gap {min_gap:g}"
+        progress.advance()
+    return ends, reasons
+
+
+def check_gaps(pairs: Sequence[Pair], ends: Ends, reasons: Mapping[int, str], min_pairs: int, metric: str) -> None:
+    """Refuse a run whose pairs the model does not tell apart.
+
+    Raises:
+        PromptError: fewer than `min_pairs` pairs are left, or the interval of their mean gap reaches zero.
+    """
+    kept = [pair for pair in pairs if pair.index not in reasons]
+    if len(kept) < min_pairs:
+        first = next((f"{p.where}: {reasons[p.index]}" for p in pairs if p.index in reasons), "no others were given")
+        raise PromptError(
+            f"{len(kept)} of {len(pairs)} pairs can be patched, and min_pairs is {min_pairs}: the model does not tell these "
+            f"prompts apart ({first}). Give other pairs, a lower --min-gap, or --min-pairs {max(1, len(kept))}"
+        )
+    gaps = np.array([float(ends[pair.index][0][0] - ends[pair.index][1][0]) for pair in kept])
+    interval = cluster_bootstrap(gaps if metric != "kl" else -gaps, np.array([pair.group for pair in kept]))
+    if float(interval.low[0]) <= 0:
+        raise PromptError(
+            f"the mean gap of {len(kept)} pairs is {interval.mean[0]:.2f} [{interval.low[0]:.2f}, {interval.high[0]:.2f}], which "
+            "reaches 0: the model does not tell these prompts apart. Give other pairs"
+        )

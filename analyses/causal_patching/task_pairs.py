@@ -1,0 +1,85 @@
+"""Pairs that tasks make, as the model's tokenizer sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from analyses.answers import as_merged, continuation, encode, single
+from analyses.tasks import docstring, facts, greater_than, ioi, two_hop
+from analyses.tasks.item import TextPair
+from probes.errors import OptionError, PromptError
+from probes.models.protocol import Model
+from probes.prompts import Prompt, tokenize
+
+WITHOUT_REFERENCE = ("two_hop", "facts")
+"""Tasks that have no prompt in which the answer is not determined."""
+
+
+def generated(model: Model, task: str, n: int, corruption: str, seed: int) -> list[Prompt]:
+    """Return generated pairs, the clean prompt with what a prompt line would carry in its fields, as token ids.
+
+    Raises:
+        OptionError: a task that has no reference prompts.
+        PromptError: the model has no tokenizer, or one that has too few of the task's words.
+    """
+    if model.tokenizer is None:
+        raise PromptError(f"task {task!r} needs a tokenizer, and {model.ref} has none: give pairs of token ids")
+    if corruption == "reference" and task in WITHOUT_REFERENCE:
+        raise OptionError(f"task {task!r} has no reference prompts: give --corruption token or noise")
+    made: list[TextPair] = MAKERS[task](model.tokenizer, n, seed, "reference" if corruption == "reference" else "token")
+    if not made:
+        raise PromptError(f"task {task!r} gives no pair of equal length under the tokenizer of {model.ref}")
+    return [_prompt(model, task, i, pair, corruption == "noise") for i, pair in enumerate(made)]
+
+
+def _greater_than(tokenizer: Any, n: int, seed: int, _: str) -> list[TextPair]:
+    question = greater_than.TEXT.format(event="war", century=17, year=41)
+    whole = len(as_merged(tokenizer, question, "42") or ()) == 1
+    return greater_than.text_pairs(n, seed, partial(single, tokenizer), whole)
+
+
+def _length(tokenizer: Any) -> Callable[[str], int]:
+    return lambda text: len(encode(tokenizer, text))
+
+
+MAKERS: dict[str, Callable[..., list[TextPair]]] = {
+    "ioi": lambda tokenizer, n, seed, corruption: ioi.pairs(n, seed, corruption, partial(single, tokenizer)),
+    "greater_than": _greater_than,
+    "docstring": lambda tokenizer, n, seed, corruption: docstring.pairs(
+        n, seed, corruption, partial(single, tokenizer)
+    ),
+    "two_hop": lambda tokenizer, n, seed, _: two_hop.pairs(n, seed, _length(tokenizer)),
+    "facts": lambda tokenizer, n, seed, _: facts.pairs(n, seed, _length(tokenizer)),
+}
+"""Name of a task to what makes its pairs."""
+
+
+def _prompt(model: Model, task: str, index: int, pair: TextPair, noise: bool) -> Prompt:
+    clean, other = tokenize([pair.clean, pair.clean if noise else pair.corrupted], model)
+    ends = _ends(model, clean)
+    answers, distractors = (
+        list(dict.fromkeys(continuation(model.tokenizer, context, text)[0] for text in texts))
+        for context, texts in ((pair.clean, pair.answers), (pair.clean, pair.distractors))
+    )
+    fields: dict[str, Any] = {
+        "where": f"{task} pair {index}", "corrupted": other.text or "", "corrupted_tokens": list(other.tokens),
+        "answer_tokens": answers, "distractor_tokens": distractors,
+        "named_positions": {role: _token_at(ends, place) for role, place in pair.roles.items()},
+        "group": pair.group or str(index),
+    }  # fmt: skip
+    if noise and pair.subject is not None:
+        fields["span"] = [_token_at(ends, pair.subject[0] + 1), _token_at(ends, pair.subject[1]) + 1]
+    return Prompt(clean.tokens, clean.text, fields)
+
+
+def _ends(model: Model, prompt: Prompt) -> list[int]:
+    """Return how many characters of the text the tokens up to each one stand for."""
+    decode = partial(model.tokenizer.decode, skip_special_tokens=True)
+    return [len(str(decode(list(prompt.tokens[: n + 1])))) for n in range(len(prompt.tokens))]
+
+
+def _token_at(ends: list[int], place: int) -> int:
+    """Return the token in which the character before a place lies."""
+    return next((i for i, end in enumerate(ends) if end >= place), len(ends) - 1)

@@ -1,0 +1,81 @@
+"""How far fast estimates can be trusted: the largest, and as many drawn at random, are patched exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.stats import beta, rankdata
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Which of many estimates are patched exactly."""
+
+    top: tuple[int, ...]
+    """Those of the largest size, largest first."""
+    random: tuple[int, ...]
+    """As many of the others."""
+
+    @property
+    def chosen(self) -> list[int]:
+        """All of them, the largest first."""
+        return [*self.top, *self.random]
+
+
+def budget(scores: Array, verify: int, seed: int) -> Budget:
+    """Choose the `verify` estimates of the largest size, and as many of the rest at random."""
+    order = np.argsort(-np.abs(scores), kind="stable")
+    rest = order[verify:]
+    drawn = np.random.default_rng(seed).choice(rest, min(verify, len(rest)), replace=False) if len(rest) else rest
+    return Budget(tuple(int(i) for i in order[:verify]), tuple(int(i) for i in drawn))
+
+
+def verification_row(method: str, scores: Array, exact: Array, chosen: Budget, signed: bool) -> dict[str, object]:
+    """Compare estimates with exact effects over what was verified.
+
+    `share_of_effect` is the part of all effects, by size, that the top holds, the rest being judged by the random ones.
+    `missed_bound`: with 95 % confidence at most this share of what was not verified has an effect above the smallest verified
+    one of the top (Clopper and Pearson 1934).
+
+    Args:
+        scores: of every node or edge.
+        exact: of the verified ones, in the order of `chosen`.
+        signed: whether the estimates have signs; otherwise sizes are compared, and signs are not.
+    """
+    k, r = len(chosen.top), len(chosen.random)
+    estimated = scores[chosen.chosen]
+    measured = exact if signed else np.abs(exact)
+    sizes = np.abs(exact)
+    above = int((sizes[k:] > sizes[:k].min()).sum()) if k else r
+    rest = (len(scores) - k) * float(sizes[k:].mean()) if r else 0.0
+    total = float(sizes[:k].sum()) + rest
+    return {
+        "method": method, "k": k, "n_random": r,
+        "spearman": rank_correlation(estimated, measured),
+        "sign_agreement": float((np.sign(estimated) == np.sign(exact)).mean()) if signed and len(exact) else np.nan,
+        "mean_abs_error": float(np.abs(estimated - measured).mean()) if len(exact) else np.nan,
+        "share_of_effect": float(sizes[:k].sum()) / total if total else np.nan,
+        "missed_bound": float(beta.ppf(0.95, above + 1, r - above)) if above < r else 1.0,
+    }  # fmt: skip
+
+
+def rank_correlation(a: Array, b: Array) -> float:
+    """Return Spearman's rank correlation; NaN where either side is constant or too short to have one."""
+    if len(a) < 3 or a.std() == 0 or b.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
+
+
+def ranked(table: pd.DataFrame, chosen: Budget, exact: Array) -> pd.DataFrame:
+    """Return a table of scores with rank, exact, verified and drawn_at_random; exact is NaN where it was not measured."""
+    measured = np.full(len(table), np.nan)
+    measured[chosen.chosen] = exact
+    drawn = np.zeros(len(table), dtype=bool)
+    drawn[list(chosen.random)] = True
+    rank = pd.Series(-table["score"].abs().to_numpy()).rank(method="first").astype(int).to_numpy()
+    return table.assign(rank=rank, exact=measured, verified=np.isfinite(measured), drawn_at_random=drawn)

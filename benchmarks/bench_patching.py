@@ -1,0 +1,196 @@
+"""Activation patching: the resumed grid beside a whole forward for each cell, ours and TransformerLens's, on the same cells.
+
+bathyscope bench patching [--model gpt2-shape|smollm2-135m] [--first N]
+
+Work is counted in block-rows, one block on one position, and held against the formula; seconds are of the processor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from analyses.causal_patching.cells import Cell, cells_of
+from analyses.causal_patching.grid import ResumedGrid, Sources, addresses, capture_values, whole_forwards, writes_of
+from probes.blocks.cached_prompt import CachedPrompt
+from probes.models import load_model
+from probes.models.backends.native import NativeModel
+from probes.points import Address
+
+TRANSFORMER_LENS = {
+    "resid_pre": ("get_act_patch_resid_pre", ("layer", "pos")),
+    "attn_out": ("get_act_patch_attn_out", ("layer", "pos")),
+    "mlp_out": ("get_act_patch_mlp_out", ("layer", "pos")),
+    "z": ("get_act_patch_attn_head_out_by_pos", ("layer", "pos", "head_index")),
+}
+"""What TransformerLens calls the same cells, and the axes of its index."""
+
+
+def gpt2_small() -> NativeModel:
+    """A random model of GPT-2 small's shape."""
+    torch.manual_seed(0)
+    return NativeModel(GPT2LMHeadModel(GPT2Config()).eval(), ref="gpt2-shape", weights="random")
+
+
+@contextmanager
+def counted(model: NativeModel) -> Iterator[list[int]]:
+    """Collect rows times positions of every block's call inside."""
+    calls: list[int] = []
+    with ExitStack() as stack:
+        for layer in range(model.shape.n_layers):
+            block = model.anatomy.component("block", layer)
+            hook = block.register_forward_hook(lambda *call: calls.append(_rows(call[-1])))
+            stack.callback(hook.remove)
+        yield calls
+
+
+def _rows(output: Any) -> int:
+    tensor = output if isinstance(output, Tensor) else output[0]
+    return int(tensor.shape[0] * tensor.shape[1])
+
+
+def naive(model: NativeModel, corrupted: Sequence[int], start: int, cells: Sequence[Cell], sources: Sources) -> Tensor:
+    """One whole forward a cell; logits of the last position, [cells, d_vocab]."""
+    rows: list[Tensor] = []
+    for cell in cells:
+        reads = {Address("logits"): lambda t: rows.append(t[0, -1].clone())}
+        model.run(torch.tensor([list(corrupted)]), reads, writes_of([(0, cell)], sources, start))
+    return torch.stack(rows)
+
+
+def resumed(
+    model: NativeModel, corrupted: Sequence[int], start: int, cells: Sequence[Cell], sources: Sources
+) -> Tensor:
+    """The same cells, each resumed from the block after it; logits as `naive`."""
+    last = ResumedGrid(CachedPrompt(model, corrupted, start)).last_rows(cells, sources)
+    unembedding = model.unembedding()
+    with torch.no_grad():
+        return torch.nn.functional.linear(unembedding.norm(last), unembedding.weight, unembedding.bias)
+
+
+def transformer_lens(
+    bridge: Any,
+    component: str,
+    clean: Sequence[int],
+    corrupted: Sequence[int],
+    cells: Sequence[Cell],
+    ids: tuple[int, int],
+) -> Tensor:
+    """TransformerLens's own patching of the same cells; the logit difference of each."""
+    from transformer_lens import patching
+
+    name, axes = TRANSFORMER_LENS[component]
+    columns = {
+        "layer": [c.layer for c in cells],
+        "pos": [c.position for c in cells],
+        "head_index": [c.head for c in cells],
+    }
+    index = pd.DataFrame({axis: columns[axis] for axis in axes})
+    function = getattr(patching, name)
+    setter = {**function.keywords, "index_axis_names": None}
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(torch.tensor([list(clean)]))
+        out: Tensor = patching.generic_activation_patch(
+            bridge, torch.tensor([list(corrupted)]), cache, lambda logits: logits[0, -1, ids[0]] - logits[0, -1, ids[1]],
+            **setter, index_df=index,
+        )  # fmt: skip
+    return out
+
+
+def bridge_of(model: NativeModel, folder: Path) -> Any:
+    """The same weights behind TransformerLens's bridge."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoModelForCausalLM
+
+    model.module.save_pretrained(folder)  # type: ignore[operator]
+    copy = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    return TransformerBridge.boot_transformers(str(folder), hf_model=copy, tokenizer=model.tokenizer, device="cpu")
+
+
+def timed(work: Callable[[], Tensor], repeats: int) -> tuple[float, Tensor]:
+    """The least processor seconds of the repeats, and the result."""
+    best, result = float("inf"), torch.empty(0)
+    for _ in range(repeats):
+        started = time.process_time()
+        result = work()
+        best = min(best, time.process_time() - started)
+    return best, result
+
+
+def main() -> None:
+    """Writes one JSON line: cells, block-rows against the formula, processor seconds of each way, and largest differences."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("gpt2-shape", "smollm2-135m"), default="gpt2-shape")
+    parser.add_argument("--component", choices=tuple(TRANSFORMER_LENS), default="resid_pre")
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--first", type=int, default=0, help="the first position at which the prompts differ")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--no-peer", action="store_true", help="leave TransformerLens out")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    model = gpt2_small() if options.model == "gpt2-shape" else load_model(options.model)
+    assert isinstance(model, NativeModel)
+    record = measured(model, options)
+    line = json.dumps(record)
+    print(line)
+    if options.out:
+        options.out.write_text(line + "\n", encoding="utf-8")
+
+
+def measured(model: NativeModel, options: argparse.Namespace) -> dict[str, object]:
+    """The record of one model and component."""
+    n, first, shape = options.tokens, options.first, model.shape
+    draw = torch.Generator().manual_seed(1)
+    clean = torch.randint(100, 20000, (n,), generator=draw).tolist()
+    corrupted = list(clean)
+    corrupted[first] += 1
+    cells = cells_of(shape, (options.component,), "by_position", range(first, n))
+    sources = Sources(capture_values(model, clean, addresses(cells)), {p: p for p in range(n)})
+    unpatched = whole_forwards(model, corrupted, first).unpatched
+    ids = tuple(int(i) for i in (unpatched.argmax(), unpatched.argmin()))
+    with counted(model) as calls:
+        resumed(model, corrupted, first, cells, sources)
+    own_rows = sum(calls)
+    naive_rows = len(cells) * shape.n_layers * n
+    formula = sum(cell.block_rows(shape.n_layers, n, first) for cell in cells)
+    own_s, own = timed(lambda: resumed(model, corrupted, first, cells, sources), options.repeats)
+    naive_s, whole = timed(lambda: naive(model, corrupted, first, cells, sources), options.repeats)
+    record: dict[str, object] = {
+        "model": model.ref, "component": options.component, "tokens": n, "first_difference": first, "cells": len(cells),
+        "threads": torch.get_num_threads(), "block_rows": own_rows, "block_rows_formula": formula + shape.n_layers * n,
+        "block_row_ratio": round(naive_rows / own_rows, 2), "closed_form_ratio": closed_form(shape.n_layers, n, n - first),
+        "resumed_s": round(own_s, 3), "naive_s": round(naive_s, 3), "naive_over_resumed": round(naive_s / own_s, 1),
+        "largest_relative_difference": float((own - whole).abs().max() / whole.abs().max()),
+    }  # fmt: skip
+    if not options.no_peer:
+        with tempfile.TemporaryDirectory() as folder:
+            bridge = bridge_of(model, Path(folder))
+            peer_s, peer = timed(
+                lambda: transformer_lens(bridge, options.component, clean, corrupted, cells, ids), options.repeats
+            )
+        difference = own[:, ids[0]] - own[:, ids[1]]
+        record |= {
+            "transformer_lens_s": round(peer_s, 3), "transformer_lens_over_resumed": round(peer_s / own_s, 1),
+            "transformer_lens_largest_difference": float((peer - difference).abs().max()),
+        }  # fmt: skip
+    return record
+
+
+def closed_form(n_layers: int, tokens: int, positions: int) -> float:
+    """Block-rows of a forward for each cell of the stream after each block, over those of resuming: 4 L/(L-1) T/(n+1)."""
+    return round(4 * n_layers / (n_layers - 1) * tokens / (positions + 1), 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Causal patching: every cell of the grid is the naive one, and the identities of patching hold on every causal family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from families import FAMILIES, make, shared
+from torch import Tensor
+
+from analyses.causal_patching import CausalPatching
+from analyses.cli import main
+from analyses.results.result import Result
+from probes.models.backends.native import NativeModel
+from probes.points import Address
+from probes.prompts import Prompt
+from probes.store import ActivationStore
+
+CAUSAL = tuple(family for family in FAMILIES if family != "bert")
+CLEAN, CORRUPTED = (5, 6, 7, 8, 9, 10), (5, 6, 17, 8, 19, 10)
+
+
+def native(family: str) -> NativeModel:
+    return NativeModel(shared(family), ref=f"tiny-{family}", weights=family)
+
+
+def logits(model: NativeModel, tokens: tuple[int, ...], **run: object) -> Tensor:
+    rows: list[Tensor] = []
+    model.run(torch.tensor([tokens]), {Address("logits"): lambda t: rows.append(t[0, -1].clone())}, **run)  # type: ignore[arg-type]
+    return rows[0]
+
+
+def pair_line(model: NativeModel, clean: tuple[int, ...] = CLEAN, corrupted: tuple[int, ...] = CORRUPTED) -> Prompt:
+    """A pair whose answers are the tokens that the two runs tell apart best."""
+    change = logits(model, clean) - logits(model, corrupted)
+    fields = {
+        "corrupted_tokens": list(corrupted), "answer_tokens": [int(change.argmax())], "distractor_tokens": [int(change.argmin())],
+    }  # fmt: skip
+    return Prompt(clean, None, fields)
+
+
+def naive(model: NativeModel, row: pd.Series, line: Prompt) -> float:
+    """The metric under one cell, by one whole hooked forward."""
+    corrupted = tuple(line.fields["corrupted_tokens"])
+    base, source = (corrupted, line.tokens) if row["direction"] == "denoise" else (line.tokens, corrupted)
+    address = Address(row["component"], int(row["layer"]))
+    values: list[Tensor] = []
+    model.run(torch.tensor([source]), {address: lambda t: values.append(t[0].clone())})
+    at = slice(2, None) if row["position"] == -1 else slice(int(row["position"]), int(row["position"]) + 1)
+
+    def put(tensor: Tensor) -> Tensor:
+        out = tensor.clone()
+        if row["component"] == "pattern":
+            out[0, row["head"], at] = values[0][row["head"], at]
+        elif row["head"] >= 0:
+            out[0, at, row["head"]] = values[0][at, row["head"]]
+        else:
+            out[0, at] = values[0][at]
+        return out
+
+    last = logits(model, base, writes={address: put})
+    return float(last[line.fields["answer_tokens"]].mean() - last[line.fields["distractor_tokens"]].mean())
+
+
+def run(model: NativeModel, lines: list[Prompt], store: ActivationStore, **options: object) -> dict[str, pd.DataFrame]:
+    settings = {"min_gap": 0.0, "min_pairs": 1, "nulls": "none", **options}
+    return dict(CausalPatching(**settings).run(model, lines, store=store).tables)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_every_cell_is_the_naive_one(family: str, store: ActivationStore) -> None:
+    model = native(family)
+    line = pair_line(model)
+    every = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern")
+    components = tuple(c for c in every if model.refusal(Address(c, 0)) is None)
+    for heads in ("by_position", "all_positions"):
+        cells = run(model, [line], store, components=components, heads=heads)["cells"]
+        checked = cells.sample(min(len(cells), 90), random_state=0)
+        gap = float(cells["m_patched"].where(cells["position"] == 0).groupby(cells["direction"]).mean().diff().iloc[-1])
+        for _, row in checked.iterrows():
+            expected = naive(model, row, line)
+            assert row["m_patched"] == pytest.approx(expected, abs=1e-4 * max(1.0, abs(expected))), dict(row)
+        assert gap > 0
+
+
+def test_the_command_writes_the_cells_of_given_pairs(
+    llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = NativeModel(make("llama"), ref="folder", weights="folder")
+    lines = [pair_line(model, (5, 6, 7, 8), (5, 6, 17 + i, 8)) for i in range(4)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(json.dumps({"tokens": list(p.tokens), **p.fields}) for p in lines))
+    words = f"run causal_patching --model {llama_folder} --prompts {file} --components resid_post,attn_out,mlp_out,z --heads by_position"
+    words += f" --nulls none --min-gap 0 --out {tmp_path / 'out'} --store {tmp_path / 'store'}"
+    assert main([*words.split(), "--dry-run"]) == 0
+    assert "block-rows" in capsys.readouterr().out
+    assert main(words.split()) == 0
+    cells = Result.load(tmp_path / "out").tables["cells"]
+    live = cells[~cells["exact_zero"]]
+    assert set(live["position"]) == {2, 3}
+    assert (cells[cells["exact_zero"]]["recovery"] == 0).all()
+    for _, row in live.sample(20, random_state=0).iterrows():
+        assert row["m_patched"] == pytest.approx(naive(model, row, lines[row["pair"]]), abs=1e-4)
+    assert not list((tmp_path / "store" / "causal_patching").glob("*"))

@@ -1,0 +1,158 @@
+"""Edges: exact path patching against hand-made forwards, and the sums that edge attribution must keep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import FAMILIES
+from test_causal_patching import CLEAN, CORRUPTED, native
+from test_causal_patching_attribution import pair
+from torch import Tensor
+
+from analyses.causal_patching.attribution import Attributed
+from analyses.causal_patching.cells import Cell
+from analyses.causal_patching.edges import EdgeAttribution, nodes_of_line
+from analyses.causal_patching.graph import Receiver, Sender, count_edges, parse_edges, receivers_of, senders_of
+from analyses.causal_patching.grid import ResumedGrid, Sources, capture_values
+from analyses.causal_patching.paths import PathGrid, sender_changes, written_points
+from probes.blocks.cached_prompt import CachedPrompt
+from probes.blocks.rerouting import module_of
+from probes.errors import OptionError, PointError
+from probes.models.backends.native import NativeModel
+from probes.points import Address
+
+ADDING = tuple(family for family in FAMILIES if family not in ("bert", "opt_post_norm"))
+
+
+def changes_of(model: NativeModel, senders: list[Sender]) -> Tensor:
+    points = written_points(model.shape.n_layers)
+    base, source = (capture_values(model, tokens, points) for tokens in (CORRUPTED, CLEAN))
+    return sender_changes(model, senders, base, Sources(source, {p: p for p in range(len(CLEAN))}))
+
+
+def paths(model: NativeModel, through: str = "residual") -> PathGrid:
+    with module_of(model) as (_, anatomy):
+        return PathGrid(model, ResumedGrid(CachedPrompt(model, CORRUPTED, 2)), anatomy.parallel, through)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ADDING)
+def test_what_senders_write_adds_up_to_the_stream(family: str) -> None:
+    model = native(family)
+    senders = [sender for sender in senders_of(model.shape) if sender.layer < 2]
+    changes = changes_of(model, senders)
+    at = Address("resid_pre", 2)
+    clean, corrupted = (capture_values(model, tokens, {at})[at] for tokens in (CLEAN, CORRUPTED))
+    with module_of(model) as (_, anatomy):
+        sandwich = anatomy.map.path("ln1_post", 0) is not None
+    if not sandwich:
+        assert torch.allclose(changes.sum(0), clean - corrupted, atol=1e-4)
+    assert float(changes[:, :2].abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("family", ADDING)
+def test_an_edge_is_the_hand_made_one(family: str) -> None:
+    """The receiver's input is what its projection makes of the changed stream, and all else is the patched run's."""
+    model = native(family)
+    grid = paths(model)
+    sender, receiver = Sender(0, 1), Receiver(2, "q", 3)
+    change = changes_of(model, [sender])
+    tokens = torch.tensor([CORRUPTED])
+    queries: list[Tensor] = []
+    model.run(
+        tokens, {Address("q", 2): lambda t: queries.append(t.clone())}, {Address("resid_pre", 2): lambda t: t + change}
+    )
+
+    def put(tensor: Tensor) -> Tensor:
+        out = tensor.clone()
+        out[:, :, 3] = queries[0][:, :, 3]
+        return out
+
+    last: list[Tensor] = []
+    model.run(tokens, {Address("resid_post", 2): lambda t: last.append(t[0, -1].clone())}, {Address("q", 2): put})
+    edges = [(sender, receiver), (sender, Receiver(3, "logits"))]
+    rows = grid.last_rows(edges, {sender: change[0]})
+    assert torch.allclose(rows[0], last[0], atol=1e-4)
+    assert torch.allclose(rows[1], grid.grid.unpatched + change[0, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2"])
+def test_all_edges_out_of_a_sender_are_the_sender_itself(family: str) -> None:
+    """With one receiver's layer left, patching every edge of a last-block sender is patching the sender."""
+    model = native(family)
+    sender = Sender(2)
+    change = changes_of(model, [sender])
+    row = paths(model).last_rows([(sender, Receiver(3, "logits"))], {sender: change[0]})[0]
+    base = CachedPrompt(model, CORRUPTED, 2)
+    sources = Sources(capture_values(model, CLEAN, {Address("mlp_out", 2)}), {p: p for p in range(6)})
+    node = ResumedGrid(base).last_rows([Cell("mlp_out", 2, position=5)], sources)[0]
+    assert torch.allclose(row, node, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ADDING)
+def test_edges_of_a_sender_sum_to_its_attribution(family: str) -> None:
+    model = native(family)
+    attribution = EdgeAttribution.of(model)
+    one = pair(model)
+    senders = [Sender(-1), Sender(0), Sender(1), Sender(2)] + [Sender(1, head) for head in range(4)]
+    gradients = attribution.receiver_gradients(CORRUPTED, one, "logit_diff", None, [1.0])
+    table = attribution.scores(gradients, senders, changes_of(model, senders))
+    cells = [[Cell("resid_pre", 0, position=p) for p in range(2, 6)]]
+    cells += [[Cell("mlp_out", layer, position=p) for p in range(2, 6)] for layer in range(3)]
+    with module_of(model) as (_, anatomy):
+        heads = anatomy.map.path("ln1_post", 0) is None
+    cells += [[Cell("z", 1, head, p) for p in range(2, 6)] for head in range(4)] if heads else []
+    attributed = Attributed(model, one, "denoise", "logit_diff")
+    for row, own in zip(table, cells, strict=False):
+        expected = float(attributed.scores(own, "atp").sum())
+        assert float(row.nansum()) == pytest.approx(expected, rel=2e-3, abs=2e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi"])
+def test_gradients_along_the_line_sum_to_the_gap(family: str) -> None:
+    model = native(family)
+    attribution, one = EdgeAttribution.of(model), pair(model)
+    gap = 0.0
+    for sign, tokens in ((1, CLEAN), (-1, CORRUPTED)):
+        at = Address("logits")
+        logits = capture_values(model, tokens, {at})[at][-1]
+        gap += sign * float(logits[list(one.answers)].mean() - logits[list(one.distractors)].mean())
+    sums = {}
+    for steps in (1, 8):
+        embeddings, weights = attribution.interpolated(one, steps, "gauss")
+        gradients = attribution.receiver_gradients(CORRUPTED, one, "logit_diff", embeddings, weights)
+        sums[steps] = float(attribution.scores(gradients, [Sender(-1)], changes_of(model, [Sender(-1)])).nansum())
+    assert sums[8] == pytest.approx(gap, rel=0.02)
+    assert abs(sums[8] - gap) < abs(sums[1] - gap)
+
+
+def test_rules_of_the_line_integrate_what_they_should() -> None:
+    for rule, degree in (("left", 0), ("right", 0), ("midpoint", 1), ("gauss", 9)):
+        places, weights = nodes_of_line(5, rule)  # type: ignore[arg-type]
+        for power in range(degree + 1):
+            integral = sum(w * p**power for p, w in zip(places, weights, strict=True))
+            assert integral == pytest.approx(1 / (power + 1))
+    assert nodes_of_line(4, "left")[0] == [0, 0.25, 0.5, 0.75]
+
+
+def test_edges_are_counted_as_published() -> None:
+    """32,491 edges of GPT-2 small (Mueller et al. 2025); grouped keys and values are fewer."""
+    from probes.models.protocol import Shape
+
+    gpt2 = Shape("GPT2LMHeadModel", 12, 768, 12, 12, 64, 3072, 50257, 1024, True)
+    qwen = Shape("Qwen2ForCausalLM", 24, 896, 14, 2, 64, 4864, 151936, 32768, True)
+    assert count_edges(gpt2, False) == count_edges(gpt2, False, expanded=True) == 32_491
+    assert (count_edges(qwen, False, expanded=True), count_edges(qwen, False)) == (179_749, 79_813)
+    assert len(receivers_of(qwen)) == 24 * (14 + 2 + 2 + 1) + 1
+
+
+def test_paths_are_named_and_refused_by_name() -> None:
+    shape = native("llama").shape
+    assert parse_edges(["0.1>2.3.q", "embed>m0", "m1 > logits"], shape, False)[1] == (Sender(-1), Receiver(0, "mlp"))
+    for text, said in (("0.9>2.0.q", "layers are 0 to 2"), ("2.0>1.0.q", "leads nowhere"), ("0.1", "SENDER>RECEIVER")):
+        with pytest.raises(OptionError, match=said):
+            parse_edges([text], shape, False)
+
+
+def test_models_that_normalise_sums_have_no_edges() -> None:
+    with pytest.raises(PointError, match="normalises each sum"):
+        EdgeAttribution.of(native("opt_post_norm"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from tiny import native
@@ -12,9 +13,13 @@ from torch import Tensor
 from analyses.contextual_decomposition import ContextualDecomposition
 from analyses.contextual_decomposition.cases import Case, baseline_of
 from analyses.contextual_decomposition.mlp_effects import mlp_ablation, mlp_attribution
+from analyses.contextual_decomposition.unseen import unseen, unseen_note
+from analyses.ground_truth.contestants import runs_of
+from probes import from_hf
 from probes.decomposition import Baseline
 from probes.edits import read
 from probes.models.protocol import Model
+from probes.planted.registry import build
 from probes.points import Address
 from probes.prompts import Prompt
 
@@ -88,3 +93,38 @@ def test_the_table_of_mlps_and_its_forwards() -> None:
     without = replace(analysis, ablation=False).run(model, prompts).tables
     assert "ablation" not in without["mlps"]
     assert "mlps" not in replace(analysis, mlps=False).run(model, prompts).tables
+
+
+def compared(score: tuple[float, float], cost: tuple[float, float]) -> pd.DataFrame:
+    return pd.DataFrame({
+        "layer": [4], "head": [2], "ci_low": score[0], "ci_high": score[1], "ablation": sum(cost) / 2, "ablation_low": cost[0],
+        "ablation_high": cost[1],
+    })  # fmt: skip
+
+
+def test_what_costs_the_metric_and_has_no_relevance_is_said() -> None:
+    cases = pd.DataFrame({"metric": [10.0, 10.0]})
+    silent, costly = (0.0, 0.0), (2.0, 4.0)
+    tables = {"cases": cases, "heads": compared(silent, costly), "mlps": compared(silent, costly).drop(columns="head")}
+    assert unseen(tables) == ["4.2", "mlp 4"]
+    (note,) = unseen_note(tables, frozen_gate=True)
+    assert "4.2, mlp 4" in note
+    assert "--gate joint" in note
+    assert "--gate" not in unseen_note(tables, frozen_gate=False)[0]
+    assert unseen({"cases": cases, "heads": compared((0.5, 1.0), costly)}) == [], "it has relevance"
+    assert unseen({"cases": cases, "heads": compared(silent, (0.5, 4.0))}) == [], "its cost may be small"
+    nan = float("nan")
+    assert unseen_note({"cases": cases, "heads": compared((nan, nan), (nan, nan))}, True) == [], "no interval, no claim"
+
+
+def test_a_head_that_acts_through_a_gate_is_named_and_seen_by_the_joint_rule() -> None:
+    task = build("A1", 0)
+    model = from_hf(task.module, ref=task.ref)
+    (run,) = runs_of("contextual_decomposition", task)
+    analysis = replace(run.analysis, other_preset=False)
+    mover = next(iter(task.record.question("moved:attribute:r>ask").truth))
+    notes = " ".join(analysis.run(model, list(run.prompts)).notes)
+    assert mover in notes.partition("under these rules: ")[2]
+    heads = replace(analysis, gate="joint").run(model, list(run.prompts)).tables["heads"]
+    best = heads.loc[heads["score"].abs().nlargest(2).index]
+    assert mover in {f"{layer}.{head}" for layer, head in zip(best["layer"], best["head"], strict=True)}

@@ -95,6 +95,10 @@ def agreement_notes(table: pd.DataFrame, differences: pd.DataFrame) -> list[str]
         return []
     gaps: dict[str, dict[str, float]] = rival[["difference", "ci_low", "ci_high"]].to_dict("index")  # type: ignore[assignment]
     said = [_sentence(name, rows, gaps[name]) for name in STATISTICS if np.isfinite(gaps[name]["difference"])]
+    if not said:
+        return [
+            "Agreement with mean ablation cannot be said: a method scores all heads alike, or ablating any costs the same."
+        ]
     return [
         f"Agreement with mean ablation over {int(rows['n_heads'].iloc[0])} heads and {n} prompts, "
         f"{NAMES['cdt']} beside {NAMES['attribution']}: {'; '.join(said)}."

@@ -34,6 +34,7 @@ from analyses.contextual_decomposition.prepared_cases import (
     scored_positions,
 )
 from analyses.contextual_decomposition.scores import Reading
+from analyses.contextual_decomposition.unseen import unseen_note
 from analyses.contextual_decomposition.word_relevance import words_table
 from analyses.interventions import Interventions
 from analyses.options import option, validate
@@ -211,20 +212,19 @@ class ContextualDecomposition(Analysis):
         notes += [*_span_notes(tables["cases"]), *self._notes(model, heads)]
         scores = {"cdt": own}
         tables |= self._compared(prepared, scores, notes, progress)
-        layers = sorted({node.layer for node in heads})
-        ablated_mlps = 0
+        relevance, ablated_mlps = list(scored), 0
         if self.mlps:
-            scored_mlp = scored_mlps(prepared, layers, self.rules, progress)
-            relevance = [*scored, scored_mlp]
+            layers = sorted({node.layer for node in heads})
+            relevance.append(scored_mlps(prepared, layers, self.rules, progress))
             tables["mlps"], ablated_mlps = mlps_table(
-                prepared, layers, scored_mlp.scores, self.ablation, self.seed, progress
+                prepared, layers, relevance[-1].scores, self.ablation, self.seed, progress
             )
-        else:
-            relevance = scored
         tables["relevance"] = pd.concat(
             [tabulate.relevance_table(s.nodes, s.scores, [cases[i].index for i in s.prompts]) for s in relevance],
             ignore_index=True,
         )
+        gated = any(getattr(block.mlp, "gate", None) is not None for block in prepared.decomposer.operations.blocks)
+        notes += unseen_note(tables, frozen_gate=gated and self.rules.gate == "frozen")
         tables |= self._circuits(prepared, scored[-1], links, scores, progress)
         if self.words != "none":
             tables["words"] = words_table(

@@ -89,9 +89,14 @@ def _renewed_value(old: Mapping[str, str], value: Any) -> Any:
     return old.get(value, value) if isinstance(value, str) else value
 
 
-def as_flag(name: str, value: Any) -> list[str]:
-    """Return the command-line words that give an option this value."""
-    flag = name.replace("_", "-")
+def flag_of(cls: Any, name: str) -> str:
+    """Return the name of an option on the command line."""
+    field = next(field for field in dataclasses.fields(cls) if field.name == name)
+    return field.metadata.get("flag") or name.replace("_", "-")
+
+
+def as_flag(flag: str, value: Any) -> list[str]:
+    """Return the command-line words that give the option of that flag this value."""
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
     text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

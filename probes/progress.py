@@ -12,6 +12,9 @@ class Progress:
     def advance(self, done: int = 1) -> None:
         """`done` more units are finished."""
 
+    def stop(self) -> None:
+        """Nothing more is done; whatever was shown of it goes."""
+
     def note(self, line: str) -> None:
         """Something a user should read, in one line."""
 

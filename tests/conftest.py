@@ -11,6 +11,10 @@ import pytest
 import torch
 from families import make
 from tiny import native
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from probes.models import Model, load_model
 from probes.models.backends.native import NativeModel
@@ -63,6 +67,15 @@ def count_forwards(monkeypatch: pytest.MonkeyPatch) -> Callable[[Model], list[in
 def real() -> Model:
     """The bundled default model, fetched once and cached."""
     return load_model("smollm2-135m")
+
+
+@pytest.fixture
+def word_folder(llama_folder: Path) -> Path:
+    """The same folder with a tokenizer of one word a token."""
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2").save_pretrained(llama_folder)
+    return llama_folder
 
 
 @pytest.fixture

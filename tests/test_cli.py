@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +14,10 @@ import pytest
 from analyses.base import Analysis
 from analyses.cli import main
 from analyses.cli.commands import COMMANDS
+from analyses.cli.console import ConsoleProgress
 from analyses.registry import every_analysis, titles
+from analyses.results.result import Result
+from analyses.running.reproduce import command, python
 from probes.models import BACKENDS
 from probes.points import POINTS
 from probes.store import ActivationStore
@@ -47,6 +51,52 @@ def test_voids_on_token_ids_needs_no_tokenizer(
     assert len(pd.read_parquet(tmp_path / "run" / "tables" / "readout.parquet"))
     assert main(args) == 0
     assert "no forward pass" in capsys.readouterr().err
+
+
+def test_texts_stand_for_a_file_and_are_in_the_command_that_makes_the_run_again(
+    word_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    texts = ["--text", "w5 w6 w7", "--text", "w8 w9"]
+    args = ["run", "logit_lens", "--model", str(word_folder), *texts, "--out", str(out)]
+    assert main([*args, "--json", "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    answer = json.loads(said.out)
+    assert answer["folder"] == str(out)
+    assert answer["counts"]["prompts"] == 2
+    assert answer["tables"]["top"] == len(pd.read_parquet(out / "tables" / "top.parquet"))
+    assert shlex.join(texts) in command(Result.load(out), "again")
+    assert "['w5 w6 w7', 'w8 w9']" in python(Result.load(out), "again")
+
+
+def test_texts_and_a_file_are_not_both_given(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "logit_lens", "--model", "x", "--text", "a", "--prompts", str(prompts)]) == 2
+    assert "give one of them" in capsys.readouterr().err
+
+
+def test_every_step_has_a_line_where_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for every_step, n_lines in ((False, 4), (True, 8)):
+        progress = ConsoleProgress("2 of 9", every_step)
+        progress.start(8, "skip")
+        for _ in range(8):
+            progress.advance()
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == n_lines
+        assert lines[-1] == "2 of 9 · skip: 8 of 8"
+
+
+def test_lists_are_objects_for_programs(
+    llama_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["models", "ls", "--json"]) == 0
+    models = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert models[0]["ref"] == "smollm2-135m"
+    assert main(["capture", "--model", str(llama_folder), "--prompts", str(prompts), "--points", "embed"]) == 0
+    capsys.readouterr()
+    assert main(["store", "ls", "--json"]) == 0
+    (row,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (row["model"], row["backend"]) == (str(llama_folder), "native")
 
 
 def test_truth_values_are_flags(llama_folder: Path, prompts: Path, tmp_path: Path) -> None:

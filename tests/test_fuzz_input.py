@@ -24,8 +24,8 @@ from analyses.registry import every_analysis
 from analyses.studies import expand, read_study
 from probes.errors import ModelError
 from probes.models import load_model
-from probes.models.sources.checkpoint import check_folder, read_config
 from probes.models.sources.gguf import check_gguf
+from probes.models.sources.model_folder import check_folder, read_config
 from probes.points import expand as expand_points
 from probes.prompts import check_fields, read_prompts, tokenize
 from probes.strict_json import JsonFault, check_tree

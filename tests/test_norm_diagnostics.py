@@ -303,7 +303,7 @@ def test_the_command_line(llama_folder: Path, tmp_path: Path, capsys: pytest.Cap
         "proportional",
         "--steps",
         "30",
-        "--text",
+        "--train-on",
         str(text),
         "--block",
         "8",
@@ -315,7 +315,8 @@ def test_the_command_line(llama_folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert "fewer than two blocks of 8" in error
     assert "Traceback" not in error
     assert (
-        main([*common, "--out", str(tmp_path / "out3"), "--schedule", "smal", "--text", str(text), "--block", "8"]) == 2
+        main([*common, "--out", str(tmp_path / "out3"), "--schedule", "smal", "--train-on", str(text), "--block", "8"])
+        == 2
     )
     assert "Did you mean 'small'" in capsys.readouterr().err
 

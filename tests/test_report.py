@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import re
+from base64 import b64decode
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from tiny import PROMPTS
 
@@ -72,11 +78,43 @@ def test_the_command_writes_one_page_of_several_runs(
     assert main(["report", *runs, "--out", str(out)]) == 0
     assert capsys.readouterr().out == f"report of 2 runs: {out}\n"
     page = out.read_text()
-    assert page.count("<h2 ") == 2
-    assert page.count("Plotly.newPlot(") == 2 * len(result.figures)
+    assert page.count('<section id="section-') == 2
+    assert page.count('class="plot"') == 1 + 2 * len(result.figures)  # the depth axis comes before them
     assert main(["report", runs[0], "--out", str(out), "--title", "Mine <b>"]) == 0
     assert "<h1>Mine &lt;b&gt;</h1>" in out.read_text()
     assert [path.name for path in out.parent.iterdir()] == ["page.html"]
+
+
+def figures_in(page: str) -> list[dict[str, Any]]:
+    """The figures of a page, in its order, as its script unpacks them."""
+    packed = re.findall(r'data-figure="([^"]+)"', page)
+    return [json.loads(gzip.decompress(b64decode(data))) for data in packed]
+
+
+def numbers(array: dict[str, str]) -> list[float]:
+    """The numbers of an array as plotly packs them."""
+    return np.frombuffer(b64decode(array["bdata"]), array["dtype"]).tolist()
+
+
+def test_a_report_opens_with_every_profile_on_one_depth_axis(result: Result) -> None:
+    depth, *others = figures_in(render([result]))
+    curve = depth["data"][-1]
+    assert numbers(curve["y"]) == [0, 1, 2]
+    assert curve["hovertemplate"].startswith(next(iter(result.profiles.values())).title)
+    assert len(others) == len(result.figures)
+
+
+def test_models_of_unlike_depth_share_a_relative_axis(result: Result) -> None:
+    deeper = on(result, "deeper")
+    deeper.provenance["model"]["layers"] = 5
+    depth = figures_in(render([result, deeper]))[0]
+    curves = {trace["name"]: numbers(trace["y"]) for trace in depth["data"] if "name" in trace}
+    assert curves == {"tiny-llama": [0, 0.5, 1], "deeper": [0, 0.25, 0.5]}
+    assert depth["layout"]["yaxis"]["title"]["text"] == "relative depth"
+
+
+def test_equal_results_give_equal_pages(result: Result) -> None:
+    assert render([result]) == render([result])
 
 
 @pytest.mark.parametrize("kind", ["notes", "folder", "device", "link"])

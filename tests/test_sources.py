@@ -30,9 +30,10 @@ from probes.models import fetch_model, list_models, load_model, model_info
 from probes.models.silence_loggers import silence_loggers
 from probes.models.sources import gguf
 from probes.models.sources import model_cache as cache
-from probes.models.sources.checkpoint import Loading, load_module, read_config
+from probes.models.sources.checkpoint import Loading, load_module
 from probes.models.sources.digest import weights_digest
 from probes.models.sources.fetch import fetch_bundled
+from probes.models.sources.model_folder import read_config
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ COMMANDS = {
     "capture": ("analyses.cli.capture:capture", "Capture points of every prompt into the store."),
     "store": ("analyses.cli.store:group", "The activation store."),
     "models": ("analyses.cli.models:group", "Models at hand."),
-    "check": ("analyses.cli.models:check", "Check a model's identities on every backend."),
+    "check": ("analyses.cli.check:check", "Check a model's identities on every backend."),
     "bench": ("analyses.cli.bench:bench", "Measure side by side with other tools."),
 }
 """Command to where its function or group lies, and what a list of commands says of it."""
@@ -112,5 +112,5 @@ def _root(
     """Where in the depth of a language model does it happen?"""
 
 
-bathyscope = typer.Typer(cls=_Commands, callback=_root, no_args_is_help=True, **PLAIN)
+bathyscope = typer.Typer(cls=_Commands, callback=_root, no_args_is_help=True, **{**PLAIN, "add_completion": True})
 analyses_group = typer.Typer(cls=_Analyses, help=COMMANDS["run"][1], no_args_is_help=True, **PLAIN)

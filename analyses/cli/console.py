@@ -26,9 +26,16 @@ def warn(line: str) -> None:
 
 
 class ConsoleProgress(Progress):
-    """A bar with an estimate on a terminal, plain lines otherwise."""
+    """A bar with an estimate on a terminal, plain lines otherwise.
 
-    def __init__(self) -> None:
+    Args:
+        of: what every line begins with, where several things are done one after another.
+        every_step: a line for each step, instead of four in all and a bar.
+    """
+
+    def __init__(self, of: str = "", every_step: bool = False) -> None:
+        self._every_step = every_step
+        self._of = f"{of} · " if of else ""
         self._console = Console(stderr=True)
         self._bar: RichProgress | None = None
         self._total = self._done = 0
@@ -38,10 +45,11 @@ class ConsoleProgress(Progress):
         """Begin to count `total` of something; 0 where nothing is counted."""
         self.stop()
         self._total, self._done, self._what = total, 0, what
-        if total and self._console.is_terminal:
+        if total and self._console.is_terminal and not self._every_step:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._bar = RichProgress(*columns, console=self._console, transient=True)
-            self._task = self._bar.add_task(f"{what} passes" if what == "forward" else f"{what}s", total=total)
+            passes = f"{what} passes" if what == "forward" else f"{what}s"
+            self._task = self._bar.add_task(self._of + passes, total=total)
             self._bar.start()
 
     def advance(self, done: int = 1) -> None:
@@ -49,8 +57,8 @@ class ConsoleProgress(Progress):
         before, self._done = self._done, self._done + done
         if self._bar is not None:
             self._bar.advance(self._task, done)
-        elif 4 * before // self._total != 4 * self._done // self._total:
-            warn(f"{self._what}: {self._done:,} of {self._total:,}")
+        elif self._every_step or 4 * before // self._total != 4 * self._done // self._total:
+            warn(f"{self._of}{self._what}: {self._done:,} of {self._total:,}")
 
     def note(self, line: str) -> None:
         """Print a line."""

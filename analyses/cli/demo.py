@@ -1,7 +1,9 @@
-"""`bathyscope demo`: every analysis on the bundled default model and prompts, one report."""
+"""`bathyscope demo`: every analysis on the bundled default model and prompts, and one report that grows."""
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +13,7 @@ import typer
 from analyses.back_patching import BackPatching
 from analyses.base import Analysis
 from analyses.cli.console import ConsoleProgress, say
+from analyses.cli.report import check_page
 from analyses.cli.run import StoreDir
 from analyses.communication_channels import CommunicationChannels
 from analyses.concept_depth import ConceptDepth
@@ -19,8 +22,7 @@ from analyses.depth_use import DepthUse
 from analyses.latent_language import LatentLanguage
 from analyses.logit_lens import LogitLens
 from analyses.norm_removal import NormRemoval
-from analyses.results.report import write_report
-from analyses.results.result import Result
+from analyses.results.report import GrowingReport
 from analyses.running.model_spec import ModelSpec
 from analyses.running.runner import run
 from analyses.voids import Voids
@@ -31,53 +33,98 @@ from probes.store import ActivationStore
 DEMO_MODEL = ModelSpec("smollm2-135m")
 DEMO_PROMPTS = Path(str(files("analyses").joinpath("data", "demo.jsonl")))
 
-DEMO: tuple[Analysis, ...] = (
-    Voids(alpha=(0.8, 0.2, 0.4, 0.6, 1.0), max_new_tokens=16, readout_positions="all"),
-    LogitLens(),
-    ConceptDepth(
-        sets=("city_country", "capital_negation", "sentiment"), limit=100, splits=2, causal_layers=1, causal_prompts=8
+
+@dataclass(frozen=True)
+class Step:
+    """One analysis of the demo."""
+
+    quick: Analysis
+    full: Analysis
+    weight: float
+    """Its share of the time that the quick demo takes, roughly: for the estimate of what is left."""
+
+    def analysis(self, full: bool) -> Analysis:
+        """The analysis with the options of the quick or the full demo."""
+        return self.full if full else self.quick
+
+
+DEMO = (
+    Step(LogitLens(), LogitLens(), 4),
+    Step(
+        Voids(alpha=(0.8, 0.2), max_new_tokens=8),
+        Voids(alpha=(0.8, 0.2, 0.4, 0.6, 1.0), max_new_tokens=16, readout_positions="all"),
+        6,
     ),
-    DepthUse(
-        parts=("block",),
-        bits=(4,),
-        windows=(2,),
-        skip_prompts=4,
-        erasure_prompts=1,
-        gradient_prompts=0,
-        greedy_steps=1,
-        drop_blocks=3,
+    Step(CommunicationChannels(task="none"), CommunicationChannels(n_prompts=24, laundry_items=(2, 3, 4)), 8),
+    Step(
+        LatentLanguage(
+            source=("en",), target=("fr",), form="plain", set_rule="first_token", n_prompts=10, n_shot=3,
+        ),
+        LatentLanguage(
+            source=("en", "fr"), target=("fr", "zh"), form="plain", set_rule="first_token", n_prompts=10, n_shot=3,
+            extras=("similarity",),
+        ),
+        6,
     ),
-    LatentLanguage(
-        source=("en", "fr"),
-        target=("fr", "zh"),
-        form="plain",
-        set_rule="first_token",
-        n_prompts=10,
-        n_shot=3,
-        extras=("similarity",),
+    Step(
+        ConceptDepth(sets=("city_country", "sentiment"), limit=60, splits=2, causal_layers=0),
+        ConceptDepth(
+            sets=("city_country", "capital_negation", "sentiment"), limit=100, splits=2, causal_layers=1, causal_prompts=8
+        ),
+        14,
     ),
-    CommunicationChannels(n_prompts=24, laundry_items=(2, 3, 4)),
-    BackPatching(task="two_hop", pool=60, n_prompts=8, stride=3),
-    NormRemoval(split_paths=False, neurons=4),
-    ContextualDecomposition(
-        task="ioi", n_prompts=2, n_references=6, search_steps=2, shares=(0.02, 0.1, 0.3), random_circuits=4, mlps=False
+    Step(
+        BackPatching(task="two_hop", pool=30, n_prompts=6, stride=5, stages=False),
+        BackPatching(task="two_hop", pool=60, n_prompts=8, stride=3),
+        12,
     ),
-)
-"""What the demo runs, with the options of its report."""
+    Step(NormRemoval(split_paths=False, neurons=0, stride=3), NormRemoval(split_paths=False, neurons=4), 10),
+    Step(
+        DepthUse(
+            parts=("block",), bits=(8,), windows=(2,), skip_prompts=2, erasure_prompts=0, gradient_prompts=0, greedy_steps=0,
+            drop_blocks=0, stride=3,
+        ),
+        DepthUse(
+            parts=("block",), bits=(4,), windows=(2,), skip_prompts=4, erasure_prompts=1, gradient_prompts=0, greedy_steps=1,
+            drop_blocks=3,
+        ),
+        16,
+    ),
+    Step(
+        ContextualDecomposition(
+            task="ioi", n_prompts=2, n_references=4, search_steps=1, shares=(0.02, 0.1, 0.3), random_circuits=0, mlps=False,
+            stride=3,
+        ),
+        ContextualDecomposition(
+            task="ioi", n_prompts=2, n_references=6, search_steps=2, shares=(0.02, 0.1, 0.3), random_circuits=4, mlps=False
+        ),
+        14,
+    ),
+)  # fmt: skip
+"""What the demo runs, in the order of what each gives a second."""
 
 
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder of the results and of report.html.")] = Path("runs/demo"),
     store: StoreDir = None,
+    full: Annotated[
+        bool, typer.Option("--full/--quick", help="More prompts, layers and controls; several times as long.")
+    ] = False,
 ) -> None:
-    """Run every analysis on the bundled default model and prompts, and write one report."""
+    """Run every analysis on the bundled default model and prompts; the report is there after the first and grows."""
+    started = time.perf_counter()
+    path = out / "report.html"
+    check_page(path)
     lines = read_prompts(DEMO_PROMPTS, Voids.prompt_fields)
     activations = ActivationStore(store)
     model = DEMO_MODEL.load(progress=say)
-    results: list[Result] = []
-    for analysis in DEMO:
-        say(f"{analysis.title}: {count(len(lines), 'prompt')} on {model.ref}")
-        progress = ConsoleProgress()
+    report = GrowingReport(path, f"Where in the depth of {model.ref}?")
+    loaded = time.perf_counter()
+    for number, step in enumerate(DEMO, 1):
+        analysis = step.analysis(full)
+        place = f"{number} of {len(DEMO)}"
+        say(f"{place} · {analysis.title}{_left(number - 1, time.perf_counter() - loaded)}")
+        progress = ConsoleProgress(place)
         try:
             result = run(
                 DEMO_MODEL, analysis, lines, activations, model=model, prompts_file=DEMO_PROMPTS, progress=progress
@@ -85,7 +132,15 @@ def demo(
         finally:
             progress.stop()
         result.save(out / analysis.name)
-        say(f"  {count(result.provenance['counts']['forwards'], 'forward pass')}, {result.provenance['seconds']:.1f} s")
-        results.append(result)
-    report = write_report(results, out / "report.html", title=f"Where in the depth of {model.ref}?")
-    say(f"report: {report.resolve()}")
+        report.add(result)
+        said = (
+            f"  {count(result.provenance['counts']['forwards'], 'forward pass')}, {result.provenance['seconds']:.1f} s"
+        )
+        say(f"{said}; the report is there and grows: {path.resolve()}" if number == 1 else said)
+    say(f"report: {path.resolve()} ({time.perf_counter() - started:.0f} s)")
+
+
+def _left(done: int, seconds: float) -> str:
+    """How long the rest will take if it goes on as it went; nothing before the first analysis is done."""
+    weights = [step.weight for step in DEMO]
+    return f" · about {seconds * sum(weights[done:]) / sum(weights[:done]):.0f} s left" if done else ""

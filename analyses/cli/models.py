@@ -1,22 +1,16 @@
-"""`bathyscope models` and `bathyscope check`."""
+"""`bathyscope models`: what is at hand, in full or by name."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
+from dataclasses import asdict
+from json import dumps
 from typing import Annotated
 
 import typer
 
 from analyses.cli.console import PLAIN, say, warn
-from analyses.cli.model_flags import with_model
-from analyses.running.model_spec import ModelSpec
-from probes.errors import ModelError
-from probes.html_card import aligned, count, size
-from probes.models import BACKENDS, Model, fetch_model, list_models, model_info, on_backend
-from probes.models.protocol import Identity
-from probes.models.sources.locate import ModelInfo
-from probes.models.verify.parity import parity, table
+from probes.html_card import aligned, size
+from probes.models.sources.locate import ModelInfo, fetch_model, list_models, model_info
 
 group = typer.Typer(help="Models at hand.", no_args_is_help=True, **PLAIN)
 Ref = Annotated[str, typer.Argument(metavar="REF", help="A named model, a folder, a .gguf file, or a hub id.")]
@@ -27,8 +21,14 @@ SIZES = {"n_layers": "layers", "d_model": "wide", "n_heads": "heads"}
 
 
 @group.command("ls")
-def ls() -> None:
+def ls(
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line, for programs.")] = False,
+) -> None:
     """Models that can be named, and whether they are already here."""
+    if json:
+        for model in list_models():
+            say(dumps({**asdict(model), "path": None if model.path is None else str(model.path)}))
+        return
     for line in aligned(LISTED, [_listed(model) for model in list_models()]):
         say(line)
     say("A folder, a .gguf file and a hub id are models too; `bathyscope models info REF` says more of one.")
@@ -80,40 +80,3 @@ def info(ref: Ref) -> None:
     for name, value in facts.items():
         if value is not None:
             say(f"{name:{width}}{value}")
-
-
-@partial(with_model, ref=False)
-def check(ref: Ref, spec: ModelSpec) -> None:
-    """Check a model's identities on every backend, the points it refuses, and how far the backends agree."""
-    first = replace(spec, backend="native").load()
-    models: dict[str, Model] = {}
-    for backend in BACKENDS:
-        try:
-            models[backend] = first if backend == "native" else on_backend(first, backend)
-        except ModelError as error:
-            say(f"{ref} · {backend} · refused: {error}")
-        else:
-            _stamp(models[backend])
-    say("")
-    say("points by backend: read, refused, or the largest deviation from native relative to its largest magnitude")
-    for line in table(parity(models)):
-        say(line)
-    if failed := [backend for backend, model in models.items() if not model.faithfulness.holds]:
-        raise ModelError(f"{ref}: identities fail on {', '.join(failed)}; its numbers cannot be trusted there")
-
-
-def _stamp(model: Model) -> None:
-    context = model.context
-    say(
-        f"{model.ref} · {model.shape.architecture} · {count(model.shape.n_layers, 'layer')} · {context.backend} · {context.dtype} "
-        f"· {context.attention}"
-    )
-    for identity in model.faithfulness.identities:
-        say(_line(identity))
-    for point, reason in model.faithfulness.refused.items():
-        say(f"  refused  {point}: {reason}")
-
-
-def _line(identity: Identity) -> str:
-    verdict = "holds " if identity.holds else "FAILS "
-    return f"  {verdict}  {identity.name}: relative error {identity.error:.1e} (tolerance {identity.tolerance:.0e})"

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional, TypeVar
 
 import typer
 
-from analyses.options import choices, types_of, with_options
+from analyses.options import choices, flag_of, types_of, with_options
 from probes.errors import OptionError
 
 T = TypeVar("T")
@@ -33,13 +33,13 @@ def flags(cls: Any) -> list[inspect.Parameter]:
             annotation: Any = Annotated[Optional[list[str]], typer.Option(help=text, show_default=shown or False)]  # noqa: UP045
             default = None
         elif kind is bool:
-            names = [f"--{name}/--no-{name}" for name in _names(field)]
+            names = [f"--{name}/--no-{name}" for name in _names(cls, field)]
             annotation = Annotated[bool, typer.Option(*names, help=text)]
         else:
             # A value's old name is no value of the type: the options themselves know both.
             old = field.metadata.get("old_values")
             values = f"[{'|'.join(choices(kind) or ())}]" if old else None
-            names = [f"--{name}" for name in _names(field)]
+            names = [f"--{name}" for name in _names(cls, field)]
             annotation = Annotated[str if old else kind, typer.Option(*names, help=text, metavar=values)]
         parameters.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
@@ -47,10 +47,9 @@ def flags(cls: Any) -> list[inspect.Parameter]:
     return parameters
 
 
-def _names(field: dataclasses.Field[Any]) -> list[str]:
+def _names(cls: Any, field: dataclasses.Field[Any]) -> list[str]:
     """Return the names of an option on the command line, today's first."""
-    today = field.metadata.get("flag") or field.name.replace("_", "-")
-    return [today, *(name.replace("_", "-") for name in field.metadata.get("aliases", ()))]
+    return [flag_of(cls, field.name), *(name.replace("_", "-") for name in field.metadata.get("aliases", ()))]
 
 
 def build(cls: type[T], values: Mapping[str, Any]) -> T:

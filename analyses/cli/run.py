@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
+from json import dumps
 from pathlib import Path
 from textwrap import wrap
 from typing import Annotated, Any
@@ -22,6 +24,8 @@ from analyses.running.runner import run as run_analysis
 from probes.errors import OptionError
 from probes.html_card import count
 from probes.input_files import make_folder
+from probes.progress import QUIET, Progress
+from probes.prompts import PromptLine, as_line
 from probes.store import ActivationStore
 
 PromptFile = Annotated[Path, typer.Option("--prompts", help='JSON lines: {"text": …} or {"tokens": […]}.')]
@@ -32,6 +36,12 @@ GivenPrompts = Annotated[
 StoreDir = Annotated[
     Path | None, typer.Option("--store", help="The activation store's folder; default in the user cache.")
 ]
+Texts = Annotated[
+    list[str] | None, typer.Option("--text", help="A prompt, in place of a file; may be given several times.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No lines of progress.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="A line of progress for every step.")]
 OutDir = Annotated[Path | None, typer.Option("--out", help="Folder of the result; default runs/ANALYSIS.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print what would be captured and what it would cost, and stop.")
@@ -44,12 +54,17 @@ def command_for(cls: type[Analysis]) -> Callable[..., None]:
     def command(
         spec: ModelSpec,
         prompts: GivenPrompts = None,
+        texts: Texts = None,
         store: StoreDir = None,
         out: OutDir = None,
         dry_run: DryRun = False,
+        as_json: AsJson = False,
+        quiet: Quiet = False,
+        verbose: Verbose = False,
         **options: Any,
     ) -> None:
-        start(build(cls, options), spec, prompts, store, out, dry_run)
+        given = Prompts(prompts, tuple(texts or ()))
+        start(build(cls, options), spec, given, store, out, dry_run, as_json, progress_of(quiet, verbose))
 
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
     command.__signature__ = inspect.Signature([*own, *flags(cls)])  # type: ignore[attr-defined]
@@ -57,29 +72,69 @@ def command_for(cls: type[Analysis]) -> Callable[..., None]:
     return with_model(command)
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts as a command line gives them: a file, or texts."""
+
+    file: Path | None
+    texts: tuple[str, ...] = ()
+
+    def lines(self, analysis: Analysis) -> list[PromptLine]:
+        """Return the validated lines.
+
+        Raises:
+            OptionError: both a file and texts, or neither where the analysis makes none.
+            PromptError: a fault in them.
+        """
+        if self.texts and self.file is not None:
+            raise OptionError("--text and --prompts are both given: give one of them")
+        if self.texts:
+            return [as_line(text, number) for number, text in enumerate(self.texts)]
+        return lines_of(analysis, self.file)
+
+
+def progress_of(quiet: bool, verbose: bool) -> Progress:
+    """Return the progress that the flags ask for."""
+    return QUIET if quiet else ConsoleProgress(every_step=verbose)
+
+
 def start(
-    analysis: Analysis, spec: ModelSpec, prompts: Path | None, store: Path | None, out: Path | None, dry_run: bool
+    analysis: Analysis,
+    spec: ModelSpec,
+    prompts: Prompts,
+    store: Path | None,
+    out: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    progress: Progress,
 ) -> None:
     """Checks everything that needs no model, then runs (or, dry, prints the cost) and saves."""
-    lines = lines_of(analysis, prompts)
+    lines = prompts.lines(analysis)
     out = out or Path("runs") / analysis.name
     check_output(out)
     if not dry_run:
         make_folder(out.parent, "the folder of --out", OptionError)
     activations = ActivationStore(store)
     if dry_run:
-        for line in cost_of(spec, analysis, lines, activations):
-            say(line)
+        cost = cost_of(spec, analysis, lines, activations)
+        say(dumps({"cost": cost}) if as_json else "\n".join(cost))
         return
-    progress = ConsoleProgress()
     try:
-        result = run_analysis(spec, analysis, lines, activations, prompts_file=prompts, progress=progress)
+        result = run_analysis(
+            spec, analysis, lines, activations, prompts_file=prompts.file, texts=prompts.texts, progress=progress
+        )
     finally:
         progress.stop()
     folder = result.save(out)
-    for name, table in result.tables.items():
-        say(f"{name}: {count(len(table), 'row')}")
-    say(f"report: {folder / 'report.html'}")
+    rows = {name: len(table) for name, table in result.tables.items()}
+    report = folder / "report.html"
+    if as_json:
+        counts, notes = result.provenance["counts"], list(result.notes)
+        say(dumps({"folder": str(folder), "report": str(report), "tables": rows, "counts": counts, "notes": notes}))
+        return
+    for name, n_rows in rows.items():
+        say(f"{name}: {count(n_rows, 'row')}")
+    say(f"report: {report}")
 
 
 def fields_help(analysis: type[Analysis]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,10 +27,17 @@ group = typer.Typer(help="The activation store.", no_args_is_help=True, **PLAIN)
 
 
 @group.command("ls")
-def ls(store: StoreDir = None) -> None:
+def ls(
+    store: StoreDir = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line, for programs.")] = False,
+) -> None:
     """What is held, one line per model and setting."""
     activations = ActivationStore(store)
     table = activations.ls()
+    if json:
+        for row in table.to_dict("records"):
+            say(dumps(row, default=str))
+        return
     say(f"{activations.root}: {human(activations.bytes_held())} in {count(int(table['shards'].sum()), 'shard')}")
     for line in aligned(LISTED, [_listed(row) for row in table.to_dict("records")]) if len(table) else ():
         say(line)

@@ -44,7 +44,9 @@ class NormRemoval(Settings, Analysis):
     schedule: str = option(
         "", "Removes the norms: proportional, at_once, small, medium, large, xl, small_2024 or FILE.toml."
     )
-    text: str = option("", "What to train on: a file, a folder, or a data set of the hub as owner/name[:split].")
+    text: str = option(
+        "", "What to train on: a file, a folder, or a data set of the hub as owner/name[:split].", flag="train-on"
+    )
     steps: int = option(0, "Training steps; 0 takes the schedule's own.", low=0)
     block: int = option(256, "Tokens of a training sequence.", low=2)
     batch: int = option(16, "Sequences of a training step, over all processes.", low=1)

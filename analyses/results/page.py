@@ -1,23 +1,71 @@
-"""One self-contained HTML page from a template."""
+"""One self-contained HTML page from a template; its figures are drawn when they come into view."""
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
+from base64 import b64encode
+from functools import cache
 from typing import Any
 
+import plotly.graph_objects as go
+import plotly.io as pio
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
+from analyses.results.theme import DARK, INK, LINE
 from probes.html_card import count
+
+HEIGHT = 450
+"""Pixels of a figure that names no height; plotly's own default."""
 
 
 def page(template: str, **values: Any) -> str:
-    """A template of `analyses/templates` that extends `page.html`, filled with `values`, of which `title` heads it."""
+    """Return a template of `analyses/templates` that extends `page.html`, filled with `values`, of which `title` heads it."""
     environment = Environment(loader=PackageLoader("analyses"), autoescape=select_autoescape())
     environment.filters["inline"] = _inline
     environment.globals["count"] = count
-    return environment.get_template(template).render(plotlyjs=get_plotlyjs(), **values)
+    return environment.get_template(template).render(plotlyjs=_library(), styles=_styles(), **values)
+
+
+def figure_html(figure: go.Figure, name: str) -> str:
+    """Return a figure as the page's script draws it: packed data, and a place as high as the figure will be.
+
+    Args:
+        name: of the file that the reader may save it to.
+    """
+    content = json.loads(str(figure.to_json()))
+    # Light and dark templates are in the page once.
+    content["layout"].pop("template", None)
+    height = figure.layout.height or HEIGHT
+    width = f"min-width:{figure.layout.width}px" if figure.layout.width else ""
+    data = _packed(json.dumps(content, separators=(",", ":")))
+    return f'<div class="plot" data-name="{escape(name)}" data-figure="{data}" style="height:{height}px;{width}"></div>'
+
+
+def _packed(text: str) -> str:
+    # Without a time stamp: equal results give equal pages.
+    return b64encode(gzip.compress(text.encode(), compresslevel=9, mtime=0)).decode()
+
+
+@cache
+def _library() -> str:
+    return _packed(get_plotlyjs())
+
+
+@cache
+def _styles() -> Markup:
+    """Return what the script needs of the two themes, as JSON."""
+    templates = {"light": pio.templates["plotly_white"], "dark": pio.templates["plotly_dark"]}
+    styles = {
+        "templates": {mode: template.to_plotly_json() for mode, template in templates.items()},
+        "dark": {**DARK, INK["light"]: INK["dark"], LINE["light"]: LINE["dark"]},
+        "ink": INK,
+    }
+    # `</` would end the script it stands in.
+    return Markup(json.dumps(styles, separators=(",", ":")).replace("</", "<\\/"))
 
 
 def _inline(text: str) -> Markup:

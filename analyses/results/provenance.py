@@ -9,8 +9,10 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 import xxhash
 
+from probes.idle_threads import waiting
 from probes.models.protocol import LayerMajor, Model
 from probes.prompts import Prompt
 
@@ -71,6 +73,7 @@ def describe(
         "attention": context.attention,
         "device": str(model.device),
         "streamed": isinstance(model, LayerMajor),
+        "threads": {"count": torch.get_num_threads(), **waiting()},
         "seed": seed,
         "versions": versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.results.card import Card, FigureSpec, Tables
-from analyses.results.page import page
+from analyses.results.card import Card, FigureSpec, ProfileSpec, Tables
+from analyses.results.depth_axis import Curve, Panel, depth_figure, narrowest, relative_figure
+from analyses.results.page import figure_html, page
+from analyses.results.theme import COLOURS, colour_of
 from probes.html_card import count
 
 NAMED = 3
 """Analyses or models that a page's heading names; more are counted."""
 PREVIEW_ROWS = 12
 """Rows of each table shown in the page; the whole table is in the result's folder."""
+OPEN = 2
+"""Figures of a section that are shown at once; the others are under a fold."""
+PANELS = 12
+"""Panels beside each other on the depth axis, at most."""
 
 
 @runtime_checkable
@@ -59,8 +66,17 @@ class Reported(Protocol):
         """The figures its tables can draw."""
         ...
 
+    @property
+    def profiles(self) -> Mapping[str, ProfileSpec]:
+        """The depth profiles its tables hold."""
+        ...
+
     def figure(self, name: str) -> go.Figure:
         """One figure, drawn from the tables."""
+        ...
+
+    def profile(self, name: str) -> pd.DataFrame:
+        """One depth profile: columns layer, value and perhaps ci_low, ci_high."""
         ...
 
 
@@ -71,11 +87,73 @@ def write_report(results: Sequence[Reported], path: str | Path, title: str | Non
     return path
 
 
+@dataclass
+class GrowingReport:
+    """A page that is written anew with every result that is added; whoever reads it finds a whole page at any time."""
+
+    path: Path
+    title: str
+    _results: list[Reported] = field(default_factory=list)
+    _sections: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, result: Reported) -> None:
+        """Draw the result and replace the page."""
+        self._results.append(result)
+        self._sections.append(_section(result))
+        draft = self.path.with_name(f".{self.path.name}.draft")
+        draft.write_text(_page(self._results, self._sections, self.title), encoding="utf-8")
+        draft.replace(self.path)
+
+
 def render(results: Sequence[Reported], title: str | None = None) -> str:
     """The page as text."""
+    return _page(results, [_section(result) for result in results], title)
+
+
+def _page(results: Sequence[Reported], sections: Sequence[Mapping[str, Any]], title: str | None) -> str:
     titles = titles_of(results)
-    sections = [_section(number, result, titles[number]) for number, result in enumerate(results)]
-    return page("report.html", title=title or heading(results), sections=sections)
+    one_model = len({_model(result) for result in results}) == 1
+    links = [title.replace(f" · {_model(results[0])}", "", 1) if one_model else title for title in titles]
+    named = [{**section, "title": t, "link": link} for section, t, link in zip(sections, titles, links, strict=True)]
+    return page("report.html", title=title or heading(results), sections=named, depth=_depth(results))
+
+
+def _depth(results: Sequence[Reported]) -> dict[str, Any] | None:
+    """The first profile of every analysis on one depth axis; several models share a relative one."""
+    models = list(dict.fromkeys((_model(r), int(r.provenance["model"]["layers"])) for r in results))
+    firsts = [(result, name) for result in results for name in list(result.profiles)[:1]]
+    if not firsts:
+        return None
+    panels: dict[tuple[str, str], list[Curve]] = {}
+    specs: dict[tuple[str, str], ProfileSpec] = {}
+    order = list(dict.fromkeys(result.analysis for result in results))
+    for result, name in firsts:
+        key = (result.analysis, name)
+        if key not in panels and len(panels) == PANELS:
+            continue
+        specs[key] = result.profiles[name]
+        model = (_model(result), int(result.provenance["model"]["layers"]))
+        colour = colour_of(result.analysis, order) if len(models) == 1 else COLOURS[models.index(model) % len(COLOURS)]
+        panels.setdefault(key, []).append(Curve(model[0], colour, result.profile(name), model[1]))
+    drawn = [Panel(specs[key].title, specs[key].unit, tuple(curves)) for key, curves in panels.items()]
+    figure = depth_figure(drawn, models[0][1], (), "light") if len(models) == 1 else relative_figure(drawn, "light")
+    return {
+        "html": figure_html(figure, "depth"),
+        "width": narrowest(drawn),
+        "models": models,
+        "lines": [_peak(panel) for panel in drawn],
+    }
+
+
+def _peak(panel: Panel) -> tuple[str, str]:
+    """A profile's title, and in words where each of its curves is largest."""
+    places = []
+    for curve in panel.curves:
+        known = curve.table.dropna(subset="value")
+        if len(known):
+            layer = int(known["layer"].iloc[int(known["value"].argmax())])
+            places.append(f"layer {layer}" if len(panel.curves) == 1 else f"layer {layer} of {curve.name}")
+    return panel.title, ", ".join(places)
 
 
 def heading(results: Sequence[Reported]) -> str:
@@ -126,14 +204,13 @@ def _model(result: Reported) -> str:
     return Path(ref).name if Path(ref).is_absolute() or ref.startswith(".") else ref
 
 
-def _section(number: int, result: Reported, title: str) -> dict[str, Any]:
+def _section(result: Reported) -> dict[str, Any]:
     figures = [
-        {"id": f"figure-{number}-{name}", "spec": spec, "html": _figure_html(result, name)}
+        {"name": name, "spec": spec, "html": figure_html(result.figure(name), name)}
         for name, spec in result.figures.items()
     ]
     provenance = result.provenance
     return {
-        "title": title,
         "about": result.card.about,
         "reference": result.card.reference,
         "result": result,
@@ -141,16 +218,12 @@ def _section(number: int, result: Reported, title: str) -> dict[str, Any]:
         "counts": provenance["counts"],
         "faithful": provenance["faithfulness"],
         "worst": max((i["error"] for i in provenance["faithfulness"]["identities"]), default=0.0),
-        "figures": figures,
+        "figures": figures[:OPEN],
+        "folded": figures[OPEN:],
         "tables": [_table(name, table) for name, table in result.tables.items()],
         "options": json.dumps(dict(result.options), ensure_ascii=False),
         "provenance": json.dumps(dict(provenance), indent=2, ensure_ascii=False, default=str),
     }
-
-
-def _figure_html(result: Reported, name: str) -> str:
-    config = {"displaylogo": False, "responsive": True, "toImageButtonOptions": {"format": "svg", "filename": name}}
-    return str(result.figure(name).to_html(full_html=False, include_plotlyjs=False, config=config))
 
 
 def _table(name: str, table: pd.DataFrame) -> dict[str, Any]:

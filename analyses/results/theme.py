@@ -11,9 +11,32 @@ from numpy.typing import ArrayLike
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 """Okabe and Ito's palette, in a fixed order."""
+MORE = ("#882255", "#44AA99", "#999933")
+"""Three hues of Tol's muted palette, after those of the figures."""
 SCALE = "Viridis"
+DARK = {
+    "#000000": "#d0d0d0",
+    "#e8e8e8": "#3a4048",
+    "#8c8c8c": "#a8a8a8",
+    "#444": "#bbbbbb",
+    "#0072B2": "#3d9be0",
+    "#882255": "#c4527f",
+}
+"""Colours that would vanish on a dark page, and what takes their place."""
+SELECTED = {"light": "rgba(230,159,0,0.25)", "dark": "rgba(230,159,0,0.33)"}
+"""What marks selected layers."""
+INK = {"light": "#1b2733", "dark": "#e6e6e6"}
+"""Text, by the kind of page."""
+LINE = {"light": "#dfe5ea", "dark": "#3a4048"}
+"""Grid lines, by the kind of page."""
 NAMED = ("dataset", "group", "group_a", "group_b")
 """Columns of tables that hold names from a prompt file."""
+
+
+def colour_of(analysis: str, order: list[str]) -> str:
+    """The colour of an analysis, the same on every page; black is left for what is not one."""
+    usable = [colour for colour in (*COLOURS, *MORE) if colour not in ("#000000", "#F0E442")]
+    return usable[order.index(analysis) % len(usable)] if analysis in order else "#8c8c8c"
 
 
 def finish(figure: go.Figure, *, x: str, y: str, height: int = 420) -> go.Figure:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from analyses.options import as_flag, defaults_of, option, validate
+from analyses.options import as_flag, defaults_of, flag_of, option, validate
 from probes.errors import OptionError, unknown
 from probes.models.choices import ATTENTIONS, BACKENDS, DTYPES
 
@@ -83,10 +83,10 @@ class ModelSpec:
 
     def flags(self) -> list[str]:
         """Return the command-line flags that choose this model."""
-        return [*as_flag("model", self.ref), *self._loading_flags()]
+        return [*as_flag(flag_of(ModelSpec, "ref"), self.ref), *self._loading_flags()]
 
     def _loading_flags(self) -> list[str]:
-        return [word for name, value in self.chosen().items() for word in as_flag(name, value)]
+        return [word for name, value in self.chosen().items() for word in as_flag(flag_of(ModelSpec, name), value)]
 
     def python(self) -> str:
         """Return the Python that loads this model."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from analyses.base import Analysis
-from analyses.options import as_flag, defaults_of, renewed
+from analyses.options import as_flag, defaults_of, flag_of, renewed
 from analyses.registry import get_analysis, paths
 from analyses.results.result import Result
 from analyses.running.model_spec import ModelSpec
@@ -29,9 +29,10 @@ def command(result: Result, out: str | Path, store: str | Path | None = None) ->
     provenance, analysis = result.provenance, get_analysis(result.analysis)
     parts = ["bathyscope", "run", result.analysis, *ModelSpec.of(provenance).flags()]
     given = prompts_of(result)
+    parts += [part for text in texts_of(result) for part in ("--text", text)]
     parts += [] if given is None else ["--prompts", given]
     for name, value in changed(analysis, result.options).items():
-        parts += as_flag(name, value)
+        parts += as_flag(flag_of(analysis, name), value)
     parts += [] if store is None else ["--store", str(store)]
     return shlex.join([*parts, "--out", str(out)])
 
@@ -39,6 +40,7 @@ def command(result: Result, out: str | Path, store: str | Path | None = None) ->
 def python(result: Result, out: str | Path, store: str | Path | None = None) -> str:
     """Return the Python that makes `result` again, into `out`."""
     analysis, given = get_analysis(result.analysis), prompts_of(result)
+    prompts = texts_of(result) or ([] if given is None else given)
     options = ", ".join(f"{name}={value!r}" for name, value in changed(analysis, result.options).items())
     return "\n".join(
         [
@@ -47,10 +49,15 @@ def python(result: Result, out: str | Path, store: str | Path | None = None) -> 
             "",
             f"model = {ModelSpec.of(result.provenance).python()}",
             f"store = ActivationStore({'' if store is None else repr(str(store))})",
-            f"result = {analysis.__name__}({options}).run(model, {[] if given is None else given!r}, store=store)",
+            f"result = {analysis.__name__}({options}).run(model, {prompts!r}, store=store)",
             f"result.save({str(out)!r})",
         ]
     )
+
+
+def texts_of(result: Result) -> list[str]:
+    """Return the prompts that were given as texts; empty where a file, or nothing, was given."""
+    return list(result.provenance.get("texts", ()))
 
 
 def prompts_of(result: Result) -> str | None:

@@ -35,6 +35,7 @@ def run(
     *,
     model: Model | None = None,
     prompts_file: Path | None = None,
+    texts: Sequence[str] = (),
     progress: Progress = QUIET,
 ) -> Result:
     """Return the result of an analysis on prompts; everything that needs no model is checked before one is loaded.
@@ -43,6 +44,7 @@ def run(
         store: where rows are kept; the one in the user cache by default.
         model: the loaded model of `spec`, where there is one already.
         prompts_file: where `prompts` were read from, for the provenance of lines given as such.
+        texts: the prompts as texts, for the provenance of those that no file holds.
 
     Raises:
         OptionError: no prompts, and the analysis makes none.
@@ -56,6 +58,7 @@ def run(
         **result.provenance,
         "loaded": dataclasses.asdict(spec),
         "prompts_file": None if file is None else str(file.resolve()),
+        **({"texts": list(texts)} if texts else {}),
     }
     return dataclasses.replace(result, provenance=provenance)
 

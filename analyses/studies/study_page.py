@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from analyses.registry import get_analysis
-from analyses.results.page import page
+from analyses.results.page import figure_html, page
 from analyses.studies.cells import Cell
 from analyses.studies.definition import Study
 from analyses.studies.study_figures import PANELS, overlay
@@ -68,14 +68,12 @@ def _sections(curve: pd.DataFrame, models: list[str]) -> Iterator[dict[str, Any]
 
 def _figure(analysis: Any, name: str, one: pd.DataFrame, models: list[str]) -> dict[str, str]:
     spec = analysis.profiles[name]
-    config = {"displaylogo": False, "responsive": True, "toImageButtonOptions": {"format": "svg", "filename": name}}
-    figure = overlay(one, models)
     panels = one[["prompts", "options"]].drop_duplicates()
     return {
         "title": spec.title,
         "caption": f"{spec.caption} {_about(one)}"
         + (f" The first {PANELS} of {len(panels)} panels." if len(panels) > PANELS else ""),
-        "html": str(figure.to_html(full_html=False, include_plotlyjs=False, config=config)),
+        "html": figure_html(overlay(one, models), name),
     }
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import streamlit as st
 
 from analyses.results.result import Result
+from analyses.results.theme import SELECTED
 from app.saved import Run
 from app.selection import Selection, current, select
 from app.ui import selector
@@ -14,7 +15,7 @@ from app.ui.figures import Drawing, clicked_layers, data_of, drawn
 from app.ui.keep import begin
 from app.ui.tables import draw_table
 from app.ui.takeaway import figure_downloads, rebuild
-from app.ui.theme import SELECTED, mode, restyled
+from app.ui.theme import mode, restyled
 from app.ui.window import WIDTH, longest
 from app.ui.words import plural
 

@@ -1,4 +1,4 @@
-"""Light and dark, and one colour for each analysis on every page."""
+"""Light and dark pages."""
 
 from __future__ import annotations
 
@@ -7,22 +7,8 @@ from typing import Any
 import plotly.graph_objects as go
 import streamlit as st
 
-from analyses.results.theme import COLOURS
+from analyses.results.theme import DARK, INK
 
-DARK = {
-    "#000000": "#d0d0d0",
-    "#e8e8e8": "#3a4048",
-    "#8c8c8c": "#a8a8a8",
-    "#444": "#bbbbbb",
-    "#0072B2": "#3d9be0",
-    "#882255": "#c4527f",
-}
-"""Colours that would vanish on a dark page, and what takes their place."""
-MORE = ("#882255", "#44AA99", "#999933")
-"""Three hues of Tol's muted palette, after those of the figures."""
-SELECTED = {"light": "rgba(230,159,0,0.25)", "dark": "rgba(230,159,0,0.33)"}
-"""What marks selected layers."""
-INK = {"light": "#1b2733", "dark": "#e6e6e6"}
 LANE = 30
 """Pixels above a figure for its tool bar."""
 CODE = {
@@ -36,7 +22,6 @@ CODE = {
     },
 }  # fmt: skip
 """Colours of code by the kind of word, each at least 4.5 to 1 on the page."""
-LINE = {"light": "#dfe5ea", "dark": "#3a4048"}
 
 
 def mode() -> str:
@@ -60,12 +45,6 @@ def _swap(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_swap(inner) for inner in value]
     return value
-
-
-def colour_of(analysis: str, order: list[str]) -> str:
-    """The colour of an analysis, the same on every page; black is left for what is not one."""
-    usable = [colour for colour in (*COLOURS, *MORE) if colour not in ("#000000", "#F0E442")]
-    return usable[order.index(analysis) % len(usable)] if analysis in order else "#8c8c8c"
 
 
 def page_style(kind: str) -> str:

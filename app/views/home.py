@@ -7,14 +7,15 @@ from dataclasses import replace
 import pandas as pd
 import streamlit as st
 
+from analyses.results.depth_axis import Curve, Panel, depth_figure, narrowest
+from analyses.results.theme import colour_of
 from app import offered
 from app.places import runs_root
 from app.saved import Profile, Run, open_run, profiles_of, saved_runs
 from app.selection import Selection, current, narrowed, select
 from app.ui import selector
-from app.ui.depth import Panel, depth_figure, narrowest
 from app.ui.takeaway import figure_downloads, table_downloads
-from app.ui.theme import at_least, colour_of, mode, restyled
+from app.ui.theme import at_least, mode, restyled
 
 MOST = 12
 """Panels drawn beside each other."""
@@ -139,7 +140,9 @@ def _cut(profile: Profile, run: Run, part: Selection) -> Profile | None:
 
 def _figure(profiles: list[Profile], n_layers: int, selection: Selection) -> None:
     order = list(offered.names())
-    panels = [Panel(p.title, p.unit, ((p.run, colour_of(p.analysis, order), p),)) for p in profiles]
+    panels = [
+        Panel(p.title, p.unit, (Curve(p.run, colour_of(p.analysis, order), p.table, n_layers),)) for p in profiles
+    ]
     layers = [layer for layer in selection.layers if layer < n_layers]
 
     def chosen() -> None:

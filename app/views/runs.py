@@ -5,12 +5,12 @@ from __future__ import annotations
 import pandas as pd
 import streamlit as st
 
+from analyses.results.depth_axis import Curve, Panel, depth_figure, narrowest
 from app import offered
 from app.places import runs_root
 from app.saved import Profile, Run, delete_run, open_run, profiles_of, saved_runs
 from app.selection import current
 from app.ui import selector
-from app.ui.depth import Panel, depth_figure, narrowest
 from app.ui.takeaway import figure_downloads
 from app.ui.theme import at_least, mode, restyled
 from probes.errors import UserError
@@ -122,8 +122,15 @@ def _overlay(first: Run, second: Run) -> None:
         return
     of_first, of_second = profiles_of(first), profiles_of(second)
     shared = [(p, q) for p in of_first for q in of_second if (p.analysis, p.name) == (q.analysis, q.name)]
-    panels = [Panel(p.title, p.unit, ((first.name, A, p), (second.name, B, q))) for p, q in shared]
-    panels = panels or [*_alone(of_first[:3], A), *_alone(of_second[:3], B)]
+    panels = [
+        Panel(
+            p.title,
+            p.unit,
+            (Curve(first.name, A, p.table, first.layers), Curve(second.name, B, q.table, second.layers)),
+        )
+        for p, q in shared
+    ]
+    panels = panels or [*_alone(of_first[:3], A, first.layers), *_alone(of_second[:3], B, second.layers)]
     if not panels:
         return
     selector.offer(selector.Offer(first.layers))
@@ -141,8 +148,8 @@ def _overlay(first: Run, second: Run) -> None:
     figure_downloads(lambda: depth_figure(panels, first.layers, layers, "light", legend=True), "compared", "compare")
 
 
-def _alone(profiles: list[Profile], colour: str) -> list[Panel]:
-    return [Panel(p.title, p.unit, ((p.run, colour, p),)) for p in profiles]
+def _alone(profiles: list[Profile], colour: str, n_layers: int) -> list[Panel]:
+    return [Panel(p.title, p.unit, (Curve(p.run, colour, p.table, n_layers),)) for p in profiles]
 
 
 def _side_by_side(first: Run, second: Run) -> None:

@@ -12,10 +12,11 @@ from probes.models.choices import ATTENTIONS, DTYPES
 from probes.models.interop import backend_class
 from probes.models.placement import DeviceMap, MaxMemory, fetch_offloaded, spread
 from probes.models.protocol import Model
-from probes.models.sources.checkpoint import Loading, load_module, load_tokenizer, read_config
+from probes.models.sources.checkpoint import Loading, load_module, load_tokenizer
 from probes.models.sources.digest import weights_digest
 from probes.models.sources.fetch import Progress
 from probes.models.sources.locate import locate
+from probes.models.sources.model_folder import read_config
 
 
 def load_model(

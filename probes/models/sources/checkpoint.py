@@ -1,4 +1,4 @@
-"""A Hugging Face folder: what it holds, which class it is for, and its module and tokenizer."""
+"""From a Hugging Face folder to its module and tokenizer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from probes.errors import ModelError, one_line, shown
-from probes.input_files import kind_of
+from probes.errors import ModelError, one_line
 from probes.models.silence_loggers import silence_loggers
-from probes.models.sources.config_sizes import check_sizes
-from probes.models.sources.tensor_files import read_object, tensor_shapes
 from probes.norms.large_eps import undo_large_eps
 
-_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -35,60 +31,6 @@ class Loading:
     """The most each device may hold, such as `{0: "20GiB", "cpu": "60GiB"}`."""
     offload_folder: Path | None = None
     """Where offloaded weights go that cannot be read from the checkpoint as they are."""
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that is no model.
-
-    Raises:
-        ModelError: no config.json, no weights, or weights in pickle form only.
-    """
-    if kind_of(folder / "config.json") != "file":
-        try:
-            inside = sorted(path.name for path in folder.iterdir())[:6]
-        except OSError as error:
-            raise ModelError(f"{folder} cannot be read ({error.strerror}); give a folder that can be") from None
-        adapter = (
-            " (adapter_config.json: an adapter; merge it into its base model first)"
-            if "adapter_config.json" in inside
-            else ""
-        )
-        contents = ", ".join(inside) or "nothing"
-        raise ModelError(f"{folder} is not a model folder: config.json is missing; it holds {contents}{adapter}")
-    if any(folder.glob("*.safetensors")):
-        return
-    pickles = [path.name for pattern in _PICKLES for path in folder.glob(pattern)]
-    if pickles:
-        raise ModelError(
-            f"{folder} holds its weights as pickle ({pickles[0]}), which can run code and is never loaded; convert once where "
-            "you trust it: python -c \"from transformers import AutoModel as M; M.from_pretrained('DIR').save_pretrained('NEW')\""
-        )
-    raise ModelError(f"{folder} is not a model folder: it has no *.safetensors weights")
-
-
-def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Return the configuration of a folder, its sizes compared with the checkpoint's tensors.
-
-    Raises:
-        ModelError: damaged, sizes that its tensors cannot have, or a model type the installed transformers does not know.
-    """
-    from transformers import AutoConfig
-
-    _check_config(folder)
-    try:
-        with silence_loggers():
-            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:  # The library has no error of its own for a folder that it cannot load.
-        raise ModelError(f"cannot read the configuration of {folder}: {one_line(error)}") from error
-
-
-def _check_config(folder: Path) -> None:
-    path = folder / "config.json"
-    raw = read_object(path, "configuration")
-    classes = raw.get("architectures")
-    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
-        raise ModelError(f"{path}: architectures is {shown(classes)}; legal is a list of class names, or null")
-    check_sizes(raw, tensor_shapes(folder), str(path))
 
 
 def model_class(config: Any) -> Any:

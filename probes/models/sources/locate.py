@@ -11,11 +11,11 @@ from typing import Any
 from probes.errors import SHOWN, ModelError, shown
 from probes.input_files import kind_of
 from probes.models.sources.bundled import BUNDLED, BundledModel
-from probes.models.sources.checkpoint import check_folder, read_config
 from probes.models.sources.fetch import Download, Progress, fetch_bundled
 from probes.models.sources.gguf import gguf_folder
 from probes.models.sources.hub import HubMissing, HubUnreachable, cached_models, hub_folder, is_hub_id
 from probes.models.sources.model_cache import installed
+from probes.models.sources.model_folder import check_folder, read_config
 
 
 @dataclass(frozen=True)

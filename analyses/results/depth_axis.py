@@ -6,12 +6,11 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analyses.results.theme import band, finish
-from app.saved import Profile
-from app.ui.theme import INK, LINE, SELECTED
+from analyses.results.theme import INK, LINE, SELECTED, band, finish
 
 COLUMN = "#9fb3c4"
 CHOSEN = "#E69F00"
@@ -30,13 +29,24 @@ MARGIN = 68
 
 
 @dataclass(frozen=True)
+class Curve:
+    """A profile of one run."""
+
+    name: str
+    colour: str
+    table: pd.DataFrame
+    """Columns layer, value and perhaps ci_low, ci_high."""
+    n_layers: int
+    """Layers of the model it is of."""
+
+
+@dataclass(frozen=True)
 class Panel:
-    """One profile, or several laid over one another."""
+    """One profile, or those of several runs laid over one another."""
 
     title: str
     unit: str
-    curves: tuple[tuple[str, str, Profile], ...]
-    """(name, colour, profile)."""
+    curves: tuple[Curve, ...]
 
 
 def depth_figure(
@@ -51,14 +61,33 @@ def depth_figure(
     )  # fmt: skip
     _column(figure, n_layers, layers)
     for number, panel in enumerate(panels, 2):
-        for name, colour, profile in panel.curves:
-            _curve(figure, number, name, colour, profile, legend and number == 2)
+        for curve in panel.curves:
+            _curve(figure, number, panel, curve, curve.table["layer"], legend and number == 2)
     finish(figure, x="", y="", height=max(430, 17 * n_layers + 190))
     _axes(figure, panels, n_layers, mode)
     for layer in layers:
         figure.add_hrect(
             y0=layer - 0.5, y1=layer + 0.5, fillcolor=SELECTED[mode], line_width=0, layer="below", row=1, col="all"
         )
+    return figure
+
+
+def relative_figure(panels: Sequence[Panel], mode: str) -> go.Figure:
+    """Draw profiles of several models on relative depth: 0 is a model's first block, at the bottom, and 1 its last."""
+    figure = make_subplots(
+        rows=1, cols=len(panels), shared_yaxes=True, horizontal_spacing=SPACING,
+        subplot_titles=[wrapped(panel.title, len(panels)) for panel in panels],
+    )  # fmt: skip
+    named: set[str] = set()
+    for number, panel in enumerate(panels, 1):
+        for curve in panel.curves:
+            depth = curve.table["layer"] / max(curve.n_layers - 1, 1)
+            _curve(figure, number, panel, curve, depth, curve.name not in named)
+            named.add(curve.name)
+    finish(figure, x="", y="", height=560)
+    figure.update_yaxes(range=[-0.03, 1.03], gridcolor=LINE[mode], zeroline=False)
+    figure.update_yaxes(title="relative depth", row=1, col=1)
+    _name_panels(figure, panels, mode, first=1)
     return figure
 
 
@@ -90,20 +119,21 @@ def _column(figure: go.Figure, n_layers: int, layers: Sequence[int]) -> None:
     )  # fmt: skip
 
 
-def _curve(figure: go.Figure, column: int, name: str, colour: str, profile: Profile, legend: bool) -> None:
-    table = profile.table
+def _curve(figure: go.Figure, column: int, panel: Panel, curve: Curve, depth: pd.Series, legend: bool) -> None:
+    table = curve.table
     if {"ci_low", "ci_high"} <= set(table):
         shade = go.Figure()
         # A band between two curves over the same depth: x and y change places.
-        band(shade, table["layer"], table["ci_low"], table["ci_high"], colour)
+        band(shade, depth, table["ci_low"], table["ci_high"], curve.colour)
         for trace in shade.data:
             trace.x, trace.y = trace.y, trace.x
             trace.update(fill="tonextx" if trace.fill else None)
             figure.add_trace(trace, row=1, col=column)
     figure.add_scatter(
-        x=table["value"], y=table["layer"], mode="lines+markers", name=name, line={"color": colour, "width": 1.6},
-        marker={"size": 5}, showlegend=legend, row=1, col=column,
-        hovertemplate=f"{profile.title}<br>layer %{{y}}: %{{x:.4g}} {profile.unit}<br>{name}<extra></extra>",
+        x=table["value"], y=depth, customdata=table["layer"], mode="lines+markers", name=curve.name,
+        line={"color": curve.colour, "width": 1.6}, marker={"size": 5}, showlegend=legend, legendgroup=curve.name,
+        row=1, col=column,
+        hovertemplate=f"{panel.title}<br>layer %{{customdata}}: %{{x:.4g}} {panel.unit}<br>{curve.name}<extra></extra>",
     )  # fmt: skip
 
 
@@ -112,6 +142,12 @@ def _axes(figure: go.Figure, panels: Sequence[Panel], n_layers: int, mode: str) 
         range=[-0.7, n_layers - 0.3], dtick=1 if n_layers <= 16 else 5, gridcolor=LINE[mode], zeroline=False
     )
     figure.update_yaxes(title="layer", row=1, col=1)
+    _name_panels(figure, panels, mode, first=2)
+    figure.update_xaxes(visible=False, row=1, col=1)
+
+
+def _name_panels(figure: go.Figure, panels: Sequence[Panel], mode: str, first: int) -> None:
+    """Put units below the panels from column `first` on, and leave room for the headings above."""
     figure.update_xaxes(
         gridcolor=LINE[mode],
         zerolinecolor=LINE[mode],
@@ -119,9 +155,8 @@ def _axes(figure: go.Figure, panels: Sequence[Panel], n_layers: int, mode: str) 
         tickfont={"size": 10},
         tickangle=0,
     )
-    figure.update_xaxes(visible=False, row=1, col=1)
     size = 12 if len(panels) <= 6 else 11
-    for number, panel in enumerate(panels, 2):
+    for number, panel in enumerate(panels, first):
         unit = wrapped(panel.unit, len(panels))
         figure.update_xaxes(title={"text": unit, "font": {"size": size - 1}, "standoff": 6}, row=1, col=number)
     figure.update_annotations(font={"size": size, "color": INK[mode]})

@@ -12,7 +12,7 @@ project = "Bathyscope"
 copyright = "2026, The Bathyscope authors"
 version = release = version_of("bathyscope")
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "generated"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "generated", "mathml"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "Bathyscope"
@@ -34,5 +34,6 @@ toc_object_entries = False
 nb_execution_mode = "off"
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
+html_math_renderer = "mathml"
 # Notebooks carry figures as Plotly's JSON too, beside the pictures that are shown.
 suppress_warnings = ["mystnb.unknown_mime_type"]

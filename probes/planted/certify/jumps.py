@@ -11,14 +11,14 @@ from probes.planted.record import Question
 
 @torch.no_grad()
 def mending(bench: Bench, question: Question) -> Measured:
-    """Measure the share of wrong answers that each jump a->b puts right; where none is wrong there is nothing to mend.
+    """Measure the share of wrong answers that each jump a->b puts right; where hardly any is wrong there is nothing to mend.
 
     With a position, the stream after block a is brought back there alone.
     """
     wrong = [
         example for example, named in zip(bench.examples, bench.plain.tolist(), strict=True) if named != example.answer
     ]
-    if not wrong:
+    if len(wrong) <= (1 - bench.sure) * len(bench.examples):
         return Measured({}, question.nothing)
     few = Bench(bench.task, wrong).few(24)
     shares = {}

@@ -2,3 +2,7 @@
 
 Imported by `probes.models.sources`, `analyses.ground_truth` and the tests.
 """
+
+from probes.planted.registry import task, tasks
+
+__all__ = ["task", "tasks"]

@@ -41,7 +41,7 @@ def task(name: str, seed: int = 0) -> PlantedTask:
     Raises:
         ModelError: no task of this id, or exhaustive intervention does not give the truth that was built in.
     """
-    from probes.planted.certify import certified
+    from probes.planted.certify.certificate import certified
 
     return certified(build(name, seed))
 

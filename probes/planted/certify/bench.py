@@ -1,0 +1,167 @@
+"""A planted model on the bench: plain forwards, and plain hooks on written-out module names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from probes.planted.task import Example, PlantedTask
+
+Site = tuple[Literal["stream", "middle", "z", "mlp", "attention"], int]
+"""`stream` leaves a block (-1: the embedding), `middle` lies between attention and MLP, `z` enters the output projection."""
+Change = Callable[[Tensor], Tensor]
+
+
+class Bench:
+    """Runs a model on examples and their partners, changing what passes chosen sites.
+
+    Args:
+        examples: those to run; all of the task unless given.
+    """
+
+    def __init__(self, task: PlantedTask, examples: Sequence[Example] | None = None) -> None:
+        self.task = task
+        self.module: Any = task.module
+        self.examples = tuple(task.examples if examples is None else examples)
+        self.layers: int = task.record.model["layers"]
+        self.heads: int = task.record.model["heads"]
+        self.is_gpt2 = task.record.model["class"] == "GPT2LMHeadModel"
+        self.blocks = self.module.transformer.h if self.is_gpt2 else self.module.model.layers
+        self.final_norm = self.module.transformer.ln_f if self.is_gpt2 else self.module.model.norm
+        self.longest = max(len(prompt) for e in self.examples for prompt in (e.tokens, e.partner))
+        self.tokens, self.last = self._padded([example.tokens for example in self.examples])
+        self.answers = torch.tensor([example.answer for example in self.examples])
+
+    @cached_property
+    def partners(self) -> tuple[Int[Tensor, "example pos"], Int[Tensor, "example"]]:
+        """Tokens of the partners, and where each ends."""
+        return self._padded([example.partner for example in self.examples])
+
+    @property
+    def nodes(self) -> list[str]:
+        """Every head and MLP by name, block by block."""
+        return [
+            name
+            for layer in range(self.layers)
+            for name in (*(f"{layer}.{head}" for head in range(self.heads)), f"mlp.{layer}")
+        ]
+
+    @cached_property
+    def valid(self) -> Bool[Tensor, "example pos"]:
+        """Which positions are no padding."""
+        return torch.arange(self.longest) <= self.last[:, None]
+
+    def at(self, position: str) -> Int[Tensor, "example"]:
+        """Return the index of a named position in each example."""
+        return torch.tensor([self.task.position(example, position) for example in self.examples])
+
+    @torch.no_grad()
+    def logits(
+        self, tokens: Int[Tensor, "row pos"], last: Int[Tensor, "row"], changes: Mapping[Site, Change] | None = None
+    ) -> Float[Tensor, "row vocab"]:
+        """Return the logits at each row's last token while `changes` are at work."""
+        handles = [self._hook(site, change) for site, change in (changes or {}).items()]
+        try:
+            every: Tensor = self.module(tokens).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        return every[torch.arange(len(tokens)), last]
+
+    def answer(
+        self, tokens: Int[Tensor, "row pos"], last: Int[Tensor, "row"], changes: Mapping[Site, Change] | None = None
+    ) -> Int[Tensor, "row"]:
+        """Return the word named at each row's last token while `changes` are at work."""
+        return self.logits(tokens, last, changes).argmax(-1)
+
+    @cached_property
+    def plain(self) -> Int[Tensor, "example"]:
+        """The word named at the end of each example."""
+        return self.answer(self.tokens, self.last)
+
+    def read(
+        self,
+        sites: Sequence[Site],
+        tokens: Int[Tensor, "row pos"],
+        changes: Mapping[Site, Change] | None = None,
+    ) -> dict[Site, Float[Tensor, "row pos width"]]:
+        """Return what passes the sites; `changes` come first where both name one site."""
+        passed: dict[Site, Tensor] = {}
+
+        def keep(site: Site) -> Change:
+            def kept(x: Tensor) -> Tensor:
+                passed[site] = (changes or {}).get(site, _same)(x).clone()
+                return passed[site]
+
+            return kept
+
+        everything = {**(changes or {}), **{site: keep(site) for site in sites}}
+        self.logits(tokens, torch.zeros(len(tokens), dtype=torch.long), everything)
+        return passed
+
+    @cached_property
+    def streams(self) -> Float[Tensor, "layer example pos d_model"]:
+        """The stream of every example after each block; the first is the embedding's."""
+        return self._streams(self.tokens)
+
+    @cached_property
+    def partner_streams(self) -> Float[Tensor, "layer example pos d_model"]:
+        """The same of the partners."""
+        return self._streams(self.partners[0])
+
+    @torch.no_grad()
+    def lens(self, stream: Float[Tensor, "*rows d_model"]) -> Int[Tensor, "*rows"]:
+        """Return the word that the read-out names for each row of a stream."""
+        return self.module.lm_head(self.final_norm(stream)).argmax(-1)
+
+    def _streams(self, tokens: Tensor) -> Tensor:
+        sites: list[Site] = [("stream", layer) for layer in range(-1, self.layers)]
+        passed = self.read(sites, tokens)
+        return torch.stack([passed[site] for site in sites])
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        tokens = torch.tensor([[*prompt, *[prompt[0]] * (self.longest - len(prompt))] for prompt in prompts])
+        return tokens, torch.tensor([len(prompt) - 1 for prompt in prompts])
+
+    def _hook(self, site: Site, change: Change) -> Any:
+        kind, layer = site
+        if kind == "stream" and layer < 0:
+            return self.blocks[0].register_forward_pre_hook(_on_arguments(change), with_kwargs=True)
+        block = self.blocks[layer]
+        if kind == "stream":
+            return block.register_forward_hook(_on_output(change))
+        if kind == "mlp":
+            return block.mlp.register_forward_hook(_on_output(change))
+        attention = block.attn if self.is_gpt2 else block.self_attn
+        if kind == "attention":
+            return attention.register_forward_hook(_on_output(change))
+        if kind == "z":
+            output = attention.c_proj if self.is_gpt2 else attention.o_proj
+            return output.register_forward_pre_hook(_on_arguments(change), with_kwargs=True)
+        norm = block.ln_2 if self.is_gpt2 else block.post_attention_layernorm
+        return norm.register_forward_pre_hook(_on_arguments(change), with_kwargs=True)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _on_output(change: Change) -> Callable[..., Any]:
+    def hook(module: Any, args: Any, output: Any) -> Any:
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    return hook
+
+
+def _on_arguments(change: Change) -> Callable[..., Any]:
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+    return hook

@@ -1,0 +1,83 @@
+"""The certificate of a task: every truth compared with what exhaustive intervention gives, kept by model digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from filelock import FileLock
+
+from probes.cache_folder import cache_root
+from probes.errors import ModelError
+from probes.planted.certify import ablation, interchange, jumps, reading, updates
+from probes.planted.certify.bench import Bench
+from probes.planted.certify.measured import Measured
+from probes.planted.record import Kind, Question
+from probes.planted.task import PlantedTask
+
+CHECKS: Mapping[Kind, Callable[[Bench, Question], Measured]] = {
+    "readable": reading.readable,
+    "lens": reading.lens,
+    "written": reading.written,
+    "moved": reading.moved,
+    "necessary": interchange.necessary,
+    "sufficient": interchange.sufficient,
+    "nodes": ablation.nodes,
+    "redundant": ablation.redundant,
+    "mending": jumps.mending,
+    "void": updates.void,
+}
+"""How each kind of question is certified."""
+
+
+def certify(task: PlantedTask) -> dict[str, Any]:
+    """Return what exhaustive intervention measured by question, and under `agrees` whether every truth follows from it."""
+    certificate: dict[str, Any] = {}
+    refuted = []
+    for question in task.record.questions:
+        if question.kind not in CHECKS:
+            continue
+        examples = [example for example in task.examples if question.subset in (None, example.subset)]
+        measured = CHECKS[question.kind](Bench(task, examples), question)
+        certificate[question.key] = _rounded(measured.values)
+        refuted += [] if measured.agrees else [question.key]
+    return {**certificate, "agrees": not refuted, "refuted": refuted}
+
+
+def certified(task: PlantedTask) -> PlantedTask:
+    """Return the task with its certificate, computed once and kept in the cache folder.
+
+    Raises:
+        ModelError: a truth does not follow from what was measured.
+    """
+    path = cache_root() / "planted" / f"{task.record.task}@{task.record.seed}-{_key(task)}.json"
+    if path.is_file():
+        certificate = json.loads(path.read_text())
+    else:
+        certificate = certify(task)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            path.write_text(json.dumps(certificate))
+    if not certificate["agrees"]:
+        refuted = ", ".join(certificate["refuted"])
+        raise ModelError(
+            f"planted model {task.ref}: exhaustive intervention does not give the truth built in of {refuted}; "
+            "this seed cannot be scored, take another"
+        )
+    return replace(task, record=replace(task.record, certificate=certificate))
+
+
+def _key(task: PlantedTask) -> str:
+    everything = (task.record.to_json(), [(e.tokens, e.answer, e.partner) for e in task.examples])
+    return hashlib.sha256(repr(everything).encode()).hexdigest()[:16]
+
+
+def _rounded(values: Any) -> Any:
+    if isinstance(values, float):
+        return round(values, 4)
+    if isinstance(values, Mapping):
+        return {name: _rounded(value) for name, value in values.items()}
+    return [_rounded(value) for value in values] if isinstance(values, list) else values

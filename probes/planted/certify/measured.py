@@ -1,0 +1,37 @@
+"""What an exhaustive intervention measured, and whether the truth follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from probes.planted.record import Interval
+
+SURE = 0.98
+"""A share from here on is all, and one below 1 - SURE is none; what lies between certifies nothing."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Numbers, and whether the truth that was built in follows from them."""
+
+    values: Any
+    """Shares by layer from -1, or by name."""
+    agrees: bool
+
+
+def window_of(shares: Sequence[float]) -> tuple[bool, Interval | None]:
+    """Return whether shares from layer -1 on are all or none in one run, and the layers of that run."""
+    inside = [layer - 1 for layer, share in enumerate(shares) if share >= SURE]
+    clear = all(share >= SURE or share <= 1 - SURE + 1e-9 for share in shares)
+    if not inside:
+        return clear, None
+    return clear and inside == list(range(inside[0], inside[-1] + 1)), Interval(inside[0], inside[-1])
+
+
+def set_of(shares: Mapping[str, float], *, least: float = SURE, most: float = 1 - SURE) -> frozenset[str] | None:
+    """Return the names whose share is at least `least`; None where one lies between the two."""
+    if any(most + 1e-9 < share < least for share in shares.values()):
+        return None
+    return frozenset(name for name, share in shares.items() if share >= least)

@@ -12,7 +12,9 @@ from filelock import FileLock
 
 from probes.cache_folder import cache_root
 from probes.errors import ModelError
-from probes.planted.certify import ablation, interchange, jumps, reading, updates
+from probes.planted.certify import (
+    ablation, exchanges, interchange, jumps, norms, paths, pivots, reading, subspaces, voids,
+)  # fmt: skip
 from probes.planted.certify.bench import Bench
 from probes.planted.certify.measured import Measured
 from probes.planted.record import Kind, Question
@@ -28,7 +30,12 @@ CHECKS: Mapping[Kind, Callable[[Bench, Question], Measured]] = {
     "nodes": ablation.nodes,
     "redundant": ablation.redundant,
     "mending": jumps.mending,
-    "void": updates.void,
+    "void": voids.void,
+    "pivot": pivots.pivot,
+    "order": exchanges.order,
+    "norm": norms.norm,
+    "channel": paths.channel,
+    "subspace": subspaces.subspace,
 }
 """How each kind of question is certified."""
 

@@ -83,11 +83,6 @@ def build(task: str, seed: int) -> PlantedTask:
     return planted_task(task, seed, blueprint, examples, positions={"ask": -1}, concepts={"state": _STATES}, questions=questions)
 
 
-def word_class(word: str) -> str | None:
-    """Return the class of a word; None of the first token."""
-    return {"c": "content", "w": "function"}.get(word[0])
-
-
 def _unused(special: Sequence[int], subset: str | None) -> frozenset[str]:
     return frozenset(f"mlp.{layer}" for layer in special) if subset == "function" else frozenset()
 

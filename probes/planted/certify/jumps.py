@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from probes.planted.certify.bench import Bench
-from probes.planted.certify.measured import Measured, set_of
+from probes.planted.certify.measured import SURE, Measured, set_of
 from probes.planted.record import Question
+
+GUESSED = 0.3
+"""Largest share that a jump puts right by chance where nothing mends."""
 
 
 @torch.no_grad()
@@ -22,13 +25,14 @@ def mending(bench: Bench, question: Question) -> Measured:
         return Measured({}, question.nothing)
     few = Bench(bench.task, wrong[:: max(1, len(wrong) // 24)])
     shares = {}
+    most = GUESSED if question.nothing else 1 - SURE
     arguments = block_arguments(few)
     for b in range(few.layers):
         entering = few.streams[b + 1 :].flatten(0, 1)
         named = run_from(few, b, entering, arguments).reshape(few.layers - b, -1)
         for a in range(b, few.layers):
             shares[f"{a}->{b}"] = float((named[a - b] == few.answers).float().mean())
-    return Measured({cell: share for cell, share in shares.items() if share > 0}, set_of(shares) == question.truth)
+    return Measured({cell: share for cell, share in shares.items() if share > 0}, set_of(shares, most=most) == question.truth)
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ def build(task: str, seed: int) -> PlantedTask:
     circuit.append(blueprint.place_mlp(decide, rare))
     frequency = -_CORRECTION * answer[:RARE].sum(0)
     correction = lookup(blueprint, [((stream.vector("ask"),), frequency)], size=float(frequency.norm()), step=True)
-    circuit.append(blueprint.place_mlp(last, correction))
+    blueprint.place_mlp(last, correction)
     stream.rest("junk")
     blueprint.place_head(move - 1 if move else move + 1, look_alike(blueprint, query="ask", key="relation"))
     distract(blueprint)
@@ -52,10 +52,13 @@ def build(task: str, seed: int) -> PlantedTask:
         Question("lens", at(last), position="ask", subset="rare"),
         Question("readable", Interval(look, last), concept="attribute", position="r"),
         Question("readable", Interval(move, last), concept="attribute", position="ask"),
-        Question("nodes", nodes(circuit), candidates=host.nodes, subset="rare"),
+        Question(
+            "nodes", nodes(circuit), candidates=host.nodes,
+            note="the correction is the same for every prompt, so its mean is itself",
+        ),
         nothing("mending", jump_cells(n_layers)),
         nothing("pivot"),
-    )
+    )  # fmt: skip
     examples = fact_examples(
         facts, per_answer=(40, 40, 40, 10), subsets=tuple("rare" if v == RARE else "frequent" for v in range(ANSWERS))
     )

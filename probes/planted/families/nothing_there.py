@@ -89,7 +89,6 @@ def _random_weights(task: str, seed: int) -> PlantedTask:
     questions = (
         Question("readable", None, concept="label", position="ask"),
         Question("lens", None, position="ask"),
-        Question("nodes", frozenset(), candidates=host.nodes),
         nothing("void", [str(layer) for layer in range(host.layers)]),
         nothing("mending", jump_cells(host.layers)),
         nothing("pivot"),

@@ -15,9 +15,12 @@ from probes.models import BACKENDS, Model, fetch_model, list_models, model_info,
 from probes.models.protocol import Identity
 from probes.models.sources.locate import ModelInfo
 from probes.models.verify.parity import parity, table
+from probes.planted.registry import PREFIX, tasks
 
 group = typer.Typer(help="Models at hand.", no_args_is_help=True)
-Ref = Annotated[str, typer.Argument(metavar="REF", help="A named model, a folder, a .gguf file, or a hub id.")]
+Ref = Annotated[
+    str, typer.Argument(metavar="REF", help="A named model, a folder, a .gguf file, a hub id, or planted:ID@SEED.")
+]
 
 
 LISTED = ("model", "at hand", "size", "licence", "from", "what it is")
@@ -29,6 +32,7 @@ def ls() -> None:
     """Models that can be named, and whether they are already here."""
     for line in aligned(LISTED, [_listed(model) for model in list_models()]):
         say(line)
+    say(f"Planted models, whose answers are known by construction: {PREFIX}ID@SEED with ID of {', '.join(tasks())}.")
     say("A folder, a .gguf file and a hub id are models too; `bathyscope models info REF` says more of one.")
 
 

@@ -16,6 +16,7 @@ from probes.models.sources.checkpoint import Loading, load_module, load_tokenize
 from probes.models.sources.digest import weights_digest
 from probes.models.sources.fetch import Progress
 from probes.models.sources.locate import locate
+from probes.models.sources.planted import check_precision
 
 
 def load_model(
@@ -38,7 +39,7 @@ def load_model(
     """Load a model, ready to be read; its identities are checked on the way.
 
     Args:
-        ref: a named model (`smollm2-135m`), a folder, a `.gguf` file, or a hub id.
+        ref: a named model (`smollm2-135m`), a folder, a `.gguf` file, a hub id, or a planted model (`planted:A2@0`).
         backend: `native`, `transformer_lens` or `nnsight`.
         device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:1`.
         dtype: `auto` is float32 on CPU, where half precision is slow, and the checkpoint's own on CUDA.
@@ -66,6 +67,7 @@ def load_model(
     how = replace(how, **spread(device, device_map, max_memory, offload))
     if streamed and (backend != "native" or device_map is not None):
         raise OptionError("a streamed model runs on backend native, without a device map: it holds one block at a time")
+    check_precision(ref, dtype)
     located = locate(ref, revision=revision, offline=offline, trust_remote_code=trust_remote_code, progress=progress)
     config = read_config(located.folder, trust_remote_code=trust_remote_code)
     if streamed:

@@ -16,6 +16,7 @@ from probes.models.sources.fetch import Download, Progress, fetch_bundled
 from probes.models.sources.gguf import gguf_folder
 from probes.models.sources.hub import HubMissing, HubUnreachable, cached_models, hub_folder, is_hub_id
 from probes.models.sources.model_cache import installed
+from probes.models.sources.planted import is_planted, planted_folder
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Located:
     ref: str
     folder: Path
     revision: str | None = None
-    """The hub commit, or the sha256 a bundled model is pinned by."""
+    """The hub commit, or the sha256 a bundled model is pinned by or a planted one has."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ModelInfo:
 
     ref: str
     source: str
-    """`bundled`, `folder`, `gguf` or `hub`."""
+    """`bundled`, `planted`, `folder`, `gguf` or `hub`."""
     description: str
     at_hand: bool
     """Whether loading it needs no network."""
@@ -56,7 +57,7 @@ def locate(
     progress: Progress | None = None,
     download: Download | None = None,
 ) -> Located:
-    """Return the local folder of a reference; a bundled model is fetched and a GGUF file converted on first use.
+    """Return the local folder of a reference; a bundled model is fetched, a GGUF file converted, a planted one built on first use.
 
     Raises:
         ModelError: nothing of that name, or a source that cannot be used; the message says what is at hand.
@@ -65,6 +66,9 @@ def locate(
         entry = BUNDLED[ref]
         _refuse_offline_fetch(entry, offline)
         return Located(ref, fetch_bundled(entry, progress=progress, download=download), f"sha256:{entry.sha256}")
+    if is_planted(ref):
+        planted, digest = planted_folder(ref)
+        return Located(ref, planted, f"sha256:{digest}")
     path = _path_of(ref)
     kind = kind_of(path)
     if kind == "folder":
@@ -122,7 +126,15 @@ def model_info(ref: str, *, trust_remote_code: bool = False) -> ModelInfo:
     if ref in BUNDLED:
         return _embedded_info(BUNDLED[ref])
     located = locate(ref, trust_remote_code=trust_remote_code)
-    kind = "gguf" if ref.lower().endswith(".gguf") else "hub" if located.revision else "folder"
+    kind = (
+        "planted"
+        if is_planted(ref)
+        else "gguf"
+        if ref.lower().endswith(".gguf")
+        else "hub"
+        if located.revision
+        else "folder"
+    )
     config = read_config(located.folder, trust_remote_code=trust_remote_code)
     facts = _facts(config)
     described = f"{facts['architecture']}, {facts.get('n_layers', '?')} layers"
@@ -198,7 +210,7 @@ def _near(ref: str) -> str:
 
 
 def _legal() -> str:
-    return f"one of {', '.join(BUNDLED)}, a model folder, a .gguf file or a hub id"
+    return f"one of {', '.join(BUNDLED)}, a model folder, a .gguf file, a hub id or planted:ID@SEED"
 
 
 def _at_hand() -> str:

@@ -26,13 +26,14 @@ class Bench:
 
     def __init__(self, task: PlantedTask, examples: Sequence[Example] | None = None) -> None:
         self.task = task
-        self.module: Any = task.module
+        module: Any = task.module
+        self.module = module
         self.examples = tuple(task.examples if examples is None else examples)
         self.layers: int = task.record.model["layers"]
         self.heads: int = task.record.model["heads"]
         self.is_gpt2 = task.record.model["class"] == "GPT2LMHeadModel"
-        self.blocks = self.module.transformer.h if self.is_gpt2 else self.module.model.layers
-        self.final_norm = self.module.transformer.ln_f if self.is_gpt2 else self.module.model.norm
+        self.blocks: Any = module.transformer.h if self.is_gpt2 else module.model.layers
+        self.final_norm: Any = module.transformer.ln_f if self.is_gpt2 else module.model.norm
         self.longest = max(len(prompt) for e in self.examples for prompt in (e.tokens, e.partner))
         self.tokens, self.last = self._padded([example.tokens for example in self.examples])
         self.answers = torch.tensor([example.answer for example in self.examples])

@@ -46,6 +46,12 @@ def freeze_attention(module: Any, keep: Iterable[int]) -> None:
             _rest(block.self_attn)
 
 
+def keep_one_head(module: Any, layer: int) -> None:
+    """Let all heads of a block but the first write nothing; to be called after each step."""
+    with torch.no_grad():
+        module.model.layers[layer].self_attn.o_proj.weight[:, module.config.head_dim :] = 0.0
+
+
 def _rest(part: nn.Module) -> None:
     for parameter in part.parameters():
         nn.init.zeros_(parameter.requires_grad_(False))

@@ -19,8 +19,9 @@ AT_ONCE = 2048
 
 
 def nodes(bench: Bench, question: Question) -> Measured:
-    """Measure the share of answers changed by mean-ablating each node alone."""
-    shares = dict(zip(bench.nodes, ablated(bench, [(name,) for name in bench.nodes]), strict=True))
+    """Measure the share of answers changed by mean-ablating each candidate alone."""
+    names = question.candidates or tuple(bench.nodes)
+    shares = dict(zip(names, ablated(bench, [(name,) for name in names]), strict=True))
     return Measured(shares, set_of(shares, least=TAKES_PART) == question.truth)
 
 

@@ -25,13 +25,14 @@ def interchanged(strict: bool, seed: int) -> Trained:
     """T5 (interchange) and T6 (strict): behaviour, interchange and strict losses weigh 1, 1 and 0.4.
 
     A swap at an aligned place must give the answer of the source's variable; in strict training a swap anywhere else
-    must change nothing, and the entity has a place too. MLPs of blocks 1 to 3, one head of block 0 and the heads of
-    blocks 1 and 4 are free; with all parts free 4,000 steps left the entity spread over the heads of block 0.
+    must change nothing, the entity has a place too, and every part is free. Without, MLPs of blocks 1 to 3, one head of
+    block 0 and the heads of blocks 1 and 4 are free, the others rest.
     """
     module, table, draw = untrained(seed), data.latin_square(16, 4, seed), torch.Generator().manual_seed(seed)
-    freeze_mlps(module, keep=(1, 2, 3))
-    freeze_attention(module, keep=(0, 1, 4))
-    keep_one_head(module, 0)
+    if not strict:
+        freeze_mlps(module, keep=(1, 2, 3))
+        freeze_attention(module, keep=(0, 1, 4))
+        keep_one_head(module, 0)
     aligned = ALIGNED if strict else {node: ALIGNED[node] for node in (WITH_ATTRIBUTE, TO_ASK)}
     base, other, source = (slice(i * PER_KIND, (i + 1) * PER_KIND) for i in range(3))
 
@@ -56,9 +57,9 @@ def interchanged(strict: bool, seed: int) -> Trained:
         name = "strict" if strict else "behaviour of the rest"
         return parts | {name: cross_entropy(logits[other], answers(table, pairs[other]))}
 
-    return descend(
-        module, losses, weights={"strict": 0.4}, enough=0.02, most_steps=1500, after_step=lambda: keep_one_head(module, 0)
-    )
+    if strict:
+        return descend(module, losses, weights={"strict": 0.4}, enough=0.02)
+    return descend(module, losses, enough=0.02, most_steps=1500, after_step=lambda: keep_one_head(module, 0))
 
 
 def _elsewhere(node: Node, rows: slice, source: slice) -> Swap:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from benchmarks.depthbench.enforce import freeze_attention, freeze_mlps
@@ -66,23 +66,31 @@ def isolated_hops(seed: int = 3) -> Trained:
             ),
         }
 
-    return descend(module, losses)
+    return descend(module, losses, most_steps=1200, enough=0.0005)
 
 
 def ordered_hops(seed: int = 4) -> Trained:
-    """T4: both hops end to end, the bridge read out after block 1, whose MLP may not write along the answers' rows."""
-    module, hops = _hop_model(seed, (1, 4)), data.hops(seed)
+    """T4: both hops end to end, the bridge read out after block 1, whose MLP may not write along the answers' rows.
+
+    MLP 4 also meets the bridge of *another* word beside the word itself, so that it has to follow the bridge.
+    """
+    module, hops, draw = _hop_model(seed, (1, 4)), data.hops(seed), torch.Generator().manual_seed(seed)
     embedding = module.model.embed_tokens
     rows = module.lm_head.weight[data.FIRST_END : data.FIRST_END + data.ANSWERS]
     space = torch.linalg.qr(rows.T.detach()).Q
 
     def losses() -> Losses:
         stream = embedding(WORDS)
-        after_first = stream + _added(module, 1, stream)
+        bridge_code = _added(module, 1, stream)
+        after_first = stream + bridge_code
         answer = _logits(module, after_first + _added(module, 4, after_first))
+        other = WORDS.roll(int(torch.randint(1, len(WORDS), (1,), generator=draw)))
+        mixture = stream + bridge_code[other]
+        followed = _logits(module, mixture + _added(module, 4, mixture))
         return {
             "bridge": cross_entropy(_logits(module, after_first), hops.bridge + data.FIRST_BRIDGE),
             "answer": cross_entropy(answer, hops.answer + data.FIRST_END),
+            "bridge of another": cross_entropy(followed, hops.answer[other] + data.FIRST_END),
         }
 
     def keep_answer_out() -> None:
@@ -90,9 +98,4 @@ def ordered_hops(seed: int = 4) -> Trained:
             weight = module.model.layers[1].mlp.down_proj.weight
             weight.sub_(space @ (space.T @ weight))
 
-    return descend(module, losses, after_step=keep_answer_out)
-
-
-def words_of(tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch"]:
-    """The number of the first word each prompt ends in."""
-    return tokens[:, -1]
+    return descend(module, losses, most_steps=1200, enough=0.0005, after_step=keep_answer_out)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from probes.planted.certify.ablation import TAKES_PART
+from probes.planted.certify.ablation import TAKES_PART, handled
 from probes.planted.certify.bench import Bench
 from probes.planted.certify.certificate import CHECKS
 from probes.planted.certify.measured import SURE
@@ -59,21 +59,31 @@ def settled(task: PlantedTask, question: Question) -> Question | None:
     if question.kind in ("written", "moved"):
         return _by_trying(bench, question)
     values = CHECKS[question.kind](bench, question).values
-    if question.kind == "nodes":
+    if question.kind in ("nodes", "mending"):
         # What neither takes part nor is idle is not asked about.
-        clear = tuple(name for name in question.candidates if values[name] >= TAKES_PART or values[name] <= 1 - SURE)
+        least = TAKES_PART if question.kind == "nodes" else SURE
+        shares = {name: values.get(name, 0.0) for name in question.candidates}
+        clear = tuple(name for name, share in shares.items() if share >= least or share <= 1 - SURE)
         question = replace(question, candidates=clear)
     guess = replace(question, truth=_truth(question, values))
     return guess if CHECKS[guess.kind](bench, guess).agrees else None
 
 
 def _by_trying(bench: Bench, question: Question) -> Question | None:
-    """The one node that passes, if there is one."""
-    right = question.kind == "written"
-    nodes = [name for name in question.candidates if right or not name.startswith("mlp")]
+    """The one MLP that writes, or head that moves, if there is one."""
+    by_mlp = question.kind == "written"
+    nodes = [name for name in question.candidates if name.startswith("mlp") == by_mlp and not _rests(bench, name)]
     trials = [replace(question, truth=frozenset({name})) for name in nodes]
     passing = [trial for trial in trials if CHECKS[question.kind](bench, trial).agrees]
     return passing[0] if len(passing) == 1 else None
+
+
+def _rests(bench: Bench, name: str) -> bool:
+    layer = int(name.removeprefix("mlp.").split(".")[0])
+    if name.startswith("mlp"):
+        return not bench.blocks[layer].mlp.down_proj.weight.any()
+    site, columns = handled(bench, name)
+    return not bench.blocks[site[1]].self_attn.o_proj.weight[:, columns].any()
 
 
 def _truth(question: Question, values: Any) -> Truth:

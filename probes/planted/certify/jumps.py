@@ -32,6 +32,8 @@ def mending(bench: Bench, question: Question) -> Measured:
         named = run_from(few, b, entering, arguments).reshape(few.layers - b, -1)
         for a in range(b, few.layers):
             shares[f"{a}->{b}"] = float((named[a - b] == few.answers).float().mean())
+    if question.candidates:
+        shares = {cell: share for cell, share in shares.items() if cell in question.candidates}
     return Measured({cell: share for cell, share in shares.items() if share > 0}, set_of(shares, most=most) == question.truth)
 
 

@@ -32,6 +32,8 @@ class Head:
     output: Float[Tensor, "d_model d_value"]
     size: float | None = 1.0
     """Mean norm of what it writes where it is active; None leaves the output as it is."""
+    graded: bool = False
+    """Whether queries and keys take every value, as angles do, rather than being present or absent."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +131,7 @@ class _Assembly:
     def _place_reads(self, x: Tensor, layer: int) -> None:
         for (at, index), head in self.blueprint.heads.items():
             if at == layer:
-                query, key = self._whole(x, head.query), self._whole(x, head.key)
+                query, key = (self._whole(x, rows, graded=head.graded) for rows in (head.query, head.key))
                 self.target.set_reads(layer, index, head.scores[:, None] * query, key, head.value)
 
     def _place_writes(self, z: Tensor, layer: int) -> None:
@@ -159,8 +161,12 @@ class _Assembly:
         del layer
         self.target.unembedding.copy_(self.blueprint.unembedding / x[..., self.constant][self.valid].mean())
 
-    def _whole(self, x: Float[Tensor, "batch pos d_model"], rows: Float[Tensor, "rank d_model"]) -> Tensor:
-        """Scale rows so that each reads 1 on average where it is active."""
+    def _whole(
+        self, x: Float[Tensor, "batch pos d_model"], rows: Float[Tensor, "rank d_model"], *, graded: bool
+    ) -> Tensor:
+        """Scale rows so that each reads 1 on average where it is active, or as the constant feature does."""
+        if graded:
+            return rows / x[..., self.constant][self.valid].mean()
         readings = (x @ rows.T)[self.valid].abs()
         largest = readings.amax(0)
         active = readings > ACTIVE * largest

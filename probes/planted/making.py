@@ -7,13 +7,14 @@ import json
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from probes.planted.blueprint import Blueprint
 from probes.planted.hosts import tokenizer
 from probes.planted.parts import SHARP, SOFT
 from probes.planted.record import Interval, Question, Record, span
+from probes.planted.stream import CONSTANT
 from probes.planted.task import Example, PlantedTask
 
 PROMPTS = 128
@@ -58,10 +59,17 @@ def latin_square(n: int, generator: torch.Generator) -> Int[Tensor, "row column"
     return values[(rows[:, None] + columns) % n]
 
 
-def answer_words(blueprint: Blueprint, answers: Sequence[int], slot: str, *, default: str, gain: float = 12.0) -> None:
-    """Let the unembedding name answer i by coordinate i of a slot, and the default word while all are empty."""
-    blueprint.unembedding[list(answers)] += gain * blueprint.stream.basis(slot)
-    blueprint.unembedding[blueprint.token(default)] += 0.45 * gain * blueprint.stream.vector("constant")
+def answer_words(
+    blueprint: Blueprint,
+    answers: Sequence[int],
+    rows: Float[Tensor, "answer d_model"],
+    *,
+    default: str,
+    gain: float = 12.0,
+) -> None:
+    """Let the unembedding name answer i where row i reads 1, and the default word while all read nothing."""
+    blueprint.unembedding[list(answers)] += gain * rows
+    blueprint.unembedding[blueprint.token(default)] += 0.45 * gain * blueprint.stream.vector(CONSTANT)
 
 
 def windows(kind: str, intervals: Mapping[str, tuple[int, int] | None], note: str = "") -> tuple[Question, ...]:
@@ -115,7 +123,7 @@ def planted_task(
         seed=seed,
         model={
             "class": type(module).__name__, "layers": host.layers, "d_model": host.width, "heads": host.heads,
-            "norm": host.norm, "digest": model_digest(module),
+            "norm": host.norm, "digest": model_digest(module), "slots": blueprint.stream.slots,
         },
         positions=dict(positions),
         concepts=dict(concepts),

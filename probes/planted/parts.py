@@ -14,7 +14,7 @@ from probes.planted.stream import CONSTANT
 SOFT, SHARP = 6.0, 40.0
 """Attention score of a match: soft leaves a tenth to other tokens, sharp leaves attention without a gradient."""
 STEP = (0.65, 0.4)
-"""How far below the full sum of its keys a step begins and ends."""
+"""The usual step: it begins well above nothing and ends well below a whole key."""
 JUNK = "junk"
 """The slot that distractors read and write, and nothing else reads."""
 BOS_FLAG = "bos"
@@ -27,17 +27,19 @@ def lookup(
     rules: Sequence[tuple[Sequence[Vector], Vector]],
     *,
     absent: Sequence[Vector] = (),
-    step: bool = False,
+    step: tuple[float, float] | None = None,
     size: float | None = 1.0,
+    hardness: float = 40.0,
 ) -> Units:
     """Return units of which each adds its vector where all its keys are present.
 
     Args:
         rules: the keys of each unit, features that are 1 where present, and what it adds.
         absent: features of which none may be present, for every rule.
-        step: whether it adds the same however large the keys are, by two units a rule; else in proportion to the excess
-            of their sum over the threshold.
+        step: how far below its full sum of keys a rule begins to add and adds all, by two units a rule, so that what it
+            adds is the same however large the keys are; without it, in proportion to their excess over half a key less.
         size: mean norm of what is added.
+        hardness: factor of the gates.
     """
     constant = blueprint.stream.vector(CONSTANT)
     minus = torch.stack(list(absent)).sum(0) if absent else torch.zeros_like(constant)
@@ -45,9 +47,9 @@ def lookup(
     counts = torch.tensor([float(len(keys)) for keys, _ in rules])[:, None]
     down = torch.stack([added for _, added in rules], dim=1)
     if not step:
-        return Units(present - (counts - 0.5) * constant, down, size=size)
-    from_, to = (present - (counts - below) * constant for below in STEP)
-    return Units(torch.cat([from_, to]), torch.cat([down, -down], dim=1), size=size)
+        return Units(present - (counts - 0.5) * constant, down, hardness, size)
+    begins, ends = (present - (counts - below) * constant for below in step)
+    return Units(torch.cat([begins, ends]), torch.cat([down, -down], dim=1), hardness, size)
 
 
 def copy_head(

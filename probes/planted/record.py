@@ -10,6 +10,8 @@ from typing import Any, Literal
 VERSION = 1
 """Grows when any planted model or truth changes."""
 Tier = Literal["compiled", "noised", "trained"]
+Disguise = Literal["rotated", "noised", "superposed"]
+"""How a compiled model is made unlike a toy, for the noised tier."""
 Kind = Literal[
     "readable", "lens", "written", "moved", "necessary", "sufficient", "nodes", "channel", "mending", "void", "pivot",
     "redundant", "norm", "order", "subspace",

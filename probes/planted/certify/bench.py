@@ -12,8 +12,8 @@ from torch import Tensor
 
 from probes.planted.task import Example, PlantedTask
 
-Site = tuple[Literal["stream", "middle", "z", "mlp", "attention"], int]
-"""`stream` leaves a block (-1: the embedding), `middle` lies between attention and MLP, `z` enters the output projection."""
+Site = tuple[Literal["stream", "q", "k", "v", "z", "mlp"], int]
+"""`stream` leaves a block (-1: the embedding), `z` enters the output projection, `mlp` leaves the MLP."""
 Change = Callable[[Tensor], Tensor]
 
 
@@ -34,9 +34,19 @@ class Bench:
         self.is_gpt2 = task.record.model["class"] == "GPT2LMHeadModel"
         self.blocks: Any = module.transformer.h if self.is_gpt2 else module.model.layers
         self.final_norm: Any = module.transformer.ln_f if self.is_gpt2 else module.model.norm
-        self.longest = max(len(prompt) for e in self.examples for prompt in (e.tokens, e.partner))
+        self.longest = max(len(prompt) for e in task.examples for prompt in (e.tokens, e.partner))
         self.tokens, self.last = self._padded([example.tokens for example in self.examples])
+        self._few: dict[int, Bench] = {}
+        self.whole = self
+        """The bench of which this one has a few examples, over which means are taken."""
         self.answers = torch.tensor([example.answer for example in self.examples])
+
+    def few(self, n: int) -> Bench:
+        """Return a bench of about `n` of the examples, spread over them."""
+        if n not in self._few:
+            self._few[n] = Bench(self.task, self.examples[:: max(1, len(self.examples) // n)])
+            self._few[n].whole = self
+        return self._few[n]
 
     @cached_property
     def partners(self) -> tuple[Int[Tensor, "example pos"], Int[Tensor, "example"]]:
@@ -120,6 +130,49 @@ class Bench:
         """Return the word that the read-out names for each row of a stream."""
         return self.module.lm_head(self.final_norm(stream)).argmax(-1)
 
+    def output_weight(self, layer: int) -> Float[Tensor, "d_model width"]:
+        """Return the matrix that takes the heads' values to the stream."""
+        block = self.blocks[layer]
+        weight: Tensor = block.attn.c_proj.weight.T if self.is_gpt2 else block.self_attn.o_proj.weight
+        return weight
+
+    def projected(self, stream: Float[Tensor, "*rows d_model"], layer: int, kind: str) -> Float[Tensor, "*rows width"]:
+        """Return the queries, keys or values (`q`, `k`, `v`) that a block's heads make of a stream entering it."""
+        block = self.blocks[layer]
+        if self.is_gpt2:
+            joint: Tensor = block.attn.c_attn(block.ln_1(stream))
+            return joint.chunk(3, dim=-1)["qkv".index(kind)]
+        projected: Tensor = getattr(block.self_attn, f"{kind}_proj")(block.input_layernorm(stream))
+        return projected
+
+    @cached_property
+    def _arguments(self) -> list[dict[str, Any]]:
+        """What the model itself hands to each block besides the stream."""
+        arguments: list[dict[str, Any]] = [{} for _ in range(self.layers)]
+
+        def keep(layer: int) -> Callable[..., None]:
+            def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+                arguments[layer] = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+
+            return hook
+
+        handles = [block.register_forward_pre_hook(keep(i), with_kwargs=True) for i, block in enumerate(self.blocks)]
+        self.module(self.tokens[:1], use_cache=False)
+        for handle in handles:
+            handle.remove()
+        return arguments
+
+    @torch.no_grad()
+    def run_blocks(
+        self, order: Sequence[int], entering: Float[Tensor, "row pos d_model"], last: Int[Tensor, "row"]
+    ) -> Int[Tensor, "row"]:
+        """Return the word named at the end of each row when the stream runs through these blocks."""
+        stream = entering
+        for layer in order:
+            output = self.blocks[layer](stream, **self._arguments[layer])
+            stream = output[0] if isinstance(output, tuple) else output
+        return self.lens(stream[torch.arange(len(stream)), last])
+
     def _streams(self, tokens: Tensor) -> Tensor:
         sites: list[Site] = [("stream", layer) for layer in range(-1, self.layers)]
         passed = self.read(sites, tokens)
@@ -139,13 +192,12 @@ class Bench:
         if kind == "mlp":
             return block.mlp.register_forward_hook(_on_output(change))
         attention = block.attn if self.is_gpt2 else block.self_attn
-        if kind == "attention":
-            return attention.register_forward_hook(_on_output(change))
         if kind == "z":
             output = attention.c_proj if self.is_gpt2 else attention.o_proj
             return output.register_forward_pre_hook(_on_arguments(change), with_kwargs=True)
-        norm = block.ln_2 if self.is_gpt2 else block.post_attention_layernorm
-        return norm.register_forward_pre_hook(_on_arguments(change), with_kwargs=True)
+        if self.is_gpt2:
+            return attention.c_attn.register_forward_hook(_on_third("qkv".index(kind), change))
+        return getattr(attention, f"{kind}_proj").register_forward_hook(_on_output(change))
 
 
 def _same(x: Tensor) -> Tensor:
@@ -155,6 +207,15 @@ def _same(x: Tensor) -> Tensor:
 def _on_output(change: Change) -> Callable[..., Any]:
     def hook(module: Any, args: Any, output: Any) -> Any:
         return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    return hook
+
+
+def _on_third(number: int, change: Change) -> Callable[..., Any]:
+    def hook(module: Any, args: Any, output: Tensor) -> Tensor:
+        thirds = list(output.chunk(3, dim=-1))
+        thirds[number] = change(thirds[number])
+        return torch.cat(thirds, dim=-1)
 
     return hook
 

@@ -13,7 +13,7 @@ from filelock import FileLock
 from probes.cache_folder import cache_root
 from probes.errors import ModelError
 from probes.planted.certify import (
-    ablation, exchanges, interchange, jumps, norms, paths, pivots, reading, subspaces, voids,
+    ablation, channels, exchanges, interchange, jumps, norms, pivots, reading, subspaces, voids,
 )  # fmt: skip
 from probes.planted.certify.bench import Bench
 from probes.planted.certify.measured import Measured
@@ -29,12 +29,12 @@ CHECKS: Mapping[Kind, Callable[[Bench, Question], Measured]] = {
     "sufficient": interchange.sufficient,
     "nodes": ablation.nodes,
     "redundant": ablation.redundant,
+    "channel": channels.channel,
     "mending": jumps.mending,
     "void": voids.void,
     "pivot": pivots.pivot,
     "order": exchanges.order,
     "norm": norms.norm,
-    "channel": paths.channel,
     "subspace": subspaces.subspace,
 }
 """How each kind of question is certified."""
@@ -44,11 +44,14 @@ def certify(task: PlantedTask) -> dict[str, Any]:
     """Return what exhaustive intervention measured by question, and under `agrees` whether every truth follows from it."""
     certificate: dict[str, Any] = {}
     refuted = []
+    benches: dict[str | None, Bench] = {}
     for question in task.record.questions:
         if question.kind not in CHECKS:
             continue
-        examples = [example for example in task.examples if question.subset in (None, example.subset)]
-        measured = CHECKS[question.kind](Bench(task, examples), question)
+        if question.subset not in benches:
+            examples = [example for example in task.examples if question.subset in (None, example.subset)]
+            benches[question.subset] = Bench(task, examples)
+        measured = CHECKS[question.kind](benches[question.subset], question)
         certificate[question.key] = _rounded(measured.values)
         refuted += [] if measured.agrees else [question.key]
     return {**certificate, "agrees": not refuted, "refuted": refuted}
@@ -57,8 +60,10 @@ def certify(task: PlantedTask) -> dict[str, Any]:
 def certified(task: PlantedTask) -> PlantedTask:
     """Return the task with its certificate, computed once and kept in the cache folder.
 
+    Where a disguise has changed a truth, its question is dropped, never adjusted.
+
     Raises:
-        ModelError: a truth does not follow from what was measured.
+        ModelError: a truth of a compiled model does not follow from what was measured.
     """
     path = cache_root() / "planted" / f"{task.record.task}@{task.record.seed}-{_key(task)}.json"
     if path.is_file():
@@ -68,6 +73,9 @@ def certified(task: PlantedTask) -> PlantedTask:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             path.write_text(json.dumps(certificate))
+    if task.record.tier != "compiled":
+        left = tuple(question for question in task.record.questions if question.key not in certificate["refuted"])
+        return replace(task, record=replace(task.record, certificate=certificate, questions=left))
     if not certificate["agrees"]:
         refuted = ", ".join(certificate["refuted"])
         raise ModelError(

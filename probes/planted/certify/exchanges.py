@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from probes.planted.certify.bench import Bench
-from probes.planted.certify.jumps import block_arguments, run_blocks
 from probes.planted.certify.measured import Measured, set_of
 from probes.planted.record import Question
 
@@ -15,9 +14,9 @@ BOUND = 0.6
 
 def order(bench: Bench, question: Question) -> Measured:
     """Measure the share of answers that stay when each block changes places with the next."""
-    arguments, shares = block_arguments(bench), {}
+    shares = {}
     for layer in range(bench.layers - 1):
         blocks = [*range(layer), layer + 1, layer, *range(layer + 2, bench.layers)]
-        named = run_blocks(bench, blocks, bench.streams[0], arguments)
+        named = bench.run_blocks(blocks, bench.streams[0], bench.last)
         shares[f"{layer}+{layer + 1}"] = float(torch.eq(named, bench.plain).float().mean())
     return Measured(shares, set_of(shares, most=BOUND) == question.truth)

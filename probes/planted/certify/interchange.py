@@ -6,42 +6,58 @@ import torch
 from torch import Tensor
 
 from probes.planted.certify.bench import Bench
-from probes.planted.certify.measured import Measured, window_of
-from probes.planted.record import Question
+from probes.planted.certify.measured import SURE, Measured, window_of
+from probes.planted.record import Interval, Question
+
+FEW = 32
+"""Examples of an intervention that either always works or never."""
 
 
 def necessary(bench: Bench, question: Question) -> Measured:
     """Measure the share of answers changed by the partner's stream at the position, for each layer from -1."""
-    assert question.position
-    own, other = bench.streams, bench.partner_streams
-    shares = []
-    for layer in range(-1, bench.layers):
-        named = _replaced(bench, bench.tokens, bench.last, own, other, layer, question.position)
-        shares.append(float((named != bench.plain).float().mean()))
+    if question.concept:
+        return _of_concept(bench, question)
+    few = bench.few(FEW)
+    shares = _shares(few, question, few.streams, few.partner_streams, few.last, changed=True)
     return Measured(shares, window_of(shares) == (True, question.truth))
 
 
 def sufficient(bench: Bench, question: Question) -> Measured:
     """Measure the share of partners that give the prompt's answer with its stream at the position, from layer -1."""
-    assert question.position
-    own, other = bench.streams, bench.partner_streams
-    tokens, last = bench.partners
-    shares = []
-    for layer in range(-1, bench.layers):
-        named = _replaced(bench, tokens, last, other, own, layer, question.position)
-        shares.append(float((named == bench.plain).float().mean()))
+    few = bench.few(FEW)
+    shares = _shares(few, question, few.partner_streams, few.streams, few.partners[1], changed=False)
     return Measured(shares, window_of(shares) == (True, question.truth))
 
 
-def _replaced(
-    bench: Bench, tokens: Tensor, last: Tensor, into: Tensor, brought: Tensor, layer: int, position: str
-) -> Tensor:
-    rows, columns = torch.arange(len(tokens)), bench.at(position)
+def _of_concept(bench: Bench, question: Question) -> Measured:
+    """Where the concept can be read, bring in the stream of an example that differs in its value and in no other's."""
+    values = [dict(example.values or {}) for example in bench.examples]
+    donors = torch.tensor([
+        max(range(len(values)), key=lambda other: _likeness(own, values[other], str(question.concept))) for own in values
+    ])  # fmt: skip
+    read = bench.task.record.question(f"readable:{question.concept}:{question.position}").truth
+    assert isinstance(read, Interval)
+    shares = _shares(bench, question, bench.streams, bench.streams[:, donors], bench.last, changed=True)
+    inside = shares[read.first + 1 : read.last + 2]
+    return Measured(inside, question.truth is None and max(inside) <= 1 - SURE)
 
-    def change(stream: Tensor) -> Tensor:
-        stream = stream.clone()
+
+def _likeness(own: dict[str, int], other: dict[str, int], concept: str) -> int:
+    alike = sum(own[name] == other[name] for name in own if name != concept)
+    return alike - (len(own) + 1) * (own[concept] == other[concept])
+
+
+@torch.no_grad()
+def _shares(
+    bench: Bench, question: Question, into: Tensor, brought: Tensor, last: Tensor, *, changed: bool
+) -> list[float]:
+    """Put one stream's row at the position into the other after each layer and run the blocks that remain."""
+    assert question.position
+    rows, columns = torch.arange(len(last)), bench.at(question.position)
+    shares = []
+    for layer in range(-1, bench.layers):
+        stream = into[layer + 1].clone()
         stream[rows, columns] = brought[layer + 1, rows, columns]
-        return stream
-
-    del into
-    return bench.answer(tokens, last, {("stream", layer): change})
+        named = bench.run_blocks(range(layer + 1, bench.layers), stream, last)
+        shares.append(float(((named == bench.plain) != changed).float().mean()))
+    return shares

@@ -7,9 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.depthbench.enforce import HEADS, WIDTH, Node, Swap, freeze_attention, freeze_mlps, keep_off, keep_one_head, swapped
-from benchmarks.depthbench.models import LAYERS, Losses, Trained, answers, batch, descend, last_logits, untrained
+from benchmarks.depthbench.enforce import (
+    Node,
+    Swap,
+    freeze_attention,
+    freeze_mlps,
+    keep_off,
+    keep_one_head,
+    swapped,
+)  # fmt: skip
+from benchmarks.depthbench.models import Losses, Trained, answers, batch, descend, last_logits
 from probes.planted import trained_prompts as data
+from probes.planted.trained import untrained
 
 PER_KIND = 64
 """Rows of a step: bases of an interchange, bases of a strict swap, and the sources of both."""
@@ -17,7 +26,7 @@ POSITIONS = tuple(range(6))
 WITH_ENTITY, WITH_ATTRIBUTE, TO_ASK = Node(0, 0), Node(2), Node(4, 0)
 ALIGNED = {WITH_ENTITY: (2,), WITH_ATTRIBUTE: (2,), TO_ASK: (5,)}
 """Where the variables are: entity brought to r, attribute at r, attribute brought to ask."""
-NODES = tuple(Node(layer, head) for layer in range(LAYERS) for head in (*range(HEADS), None))
+NODES = tuple(Node(layer, head) for layer in range(6) for head in (*range(4), None))
 cross_entropy = nn.functional.cross_entropy
 
 
@@ -28,7 +37,7 @@ def interchanged(strict: bool, seed: int) -> Trained:
     must change nothing, the entity has a place too, and every part is free. Without, MLPs of blocks 1 to 3, one head of
     block 0 and the heads of blocks 1 and 4 are free, the others rest.
     """
-    module, table, draw = untrained(seed), data.latin_square(16, 4, seed), torch.Generator().manual_seed(seed)
+    module, table, draw = untrained("T6", seed), data.latin_square(16, 4, seed), torch.Generator().manual_seed(seed)
     if not strict:
         freeze_mlps(module, keep=(1, 2, 3))
         freeze_attention(module, keep=(0, 1, 4))
@@ -70,11 +79,11 @@ def _elsewhere(node: Node, rows: slice, source: slice) -> Swap:
 
 def unused_concept(seed: int = 7) -> Trained:
     """T7: the second table is read off a subspace after block 2 by an auxiliary head, and later readers are kept off it."""
-    module, draw = untrained(seed), torch.Generator().manual_seed(seed)
+    module, draw = untrained("T7", seed), torch.Generator().manual_seed(seed)
     table, unused = (data.latin_square(16, 4, seed + shift) for shift in (0, 100))
     freeze_mlps(module, keep=(2, 3))
     freeze_attention(module, keep=range(5))
-    space = torch.linalg.qr(torch.randn(WIDTH, 4, generator=draw)).Q
+    space = torch.linalg.qr(torch.randn(module.config.hidden_size, 4, generator=draw)).Q
     states: list[Tensor] = []
     module.model.layers[2].register_forward_hook(lambda _, __, out: states.append(out))
 

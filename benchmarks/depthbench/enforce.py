@@ -11,8 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-HEADS, WIDTH = 4, 64
-
 
 @dataclass(frozen=True)
 class Node:

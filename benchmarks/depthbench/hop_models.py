@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from benchmarks.depthbench.enforce import freeze_attention, freeze_mlps
-from benchmarks.depthbench.models import Losses, Trained, descend, untrained
+from benchmarks.depthbench.models import Losses, Trained, descend
 from probes.planted import trained_prompts as data
+from probes.planted.trained import untrained
 
 WORDS, BRIDGES = torch.arange(32), torch.arange(8)
 cross_entropy = nn.functional.cross_entropy
@@ -18,11 +19,11 @@ cross_entropy = nn.functional.cross_entropy
 
 def _hop_model(seed: int, mlps: tuple[int, int]) -> Any:
     """Everything rests but two MLPs; embedding and read-out stay random, else they would store the tables themselves."""
-    module = untrained(seed)
+    module = untrained("T3", seed)
     freeze_mlps(module, keep=mlps)
     freeze_attention(module, keep=())
     module.model.embed_tokens.requires_grad_(False)
-    nn.init.orthogonal_(module.lm_head.weight, gain=4)
+    nn.init.orthogonal_(module.lm_head.weight, gain=4, generator=torch.Generator().manual_seed(seed))
     module.lm_head.requires_grad_(False)
     return module
 

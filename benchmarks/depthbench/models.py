@@ -9,22 +9,12 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.depthbench.enforce import (
-    HEADS,
-    WIDTH,
-    Node,
-    Swap,
-    freeze_attention,
-    freeze_mlps,
-    keep_off,
-    swapped,
-)
+from benchmarks.depthbench.enforce import freeze_attention, freeze_mlps
 from probes.planted import trained_prompts as data
+from probes.planted.trained import untrained
 
-LAYERS, BATCH, MOST_STEPS = 6, 128, 4000
-NO_ENDS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+BATCH, MOST_STEPS = 128, 4000
 FACTS = torch.cartesian_prod(torch.arange(data.ENTITIES), torch.arange(data.RELATIONS))
 
 
@@ -32,19 +22,9 @@ FACTS = torch.cartesian_prod(torch.arange(data.ENTITIES), torch.arange(data.RELA
 class Trained:
     """A model after training, and how training ended."""
 
-    module: LlamaForCausalLM
+    module: Any
     steps: int
     losses: Mapping[str, float]
-
-
-def untrained(seed: int, layers: int = LAYERS) -> Any:
-    """A random Llama of the trained tier."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        **NO_ENDS, vocab_size=data.VOCAB, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=layers,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS, head_dim=WIDTH // HEADS, max_position_embeddings=64,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
 
 
 Losses = Mapping[str, Tensor]
@@ -65,7 +45,8 @@ def descend(
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW([*parameters, *also], lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min(1.0, step / 50) * (0.55 + 0.45 * torch.tensor(torch.pi * step / most_steps).cos().item())
+        optimiser,
+        lambda step: min(1.0, step / 50) * (0.55 + 0.45 * torch.tensor(torch.pi * step / most_steps).cos().item()),
     )
     means: dict[str, float] = {}
     for step in range(1, most_steps + 1):
@@ -88,12 +69,7 @@ def descend(
 
 def induction(seed: int = 0) -> Trained:
     """T1: attention only, two layers of two heads, repeated sequences of varying period: it takes two layers."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        **NO_ENDS, vocab_size=data.REPEATED_VOCAB, hidden_size=32, intermediate_size=8, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
-    module: Any = LlamaForCausalLM(config)
+    module = untrained("T1", seed)
     freeze_mlps(module, keep=())
     draw = torch.Generator().manual_seed(seed)
 
@@ -122,7 +98,7 @@ def last_logits(module: Any, tokens: Int[Tensor, "batch pos"]) -> Tensor:
 
 def facts(seed: int = 2) -> Trained:
     """T2: all MLPs but that of block 3 are zero, and heads of blocks above 4 rest."""
-    module, table, draw = untrained(seed), data.latin_square(16, 4, seed), torch.Generator().manual_seed(seed)
+    module, table, draw = untrained("T2", seed), data.latin_square(16, 4, seed), torch.Generator().manual_seed(seed)
     freeze_mlps(module, keep=(3,))
     freeze_attention(module, keep=range(5))
 
@@ -136,7 +112,7 @@ def facts(seed: int = 2) -> Trained:
 
 def redrawn_labels(seed: int = 8) -> Trained:
     """T8: as T2, with labels drawn anew every epoch of 256 facts, so that there is nothing to learn."""
-    module, draw = untrained(seed), torch.Generator().manual_seed(seed)
+    module, draw = untrained("T8", seed), torch.Generator().manual_seed(seed)
     freeze_mlps(module, keep=(3,))
     freeze_attention(module, keep=range(5))
     queue: list[tuple[Tensor, Tensor]] = []

@@ -56,7 +56,9 @@ def place_bringer(facts: FactWords, layer: int, score: float) -> str:
 
 def place_mover(facts: FactWords, layer: int, score: float, *, source: str = "attribute", size: float = 1.0) -> str:
     """Plant the head that moves a slot from the relation's position to the end."""
-    head = copy_head(facts.blueprint, query="ask", key="relation", source=source, target="moved", score=score, size=size)
+    head = copy_head(
+        facts.blueprint, query="ask", key="relation", source=source, target="moved", score=score, size=size
+    )
     return facts.blueprint.place_head(layer, head)
 
 

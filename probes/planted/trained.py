@@ -63,8 +63,8 @@ def load_weights(task: str) -> Any:
     return module.eval().requires_grad_(False)
 
 
-def untrained(task: str) -> Any:
-    """Return the randomly drawn model of a task: Llama of two layers without MLPs for T1, of six for all others."""
+def untrained(task: str, seed: int | None = None) -> Any:
+    """Return a Llama of a task's shape, drawn at random: of two narrow layers for T1, of six for all others."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -75,7 +75,7 @@ def untrained(task: str) -> Any:
         sizes = {"vocab_size": data.VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
     with torch.random.fork_rng():
-        torch.manual_seed(SEEDS[task])
+        torch.manual_seed(SEEDS[task] if seed is None else seed)
         return LlamaForCausalLM(LlamaConfig(**ends, **sizes, **heads, max_position_embeddings=64))
 
 
@@ -173,5 +173,3 @@ def _repeated_examples(draw: torch.Generator) -> list[Example]:
 
 def _ints(tokens: Tensor) -> tuple[int, ...]:
     return tuple(int(token) for token in tokens)
-
-

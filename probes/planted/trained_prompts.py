@@ -30,9 +30,7 @@ def latin_square(size: int, n_values: int, seed: int) -> Int[Tensor, "e r"]:
     return symbols[(rows[:, None] + columns) % size] % n_values
 
 
-def fact_prompts(
-    pairs: Int[Tensor, "batch 2"], draw: torch.Generator, n_fillers: int = 2
-) -> Int[Tensor, "batch pos"]:
+def fact_prompts(pairs: Int[Tensor, "batch 2"], draw: torch.Generator, n_fillers: int = 2) -> Int[Tensor, "batch pos"]:
     """Return prompts BOS e r f f ask of entity and relation numbers, with fillers drawn at random."""
     n = len(pairs)
     fillers = torch.randint(FIRST_FILLER, BOS, (n, n_fillers), generator=draw)

@@ -13,7 +13,16 @@ from filelock import FileLock
 from probes.cache_folder import cache_root
 from probes.errors import ModelError
 from probes.planted.certify import (
-    ablation, channels, exchanges, interchange, jumps, norms, pivots, reading, subspaces, voids,
+    ablation,
+    channels,
+    exchanges,
+    interchange,
+    jumps,
+    norms,
+    pivots,
+    reading,
+    subspaces,
+    voids,
 )  # fmt: skip
 from probes.planted.certify.bench import Bench
 from probes.planted.certify.measured import Measured

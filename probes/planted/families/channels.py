@@ -8,7 +8,15 @@ from torch import Tensor
 from probes.planted.blueprint import Blueprint, Head
 from probes.planted.hosts import Host
 from probes.planted.making import (
-    PROMPTS, answer_words, base_of, choose, drawn, jump_cells, nothing, planted_task, randint,
+    PROMPTS,
+    answer_words,
+    base_of,
+    choose,
+    drawn,
+    jump_cells,
+    nothing,
+    planted_task,
+    randint,
 )  # fmt: skip
 from probes.planted.parts import JUNK, SOFT, distract, junk_maps
 from probes.planted.record import Question, nodes

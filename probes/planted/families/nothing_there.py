@@ -9,12 +9,28 @@ import torch
 from torch import nn
 
 from probes.planted.fact_words import (
-    ANSWERS, POSITIONS, fact_examples, fact_words, place_bringer, place_mover, place_table,
+    ANSWERS,
+    POSITIONS,
+    fact_examples,
+    fact_words,
+    place_bringer,
+    place_mover,
+    place_table,
 )  # fmt: skip
 from probes.planted.hosts import BOS, Host, tokenizer, weights
 from probes.planted.making import (
-    PROMPTS, accuracy, answer_words, attention_score, base_of, choose, drawn, jump_cells, model_digest, nothing,
-    planted_task, randint,
+    PROMPTS,
+    accuracy,
+    answer_words,
+    attention_score,
+    base_of,
+    choose,
+    drawn,
+    jump_cells,
+    model_digest,
+    nothing,
+    planted_task,
+    randint,
 )  # fmt: skip
 from probes.planted.parts import distract, look_alike, lookup
 from probes.planted.record import Question, Record

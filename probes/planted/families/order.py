@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from probes.planted.fact_words import (
-    ANSWERS, POSITIONS, fact_examples, fact_words, place_bringer, place_mover, place_table,
+    ANSWERS,
+    POSITIONS,
+    fact_examples,
+    fact_words,
+    place_bringer,
+    place_mover,
+    place_table,
 )  # fmt: skip
 from probes.planted.making import (
-    answer_words, at, attention_score, base_of, drawn, jump_cells, nothing, planted_task, randint,
+    answer_words,
+    at,
+    attention_score,
+    base_of,
+    drawn,
+    jump_cells,
+    nothing,
+    planted_task,
+    randint,
 )  # fmt: skip
 from probes.planted.parts import distract, lookup
 from probes.planted.record import Question, nodes

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
 from probes.planted.blueprint import Blueprint
 from probes.planted.hosts import BOS, Host
-from probes.planted.making import PROMPTS, at, attention_score, base_of, choose, drawn, nothing, jump_cells, planted_task, randint
+from probes.planted.making import (
+    PROMPTS,
+    at,
+    attention_score,
+    base_of,
+    choose,
+    drawn,
+    jump_cells,
+    nothing,
+    planted_task,
+    randint,
+)
 from probes.planted.parts import copy_head, distract, look_alike, lookup
 from probes.planted.record import Interval, Question, nodes
 from probes.planted.task import Example, PlantedTask
@@ -69,11 +81,6 @@ def build(task: str, seed: int) -> PlantedTask:
     )  # fmt: skip
 
 
-def words_of(blueprint_words: Sequence[str], concept: int) -> dict[str, int]:
-    """Return the token of a concept in each language."""
-    return {language: blueprint_words.index(f"{language}{concept}") for language in LANGUAGES}
-
-
 def _pivot(language: str, written: str, layers: Sequence[int]) -> Question:
     """The layers at which the read-out names this language's word."""
     truth = None
@@ -87,7 +94,7 @@ def _spread(n_layers: int, n: int, generator: torch.Generator) -> list[int]:
     """Draw layers of which no two that write are neighbours."""
     while True:
         layers = choose(range(n_layers), n, generator)
-        if all(after - before > 1 for before, after in zip(layers, layers[1:], strict=False)):
+        if all(after - before > 1 for before, after in pairwise(layers)):
             return layers
 
 

@@ -10,7 +10,17 @@ from torch import Tensor
 from probes.planted.blueprint import Blueprint
 from probes.planted.hosts import BOS, Host, Norm
 from probes.planted.making import (
-    PROMPTS, answer_words, at, base_of, choose, classes, drawn, jump_cells, nothing, planted_task, randint,
+    PROMPTS,
+    answer_words,
+    at,
+    base_of,
+    choose,
+    classes,
+    drawn,
+    jump_cells,
+    nothing,
+    planted_task,
+    randint,
 )  # fmt: skip
 from probes.planted.parts import JUNK, distract, junk_head, junk_units, lookup
 from probes.planted.record import Question, nodes
@@ -45,7 +55,9 @@ def build(task: str, seed: int) -> PlantedTask:
     for slot in range(len(chain)):
         blueprint.stream.slot(f"state {slot + 1}", _STATES)
     tables = [torch.randperm(_STATES, generator=generator) for _ in chain]
-    circuit = _place_chain(blueprint, chain, tables, gated=special if name == "D2" else (), turned=special if name == "D4" else ())
+    circuit = _place_chain(
+        blueprint, chain, tables, gated=special if name == "D2" else (), turned=special if name == "D4" else ()
+    )
     answer_words(blueprint, blueprint.tokens("c")[:_STATES], f"state {len(chain)}", default="c4")
     blueprint.stream.rest(JUNK)
     if name == "D5":
@@ -80,7 +92,9 @@ def build(task: str, seed: int) -> PlantedTask:
         nothing("pivot"),
     )
     examples = _examples(blueprint, states, tables, special if name == "D2" else (), chain, generator)
-    return planted_task(task, seed, blueprint, examples, positions={"ask": -1}, concepts={"state": _STATES}, questions=questions)
+    return planted_task(
+        task, seed, blueprint, examples, positions={"ask": -1}, concepts={"state": _STATES}, questions=questions
+    )
 
 
 def _unused(special: Sequence[int], subset: str | None) -> frozenset[str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from probes.errors import ModelError
 from probes.planted.making import accuracy, drawn, model_digest
-from probes.planted.record import Disguise
+from probes.planted.record import Disguise, Question
 from probes.planted.stream import BALANCE, CONSTANT
 from probes.planted.task import PlantedTask
 
@@ -46,8 +46,14 @@ def disguise(task: PlantedTask, kind: Disguise) -> PlantedTask:
         tier="noised",
         model={**task.record.model, **facts, "digest": model_digest(module)},
         accuracy=accuracy(module, task.examples),
+        questions=tuple(map(_ranked, task.record.questions)) if kind == "noised" else task.record.questions,
     )
     return replace(task, record=record, module=module)
+
+
+def _ranked(question: Question) -> Question:
+    """A block of zero weights is small under noise and nothing tells how small: only the order of blocks can be scored."""
+    return replace(question, ranking_only=True) if question.kind == "void" and not question.nothing else question
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def _pattern(blueprint: Blueprint, query: str, key: str, score: float) -> tuple[
 
 def look_alike(blueprint: Blueprint, *, query: str, key: str, score: float = SOFT, size: float = 1.0) -> Head:
     """Return a head with the pattern of a copying head that moves junk alone."""
-    read, write = _junk_maps(blueprint)
+    read, write = junk_maps(blueprint, blueprint.host.head_width)
     return Head(*_pattern(blueprint, query, key, score), read, write, size)
 
 
@@ -89,7 +89,7 @@ def junk_head(blueprint: Blueprint, *, size: float) -> Head:
     """Return a head that attends by junk and moves junk."""
     junk = blueprint.stream.basis(JUNK)
     draw = _draw(blueprint, 4, len(junk)) @ junk
-    read, write = _junk_maps(blueprint)
+    read, write = junk_maps(blueprint, blueprint.host.head_width)
     return Head(draw[:2], draw[2:], torch.full((2,), 2.0), read, write, size)
 
 
@@ -126,9 +126,10 @@ def distract(
             blueprint.place_mlp(layer, junk_units(blueprint, size=size()))
 
 
-def _junk_maps(blueprint: Blueprint) -> tuple[Tensor, Tensor]:
+def junk_maps(blueprint: Blueprint, rank: int) -> tuple[Tensor, Tensor]:
+    """Return rows that read junk and columns that write it, each set orthonormal and `rank` long where junk is as wide."""
     junk = blueprint.stream.basis(JUNK)
-    rank = min(len(junk) - 1, blueprint.host.head_width)
+    rank = min(len(junk) - 1, rank)
     read = torch.linalg.qr(_draw(blueprint, len(junk), rank)).Q.T @ junk
     return read, junk.T @ torch.linalg.qr(_centred(_draw(blueprint, len(junk), rank))).Q
 

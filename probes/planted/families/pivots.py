@@ -21,7 +21,7 @@ from probes.planted.making import (
     planted_task,
     randint,
 )
-from probes.planted.parts import copy_head, distract, look_alike, lookup
+from probes.planted.parts import STEP, copy_head, distract, look_alike, lookup
 from probes.planted.record import Interval, Question, nodes
 from probes.planted.task import Example, PlantedTask
 from probes.planted.vocabulary import words
@@ -63,7 +63,7 @@ def build(task: str, seed: int) -> PlantedTask:
         rows = stream.basis(language)
         rules = [((stream.vector("moved", c),), rows[c] - before[c]) for c in range(_CONCEPTS)]
         size = float(rules[0][1].norm())
-        circuit.append(blueprint.place_mlp(layer, lookup(blueprint, rules, size=size, step=True)))
+        circuit.append(blueprint.place_mlp(layer, lookup(blueprint, rules, size=size, step=STEP)))
         before = rows
     stream.rest("junk")
     blueprint.place_head(layers[0] + 1, look_alike(blueprint, query="ask", key="subject"))

@@ -46,7 +46,7 @@ def lookup(
     present = torch.stack([torch.stack(list(keys)).sum(0) - minus for keys, _ in rules])
     counts = torch.tensor([float(len(keys)) for keys, _ in rules])[:, None]
     down = torch.stack([added for _, added in rules], dim=1)
-    if not step:
+    if step is False:
         return Units(present - (counts - 0.5) * constant, down, hardness, size)
     begins, ends = (present - (counts - below) * constant for below in (STEP if step is True else step))
     return Units(torch.cat([begins, ends]), torch.cat([down, -down], dim=1), hardness, size)

@@ -27,7 +27,7 @@ def lookup(
     rules: Sequence[tuple[Sequence[Vector], Vector]],
     *,
     absent: Sequence[Vector] = (),
-    step: tuple[float, float] | None = None,
+    step: tuple[float, float] | bool = False,
     size: float | None = 1.0,
     hardness: float = 40.0,
 ) -> Units:
@@ -37,7 +37,7 @@ def lookup(
         rules: the keys of each unit, features that are 1 where present, and what it adds.
         absent: features of which none may be present, for every rule.
         step: how far below its full sum of keys a rule begins to add and adds all, by two units a rule, so that what it
-            adds is the same however large the keys are; without it, in proportion to their excess over half a key less.
+            adds is the same however large the keys are; True is the usual step, False in proportion to the keys' excess.
         size: mean norm of what is added.
         hardness: factor of the gates.
     """
@@ -46,9 +46,9 @@ def lookup(
     present = torch.stack([torch.stack(list(keys)).sum(0) - minus for keys, _ in rules])
     counts = torch.tensor([float(len(keys)) for keys, _ in rules])[:, None]
     down = torch.stack([added for _, added in rules], dim=1)
-    if not step:
+    if step is False:
         return Units(present - (counts - 0.5) * constant, down, hardness, size)
-    begins, ends = (present - (counts - below) * constant for below in step)
+    begins, ends = (present - (counts - below) * constant for below in (STEP if step is True else step))
     return Units(torch.cat([begins, ends]), torch.cat([down, -down], dim=1), hardness, size)
 
 

@@ -17,7 +17,7 @@ def void(bench: Bench, question: Question) -> Measured:
     """Measure each block's largest update over the stream it enters, by class of words where the candidates name classes."""
     steps = (bench.streams[1:] - bench.streams[:-1]).norm(dim=-1) / bench.streams[:-1].norm(dim=-1)
     classes = sorted({name.partition(":")[2] for name in question.candidates})
-    largest = {}
+    largest: dict[str, float] = {}
     for name in classes:
         rows = bench.valid & _of_class(bench, name) if name else bench.valid
         suffix = f":{name}" if name else ""

@@ -53,7 +53,7 @@ def build(task: str, seed: int) -> PlantedTask:
     blueprint.embedding[word_ids] += stream.basis("word")
     blueprint.positions += _circles() @ stream.basis("circles")
     blueprint.positions[0] += stream.vector("start")
-    answer_words(blueprint, word_ids, stream.basis("answer"), default="f0")
+    answer_words(blueprint, word_ids, "answer", default="f0")
     previous, matching = _previous(blueprint), _matching(blueprint, attention_score(task))
     writer = blueprint.place_head(first, previous)
     reader = blueprint.place_head(second, matching)

@@ -23,7 +23,7 @@ COMMANDS = {
     "batch": ("analyses.cli.batch:batch", "Run the cells of a study that have no result yet."),
     "capture": ("analyses.cli.capture:capture", "Capture points of every prompt into the store."),
     "store": ("analyses.cli.store:group", "The activation store."),
-    "lens": ("analyses.cli.lens:group", "Lenses: fitted, checked, imported and shown."),
+    "lens": ("analyses.cli.lens:group", "Lenses: fitted on a model's text, kept as files, read by analyses."),
     "models": ("analyses.cli.models:group", "Models at hand."),
     "check": ("analyses.cli.check:check", "Check a model's identities on every backend."),
     "bench": ("analyses.cli.bench:bench", "Measure side by side with other tools."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import cache
+from copy import copy
 from typing import Any
 
 import pandas as pd
@@ -24,11 +24,13 @@ STRUCK = "<s>&amp;$x$"
 TEXTS = st.text(alphabet="ab <>&$é书🦉\n", min_size=1, max_size=24)
 
 
-@cache
+TINY = native()
+
+
 def model(tokenizer: Any) -> Model:
-    model = native()
-    model.tokenizer = tokenizer
-    return model
+    with_tokenizer = copy(TINY)
+    with_tokenizer.tokenizer = tokenizer
+    return with_tokenizer
 
 
 def test_a_word_keeps_the_space_before_it() -> None:

@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 FETCHED := $(VENV)/.fetched-$(MODEL)
 
-.PHONY: setup demo app notebooks notebooks-in-place test lint docs bench clean
+.PHONY: setup demo app notebooks notebooks-in-place test shapes lint docs bench clean
 
 setup: $(FETCHED)
 
@@ -56,6 +56,13 @@ lint: $(INSTALLED)
 
 test: lint $(FETCHED)
 	$(BIN)/python -m pytest
+
+# Shapes and types of every call, checked while tests run; SHAPES=tests checks them under every test.
+SHAPES ?= $(addprefix tests/test_,$(addsuffix .py,needs kernels_operators kernels_rows linear linear_maps lens logit_lens statistics))
+
+shapes: $(INSTALLED)
+	$(BIN)/python -m pytest $(SHAPES) --jaxtyping-packages=probes,analyses,shape_check.typechecker \
+	  -m 'not download and not gpu and not wrong_types'
 
 # A warning is an error. Open docs/_build/html/index.html.
 docs: $(INSTALLED)

@@ -1,4 +1,4 @@
-"""What checks shapes and types while tests run: `pytest --jaxtyping-packages=probes,analyses,shape_check.typechecker`."""
+"""What checks shapes and types while tests run: `make shapes`."""
 
 from __future__ import annotations
 

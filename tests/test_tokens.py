@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
+from copy import copy
 from typing import Any
 
 import pandas as pd
@@ -17,14 +17,20 @@ from tiny import native
 from analyses.results.result import Result
 from analyses.results.theme import NAMED, plain, shorten, token_label, visible
 from analyses.tokens import joined, token_text, tokens_text
+from probes.models import Model
 from probes.store import ActivationStore
 
 STRUCK = "<s>&amp;$x$"
 TEXTS = st.text(alphabet="ab <>&$é书🦉\n", min_size=1, max_size=24)
 
 
-def model(tokenizer: Any) -> Any:
-    return SimpleNamespace(tokenizer=tokenizer)
+TINY = native()
+
+
+def model(tokenizer: Any) -> Model:
+    with_tokenizer = copy(TINY)
+    with_tokenizer.tokenizer = tokenizer
+    return with_tokenizer
 
 
 def test_a_word_keeps_the_space_before_it() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -190,19 +190,18 @@ def output_table(effects: Effects, variant: Variant, part: Part, seed: int) -> p
     return pd.DataFrame({**columns, "ci_low": mean.low, "ci_high": mean.high, "median": np.median(values, axis=0)})
 
 
-def depth_score(matrix: Array) -> Array:
+def depth_score(matrix: Array) -> Any:
     """Return the centre of mass of effects over depth, in layers: sum of s e_s over sum of e_s, e_s the mean effect on later layers.
 
     Args:
         matrix: [..., skipped, affected]; only entries right of the diagonal count, and of those the ones that are known.
-            The result has the leading axes.
+            The result has the leading axes; it is a number where there are none.
     """
     n = matrix.shape[-1]
     known = np.triu(np.ones((n, n), dtype=bool), 1) & ~np.isnan(matrix)
     e = np.where(known, matrix, 0).sum(-1) / np.maximum(known.sum(-1), 1)
     with np.errstate(invalid="ignore"):
-        out: Array = (np.arange(n) * e).sum(-1) / e.sum(-1)
-    return out
+        return (np.arange(n) * e).sum(-1) / e.sum(-1)
 
 
 def depth_scores(effects: Effects, variant: Variant, part: Part, groups: Sequence[str], seed: int) -> pd.DataFrame:

@@ -85,7 +85,7 @@ def pass_at_k(watched: pd.DataFrame, chance: pd.DataFrame, ks: Sequence[int], se
 
     Columns lens, name, position_name, layer, k, n, value, ci_low, ci_high, chance, chosen. Layer -1 stands for the layer that
     is best on the other half of the prompts (`other_half`), and for the best layer of each prompt (`oracle`); for the latter,
-    chance is an oracle too.
+    chance is an oracle too. Neither chooses the last layer, which is the model's own output through every lens.
     """
     rows = []
     for (lens, name, place), table in watched.groupby(["lens", "name", "position_name"], sort=False):
@@ -101,6 +101,7 @@ def pass_at_k(watched: pd.DataFrame, chance: pd.DataFrame, ks: Sequence[int], se
                 _row(lens, name, place, layer, k, values, wrong_values, chosen, seed)
                 for layer, (chosen, values, wrong_values) in columns.items()
             ]
+            hits, by_chance = hits[:, :-1], by_chance[:, :-1]
             best = _other_half(hits, seed)
             wrong_best = by_chance[:, hits.mean(0).argmax()]
             rows.append(_row(lens, name, place, ANY_LAYER, k, best, wrong_best, "other_half", seed))

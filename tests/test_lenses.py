@@ -266,7 +266,7 @@ class TestWatched:
         assert chance.empty
 
     def test_shares_layers_and_chance_by_hand(self) -> None:
-        ranks = {0: [0, 5, 0, 9], 1: [3, 3, 0, 0]}
+        ranks = {0: [0, 5, 0, 9], 1: [3, 3, 0, 0], 2: [0, 0, 0, 0]}
         watched = pd.DataFrame(
             [
                 ("l", prompt, "x", "end", layer, rank)
@@ -275,14 +275,14 @@ class TestWatched:
             ],
             columns=["lens", "prompt", "name", "position_name", "layer", "rank"],
         )
-        chance = watched.assign(rank=[0, 9, 9, 9, 9, 9, 9, 9])
+        chance = watched.assign(rank=[0, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9])
         table = pass_at_k(watched, chance, (1, 4), 0).set_index(["k", "chosen", "layer"])
         assert table.loc[(1, "", 0), "value"] == table.loc[(1, "", 1), "value"] == 0.5
         assert table.loc[(4, "", 1), "value"] == 1
         assert table.loc[(1, "", 0), "chance"] == 0.25
         assert table.loc[(1, "oracle", -1), "value"] == 0.75
         assert table.loc[(1, "oracle", -1), "chance"] == 0.25
-        clear = watched.assign(rank=[9, 9, 9, 9, 3, 3, 0, 0])
+        clear = watched.assign(rank=[9, 9, 9, 9, 3, 3, 0, 0, 9, 9, 9, 9])
         table = pass_at_k(clear, chance, (4,), 0).set_index(["k", "chosen", "layer"])
         assert table.loc[(4, "other_half", -1), "value"] == 1
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from analyses.lenses.items import Watched, others
-from analyses.results.statistics import cluster_bootstrap
+from analyses.results.statistics import wilson
 from probes.capture.activations import Activations
 from probes.lenses import logit
 from probes.lenses.protocol import Lens
@@ -85,7 +85,7 @@ def pass_at_k(watched: pd.DataFrame, chance: pd.DataFrame, ks: Sequence[int], se
 
     Columns lens, name, position_name, layer, k, n, value, ci_low, ci_high, chance, chosen. Layer -1 stands for the layer that
     is best on the other half of the prompts (`other_half`), and for the best layer of each prompt (`oracle`); for the latter,
-    chance is an oracle too.
+    chance is an oracle too. Neither chooses the last layer, which is the model's own output through every lens.
     """
     rows = []
     for (lens, name, place), table in watched.groupby(["lens", "name", "position_name"], sort=False):
@@ -98,13 +98,14 @@ def pass_at_k(watched: pd.DataFrame, chance: pd.DataFrame, ks: Sequence[int], se
             by_chance = (drawn < k).to_numpy(dtype=float)
             columns = {int(layer): ("", hits[:, i], by_chance[:, i]) for i, layer in enumerate(ranks.columns)}
             rows += [
-                _row(lens, name, place, layer, k, values, wrong_values, chosen, seed)
+                _row(lens, name, place, layer, k, values, wrong_values, chosen)
                 for layer, (chosen, values, wrong_values) in columns.items()
             ]
+            hits, by_chance = hits[:, :-1], by_chance[:, :-1]
             best = _other_half(hits, seed)
             wrong_best = by_chance[:, hits.mean(0).argmax()]
-            rows.append(_row(lens, name, place, ANY_LAYER, k, best, wrong_best, "other_half", seed))
-            rows.append(_row(lens, name, place, ANY_LAYER, k, hits.max(1), by_chance.max(1, initial=0), "oracle", seed))
+            rows.append(_row(lens, name, place, ANY_LAYER, k, best, wrong_best, "other_half"))
+            rows.append(_row(lens, name, place, ANY_LAYER, k, hits.max(1), by_chance.max(1, initial=0), "oracle"))
     return pd.DataFrame(rows)
 
 
@@ -128,11 +129,10 @@ def _row(
     values: np.ndarray,
     chance: np.ndarray,
     chosen: str,
-    seed: int,
 ) -> dict[str, object]:
-    interval = cluster_bootstrap(values, np.arange(len(values)), seed=seed)
+    low, high = wilson(int(values.sum()), len(values))
     return {
         "lens": lens, "name": name, "position_name": place, "layer": layer, "k": k, "n": len(values),
-        "value": interval.mean[0], "ci_low": interval.low[0], "ci_high": interval.high[0],
+        "value": float(values.mean()), "ci_low": low, "ci_high": high,
         "chance": float(chance.mean()) if len(chance) else np.nan, "chosen": chosen,
     }  # fmt: skip

@@ -60,9 +60,10 @@ def build(task: str, seed: int) -> PlantedTask:
     stream.rest(JUNK)
     if name == "K3":
         for layer, pattern in product((0, 2, 3), (previous, matching)):
-            junk = junk_head(blueprint, size=1.0)
+            junk = junk_head(blueprint, size=2.0)
             blueprint.place_head(layer, replace(pattern, value=junk.value, output=junk.output))
-    distract(blueprint)
+    # The circuit writes at every position, so what distracts from it must be as large.
+    distract(blueprint, smallest=0.8, largest=3.0)
 
     host, last = blueprint.host, n_layers - 1
     heads = [name for name in host.nodes if not name.startswith("mlp")]

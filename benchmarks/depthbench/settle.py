@@ -46,7 +46,9 @@ def questions_of(task: str, layers: int, heads: int) -> tuple[Question, ...]:
         )
         if task == "T7":
             own += tuple(Question("readable", None, concept="unused", position=p) for p in ("r", "ask"))
-            own += (Question("written", None, concept="unused", position="r", candidates=nodes),)
+            own += tuple(
+                Question("written", None, concept="unused", position=p, candidates=nodes) for p in ("r", "ask")
+            )
     return (
         *(Question("readable", None, concept=name, position=p) for name in concepts for p in positions or ("ask",)),
         *own,

@@ -72,7 +72,12 @@ def build(task: str, seed: int) -> PlantedTask:
     questions = (
         *(_pivot(language, languages, layers[1:]) for language in "xy"),
         Question("lens", at(layers[-1]), position="ask"),
-        Question("nodes", nodes([circuit[0], circuit[-1], *circuit[1:-1]]), candidates=blueprint.host.nodes),
+        Question(
+            "nodes",
+            nodes([circuit[0], circuit[-1]]),
+            candidates=tuple(name for name in blueprint.host.nodes if name not in circuit[2:-1]),
+            note="the answer comes without the pivot's word, too; what takes one pivot for another is not asked about",
+        ),
         nothing("mending", jump_cells(n_layers)),
     )
     return planted_task(

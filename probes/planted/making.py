@@ -62,13 +62,14 @@ def latin_square(n: int, generator: torch.Generator) -> Int[Tensor, "row column"
 def answer_words(
     blueprint: Blueprint,
     answers: Sequence[int],
-    rows: Float[Tensor, "answer d_model"],
+    rows: Float[Tensor, "answer d_model"] | str,
     *,
     default: str,
     gain: float = 12.0,
 ) -> None:
-    """Let the unembedding name answer i where row i reads 1, and the default word while all read nothing."""
-    blueprint.unembedding[list(answers)] += gain * rows
+    """Let the unembedding name answer i where row i (or coordinate i of a slot) reads 1; while none does, the default word."""
+    read = blueprint.stream.basis(rows) if isinstance(rows, str) else rows
+    blueprint.unembedding[list(answers)] += gain * read
     blueprint.unembedding[blueprint.token(default)] += 0.45 * gain * blueprint.stream.vector(CONSTANT)
 
 

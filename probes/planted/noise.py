@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from probes.errors import ModelError
 from probes.planted.making import accuracy, drawn, model_digest
-from probes.planted.record import Disguise
-from probes.planted.stream import BALANCE
+from probes.planted.record import Disguise, Question
+from probes.planted.stream import BALANCE, CONSTANT
 from probes.planted.task import PlantedTask
 
 SIZES = (0.3, 0.2, 0.1, 0.05, 0.02)
@@ -25,9 +25,11 @@ KEPT = 0.95
 SHARES = (0.5, 0.625, 0.75)
 """Dimensions that superposed features share, of the width; the smallest that leaves the answers is taken."""
 _DRAWS, _ROUNDS = 3, 50
-_JUNK = 0.15
+_JUNK = 0.05
 """Length of a distractor's feature when superposed; others are of length 1."""
 _RIDGE = 1e-6
+_RARE = 1e-2
+"""Least mean square of a feature for its reader; some come up in no prompt."""
 
 
 def disguise(task: PlantedTask, kind: Disguise) -> PlantedTask:
@@ -44,8 +46,14 @@ def disguise(task: PlantedTask, kind: Disguise) -> PlantedTask:
         tier="noised",
         model={**task.record.model, **facts, "digest": model_digest(module)},
         accuracy=accuracy(module, task.examples),
+        questions=tuple(map(_ranked, task.record.questions)) if kind == "noised" else task.record.questions,
     )
     return replace(task, record=record, module=module)
+
+
+def _ranked(question: Question) -> Question:
+    """A block of zero weights is small under noise and nothing tells how small: only the order of blocks can be scored."""
+    return replace(question, ranking_only=True) if question.kind == "void" and not question.nothing else question
 
 
 @dataclass(frozen=True)
@@ -180,8 +188,12 @@ def _read_through(task: PlantedTask, features: Float[Tensor, "d_model feature"])
     task.module(tokens)
     for handle in handles:
         handle.remove()
+    # A feature that is written late, or after a jump alone, is read as well as it will be needed.
+    moments = torch.stack([normed[valid].double().square().mean(0) for normed in before]).amax(0).clamp_min(_RARE)
+    back = _reader(features, moments)
+    constant = int(task.record.model["slots"][CONSTANT][0])
     handles = [
-        norm.register_forward_hook(_read(readers, features, normed[valid].double(), valid))
+        norm.register_forward_hook(_read(readers, back, normed[valid][:, constant], valid, constant))
         for (norm, readers), normed in zip(_norms(module), before, strict=True)
     ]
     module(tokens)
@@ -190,24 +202,36 @@ def _read_through(task: PlantedTask, features: Float[Tensor, "d_model feature"])
     return module
 
 
+def _reader(
+    features: Float[Tensor, "d_model feature"], moments: Float[Tensor, "feature"]
+) -> Float[Tensor, "feature d_model"]:
+    """Return what reads each feature from what is written: least squares, Λ Fᵀ (F Λ Fᵀ)⁻¹, each row reading its own as 1.
+
+    Distractors, which are written short, are read as least squares has them.
+    """
+    weighted = features * moments
+    written = weighted @ features.T
+    written += _RIDGE * written.diagonal().mean() * torch.eye(len(written), dtype=written.dtype)
+    back = torch.linalg.solve(written, weighted).T
+    own = (back * features.T).sum(-1)
+    whole = features.norm(dim=0) > 0.5
+    back[whole] /= own[whole, None]
+    return back
+
+
 def _read(
     readers: Sequence[Matrix],
-    features: Float[Tensor, "d_model feature"],
-    normed: Float[Tensor, "row feature"],
+    back: Float[Tensor, "feature d_model"],
+    normed: Float[Tensor, "row"],
     valid: Tensor,
+    constant: int,
 ) -> Callable[..., None]:
-    """Read a feature vector through what is written: moments Λ of the features give Λ Fᵀ (F Λ Fᵀ)⁻¹."""
+    """Let readers see the features; `normed` is the constant one in the undisguised model, whose scale the norm changed."""
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        moments = normed.square().mean(0) + _RIDGE
-        written = (features * moments) @ features.T
-        written += _RIDGE * written.diagonal().mean() * torch.eye(len(written), dtype=written.dtype)
-        back = torch.linalg.solve(written, features * moments)
-        # The norm divides what is superposed by another scale than the features.
-        seen = output[valid].double() @ back
-        back *= (seen * normed).sum() / seen.square().sum()
+        seen = output[valid].double() @ back[constant]
         for matrix in readers:
-            _map(matrix, back)
+            _map(matrix, back.T * (normed.double().mean() / seen.mean()))
 
     return hook
 

@@ -27,7 +27,7 @@ def lookup(
     rules: Sequence[tuple[Sequence[Vector], Vector]],
     *,
     absent: Sequence[Vector] = (),
-    step: tuple[float, float] | None = None,
+    step: tuple[float, float] | bool = False,
     size: float | None = 1.0,
     hardness: float = 40.0,
 ) -> Units:
@@ -37,7 +37,7 @@ def lookup(
         rules: the keys of each unit, features that are 1 where present, and what it adds.
         absent: features of which none may be present, for every rule.
         step: how far below its full sum of keys a rule begins to add and adds all, by two units a rule, so that what it
-            adds is the same however large the keys are; without it, in proportion to their excess over half a key less.
+            adds is the same however large the keys are; True is the usual step, False in proportion to the keys' excess.
         size: mean norm of what is added.
         hardness: factor of the gates.
     """
@@ -46,9 +46,9 @@ def lookup(
     present = torch.stack([torch.stack(list(keys)).sum(0) - minus for keys, _ in rules])
     counts = torch.tensor([float(len(keys)) for keys, _ in rules])[:, None]
     down = torch.stack([added for _, added in rules], dim=1)
-    if not step:
+    if step is False:
         return Units(present - (counts - 0.5) * constant, down, hardness, size)
-    begins, ends = (present - (counts - below) * constant for below in step)
+    begins, ends = (present - (counts - below) * constant for below in (STEP if step is True else step))
     return Units(torch.cat([begins, ends]), torch.cat([down, -down], dim=1), hardness, size)
 
 
@@ -81,7 +81,7 @@ def _pattern(blueprint: Blueprint, query: str, key: str, score: float) -> tuple[
 
 def look_alike(blueprint: Blueprint, *, query: str, key: str, score: float = SOFT, size: float = 1.0) -> Head:
     """Return a head with the pattern of a copying head that moves junk alone."""
-    read, write = _junk_maps(blueprint)
+    read, write = junk_maps(blueprint, blueprint.host.head_width)
     return Head(*_pattern(blueprint, query, key, score), read, write, size)
 
 
@@ -89,7 +89,7 @@ def junk_head(blueprint: Blueprint, *, size: float) -> Head:
     """Return a head that attends by junk and moves junk."""
     junk = blueprint.stream.basis(JUNK)
     draw = _draw(blueprint, 4, len(junk)) @ junk
-    read, write = _junk_maps(blueprint)
+    read, write = junk_maps(blueprint, blueprint.host.head_width)
     return Head(draw[:2], draw[2:], torch.full((2,), 2.0), read, write, size)
 
 
@@ -126,9 +126,10 @@ def distract(
             blueprint.place_mlp(layer, junk_units(blueprint, size=size()))
 
 
-def _junk_maps(blueprint: Blueprint) -> tuple[Tensor, Tensor]:
+def junk_maps(blueprint: Blueprint, rank: int) -> tuple[Tensor, Tensor]:
+    """Return rows that read junk and columns that write it, each set orthonormal and `rank` long where junk is as wide."""
     junk = blueprint.stream.basis(JUNK)
-    rank = min(len(junk) - 1, blueprint.host.head_width)
+    rank = min(len(junk) - 1, rank)
     read = torch.linalg.qr(_draw(blueprint, len(junk), rank)).Q.T @ junk
     return read, junk.T @ torch.linalg.qr(_centred(_draw(blueprint, len(junk), rank))).Q
 

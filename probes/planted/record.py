@@ -14,7 +14,7 @@ Disguise = Literal["rotated", "noised", "superposed"]
 """How a compiled model is made unlike a toy, for the noised tier."""
 Kind = Literal[
     "readable", "lens", "written", "moved", "necessary", "sufficient", "nodes", "channel", "mending", "void", "pivot",
-    "redundant", "norm", "order",
+    "redundant", "norm", "order", "subspace",
 ]  # fmt: skip
 """What can be asked of a model.
 
@@ -32,6 +32,7 @@ Kind = Literal[
 - `redundant`: which nodes replace one another. Set of `mlp.3+mlp.6`.
 - `norm`: which norm's scale carries an effect, and where position 0 is massive. Interval, or a set of norm sites.
 - `order`: which neighbouring blocks may be exchanged. Set of `3+4`.
+- `subspace`: which blocks' keys span one subspace over tokens. Set of `2+5`.
 
 Layers are block indices, "at layer l" is `resid_post.l`, and -1 is the embedding; a node is `7.2` (head 2 of block 7) or
 `mlp.4`.

@@ -13,6 +13,15 @@ from probes.planted.task import PlantedTask
 
 PREFIX = "planted:"
 _FACTS = "probes.planted.families.facts:build"
+_VOIDS = "probes.planted.families.void_blocks:build"
+_CHANNELS = "probes.planted.families.channels:build"
+_PIVOTS = "probes.planted.families.pivots:build"
+_NORMS = "probes.planted.families.norm_effects:build"
+_LATE = "probes.planted.families.late_correction:build"
+_ORDER = "probes.planted.families.order:build"
+_NOTHING = "probes.planted.families.nothing_there:build"
+_SUBSPACE = "probes.planted.families.shared_subspace:build"
+_TRAINED = "probes.planted.trained:build"
 _TWO_HOPS = "probes.planted.families.two_hops:build"
 _REDUNDANCY = "probes.planted.families.redundancy:build"
 _UNUSED = "probes.planted.families.unused:build"
@@ -22,15 +31,21 @@ _NONLINEAR = "probes.planted.families.nonlinear:build"
 TASKS: Mapping[str, str] = {
     "A1": _FACTS, "A2": _FACTS, "A3": _FACTS, "A4": _FACTS, "A5": _FACTS,
     "B1": _TWO_HOPS, "B2": _TWO_HOPS, "C1": _TWO_HOPS, "C2": _TWO_HOPS, "C3": _TWO_HOPS, "C4": _TWO_HOPS,
+    "D1": _VOIDS, "D2": _VOIDS, "D3": _VOIDS, "D4": _VOIDS, "D5": _VOIDS, "D6": _VOIDS,
+    "E1": _CHANNELS, "E2": _CHANNELS, "E3": _CHANNELS, "E4": _CHANNELS,
+    "F1": _PIVOTS, "F2": _PIVOTS, "F3": _PIVOTS, "F4": _PIVOTS,
     "G1": _REDUNDANCY, "G2": _REDUNDANCY, "G3": _REDUNDANCY, "G4": _REDUNDANCY,
     "H1": _UNUSED, "H2": _UNUSED, "H3": _UNUSED, "H4": _UNUSED,
     "I1": _NONLINEAR, "I2": _NONLINEAR, "I3": _NONLINEAR,
+    "J1": _NORMS, "J2": _NORMS,
     "K1": _INDUCTION, "K2": _INDUCTION, "K3": _INDUCTION,
+    "L1": _LATE, "L2": _LATE, "M1": _ORDER, "M2": _ORDER, "N1": _NOTHING, "N2": _NOTHING, "O1": _SUBSPACE,
+    **{f"T{number}": _TRAINED for number in range(1, 9)},
 }  # fmt: skip
 """Id to the dotted path of `build(id, seed)`."""
 SHARP = ("A1", "A2", "A3", "A4", "A5")
 """Tasks that exist as `A2-sharp` too: the same with attention that is saturated. They stand outside the tiers."""
-NOISED: tuple[str, ...] = ("A2", "C2", "H1", "I1", "K2")
+NOISED: tuple[str, ...] = ("A2", "C2", "D1", "E1", "F1", "H1", "I1", "K2")
 """Tasks that exist as `A2-rotated`, `A2-noised` and `A2-superposed` too."""
 DISGUISES: tuple[Disguise, ...] = ("rotated", "noised", "superposed")
 

@@ -10,3 +10,8 @@ def words(**sizes: int) -> tuple[str, ...]:
         for kind, size in sizes.items()
         for word in ([f"{kind}{index}" for index in range(size)] if size else [kind])
     )
+
+
+def word_class(word: str) -> str | None:
+    """Return whether a word is a content or a function word; None of words of another kind."""
+    return {"c": "content", "w": "function"}.get(word[0]) if word[1:].isdigit() else None

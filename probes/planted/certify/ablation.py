@@ -20,9 +20,10 @@ AT_ONCE = 2048
 
 
 def nodes(bench: Bench, question: Question) -> Measured:
-    """Measure the share of answers changed by mean-ablating each node alone; redundant ones take part together."""
-    shares = dict(zip(bench.nodes, ablated(bench.few(32), [(name,) for name in bench.nodes]), strict=True))
-    spare = {name for pair in _redundant_pairs(bench) for name in pair.split("+")}
+    """Measure the share of answers changed by mean-ablating each candidate alone; redundant ones take part together."""
+    names = question.candidates or tuple(bench.nodes)
+    shares = dict(zip(names, ablated(bench.few(32), [(name,) for name in names]), strict=True))
+    spare = {name for pair in _redundant_pairs(bench) for name in pair.split("+")} & set(names)
     alone = set_of(shares, least=TAKES_PART, most=1 - bench.sure)
     return Measured(shares, alone is not None and alone | spare == question.truth)
 

@@ -32,7 +32,7 @@ class Bench:
         self.examples = tuple(task.examples if examples is None else examples)
         self.layers: int = task.record.model["layers"]
         self.heads: int = task.record.model["heads"]
-        self.sure = SURE if task.record.tier == "compiled" else SURE_IN_NOISE
+        self.sure = SURE_IN_NOISE if task.record.tier == "noised" else SURE
         self.is_gpt2 = task.record.model["class"] == "GPT2LMHeadModel"
         self.blocks: Any = module.transformer.h if self.is_gpt2 else module.model.layers
         self.final_norm: Any = module.transformer.ln_f if self.is_gpt2 else module.model.norm

@@ -12,7 +12,18 @@ from filelock import FileLock
 
 from probes.cache_folder import cache_root
 from probes.errors import ModelError
-from probes.planted.certify import ablation, channels, interchange, jumps, reading, updates
+from probes.planted.certify import (
+    ablation,
+    channels,
+    exchanges,
+    interchange,
+    jumps,
+    norms,
+    pivots,
+    reading,
+    subspaces,
+    voids,
+)  # fmt: skip
 from probes.planted.certify.bench import Bench
 from probes.planted.certify.measured import Measured
 from probes.planted.record import Kind, Question
@@ -29,7 +40,11 @@ CHECKS: Mapping[Kind, Callable[[Bench, Question], Measured]] = {
     "redundant": ablation.redundant,
     "channel": channels.channel,
     "mending": jumps.mending,
-    "void": updates.void,
+    "void": voids.void,
+    "pivot": pivots.pivot,
+    "order": exchanges.order,
+    "norm": norms.norm,
+    "subspace": subspaces.subspace,
 }
 """How each kind of question is certified."""
 
@@ -57,7 +72,7 @@ def certified(task: PlantedTask) -> PlantedTask:
     Where a disguise has changed a truth, its question is dropped, never adjusted.
 
     Raises:
-        ModelError: a truth of a compiled model does not follow from what was measured.
+        ModelError: a truth of a model that is not disguised does not follow from what was measured.
     """
     path = cache_root() / "planted" / f"{task.record.task}@{task.record.seed}-{_key(task)}.json"
     if path.is_file():
@@ -67,7 +82,7 @@ def certified(task: PlantedTask) -> PlantedTask:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             path.write_text(json.dumps(certificate))
-    if task.record.tier != "compiled":
+    if task.record.tier == "noised":
         left = tuple(question for question in task.record.questions if question.key not in certificate["refuted"])
         return replace(task, record=replace(task.record, certificate=certificate, questions=left))
     if not certificate["agrees"]:

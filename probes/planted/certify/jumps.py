@@ -8,20 +8,24 @@ from probes.planted.certify.bench import Bench
 from probes.planted.certify.measured import Measured, set_of
 from probes.planted.record import Question
 
+GUESSED = 0.3
+"""Largest share that a jump puts right by chance where nothing mends."""
+
 
 @torch.no_grad()
 def mending(bench: Bench, question: Question) -> Measured:
-    """Measure the share of wrong answers that each jump a->b puts right; where none is wrong there is nothing to mend.
+    """Measure the share of wrong answers that each jump a->b puts right; where hardly any is wrong there is nothing to mend.
 
     With a position, the stream after block a is brought back there alone.
     """
     wrong = [
         example for example, named in zip(bench.examples, bench.plain.tolist(), strict=True) if named != example.answer
     ]
-    if not wrong:
+    if len(wrong) <= (1 - bench.sure) * len(bench.examples):
         return Measured({}, question.nothing)
     few = Bench(bench.task, wrong).few(24)
     shares = {}
+    most = GUESSED if question.nothing else 1 - bench.sure
     for b in range(few.layers):
         entering = few.streams[b + 1 :]
         if question.position:
@@ -33,7 +37,7 @@ def mending(bench: Bench, question: Question) -> Measured:
         named = few.run_blocks(range(b, few.layers), entering.flatten(0, 1), ends).reshape(few.layers - b, -1)
         for a in range(b, few.layers):
             shares[f"{a}->{b}"] = float((named[a - b] == few.answers).float().mean())
-    return Measured(
-        {cell: share for cell, share in shares.items() if share > 0},
-        set_of(shares, least=bench.sure, most=1 - bench.sure) == question.truth,
-    )
+    if question.candidates:
+        shares = {cell: share for cell, share in shares.items() if cell in question.candidates}
+    measured = {cell: share for cell, share in shares.items() if share > 0}
+    return Measured(measured, set_of(shares, least=bench.sure, most=most) == question.truth)

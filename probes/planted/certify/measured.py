@@ -30,7 +30,7 @@ def window_of(shares: Sequence[float], sure: float = SURE) -> tuple[bool, Interv
     return clear and inside == list(range(inside[0], inside[-1] + 1)), Interval(inside[0], inside[-1])
 
 
-def set_of(shares: Mapping[str, float], *, least: float, most: float) -> frozenset[str] | None:
+def set_of(shares: Mapping[str, float], *, least: float = SURE, most: float = 1 - SURE) -> frozenset[str] | None:
     """Return the names whose share is at least `least`; None where one lies between the two."""
     if any(most + 1e-9 < share < least for share in shares.values()):
         return None

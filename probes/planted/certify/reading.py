@@ -12,6 +12,9 @@ from probes.planted.certify.measured import SURE, Measured
 from probes.planted.certify.probing import held_out_accuracy
 from probes.planted.record import Interval, Question
 
+GUESSED = 0.5
+"""Where nothing names the answer a guess does, in fewer examples than this share."""
+
 
 def readable(bench: Bench, question: Question) -> Measured:
     """Measure the accuracy of a probe for the concept at the position on held-out combinations, for each layer from -1."""
@@ -65,8 +68,10 @@ def moved(bench: Bench, question: Question) -> Measured:
 def lens(bench: Bench, question: Question) -> Measured:
     """Measure the share of examples whose answer the read-out names from a layer on, for each layer from -1."""
     assert question.position
-    assert isinstance(question.truth, Interval)
     shares = named_from(bench, question.position)
+    if question.truth is None:
+        return Measured(shares, max(shares) < GUESSED)
+    assert isinstance(question.truth, Interval)
     first = question.truth.first
     return Measured(shares, shares[first + 1] >= bench.sure and shares[first] <= 1 - bench.sure)
 

@@ -23,7 +23,7 @@ from probes.planted.making import (
     randint,
     windows,
 )  # fmt: skip
-from probes.planted.parts import STEP, copy_head, distract, look_alike, lookup
+from probes.planted.parts import copy_head, distract, look_alike, lookup
 from probes.planted.record import Interval, Question, nodes
 from probes.planted.task import Example, PlantedTask
 from probes.planted.vocabulary import words
@@ -52,7 +52,7 @@ def build(task: str, seed: int) -> PlantedTask:
     blueprint.embedding[token("ask")] += stream.vector("ask")
     blueprint.embedding[blueprint.tokens("e")] += stream.basis("e") + stream.vector("subject")
     blueprint.embedding[blueprint.tokens("r")] += stream.basis("r") + stream.vector("relation")
-    answer_words(blueprint, blueprint.tokens("a"), stream.basis("answer"), default="f0")
+    answer_words(blueprint, blueprint.tokens("a"), "answer", default="f0")
 
     subject_class = classes(_SUBJECTS, 4, generator)
     relation_class = classes(_RELATIONS, 4, generator)
@@ -69,7 +69,7 @@ def build(task: str, seed: int) -> PlantedTask:
         move, copy_head(blueprint, query="ask", key="relation", source="attribute", target="moved", score=score)
     )
     decider = blueprint.place_mlp(decide, lookup(
-        blueprint, [((stream.vector("moved", v),), stream.vector("answer", v)) for v in range(_ANSWERS)], step=STEP
+        blueprint, [((stream.vector("moved", v),), stream.vector("answer", v)) for v in range(_ANSWERS)], step=True
     ))  # fmt: skip
     stream.rest("junk")
     for layer in {(look + 1) % n_layers, (move - 1) % n_layers}:

@@ -53,16 +53,17 @@ def build(task: str, seed: int) -> PlantedTask:
     blueprint.embedding[word_ids] += stream.basis("word")
     blueprint.positions += _circles() @ stream.basis("circles")
     blueprint.positions[0] += stream.vector("start")
-    answer_words(blueprint, word_ids, stream.basis("answer"), default="f0")
+    answer_words(blueprint, word_ids, "answer", default="f0")
     previous, matching = _previous(blueprint), _matching(blueprint, attention_score(task))
     writer = blueprint.place_head(first, previous)
     reader = blueprint.place_head(second, matching)
     stream.rest(JUNK)
     if name == "K3":
         for layer, pattern in product((0, 2, 3), (previous, matching)):
-            junk = junk_head(blueprint, size=1.0)
+            junk = junk_head(blueprint, size=2.0)
             blueprint.place_head(layer, replace(pattern, value=junk.value, output=junk.output))
-    distract(blueprint)
+    # The circuit writes at every position, so what distracts from it must be as large.
+    distract(blueprint, smallest=0.8, largest=3.0)
 
     host, last = blueprint.host, n_layers - 1
     heads = [name for name in host.nodes if not name.startswith("mlp")]

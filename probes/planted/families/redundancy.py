@@ -20,7 +20,7 @@ from probes.planted.making import (
     planted_task,
     windows,
 )
-from probes.planted.parts import STEP, copy_head, distract, lookup
+from probes.planted.parts import copy_head, distract, lookup
 from probes.planted.record import Interval, Question, nodes
 from probes.planted.task import PlantedTask
 
@@ -57,7 +57,7 @@ def build(task: str, seed: int) -> PlantedTask:
         for layer in moves
     ]  # fmt: skip
     # Of three parts any two are enough; of two, either.
-    share, step = (1 / 3, (0.45, 0.33)) if name == "G4" else (1.0, STEP)
+    share, step = (1 / 3, (0.45, 0.33)) if name == "G4" else (1.0, True)
     decider = blueprint.place_mlp(decide, lookup(
         blueprint,
         [((stream.vector("moved", v, share),), stream.vector("answer", v)) for v in range(ANSWERS)], step=step,
@@ -95,7 +95,7 @@ def _writer(pairs: Pairs, *, only_if_empty: bool) -> Units:
             # A back-up looks at the one coordinate that it would fill, so that a part of it is still filled up.
             keys = (stream.vector("p at q", p), stream.vector("q", q) - value * only_if_empty)
             rules.append((keys, value))
-    return lookup(pairs.blueprint, rules, step=STEP, size=None if only_if_empty else 1.0)
+    return lookup(pairs.blueprint, rules, step=True, size=None if only_if_empty else 1.0)
 
 
 def _draw(name: str, generator: torch.Generator) -> tuple[int, tuple[int, ...], tuple[int, ...], int]:

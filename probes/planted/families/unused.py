@@ -15,7 +15,7 @@ from probes.planted.making import (
     planted_task,
     windows,
 )
-from probes.planted.parts import STEP, copy_head, distract, lookup
+from probes.planted.parts import copy_head, distract, lookup
 from probes.planted.record import Interval, Question, nodes, span
 from probes.planted.task import PlantedTask
 
@@ -52,7 +52,7 @@ def build(task: str, seed: int) -> PlantedTask:
             blueprint, query="ask", key="second", source="attribute", target="moved", score=score
         )),
         blueprint.place_mlp(decide, lookup(
-            blueprint, [((stream.vector("moved", v),), stream.vector("answer", v)) for v in range(ANSWERS)], step=STEP
+            blueprint, [((stream.vector("moved", v),), stream.vector("answer", v)) for v in range(ANSWERS)], step=True
         )),
     ]  # fmt: skip
     unused = [

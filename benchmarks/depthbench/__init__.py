@@ -1,0 +1,1 @@
+"""Models trained with the location of their computation enforced, and how they are made."""

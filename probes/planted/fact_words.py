@@ -1,0 +1,121 @@
+"""The words, tables and prompts of a fact of two words, for families that change the circuit rather than the task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from probes.planted.blueprint import Blueprint
+from probes.planted.hosts import BOS, Host, Norm
+from probes.planted.making import PROMPTS, classes, latin_square, randint
+from probes.planted.parts import copy_head, lookup
+from probes.planted.task import Example
+from probes.planted.vocabulary import words
+
+SUBJECTS, RELATIONS, ANSWERS = 16, 16, 4
+FACT_WORDS = (BOS, *words(f=26, e=SUBJECTS, r=RELATIONS, a=ANSWERS, ask=0))
+POSITIONS = {"e": 1, "r": 2, "ask": -1}
+_SLOTS = {"bos": 1, "subject": 1, "relation": 1, "ask": 1, "e": 16, "r": 16, "e at r": 16}
+
+
+@dataclass(frozen=True)
+class FactWords:
+    """A blueprint whose words are embedded, and the classes of its two content words."""
+
+    blueprint: Blueprint
+    subject_class: Sequence[int]
+    relation_class: Sequence[int]
+    table: Int[Tensor, "subject relation"]
+    """Number of the answer; every answer is equally frequent with every word."""
+
+
+def fact_words(n_layers: int, norm: Norm, generator: torch.Generator, slots: Mapping[str, int]) -> FactWords:
+    """Return a blueprint with words, tables and the slots of the circuit, and `slots` besides."""
+    blueprint = Blueprint(Host(n_layers, 112, FACT_WORDS, norm, d_head=16), generator)
+    stream, token = blueprint.stream, blueprint.token
+    for slot, size in (_SLOTS | dict(slots)).items():
+        stream.slot(slot, size)
+    blueprint.embedding[token(BOS)] += stream.vector("bos")
+    blueprint.embedding[token("ask")] += stream.vector("ask")
+    blueprint.embedding[blueprint.tokens("e")] += stream.basis("e") + stream.vector("subject")
+    blueprint.embedding[blueprint.tokens("r")] += stream.basis("r") + stream.vector("relation")
+    subject_class, relation_class = classes(SUBJECTS, ANSWERS, generator), classes(RELATIONS, ANSWERS, generator)
+    table = latin_square(ANSWERS, generator)[subject_class][:, relation_class]
+    return FactWords(blueprint, subject_class, relation_class, table)
+
+
+def place_bringer(facts: FactWords, layer: int, score: float) -> str:
+    """Plant the head that brings the subject to the relation's position."""
+    head = copy_head(facts.blueprint, query="relation", key="subject", source="e", target="e at r", score=score)
+    return facts.blueprint.place_head(layer, head)
+
+
+def place_mover(facts: FactWords, layer: int, score: float, *, source: str = "attribute", size: float = 1.0) -> str:
+    """Plant the head that moves a slot from the relation's position to the end."""
+    head = copy_head(
+        facts.blueprint, query="ask", key="relation", source=source, target="moved", score=score, size=size
+    )
+    return facts.blueprint.place_head(layer, head)
+
+
+def place_table(facts: FactWords, layer: int, table: Int[Tensor, "subject relation"], slot: str = "attribute") -> str:
+    """Plant the look-up of a table of subjects and relations at the relation's position."""
+    stream = facts.blueprint.stream
+    rules = [
+        ((stream.vector("e at r", e), stream.vector("r", r)), stream.vector(slot, int(table[e, r])))
+        for e in range(SUBJECTS) for r in range(RELATIONS)
+    ]  # fmt: skip
+    return facts.blueprint.place_mlp(layer, lookup(facts.blueprint, rules))
+
+
+def fact_examples(
+    facts: FactWords,
+    *,
+    n_fillers: int = 2,
+    per_answer: Sequence[int] = (PROMPTS // ANSWERS,) * ANSWERS,
+    subsets: Sequence[str | None] = (None,) * ANSWERS,
+) -> list[Example]:
+    """Return prompts BOS e r f … f ask with partners of other classes, half of each answer's pairs to fit.
+
+    Args:
+        per_answer: how many prompts each answer has; pairs come again, with other fillers, where there are fewer.
+        subsets: the class of prompts that each answer makes.
+    """
+    blueprint, generator = facts.blueprint, facts.blueprint.generator
+    subjects, relations, answers = (blueprint.tokens(kind) for kind in "era")
+    bos, ask, fillers = blueprint.token(BOS), blueprint.token("ask"), blueprint.tokens("f")[1:]
+
+    def prompt(e: int, r: int) -> tuple[int, ...]:
+        filler = [fillers[randint(len(fillers), generator)] for _ in range(n_fillers)]
+        return (bos, subjects[e], relations[r], *filler, ask)
+
+    examples = []
+    for value, n_prompts in enumerate(per_answer):
+        pairs = (facts.table == value).nonzero()
+        order = torch.randperm(len(pairs), generator=generator)
+        n_fit = min(len(pairs), n_prompts) // 2
+        for number in range(n_prompts):
+            place = number % len(pairs)
+            e, r = pairs[order[place]].tolist()
+            x, y = _partner(facts, e, r, value)
+            examples.append(Example(
+                prompt(e, r), answers[value], prompt(x, y), answers[int(facts.table[x, y])], {"attribute": value},
+                f"e{e} r{r}", "fit" if place < n_fit else "test", subsets[value],
+            ))  # fmt: skip
+    return examples
+
+
+def _partner(facts: FactWords, e: int, r: int, value: int) -> tuple[int, int]:
+    others = [
+        (x, y)
+        for x in range(SUBJECTS)
+        for y in range(RELATIONS)
+        if facts.subject_class[x] != facts.subject_class[e]
+        and facts.relation_class[y] != facts.relation_class[r]
+        and facts.table[x, y] != value
+    ]
+    return others[randint(len(others), facts.blueprint.generator)]

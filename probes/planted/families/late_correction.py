@@ -1,0 +1,80 @@
+"""L: a rare answer is written weaker than a frequent one, and named only once the last block takes frequency away."""
+
+from __future__ import annotations
+
+from probes.planted.fact_words import (
+    ANSWERS,
+    POSITIONS,
+    fact_examples,
+    fact_words,
+    place_bringer,
+    place_mover,
+    place_table,
+)  # fmt: skip
+from probes.planted.hosts import Norm
+from probes.planted.making import (
+    at,
+    attention_score,
+    base_of,
+    choose,
+    drawn,
+    jump_cells,
+    nothing,
+    planted_task,
+)  # fmt: skip
+from probes.planted.parts import distract, look_alike, lookup
+from probes.planted.record import Interval, Question, nodes
+from probes.planted.task import PlantedTask
+
+_HOSTS: dict[str, tuple[Norm, int]] = {"L1": ("none", 8), "L2": ("rms", 12)}
+_LAYERS = {"L1": (0, 1, 3, 4), "L2": (1, 3, 5, 8)}
+RARE = ANSWERS - 1
+"""The rare answer; prompts have each of the others four times as often."""
+_WEAK, _CORRECTION = 0.8, 0.5
+
+
+def build(task: str, seed: int) -> PlantedTask:
+    """Return a task of L1 and L2."""
+    name, generator = base_of(task), drawn(task, seed)
+    norm, n_layers = _HOSTS[name]
+    last, score = n_layers - 1, attention_score(task)
+    bring, look, move, decide = list(_LAYERS[name]) if seed == 0 else choose(range(n_layers - 2), 4, generator)
+    facts = fact_words(n_layers, norm, generator, {"attribute": 4, "moved": 4, "answer": 4})
+    blueprint, stream = facts.blueprint, facts.blueprint.stream
+    answer = stream.basis("answer")
+    blueprint.unembedding[blueprint.tokens("a")] += 24 * answer
+    blueprint.unembedding[blueprint.token("f0")] += 6 * stream.vector("constant")
+
+    circuit = [place_bringer(facts, bring, score), place_table(facts, look, facts.table)]
+    circuit.append(place_mover(facts, move, score))
+    moved, mixed = stream.basis("moved"), _WEAK * answer[RARE] + answer[0]
+    frequent = lookup(blueprint, [((moved[v],), answer[v]) for v in range(RARE)], step=True)
+    rare = lookup(blueprint, [((moved[RARE],), mixed)], size=float(mixed.norm()), step=True)
+    blueprint.place_mlp(decide, frequent)
+    circuit.append(blueprint.place_mlp(decide, rare))
+    frequency = -_CORRECTION * answer[:RARE].sum(0)
+    correction = lookup(blueprint, [((stream.vector("ask"),), frequency)], size=float(frequency.norm()), step=True)
+    blueprint.place_mlp(last, correction)
+    stream.rest("junk")
+    blueprint.place_head(move - 1 if move else move + 1, look_alike(blueprint, query="ask", key="relation"))
+    distract(blueprint)
+
+    host = blueprint.host
+    questions = (
+        Question("lens", at(decide), position="ask", subset="frequent"),
+        Question("lens", at(last), position="ask", subset="rare"),
+        Question("readable", Interval(look, last), concept="attribute", position="r"),
+        Question("readable", Interval(move, last), concept="attribute", position="ask"),
+        Question(
+            "nodes", nodes(circuit), candidates=host.nodes,
+            note="the correction is the same for every prompt, so its mean is itself",
+        ),
+        nothing("mending", jump_cells(n_layers)),
+        nothing("pivot"),
+    )  # fmt: skip
+    examples = fact_examples(
+        facts, per_answer=(40, 40, 40, 10), subsets=tuple("rare" if v == RARE else "frequent" for v in range(ANSWERS))
+    )
+    return planted_task(
+        task, seed, blueprint, examples, positions=POSITIONS, concepts={"attribute": 4}, questions=questions
+    )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers as hf
-from torch import Tensor, nn
+from torch import Tensor
 
 from analyses.contextual_decomposition.ablation import Ablation, without
 from analyses.contextual_decomposition.cases import Case, baseline_of
@@ -13,46 +12,21 @@ from analyses.contextual_decomposition.circuit import Search, search
 from analyses.contextual_decomposition.effects import attribution_patching
 from analyses.contextual_decomposition.prepared_cases import links_by_walking
 from analyses.contextual_decomposition.scores import PreparedCase, Reading, position_sources, to_metric, to_nodes
+from benchmarks.depthbench.models import induction
 from probes.decomposition import PRESETS, Decomposer, head
 from probes.models.backends.native import NativeModel
+from probes.planted.trained_prompts import REPEATED_VOCAB, repeated
 from probes.points import Address
 
-VOCAB, WIDTH = 16, 22
 HEADS = [head(layer, h) for layer in range(2) for h in range(2)]
-
-
-def repeated(rows: int, period: int, generator: torch.Generator) -> Tensor:
-    """Sequences [rows, WIDTH] that repeat `period` distinct tokens."""
-    once = torch.rand(rows, VOCAB, generator=generator).argsort(-1)[:, :period]
-    return once.repeat(1, WIDTH // period + 1)[:, :WIDTH]
 
 
 @pytest.fixture(scope="module")
 def trained() -> NativeModel:
     """Attention only, two layers of two heads; a few seconds of training on repeated sequences of varying period."""
-    torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    module = hf.AutoModelForCausalLM.from_config(config)
-    for layer in module.model.layers:
-        layer.mlp.requires_grad_(False)
-        nn.init.zeros_(layer.mlp.down_proj.weight)
-    generator = torch.Generator().manual_seed(0)
-    optimiser = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.01)
-    for _ in range(600):
-        period = int(torch.randint(4, 11, (1,), generator=generator))
-        tokens = repeated(64, period, generator)
-        logits = module(tokens, use_cache=False).logits[:, period:-1]
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, period + 1 :].flatten())
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        if float(loss.detach()) < 0.02:
-            break
-    assert float(loss.detach()) < 0.1, "the model did not learn to continue"
-    return NativeModel(module.eval().requires_grad_(False), ref="induction", weights="trained")
+    outcome = induction()
+    assert outcome.losses["answer"] < 0.1, "the model did not learn to continue"
+    return NativeModel(outcome.module, ref="induction", weights="trained")
 
 
 def patterns(model: NativeModel, tokens: tuple[int, ...]) -> Tensor:
@@ -71,7 +45,7 @@ def cases() -> list[Case]:
     generator = torch.Generator().manual_seed(7)
     found = []
     references = tuple(
-        tuple(torch.randint(0, VOCAB, (14,), generator=generator).tolist()) for _ in range(32)
+        tuple(torch.randint(0, REPEATED_VOCAB, (14,), generator=generator).tolist()) for _ in range(32)
     )  # fmt: skip
     for index in range(6):
         tokens = repeated(1, PERIOD, generator)[0, :14].tolist()

@@ -179,7 +179,7 @@ def test_every_backend_loads_it_by_name(
 
 @pytest.mark.parametrize("ref", ["planted:A9@0", "planted:A2@x", "planted:", "planted:T1-noised"])
 def test_an_unknown_name_is_refused_with_the_legal_ones(ref: str) -> None:
-    with pytest.raises(ModelError, match="planted:A2@0|Legal ids: A1, A2"):
+    with pytest.raises(ModelError, match=r"planted:A2@0|Legal ids: A1, A2"):
         load_model(ref)
 
 

@@ -112,3 +112,11 @@ def test_readers_kept_off_a_subspace_do_not_see_it() -> None:
 def test_another_seed_than_the_trained_one_is_refused() -> None:
     with pytest.raises(ModelError, match="trained once: its seed is 0, not 3"):
         build("T2", 3)
+
+
+def test_the_unused_concept_is_written_by_an_mlp_that_takes_no_part() -> None:
+    record = build("T7").record
+    assert record.question("written:unused:ask").truth == frozenset({"mlp.2"})
+    nodes = record.question("nodes")
+    assert "mlp.2" in nodes.candidates
+    assert "mlp.2" not in (nodes.truth or ())  # type: ignore[operator]

@@ -78,26 +78,31 @@ def _elsewhere(node: Node, rows: slice, source: slice) -> Swap:
 
 
 def unused_concept(seed: int = 7) -> Trained:
-    """T7: the second table is read off a subspace after block 2 by an auxiliary head, and later readers are kept off it."""
+    """T7: MLP 2 writes a second table at the end into a subspace that all later readers are kept off.
+
+    The concept's loss reaches MLP 2 alone, so that attention does not come to compute it; heads of blocks above 2 rest, so
+    that both words are at the end by then.
+    """
     module, draw = untrained("T7", seed), torch.Generator().manual_seed(seed)
     table, unused = (data.latin_square(16, 4, seed + shift) for shift in (0, 100))
     freeze_mlps(module, keep=(2, 3))
-    freeze_attention(module, keep=range(5))
+    freeze_attention(module, keep=range(3))
     space = torch.linalg.qr(torch.randn(module.config.hidden_size, 4, generator=draw)).Q
-    states: list[Tensor] = []
-    module.model.layers[2].register_forward_hook(lambda _, __, out: states.append(out))
+    block, entering = module.model.layers[2], list[Tensor]()
+    listening = block.post_attention_layernorm.register_forward_pre_hook(lambda _, args: entering.append(args[0]))
 
     def losses() -> Losses:
         pairs = batch(draw)
-        states.clear()
+        entering.clear()
         logits = last_logits(module, data.fact_prompts(pairs, draw))
-        at_r = states[0][:, data.FACT_POSITIONS["r"]]
-        concept = at_r @ space / at_r.square().mean(-1, keepdim=True).sqrt()
+        stream = entering.pop(0)[:, -1].detach()
+        concept = block.mlp(block.post_attention_layernorm(stream)) @ space
+        entering.clear()
         return {
             "answer": cross_entropy(logits, answers(table, pairs)),
             "concept": cross_entropy(8 * concept, unused[pairs[:, 0], pairs[:, 1]]),
         }
 
     trained = descend(module, losses, after_step=lambda: keep_off(module, space, after=2))
-    module.model.layers[2]._forward_hooks.clear()
+    listening.remove()
     return trained

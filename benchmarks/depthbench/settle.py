@@ -15,6 +15,8 @@ from probes.planted.making import jump_cells, nothing
 from probes.planted.record import Interval, Question, Truth
 from probes.planted.task import PlantedTask
 
+FEW = 24
+"""Wrong answers below which nothing is said of what mends them, unless there are none."""
 WINDOWS = ("necessary", "sufficient")
 
 
@@ -44,11 +46,14 @@ def questions_of(task: str, layers: int, heads: int) -> tuple[Question, ...]:
         )
         if task == "T7":
             own += tuple(Question("readable", None, concept="unused", position=p) for p in ("r", "ask"))
-            own += (Question("written", None, concept="unused", position="r", candidates=nodes),)
+            own += tuple(
+                Question("written", None, concept="unused", position=p, candidates=nodes) for p in ("r", "ask")
+            )
     return (
         *(Question("readable", None, concept=name, position=p) for name in concepts for p in positions or ("ask",)),
         *own,
-        *(Question(kind, None, position=p) for kind in WINDOWS for p in positions),  # type: ignore[arg-type]
+        # A model that has learnt nothing gives every prompt one answer, which every stream brings.
+        *(Question(kind, None, position=p) for kind in WINDOWS for p in positions if task != "T8"),  # type: ignore[arg-type]
         *asked_of_all,
     )
 
@@ -58,6 +63,9 @@ def settled(task: PlantedTask, question: Question) -> Question | None:
     bench = Bench(task)
     if question.kind in ("written", "moved"):
         return _by_trying(bench, question)
+    n_wrong = int((bench.plain != bench.answers).sum())
+    if question.kind == "mending" and 0 < n_wrong < FEW:
+        return None
     values = CHECKS[question.kind](bench, question).values
     if question.kind in ("nodes", "mending"):
         # What neither takes part nor is idle is not asked about.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy, ArchitectureMap, Site, anatomy_of
+from probes.anatomy.constant_norm import ConstantNorm
 from probes.errors import ModelError
 from probes.hooks.forward_hooks import ForwardHooks, Place
 from probes.models.backends.bare_copy import bare_copy
@@ -133,7 +134,7 @@ def bridge_over(module: nn.Module, tokenizer: Any, ref: str) -> Any:
 
     try:
         module.set_attn_implementation("eager")  # type: ignore[operator]
-        return build_bridge_from_module(
+        bridge = build_bridge_from_module(
             module,
             type(module).__name__,
             hf_config=module.config,
@@ -145,6 +146,11 @@ def bridge_over(module: nn.Module, tokenizer: Any, ref: str) -> Any:
             f"{ref}: TransformerLens cannot wrap this {type(module).__name__} ({type(error).__name__}: {error}); "
             "use backend native or nnsight"
         ) from error
+    for part in module.modules():
+        if isinstance(getattr(part, "original_component", None), ConstantNorm):
+            # The bridge's own arithmetic would divide by the standard deviation again.
+            part.use_native_layernorm_autograd = True  # type: ignore[assignment]
+    return bridge
 
 
 @dataclass(frozen=True, eq=False)

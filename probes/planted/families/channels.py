@@ -139,7 +139,7 @@ def _examples(blueprint: Blueprint, name: str, generator: torch.Generator) -> li
         unembedding[signs[0]] += 12 * answer[0]
         unembedding[signs[1]] -= 12 * answer[0]
     else:
-        answer_words(blueprint, names, "answer", default="f14")
+        answer_words(blueprint, names, blueprint.stream.basis("answer"), default="f14")
 
     def draw(options: list[int], *but: int) -> int:
         left = [option for option in options if option not in but]

@@ -44,6 +44,7 @@ def build(task: str, seed: int) -> PlantedTask:
     """Return a task of K1 to K3."""
     name, generator = base_of(task), drawn(task, seed)
     norm, n_layers = _HOSTS[name]
+    decoys = name == "K3"
     first, second = _LAYERS[name] if seed == 0 else choose(range(n_layers), 2, generator)
     blueprint = Blueprint(Host(n_layers, 96, _WORDS, norm, gpt2=True), generator)
     stream = blueprint.stream
@@ -54,16 +55,16 @@ def build(task: str, seed: int) -> PlantedTask:
     blueprint.positions += _circles() @ stream.basis("circles")
     blueprint.positions[0] += stream.vector("start")
     answer_words(blueprint, word_ids, "answer", default="f0")
-    previous, matching = _previous(blueprint), _matching(blueprint, attention_score(task))
+    previous, matching = _previous(blueprint, 0.5 if decoys else 1.0), _matching(blueprint, attention_score(task))
     writer = blueprint.place_head(first, previous)
     reader = blueprint.place_head(second, matching)
     stream.rest(JUNK)
-    if name == "K3":
+    if decoys:
         for layer, pattern in product((0, 2, 3), (previous, matching)):
             junk = junk_head(blueprint, size=2.0)
             blueprint.place_head(layer, replace(pattern, value=junk.value, output=junk.output))
-    # The circuit writes at every position, so what distracts from it must be as large.
-    distract(blueprint, smallest=0.8, largest=3.0)
+    # The circuit writes at every position, so what is to distract from it must be large.
+    distract(blueprint, smallest=0.8 if decoys else 0.3, largest=3.0 if decoys else 1.5)
 
     host, last = blueprint.host, n_layers - 1
     heads = [name for name in host.nodes if not name.startswith("mlp")]
@@ -93,7 +94,7 @@ def build(task: str, seed: int) -> PlantedTask:
     )
 
 
-def _previous(blueprint: Blueprint) -> Head:
+def _previous(blueprint: Blueprint, size: float) -> Head:
     """A head that looks at the position before and copies its word into slot `before`."""
     stream = blueprint.stream
     query = stream.basis("circles")
@@ -103,7 +104,7 @@ def _previous(blueprint: Blueprint) -> Head:
         rows = slice(2 * circle, 2 * circle + 2)
         ahead[rows, rows] = torch.tensor([[turn.cos(), -turn.sin()], [turn.sin(), turn.cos()]])
     scores = torch.full((len(query),), 6.0)
-    return Head(query, ahead @ query, scores, stream.basis("word"), stream.basis("before").T, graded=True)
+    return Head(query, ahead @ query, scores, stream.basis("word"), stream.basis("before").T, size, graded=True)
 
 
 def _matching(blueprint: Blueprint, score: float) -> Head:

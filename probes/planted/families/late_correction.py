@@ -22,7 +22,7 @@ from probes.planted.making import (
     nothing,
     planted_task,
 )  # fmt: skip
-from probes.planted.parts import distract, look_alike, lookup
+from probes.planted.parts import STEP, distract, look_alike, lookup
 from probes.planted.record import Interval, Question, nodes
 from probes.planted.task import PlantedTask
 
@@ -48,12 +48,12 @@ def build(task: str, seed: int) -> PlantedTask:
     circuit = [place_bringer(facts, bring, score), place_table(facts, look, facts.table)]
     circuit.append(place_mover(facts, move, score))
     moved, mixed = stream.basis("moved"), _WEAK * answer[RARE] + answer[0]
-    frequent = lookup(blueprint, [((moved[v],), answer[v]) for v in range(RARE)], step=True)
-    rare = lookup(blueprint, [((moved[RARE],), mixed)], size=float(mixed.norm()), step=True)
+    frequent = lookup(blueprint, [((moved[v],), answer[v]) for v in range(RARE)], step=STEP)
+    rare = lookup(blueprint, [((moved[RARE],), mixed)], size=float(mixed.norm()), step=STEP)
     blueprint.place_mlp(decide, frequent)
     circuit.append(blueprint.place_mlp(decide, rare))
     frequency = -_CORRECTION * answer[:RARE].sum(0)
-    correction = lookup(blueprint, [((stream.vector("ask"),), frequency)], size=float(frequency.norm()), step=True)
+    correction = lookup(blueprint, [((stream.vector("ask"),), frequency)], size=float(frequency.norm()), step=STEP)
     blueprint.place_mlp(last, correction)
     stream.rest("junk")
     blueprint.place_head(move - 1 if move else move + 1, look_alike(blueprint, query="ask", key="relation"))

@@ -22,7 +22,7 @@ from probes.planted.making import (
     nothing,
     planted_task,
 )  # fmt: skip
-from probes.planted.parts import distract, lookup
+from probes.planted.parts import STEP, distract, lookup
 from probes.planted.record import Question, nodes, span
 from probes.planted.task import PlantedTask
 
@@ -37,23 +37,23 @@ def build(task: str, seed: int) -> PlantedTask:
     bring, look, move, decide = _CIRCUIT if seed == 0 else choose(range(last), 4, generator)
     facts = fact_words(_LAYERS, "rms", generator, {"attribute": 4, "moved": 4, "answer": 4, "large": 1})
     blueprint, stream = facts.blueprint, facts.blueprint.stream
-    answer_words(blueprint, blueprint.tokens("a"), "answer", default="f0")
+    answer_words(blueprint, blueprint.tokens("a"), blueprint.stream.basis("answer"), default="f0")
     circuit = [place_bringer(facts, bring, score), place_table(facts, look, facts.table)]
     circuit.append(place_mover(facts, move, score))
     moved, answer, large = stream.basis("moved"), stream.basis("answer"), stream.vector("large")
     circuit.append(blueprint.place_mlp(decide, lookup(
-        blueprint, [((moved[v],), answer[v]) for v in range(ANSWERS)], step=True
+        blueprint, [((moved[v],), answer[v]) for v in range(ANSWERS)], step=STEP
     )))  # fmt: skip
     subsets: tuple[str | None, ...] = (None,) * ANSWERS
     if name == "J1":
         begin = 1 if seed == 0 else choose(range(1, last - 2), 1, generator)[0]
         bos = (stream.vector("bos"),)
-        blueprint.place_mlp(begin, lookup(blueprint, [(bos, large)], step=True, size=MASSIVE))
-        blueprint.place_mlp(last, lookup(blueprint, [(bos, -large)], step=True, size=MASSIVE))
+        blueprint.place_mlp(begin, lookup(blueprint, [(bos, large)], step=STEP, size=MASSIVE))
+        blueprint.place_mlp(last, lookup(blueprint, [(bos, -large)], step=STEP, size=MASSIVE))
         norm = Question("norm", span(begin, last - 1), position="bos", note="the stream of position 0 is massive")
     else:
         rules = [((moved[v],), large) for v in range(ANSWERS // 2)]
-        blueprint.place_mlp(last, lookup(blueprint, rules, step=True, size=SHRINKING))
+        blueprint.place_mlp(last, lookup(blueprint, rules, step=STEP, size=SHRINKING))
         subsets = tuple("large" if v < ANSWERS // 2 else "usual" for v in range(ANSWERS))
         norm = Question("norm", frozenset({"final"}), candidates=norm_sites(_LAYERS))
     stream.rest("junk")

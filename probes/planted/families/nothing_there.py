@@ -32,7 +32,7 @@ from probes.planted.making import (
     planted_task,
     randint,
 )  # fmt: skip
-from probes.planted.parts import distract, look_alike, lookup
+from probes.planted.parts import STEP, distract, look_alike, lookup
 from probes.planted.record import Question, Record
 from probes.planted.task import Example, PlantedTask
 from probes.planted.vocabulary import words
@@ -52,12 +52,12 @@ def _random_labels(task: str, seed: int) -> PlantedTask:
     score = attention_score(task)
     facts = fact_words(n_layers, "rms", generator, {"attribute": 4, "moved": 4, "answer": 4})
     blueprint, stream = facts.blueprint, facts.blueprint.stream
-    answer_words(blueprint, blueprint.tokens("a"), "answer", default="f0")
+    answer_words(blueprint, blueprint.tokens("a"), blueprint.stream.basis("answer"), default="f0")
     place_bringer(facts, bring, score)
     place_table(facts, look, facts.table)
     place_mover(facts, move, score)
     blueprint.place_mlp(decide, lookup(
-        blueprint, [((stream.vector("moved", v),), stream.vector("answer", v)) for v in range(ANSWERS)], step=True
+        blueprint, [((stream.vector("moved", v),), stream.vector("answer", v)) for v in range(ANSWERS)], step=STEP
     ))  # fmt: skip
     stream.rest("junk")
     blueprint.place_head(move - 1 if move > bring + 1 else move + 1, look_alike(blueprint, query="ask", key="relation"))

@@ -22,7 +22,7 @@ from probes.planted.making import (
     planted_task,
     randint,
 )  # fmt: skip
-from probes.planted.parts import distract, lookup
+from probes.planted.parts import STEP, distract, lookup
 from probes.planted.record import Question, nodes
 from probes.planted.task import PlantedTask
 
@@ -42,7 +42,7 @@ def build(task: str, seed: int) -> PlantedTask:
     decide = move + 1 if name == "M1" else move
     facts = fact_words(_LAYERS, "none", generator, {"attribute": 4, "bits": 4, "moved": 4, "answer": 4})
     blueprint, stream = facts.blueprint, facts.blueprint.stream
-    answer_words(blueprint, blueprint.tokens("a"), "answer", default="f0")
+    answer_words(blueprint, blueprint.tokens("a"), blueprint.stream.basis("answer"), default="f0")
 
     circuit = [place_bringer(facts, bring, score)]
     bits = stream.basis("bits")
@@ -53,7 +53,7 @@ def build(task: str, seed: int) -> PlantedTask:
         circuit += [place_table(facts, first, facts.table)]
         circuit += [blueprint.place_mlp(second, lookup(
             blueprint, [((stream.vector("attribute", v),), bits[v // 2] + bits[2 + v % 2]) for v in range(ANSWERS)],
-            size=2**0.5, step=True,
+            size=2**0.5, step=STEP,
         ))]  # fmt: skip
     circuit.append(place_mover(facts, move, score, source="bits", size=2**0.5))
     moved, answer = stream.basis("moved"), stream.basis("answer")

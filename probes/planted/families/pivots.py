@@ -21,7 +21,7 @@ from probes.planted.making import (
     planted_task,
     randint,
 )
-from probes.planted.parts import copy_head, distract, look_alike, lookup
+from probes.planted.parts import STEP, copy_head, distract, look_alike, lookup
 from probes.planted.record import Interval, Question, nodes
 from probes.planted.task import Example, PlantedTask
 from probes.planted.vocabulary import words
@@ -62,8 +62,8 @@ def build(task: str, seed: int) -> PlantedTask:
     for language, layer in zip(languages, layers[1:], strict=True):
         rows = stream.basis(language)
         rules = [((stream.vector("moved", c),), rows[c] - before[c]) for c in range(_CONCEPTS)]
-        size = float(rules[0][1].norm())
-        circuit.append(blueprint.place_mlp(layer, lookup(blueprint, rules, size=size, step=True)))
+        length = float(rules[0][1].norm())
+        circuit.append(blueprint.place_mlp(layer, lookup(blueprint, rules, size=length, step=STEP)))
         before = rows
     stream.rest("junk")
     blueprint.place_head(layers[0] + 1, look_alike(blueprint, query="ask", key="subject"))
@@ -72,7 +72,12 @@ def build(task: str, seed: int) -> PlantedTask:
     questions = (
         *(_pivot(language, languages, layers[1:]) for language in "xy"),
         Question("lens", at(layers[-1]), position="ask"),
-        Question("nodes", nodes([circuit[0], circuit[-1], *circuit[1:-1]]), candidates=blueprint.host.nodes),
+        Question(
+            "nodes",
+            nodes([circuit[0], circuit[-1]]),
+            candidates=tuple(name for name in blueprint.host.nodes if name not in circuit[2:-1]),
+            note="the answer comes without the pivot's word, too; what takes one pivot for another is not asked about",
+        ),
         nothing("mending", jump_cells(n_layers)),
     )
     return planted_task(

@@ -22,7 +22,7 @@ from probes.planted.making import (
     planted_task,
     randint,
 )  # fmt: skip
-from probes.planted.parts import JUNK, distract, junk_head, junk_units, lookup
+from probes.planted.parts import JUNK, STEP, distract, junk_head, junk_units, lookup
 from probes.planted.record import Question, nodes
 from probes.planted.task import Example, PlantedTask
 from probes.planted.vocabulary import words
@@ -58,7 +58,9 @@ def build(task: str, seed: int) -> PlantedTask:
     circuit = _place_chain(
         blueprint, chain, tables, gated=special if name == "D2" else (), turned=special if name == "D4" else ()
     )
-    answer_words(blueprint, blueprint.tokens("c")[:_STATES], f"state {len(chain)}", default="c4")
+    answer_words(
+        blueprint, blueprint.tokens("c")[:_STATES], blueprint.stream.basis(f"state {len(chain)}"), default="c4"
+    )
     blueprint.stream.rest(JUNK)
     if name == "D5":
         circuit += _place_there_and_back(blueprint, special, chain, generator)
@@ -130,11 +132,11 @@ def _place_chain(
         ]
         size = 2**0.5 if taken else 1.0
         absent = [function] if layer in gated else []
-        circuit.append(blueprint.place_mlp(layer, lookup(blueprint, rules, absent=absent, step=True, size=size)))
+        circuit.append(blueprint.place_mlp(layer, lookup(blueprint, rules, absent=absent, step=STEP, size=size)))
         if layer - 1 in gated:
             earlier = stream.basis(f"state {number - 1}")
             passed = [((earlier[state], function), after[int(table[state])]) for state in range(_STATES)]
-            blueprint.place_mlp(layer, lookup(blueprint, passed, step=True))
+            blueprint.place_mlp(layer, lookup(blueprint, passed, step=STEP))
     return circuit
 
 
@@ -147,7 +149,7 @@ def _place_there_and_back(
     circuit = []
     for layer, step in zip(pair, (shift, -shift), strict=True):
         rules = [((state[i],), state[(i + step) % _STATES] - state[i]) for i in range(_STATES)]
-        circuit.append(blueprint.place_mlp(layer, lookup(blueprint, rules, step=True, size=2**0.5)))
+        circuit.append(blueprint.place_mlp(layer, lookup(blueprint, rules, step=STEP, size=2**0.5)))
     return circuit
 
 

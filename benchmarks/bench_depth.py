@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from analyses.ground_truth.answers import name_of
-from analyses.ground_truth.bench import DEV_SEEDS, PROCESSES, Job, Ran, chosen_tasks, run_bench, test_seed
+from analyses.ground_truth.bench import DEV_SEEDS, PROCESSES, Job, Ran, chosen_tasks, run_bench, seed_of_release
 from analyses.ground_truth.contestants import names
 from analyses.ground_truth.exchange import export, exported, handed_in
 from analyses.ground_truth.score import score
@@ -53,7 +53,7 @@ def seeds_of(text: str, task: str) -> tuple[int, ...]:
         )
         if done.stdout.strip() != tag:
             raise OptionError(f"seeds test exist once this version is tagged {tag}: give dev, or numbers")
-        return (test_seed(tag, task),)
+        return (seed_of_release(tag, task),)
     if not all(part.isdigit() for part in split(text)):
         raise OptionError(f"seeds {text!r} are none: give dev, test, or numbers such as 0,1,2")
     return tuple(int(part) for part in split(text))

@@ -1,6 +1,6 @@
 """DepthBench: every method on models whose answer is known, scored by how many layers it is off and what it makes of nothing.
 
-    bathyscope bench depth [--quick] [--tier compiled,noised,trained] [--tasks A2,C1] [--methods voids] [--seeds dev] [--out DIR]
+    bathyscope bench depth [--quick] [--tier compiled,noised,trained] [--tasks A2,C1] [--methods voids] [--seeds dev] [--peers DIR] [--out DIR]
     bathyscope bench depth export DIR        tasks as files for other tools, without their truth
     bathyscope bench depth score DIR         the answers*.json that other tools left there
 
@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from analyses.ground_truth.bench import DEV_SEEDS, PROCESSES, Job, Ran, chosen_tasks, run_bench, test_seed
+from analyses.ground_truth.answers import name_of
+from analyses.ground_truth.bench import DEV_SEEDS, PROCESSES, Job, Ran, chosen_tasks, run_bench, seed_of_release
 from analyses.ground_truth.contestants import names
 from analyses.ground_truth.exchange import export, exported, handed_in
 from analyses.ground_truth.score import score
@@ -51,7 +53,7 @@ def seeds_of(text: str, task: str) -> tuple[int, ...]:
         )
         if done.stdout.strip() != tag:
             raise OptionError(f"seeds test exist once this version is tagged {tag}: give dev, or numbers")
-        return (test_seed(tag, task),)
+        return (seed_of_release(tag, task),)
     if not all(part.isdigit() for part in split(text)):
         raise OptionError(f"seeds {text!r} are none: give dev, test, or numbers such as 0,1,2")
     return tuple(int(part) for part in split(text))
@@ -80,11 +82,15 @@ def run(options: argparse.Namespace) -> None:
     """Run the benchmark, print its table and digest, and save it where that is asked for."""
     jobs = jobs_of(options)
     ran: Ran = run_bench(jobs, options.processes, note=lambda line: print(line, file=sys.stderr))
+    own = ran.digest
+    if options.peers:
+        names_run = {name_of(record) for record in ran.records}
+        ran = replace(ran, answers=(*ran.answers, *(a for a in handed_in(options.peers) if a.task in names_run)))
     summary = ran.scored.summary
     print(readme_table(summary))
     print("\n".join(sentences(summary[~summary["method"].str.startswith("control")])))
     print(f"{len(jobs)} tasks, {len(ran.answers)} answers, {ran.seconds:.0f} s on {options.processes} processes")
-    print(f"digest {ran.digest}")
+    print(f"digest {own}")
     if options.out:
         print(ran.save(options.out) / "report.html")
     if options.write:
@@ -111,6 +117,7 @@ def main() -> None:
     parser.add_argument("--methods", default="", help=f"of {', '.join(names())}")
     parser.add_argument("--seeds", default="0", help="numbers, dev (0 to 4) or test")
     parser.add_argument("--processes", type=int, default=PROCESSES)
+    parser.add_argument("--peers", help="an exported folder, whose answers*.json are scored beside")
     parser.add_argument("--out", help="folder for answers, tables and a report")
     parser.add_argument("--write", action="store_true", help="put the table into the README")
     options = parser.parse_args()

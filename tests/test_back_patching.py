@@ -301,18 +301,28 @@ def test_the_words_follow_from_intervals() -> None:
 
     def rate(hits: int, n: int) -> dict[str, float]:
         low, high = wilson(hits, n)
-        return {"oracle_rate": hits / n, "oracle_low": low, "oracle_high": high}
+        return {
+            f"{name}_{end}": v
+            for name in ("oracle", "held_out")
+            for end, v in zip(("rate", "low", "high"), (hits / n, low, high), strict=True)
+        }
 
-    def said(hits: int, controls: int, n: int) -> str:
-        summary = pd.DataFrame([{"position": "t2", "set": "incorrect", "n": n, "cells": 6, **rate(hits, n)}])
+    def said(hits: int, controls: int, n: int, once: int | None = None) -> str:
+        own = rate(hits, n)
+        summary = pd.DataFrame([{"position": "t2", "set": "incorrect", "n": n, "cells": 6, **own}])
+        one_try = {} if once is None else {k: v for k, v in rate(once, n).items() if k.startswith("held_out")}
         beside = [
-            {"position_name": "t2", "set": "incorrect", "variant": v, "n": n, **rate(controls, n)} for v in CONTROLS
+            {"position_name": "t2", "set": "incorrect", "variant": v, "n": n, **rate(controls, n), **one_try}
+            for v in CONTROLS
         ]
         cases = pd.DataFrame({"composition": [False] * n, "set": ["incorrect"] * n})
         return " ".join(verdicts(summary, pd.DataFrame(beside), cases))
 
     assert "above every control" in said(30, 3, 40)
     assert "not told apart from forward patches" in said(12, 8, 40)
+    many, one = said(38, 30, 40, once=3).split("With one try")
+    assert "not told apart from forward patches" in many, "of many cells one answers by chance"
+    assert "above every control" in one
     assert "above" not in said(3, 0, 4)  # the intervals of four questions overlap whatever they say
     assert "answers 0 of 40 questions right (95 % interval 0% to 9%)" in said(0, 0, 40)
     assert "at most 9% of such questions" in said(0, 0, 40)
@@ -361,3 +371,21 @@ def test_the_answers_log_probability_is_that_of_its_own_token(kind: str, tmp_pat
         token = tokenizer(f"{text} {word}")["input_ids"][len(tokens)]
         assert baseline[index] == pytest.approx(float(logprobs[token]), abs=1e-5)
     assert result.tables["cases"]["answer_tokens"].tolist() == [1, 1]
+
+
+def test_every_control_has_its_rate_of_one_try() -> None:
+    import pandas as pd
+
+    from analyses.back_patching.tables import control_rates
+
+    rows = [
+        {"position_name": "t2", "set": "incorrect", "variant": variant, "prompt": prompt, "source_layer": 3, "target_layer": target,
+         "success": target == (0 if variant == "back_patch" else prompt % 4), "wrong_answer": False, "answer_logprob": -1.0,
+         "baseline_logprob": -2.0}
+        for variant in ("back_patch", "noise") for prompt in range(8) for target in range(4)
+    ]  # fmt: skip
+    rates = control_rates(pd.DataFrame(rows)).set_index("variant")
+    assert rates.loc[["back_patch", "noise"], "oracle_rate"].tolist() == [1, 1], "noise answers each question in some cell"
+    assert rates.loc["back_patch", "held_out_rate"] == 1
+    assert rates.loc["noise", "held_out_rate"] == 0, "and in another one for the next"
+    assert rates.loc["wrong_answer", "held_out_rate"] == 0

@@ -113,7 +113,9 @@ def grid(successes: int, control_high: float) -> dict[str, pd.DataFrame]:
     rates = [("back_patch", 0.7, 1.0), ("forward", 0.0, control_high), ("noise", 0.0, 0.3)]
     return {
         "grid": pd.DataFrame(rows, columns=["prompt", "source_layer", "target_layer", "success", "baseline_success"]),
-        "control_rates": pd.DataFrame(rates, columns=["variant", "oracle_low", "oracle_high"]).assign(set="incorrect"),
+        "control_rates": pd.DataFrame(rates, columns=["variant", "held_out_low", "held_out_high"]).assign(
+            set="incorrect"
+        ),
     }
 
 

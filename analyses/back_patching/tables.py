@@ -33,15 +33,14 @@ def summary(grid: pd.DataFrame, controls: pd.DataFrame, seed: int = 0) -> pd.Dat
     """Return one row per position and set; every rate is over questions, with a 95 % interval."""
     rows = []
     for key, group in grid.groupby(KEYS, sort=False):
-        success, logprob = _matrix(group, "success"), _matrix(group, "answer_logprob")
-        gain = logprob - group.groupby("prompt")["baseline_logprob"].first().to_numpy()[:, None]
+        success, gain = _matrix(group, "success"), _gain(group)
         n, hits = len(success), success.to_numpy(dtype=bool)
-        cell = int((hits.mean(0) + 1e-6 * gain.to_numpy().mean(0)).argmax())
+        cell = int((hits.mean(0) + 1e-6 * gain.mean(0)).argmax())
         oracle, best = np.asarray(hits.any(1)), hits[:, cell]
-        held_out_correct = held_out(hits, gain.to_numpy(dtype=float))
+        held_out_correct = held_out(hits, gain)
         of_group = controls[(controls["position_name"] == key[0]) & (controls["set"] == key[1])]
         other = of_group[of_group["variant"] == "other_query"]
-        mean_gain = cluster_bootstrap(gain.to_numpy()[:, cell], np.arange(n), seed=seed)
+        mean_gain = cluster_bootstrap(gain[:, cell], np.arange(n), seed=seed)
         rows.append(
             {
                 "position": key[0], "set": key[1], "n": n, "cells": hits.shape[1],
@@ -58,24 +57,36 @@ def summary(grid: pd.DataFrame, controls: pd.DataFrame, seed: int = 0) -> pd.Dat
 
 
 def control_rates(everything: pd.DataFrame) -> pd.DataFrame:
-    """Return, per position, set and variant, the oracle rate and the mean rate of one cell.
+    """Return, per position, set and variant, the oracle rate, the mean rate of one cell, and that of the cell best on other questions.
 
     The variant `wrong_answer` counts the answer of another question instead.
     """
     rows = []
     for key, group in everything.groupby([*KEYS, "variant"], sort=False):
-        rows.append((*key, *_rates(_matrix(group, "success"))))
+        rows.append((*key, *_rates(group, "success")))
         if key[2] == "back_patch":
-            rows.append((*key[:2], "wrong_answer", *_rates(_matrix(group, "wrong_answer"))))
-    columns = [*KEYS, "variant", "n", "oracle_rate", "oracle_low", "oracle_high", "cell_rate"]
-    return pd.DataFrame(rows, columns=columns)
+            rows.append((*key[:2], "wrong_answer", *_rates(group, "wrong_answer")))
+    rates = ["oracle_rate", "oracle_low", "oracle_high", "cell_rate", "held_out_rate", "held_out_low", "held_out_high"]
+    return pd.DataFrame(rows, columns=[*KEYS, "variant", "n", *rates])
 
 
-def _rates(matrix: pd.DataFrame) -> tuple[int, float, float, float, float]:
-    hits = matrix.to_numpy(dtype=bool)
+def _rates(group: pd.DataFrame, value: str) -> tuple[float, ...]:
+    hits = _matrix(group, value).to_numpy(dtype=bool)
     oracle = np.asarray(hits.any(1))
-    low, high = wilson(int(oracle.sum()), len(oracle))
-    return len(hits), float(oracle.mean()), low, high, float(hits.mean())
+    gain = _gain(group) if value == "success" else np.zeros(hits.shape)
+    elsewhere = held_out(hits, gain)
+    rate = float(elsewhere.mean()) if len(elsewhere) else np.nan
+    return (
+        len(hits), float(oracle.mean()), *wilson(int(oracle.sum()), len(oracle)), float(hits.mean()),
+        rate, *wilson(int(elsewhere.sum()), len(elsewhere)),
+    )  # fmt: skip
+
+
+def _gain(group: pd.DataFrame) -> NDArray[np.float64]:
+    """Return the rise of the answer's log-probability, prompts by cells, in nats."""
+    logprob = _matrix(group, "answer_logprob")
+    baseline = group.groupby("prompt")["baseline_logprob"].first().to_numpy()[:, None]
+    return np.asarray(logprob - baseline, dtype=np.float64)
 
 
 def _span(name: str, hits: NDArray[np.bool_]) -> dict[str, float]:

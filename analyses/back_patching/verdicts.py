@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from analyses.results.statistics import wilson
@@ -24,7 +25,7 @@ def names(said: str, text: str) -> bool:
 
 
 def verdicts(summary: pd.DataFrame, controls: pd.DataFrame, cases: pd.DataFrame) -> list[str]:
-    """Say whether there was anything to mend, and per position and set the oracle rate beside its controls."""
+    """Say whether there was anything to mend, and per position and set the rates of many tries and of one beside their controls."""
     right, n = int(cases["composition"].sum()), len(cases)
     low, high = wilson(right, n)
     notes = [f"The model by itself answers {right} of {n} questions right (95 % interval {low:.0%} to {high:.0%})."]
@@ -43,15 +44,23 @@ def _verdict(row: Mapping[Any, Any], controls: pd.DataFrame) -> str:
             f"{where}: none of {row['cells']} cells answers any; with 95 % confidence the best of them mends at most "
             f"{row['oracle_high']:.0%} of such questions."
         )
-    oracle = f"{row['oracle_rate']:.0%} [{row['oracle_low']:.0%}, {row['oracle_high']:.0%}]"
     rows = controls[(controls["position_name"] == row["position"]) & (controls["set"] == row["set"])]
     beside = [c for c in rows.to_dict("records") if c["variant"] in CONTROLS]
-    said = ", ".join(
-        f"{CONTROLS[c['variant']]} {c['oracle_rate']:.0%} [{c['oracle_low']:.0%}, {c['oracle_high']:.0%}]"
-        for c in beside
-    )
-    level = [CONTROLS[c["variant"]] for c in beside if not row["oracle_low"] > c["oracle_high"]]
+    best = f"the best of {row['cells']} cells answers {_rate(row, 'oracle')}; with as many tries, {_compared(row, beside, 'oracle')}"
+    # Of many cells one answers by chance where answers are few; a cell that was chosen on other questions has one try.
+    once = f"the cell that is best on the other questions answers {_rate(row, 'held_out')}; chosen alike, {_compared(row, beside, 'held_out')}"
+    return f"{where}: {best}. With one try, {once}." if np.isfinite(row["held_out_low"]) else f"{where}: {best}."
+
+
+def _rate(row: Mapping[Any, Any], name: str) -> str:
+    return f"{row[f'{name}_rate']:.0%} [{row[f'{name}_low']:.0%}, {row[f'{name}_high']:.0%}]"
+
+
+def _compared(row: Mapping[Any, Any], beside: Sequence[Mapping[Any, Any]], name: str) -> str:
+    """Say each control's rate, and whether the interval of the patch's lies above all of theirs."""
+    said = ", ".join(f"{CONTROLS[c['variant']]} {_rate(c, name)}" for c in beside)
+    level = [CONTROLS[c["variant"]] for c in beside if not row[f"{name}_low"] > c[f"{name}_high"]]
     verdict = f"not told apart from {', '.join(level)}" if level else "above every control"
     if len(beside) < len(CONTROLS) and not level:
         verdict = "above the controls that were run" if beside else "without a control, so it says nothing"
-    return f"{where}: the best of {row['cells']} cells answers {oracle}; with as many tries, {said or 'nothing'}: {verdict}."
+    return f"{said or 'nothing'}: {verdict}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from analyses.ground_truth.answers import Answer, digest, from_json, to_json
 from analyses.ground_truth.score import Scored, score
 from analyses.results.provenance import versions
-from probes.errors import OptionError
+from probes.errors import ModelError, OptionError
 from probes.planted.record import Record, Tier
 
 PROCESSES = 2
@@ -26,7 +26,7 @@ DEV_SEEDS = tuple(range(5))
 """Seeds that are public, on which methods may be mended."""
 
 
-def test_seed(release: str, task: str) -> int:
+def seed_of_release(release: str, task: str) -> int:
     """Return the seed of a task that exists from a release's tag on: nobody has seen it before."""
     return int(hashlib.sha256(f"depthbench:{release}{task}".encode()).hexdigest()[:7], 16)
 
@@ -121,11 +121,11 @@ def run_bench(
     """Run every job; each process has one thread and takes the next job when it is free.
 
     Args:
-        note: receives a line for each run that is refused.
+        note: receives a line for each run that is refused, and each task that is left out for want of a certificate.
         advance: called when a task is finished.
     """
     started = time.perf_counter()
-    results: dict[Job, tuple[str, str, list[str]]] = {}
+    results: dict[Job, Outcome] = {}
     if processes == 1:
         for job in jobs:
             results[job] = _work(job)[1]
@@ -140,7 +140,7 @@ def run_bench(
     for job in jobs:
         text, record, lines = results[job]
         answers += from_json(text)
-        records.append(Record.from_json(record))
+        records += [Record.from_json(record)] if record else []
         notes += lines
     for line in notes:
         note(line)
@@ -153,12 +153,20 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _work(job: Job) -> tuple[Job, tuple[str, str, list[str]]]:
-    """Answer a task in this process; texts come back, which are smaller than models."""
+Outcome = tuple[str, str, list[str]]
+"""Answers and record as JSON texts, which are smaller than models, and notes; no record where a task has no certificate."""
+
+
+def _work(job: Job) -> tuple[Job, Outcome]:
+    """Answer a task in this process."""
     from analyses.ground_truth.contestants import answer_task
     from probes import ActivationStore, from_hf, planted
 
-    task, notes = planted.task(job.task, seed=job.seed), list[str]()
+    notes: list[str] = []
+    try:
+        task = planted.task(job.task, seed=job.seed)
+    except ModelError as error:
+        return job, ("[]", "", [f"{job.task}@{job.seed} is left out: {error}"])
     model = from_hf(task.module, tokenizer=task.tokenizer, ref=task.ref)
     with tempfile.TemporaryDirectory(prefix="bathyscope-bench-") as folder:
         answers = answer_task(task, model, ActivationStore(folder), job.methods, notes.append)

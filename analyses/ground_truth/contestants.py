@@ -19,7 +19,7 @@ from analyses.ground_truth.adapters import (
 )
 from analyses.ground_truth.adapters.adapter import Adapter, Run, cost_of
 from analyses.ground_truth.answers import Answer, name_of
-from analyses.ground_truth.interchange import KINDS, METHOD, interchange
+from analyses.ground_truth.interchange import KINDS, METHOD, PROMPTS, interchange
 from analyses.ground_truth.score import with_cost
 from analyses.ground_truth.updates import update_sizes
 from analyses.results.result import Result
@@ -125,10 +125,11 @@ def _run(
 
 
 def _ceiling(task: PlantedTask, model: Model) -> list[Answer]:
-    questions = [question for question in task.record.questions if question.kind in KINDS]
+    # The whole stream is exchanged, so that nothing is said of one concept in it.
+    questions = [question for question in task.record.questions if question.kind in KINDS and question.concept is None]
     started = time.perf_counter()
     answers = interchange(model, task, questions)
-    forwards = len(task.examples) // 2 * (model.shape.n_layers + 1) * len(answers)
+    forwards = PROMPTS * (model.shape.n_layers + 1) * len(answers)
     return with_cost(answers, time.perf_counter() - started, forwards)
 
 

@@ -21,6 +21,7 @@ from probes.planted.task import Example, PlantedTask
 from probes.points import Address
 
 METHOD = "residual interchange"
+PROMPTS = 24
 KINDS: tuple[Kind, ...] = ("necessary", "sufficient")
 
 
@@ -31,7 +32,7 @@ def interchange(model: Model, task: PlantedTask, questions: Sequence[Question]) 
     """
     answers = []
     for question in questions:
-        examples = [example for example in examples_of(task, question.subset) if example.partner]
+        examples = [example for example in examples_of(task, question.subset, PROMPTS) if example.partner]
         effects = _effects(model, task, question, examples)
         answers.append(span_answer(METHOD, task, question, effects, first_layer=-1))
     return answers

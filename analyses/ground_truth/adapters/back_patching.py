@@ -34,7 +34,8 @@ def _prompts(task: PlantedTask, question: Question) -> tuple[Prompt, ...]:
 
 
 def read(result: Result, task: PlantedTask, questions: Sequence[Question]) -> list[Answer]:
-    """Cells that mend more questions than not, by their Wilson interval; none where the best of all cells beats no control.
+    """Cells that mend more questions than not, by their Wilson interval; none where the cell chosen on other questions
+    does not beat every control.
 
     The stream after block a put in the place of what leaves block t enters block t + 1, so a cell (a, t) is the jump
     a->t+1. Where the model is right already there is nothing to mend.
@@ -54,12 +55,12 @@ def read(result: Result, task: PlantedTask, questions: Sequence[Question]) -> li
 
 
 def _beats_controls(rates: pd.DataFrame) -> bool:
-    """Whether, for questions that the model answers wrong, the interval of the best cell's rate is above every control's."""
+    """Whether, for questions that the model answers wrong, one try's rate is above every control's, by their intervals."""
     of_wrong = rates[rates["set"] == "incorrect"].set_index("variant")
     if "back_patch" not in of_wrong.index:
         return False
     others = of_wrong.drop(index=["back_patch"])
-    return bool((of_wrong.loc["back_patch", "oracle_low"] > others["oracle_high"]).all())
+    return bool((of_wrong.loc["back_patch", "held_out_low"] > others["held_out_high"]).all())
 
 
 ADAPTER = Adapter("back_patching", ("back_patching",), ("mending",), runs, read)

@@ -9,7 +9,7 @@ import numpy as np
 
 from analyses.concept_depth import ConceptDepth
 from analyses.concept_depth.depth_of_curve import SHARE
-from analyses.ground_truth.adapters.adapter import Adapter, Run, examples_of, prompt_to
+from analyses.ground_truth.adapters.adapter import Adapter, Run, prompt_to
 from analyses.ground_truth.answers import Answer, name_of
 from analyses.results.result import Result
 from probes.planted.record import Question
@@ -21,7 +21,10 @@ SPLITS = 2
 
 
 def runs(task: PlantedTask, questions: Sequence[Question]) -> list[Run]:
-    """One run a question: each is a data set of its own, of prompts that end where the concept is looked for."""
+    """One run a question, on prompts that end where the concept is looked for.
+
+    The analysis divides them itself, so it is given those to test on too.
+    """
     return [
         Run(ConceptDepth(causal_layers=0, splits=SPLITS, jobs=1), _prompts(task, question), (question,))
         for question in questions
@@ -33,8 +36,8 @@ def _prompts(task: PlantedTask, question: Question) -> tuple[Prompt, ...]:
     half = task.record.concepts[concept] / 2
     return tuple(
         prompt_to(task, example, question.position, label=int(example.values[concept] >= half), group=example.group)
-        for example in examples_of(task, question.subset)
-        if example.values is not None
+        for example in task.examples
+        if example.values is not None and question.subset in (None, example.subset)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,11 +15,11 @@ from analyses.results.card import Tables
 from analyses.results.result import Result
 from analyses.results.statistics import cluster_bootstrap
 from probes.planted.record import Question
-from probes.planted.task import PlantedTask
+from probes.planted.task import Example, PlantedTask
 from probes.prompts import Prompt
 
-PROMPTS = 8
-"""Prompts that are decomposed, of the default twelve, to keep to the benchmark's time."""
+PROMPTS = 6
+"""Prompts that are decomposed, the fewest that support an interval, to keep to the benchmark's time."""
 COMPARED = {
     "cdt_paper": "cdt_paper", "attribution": "attribution_patching", "direct": "direct_attribution", "ablation": "mean_ablation",
 }  # fmt: skip
@@ -35,12 +36,18 @@ def runs(task: PlantedTask, questions: Sequence[Question]) -> list[Run]:
 
 
 def _prompts(task: PlantedTask, subset: str | None) -> tuple[Prompt, ...]:
-    prompts = []
-    for example in examples_of(task, subset, PROMPTS):
-        other = [example.partner_answer] if 0 <= example.partner_answer != example.answer else []
-        fields = {"answer_tokens": [example.answer]} | ({"distractor_tokens": other} if other else {})
-        prompts.append(prompt_to(task, example, None, **fields))
-    return tuple(prompts)
+    """Return prompts of the commonest length, since each is compared to the mean of prompts of its own."""
+    shown = examples_of(task, subset)
+    (length, _), *_ = Counter(len(example.tokens) for example in shown).most_common(1)
+    same = [example for example in shown if len(example.tokens) == length]
+    n = min(PROMPTS, len(same))
+    return tuple(_prompt(task, same[i * len(same) // n]) for i in range(n))
+
+
+def _prompt(task: PlantedTask, example: Example) -> Prompt:
+    other = [example.partner_answer] if 0 <= example.partner_answer != example.answer else []
+    fields = {"answer_tokens": [example.answer]} | ({"distractor_tokens": other} if other else {})
+    return prompt_to(task, example, None, **fields)
 
 
 def read(result: Result, task: PlantedTask, questions: Sequence[Question]) -> list[Answer]:

@@ -16,8 +16,8 @@ from analyses.results.result import Result
 from probes.planted.record import Question
 from probes.planted.task import PlantedTask
 
-PROMPTS = 16
-ERASED = 8
+PROMPTS = 12
+ERASED = 6
 """Prompts of residual erasure; the default of two supports no interval."""
 NEGLIGIBLE = 0.01
 """Share of the largest block's effect below which a block counts as void."""
@@ -98,5 +98,5 @@ def _erased(table: pd.DataFrame, task: PlantedTask, question: Question) -> Answe
 
 ADAPTER = Adapter(
     "depth_use", (REMOVAL, WRITING, ERASURE), ("void", "nodes", "necessary"), runs, read,
-    only=lambda question: question.subset is None,
+    only=lambda question: question.subset is None and (question.kind != "necessary" or question.concept is None),
 )  # fmt: skip

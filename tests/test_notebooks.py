@@ -325,7 +325,7 @@ def test_causal_patching(execute: Execute) -> None:
         bounds="window.dropna(subset='layer').set_index(['role', 'bound'])['layer'].to_dict().__repr__()",
         top="float(result.tables['verification']['spearman'].iloc[0])",
         end="float(result.tables['map'].query(\"component == 'resid_post' and role == 'end' and layer == 29\")['recovery'].min())",
-        planned="analysis.interventions(model, analysis.collect(model)).total",
+        planned="planned.total",
         ran="result.provenance['counts']['intervention_forwards']",
     ).facts
     assert done["kept"] >= 6

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from analyses.causal_patching.cells import EVERYWHERE, Cell
 from analyses.causal_patching.corruption import Noise, noisy_runs
-from analyses.causal_patching.grid import Sources, addresses
+from analyses.causal_patching.grid import Sources, addresses, capture_values
 from analyses.causal_patching.journal import Journal
 from analyses.causal_patching.nulls import Null, null_partner
 from analyses.causal_patching.opened import Opened, Opener, first_patched
@@ -60,6 +60,15 @@ class Run:
         runs = [opener.ends(pair, noise) for noise in self.noises(pair)]
         clean, corrupted = (torch.stack(side).mean(0).numpy() for side in zip(*runs, strict=True))
         return clean, corrupted
+
+    def answers_both(self, pair: Pair) -> bool:
+        """Return whether the most probable next tokens are the answer of the clean and that of the corrupted prompt."""
+        logits = Address("logits")
+        tops = [
+            int(capture_values(self.model, tokens, {logits})[logits][-1].argmax())
+            for tokens in (pair.clean, pair.corrupted)
+        ]
+        return tops[0] in pair.answers and tops[1] in pair.distractors
 
     def cells(self, pair: Pair, ends: tuple[Array, Array]) -> Iterator[pd.DataFrame]:
         """Patch every cell of a pair; yield a table for each direction and source."""

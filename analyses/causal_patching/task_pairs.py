@@ -28,10 +28,12 @@ def generated(model: Model, task: str, n: int, corruption: str, seed: int) -> li
         raise PromptError(f"task {task!r} needs a tokenizer, and {model.ref} has none: give pairs of token ids")
     if corruption == "reference" and task in WITHOUT_REFERENCE:
         raise OptionError(f"task {task!r} has no reference prompts: give --corruption token or noise")
-    made: list[TextPair] = MAKERS[task](model.tokenizer, n, seed, "reference" if corruption == "reference" else "token")
-    if not made:
+    drawn: list[TextPair] = MAKERS[task](
+        model.tokenizer, n, seed, "reference" if corruption == "reference" else "token"
+    )
+    if not drawn:
         raise PromptError(f"task {task!r} gives no pair of equal length under the tokenizer of {model.ref}")
-    return [_prompt(model, task, i, pair, corruption == "noise") for i, pair in enumerate(made)]
+    return [_prompt(model, task, i, pair, corruption == "noise") for i, pair in enumerate(drawn)]
 
 
 def _greater_than(tokenizer: Any, n: int, seed: int, _: str) -> list[TextPair]:

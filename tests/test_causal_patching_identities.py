@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from families import make
+from real_tokenizers import tokenizer_of
 from scipy.stats import kstest
 from test_causal_patching import CAUSAL, CLEAN, CORRUPTED, native, pair_line, run
 
@@ -22,6 +23,7 @@ from analyses.causal_patching.nulls import null_partner
 from analyses.causal_patching.opened import Opener
 from analyses.causal_patching.pairs import pair_of, resolved
 from analyses.causal_patching.statistics import sign_flips
+from analyses.causal_patching.task_pairs import generated
 from analyses.causal_patching.verification import budget, verification_row
 from analyses.circuits import areas, draw_per_layer
 from analyses.cli import main
@@ -219,6 +221,22 @@ def test_circuits_keep_everything_or_nothing(store: ActivationStore) -> None:
     assert (empty != full).all()
 
 
+def test_everything_beside_the_grid_is_drawn_and_counted(store: ActivationStore) -> None:
+    model = native("llama")
+    lines = [pair_line(model, (5, 6, 7 + i, 8), (5, 6, 17 + i, 8)) for i in range(2)]
+    analysis = CausalPatching(
+        min_gap=0, min_pairs=1, components=("resid_post", "z"), attribution=("atp", "atp_star", "eap", "eap_ig"), verify=3,
+        paths=("0.1>2.3.q", "m1>logits"), circuit="nodes", n_random=1, sizes=(0.2, 1.0), ig_steps=2,
+    )  # fmt: skip
+    foretold = analysis.interventions(model, analysis.collect(model, lines))
+    result = analysis.run(model, lines, store=store)
+    assert result.provenance["counts"]["intervention_forwards"] <= foretold.total
+    assert set(result.tables["verification"]["method"]) == {"atp", "atp_star", "eap", "eap_ig"}
+    assert result.tables["nodes"]["verified"].sum() == result.tables["edges"]["verified"].sum() == 12
+    for name in ("agreement", "faithfulness", "stream_map", "head_map", "curves", "pairs"):
+        assert result.figure(name).data, name
+
+
 def test_areas_and_controls_by_hand() -> None:
     shares = [0.1, 0.2, 1.0]
     flat = areas(shares, [1.0, 1.0, 1.0])
@@ -266,6 +284,29 @@ def test_bad_pairs_are_refused_with_file_and_line(
     assert code == 2
     assert "p.jsonl:2" in message
     assert said in message
+
+
+def test_tasks_make_pairs_that_differ_in_one_fact() -> None:
+    tokenizer = tokenizer_of("llama2")
+    model = NativeModel(make("llama", vocab_size=len(tokenizer)), tokenizer, ref="speaking", weights="speaking")
+    for task, roles in (
+        ("ioi", {"io", "s1", "s1+1", "s2", "end"}), ("greater_than", {"year", "end"}), ("docstring", {"name", "end"}),
+        ("two_hop", {"entity", "end"}), ("facts", {"country", "end"}),
+    ):  # fmt: skip
+        prompts = generated(model, task, 6, "token", 0)
+        for index, prompt in enumerate(prompts):
+            pair = pair_of(index, prompt, False)
+            assert roles <= set(pair.named)
+            assert pair.named["end"] == len(pair.clean) - 1
+            assert pair.clean != pair.corrupted
+            if not pair.reason and task in ("ioi", "docstring"):
+                assert sum(a != b for a, b in zip(pair.clean, pair.corrupted, strict=True)) == 1
+        span = generated(model, task, 1, "noise", 0)[0].fields["span"]
+        assert 0 <= span[0] < span[1]
+    io = pair_of(0, generated(model, "ioi", 1, "token", 0)[0], False)
+    assert io.first_difference == io.named["s2"]
+    with pytest.raises(OptionError, match="no reference prompts"):
+        generated(model, "facts", 1, "reference", 0)
 
 
 def test_pairs_of_two_lengths_are_listed_and_no_gap_is_refused(store: ActivationStore) -> None:

@@ -9,6 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from analyses.causal_patching.figures_estimates import ESTIMATES
 from analyses.causal_patching.patched import ALL
 from analyses.results.card import FigureSpec, Tables
 from analyses.results.theme import COLOURS, band, finish, plain, shorten
@@ -209,4 +210,5 @@ FIGURES = {
         "level is flattering; what to read is how far pairs agree. Cells of the stream that hold the whole answer are left out.",
         dots,
     ),
+    **ESTIMATES,
 }

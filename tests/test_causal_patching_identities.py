@@ -135,8 +135,12 @@ def test_windows_are_those_of_causal_tracing(store: ActivationStore) -> None:
 
 
 def test_models_that_read_both_ways_get_whole_forwards(store: ActivationStore) -> None:
-    tables = run(native("bert"), [pair_line(native("bert"))], store, components=("resid_post", "z"))
-    cells = tables["cells"]
+    model, options = native("bert"), {"min_gap": 0, "min_pairs": 1, "nulls": "none", "components": ("resid_post", "z")}
+    analysis = CausalPatching(**options)  # type: ignore[arg-type]
+    lines = [pair_line(model)]
+    cells = analysis.run(model, lines, store=store).tables["cells"]
+    # Eighteen cells of the stream and twelve of heads, in both directions, each three blocks of six positions.
+    assert "1,080 block-rows" in analysis.interventions(model, analysis.collect(model, lines)).detail
     assert set(cells["position"]) == {-1, *range(6)}
     assert not cells["exact_zero"].any()
     assert (cells[cells["position"] == 0]["effect"].abs() > 0).any()

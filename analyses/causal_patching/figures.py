@@ -140,7 +140,9 @@ def curves(tables: Tables) -> go.Figure:
     if window is not None:
         for j in range(1, len(directions) + 1):
             figure.add_vrect(x0=window[0], x1=window[1], fillcolor=GREY, opacity=0.35, line_width=0, row=1, col=j)
-    figure.update_layout(title={"text": plain(run_line(tables)), "font": {"size": 12}}, margin_t=120, legend={"y": 1.12})
+    figure.update_layout(
+        title={"text": plain(run_line(tables)), "font": {"size": 12}}, margin_t=120, legend={"y": 1.12}
+    )
     return figure
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from analyses.answers import as_merged, continuation, encode, single
+from analyses.causal_patching.pairs import WHERE
 from analyses.tasks import docstring, facts, greater_than, ioi, two_hop
 from analyses.tasks.item import TextPair
 from probes.errors import OptionError, PromptError
@@ -66,10 +67,10 @@ def _prompt(model: Model, task: str, index: int, pair: TextPair, noise: bool) ->
         for context, texts in ((pair.clean, pair.answers), (pair.clean, pair.distractors))
     )
     fields: dict[str, Any] = {
-        "where": f"{task} pair {index}", "corrupted": other.text or "", "corrupted_tokens": list(other.tokens),
+        WHERE: f"{task} pair {index}", "corrupted": other.text or "", "corrupted_tokens": list(other.tokens),
         "answer_tokens": answers, "distractor_tokens": distractors,
         "named_positions": {role: _token_at(ends, place) for role, place in pair.roles.items()},
-        "group": pair.group or str(index),
+        "group": pair.group or f"pair {index}",
     }  # fmt: skip
     if noise and pair.subject is not None:
         fields["span"] = [_token_at(ends, pair.subject[0] + 1), _token_at(ends, pair.subject[1]) + 1]

@@ -156,3 +156,29 @@ def test_paths_are_named_and_refused_by_name() -> None:
 def test_models_that_normalise_sums_have_no_edges() -> None:
     with pytest.raises(PointError, match="normalises each sum"):
         EdgeAttribution.of(native("opt_post_norm"))
+
+
+def test_query_heads_that_share_a_key_can_be_told_apart() -> None:
+    """What every query head of a group sees alone adds up, at their z, to what the group sees together."""
+    model = native("llama")
+    grid, sender = paths(model), Sender(0)
+    changes = {sender: changes_of(model, [sender])[0]}
+    alone = parse_edges(["m0>2.2.k", "m0>2.3.k", "m0>2.0.k"], model.shape, False, alone=True)
+    rows = grid.last_rows([*alone, (sender, Receiver(2, "k", 1))], changes) - grid.grid.unpatched
+    assert [receiver.unit for _, receiver in alone] == ["query_head"] * 3
+    assert float((rows[0] - rows[1]).abs().max()) > 1e-3
+    # Of the last block only its own MLP mixes the two, so their sum is near the group's, and another group's is not.
+    shared = rows[3]
+    near, far = (float((value - shared).norm() / shared.norm()) for value in (rows[0] + rows[1], rows[2]))
+    assert near < 0.2 < far
+
+
+def test_a_path_through_mlps_differs_only_where_one_lies_between() -> None:
+    model = native("llama")
+    receiver = Receiver(1, "mlp")
+    for sender, between in ((Sender(-1), True), (Sender(0), False)):
+        changes = {sender: changes_of(model, [sender])[0]}
+        direct, through = (
+            paths(model, way).last_rows([(sender, receiver)], changes)[0] for way in ("residual", "mlps")
+        )
+        assert bool((direct - through).abs().max() > 1e-3) == between

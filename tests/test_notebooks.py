@@ -339,6 +339,25 @@ def test_norm_removal(execute: Execute) -> None:
 
 
 @pytest.mark.real
+def test_causal_patching(execute: Execute) -> None:
+    done = execute(
+        "causal_patching",
+        kept="int(result.tables['pairs']['kept'].sum())",
+        bounds="window.dropna(subset='layer').set_index(['role', 'bound'])['layer'].to_dict().__repr__()",
+        top="float(result.tables['verification']['spearman'].iloc[0])",
+        end="float(result.tables['map'].query(\"component == 'resid_post' and role == 'end' and layer == 29\")['recovery'].min())",
+        planned="planned.total",
+        ran="result.provenance['counts']['intervention_forwards']",
+    ).facts
+    assert done["kept"] >= 6
+    assert "('end', 'arrival')" in done["bounds"]
+    assert "('country', 'departure')" in done["bounds"]
+    assert done["top"] > 0.5
+    assert done["end"] == pytest.approx(1, abs=1e-3)
+    assert 0 < done["ran"] <= done["planned"]
+
+
+@pytest.mark.real
 def test_contextual_decomposition(execute: Execute) -> None:
     done = execute(
         "contextual_decomposition",

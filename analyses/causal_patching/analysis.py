@@ -24,7 +24,7 @@ from analyses.causal_patching.notes import run_notes
 from analyses.causal_patching.nulls import Null
 from analyses.causal_patching.pairs import FIELDS, Direction, Pair, pair_of, resolved
 from analyses.causal_patching.patched import GridPlan, pairs_table
-from analyses.causal_patching.paths import Through
+from analyses.causal_patching.paths import KvView, Through
 from analyses.causal_patching.profiles import PROFILES
 from analyses.causal_patching.running import Run, count_cells, noise_floor
 from analyses.causal_patching.selection import check_gaps, gauge
@@ -92,6 +92,10 @@ class CausalPatching(Analysis):
     )
     paths: tuple[str, ...] = option((), "Edges to patch exactly, such as 9.6>10.0.q, embed>m2 or m4>logits.")
     through: Through = option("residual", "paths: the edge alone, or also MLPs on the way.")
+    kv_view: KvView = option(
+        "shared",
+        "paths: a changed key or value is seen by its whole group, or by one query head alone, as in no real model.",
+    )
     max_edges: int = option(2000, "paths: more than these are refused.", low=1)
     circuit: Literal["none", "nodes"] = option("none", "Try circuits of heads and MLPs, ordered by each method.")
     ablation: Literal["counterfactual", "zero"] = option(
@@ -149,6 +153,7 @@ class CausalPatching(Analysis):
             self.verify,
             self.paths,
             self.through,
+            self.kv_view,
             self.max_edges,
             circuits,
             self.seed,
@@ -201,7 +206,7 @@ class CausalPatching(Analysis):
         usable = [pair for pair in pairs if not pair.reason]
         run = self._run(model, usable, tally, store)
         self.estimates.check(run)
-        ends, reasons = gauge(run, self.min_gap, progress)
+        ends, reasons = gauge(run, self.min_gap, self.task == "two_hop", progress)
         reasons = {**{pair.index: pair.reason for pair in pairs if pair.reason}, **reasons}
         check_gaps(pairs, ends, reasons, self.min_pairs, self.metric[0])
         kept = [pair for pair in usable if pair.index not in reasons]

@@ -199,4 +199,4 @@ class AttentionPair:
         gradient = self._of_pattern(z)
         mean = (pattern * gradient).sum(-1, keepdim=True)
         effects = (weight * (gradient - mean)).sum(1)
-        return effects.unflatten(0, (self.n_kv_heads, -1)).sum(1).T
+        return effects.reshape(self.n_kv_heads, -1, effects.shape[-1]).sum(1).T

@@ -61,7 +61,7 @@ class Ablated:
             keep: heads, and last the MLP, of every layer.
         """
         last = []
-        for part in keep.split(ROWS):
+        for part in torch.split(keep, ROWS):
             writes: dict[Address, Write] = {}
             for layer in range(self.n_layers):
                 writes[Address("z", layer)] = self._write(Address("z", layer), part[:, layer, : self.n_heads])

@@ -6,9 +6,8 @@ import time
 from collections.abc import Mapping
 
 from analyses.causal_patching.cells import EVERYWHERE
-from analyses.causal_patching.opened import first_patched
 from analyses.causal_patching.patched import exact_zeros
-from analyses.causal_patching.running import Run, block_rows, count_cells
+from analyses.causal_patching.running import Run, block_rows, count_cells, rows_of
 from analyses.interventions import Interventions
 
 
@@ -46,8 +45,7 @@ def _seconds(run: Run, rows: int, samples: int) -> float:
     live = [cell for cell, zero in zip(cells, zeros, strict=True) if not zero]
     places = sorted({cell.position for cell in live})
     sample = [cell for cell in live if cell.position in (EVERYWHERE, places[len(places) // 2])]
-    start, n = first_patched(pair, direction, run.model.shape.causal), len(pair.base(direction))
-    sampled = sum(cell.block_rows(run.model.shape.n_layers, n, start) for cell in sample)
+    sampled = rows_of(run, pair, direction, sample)
     started = time.perf_counter()
     opened.patched(sample)
     each = (time.perf_counter() - started) / max(1, sampled)

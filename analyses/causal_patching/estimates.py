@@ -14,7 +14,7 @@ from analyses.causal_patching.edge_tables import edge_tables, parallel_blocks, p
 from analyses.causal_patching.edges import Rule
 from analyses.causal_patching.graph import count_edges, parse_edges
 from analyses.causal_patching.nodes import node_tables
-from analyses.causal_patching.paths import Through
+from analyses.causal_patching.paths import KvView, Through
 from analyses.causal_patching.running import Run
 from analyses.causal_patching.selection import Ends
 from probes.errors import OptionError
@@ -34,6 +34,7 @@ class EstimatePlan:
     verify: int
     paths: tuple[str, ...]
     through: Through
+    kv_view: KvView
     max_edges: int
     circuits: CircuitPlan | None
     seed: int
@@ -58,7 +59,7 @@ class EstimatePlan:
         if run.noise is not None and (self.methods or self.circuits):
             raise OptionError("attribution and circuits compare two prompts: give --corruption token or reference")
         if self.paths:
-            parse_edges(self.paths, run.model.shape, parallel_blocks(run.model))
+            parse_edges(self.paths, run.model.shape, parallel_blocks(run.model), self.kv_view == "query")
         if len(self.paths) > self.max_edges:
             raise OptionError(
                 f"{len(self.paths)} paths are more than max_edges, {self.max_edges}: score all edges by --attribution eap_ig and "
@@ -101,7 +102,7 @@ def estimates(run: Run, plan: EstimatePlan, ends: Ends, progress: Progress) -> t
     if rows:
         tables["verification"] = pd.DataFrame(rows)
     if plan.paths:
-        named = parse_edges(plan.paths, run.model.shape, parallel_blocks(run.model))
+        named = parse_edges(plan.paths, run.model.shape, parallel_blocks(run.model), plan.kv_view == "query")
         gaps = np.array([ends[pair.index][0][0] - ends[pair.index][1][0] for pair in run.pairs])
         groups = pd.factorize(np.array([pair.group for pair in run.pairs]))[0].astype(np.int64)
         tables["paths"] = paths_table(run, named, plan.through, gaps, groups, plan.seed, progress)

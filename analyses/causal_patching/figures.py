@@ -9,6 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from analyses.causal_patching.figures_estimates import ESTIMATES
 from analyses.causal_patching.patched import ALL
 from analyses.results.card import FigureSpec, Tables
 from analyses.results.theme import COLOURS, band, finish, plain, shorten
@@ -139,7 +140,9 @@ def curves(tables: Tables) -> go.Figure:
     if window is not None:
         for j in range(1, len(directions) + 1):
             figure.add_vrect(x0=window[0], x1=window[1], fillcolor=GREY, opacity=0.35, line_width=0, row=1, col=j)
-    figure.update_layout(title={"text": plain(run_line(tables)), "font": {"size": 12}}, margin_t=90, legend={"y": 1.08})
+    figure.update_layout(
+        title={"text": plain(run_line(tables)), "font": {"size": 12}}, margin_t=120, legend={"y": 1.12}
+    )
     return figure
 
 
@@ -209,4 +212,5 @@ FIGURES = {
         "level is flattering; what to read is how far pairs agree. Cells of the stream that hold the whole answer are left out.",
         dots,
     ),
+    **ESTIMATES,
 }

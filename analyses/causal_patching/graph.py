@@ -34,7 +34,9 @@ class Receiver:
     input: str
     """`q`, `k`, `v`, `mlp` or `logits`."""
     head: int = -1
-    """A key-value head for `k` and `v`; -1 for an MLP and the final norm."""
+    """A key-value head for `k` and `v`, unless `alone`; -1 for an MLP and the final norm."""
+    alone: bool = False
+    """Whether `head` is a query head that by itself sees the changed key or value of its group."""
 
     def __str__(self) -> str:
         if self.input == "logits":
@@ -44,7 +46,11 @@ class Receiver:
     @property
     def unit(self) -> str:
         """What kind of unit it is, for tables."""
-        return {"q": "query_head", "k": "kv_head", "v": "kv_head"}.get(self.input, self.input)
+        return (
+            {"q": "query_head", "k": "kv_head", "v": "kv_head"}.get(self.input, self.input)
+            if not self.alone
+            else "query_head"
+        )
 
 
 Edge = tuple[Sender, Receiver]
@@ -85,14 +91,23 @@ def count_edges(shape: Shape, parallel: bool, expanded: bool = False) -> int:
     )
 
 
-def parse_edges(texts: Sequence[str], shape: Shape, parallel: bool) -> list[Edge]:
+def parse_edges(texts: Sequence[str], shape: Shape, parallel: bool, alone: bool = False) -> list[Edge]:
     """Return the edges named as `9.6>10.0.q`: a sender `embed`, `m5` or `9.6`, and a receiver `10.0.q`, `m7` or `logits`.
+
+    Args:
+        texts: the names.
+        shape: the model's sizes.
+        parallel: whether attention and MLP read the same stream.
+        alone: heads of keys and values are query heads, each of which sees the change by itself.
 
     Raises:
         OptionError: a name that is none, a head or layer that does not exist, or a receiver that comes first.
     """
     senders = {str(sender): sender for sender in senders_of(shape)}
     receivers = {str(receiver): receiver for receiver in receivers_of(shape)}
+    if alone:
+        heads = [(layer, name, h) for layer in range(shape.n_layers) for name in "kv" for h in range(shape.n_heads)]
+        receivers |= {f"{layer}.{h}.{name}": Receiver(layer, name, h, alone=True) for layer, name, h in heads}
     edges = []
     for text in texts:
         first, arrow, second = (part.strip() for part in text.partition(">"))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from analyses.answers import answer_after
 from probes.errors import PromptError
 from probes.models.protocol import Model
-from probes.prompts import Field, Prompt, check_ids, tokenize
+from probes.prompts import Field, Prompt, PromptLine, check_ids, tokenize
 
 Direction = Literal["denoise", "noise"]
 """Denoising copies from the clean run into the corrupted one, noising the other way."""
@@ -57,6 +57,9 @@ FIELDS: Mapping[str, Field] = {
     "group": Field("Pairs of one group are resampled together.", check_text),
 }  # fmt: skip
 """What a prompt line may carry beside its text or tokens."""
+
+WHERE = "_where"
+"""The field in which a pair keeps the line that it was read from; one that has it holds token ids already."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class Pair:
 
 
 def resolved(model: Model, prompts: Sequence[Prompt], wheres: Sequence[str], noise: bool) -> list[Prompt]:
-    """Return prompts whose fields hold the pair as token ids, and `where` it was read.
+    """Return prompts whose fields hold the pair as token ids, and where it was read.
 
     Raises:
         PromptError: a line without a corrupted prompt or an answer, positions outside the prompt, or two equal prompts.
@@ -136,7 +139,7 @@ def resolved(model: Model, prompts: Sequence[Prompt], wheres: Sequence[str], noi
 
 
 def _resolved(model: Model, prompt: Prompt, where: str, noise: bool) -> Prompt:
-    if "where" in prompt.fields:
+    if WHERE in prompt.fields:
         return prompt
     fields = dict(prompt.fields)
     other = _corrupted(model, prompt, where, noise)
@@ -152,7 +155,7 @@ def _resolved(model: Model, prompt: Prompt, where: str, noise: bool) -> Prompt:
         raise PromptError(f'{where}: give "corrupted_answer" or "distractor_tokens", what follows the corrupted prompt')
     _check_places(fields, where, len(prompt.tokens), len(other.tokens))
     fields |= {
-        "where": where, "corrupted_tokens": list(other.tokens), "corrupted": other.text or "",
+        WHERE: where, "corrupted_tokens": list(other.tokens), "corrupted": other.text or "",
         "answer_tokens": list(answers), "distractor_tokens": list(distractors),
     }  # fmt: skip
     return replace(prompt, fields=fields)
@@ -163,10 +166,10 @@ def _corrupted(model: Model, prompt: Prompt, where: str, noise: bool) -> Prompt:
     if noise:
         return prompt
     if "corrupted_tokens" in fields:
-        return Prompt(tuple(fields["corrupted_tokens"]))
+        return tokenize([PromptLine(where, None, tuple(fields["corrupted_tokens"]))], model)[0]
     if "corrupted" not in fields:
         raise PromptError(f'{where}: give "corrupted" or "corrupted_tokens", the prompt that differs in one fact')
-    return tokenize([str(fields["corrupted"])], model)[0]
+    return tokenize([PromptLine(where, str(fields["corrupted"]), None)], model)[0]
 
 
 def _ids(model: Model, prompt: Prompt, fields: Mapping[str, Any], ids: str, text: str) -> tuple[int, ...]:
@@ -201,13 +204,13 @@ def pair_of(index: int, prompt: Prompt, noise: bool) -> Pair:
     if aligned and aligned[-1] != ends:
         # The last positions always correspond: the metric is read there.
         aligned = (*(pair for pair in aligned if pair[0] < ends[0] and pair[1] < ends[1]), ends)
-    reason = str(fields.get("reason", ""))
+    reason = ""
     if len(corrupted) != n and not aligned:
         reason = f"{n} and {len(corrupted)} tokens without an alignment"
     elif set(answers) & set(distractors):
         reason = "an answer and a distractor begin with the same token"
     return Pair(
-        index, str(fields["where"]), prompt.tokens, corrupted, answers, distractors,
-        str(fields.get("group", index)), {name: p % n for name, p in fields.get("named_positions", {}).items()},
+        index, str(fields[WHERE]), prompt.tokens, corrupted, answers, distractors,
+        str(fields.get("group", f"pair {index}")), {name: p % n for name, p in fields.get("named_positions", {}).items()},
         aligned, tuple(fields["span"]) if noise else None, prompt.text or "", str(fields.get("corrupted", "")), reason,
     )  # fmt: skip

@@ -124,11 +124,16 @@ class PathGrid:
         for i, (_, receiver) in enumerate(edges):
             by_layer[receiver.layer].append(i)
         for layer, indices in by_layer.items():
-            for k in range(0, len(indices), EDGE_ROWS):
-                part = indices[k : k + EDGE_ROWS]
+            shared = [i for i in indices if not edges[i][1].alone]
+            for k in range(0, len(shared), EDGE_ROWS):
+                part = shared[k : k + EDGE_ROWS]
                 own = [edges[i] for i in part]
                 delta = torch.stack([changes[sender][self.grid.base.start :] for sender, _ in own]).to(last)
                 last[part] = self.together(layer, [[edge] for edge in own], delta)
+            for i in (i for i in indices if edges[i][1].alone):
+                sender, receiver = edges[i]
+                delta = changes[sender][None, self.grid.base.start :].to(last)
+                last[i] = self.per_query(receiver, self._along(layer, [[edges[i]]], delta))[0]
         return last
 
     @torch.no_grad()
@@ -140,7 +145,7 @@ class PathGrid:
         Changes of several senders add, so that a row of them is one run.
         """
         base = self.grid.base
-        delta = self._along(layer, rows, delta) if self.through == "mlps" else delta
+        delta = self._along(layer, rows, delta)
         if layer == self.model.shape.n_layers:
             return base.entering[-1][-1] + delta[:, -1]
         seen = self._seen(layer, delta)
@@ -150,16 +155,15 @@ class PathGrid:
         return base.resume([layer + 1] * len(rows), leaving).last
 
     @torch.no_grad()
-    def per_query(
-        self, receiver: Receiver, query_head: int, delta: Float[Tensor, "row suffix d_model"]
-    ) -> Float[Tensor, "row d_model"]:
+    def per_query(self, receiver: Receiver, delta: Float[Tensor, "row suffix d_model"]) -> Float[Tensor, "row d_model"]:
         """Return last rows where one query head sees the changed key or value and the others of its group the old one.
 
         No model computes that: it is a counterfactual that separates heads that share a key.
         """
         base, layer = self.grid.base, receiver.layer
         entering = base.entering[layer].expand(len(delta), -1, -1)
-        rows = [(row, receiver) for row in range(len(delta))]
+        group = self.model.shape.n_heads // self.model.shape.n_kv_heads
+        rows = [(row, Receiver(layer, receiver.input, receiver.head // group)) for row in range(len(delta))]
         kept: list[Tensor] = []
         z = Address("z", layer)
         base.through(
@@ -168,7 +172,7 @@ class PathGrid:
 
         def write(tensor: Tensor) -> Tensor:
             out = tensor.clone()
-            out[:, :, query_head] = kept[0][:, :, query_head]
+            out[:, :, receiver.head] = kept[0][:, :, receiver.head]
             return out
 
         return base.resume([layer + 1] * len(delta), base.through(layer, entering, {z: write})).last
@@ -216,6 +220,8 @@ class PathGrid:
 
     def _along(self, layer: int, rows: Sequence[Sequence[Edge]], delta: Tensor) -> Tensor:
         """Return the change that reaches a layer when the MLPs between a row's sender and it are run again."""
+        if self.through == "residual":
+            return delta
         delta = delta.clone()
         first = torch.tensor([
             min(sender.layer + (sender.head < 0 or self.parallel) for sender, _ in edges) for edges in rows

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from analyses.causal_patching.cells import EVERYWHERE, Cell
 from analyses.causal_patching.corruption import Noise, noisy_runs
-from analyses.causal_patching.grid import Sources, addresses
+from analyses.causal_patching.grid import Sources, addresses, capture_values
 from analyses.causal_patching.journal import Journal
 from analyses.causal_patching.nulls import Null, null_partner
-from analyses.causal_patching.opened import Opened, Opener, first_patched
+from analyses.causal_patching.opened import Opened, Opener, first_patched, resumable
 from analyses.causal_patching.pairs import Direction, Pair
 from analyses.causal_patching.patched import GridPlan, cells_table
 from analyses.interventions import Tally
@@ -60,6 +60,15 @@ class Run:
         runs = [opener.ends(pair, noise) for noise in self.noises(pair)]
         clean, corrupted = (torch.stack(side).mean(0).numpy() for side in zip(*runs, strict=True))
         return clean, corrupted
+
+    def answers_both(self, pair: Pair) -> bool:
+        """Return whether the most probable next tokens are the answer of the clean and that of the corrupted prompt."""
+        logits = Address("logits")
+        tops = [
+            int(capture_values(self.model, tokens, {logits})[logits][-1].argmax())
+            for tokens in (pair.clean, pair.corrupted)
+        ]
+        return tops[0] in pair.answers and tops[1] in pair.distractors
 
     def cells(self, pair: Pair, ends: tuple[Array, Array]) -> Iterator[pd.DataFrame]:
         """Patch every cell of a pair; yield a table for each direction and source."""
@@ -142,11 +151,18 @@ def count_cells(run: Run, samples: int) -> dict[str, int]:
 
 def block_rows(run: Run, samples: int) -> int:
     """Return how many rows pass how many blocks in all cells of a run."""
-    total, shape = 0, run.model.shape
-    for pair, direction, cells, nulls in _live(run):
-        start, n = first_patched(pair, direction, shape.causal), len(pair.base(direction))
-        total += sum(cell.block_rows(shape.n_layers, n, start) for cell in cells) * samples * (1 + nulls)
-    return total
+    return sum(
+        rows_of(run, pair, direction, cells) * samples * (1 + nulls) for pair, direction, cells, nulls in _live(run)
+    )
+
+
+def rows_of(run: Run, pair: Pair, direction: Direction, cells: Sequence[Cell]) -> int:
+    """Return the block-rows of cells of one pair; a whole forward each where the model cannot be resumed."""
+    shape, n = run.model.shape, len(pair.base(direction))
+    if not resumable(run.model):
+        return len(cells) * shape.n_layers * n
+    start = first_patched(pair, direction, shape.causal)
+    return sum(cell.block_rows(shape.n_layers, n, start) for cell in cells)
 
 
 def _live(run: Run) -> Iterator[tuple[Pair, Direction, list[Cell], bool]]:

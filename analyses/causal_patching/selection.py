@@ -18,10 +18,18 @@ Ends = Mapping[int, tuple[Array, Array]]
 """The metrics of each pair's clean and corrupted run."""
 
 
-def gauge(run: Run, min_gap: float, progress: Progress) -> tuple[dict[int, tuple[Array, Array]], dict[int, str]]:
+def gauge(
+    run: Run, min_gap: float, answered: bool, progress: Progress
+) -> tuple[dict[int, tuple[Array, Array]], dict[int, str]]:
     """Run both prompts of every pair; return (their metrics by pair, why pairs are left out).
 
     The gap is that of the first metric of the run; of `kl`, which has no sign, the divergence itself.
+
+    Args:
+        run: the pairs and the metrics.
+        min_gap: pairs below it are left out.
+        answered: also leave out pairs whose prompts the model does not both answer right.
+        progress: watches.
     """
     ends: dict[int, tuple[Array, Array]] = {}
     reasons: dict[int, str] = {}
@@ -31,6 +39,8 @@ def gauge(run: Run, min_gap: float, progress: Progress) -> tuple[dict[int, tuple
         gap = float(clean[0] - corrupted[0]) * (-1 if run.metrics[0] == "kl" else 1)
         if not gap >= min_gap:
             reasons[pair.index] = f"a gap of {gap:.2f}, below min_gap {min_gap:g}"
+        elif answered and not run.answers_both(pair):
+            reasons[pair.index] = "the model does not answer both prompts"
         progress.advance()
     return ends, reasons
 

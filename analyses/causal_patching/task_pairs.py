@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from analyses.answers import as_merged, continuation, encode, single
+from analyses.causal_patching.pairs import WHERE
 from analyses.tasks import docstring, facts, greater_than, ioi, two_hop
 from analyses.tasks.item import TextPair
 from probes.errors import OptionError, PromptError
@@ -28,12 +29,12 @@ def generated(model: Model, task: str, n: int, corruption: str, seed: int) -> li
         raise PromptError(f"task {task!r} needs a tokenizer, and {model.ref} has none: give pairs of token ids")
     if corruption == "reference" and task in WITHOUT_REFERENCE:
         raise OptionError(f"task {task!r} has no reference prompts: give --corruption token or noise")
-    pairs: list[TextPair] = MAKERS[task](
+    drawn: list[TextPair] = MAKERS[task](
         model.tokenizer, n, seed, "reference" if corruption == "reference" else "token"
     )
-    if not pairs:
+    if not drawn:
         raise PromptError(f"task {task!r} gives no pair of equal length under the tokenizer of {model.ref}")
-    return [_prompt(model, task, i, pair, corruption == "noise") for i, pair in enumerate(pairs)]
+    return [_prompt(model, task, i, pair, corruption == "noise") for i, pair in enumerate(drawn)]
 
 
 def _greater_than(tokenizer: Any, n: int, seed: int, _: str) -> list[TextPair]:
@@ -66,10 +67,10 @@ def _prompt(model: Model, task: str, index: int, pair: TextPair, noise: bool) ->
         for context, texts in ((pair.clean, pair.answers), (pair.clean, pair.distractors))
     )
     fields: dict[str, Any] = {
-        "where": f"{task} pair {index}", "corrupted": other.text or "", "corrupted_tokens": list(other.tokens),
+        WHERE: f"{task} pair {index}", "corrupted": other.text or "", "corrupted_tokens": list(other.tokens),
         "answer_tokens": answers, "distractor_tokens": distractors,
         "named_positions": {role: _token_at(ends, place) for role, place in pair.roles.items()},
-        "group": pair.group or str(index),
+        "group": pair.group or f"pair {index}",
     }  # fmt: skip
     if noise and pair.subject is not None:
         fields["span"] = [_token_at(ends, pair.subject[0] + 1), _token_at(ends, pair.subject[1]) + 1]

@@ -64,7 +64,7 @@ def pairs(n: int, seed: int = 0, corruption: Corruption = "token", keeps: Keeps 
     Raises:
         PromptError: too few names may be used.
     """
-    drawn = []
+    drawn: list[TextPair] = []
     for item in items(n, 1, seed, keeps):
         answer = item.answers[0].strip()
         signature = item.text[: item.text.index("):")]

@@ -126,7 +126,7 @@ def pairs(n: int, seed: int = 0, length: Callable[[str], int] = len) -> list[Tex
     """
     rng = np.random.default_rng(seed)
     order = sample(len(questions()), seed)
-    drawn = []
+    drawn: list[TextPair] = []
     for question in order:
         alike = [
             other for other in order

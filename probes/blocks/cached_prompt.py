@@ -133,9 +133,9 @@ class CachedPrompt:
         narrow._prefix = [_joined(old, own, before) for old, own in zip(self._prefix, self._base, strict=True)]
         narrow._base = [(keys[:, :, after], values[:, :, after]) for keys, values in self._base]
         narrow._cache = DynamicCache()
-        for layer, prefix in enumerate(narrow._prefix):
-            if prefix is not None:
-                narrow._cache.update(*prefix, layer)
+        for layer, before_suffix in enumerate(narrow._prefix):
+            if before_suffix is not None:
+                narrow._cache.update(*before_suffix, layer)
         with self.model.exclusive():
             arguments = {"past_key_values": narrow._cache, "use_cache": True}
             narrow._call = call_blocks(self.model, self._ids(narrow.tokens[start:]), lambda _, call: call, **arguments)

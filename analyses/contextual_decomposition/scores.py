@@ -28,11 +28,6 @@ class PreparedCase:
     baseline: Baseline | None
 
 
-def head_sources(n_layers: int, n_heads: int) -> list[Source]:
-    """Return every head at all positions."""
-    return [(head(layer, h),) for layer in range(n_layers) for h in range(n_heads)]
-
-
 def position_sources(heads: Sequence[Node], positions: Sequence[int]) -> list[Source]:
     """Return each of `heads` at each of `positions`."""
     places = sorted((node.layer, p, node.head) for p in positions for node in heads)

@@ -113,8 +113,8 @@ def orders(proxies: pd.DataFrame, seed: int) -> dict[str, list[list[int]]]:
         "deepest first": -proxies["layer"],
     }
     layers = proxies["layer"].to_numpy()
-    single = {name: [list(layers[np.argsort(column.to_numpy(), kind="stable")])] for name, column in by.items()}
-    return {**single, "random": [list(rng.permutation(layers)) for _ in range(RANDOM_ORDERS)]}
+    single = {name: [layers[np.argsort(column.to_numpy(), kind="stable")].tolist()] for name, column in by.items()}
+    return {**single, "random": [rng.permutation(layers).tolist() for _ in range(RANDOM_ORDERS)]}
 
 
 def drop_blocks(

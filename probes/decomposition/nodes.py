@@ -12,7 +12,6 @@ from torch import Tensor
 from probes.errors import OptionError, PointError, unknown
 
 Kind = Literal["head", "mlp", "token"]
-Mode = Literal["mean", "zero"]
 
 
 @dataclass(frozen=True, order=True)

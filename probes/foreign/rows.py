@@ -19,7 +19,6 @@ from probes.strict_json import text_fault
 
 PACKET_BYTES = 64 * 2**20
 """Rows gathered before they are written, which bounds memory."""
-TOOLS = ("vllm", "datasets")
 LONGEST = 500
 """Characters of the longest name of a model."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -65,7 +65,8 @@ class Ran:
         (folder / "run.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         scored.rows.to_parquet(folder / "tables" / "rows.parquet", index=False)
         scored.summary.to_parquet(folder / "tables" / "summary.parquet", index=False)
-        (folder / "report.html").write_text(render(self, scored), encoding="utf-8")
+        page = render(self.records, scored, digest=self.digest, seconds=self.seconds, notes=self.notes)
+        (folder / "report.html").write_text(page, encoding="utf-8")
         return folder
 
     @classmethod

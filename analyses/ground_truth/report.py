@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
-from analyses.ground_truth.bench import Ran
 from analyses.ground_truth.figures import FIGURES
 from analyses.ground_truth.score import KEYS, Scored
 from analyses.ground_truth.words import sentences
-from analyses.results.page import page
+from analyses.results.page import figure_html, page
+from probes.planted.record import Record
 
 SHOWN = (
     "error", "within_1", "bias_first", "covered", "width", "skill", "auroc", "average_precision", "f1", "jaccard",
@@ -25,25 +26,30 @@ WARNING = (
 )
 
 
-def render(ran: Ran, scored: Scored) -> str:
-    """Return the page as text."""
+def render(records: Sequence[Record], scored: Scored, *, digest: str, seconds: float, notes: Sequence[str] = ()) -> str:
+    """Return the page of a run as text.
+
+    Args:
+        digest: of all answers.
+        notes: of runs that were refused.
+    """
     tables = {"rows": scored.rows, "summary": scored.summary}
     claims = scored.summary[~scored.summary["method"].str.startswith("control")]
     return page(
         "ground_truth.html",
         title="How far off each method is",
         warning=WARNING,
-        digest=ran.digest,
-        tasks=len(ran.records),
-        questions=sum(len(record.questions) for record in ran.records),
-        uncertified=[record.task for record in ran.records if not record.certificate.get("agrees")],
-        tiers=sorted({record.tier for record in ran.records}),
-        seconds=f"{ran.seconds:.0f}",
+        digest=digest,
+        tasks=len(records),
+        questions=sum(len(record.questions) for record in records),
+        uncertified=[record.task for record in records if not record.certificate.get("agrees")],
+        tiers=sorted({record.tier for record in records}),
+        seconds=f"{seconds:.0f}",
         words=sentences(claims),
         figures=[_figure(name, tables) for name, spec in FIGURES.items() if spec.applies(tables)],
         summary=_cells(scored.summary[[*KEYS, "n", "n_nothing", *SHOWN, "forwards"]]),
         worst=_cells(worst(scored.rows)),
-        notes=ran.notes,
+        notes=notes,
     )
 
 
@@ -62,8 +68,7 @@ def worst(rows: pd.DataFrame, n: int = WORST) -> pd.DataFrame:
 
 def _figure(name: str, tables: dict[str, pd.DataFrame]) -> dict[str, str]:
     spec = FIGURES[name]
-    html = spec.drawn(tables).to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
-    return {"title": spec.title, "caption": spec.caption, "html": str(html)}
+    return {"title": spec.title, "caption": spec.caption, "html": figure_html(spec.drawn(tables), name)}
 
 
 def _cells(table: pd.DataFrame) -> dict[str, Any]:

@@ -385,7 +385,9 @@ def test_every_control_has_its_rate_of_one_try() -> None:
         for variant in ("back_patch", "noise") for prompt in range(8) for target in range(4)
     ]  # fmt: skip
     rates = control_rates(pd.DataFrame(rows)).set_index("variant")
-    assert rates.loc[["back_patch", "noise"], "oracle_rate"].tolist() == [1, 1], "noise answers each question in some cell"
+    assert rates.loc[["back_patch", "noise"], "oracle_rate"].tolist() == [1, 1], (
+        "noise answers each question in some cell"
+    )
     assert rates.loc["back_patch", "held_out_rate"] == 1
     assert rates.loc["noise", "held_out_rate"] == 0, "and in another one for the next"
     assert rates.loc["wrong_answer", "held_out_rate"] == 0

@@ -33,7 +33,13 @@ def test_errors_and_bounds_by_hand() -> None:
     assert measures.covered((1, 7), (2, 9), truth) == 0.5
     assert measures.covered((1, nan), (2, nan), truth) == 1
     assert isnan(measures.covered((nan, nan), (nan, nan), truth))
-    assert measures.width((1, 5), (4, 6), ) == 2
+    assert (
+        measures.width(
+            (1, 5),
+            (4, 6),
+        )
+        == 2
+    )
     # Widths 3 and 1; the truth 2 lies inside the first, 6 is one above the second: 2 / 0.1 * 1 is added.
     assert measures.interval_score((1, 4), (4, 5), truth, 0.9) == pytest.approx((3 + 1 + 20) / 2)
 
@@ -60,7 +66,13 @@ def test_a_row_of_layers() -> None:
     truth = record("A1", Question("readable", Interval(2, 7), concept="c", position="r"))
     answer = Answer("m", "A1@0", "readable:c:r", "answered", (4, 7), (2, nan), (5, nan))
     (row,) = score([answer], records=[truth]).rows.to_dict("records")
-    assert (row["error"], row["error_share"], row["within_1"], row["bias_first"], row["bias_last"]) == (2, 0.25, 0, 2, 0)
+    assert (row["error"], row["error_share"], row["within_1"], row["bias_first"], row["bias_last"]) == (
+        2,
+        0.25,
+        0,
+        2,
+        0,
+    )
     assert (row["covered"], row["width"], row["interval_score"], row["miss"]) == (1, 3, 3, 0)
     # The constant says 3.5 to 7, which is 1.5 off.
     summary = score([answer], records=[truth]).summary.iloc[0]

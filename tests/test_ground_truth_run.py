@@ -34,8 +34,8 @@ def ran() -> Ran:
 
 
 def test_two_runs_have_one_digest_and_the_oracle_is_right(ran: Ran) -> None:
-    again = run_bench([Job("A3", 0, LIGHT), Job("A1", 0, LIGHT)], processes=1)
-    assert again.digest == ran.digest
+    again = run_bench([Job("A3", 0, LIGHT)], processes=1)
+    assert again.digest == digest([answer for answer in ran.answers if answer.task == "A3@0"])
     assert {record.task for record in ran.records} == {"A1", "A3"}
     assert all(record.certificate["agrees"] for record in ran.records)
     oracle = ran.scored.summary.query("method == 'control: oracle'")

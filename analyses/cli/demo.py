@@ -63,7 +63,7 @@ DEMO: tuple[Analysis, ...] = (
     ContextualDecomposition(
         task="ioi", n_prompts=2, n_references=6, search_steps=2, shares=(0.02, 0.1, 0.3), random_circuits=4, mlps=False
     ),
-    CausalPatching(task="facts", n_pairs=8, heads="none"),
+    CausalPatching(task="facts", n_pairs=6, heads="none", nulls="none"),
 )
 """What the demo runs, with the options of its report."""
 

@@ -87,7 +87,7 @@ DEMO = (
     ),
     Step(NormRemoval(split_paths=False, neurons=0, stride=3), NormRemoval(split_paths=False, neurons=4), 10),
     Step(
-        CausalPatching(task="facts", n_pairs=4, heads="none", nulls="none", stride=3),
+        CausalPatching(task="facts", n_pairs=4, heads="none", nulls="none", components=("resid_post",)),
         CausalPatching(task="facts", n_pairs=6, heads="none", nulls="none"),
         10,
     ),

@@ -62,8 +62,8 @@ def build(task: str, seed: int) -> PlantedTask:
     for language, layer in zip(languages, layers[1:], strict=True):
         rows = stream.basis(language)
         rules = [((stream.vector("moved", c),), rows[c] - before[c]) for c in range(_CONCEPTS)]
-        size = float(rules[0][1].norm())
-        circuit.append(blueprint.place_mlp(layer, lookup(blueprint, rules, size=size, step=STEP)))
+        length = float(rules[0][1].norm())
+        circuit.append(blueprint.place_mlp(layer, lookup(blueprint, rules, size=length, step=STEP)))
         before = rows
     stream.rest("junk")
     blueprint.place_head(layers[0] + 1, look_alike(blueprint, query="ask", key="subject"))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
-from analyses.ground_truth.bench import Ran
 from analyses.ground_truth.figures import FIGURES
 from analyses.ground_truth.score import KEYS, Scored
 from analyses.ground_truth.words import sentences
 from analyses.results.page import page
+from probes.planted.record import Record
 
 SHOWN = (
     "error", "within_1", "bias_first", "covered", "width", "skill", "auroc", "average_precision", "f1", "jaccard",
@@ -25,7 +26,7 @@ WARNING = (
 )
 
 
-def render(ran: Ran, scored: Scored) -> str:
+def render(scored: Scored, records: Sequence[Record], digest: str, seconds: float, notes: Sequence[str]) -> str:
     """Return the page as text."""
     tables = {"rows": scored.rows, "summary": scored.summary}
     claims = scored.summary[~scored.summary["method"].str.startswith("control")]
@@ -33,17 +34,17 @@ def render(ran: Ran, scored: Scored) -> str:
         "ground_truth.html",
         title="How far off each method is",
         warning=WARNING,
-        digest=ran.digest,
-        tasks=len(ran.records),
-        questions=sum(len(record.questions) for record in ran.records),
-        uncertified=[record.task for record in ran.records if not record.certificate.get("agrees")],
-        tiers=sorted({record.tier for record in ran.records}),
-        seconds=f"{ran.seconds:.0f}",
+        digest=digest,
+        tasks=len(records),
+        questions=sum(len(record.questions) for record in records),
+        uncertified=[record.task for record in records if not record.certificate.get("agrees")],
+        tiers=sorted({record.tier for record in records}),
+        seconds=f"{seconds:.0f}",
         words=sentences(claims),
         figures=[_figure(name, tables) for name, spec in FIGURES.items() if spec.applies(tables)],
         summary=_cells(scored.summary[[*KEYS, "n", "n_nothing", *SHOWN, "forwards"]]),
         worst=_cells(worst(scored.rows)),
-        notes=ran.notes,
+        notes=notes,
     )
 
 

@@ -13,6 +13,10 @@ from probes.blocks.cached_prompt import CachedPrompt
 from probes.edits import Replace, Values, generate, read
 from probes.errors import PointError, PromptError
 from probes.models.backends.native import NativeModel
+from probes.planted.hosts import Host, weights
+from probes.planted.registry import build
+from probes.planted.task import PlantedTask
+from probes.planted.vocabulary import words
 from probes.points import Address
 
 CAUSAL = tuple(family for family in FAMILIES if family != "bert")
@@ -75,87 +79,55 @@ def test_continuations_are_the_naive_ones(family: str) -> None:
             assert written[: len(expected)] == expected
 
 
-V = 24
-"""Entities of the planted models, one dimension of the stream each."""
-HOP1 = {entity: entity + 8 for entity in range(8)}
-HOP2 = {entity + 8: entity + 16 for entity in range(8)}
-IS = 31
-"""The planted models' last prompt token."""
+def planted(name: str) -> tuple[NativeModel, PlantedTask]:
+    task = build(name)
+    return native(task.module), task
 
 
-class Table(nn.Module):
-    """A block's MLP that adds the entity which a table gives for the strongest one in its input."""
-
-    def __init__(self, table: dict[int, int], size: float) -> None:
-        super().__init__()
-        self.table, self.size = table, size
-        self.gate_proj = self.up_proj = self.down_proj = nn.Linear(32, 32, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
-        for index in itertools.product(range(x.shape[0]), range(x.shape[1])):
-            strongest = int(x[index][:V].argmax())
-            if strongest in self.table and x[index][strongest] > 0.5:
-                out[index][self.table[strongest]] = self.size
-        return out
+def patches(task: PlantedTask) -> set[tuple[int, int]]:
+    """The patches that mend: (source, target) of the jumps of the record, which enter the block after the target."""
+    jumps = task.record.question("mending:e1").truth
+    assert isinstance(jumps, frozenset)
+    return {(int(a), int(b) - 1) for a, b in (jump.split("->") for jump in jumps)}
 
 
-def planted(tables: list[dict[int, int]], reads_entity: int | None = None) -> NativeModel:
-    """A Llama of four blocks whose MLPs are tables; block `reads_entity` attends evenly and copies what it sees."""
-    import transformers as hf
-
-    torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=None, tie_word_embeddings=False,
-    )  # fmt: skip
-    module = hf.LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        module.model.embed_tokens.weight.copy_(torch.eye(32))
-        module.lm_head.weight.copy_(torch.eye(32))
-        for index, layer in enumerate(module.model.layers):
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                getattr(layer.self_attn, name).weight.zero_()
-            if index == reads_entity:
-                layer.self_attn.v_proj.weight.copy_(torch.eye(32))
-                layer.self_attn.o_proj.weight.copy_(0.35 * torch.eye(32))
-            layer.mlp = Table(tables[index], 16.0 if tables[index] is HOP2 else 4.0)
-    return native(module)
+def answers(model: NativeModel, task: PlantedTask) -> list[int]:
+    return model_logits(model, torch.tensor([example.tokens for example in task.examples]))[:, -1].argmax(-1).tolist()
 
 
-def answers(model: NativeModel, tokens: Tensor) -> list[int]:
-    return model_logits(model, tokens)[:, -1, :V].argmax(-1).tolist()
-
-
-def test_a_model_that_hops_too_late_is_mended_exactly_where_it_must_be() -> None:
-    model = planted([{}, HOP2, HOP1, {}])
-    unembed = model.unembedding()
-    for entity in range(4):
-        tokens = torch.tensor([[IS, entity]])
-        right = HOP2[HOP1[entity]]
-        assert answers(model, tokens) == [HOP1[entity]]
-        cells = grid(model, tokens, 1)
-        mended = {c for c, last in cells.items() if int((unembed.norm(last) @ unembed.weight.T)[:V].argmax()) == right}
-        assert mended == {(s, t) for s in (2, 3) for t in (-1, 0)}
+@pytest.mark.parametrize("name", ["C1", "C3"])
+def test_a_model_that_hops_too_late_is_mended_exactly_where_it_must_be(name: str) -> None:
+    model, task = planted(name)
+    unembed, position = model.unembedding(), task.position(task.examples[0], "e1")
+    expected = patches(task)
+    assert expected == {(s, t) for s in range(5, 8) for t in range(-1, 2)}
+    for example in task.examples[::32]:
+        tokens = torch.tensor([example.tokens])
+        assert int(model_logits(model, tokens)[0, -1].argmax()) != example.answer
+        cells = grid(model, tokens, position)
+        named = {cell: int((unembed.norm(last) @ unembed.weight.T).argmax()) for cell, last in cells.items()}
+        assert {cell for cell, word in named.items() if word == example.answer} == expected
 
 
 def test_a_model_with_its_hops_in_order_needs_no_patch() -> None:
-    model = planted([{}, HOP1, HOP2, {}])
-    assert answers(model, torch.tensor([[IS, e] for e in range(8)])) == [HOP2[HOP1[e]] for e in range(8)]
+    model, task = planted("B1")
+    assert answers(model, task) == [example.answer for example in task.examples]
 
 
 def test_knocking_out_the_only_path_leaves_chance() -> None:
     from probes.edits import KnockOut, logits
 
-    model = planted([{}, HOP1, HOP2, {}], reads_entity=0)
-    tokens = torch.tensor([[e, IS] for e in range(8)])
-    right = [HOP2[HOP1[e]] for e in range(8)]
-    assert answers(model, tokens) == right
-    cut = KnockOut((0,), queries=(1,), keys=(0,))
-    after = logits(model, tokens, [cut])[:, -1, :V].argmax(-1).tolist()
+    model, task = planted("A3")
+    tokens = torch.tensor([example.tokens for example in task.examples])
+    right = [example.answer for example in task.examples]
+    (mover,) = task.record.question("moved:attribute:r>ask").truth  # type: ignore[misc,union-attr]
+    layer, ask, relation = int(mover.split(".")[0]), tokens.shape[1] - 1, task.record.positions["r"]
+    cut = KnockOut((layer,), queries=(ask,), keys=(relation,))
+    after = logits(model, tokens, [cut])[:, -1].argmax(-1).tolist()
     assert len(set(after)) == 1
-    elsewhere = KnockOut((1, 2, 3), queries=(1,), keys=(0,))
-    assert logits(model, tokens, [elsewhere])[:, -1, :V].argmax(-1).tolist() == right
+    others = tuple(other for other in range(8) if other != layer)
+    elsewhere = KnockOut(others, queries=(ask,), keys=(relation,))
+    assert logits(model, tokens, [elsewhere])[:, -1].argmax(-1).tolist() == right
 
 
 def test_the_diagonal_is_a_no_op_and_so_are_identity_blocks() -> None:
@@ -165,9 +137,13 @@ def test_the_diagonal_is_a_no_op_and_so_are_identity_blocks() -> None:
         for (s, t), last in grid(model, tokens, position).items():
             if s == t:
                 torch.testing.assert_close(last, plain, atol=1e-5, rtol=1e-5)
-    idle = planted([{}, {}, {}, {}])
-    plain = read(idle, torch.tensor([[IS, 3]]), [Address("resid_post", 3)])[Address("resid_post", 3)][0, -1]
-    assert all(torch.equal(last, plain) for last in grid(idle, torch.tensor([[IS, 3]]), 1).values())
+    empty = native(weights(Host(4, 32, words(w=32)), 8).module)
+    with torch.no_grad():
+        empty.module.model.embed_tokens.weight.copy_(torch.eye(32))  # type: ignore[union-attr,operator]
+    tokens = torch.tensor([[31, 3]])
+    plain = read(empty, tokens, [Address("resid_post", 3)])[Address("resid_post", 3)][0, -1]
+    assert plain.norm() > 0
+    assert all(torch.equal(last, plain) for last in grid(empty, tokens, 1).values())
 
 
 def test_impossible_resumptions_are_refused() -> None:
@@ -235,17 +211,16 @@ def test_the_analysis_finds_the_planted_hop(tmp_path: object) -> None:
     from probes.prompts import Prompt
     from probes.store import ActivationStore
 
-    model = planted([{}, HOP2, HOP1, {}])
-    fields = {e: {"answer_tokens": [HOP2[HOP1[e]]], "positions": [-1]} for e in range(6)}
-    prompts = [Prompt((IS, IS, e), None, fields[e]) for e in range(6)]
+    model, task = planted("C1")
+    chosen = task.examples[::24]
+    fields = [{"answer_tokens": [example.answer], "positions": [-1]} for example in chosen]
+    prompts = [Prompt(example.tokens, None, field) for example, field in zip(chosen, fields, strict=True)]
     analysis = BackPatching(include_embedding=True, cells="full")
     result = analysis.run(model, prompts, store=ActivationStore(tmp_path))  # type: ignore[arg-type]
     grid_table = result.tables["grid"]
     hits = grid_table[grid_table["success"]]
-    assert set(zip(hits["source_layer"], hits["target_layer"], strict=True)) == {
-        (s, t) for s in (2, 3) for t in (-1, 0)
-    }
-    assert set(grid_table["position"]) == {2}
+    assert set(zip(hits["source_layer"], hits["target_layer"], strict=True)) == patches(task)
+    assert set(grid_table["position"]) == {3}
     row = result.tables["summary"].iloc[0]
     assert (row["set"], row["n"], row["baseline_rate"]) == ("incorrect", 6, 0.0)
     assert row["oracle_rate"] == row["best_cell_rate"] == row["held_out_rate"] == 1.0

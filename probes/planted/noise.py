@@ -18,7 +18,7 @@ from probes.planted.record import Disguise, Question
 from probes.planted.stream import BALANCE, CONSTANT
 from probes.planted.task import PlantedTask
 
-SIZES = (0.3, 0.2, 0.1, 0.05, 0.02)
+SIZES = (0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
 """Weight noise as a share of a matrix's root mean square; the largest that leaves the answers is taken."""
 KEPT = 0.95
 """Share of named words that a disguise has to leave as they were."""

@@ -60,7 +60,7 @@ def test_a_saved_run_reads_back_and_has_a_page(ran: Ran, tmp_path: Path) -> None
 
 def test_words_claim_nothing_without_an_interval(ran: Ran) -> None:
     said = " ".join(sentences(ran.scored.summary))
-    assert "too few for an interval" in said
+    assert "too few clusters for an interval" in said
     assert "nearer than" not in said
     assert "abstains" not in said
     table = readme_table(ran.scored.summary)

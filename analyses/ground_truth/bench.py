@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analyses.ground_truth.answers import Answer, digest, from_json, to_json
+from analyses.ground_truth.report import render
 from analyses.ground_truth.score import Scored, score
 from analyses.results.provenance import versions
 from probes.errors import ModelError, OptionError
@@ -53,8 +54,6 @@ class Ran:
 
     def save(self, folder: str | Path) -> Path:
         """Write `answers.json`, `records.json`, `run.json`, `tables/*.parquet` and `report.html`; return the folder."""
-        from analyses.ground_truth.report import render
-
         folder = Path(folder)
         (folder / "tables").mkdir(parents=True, exist_ok=True)
         scored = self.scored

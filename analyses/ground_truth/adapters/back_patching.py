@@ -15,8 +15,8 @@ from probes.planted.record import Question
 from probes.planted.task import PlantedTask
 from probes.prompts import Prompt
 
-PROMPTS = 8
-"""Questions that get a grid; enough for a rate of one to stand clear of one half, and of a control of zero."""
+PROMPTS = 12
+"""Questions that get a grid; enough for a rate of one to stand clear of one half, and of controls up to a quarter."""
 
 
 def runs(task: PlantedTask, questions: Sequence[Question]) -> list[Run]:

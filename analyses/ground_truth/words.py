@@ -14,6 +14,10 @@ ABSTAINS, ALWAYS = 0.2, 0.5
 """Rates of false positives below which a method counts as abstaining, and above which as answering whatever it is asked."""
 
 
+CONSTANT = "control: constant"
+"""The control of the short table: always the middle layer, or every candidate alike."""
+
+
 def sentences(summary: pd.DataFrame) -> list[str]:
     """Return one sentence for each method, kind of question and tier."""
     return [sentence(row) for row in summary.to_dict("records")]
@@ -88,9 +92,17 @@ def share(row: Mapping[Any, Any], name: str) -> str:
 
 
 def readme_table(summary: pd.DataFrame, tiers: Sequence[str] = ("compiled", "noised", "trained")) -> str:
-    """Return the summary as a markdown table: a line a method and kind, a column a tier."""
+    """Return the summary as a markdown table: by kind a line for each method, then that of the constant control.
+
+    Kinds that only controls answer, and the other controls, are left to the report.
+    """
+    control = summary["method"].str.startswith("control")
+    kinds = list(dict.fromkeys(summary.loc[~control, "kind"]))
+    shown = summary[(~control | (summary["method"] == CONSTANT)) & summary["kind"].isin(kinds)]
+    order = shown["kind"].map(kinds.index) * 2 + shown["method"].str.startswith("control")
+    shown = shown.loc[order.sort_values(kind="stable").index]
     lines = [f"| method | asked | {' | '.join(tiers)} |", "|---" * (len(tiers) + 2) + "|"]
-    for (method, kind), group in summary.groupby(["method", "kind"], sort=False):
+    for (method, kind), group in shown.groupby(["method", "kind"], sort=False):
         by_tier = {row["tier"]: row for row in group.to_dict("records")}
         cells = [_cell(by_tier[tier]) if tier in by_tier else "" for tier in tiers]
         if any(cells):

@@ -297,8 +297,8 @@ def test_what_was_started_and_what_came_of_it_stands_above_the_form(line: Line) 
 
 def test_each_phase_is_named_and_saving_comes_last_on_a_full_bar() -> None:
     shares = [Status("running", phase, "x", done=1, total=4).share for phase in PHASES]
-    assert shares == [0.25, 0.25, 0.25, 1.0]
-    assert [Status("running", phase, "x").share for phase in PHASES] == [None, None, None, 1.0]
+    assert shares == [0.25] * (len(PHASES) - 1) + [1.0]
+    assert [Status("running", phase, "x").share for phase in PHASES] == [None] * (len(PHASES) - 1) + [1.0]
     assert [steps(phase).split(":")[0] for phase in PHASES] == [f"step {n} of 3" for n in range(1, 4)]
 
 

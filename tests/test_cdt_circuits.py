@@ -227,7 +227,7 @@ def test_every_phase_over_prompts_says_how_far_it_is(granularity: Any) -> None:
     assert all(total == done for _, total, done in watch.phases), watch.phases
     phases = {
         "prompt traced", "prompt scored", "prompt attributed", "prompt scored by paper rules", "prompt ablated",
-        "prompt's MLPs", "prompt's circuits", "prompt's words",
+        "prompt's MLPs", "prompt's MLPs compared", "prompt's circuits", "prompt's words",
     }  # fmt: skip
     assert {what for what, *_ in watch.phases} - {"prompt by position", "prompt searched"} == phases
 

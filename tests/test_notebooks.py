@@ -82,7 +82,7 @@ def _sound(done: Executed) -> None:
 
 
 def test_there_is_a_tour_and_a_notebook_for_every_analysis() -> None:
-    assert {"tour", *ANALYSES} == set(NAMES)
+    assert {"tour", "depth_bench", *ANALYSES} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -215,7 +215,7 @@ def test_lenses(execute: Execute) -> None:
     assert done["kl"]["tuned"]["29"] == pytest.approx(0, abs=1e-4)
     assert done["ends"]["agrees"]["min"]
     assert done["ends"]["kl_to_final"]["max"] < 1e-3
-    assert done["forwards"] == [1, 0]
+    assert done["forwards"][1] == 0, "another lens reads the same rows"
     assert all(error > 0.05 for error in done["errors"].values())
     assert done["lift"]
 

@@ -103,7 +103,7 @@ def fit(
                 model, corpus, ActivationStore(store), offsets=steps, seed=seed, progress=progress
             )
             lens = save_lens(fitted.lens, out)
-            say(f"{count(captured.done.forwards, 'forward pass')}, {fitted.rows_fitted:,} rows fitted")
+            say(f"{count(captured.done.forwards, 'forward pass')}, {count(fitted.rows_fitted, 'row')} fitted")
     finally:
         progress.stop()
     for line in described(lens.card):

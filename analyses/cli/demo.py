@@ -59,7 +59,7 @@ DEMO = (
     ),
     Step(CommunicationChannels(task="none"), CommunicationChannels(n_prompts=24, laundry_items=(2, 3, 4)), 8),
     Step(
-        Lenses(task="two_hop", n_prompts=6, fit_texts=30, eval_texts=10),
+        Lenses(task="two_hop", lenses=("logit", "tuned"), n_prompts=6, fit_texts=30, eval_texts=10),
         Lenses(task="two_hop", n_prompts=12, fit_texts=60, eval_texts=12),
         10,
     ),
@@ -93,8 +93,8 @@ DEMO = (
     ),
     Step(
         DepthUse(
-            parts=("block",), bits=(8,), windows=(2,), skip_prompts=2, erasure_prompts=0, gradient_prompts=0, greedy_steps=0,
-            drop_blocks=0, stride=3,
+            parts=("block",), bits=(8,), windows=(2,), skip_prompts=1, erasure_prompts=0, gradient_prompts=0, greedy_steps=0,
+            drop_blocks=0, stride=5,
         ),
         DepthUse(
             parts=("block",), bits=(4,), windows=(2,), skip_prompts=4, erasure_prompts=1, gradient_prompts=0, greedy_steps=1,

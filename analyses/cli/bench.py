@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from analyses.cli.console import PLAIN
 from probes.errors import OptionError, unknown
 
 
@@ -18,6 +19,11 @@ def benchmarks() -> dict[str, Path]:
     return {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
 
 
+command = typer.Typer(**PLAIN)
+"""The command by itself, whose flags are those of the script."""
+
+
+@command.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="Which benchmark; its own flags follow it.")] = "capture",

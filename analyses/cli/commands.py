@@ -26,7 +26,7 @@ COMMANDS = {
     "lens": ("analyses.cli.lens:group", "Lenses: fitted on a model's text, kept as files, read by analyses."),
     "models": ("analyses.cli.models:group", "Models at hand."),
     "check": ("analyses.cli.check:check", "Check a model's identities on every backend."),
-    "bench": ("analyses.cli.bench:bench", "Measure side by side with other tools."),
+    "bench": ("analyses.cli.bench:command", "Measure side by side with other tools."),
 }
 """Command to where its function or group lies, and what a list of commands says of it."""
 
@@ -74,7 +74,8 @@ class _Commands(_LazyGroup):
         module, _, attribute = COMMANDS[name][0].partition(":")
         command = getattr(import_module(module), attribute)
         if isinstance(command, typer.Typer):
-            return typer.main.get_group(command)
+            alone = len(command.registered_commands) == 1
+            return typer.main.get_command(command) if alone else typer.main.get_group(command)
         return command_named(name, command)
 
 

@@ -59,7 +59,7 @@ DEMO = (
     ),
     Step(CommunicationChannels(task="none"), CommunicationChannels(n_prompts=24, laundry_items=(2, 3, 4)), 8),
     Step(
-        Lenses(task="two_hop", lenses=("logit", "tuned"), n_prompts=6, fit_texts=30, eval_texts=10),
+        Lenses(task="two_hop", n_prompts=6, fit_texts=10, eval_texts=10),
         Lenses(task="two_hop", n_prompts=12, fit_texts=60, eval_texts=12),
         10,
     ),

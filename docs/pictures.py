@@ -31,7 +31,7 @@ def keep(shot: bytes, name: str) -> None:
 
 def depth_axis(browser: Any, runs: Path) -> None:
     """Take the figure of all analyses from the demo's report."""
-    page = browser.new_page(viewport={"width": 1440, "height": 900}, device_scale_factor=1)
+    page = browser.new_page(viewport={"width": 1800, "height": 900}, device_scale_factor=1)
     page.goto((runs / "report.html").resolve().as_uri())
     page.wait_for_selector("#depth .plot .main-svg", timeout=PATIENCE)
     page.wait_for_timeout(SETTLED)

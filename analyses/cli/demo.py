@@ -94,7 +94,7 @@ DEMO = (
     Step(
         DepthUse(
             parts=("block",), bits=(8,), windows=(2,), skip_prompts=1, erasure_prompts=0, gradient_prompts=0, greedy_steps=0,
-            drop_blocks=0, stride=5,
+            drop_blocks=0, stride=3,
         ),
         DepthUse(
             parts=("block",), bits=(4,), windows=(2,), skip_prompts=4, erasure_prompts=1, gradient_prompts=0, greedy_steps=1,

@@ -4,6 +4,7 @@ from probes.edits.attention import KnockOut
 from probes.edits.block_order import BlockPath, repeat, skip
 from probes.edits.edit import Edit, Scope, altered, decoding_writes, generate, logits, read, resolve, writes_of
 from probes.edits.points import Add, Coefficients, PointEdit, Replace, Scale, project_out
+from probes.edits.programs import Program
 from probes.edits.values import Source, Values
 from probes.edits.weights import HeadWriteEdit
 
@@ -15,6 +16,7 @@ __all__ = [
     "HeadWriteEdit",
     "KnockOut",
     "PointEdit",
+    "Program",
     "Replace",
     "Scale",
     "Scope",

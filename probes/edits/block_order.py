@@ -1,4 +1,4 @@
-"""Edits of the order in which a model's blocks run: left out, repeated or exchanged."""
+"""Edits of the order in which a model's blocks run: left out, repeated, exchanged or run side by side."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from typing import ClassVar
 from torch import Tensor
 
 from probes.blocks.rerouting import Caller, rerouted
-from probes.errors import OptionError, PointError
+from probes.edits.program_runs import run_step
+from probes.edits.programs import Program
+from probes.errors import OptionError
 from probes.models.protocol import Model, Shape, Write
 from probes.points import Address
 
 
 @dataclass(frozen=True)
 class BlockPath:
-    """The blocks run in this order instead of 0, 1, 2, ...: left out, repeated or exchanged.
+    """The blocks run as a program says instead of 0, 1, 2, ....
 
     A block that runs several times cannot be read. Writing goes without a cache, as `probes.edits.generate` does.
     """
 
-    order: tuple[int, ...]
+    program: Program
 
     uncached: ClassVar[bool] = True
 
     def text(self) -> str:
         """Return the edit as it enters store keys."""
-        return f"block_path({','.join(map(str, self.order))})"
+        return f"block_path({self.program.listed()})"
 
     def writes(self, shape: Shape, lengths: Sequence[int] | None = None) -> Mapping[Address, Write]:
         """Return none: a path changes the order of the blocks, not a tensor."""
@@ -41,25 +43,24 @@ class BlockPath:
         Raises:
             PointError: a block this model does not have, or a backend without access to its blocks.
         """
-        n = model.shape.n_layers
-        if bad := [layer for layer in self.order if not 0 <= layer < n]:
-            raise PointError(f"block {bad[0]} in a path: legal blocks are 0 to {n - 1}")
-        if self.order == tuple(range(n)):
+        n_layers = model.shape.n_layers
+        self.program.check(n_layers)
+        if self.program.is_plain(n_layers):
             yield
             return
 
-        def program(hidden: Tensor, call: Caller) -> Tensor:
-            for layer in self.order:
-                hidden = call(layer, hidden)
+        def route(hidden: Tensor, call: Caller) -> Tensor:
+            for step in self.program.steps:
+                hidden = run_step(call, step, hidden, self.program.mean)
             return hidden
 
-        with rerouted(model, program, cached=False):
+        with rerouted(model, route, cached=False):
             yield
 
 
 def skip(n_layers: int, *layers: int) -> BlockPath:
     """Return the path that leaves out these blocks."""
-    return BlockPath(tuple(layer for layer in range(n_layers) if layer not in layers))
+    return BlockPath(Program.of(layer for layer in range(n_layers) if layer not in layers))
 
 
 def repeat(n_layers: int, first: int, last: int, times: int = 2) -> BlockPath:
@@ -73,4 +74,4 @@ def repeat(n_layers: int, first: int, last: int, times: int = 2) -> BlockPath:
             f"repeat blocks {first}..{last} {times} times: legal are spans inside 0..{n_layers - 1}, times >= 1"
         )
     span = tuple(range(first, last + 1))
-    return BlockPath((*range(first), *span * times, *range(last + 1, n_layers)))
+    return BlockPath(Program.of((*range(first), *span * times, *range(last + 1, n_layers))))

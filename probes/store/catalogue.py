@@ -57,7 +57,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class _Opened:
+class _Connected:
     process: int
     inode: int
     connection: sqlite3.Connection
@@ -307,9 +307,9 @@ class Catalogue:
             )
             return int(connection.execute(query, [context]).fetchone()[0])
 
-    def _opened(self) -> _Opened | None:
+    def _opened(self) -> _Connected | None:
         """Return the connection of this thread of this process."""
-        opened: _Opened | None = getattr(self._local, "opened", None)
+        opened: _Connected | None = getattr(self._local, "opened", None)
         return opened if opened and opened.process == os.getpid() else None
 
     def _connection(self) -> sqlite3.Connection:
@@ -333,7 +333,7 @@ class Catalogue:
                 raise self.damaged("its tables are not a catalogue's")
             # Otherwise the file was replaced while it was opened, and which of the two this is cannot be known.
             if inode in (-1, self.inode()):
-                self._local.opened = _Opened(os.getpid(), self.inode(), connection)
+                self._local.opened = _Connected(os.getpid(), self.inode(), connection)
                 return connection
             connection.close()
 

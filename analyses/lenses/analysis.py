@@ -59,6 +59,9 @@ class Lenses(Analysis):
     n_prompts: int = option(40, "two_hop: how many questions.", low=2)
     top_k: int = option(5, "How many of the most probable tokens to list.", low=1, high=100)
     ks: tuple[int, ...] = option((1, 10), "Watched tokens count as read among the first k.", low=1)
+    fit_on: Literal["shipped", "prompts"] = option(
+        "shipped", "What tuned is fitted on: shipped sentences, or the prompts themselves, each a text to hold out."
+    )
     fit_texts: int = option(150, "Shipped sentences that tuned is fitted on.", low=5)
     eval_prompts: str = option("", "File of text to judge lenses by; shipped sentences none was fitted on by default.")
     eval_texts: int = option(50, "How many texts to judge by; 0 judges by none.", low=0)
@@ -144,7 +147,7 @@ class Lenses(Analysis):
         model.unembedding()
         lines = self.collect(model, prompts)
         activations = capture(model, [line.tokens for line in lines], [NEED], store, progress=progress)
-        lenses = self._lenses(model, store, progress)
+        lenses = self._lenses(model, lines, store, progress)
         tables = {"lenses": _cards(lenses), **_read(activations, lines, lenses, self.top_k)}
         watched, notes = watched_of(lines, model)
         if watched:
@@ -167,11 +170,13 @@ class Lenses(Analysis):
         notes += [f"{name}: {lens.card.sentence()}" for name, lens in lenses.items()]
         return make_result(self, model, lines, tables, activations, clock, notes)
 
-    def _lenses(self, model: Model, store: ActivationStore, progress: Progress) -> dict[str, Lens]:
+    def _lenses(
+        self, model: Model, prompts: Sequence[Prompt], store: ActivationStore, progress: Progress
+    ) -> dict[str, Lens]:
         lenses: dict[str, Lens] = {}
         for name in self.lenses:
             if name == "tuned":
-                texts = shipped_texts(model, self.fit_texts, self.seed)
+                texts = self._fitted_on(model, prompts)
                 lenses[name] = fit_tuned_on(model, texts, store, seed=self.seed, progress=progress)[0].lens
             elif name == "patchscope":
                 into = None if self.target_layer == "same" else int(self.target_layer)
@@ -180,6 +185,12 @@ class Lenses(Analysis):
                 label = name if name == "logit" else Path(name).name
                 lenses[label] = chosen_lens(name, model, allow_other_weights=self.allow_other_weights)
         return lenses
+
+    def _fitted_on(self, model: Model, prompts: Sequence[Prompt]) -> Texts:
+        if self.fit_on == "shipped":
+            return shipped_texts(model, self.fit_texts, self.seed)
+        sequences = tuple(dict.fromkeys(prompt.tokens for prompt in prompts))
+        return Texts(sequences, tuple(range(len(sequences))), "the prompts read")
 
     def _texts(self, model: Model, lenses: Mapping[str, Lens]) -> Texts:
         drawn = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -33,17 +33,17 @@ def draw_items(rng: np.random.Generator, items: Sequence[Item], size: int) -> li
     return [items[int(i)] for i in rng.choice(len(items), min(size, len(items)), replace=False)]
 
 
-def draw_per_layer(
-    rng: np.random.Generator, items: Sequence[Item], layer_of: Mapping[Item, Hashable], circuit: Sequence[Item]
-) -> list[Item]:
-    """Draw a random circuit with as many items of each layer as `circuit` has."""
-    drawn: list[Item] = []
-    counts: dict[Hashable, int] = {}
-    for item in circuit:
-        counts[layer_of[item]] = counts.get(layer_of[item], 0) + 1
-    for layer, n in counts.items():
-        drawn += draw_items(rng, [item for item in items if layer_of[item] == layer], n)
-    return drawn
+def draw_per_layer(rng: np.random.Generator, layers: NDArray[np.intp], circuit: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Draw a random circuit with as many items of each layer as `circuit` has.
+
+    Args:
+        rng: draws.
+        layers: of all items, [item].
+        circuit: places of its items among all.
+    """
+    numbers = zip(*np.unique(layers[circuit], return_counts=True), strict=True)
+    drawn = [rng.choice(np.flatnonzero(layers == layer), n, replace=False) for layer, n in numbers]
+    return np.concatenate(drawn) if drawn else circuit
 
 
 def band(random: Array) -> tuple[float, float]:

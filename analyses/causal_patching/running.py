@@ -50,6 +50,11 @@ class Run:
             points |= addresses(self.plan.cells(self.model.shape, self.pairs[0], direction))
         return Opener(self.model, self.metrics, frozenset(points))
 
+    @property
+    def groups(self) -> NDArray[np.int64]:
+        """The group of every pair, numbered from 0, [pair]."""
+        return pd.factorize(np.array([pair.group for pair in self.pairs]))[0].astype(np.int64)
+
     def noises(self, pair: Pair) -> list[Tensor | None]:
         """Return the noise of each corrupted run of a pair."""
         return noisy_runs(pair, self.noise, self.model.shape.d_model)

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from analyses.results.statistics import MIN_CLUSTERS, draw_groups, percentiles
 
@@ -67,21 +67,21 @@ def resampled_faithfulness(values: Array, full: Array, empty: Array, seed: int) 
 class Areas:
     """Areas under faithfulness f over the size of circuits, as shares of all items (Mueller et al. 2025, "MIB", arXiv 2504.13151)."""
 
-    cpr: float
-    """Trapezoid area under f."""
-    cmd: float
+    cpr: Array
+    """Trapezoid area under f, [...]."""
+    cmd: Array
     """Trapezoid area under |1 - f|."""
-    cpr_log: float
+    cpr_log: Array
     """The same over the logarithm of the share, divided by the logarithm's span, so that f = 1 gives 1."""
-    cmd_log: float
+    cmd_log: Array
 
 
-def areas(shares: Sequence[float], faithfulness: Sequence[float]) -> Areas:
-    """Return the areas of a curve; shares in (0, 1], rising."""
+def areas(shares: ArrayLike, faithfulness: ArrayLike) -> Areas:
+    """Return the areas of curves [..., size]; shares in (0, 1], rising."""
     x, f = np.asarray(shares, dtype=np.float64), np.asarray(faithfulness, dtype=np.float64)
     away, log = np.abs(1 - f), np.log(x)
     span = float(log[-1] - log[0]) or 1.0
-    return Areas(*(float(np.trapezoid(y, along) / unit) for along, unit in ((x, 1.0), (log, span)) for y in (f, away)))
+    return Areas(*(np.trapezoid(y, along) / unit for along, unit in ((x, 1.0), (log, span)) for y in (f, away)))
 
 
 def random_columns(own: float, random: Array) -> tuple[float, float, float, float]:

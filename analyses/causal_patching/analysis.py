@@ -11,8 +11,8 @@ import pandas as pd
 
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.causal_patching import costs
-from analyses.causal_patching.cells import Component, check_components
 from analyses.causal_patching.ablation import AblationKind
+from analyses.causal_patching.cells import Component, check_components
 from analyses.causal_patching.circuit_tables import SHARES, CircuitPlan
 from analyses.causal_patching.corruption import Noise, SigmaOver, element_deviation
 from analyses.causal_patching.decision import window_table

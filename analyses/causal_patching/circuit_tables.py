@@ -16,7 +16,6 @@ from analyses.causal_patching.levels import Indices, Level, circuit_metrics, lev
 from analyses.causal_patching.running import Run
 from analyses.causal_patching.verification import agreement
 from analyses.circuits import (
-    Areas,
     areas,
     at_shares,
     draw_per_layer,
@@ -110,9 +109,7 @@ def circuit_tables(
     n_items = len(level.layers)
     sizes = sizes_of([share for share in plan.shares if round(share * n_items) > 0], n_items)
     circuits = _planned(scores, level, halves, sizes, plan)
-    values = circuit_metrics(
-        run, level, circuits.items, plan.ablation, progress, np.stack(circuits.on, axis=1)
-    )
+    values = circuit_metrics(run, level, circuits.items, plan.ablation, progress, np.stack(circuits.on, axis=1))
     table, area = [], []
     for method, support in scores.items():
         for split, ordering in halves.items():
@@ -121,7 +118,11 @@ def circuit_tables(
             named: dict[str, object] = {"method": method, "level": plan.level, "ablation": plan.ablation}
             table += [named | row for row in curves.rows()]
             exact = scores.get("exact") if method != "exact" else None
-            rank = agreement(support[tried], exact[tried], run.groups[tried], plan.seed, method != "atp_star") if exact is not None else {}
+            rank = (
+                agreement(support[tried], exact[tried], run.groups[tried], plan.seed, method != "atp_star")
+                if exact is not None
+                else {}
+            )
             area.append(named | curves.areas() | rank)
     return pd.DataFrame(table), pd.DataFrame(area)
 
@@ -210,20 +211,17 @@ class _Curves:
         ends = self.values[:, 0], self.values[:, 1]
         for name, ordered_by in AREAS.items():
             own = self._own(ordered_by)
-            drawn = [getattr(self._area(f), name) for f in resampled_faithfulness(own, *ends, self.seed)]
-            low, high = percentiles(drawn, len(own))
-            row |= {name: getattr(self._area(self._kept(own)), name)}
+            drawn = areas(self.shares, resampled_faithfulness(own, *ends, self.seed))
+            low, high = percentiles(getattr(drawn, name), len(own))
+            row |= {name: float(getattr(areas(self.shares, self._kept(own)), name))}
             row |= {f"{name}_low": float(low), f"{name}_high": float(high)}
         for kind, random in (
             ("random", self._random("random", "random")),
             ("random_per_layer", self._random(self.method, "random_per_layer")),
         ):
-            drawn_areas = [self._area(f) for f in random]
             for name in ("cpr", "cmd"):
-                values = [getattr(area, name) for area in drawn_areas]
-                row[f"{kind}_{name}"] = float(np.mean(values)) if values else np.nan
+                row[f"{kind}_{name}"] = (
+                    float(getattr(areas(self.shares, random), name).mean()) if len(random) else np.nan
+                )
         at = at_shares(pd.DataFrame({"share": self.shares, "f": self._kept(self._own("score"))}), (0.01, 0.05, 0.2))
         return row | dict(zip(("f_01", "f_05", "f_20"), at, strict=True))
-
-    def _area(self, kept: Array) -> Areas:
-        return areas(list(self.shares), list(kept))

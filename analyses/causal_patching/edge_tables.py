@@ -13,11 +13,11 @@ from torch import Tensor
 
 from analyses.causal_patching.edges import EdgeAttribution, Rule
 from analyses.causal_patching.graph import Edge, Sender, receivers_of, senders_of
-from analyses.causal_patching.grid import ResumedGrid
 from analyses.causal_patching.nodes import attribution_direction
 from analyses.causal_patching.opened import Opened, Opener, first_patched
 from analyses.causal_patching.pairs import Direction, Pair
 from analyses.causal_patching.paths import PathGrid, Through, sender_changes, written_points
+from analyses.causal_patching.resumed_grid import ResumedGrid
 from analyses.causal_patching.running import Run
 from analyses.causal_patching.statistics import ratios
 from analyses.causal_patching.verification import budget, ranked, verification_row

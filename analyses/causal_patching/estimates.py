@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from analyses.causal_patching.circuit_tables import CircuitPlan, circuit_tables
 from analyses.causal_patching.edge_tables import edge_tables, parallel_blocks, paths_table
 from analyses.causal_patching.edges import Rule
-from analyses.causal_patching.levels import ABLATIONS
 from analyses.causal_patching.graph import count_edges, parse_edges
+from analyses.causal_patching.levels import ABLATIONS
 from analyses.causal_patching.nodes import node_tables
 from analyses.causal_patching.paths import KvView, Through
 from analyses.causal_patching.running import Run

@@ -183,7 +183,10 @@ def circuit_metrics(
         progress: watches.
         tried: which circuits run on which pairs, [pair, circuit]; NaN elsewhere.
     """
-    which = {pair.index: np.ones(len(circuits), dtype=bool) if tried is None else tried[i] for i, pair in enumerate(run.pairs)}
+    which = {
+        pair.index: np.ones(len(circuits), dtype=bool) if tried is None else tried[i]
+        for i, pair in enumerate(run.pairs)
+    }
 
     def values(pair: Pair) -> Array:
         opened, own = ablated(run, pair, kind), which[pair.index]

@@ -124,5 +124,7 @@ def pairs(
         }  # fmt: skip
         subject = (second, second + len(prompt.subject))
         answers, distractors = (" " + prompt.indirect,), (" " + prompt.subject,)
-        drawn.append(TextPair(prompt.text, reference or flipped, answers, distractors, roles, subject, references=beside))
+        drawn.append(
+            TextPair(prompt.text, reference or flipped, answers, distractors, roles, subject, references=beside)
+        )
     return drawn

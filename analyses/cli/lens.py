@@ -66,7 +66,7 @@ def fit(
     freeze_qk: Annotated[bool, typer.Option(help="jacobian: take attention's weights as constants.")] = False,
     skip: Annotated[int, typer.Option(min=0, help="jacobian: first positions of a text left out.")] = 16,
     length: Annotated[int, typer.Option(min=2, help="jacobian: tokens of a text, at most.")] = 128,
-    dim_batch: Annotated[int, typer.Option(min=1, help="jacobian: cotangents carried back at once.")] = 16,
+    dim_batch: Annotated[int, typer.Option(min=1, help="jacobian: cotangents carried back at once.")] = 64,
     cotangents: Annotated[
         Literal["one_hot", "rademacher"], typer.Option(help="jacobian: one per dimension, or as many random signs.")
     ] = "one_hot",
@@ -139,7 +139,7 @@ def cost_lines(cost: FitCost) -> Iterator[str]:
     """What a Jacobian fit would take, and what would fit into an hour where it is longer."""
     yield (
         f"{count(cost.texts, 'text')}, {count(cost.backwards_per_text, 'batch', 'batches')} of cotangents each: about "
-        f"{cost.texts * cost.flops_per_text / 1e12:.3g} TFLOP, {human(cost.bytes)} of sums"
+        f"{cost.texts * cost.flops_per_text / 1e12:.3g} TFLOP, {human(cost.bytes)} of memory"
     )
     yield f"about {cost.seconds_per_text:.3g} s a text on this machine, {cost.seconds:.3g} s in all"
     if cost.seconds > HOUR:

@@ -53,8 +53,12 @@ def fit(
     offsets: Annotated[
         str, typer.Option(help="tuned: how many tokens ahead to read, such as 0,1,2; 0 is the next token.")
     ] = "0",
+    refine: Annotated[
+        int,
+        typer.Option(min=0, max=5000, help="tuned: steps of gradient descent on the divergence after the closed form."),
+    ] = 0,
     layers: Annotated[
-        str, typer.Option(help="jacobian: which layers, such as 0-28 or 4,8; all below the target by default.")
+        str, typer.Option(help="Which layers, such as 0-28 or 4,8; all below the last (or the target) by default.")
     ] = "",
     target: Annotated[
         Literal["last", "penultimate"], typer.Option(help="jacobian: the block whose output is differentiated.")
@@ -100,8 +104,9 @@ def fit(
         else:
             corpus = file_texts(model, prompts, texts) if prompts else shipped_texts(model, texts, seed)
             fitted, captured = fit_tuned_on(
-                model, corpus, ActivationStore(store), offsets=steps, seed=seed, progress=progress
-            )
+                model, corpus, ActivationStore(store), offsets=steps, layers=_layers(layers, model.shape.n_layers - 1),
+                refine=refine, seed=seed, progress=progress,
+            )  # fmt: skip
             lens = save_lens(fitted.lens, out)
             say(f"{count(captured.done.forwards, 'forward pass')}, {count(fitted.rows_fitted, 'row')} fitted")
     finally:

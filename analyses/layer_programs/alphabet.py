@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -26,14 +27,15 @@ class Alphabet:
     most: int
     """Block-runs of a program at most."""
 
-    def changes(self) -> list[Change]:
+    @cached_property
+    def changes(self) -> tuple[Change, ...]:
         """Return every single change: skips and repeats of spans up to `max_span`, exchanges of neighbours."""
         n, changes = self.n_layers, list[Change]()
         for width in range(1, min(self.max_span, n) + 1):
             for first in range(n - width + 1):
                 changes += [Jump(first, first + width)] if "skip" in self.moves else []
                 changes += [Jump(first + width, first)] if "repeat" in self.moves else []
-        return changes + ([Exchange(i, i + 1) for i in range(n - 1)] if "swap" in self.moves else [])
+        return (*changes, *([Exchange(i, i + 1) for i in range(n - 1)] if "swap" in self.moves else []))
 
     def legal(self, program: Program | None) -> bool:
         """Return whether a search may propose a program: some block runs, and not too many."""
@@ -52,7 +54,7 @@ class Alphabet:
     def children(self, changes: Sequence[Change]) -> dict[Program, tuple[Change, ...]]:
         """Return the programs that one more change makes, each with its changes."""
         children: dict[Program, tuple[Change, ...]] = {}
-        for change in self.changes():
+        for change in self.changes:
             for more, program in self.grown(changes, change):
                 if len(changes_of(program, self.n_layers)) > len(changes):
                     children.setdefault(program, more)
@@ -60,7 +62,7 @@ class Alphabet:
 
     def random(self, rng: np.random.Generator) -> Program:
         """Return a program of one to three changes, each drawn from the alphabet."""
-        alphabet = self.changes()
+        alphabet = self.changes
         while True:
             changes: tuple[Change, ...] = ()
             for _ in range(int(rng.integers(1, EDITS + 1))):

@@ -82,10 +82,13 @@ def random_programs(alphabet: Alphabet, ledger: Ledger, seed: int) -> list[Progr
     rng = np.random.default_rng((seed, 1))
     programs: list[Program] = []
     idle = 0
-    while idle < 20 and ledger.spent < ledger.budget:
-        drawn = [alphabet.random(rng) for _ in range(64)]
+    while idle < 20:
+        draws = dict.fromkeys(alphabet.random(rng) for _ in range(64))
+        drawn = [program for program in draws if program not in ledger.known]
         taken = ledger.take(drawn)
         programs += taken
+        if len(taken) < len(drawn):
+            break
         idle = 0 if taken else idle + 1
     return programs
 

@@ -19,7 +19,6 @@ from analyses.causal_patching.pairs import Pair, pair_of, resolved
 from analyses.causal_patching.running import Run
 from analyses.interventions import Tally
 from probes.errors import OptionError, PointError, PromptError
-from probes.models.backends.native import NativeModel
 from probes.progress import QUIET
 from probes.store import ActivationStore
 

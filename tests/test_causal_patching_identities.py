@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from analyses.causal_patching.levels import NodeLevel, circuit_metrics
 from families import make
 from real_tokenizers import tokenizer_of
 from scipy.stats import kstest
@@ -19,6 +18,7 @@ from analyses.causal_patching import CausalPatching
 from analyses.causal_patching.cells import Cell, window_of
 from analyses.causal_patching.decision import earliest_lasting, latest
 from analyses.causal_patching.grid import Sources, addresses, capture_values
+from analyses.causal_patching.levels import NodeLevel, circuit_metrics
 from analyses.causal_patching.nulls import null_partner
 from analyses.causal_patching.opened import Opener
 from analyses.causal_patching.pairs import pair_of, resolved

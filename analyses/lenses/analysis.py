@@ -45,6 +45,8 @@ from probes.store import ActivationStore
 WORDS = ("river", "seven", "blue")
 """Copied in the Patchscope's prompt."""
 NEED = Need(("resid_post.*", "embed"), ROWS)
+CHUNK = 16
+"""Prompts read at once."""
 
 
 @dataclass(frozen=True)
@@ -260,18 +262,21 @@ class Lenses(Analysis):
     def _read(
         self, activations: Activations, prompts: Sequence[Prompt], lenses: Mapping[str, Lens]
     ) -> dict[str, pd.DataFrame]:
-        """Tables `top` and `read` of prompts' positions, one lens after the other."""
+        """Tables `top` and `read` of prompts' positions, one lens after the other for some prompts at once."""
         model, layers = activations.model, self._layers(activations.model)
         tops, reads = [], []
-        for first, prompt in enumerate(prompts):
-            places = range(len(prompt.tokens))[self._read_from :]
-            where = positions_table(model, prompts, first, [places])
+        stream = {layer: activations.get(Address("resid_post", layer), ROWS) for layer in layers}
+        for first in range(0, len(prompts), CHUNK):
+            chunk = slice(first, first + CHUNK)
+            places = [range(len(prompt.tokens))[self._read_from :] for prompt in prompts[chunk]]
+            where = positions_table(model, prompts, first, places)
             rows = {
-                layer: activations.get(Address("resid_post", layer), ROWS)[first][places.start :] for layer in layers
+                layer: torch.cat([text[at.start :].float() for text, at in zip(texts[chunk], places, strict=True)])
+                for layer, texts in stream.items()
             }
             for name, lens in lenses.items():
-                readable = torch.cat([lens.readable(rows[layer].float(), layer).float() for layer in layers])
-                top, read = read_tables(model, readable, rows[layers[-1]].float(), where, self.top_k, layers)
+                readable = torch.cat([lens.readable(rows[layer], layer).float() for layer in layers])
+                top, read = read_tables(model, readable, rows[layers[-1]], where, self.top_k, layers)
                 tops.append(top.assign(lens=name))
                 reads.append(read.assign(lens=name))
         return {"top": pd.concat(tops, ignore_index=True), "read": pd.concat(reads, ignore_index=True)}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from probes import edits
 from probes.blocks.cached_prompt import CachedPrompt
 from probes.blocks.schedule import BlockSchedule
 from probes.blocks.together import together
+from probes.cache_folder import cache_root
 from probes.capture.needs import Need
 from probes.capture.run import capture
 from probes.edits import Edit, HeadWriteEdit, KnockOut, Replace, Scale, Source, Values, repeat, skip
@@ -240,3 +244,43 @@ def test_what_one_task_puts_in_place_no_other_one_sees() -> None:
         schedule.together([lambda: task("a"), lambda: task("b")])
         assert around == ["outside"]
     assert around == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_streamed_grids as grids
+from analyses.back_patching import BackPatching
+from probes.models import load_model
+from probes.store import ActivationStore
+
+model = load_model({folder!r}, device="cpu", streamed=True)
+read, passes = model.blocks.read, []
+
+def killing(layer):
+    passes.append(layer)
+    if passes.count(0) == 3 and layer == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read(layer)
+
+model.blocks.read = killing
+BackPatching(window=1).run(model, grids.QUESTIONS, store=ActivationStore({store!r}))
+"""
+
+
+def test_a_killed_grid_goes_on_from_its_last_finished_group(folder: Path, tmp_path: Path) -> None:
+    model, streamed = both(folder)
+    tests, store = str(Path(__file__).parent), str(tmp_path / "store")
+    killed = KILLED.format(tests=tests, folder=str(folder), store=store)
+    ended = subprocess.run([sys.executable, "-c", killed], capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    unfinished = cache_root() / "unfinished"
+    assert len(list(unfinished.iterdir())) == 1
+    result = BackPatching(window=1).run(streamed, QUESTIONS, store=ActivationStore(store))
+    # What was asked and opened is there; of the grid blocks 0 and 1 were done when the third was at work.
+    assert reads(streamed) == {2: 1, 3: 1, 4: 1}
+    assert list(unfinished.iterdir()) == [], "nothing is kept of finished work"
+    right = BackPatching(window=1).run(model, QUESTIONS, store=ActivationStore(tmp_path / "other"))
+    for name, table in right.tables.items():
+        pd.testing.assert_frame_equal(result.tables[name], table, rtol=1e-5, atol=1e-5)

@@ -36,7 +36,7 @@ from analyses.options import accept_old_names, option, validate
 from analyses.results.card import FigureSpec, ProfileSpec
 from analyses.results.result import Result
 from analyses.tasks.two_hop import sample
-from probes.blocks.together import together
+from probes.blocks.together import resumable, together
 from probes.capture.needs import Need
 from probes.capture.run import capture
 from probes.errors import OptionError, PromptError
@@ -163,20 +163,21 @@ class BackPatching(Analysis):
             raise PromptError(f"no prompt can be patched; the first reason: {dropped[0][1]}")
         judged = judge(model, questions, cases, store, progress)
         chosen = _chosen(judged, self.n_prompts)
-        tokens = [case.tokens for case in chosen]
-        opening: list[Callable[[], Any]] = [
-            partial(capture, model, tokens, self.needs(model), store, progress=progress),
-            partial(self._scope, model),
-            *(partial(OpenPrompt.at, model, case, self._names(case)) for case in chosen),
-        ]
-        activations, scope, *bases = together(model, opening)
-        opened: dict[int, dict[str, OpenPrompt]] = dict(zip((case.prompt for case in chosen), bases, strict=True))
-        progress.start(len(chosen), "question")
-        work: list[Callable[[], Any]] = [
-            *(partial(self._case, model, chosen, opened, progress, index) for index in range(len(chosen))),
-            *(partial(self._stage_rows, model, opened, scope, case) for case in chosen),
-        ]
-        outcomes = together(model, work)
+        with resumable(model, repr((self, [(case.tokens, case.positions) for case in chosen]))):
+            tokens = [case.tokens for case in chosen]
+            opening: list[Callable[[], Any]] = [
+                partial(capture, model, tokens, self.needs(model), store, progress=progress),
+                partial(self._scope, model),
+                *(partial(OpenPrompt.at, model, case, self._names(case)) for case in chosen),
+            ]
+            activations, scope, *bases = together(model, opening)
+            opened: dict[int, dict[str, OpenPrompt]] = dict(zip((case.prompt for case in chosen), bases, strict=True))
+            progress.start(len(chosen), "question")
+            work: list[Callable[[], Any]] = [
+                *(partial(self._case, model, chosen, opened, progress, index) for index in range(len(chosen))),
+                *(partial(self._stage_rows, model, opened, scope, case) for case in chosen),
+            ]
+            outcomes = together(model, work)
         grids, rows = outcomes[: len(chosen)], outcomes[len(chosen) :]
         forwards = sum(ran for _, ran in grids)
         everything = pd.concat([patched for patched, _ in grids], ignore_index=True)

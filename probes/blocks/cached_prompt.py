@@ -116,18 +116,36 @@ class CachedPrompt:
         ids, nothing = self._ids(self.tokens), _cache_of(0, self.model.shape.n_layers)
 
         def keep(hidden: Tensor, call: Caller) -> None:
+            run, done = self.model.saved_run(ids, hidden), 0
             self.entering.append(hidden[0, self.start :].clone())
-            for layer in range(self.model.shape.n_layers):
+            group: list[tuple[Tensor, Tensor, Tensor]] = []
+            for blocks, tensors in run.saved() if run else ():
+                done = blocks
+                at_end = {name: tensor.to(hidden.device) for name, tensor in tensors.items()}
+                for i in range(len(at_end) // 3):
+                    hidden = at_end[f"leaving.{i}"]
+                    self._append(hidden, at_end[f"keys.{i}"], at_end[f"values.{i}"])
+            for layer in range(done, self.model.shape.n_layers):
                 cache = _KeyValues(None)
                 hidden = call(layer, hidden, (nothing, cache))
-                self.entering.append(hidden[0, self.start :].clone())
-                keys, values = cache.suffix[layer]
-                self._prefix.append(keys[:, :, : self.start], values[:, :, : self.start])
-                self._base.append(keys[:, :, self.start :], values[:, :, self.start :])
+                self._append(hidden, *cache.suffix[layer])
+                if run:
+                    group.append((hidden, *cache.suffix[layer]))
+                if run and self.model.ends_group(layer):
+                    names = ("leaving", "keys", "values")
+                    at_end = {f"{n}.{i}": t for i, block in enumerate(group) for n, t in zip(names, block, strict=True)}
+                    run.save(layer + 1, at_end, instead=False)
+                    group.clear()
 
         with self.model.hooked({}, writes, (1, ids.shape[1])) if writes else nullcontext():
             call_blocks(self.model, ids, keep, past_key_values=nothing, use_cache=True)
         self._prepare()
+
+    def _append(self, leaving: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Keep what left a block, and its keys and values, all [1, ...] over the whole prompt."""
+        self.entering.append(leaving[0, self.start :].clone())
+        self._prefix.append(keys[:, :, : self.start], values[:, :, : self.start])
+        self._base.append(keys[:, :, self.start :], values[:, :, self.start :])
 
     @torch.no_grad()
     def _prepare(self) -> None:
@@ -209,7 +227,10 @@ class CachedPrompt:
         order = starts.argsort(stable=True)
         stream, cache = given.pop()[order].clone(), self._before()
         suffix: list[tuple[Tensor, Tensor]] = []
-        for layer in range(0 if keep else min(first_block), n_layers):
+        run, done = None if keep else self.model.saved_run(starts, stream), 0 if keep else min(first_block)
+        for blocks, tensors in run.saved() if run else ():
+            done, stream = blocks, tensors["rows"].to(stream.device)
+        for layer in range(done, n_layers):
             waiting = shelf.keep(stream)
             del stream
             with self.model.exclusive(), self.model.at(layer):
@@ -219,6 +240,8 @@ class CachedPrompt:
                     stream[:active] = self._call(layer, stream[:active], (self._cache, cache))
                 if keep:
                     suffix.append(self._suffix(layer, active, order, cache))
+                if run and self.model.ends_group(layer):
+                    run.save(layer + 1, {"rows": stream}, instead=True)
         last = torch.empty_like(stream[:, -1])
         last[order] = stream[:, -1]
         return Resumed(last, tuple(first_block), tuple(suffix))

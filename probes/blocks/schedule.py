@@ -37,6 +37,10 @@ class _Strand:
     """What has to be in place while a block runs."""
     inside: int | None = None
     """The block it has in place."""
+    path: tuple[int, ...] = ()
+    """Where it stands in the work: counts of what was begun before it, the same in every process."""
+    begun: int = 0
+    """Tasks and runs begun by it so far."""
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -198,10 +202,15 @@ class BlockSchedule(Generic[W]):
 
     def _some(self, works: Sequence[Callable[[], T]]) -> list[T]:
         # A task begins under the same reads, writes and alterations as the code that starts it.
-        strand = self._strand
+        strand, path = self._strand, self.next_path()
         tasks = [
-            _Task([(context, ExitStack()) for context, _ in strand.contexts], list(strand.alterations), work=work)
-            for work in works
+            _Task(
+                [(context, ExitStack()) for context, _ in strand.contexts],
+                list(strand.alterations),
+                path=(*path, index),
+                work=work,
+            )
+            for index, work in enumerate(works)
         ]
         parent = self._task
         if parent is not None:
@@ -214,6 +223,20 @@ class BlockSchedule(Generic[W]):
             with self._lock, strand.suspended():
                 self._drive(tasks)
         return [task.result for task in tasks]
+
+    def next_path(self) -> tuple[int, ...]:
+        """Return the place in the work of what the running code begins next."""
+        strand = self._strand
+        strand.begun += 1
+        return (*strand.path, strand.begun)
+
+    @contextmanager
+    def counted_anew(self) -> Iterator[None]:
+        """Count what the running code begins from the start inside."""
+        strand = self._strand
+        before, strand.begun = strand.begun, 0
+        yield
+        strand.begun = before
 
     @property
     def _task(self) -> _Task | None:

@@ -206,6 +206,22 @@ class LayerMajor(Protocol):
         """Return what tasks return that run this model, each block's weights read once for all that want it next."""
         ...
 
+    def resumable(self, key: str) -> AbstractContextManager[None]:
+        """Return a context in which finished groups of blocks are kept, until it ends well; `key` names the work."""
+        ...
+
+
+class SavedRun(Protocol):
+    """One run through the blocks, of which activations are kept at the ends of groups of blocks."""
+
+    def saved(self) -> list[tuple[int, dict[str, Tensor]]]:
+        """Return what was kept by an earlier process, as (blocks done, tensors) in order."""
+        ...
+
+    def save(self, done: int, tensors: Mapping[str, Tensor], instead: bool) -> None:
+        """Keep tensors after `done` blocks, instead of what was kept before or beside it."""
+        ...
+
 
 @runtime_checkable
 class BlockAccess(Model, Protocol):
@@ -245,6 +261,14 @@ class BlockAccess(Model, Protocol):
 
     def during(self, context: Callable[[], AbstractContextManager[Any]]) -> AbstractContextManager[None]:
         """Return a context inside which `context()` is entered, except while the model works on another task."""
+        ...
+
+    def saved_run(self, *entering: Tensor) -> SavedRun | None:
+        """Return where the run that these tensors enter is kept; None where nothing is kept of it."""
+        ...
+
+    def ends_group(self, layer: int) -> bool:
+        """Tell whether a saved run keeps its activations after block `layer`."""
         ...
 
     def hooked(

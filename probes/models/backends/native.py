@@ -14,7 +14,7 @@ from probes.blocks.schedule import ContextMaker
 from probes.cache_folder import cache_root
 from probes.hooks.forward_hooks import ForwardHooks
 from probes.models.backends.in_memory import LocalModel, evaluating
-from probes.models.protocol import Read, Write
+from probes.models.protocol import Read, SavedRun, Write
 from probes.points import Address
 from probes.shelf import Shelf
 
@@ -65,6 +65,14 @@ class NativeModel(LocalModel):
     def during(self, context: ContextMaker) -> AbstractContextManager[None]:
         """Enter the context."""
         return context()
+
+    def saved_run(self, *entering: Tensor) -> SavedRun | None:
+        """Return None: a run through blocks in memory is short."""
+        return None
+
+    def ends_group(self, layer: int) -> bool:
+        """Return False, as nothing is kept."""
+        return False
 
     @contextmanager
     def hooked(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property, partial
+from importlib.metadata import version
 from itertools import repeat
 from typing import Any, TypeVar
 
@@ -14,16 +15,18 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
+from probes.blocks.journal import Checkpoint, Journal, key_of
 from probes.blocks.rerouting import in_order, rerouted
 from probes.blocks.schedule import BlockSchedule, ContextMaker
-from probes.blocks.single_block import SingleBlockRunner, of_stage, steps
+from probes.blocks.single_block import SingleBlockRunner, of_stage, stage_of, steps
 from probes.cache_folder import cache_root
 from probes.errors import ModelError, PointError
 from probes.hooks.forward_hooks import Stop
 from probes.models.backends.native import NativeModel
+from probes.models.fingerprint.checksum import combined
 from probes.models.fingerprint.fingerprint import Fingerprint, fingerprint
 from probes.models.finite import check_finite
-from probes.models.protocol import Context, Faithfulness, Forward, Read, Write
+from probes.models.protocol import Context, Faithfulness, Forward, Read, SavedRun, Write
 from probes.models.sources.block_weights import BlockWeights
 from probes.models.sources.gradual_digest import GradualDigest
 from probes.models.verify.checked import Checked, CheckRecord
@@ -65,6 +68,7 @@ class StreamedModel(NativeModel):
     ) -> None:
         self.blocks, self.kept_bytes = blocks, KEPT_BYTES
         self._memory_bytes = memory_bytes
+        self._journal: Journal | None = None
         self.schedule = BlockSchedule(lambda layer: blocks.read(layer), blocks.placed)
         self._runner = SingleBlockRunner([module.get_submodule(path) for path in blocks.paths])
         super().__init__(module, tokenizer, ref=ref, weights=None, revision=revision)
@@ -81,6 +85,34 @@ class StreamedModel(NativeModel):
             BaseException: what the first failing task raised; the others are ended.
         """
         return self.schedule.together(tasks)
+
+    @contextmanager
+    def resumable(self, key: str) -> Iterator[None]:
+        """Keep finished groups of blocks inside, so that after a kill the same work goes on from the last of them.
+
+        Args:
+            key: names the work: all that decides it beside the model.
+        """
+        context = self.current()
+        name = combined([key, repr(context), version("bathyscope")])
+        self._journal = Journal(cache_root() / "unfinished" / name, self.shape.n_layers)
+        self._journal.clear_old()
+        try:
+            with self.schedule.counted_anew():
+                yield
+            self._journal.remove()
+        finally:
+            self._journal = None
+
+    def saved_run(self, *entering: Tensor) -> SavedRun | None:
+        """Return where the run that these tensors enter is kept; None outside of `resumable`."""
+        if self._journal is None:
+            return None
+        return Checkpoint(self._journal, key_of(self.schedule.next_path(), entering))
+
+    def ends_group(self, layer: int) -> bool:
+        """Tell whether a saved run keeps its activations after block `layer`."""
+        return self._journal is not None and self._journal.ends_group(layer)
 
     def run_all(self, forwards: Sequence[Forward]) -> Iterator[int]:
         """Run every forward, block by block; a block's weights are read once for as many forwards as are kept at once.
@@ -206,21 +238,33 @@ class StreamedModel(NativeModel):
         """The given forwards through every stage up to the last that one of them has an address in."""
         n_layers = self.anatomy.n_layers
         ends = {i: steps(forwards[i], n_layers) for i in part}
+        runs = {i: self._saved_forward(forwards[i]) for i in part}
+        kept, done = dict[int, Kept](), dict.fromkeys(part, 0)
+        for index, run in runs.items():
+            for blocks, tensors in run.saved() if run else ():
+                done[index], kept[index] = blocks, self.shelf.keep(tensors["entering"].to(self.device))
         n_blocks = min(max(ends.values()), n_layers)
-        kept: dict[int, Kept] = {}
-        for layer in range(n_blocks):
+        for layer in range(min(done.values()), n_blocks):
             with self.schedule.at(layer, layer + 1 if layer + 1 < n_blocks else None):
-                for index in part:
-                    if layer < ends[index]:
-                        entering = kept.pop(index).get(self.shelf) if layer else None
-                        leaving = self._stage(forwards[index], layer, entering)
-                        if layer + 1 < ends[index]:
-                            kept[index] = self.shelf.keep(leaving)
-                        yield index
+                for index in (i for i in part if done[i] <= layer < ends[i]):
+                    entering = kept.pop(index).get(self.shelf) if layer else None
+                    leaving = self._stage(forwards[index], layer, entering)
+                    if (
+                        (run := runs[index])
+                        and self.ends_group(layer)
+                        and layer < _first_read(forwards[index], n_layers)
+                    ):
+                        run.save(layer + 1, {"entering": leaving}, instead=True)
+                    if layer + 1 < ends[index]:
+                        kept[index] = self.shelf.keep(leaving)
+                    yield index
         for index in part:
             if ends[index] > n_layers:
                 self._stage(forwards[index], n_layers, kept.pop(index).get(self.shelf))
                 yield index
+
+    def _saved_forward(self, forward: Forward) -> SavedRun | None:
+        return self.saved_run(forward.tokens) if _first_read(forward, self.anatomy.n_layers) else None
 
     @torch.inference_mode()
     def _stage(self, forward: Forward, layer: int, entering: Tensor | None) -> Tensor:
@@ -265,6 +309,11 @@ class StreamedModel(NativeModel):
             logits = self._logits(tokens).cpu()
         stages.stage(guess.n_layers)
         return stages.evidence(logits)
+
+
+def _first_read(forward: Forward, n_layers: int) -> int:
+    """The first stage that something is read in, before which a forward may be gone on with."""
+    return min((stage_of(address, n_layers) for address in forward.reads), default=0)
 
 
 def _parts(forwards: Sequence[Forward], rows: int) -> Iterator[list[int]]:

@@ -25,7 +25,7 @@ from probes.blocks.together import together
 from probes.cache_folder import cache_root
 from probes.capture.needs import Need
 from probes.capture.run import capture
-from probes.edits import Edit, HeadWriteEdit, KnockOut, Replace, Scale, Source, Values, repeat, skip
+from probes.edits import Edit, FreezeNorm, HeadWriteEdit, KnockOut, Replace, Scale, Source, Texts, Values, repeat, skip
 from probes.models import load_model
 from probes.models.backends.streamed import StreamedModel
 from probes.models.protocol import Model
@@ -83,6 +83,16 @@ def test_every_edit_gives_what_it_gives_in_memory(folder: Path, name: str, tmp_p
     rows = capture(streamed, PROMPTS, needs, ActivationStore(tmp_path), edits=EDITS[name])
     assert capture(model, PROMPTS, needs, ActivationStore(tmp_path), edits=EDITS[name]).done.forwards == 0
     close(rows.packed("resid_post.4"), capture(model, PROMPTS, needs, ActivationStore(tmp_path / "b"), edits=EDITS[name]).packed("resid_post.4"))  # fmt: skip
+
+
+def test_a_frozen_norm_is_measured_and_frozen_block_by_block(folder: Path) -> None:
+    tokens = (5, 6, 7, 8)
+    rows = []
+    for model in both(folder):
+        frozen = FreezeNorm("mlp.*").resolved(model, Texts(tokens))
+        rows.append(edits.logits(model, torch.tensor([tokens]), [frozen]))
+    close(*rows)
+    assert not torch.allclose(rows[0], edits.logits(both(folder)[0], torch.tensor([tokens])), atol=1e-3)
 
 
 def test_a_grid_of_edits_reads_each_block_once(folder: Path) -> None:

@@ -101,7 +101,7 @@ class OpenPrompt:
     def _resumed(self, key: tuple[Edit, ...], ready: Sequence[Edit]) -> Run:
         assert self.base is not None
         if not ready:
-            clean = torch.stack(self.base.entering)
+            clean = torch.stack(self.base.entering[:])
             logprobs = self.logprobs(clean[-1][None], {})
             return Run(tuple(range(self.model.shape.n_layers)), clean, logprobs, len(clean) - 1)
         order = order_of(ready, self.model.shape.n_layers)

@@ -132,16 +132,16 @@ def test_the_jump_map_is_that_of_programs_run_whole(family: str) -> None:
         assert (final - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max())), program.text()
     last = Address("resid_post", 2)
     assert torch.equal(finals(model, tokens, [Program.plain(3)])[0], read(model, tokens, [last])[last][0])
-    plain = logits(model, tokens, [BlockPath((0, 1, 2))])
+    plain = logits(model, tokens, [BlockPath(Program.plain(3))])
     assert torch.equal(plain, logits(model, tokens))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "gpt_neox"])
 def test_a_path_gives_the_logits_of_its_program(family: str) -> None:
     model, tokens = native(shared(family)), prompt()
-    programs = [jump(3, 3, 1), jump(3, 0, 2), interchange(3, 0, 2)]
+    programs = [jump(3, 3, 1), jump(3, 0, 2), interchange(3, 0, 2), side_by_side(3, (0, 1))]
     for program, final in zip(programs, finals(model, tokens, programs), strict=True):
-        expected = logits(model, tokens, [BlockPath(program.order())])[0]
+        expected = logits(model, tokens, [BlockPath(program)])[0]
         torch.testing.assert_close(logits_of(model.unembedding(), final).detach(), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -469,7 +469,7 @@ def test_what_a_program_writes_is_what_greedy_decoding_writes() -> None:
     model = native(shared("llama"))
     program = jump(3, 2, 1)
     text = (5, 6, 7)
-    wrote = generate(model, list(text), 3, [BlockPath(program.order())])
+    wrote = generate(model, list(text), 3, [BlockPath(program)])
     for answer, expected in ((wrote, True), ([*wrote[:2], (wrote[2] + 1) % 97], False)):
         question = Question(0, text, tuple(answer), frozenset(answer[:1]), (), "a", "all", ())
         engine = Engine(model, [question], ("answer",), Tally(QUIET))

@@ -112,16 +112,6 @@ class Program:
         """Return every step, as store keys have it: `0,{1|2},3`."""
         return ",".join(str(step[0]) if len(step) == 1 else self._group(step) for step in self.steps)
 
-    def order(self) -> tuple[int, ...]:
-        """Return the blocks in the order in which they run.
-
-        Raises:
-            OptionError: blocks that run side by side.
-        """
-        if self.depth < self.runs:
-            raise OptionError(f"program {self.text()} runs blocks side by side: this takes one after the other")
-        return tuple(step[0] for step in self.steps)
-
     @property
     def runs(self) -> int:
         """How many blocks run, repeats counted: what the program costs."""

@@ -113,7 +113,7 @@ def swap_profile(tables: Tables) -> go.Figure:
         )
         _profile(figure, larger, "one in the other's place, the worse way", COLOURS[len(set(near["width"]))])
     finish(figure, x="lower block of the pair", y="nats from the plain prediction", height=420)
-    figure.update_yaxes(type="log")
+    figure.update_yaxes(type="log", dtick=1)
     return figure
 
 

@@ -21,7 +21,19 @@ HEAVY = ("torch", "pandas", "plotly", "transformers")
 EMPTY_NAMES = {"found", "mine", "wanted", "held", "made", "asked"}
 """Names that say nothing of the thing they stand for."""
 REPLACED_NAMES = {
-    *("Taps", "Gates", "handover", "Parcel", "Outbox", "outbox", "Resumable", "batch_lambda0", "honest", "heard", "Opened"),
+    *(
+        "Taps",
+        "Gates",
+        "handover",
+        "Parcel",
+        "Outbox",
+        "outbox",
+        "Resumable",
+        "batch_lambda0",
+        "honest",
+        "heard",
+        "Opened",
+    ),
     *("Whole", "collide", "special_ends", "include_bos", "task_prompts"),
 }
 """Names for which there is one other word everywhere; option files of old runs may still spell them."""

@@ -17,12 +17,17 @@ PLAIN: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": Fa
 
 def say(line: str) -> None:
     """A line on standard output."""
-    sys.stdout.write(line + "\n")
+    sys.stdout.write(_encodable(line) + "\n")
 
 
 def warn(line: str) -> None:
     """A line on standard error."""
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(_encodable(line) + "\n")
+
+
+def _encodable(line: str) -> str:
+    """Show bytes of a path that are no text by their numbers."""
+    return line.encode("utf-8", "backslashreplace").decode()
 
 
 class ConsoleProgress(Progress):

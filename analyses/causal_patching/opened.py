@@ -11,7 +11,6 @@ from torch import Tensor
 from analyses.causal_patching.cells import Cell
 from analyses.causal_patching.corruption import embedding_writes
 from analyses.causal_patching.grid import (
-    ResumedGrid,
     Sources,
     WholeForwards,
     capture_values,
@@ -19,6 +18,7 @@ from analyses.causal_patching.grid import (
 )
 from analyses.causal_patching.metrics import LogitReader, RowReader
 from analyses.causal_patching.pairs import Direction, Pair
+from analyses.causal_patching.resumed_grid import ResumedGrid
 from probes.blocks.cached_prompt import CachedPrompt
 from probes.models.protocol import BlockAccess, Model, Write
 from probes.points import Address
@@ -64,11 +64,11 @@ class OpenedPair:
         """The metrics of the patched run as it is."""
         return self.corrupted if self.direction == "denoise" else self.clean
 
-    def patched(self, cells: Sequence[Cell], sources: Sources | None = None) -> Float[Tensor, "cell metric"]:
-        """Return the metrics under each cell; from other sources than the pair's own where they are given."""
+    def patched(self, cells: Sequence[Cell], *sources: Sources) -> Float[Tensor, "source_cell metric"]:
+        """Return the metrics under each cell; from other sources than the pair's own, one after the other, where they are given."""
         if not cells:
             return self.base[None][:0]
-        return self.reader.read(self.grid.last_rows(cells, sources or self.sources))
+        return self.reader.read(self.grid.last_rows(cells, *(sources or (self.sources,))))
 
 
 @dataclass(frozen=True, eq=False)

@@ -95,6 +95,7 @@ def straightened(family: str, whole: bool) -> NativeModel:
     Then queries are zero, so that attention is even, and MLPs write nothing that depends on their input.
     """
     module = make(family)
+    module.config.final_logit_softcapping = None
     model = NativeModel(module, ref=f"straight-{family}", weights=f"straight-{family}")
     with torch.no_grad():
         for part in module.modules():

@@ -405,6 +405,22 @@ def test_the_analysis_reads_saves_and_draws(
     pd.testing.assert_frame_equal(again.tables["watched"], result.tables["watched"])
 
 
+def test_some_layers_and_last_positions_are_read_as_all_are(tiny: NativeModel, store: ActivationStore) -> None:
+    lines = [Prompt(tuple(prompt(5, seed)[0].tolist()), None, WATCHING) for seed in range(4)]
+    whole, part = (
+        Lenses(lenses=("logit",), eval_texts=0, **options).run(tiny, lines, store=store).tables
+        for options in ({}, {"layers": (1,), "positions": "last"})
+    )
+    for name, keep in (("read", "layer >= 1 and position == 4"), ("watched", "layer >= 1")):
+        expected = whole[name].query(keep).reset_index(drop=True)
+        numbers = expected.select_dtypes("number").columns
+        order = [c for c in ("prompt", "position", "name", "layer") if c in expected]
+        one, other = (t.sort_values(order)[numbers].to_numpy() for t in (expected, part[name]))
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    with pytest.raises(OptionError, match="legal are 0 to 2"):
+        Lenses(layers=(7,)).run(tiny, lines, store=store)
+
+
 def test_options_that_do_not_go_together_are_refused(tiny: NativeModel, store: ActivationStore) -> None:
     for wrong, said in (
         ({"lenses": ("jacobian",)}, "takes long to fit"), ({"lenses": ("tunned",)}, "Did you mean 'tuned'"),

@@ -14,7 +14,7 @@ from torch import Tensor
 from analyses.causal_patching.edges import EdgeAttribution, Rule
 from analyses.causal_patching.graph import Edge, Sender, receivers_of, senders_of
 from analyses.causal_patching.nodes import attribution_direction
-from analyses.causal_patching.opened import Opened, Opener, first_patched
+from analyses.causal_patching.opened import OpenedPair, Opener, first_patched
 from analyses.causal_patching.pairs import Direction, Pair
 from analyses.causal_patching.paths import PathGrid, Through, sender_changes, written_points
 from analyses.causal_patching.resumed_grid import ResumedGrid
@@ -43,7 +43,7 @@ def parallel_blocks(model: Model) -> bool:
 class OpenedEdges:
     """A pair opened for edges in one direction: the run that is patched, and what each sender changes."""
 
-    opened: Opened
+    opened: OpenedPair
     changes: Mapping[Sender, Tensor]
 
     @classmethod

@@ -41,7 +41,7 @@ def first_patched(pair: Pair, direction: Direction, causal: bool = True) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Opened:
+class OpenedPair:
     """One run of a pair, kept open to be patched from the other one."""
 
     pair: Pair
@@ -99,7 +99,7 @@ class Opener:
         make = self._resumed if resumable(self.model) else self._whole
         return {corrupted: make(pair, corrupted, noise) for corrupted in (False, True)}
 
-    def open(self, pair: Pair, directions: Sequence[Direction], noise: Tensor | None) -> list[Opened]:
+    def open(self, pair: Pair, directions: Sequence[Direction], noise: Tensor | None) -> list[OpenedPair]:
         """Run both prompts of a pair, and open one of them for each direction."""
         grids = self._grids(pair, noise)
         reader = self.reader(pair, grids[False].unpatched)
@@ -110,7 +110,7 @@ class Opener:
             sources = Sources(self.values(pair, from_corrupted, noise), pair.sources(direction))
             grid = grids[not from_corrupted]
             start = first_patched(pair, direction, self.model.shape.causal)
-            opened.append(Opened(pair, direction, grid, reader, sources, start, *ends))
+            opened.append(OpenedPair(pair, direction, grid, reader, sources, start, *ends))
         return opened
 
     def reader(self, pair: Pair, clean: Tensor) -> RowReader | LogitReader:

@@ -16,7 +16,7 @@ from analyses.causal_patching.corruption import Noise, noisy_runs
 from analyses.causal_patching.grid import Sources, addresses, capture_values
 from analyses.causal_patching.journal import Journal
 from analyses.causal_patching.nulls import Null, null_partner
-from analyses.causal_patching.opened import Opened, Opener, first_patched, resumable
+from analyses.causal_patching.opened import OpenedPair, Opener, first_patched, resumable
 from analyses.causal_patching.pairs import Direction, Pair
 from analyses.causal_patching.patched import GridPlan, cells_table
 from analyses.interventions import Tally
@@ -101,7 +101,7 @@ class Run:
     def _values(
         self,
         opener: Opener,
-        opened: Sequence[Opened],
+        opened: Sequence[OpenedPair],
         cells: Sequence[Cell],
         zeros: NDArray[np.bool_],
         others: Sequence[Pair | None],

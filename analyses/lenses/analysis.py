@@ -31,6 +31,7 @@ from probes.capture.activations import Activations
 from probes.capture.needs import Need
 from probes.capture.run import capture
 from probes.errors import OptionError, PromptError
+from probes.html_card import count
 from probes.lens_fits.patchscope import Patchscope, identity_target
 from probes.lenses.jacobian import JacobianLens
 from probes.lenses.protocol import Lens
@@ -57,8 +58,13 @@ class Lenses(Analysis):
         "prompts", "prompts: the prompt file's; two_hop: generated questions whose intermediate country is watched for."
     )
     n_prompts: int = option(40, "two_hop: how many questions.", low=2)
+    layers: tuple[int, ...] = option((), "Layers to read, besides the last; all where none is named.", low=0)
+    positions: Literal["last", "all"] = option("all", "Which positions of each prompt to read.")
     top_k: int = option(5, "How many of the most probable tokens to list.", low=1, high=100)
     ks: tuple[int, ...] = option((1, 10), "Watched tokens count as read among the first k.", low=1)
+    fit_on: Literal["shipped", "prompts"] = option(
+        "shipped", "What tuned is fitted on: shipped sentences, or the prompts themselves, each a text to hold out."
+    )
     fit_texts: int = option(150, "Shipped sentences that tuned is fitted on.", low=5)
     eval_prompts: str = option("", "File of text to judge lenses by; shipped sentences none was fitted on by default.")
     eval_texts: int = option(50, "How many texts to judge by; 0 judges by none.", low=0)
@@ -120,13 +126,15 @@ class Lenses(Analysis):
         """Those of a Patchscope: every row put into another prompt, and its controls."""
         if "patchscope" not in self.lenses:
             return Interventions()
-        layers = model.shape.n_layers - 1
+        layers = len(self._layers(model)) - 1
         watched = sum(len(prompt.fields.get("watch", {})) for prompt in prompts)
         places = sum(
             len(prompt.fields.get("watch", {})) * len(prompt.fields.get("named_positions", {"end": -1}))
             for prompt in prompts
         )
-        forwards = layers * (sum(len(prompt.tokens) for prompt in prompts) + places + watched * len(CONTROLS))
+        forwards = layers * (
+            sum(len(prompt.tokens[self._read_from :]) for prompt in prompts) + places + watched * len(CONTROLS)
+        )
         return Interventions({"rows put into another prompt": forwards}, exact=False)
 
     def run(
@@ -142,20 +150,23 @@ class Lenses(Analysis):
         """
         clock, store = Clock(), store or ActivationStore()
         model.unembedding()
+        layers = self._layers(model)
         lines = self.collect(model, prompts)
         activations = capture(model, [line.tokens for line in lines], [NEED], store, progress=progress)
-        lenses = self._lenses(model, store, progress)
-        tables = {"lenses": _cards(lenses), **_read(activations, lines, lenses, self.top_k)}
+        lenses = self._lenses(model, lines, store, progress)
+        tables = {"lenses": _cards(lenses), **self._read(activations, lines, lenses)}
         watched, notes = watched_of(lines, model)
         if watched:
-            tables["watched"], chance = watched_tables(activations, watched, lenses, self.seed)
+            tables["watched"], chance = watched_tables(activations, watched, lenses, self.seed, layers)
             tables["pass_at_k"] = pass_at_k(tables["watched"], chance, self.ks, self.seed)
         patchscope = lenses.get("patchscope")
         if isinstance(patchscope, Patchscope) and watched:
             places = dict.fromkeys(place for item in watched for place in item.places)
             tables["patchscope"] = pd.concat(
                 [
-                    lift_table(activations, watched, patchscope, place, self.seed).assign(position_name=place)
+                    lift_table(activations, watched, patchscope, place, self.seed, layers[:-1]).assign(
+                        position_name=place
+                    )
                     for place in places
                 ],
                 ignore_index=True,
@@ -167,12 +178,28 @@ class Lenses(Analysis):
         notes += [f"{name}: {lens.card.sentence()}" for name, lens in lenses.items()]
         return make_result(self, model, lines, tables, activations, clock, notes)
 
-    def _lenses(self, model: Model, store: ActivationStore, progress: Progress) -> dict[str, Lens]:
+    def _layers(self, model: Model) -> list[int]:
+        """The layers that are read, the last among them."""
+        last = model.shape.n_layers - 1
+        if above := [layer for layer in self.layers if layer > last]:
+            raise OptionError(f"option layers has {above[0]}: legal are 0 to {last}")
+        return sorted({*(self.layers or range(last)), last})
+
+    @property
+    def _read_from(self) -> int:
+        return 0 if self.positions == "all" else -1
+
+    def _lenses(
+        self, model: Model, prompts: Sequence[Prompt], store: ActivationStore, progress: Progress
+    ) -> dict[str, Lens]:
         lenses: dict[str, Lens] = {}
         for name in self.lenses:
             if name == "tuned":
-                texts = shipped_texts(model, self.fit_texts, self.seed)
-                lenses[name] = fit_tuned_on(model, texts, store, seed=self.seed, progress=progress)[0].lens
+                texts = self._fitted_on(model, prompts)
+                fitted, _ = fit_tuned_on(
+                    model, texts, store, layers=self._layers(model), seed=self.seed, progress=progress
+                )
+                lenses[name] = fitted.lens
             elif name == "patchscope":
                 into = None if self.target_layer == "same" else int(self.target_layer)
                 lenses[name] = Patchscope.of(model, identity_target(model, WORDS, self.rescale), into)
@@ -180,6 +207,12 @@ class Lenses(Analysis):
                 label = name if name == "logit" else Path(name).name
                 lenses[label] = chosen_lens(name, model, allow_other_weights=self.allow_other_weights)
         return lenses
+
+    def _fitted_on(self, model: Model, prompts: Sequence[Prompt]) -> Texts:
+        if self.fit_on == "shipped":
+            return shipped_texts(model, self.fit_texts, self.seed)
+        sequences = tuple(dict.fromkeys(prompt.tokens for prompt in prompts))
+        return Texts(sequences, tuple(range(len(sequences))), "the prompts read")
 
     def _texts(self, model: Model, lenses: Mapping[str, Lens]) -> Texts:
         drawn = (
@@ -196,18 +229,19 @@ class Lenses(Analysis):
     ) -> tuple[dict[str, pd.DataFrame], list[str]]:
         texts = self._texts(model, lenses)
         others = {name: lens for name, lens in lenses.items() if lens.card.kind != "logit"}
-        quality: Quality = read_texts(model, texts, others, store, seed=self.seed, progress=progress)
+        layers = self._layers(model)
+        quality: Quality = read_texts(model, texts, others, store, layers=layers, seed=self.seed, progress=progress)
         rows = quality_rows(quality, self.seed)
         tables = {"quality": pd.DataFrame(rows)}
         if len(lenses) > 1:
             judged = judged_rows(model, texts, store, seed=self.seed, progress=progress)
-            tables["similarity"] = similarity(model, judged, lenses)
+            tables["similarity"] = similarity(model, judged, lenses, layers)
         notes = [f"Judged on {len(texts.sequences)} texts of {texts.name} that no lens was fitted on."]
         for name, lens in others.items():
             if lens.card.kind == "tuned":
                 below = solid_layers(rows, name)
                 where = (
-                    f"at {len(below)} of {model.shape.n_layers - 1} layers below the last" if below else "at no layer"
+                    f"at {len(below)} of {count(len(layers) - 1, 'layer')} below the last" if below else "at no layer"
                 )
                 notes.append(
                     f"{name}: {where} its divergence from the output lies below the logit lens's and below that of its maps at other "
@@ -223,6 +257,25 @@ class Lenses(Analysis):
             notes.append(f"{jacobian[0]}: {verdict}")
         return tables, notes
 
+    def _read(
+        self, activations: Activations, prompts: Sequence[Prompt], lenses: Mapping[str, Lens]
+    ) -> dict[str, pd.DataFrame]:
+        """Tables `top` and `read` of prompts' positions, one lens after the other."""
+        model, layers = activations.model, self._layers(activations.model)
+        tops, reads = [], []
+        for first, prompt in enumerate(prompts):
+            places = range(len(prompt.tokens))[self._read_from :]
+            where = positions_table(model, prompts, first, [places])
+            rows = {
+                layer: activations.get(Address("resid_post", layer), ROWS)[first][places.start :] for layer in layers
+            }
+            for name, lens in lenses.items():
+                readable = torch.cat([lens.readable(rows[layer].float(), layer).float() for layer in layers])
+                top, read = read_tables(model, readable, rows[layers[-1]].float(), where, self.top_k, layers)
+                tops.append(top.assign(lens=name))
+                reads.append(read.assign(lens=name))
+        return {"top": pd.concat(tops, ignore_index=True), "read": pd.concat(reads, ignore_index=True)}
+
 
 def _cards(lenses: Mapping[str, Lens]) -> pd.DataFrame:
     """One row a lens: what it was fitted on."""
@@ -237,21 +290,3 @@ def _cards(lenses: Mapping[str, Lens]) -> pd.DataFrame:
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
-
-
-def _read(
-    activations: Activations, prompts: Sequence[Prompt], lenses: Mapping[str, Lens], top_k: int
-) -> dict[str, pd.DataFrame]:
-    """Tables `top` and `read` of every position of every prompt, one lens after the other."""
-    model = activations.model
-    n_layers = model.shape.n_layers
-    tops, reads = [], []
-    for first, prompt in enumerate(prompts):
-        where = positions_table(model, prompts, first, [range(len(prompt.tokens))])
-        layers = [activations.get(Address("resid_post", layer), ROWS)[first].float() for layer in range(n_layers)]
-        for name, lens in lenses.items():
-            rows = torch.cat([lens.readable(layers[layer], layer).float() for layer in range(n_layers)])
-            top, read = read_tables(model, rows, layers[-1], where, top_k)
-            tops.append(top.assign(lens=name))
-            reads.append(read.assign(lens=name))
-    return {"top": pd.concat(tops, ignore_index=True), "read": pd.concat(reads, ignore_index=True)}

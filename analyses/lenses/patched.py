@@ -19,9 +19,14 @@ CONTROLS = ("unpatched", "foreign_row", "noise", "mean_row", "embedding")
 
 
 def lift_table(
-    activations: Activations, watched: Sequence[Watched], patchscope: Patchscope, place: str, seed: int
+    activations: Activations,
+    watched: Sequence[Watched],
+    patchscope: Patchscope,
+    place: str,
+    seed: int,
+    layers: Sequence[int],
 ) -> pd.DataFrame:
-    """Return the log-probability of watched tokens at each source layer, the controls', and the lift over the greatest.
+    """Return the log-probability of watched tokens at source layers, the controls', and the lift over the greatest.
 
     Columns prompt, name, source_position, source_layer, target_layer, logprob, one a control, control_max, lift. Controls are
     the prompt without a patch, another prompt's row, noise of the same norm, the mean row, and the token's own embedding put
@@ -29,7 +34,7 @@ def lift_table(
     """
     model = activations.model
     items = [item for item in watched if place in item.places]
-    unembedding, n_layers = model.unembedding(), model.shape.n_layers
+    unembedding = model.unembedding()
     texts = activations.get(Address("embed"), ROWS)
     embedded = torch.stack([texts[item.prompt][item.places[place]] for item in items]).float()
     width = max(len(item.token_ids) for item in items)
@@ -37,7 +42,7 @@ def lift_table(
 
     variants = ("own", *CONTROLS[1:])
     patched = [patchscope.unpatched().expand(len(items), -1)]
-    for layer in range(n_layers - 1):
+    for layer in layers:
         rows = place_rows(activations, items, layer, place)
         put = {
             "own": rows, "foreign_row": rows.roll(1, 0), "noise": norm_matched_noise(rows, seed + layer),
@@ -47,8 +52,8 @@ def lift_table(
     read = logit.read(torch.cat(patched), unembedding, ids=ids.repeat(len(patched), 1))
     unpatched, *said = read.logprobs.amax(1).double().cpu().numpy().reshape(len(patched), len(items))
     parts = []
-    for layer in range(n_layers - 1):
-        columns = dict(zip(variants, said[layer * len(variants) :], strict=False))
+    for at, layer in enumerate(layers):
+        columns = dict(zip(variants, said[at * len(variants) :], strict=False))
         part = pd.DataFrame(
             {
                 "prompt": [item.prompt for item in items], "name": [item.name for item in items],

@@ -234,7 +234,11 @@ class CachedPrompt:
             if address.layer != layer:
                 raise PointError(f"{address} is not inside block {layer}, which is all that runs")
         with self.model.hooked(reads or {}, writes, (len(hidden), hidden.shape[1])), self.model.exclusive():
-            return self._call(layer, hidden, (self._cache, _KeyValues(self._prefix)))
+            return self.block(layer, hidden)
+
+    def block(self, layer: int, hidden: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
+        """Return what leaves block `layer` where `hidden` enters it, differentiably; the caller holds the model exclusively."""
+        return self._call(layer, hidden, (self._cache, _KeyValues(self._prefix)))
 
     def _suffix(self, layer: int, active: int, order: Tensor, cache: _KeyValues) -> tuple[Tensor, Tensor]:
         """Keys and values of all rows at a layer: their own where they ran, the prompt's where they did not."""

@@ -79,13 +79,14 @@ def _put(tensor: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def test_directions_mirror_pairs(store: ActivationStore) -> None:
+@pytest.mark.parametrize("family", CAUSAL)
+def test_directions_mirror_pairs(family: str, store: ActivationStore) -> None:
     """Noising a pair is denoising the pair the other way round."""
-    model = native("llama")
+    model = native(family)
     line = pair_line(model)
     ids = {"answer_tokens": line.fields["distractor_tokens"], "distractor_tokens": line.fields["answer_tokens"]}
     swapped = Prompt(CORRUPTED, None, {"corrupted_tokens": list(CLEAN), **ids})
-    options = {"components": ("attn_out", "z"), "heads": "by_position"}
+    options = {"components": ("attn_out", "z"), "heads": "by_position", "layers": (1,), "roles": ("-1", "-2")}
     noise = run(model, [line], store, directions=("noise",), **options)["cells"]
     denoise = run(model, [swapped], store, directions=("denoise",), **options)["cells"]
     assert np.allclose(noise["m_patched"], -denoise["m_patched"], atol=1e-5)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from analyses.causal_patching.cells import EVERYWHERE, Cell
 from analyses.causal_patching.estimate_costs import seconds, timed
 from analyses.causal_patching.estimates import EstimatePlan
-from analyses.causal_patching.opened import Opened
+from analyses.causal_patching.opened import OpenedPair
 from analyses.causal_patching.patched import exact_zeros
 from analyses.causal_patching.running import Run, block_rows, count_cells, live_cells, rows_of
 from analyses.interventions import Interventions
@@ -60,7 +60,7 @@ def _kinds(cells: list[Cell]) -> Mapping[bool, list[Cell]]:
     return kinds
 
 
-def _sampled(run: Run, opened: Opened) -> Mapping[bool, list[Cell]]:
+def _sampled(run: Run, opened: OpenedPair) -> Mapping[bool, list[Cell]]:
     """Return cells of one pair: a third of those at every position, and of the others all at the middle one."""
     pair, direction, shape = opened.pair, opened.direction, run.model.shape
     cells = run.plan.cells(shape, pair, direction)
@@ -74,7 +74,7 @@ def _sampled(run: Run, opened: Opened) -> Mapping[bool, list[Cell]]:
     return kinds
 
 
-def _each_row(run: Run, opened: Opened, cells: list[Cell]) -> float:
+def _each_row(run: Run, opened: OpenedPair, cells: list[Cell]) -> float:
     """Return the seconds of a block-row of cells, run from as many sources at once as the run has."""
     sources = [opened.sources] * (1 + (run.null != "none"))
     rows = rows_of(run, opened.pair, opened.direction, cells) * len(sources)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -102,7 +103,7 @@ def summary(tables: Mapping[str, pd.DataFrame]) -> str:
         "| circuits of | ordered by | CPR | CMD | random per layer: CPR, CMD | f at 5 % | ranks against exact effects |"
     ]
     lines.append("|---|---|---|---|---|---|---|")
-    for row in area[area["split"] == "held_out"].to_dict("records"):
+    for _, row in area[area["split"] == "held_out"].iterrows():
         rank = (
             verified.loc[row["method"]]
             if row["level"] == "edges"
@@ -117,7 +118,7 @@ def summary(tables: Mapping[str, pd.DataFrame]) -> str:
     return "\n".join(lines)
 
 
-def _interval(row: Mapping[str, float] | pd.Series, name: str) -> str:
+def _interval(row: pd.Series[Any], name: str) -> str:
     return f"{row[name]:.2f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"
 
 

@@ -117,7 +117,7 @@ def view(session: Session, lens: str = "logit") -> dict[str, Any]:
     """Return what the page shows of a session: before and after, both grids, and its stack."""
     began = time.perf_counter()
     comparison = session.compare(layers=False)
-    through = _lens(lens, session.model)
+    through = _lens(lens, session.ref)
     grids = {"before": session.grid(before=True, lens=through), "after": session.grid(lens=through)}
     shape = session.model.shape
     return {
@@ -137,8 +137,8 @@ def view(session: Session, lens: str = "logit") -> dict[str, Any]:
 
 
 @lru_cache(maxsize=4)
-def _lens(name: str, model: Any) -> Lens:
-    return chosen_lens(name, model, "resid_post")
+def _lens(name: str, model: str) -> Lens:
+    return chosen_lens(name, loaded(spec_of(model)), "resid_post")
 
 
 def _step(step: Step) -> dict[str, Any]:

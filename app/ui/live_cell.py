@@ -34,9 +34,10 @@ def draw_cell(desk: Desk, data: dict[str, Any], step: int, position: int) -> Non
     watched = pd.DataFrame({"token": [token_label(t) for t in data["watch"]], "probability": np.exp(grid["watched"][step, position]),
                             "rank": grid["ranks"][step, position] + 1})  # fmt: skip
     left, right = st.columns(2)
-    left.dataframe(top, hide_index=True, height=213, alt="The most probable tokens of this cell")
+    shown = {"probability": st.column_config.NumberColumn(format="%.3g")}
+    left.dataframe(top, hide_index=True, height=213, column_config=shown, alt="The most probable tokens of this cell")
     if len(watched):
-        right.dataframe(watched, hide_index=True, alt="Rank of the watched tokens in this cell")
+        right.dataframe(watched, hide_index=True, column_config=shown, alt="Rank of the watched tokens in this cell")
     _draw_buttons(desk, data, block, position)
 
 

@@ -15,8 +15,8 @@ from app.live.protocol import Action, Answer, Kind, Question
 KEY = "live:desk"
 EXAMPLES = {
     "A fact, patched": (
-        "model smollm2-135m\ntext 'The Eiffel Tower is in the city of'\nother 'The Colosseum is in the city of'\n"
-        "watch ' Paris' ' Rome'\nedit patch resid_post.4 @4 from other@4"
+        "model smollm2-135m\ntext 'The capital of France is the city of'\nother 'The capital of Italy is the city of'\n"
+        "watch ' Paris' ' Rome'\nedit patch resid_post.8 @3 from other@3"
     ),
     "Indirect object (IOI)": (
         "model smollm2-135m\ntext 'When Mary and John went to the store, John gave a drink to'\n"

@@ -164,7 +164,9 @@ def effect_map(
         if diverging
         else {"zmin": 0, "zmax": most or 1.0, "colorscale": SCALE}
     )
-    hover = [[f"layer {layer}, {c}: {values[layer, i]:+.4f}" for i, c in enumerate(columns)] for layer in range(len(values))]
+    hover = [
+        [f"layer {layer}, {c}: {values[layer, i]:+.4f}" for i, c in enumerate(columns)] for layer in range(len(values))
+    ]
     figure.add_heatmap(
         z=values, x=list(columns), y=list(range(len(values))), hovertext=hover, hovertemplate="%{hovertext}<extra></extra>",
         colorbar={"title": {"text": label}, "thickness": 12}, **scale,

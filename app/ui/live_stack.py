@@ -15,16 +15,17 @@ RANGES = {"keep": (0.0, 2.0, 0.05), "share": (0.0, 1.5, 0.05)}
 
 def draw_stack(desk: Desk, data: dict[str, Any]) -> None:
     """Draw the stack and the buttons that go back and forth."""
-    undo, redo, clear = st.columns(3)
+    undo, redo = st.columns(2)
     undo.button("Undo", icon=":material/undo:", on_click=desk.go, args=(-1,), disabled=desk.at <= 0, width="stretch",
                 key="live:undo", shortcut="Ctrl+Z")  # fmt: skip
     redo.button("Redo", icon=":material/redo:", on_click=desk.go, args=(1,), disabled=desk.at >= len(desk.history) - 1, width="stretch",
                 key="live:redo", shortcut="Ctrl+Y")  # fmt: skip
-    clear.button("Clear", icon=":material/delete_sweep:", on_click=desk.act, args=("cleared the stack", Action("clear")), width="stretch",
-                 key="live:clear", disabled=not data["steps"])  # fmt: skip
     for index, step in enumerate(data["steps"]):
         _draw_step(desk, index, step, len(data["steps"]))
-    if not data["steps"]:
+    if data["steps"]:
+        st.button("Clear the stack", icon=":material/delete_sweep:", on_click=desk.act, args=("cleared the stack", Action("clear")),
+                  key="live:clear")  # fmt: skip
+    else:
         st.caption("No edit: the model is as it is. Click a cell of the grid, or write a line below.")
     _draw_line(desk, data)
     desk.say_refusal("stack")

@@ -33,8 +33,14 @@ def command(session: str, data: dict[str, Any]) -> str:
     parts = ["bathyscope", "edit", *_model_flags(session), "--text", data["text"]]
     parts += ["--other", data["other"]] if data["other"] is not None else []
     parts += [part for step in data["steps"] if step["on"] for part in ("--edit", step["text"])]
-    parts += ["--watch", " ".join(map(repr, data["watch"]))] if data["watch"] else []
+    parts += ["--watch", watch_text(data["watch"])] if data["watch"] else []
     return shlex.join(parts)
+
+
+def watch_text(tokens: list[str]) -> str:
+    """Tokens as a command line and a form have them: words by commas where each begins with one blank, else in quotes."""
+    plain = all(token[:1] == " " and token[1:] == token.strip() and not set(token) & set(",'\"") for token in tokens)
+    return ", ".join(token[1:] for token in tokens) if plain else " ".join(map(repr, tokens))
 
 
 def _model_flags(session: str) -> list[str]:

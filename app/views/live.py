@@ -15,7 +15,7 @@ from app.ui.live_desk import EXAMPLES, Desk, desk
 from app.ui.live_figures import CHANGED, lens_grid
 from app.ui.live_outcome import draw_outcome
 from app.ui.live_stack import draw_stack
-from app.ui.live_take import PARAMETER, draw_take
+from app.ui.live_take import PARAMETER, draw_take, watch_text
 from app.ui.theme import mode, restyled
 
 SHOWS = {"after": "After", "before": "Before", "difference": "Difference"}
@@ -96,7 +96,7 @@ def _prompts(own: Desk, data: dict[str, Any]) -> None:
     fields = (
         (text_box, "text", "Prompt", data["text"], "What the model reads. Enter runs it."),
         (other_box, "other", "Other prompt", data["other"] or "", "What edits may copy from; best token by token alike. May be empty."),
-        (watch_box, "watch", "Watch", " ".join(map(repr, data["watch"])), "Tokens to follow: Paris, Rome, or quoted with their blanks."),
+        (watch_box, "watch", "Watch", watch_text(data["watch"]), "Tokens to follow: Paris, Rome, or quoted with their blanks."),
     )  # fmt: skip
     key = f"live:model:{stamp}"
     model_box.selectbox("Model", refs, index=0, key=key, accept_new_options=True, on_change=said, args=("model", key),
@@ -112,7 +112,7 @@ def _prompts(own: Desk, data: dict[str, Any]) -> None:
 
 def _grid(own: Desk, data: dict[str, Any]) -> tuple[int, int]:
     tokens, steps = data["comparison"]["tokens"], data["grids"]["after"]["steps"]
-    show_box, lens_box, block_box, place_box = st.columns([4, 3, 2, 3], vertical_alignment="bottom")
+    show_box, lens_box, block_box, place_box = st.columns([5, 2, 2, 3], vertical_alignment="bottom")
     show = (
         show_box.segmented_control("Grid", list(SHOWS), default="after", format_func=SHOWS.get, key="live:show")
         or "after"

@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from analyses.causal_patching.cells import Cell, cells_of
-from analyses.causal_patching.grid import ResumedGrid, Sources, addresses, capture_values, whole_forwards, writes_of
+from analyses.causal_patching.grid import Sources, addresses, capture_values, whole_forwards, writes_of
+from analyses.causal_patching.resumed_grid import ResumedGrid
 from probes.blocks.cached_prompt import CachedPrompt
 from probes.models import load_model
 from probes.models.backends.native import NativeModel
@@ -158,7 +159,7 @@ def measured(model: NativeModel, options: argparse.Namespace) -> dict[str, objec
     cells = cells_of(shape, (options.component,), "by_position", range(first, n))
     sources = Sources(capture_values(model, clean, addresses(cells)), {p: p for p in range(n)})
     unpatched = whole_forwards(model, corrupted, first).unpatched
-    ids = tuple(int(i) for i in (unpatched.argmax(), unpatched.argmin()))
+    ids = int(unpatched.argmax()), int(unpatched.argmin())
     with counted(model) as calls:
         resumed(model, corrupted, first, cells, sources)
     own_rows = sum(calls)

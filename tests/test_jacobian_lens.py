@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +24,7 @@ from probes.blocks.rerouting import Caller, call_blocks
 from probes.errors import OptionError, PointError, PromptError
 from probes.lens_fits.jacobian import Estimator, text_jacobians, whole_jacobians
 from probes.lens_fits.jacobian_fit import fit_cost, fit_jacobian
+from probes.lens_fits.mlp_maps import _mlp_of
 from probes.lenses import logit
 from probes.lenses.files import load_lens, save_lens
 from probes.lenses.jacobian import JacobianLens, merged
@@ -105,37 +109,51 @@ def test_frozen_weights_leave_values_alone() -> None:
     assert torch.equal(again[0], free[0])
 
 
-def with_blocks(forward: Callable[[int, Tensor], Tensor]) -> NativeModel:
-    """A model whose blocks compute `forward(layer, stream)` instead of their own."""
-    module: Any = make("llama")
-    model = NativeModel(module, ref="planted", weights=weights_digest(module))
-    model.block_output_lengths()
-    for layer, block in enumerate(module.model.layers):
-
-        def stand_in(_: Any, hidden_states: Tensor, *, at: int = layer, **__: Any) -> Tensor:
-            return forward(at, hidden_states)
-
-        block.forward = MethodType(stand_in, block)
-    return model
-
-
 MAPS = torch.randn(3, D_MODEL, D_MODEL, generator=torch.Generator().manual_seed(2)) * 0.1
 
 
-def running_mean(rows: Tensor) -> Tensor:
-    return rows.cumsum(1) / torch.arange(1, rows.shape[1] + 1)[:, None]
+def planted(added: Callable[[int, Tensor], Tensor], averaging: bool = False) -> NativeModel:
+    """A model whose MLPs add `added(layer, stream)`; its attention adds nothing, or the running mean's image, unscaled."""
+    module: Any = make("llama")
+    for layer, block in enumerate(module.model.layers):
+        with torch.no_grad():
+            block.self_attn.q_proj.weight.zero_()  # every score is 0, so every earlier position weighs the same
+            if not averaging:
+                block.self_attn.o_proj.weight.zero_()
+
+        def unscaled(_: Any, rows: Tensor) -> Tensor:
+            return rows
+
+        def add(_: Any, rows: Tensor, *, at: int = layer) -> Tensor:
+            return added(at, rows)
+
+        for part, forward in (
+            (block.input_layernorm, unscaled), (block.post_attention_layernorm, unscaled), (block.mlp, add),
+        ):  # fmt: skip
+            part.forward = MethodType(forward, part)
+    return NativeModel(module, ref="planted", weights=weights_digest(module))
+
+
+def attention_map(model: NativeModel, layer: int) -> Tensor:
+    """[out, in], what attention makes of the mean row: two query heads read each of the two value heads."""
+    attention = model.module.model.layers[layer].self_attn
+    return attention.o_proj.weight @ attention.v_proj.weight.unflatten(0, (2, 8)).repeat_interleave(2, 0).flatten(0, 1)
 
 
 @pytest.mark.parametrize(("skip", "length"), [(0, 8), (2, 8), (3, 6)])
 def test_identity_blocks_have_the_identity(skip: int, length: int) -> None:
-    jacobians = whole_jacobians(with_blocks(lambda _, rows: rows + 0), TOKENS, replace(SHORT, skip=skip, length=length))
+    model = planted(lambda _, rows: torch.zeros_like(rows))
+    jacobians = whole_jacobians(model, TOKENS, replace(SHORT, skip=skip, length=length))
     assert all(torch.equal(matrix, torch.eye(D_MODEL)) for matrix in jacobians.values())
+
+
+def linear_model() -> NativeModel:
+    return planted(lambda layer, rows: rows @ MAPS[layer])
 
 
 def test_linear_blocks_have_the_product_of_their_maps() -> None:
     """And the lens then says at every layer what the model says at its end."""
-    model = with_blocks(lambda layer, rows: rows + rows @ MAPS[layer])
-    jacobians = whole_jacobians(model, TOKENS, SHORT)
+    jacobians = whole_jacobians(linear_model(), TOKENS, SHORT)
     product = torch.eye(D_MODEL)
     for layer in (1, 0):
         product = (torch.eye(D_MODEL) + MAPS[layer + 1]) @ product
@@ -149,16 +167,17 @@ def test_linear_blocks_have_the_product_of_their_maps() -> None:
 @pytest.mark.parametrize(("skip", "length"), [(1, 8), (3, 7)])
 def test_averaging_attention_has_the_closed_form(skip: int, length: int) -> None:
     """One block that adds the running mean's image: d h_t' / d h_t = [t' = t] + A / (t' + 1)."""
-    model = with_blocks(lambda layer, rows: rows + running_mean(rows) @ MAPS[layer])
+    model = planted(lambda _, rows: torch.zeros_like(rows), averaging=True)
     jacobian = whole_jacobians(model, TOKENS, replace(SHORT, layers=(1,), skip=skip, length=length))[1]
     counted = range(skip, length - 1)
     weight = sum(1 / (later + 1) for t in counted for later in range(t, length - 1)) / len(counted)
-    torch.testing.assert_close(jacobian, torch.eye(D_MODEL) + weight * MAPS[2].T, atol=1e-5, rtol=1e-5)
+    expected = torch.eye(D_MODEL) + weight * attention_map(model, 2)
+    torch.testing.assert_close(jacobian, expected.detach(), atol=1e-5, rtol=1e-5)
 
 
 def test_random_signs_are_unbiased_and_worse() -> None:
     """On a linear model one-hot rows are exact; n sign vectors have the relative squared error (d - 1) / n."""
-    model = with_blocks(lambda layer, rows: rows + rows @ MAPS[layer])
+    model = linear_model()
     exact = whole_jacobians(model, TOKENS, SHORT)[0]
     drawn = [
         whole_jacobians(model, TOKENS, replace(SHORT, cotangents="rademacher", seed=seed))[0] for seed in range(40)
@@ -166,6 +185,60 @@ def test_random_signs_are_unbiased_and_worse() -> None:
     squares = [float((one - exact).square().sum() / exact.square().sum()) for one in drawn]
     assert sum(squares) / 40 == pytest.approx((D_MODEL - 1) / D_MODEL, rel=0.1)
     assert float((torch.stack(drawn).mean(0) - exact).square().sum() / exact.square().sum()) < 0.05
+
+
+WITH_MAPS = [family for family in CAUSAL if family not in ("mixtral", "opt", "opt_post_norm")]
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_an_mlp_is_its_matrices_where_it_has_them(family: str) -> None:
+    """Experts and loose layers have none, and are differentiated as they are."""
+    model = native(family)
+    mlp = _mlp_of(model.anatomy, 1)
+    rows = torch.randn(1, 3, D_MODEL)
+    maps = None if mlp is None else mlp.maps(rows)
+    assert (maps is not None) == (family in WITH_MAPS)
+    if mlp is not None and maps is not None:
+        module = mlp.module
+        every = torch.autograd.functional.jacobian(module, rows, vectorize=True)[0][:, :, 0]
+        torch.testing.assert_close(maps, torch.stack([every[at, :, at] for at in range(3)]), atol=1e-5, rtol=1e-4)
+
+
+def test_matrices_that_are_not_the_derivative_are_not_used() -> None:
+    model = NativeModel(make("llama"), ref="odd", weights="odd")
+    mlp = _mlp_of(model.anatomy, 0)
+    assert mlp is not None
+    plain = mlp.module.forward
+    mlp.module.forward = lambda x: plain(x) + x.cumsum(1)
+    assert mlp.maps(torch.randn(1, 3, D_MODEL)) is None
+
+
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+from test_jacobian_lens import SHORT, TEXTS, fit_jacobian, native
+from probes.progress import Progress
+
+class Doomed(Progress):
+    done = 0
+
+    def advance(self, done=1):
+        self.done += 1
+        if self.done == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+fit_jacobian(native("llama"), TEXTS, SHORT, corpus="x", checkpoint=Path(sys.argv[1]), save_seconds=0, progress=Doomed())
+"""
+
+
+def test_sigkill_loses_no_more_than_the_text_at_hand(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "J.partial")]
+    assert subprocess.run(command, cwd=Path(__file__).parent).returncode == -signal.SIGKILL
+    model = native("llama")
+    resumed = fit_jacobian(model, TEXTS, SHORT, corpus="x", checkpoint=tmp_path / "J.partial")
+    assert resumed.resumed == 3
+    whole = fit_jacobian(model, TEXTS, SHORT, corpus="x").lens.maps
+    assert all(torch.equal(resumed.lens.maps[layer], whole[layer]) for layer in SHORT.layers)
 
 
 class Killed(Progress):

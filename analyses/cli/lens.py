@@ -53,8 +53,12 @@ def fit(
     offsets: Annotated[
         str, typer.Option(help="tuned: how many tokens ahead to read, such as 0,1,2; 0 is the next token.")
     ] = "0",
+    refine: Annotated[
+        int,
+        typer.Option(min=0, max=5000, help="tuned: steps of gradient descent on the divergence after the closed form."),
+    ] = 0,
     layers: Annotated[
-        str, typer.Option(help="jacobian: which layers, such as 0-28 or 4,8; all below the target by default.")
+        str, typer.Option(help="Which layers, such as 0-28 or 4,8; all below the last (or the target) by default.")
     ] = "",
     target: Annotated[
         Literal["last", "penultimate"], typer.Option(help="jacobian: the block whose output is differentiated.")
@@ -66,7 +70,7 @@ def fit(
     freeze_qk: Annotated[bool, typer.Option(help="jacobian: take attention's weights as constants.")] = False,
     skip: Annotated[int, typer.Option(min=0, help="jacobian: first positions of a text left out.")] = 16,
     length: Annotated[int, typer.Option(min=2, help="jacobian: tokens of a text, at most.")] = 128,
-    dim_batch: Annotated[int, typer.Option(min=1, help="jacobian: cotangents carried back at once.")] = 16,
+    dim_batch: Annotated[int, typer.Option(min=1, help="jacobian: cotangents carried back at once.")] = 64,
     cotangents: Annotated[
         Literal["one_hot", "rademacher"], typer.Option(help="jacobian: one per dimension, or as many random signs.")
     ] = "one_hot",
@@ -100,8 +104,9 @@ def fit(
         else:
             corpus = file_texts(model, prompts, texts) if prompts else shipped_texts(model, texts, seed)
             fitted, captured = fit_tuned_on(
-                model, corpus, ActivationStore(store), offsets=steps, seed=seed, progress=progress
-            )
+                model, corpus, ActivationStore(store), offsets=steps, layers=_layers(layers, model.shape.n_layers - 1),
+                refine=refine, seed=seed, progress=progress,
+            )  # fmt: skip
             lens = save_lens(fitted.lens, out)
             say(f"{count(captured.done.forwards, 'forward pass')}, {count(fitted.rows_fitted, 'row')} fitted")
     finally:
@@ -139,7 +144,7 @@ def cost_lines(cost: FitCost) -> Iterator[str]:
     """What a Jacobian fit would take, and what would fit into an hour where it is longer."""
     yield (
         f"{count(cost.texts, 'text')}, {count(cost.backwards_per_text, 'batch', 'batches')} of cotangents each: about "
-        f"{cost.texts * cost.flops_per_text / 1e12:.3g} TFLOP, {human(cost.bytes)} of sums"
+        f"{cost.texts * cost.flops_per_text / 1e12:.3g} TFLOP, {human(cost.bytes)} of memory"
     )
     yield f"about {cost.seconds_per_text:.3g} s a text on this machine, {cost.seconds:.3g} s in all"
     if cost.seconds > HOUR:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import pandas as pd
@@ -18,12 +18,12 @@ ROWS_COMPARED = 12
 """Rows whose whole distributions are compared, which bounds memory."""
 
 
-def similarity(model: Model, judged: JudgedRows, lenses: Mapping[str, Lens]) -> pd.DataFrame:
+def similarity(model: Model, judged: JudgedRows, lenses: Mapping[str, Lens], layers: Sequence[int]) -> pd.DataFrame:
     """Columns lens_a, lens_b, layer, js (Jensen-Shannon divergence, nats), top10_overlap, spearman (over the vocabulary)."""
     unembedding = model.unembedding()
     step = max(1, len(judged.places) // ROWS_COMPARED)
     parts = []
-    for layer in range(model.shape.n_layers):
+    for layer in layers:
         rows = judged.rows(layer)[::step][:ROWS_COMPARED]
         read = {
             name: logit.all_logprobs(lens.readable(rows, layer).float(), unembedding) for name, lens in lenses.items()

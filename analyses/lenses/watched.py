@@ -31,22 +31,27 @@ def place_rows(activations: Activations, watched: Sequence[Watched], layer: int,
 
 
 def watched_tables(
-    activations: Activations, watched: Sequence[Watched], lenses: Mapping[str, Lens], seed: int
+    activations: Activations,
+    watched: Sequence[Watched],
+    lenses: Mapping[str, Lens],
+    seed: int,
+    at_layers: Sequence[int] | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the tables `watched` and `chance_ranks`, the same of other prompts' tokens.
 
-    A name is read by its best spelling.
+    A name is read by its best spelling, at all layers or some.
     """
     model = activations.model
-    unembedding, n_layers = model.unembedding(), model.shape.n_layers
+    unembedding = model.unembedding()
+    at_layers = at_layers or range(model.shape.n_layers)
     foreign = others(watched, DRAWS, seed)
     parts, chance = [], []
     for place in dict.fromkeys(name for item in watched for name in item.places):
         at = [i for i, item in enumerate(watched) if place in item.places]
         items = [watched[i] for i in at]
         ids, columns = _columns(items, [foreign[i] for i in at])
-        cells = [(layer, name) for layer in range(n_layers) for name in lenses]
-        layers = [place_rows(activations, items, layer, place) for layer in range(n_layers)]
+        cells = [(layer, name) for layer in at_layers for name in lenses]
+        layers = {layer: place_rows(activations, items, layer, place) for layer in at_layers}
         rows = torch.cat([lenses[name].readable(layers[layer], layer).float() for layer, name in cells])
         seen = logit.read(rows, unembedding, ids=ids.repeat(len(cells), 1), ranks=True)
         every_rank = seen.ranks.cpu().numpy().reshape(len(cells), len(items), -1)

@@ -62,6 +62,7 @@ class Quality:
     """Every measure of every judged row: [layer, row] by (lens, control) and measure; control is empty for a lens itself."""
 
     values: Mapping[tuple[str, str], Mapping[str, Array]]
+    layers: tuple[int, ...]
     groups: Int[np.ndarray, " row"]
 
 
@@ -108,10 +109,14 @@ def read_texts(
     lenses: Mapping[str, Lens],
     store: RowStore,
     *,
+    layers: Sequence[int] | None = None,
     seed: int = 0,
     progress: Progress = QUIET,
 ) -> Quality:
-    """Judge lenses, their controls and the logit lens on texts; the model's distribution is computed once a layer."""
+    """Judge lenses, their controls and the logit lens on texts, at all layers or some; the model's distribution is computed
+    once a layer.
+    """
+    layers = tuple(range(model.shape.n_layers) if layers is None else layers)
     judged = judged_rows(model, texts, store, seed=seed, progress=progress)
     every: dict[tuple[str, str], Lens] = {("logit", ""): LogitLens(card_of("logit", model))}
     for name, lens in lenses.items():
@@ -120,8 +125,8 @@ def read_texts(
     unembedding = model.unembedding()
     best = logit.read(judged.final, unembedding, top_k=TOP).top_ids
     n = len(judged.places)
-    progress.start(model.shape.n_layers, "layer")
-    for layer in range(model.shape.n_layers):
+    progress.start(len(layers), "layer")
+    for layer in layers:
         rows = judged.rows(layer)
         of = torch.arange(n).repeat(len(every))
         seen = logit.read(
@@ -138,11 +143,12 @@ def read_texts(
                 values[key][measure].append(part.numpy())
         progress.advance()
     stacked = {key: {name: np.stack(parts) for name, parts in columns.items()} for key, columns in values.items()}
-    stacked["logit", "unigram"] = _unigram(model, texts, judged)
-    return Quality(stacked, judged.groups)
+    kl = _unigram(model, texts, judged)
+    stacked["logit", "unigram"] = {"kl_to_final": np.tile(kl, (len(layers), 1))}
+    return Quality(stacked, layers, judged.groups)
 
 
-def _unigram(model: Model, texts: Texts, judged: JudgedRows) -> dict[str, Array]:
+def _unigram(model: Model, texts: Texts, judged: JudgedRows) -> Array:
     """Divergence of each text's rows from the token frequencies of the other texts, the same at every layer."""
     kl = np.zeros(len(judged.places))
     for group in np.unique(judged.groups):
@@ -150,7 +156,7 @@ def _unigram(model: Model, texts: Texts, judged: JudgedRows) -> dict[str, Array]
         rows = np.flatnonzero(judged.groups == group)
         frequencies = unigram_logprobs(others, model.shape.d_vocab)
         kl[rows] = kl_to_fixed(judged.final[torch.from_numpy(rows)], model.unembedding(), frequencies)
-    return {"kl_to_final": np.tile(kl, (model.shape.n_layers, 1))}
+    return kl
 
 
 def quality_rows(quality: Quality, seed: int = 0) -> list[dict[str, Any]]:
@@ -163,10 +169,10 @@ def quality_rows(quality: Quality, seed: int = 0) -> list[dict[str, Any]]:
             table += [
                 {
                     "lens": lens, "control": control, "layer": layer, "measure": measure, "unit": UNITS[measure],
-                    "n_texts": n_texts, "n_rows": len(quality.groups), "value": float(interval.mean[layer]),
-                    "ci_low": float(interval.low[layer]), "ci_high": float(interval.high[layer]),
+                    "n_texts": n_texts, "n_rows": len(quality.groups), "value": float(interval.mean[at]),
+                    "ci_low": float(interval.low[at]), "ci_high": float(interval.high[at]),
                 }
-                for layer in range(len(values))
+                for at, layer in enumerate(quality.layers)
             ]  # fmt: skip
     return table
 

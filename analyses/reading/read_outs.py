@@ -39,6 +39,7 @@ def read_tables(
     final: Float[Tensor, "pos d_model"],
     where: pd.DataFrame,
     top_k: int,
+    layers: Sequence[int] | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the tables `top` and `read` of rows that a lens made readable.
 
@@ -48,13 +49,14 @@ def read_tables(
         final: the last layer's rows of the same positions.
         where: a row for each position, as `positions_table` gives it.
         top_k: how many tokens to list.
+        layers: those the rows are of; from the first on by default.
     """
     n_layers = len(rows) // len(final)
     of = torch.arange(len(final)).repeat(n_layers)
     unembedding = model.unembedding()
     best = logit.read(final, unembedding, top_k=1).top_ids[:, 0].cpu()
     seen = logit.read(rows, unembedding, ids=best[of, None], top_k=top_k, reference=final, reference_of=of)
-    read = pd.concat([where.assign(layer=layer) for layer in range(n_layers)], ignore_index=True)
+    read = pd.concat([where.assign(layer=layer) for layer in layers or range(n_layers)], ignore_index=True)
     top = read.loc[read.index.repeat(top_k)].reset_index(drop=True)
     read["entropy_bits"], read["kl_to_final"] = seen.entropy_bits.cpu().numpy(), seen.kl.cpu().numpy()
     read["final_token_id"] = best[of].numpy()

@@ -34,10 +34,14 @@ def fit_tuned_on(
     store: RowStore,
     *,
     offsets: Sequence[int] = (0,),
+    layers: Sequence[int] | None = None,
+    refine: int = 0,
     seed: int = 0,
     progress: Progress = QUIET,
 ) -> tuple[TunedFit, Activations]:
     """Fit a tuned lens on texts; only rows that the store lacks are captured, and no forward runs where it lacks none.
+
+    `offsets`, `layers` and `refine` as `fit_tuned` takes them.
 
     Each text's first row is left out: its massive norm sets it apart, and it says nothing of the others.
 
@@ -50,7 +54,9 @@ def fit_tuned_on(
         return [rows[1:].float() for rows in activations.get(Address("resid_post", layer))]
 
     card = card_of("tuned", model, corpus=texts.corpus, options={"first_token": False})
-    fit = fit_tuned(text_rows, texts.groups, model.unembedding(), card, offsets=offsets, seed=seed)
+    fit = fit_tuned(
+        text_rows, texts.groups, model.unembedding(), card, offsets=offsets, layers=layers, refine=refine, seed=seed
+    )
     return replace(fit, lens=replace(fit.lens, card=replace(fit.lens.card, quality=_quality(fit, seed)))), activations
 
 
@@ -59,7 +65,7 @@ def _quality(fit: TunedFit, seed: int) -> tuple[Mapping[str, Any], ...]:
     rows = []
     for name, kl in fit.kl.items():
         interval = cluster_bootstrap(kl.T, fit.text_of, seed=seed)
-        for layer, (value, low, high) in enumerate(zip(interval.mean, interval.low, interval.high, strict=True)):
+        for layer, value, low, high in zip(fit.layers, interval.mean, interval.low, interval.high, strict=True):
             bounds = {"ci_low": _known(low), "ci_high": _known(high)}
             sizes = {"n_texts": len(np.unique(fit.text_of)), "n_rows": len(fit.text_of)}
             rows.append(

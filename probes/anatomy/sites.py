@@ -194,6 +194,13 @@ def outputs(projection: nn.Module, n_inputs: int) -> int:
     return weight.numel() // n_inputs
 
 
+def linear_weight(projection: nn.Module) -> Tensor:
+    """Return a linear layer's weights as [outputs, inputs], a view, whichever class and orientation it is."""
+    weight = projection.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if type(projection).__name__ == "Conv1D" else weight
+
+
 def divisor_of(known: ArchitectureMap, path: str) -> Divisor:
     """Return the divisor of the norm at `path` for the kind of norm that the map states; checked when a model is loaded."""
     norm = known.module.get_submodule(path)

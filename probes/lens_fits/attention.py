@@ -59,7 +59,7 @@ def mixed(
     cut: Cut,
     **kwargs: Any,
 ) -> Float[Tensor, "batch head query d_value"]:
-    """Return attention's output, equal to the uncut one in value, of queries and keys at the same positions."""
+    """Return attention's output, equal to the uncut one in value, of queries at the last positions of the keys."""
     values = grouped(value, query.shape[1])
     if not cut.other_positions:
         return probabilities(module, query, key, mask, **kwargs).detach().to(value.dtype) @ values
@@ -67,7 +67,7 @@ def mixed(
     kwargs["position_bias"] = bias if kwargs.get("position_bias") is None else kwargs["position_bias"] + bias
     pattern = probabilities(module, query, key.detach(), mask, **kwargs)
     pattern = (pattern.detach() if cut.weights else pattern).to(value.dtype)
-    own = pattern.diagonal(dim1=-2, dim2=-1)[..., None] * (values - values.detach())
+    own = pattern.diagonal(_before(query, key), -2, -1)[..., None] * _last(values - values.detach(), query)
     return pattern @ values.detach() + own
 
 
@@ -77,8 +77,19 @@ def _own_scores(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str,
     if scaling is None:
         scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
     keys = grouped(key, query.shape[1])
-    scores = (query.float() * (keys - keys.detach()).float()).sum(-1) * scaling
+    scores = (query.float() * _last(keys - keys.detach(), query).float()).sum(-1) * scaling
     if softcap is not None:
-        value = (query.float() * keys.float()).sum(-1).detach() * scaling
+        value = (query.float() * _last(keys, query).float()).sum(-1).detach() * scaling
         scores = scores * (1 - torch.tanh(value / softcap).square())
-    return torch.diag_embed(scores)
+    own = torch.diag_embed(scores)
+    return torch.cat((own.new_zeros(*own.shape[:-1], _before(query, key)), own), -1)
+
+
+def _before(query: Tensor, key: Tensor) -> int:
+    """How many keys stand before the first query's own."""
+    return key.shape[-2] - query.shape[-2]
+
+
+def _last(states: Tensor, query: Tensor) -> Tensor:
+    """Keys or values of the queries' own positions."""
+    return states[..., states.shape[-2] - query.shape[-2] :, :]

@@ -6,6 +6,7 @@ gradient at a source position the sum over the later positions it can influence;
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -14,13 +15,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probes.blocks.rerouting import Caller, block_access, call_blocks
+from probes.blocks.cached_prompt import CachedPrompt
+from probes.blocks.rerouting import block_access
 from probes.errors import OptionError, PointError
 from probes.lens_fits.attention import Cut, cut_attention
+from probes.lens_fits.mlp_maps import mapped_mlps
 from probes.models.protocol import Model
 
 Positions = Literal["later", "self", "future"]
 Cotangents = Literal["one_hot", "rademacher"]
+GRADIENT_BYTES = 1 << 30
+"""Gradients of a text that are carried back together take at most this."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Estimator:
     """First positions left out, as sources and as targets; the last is left out too."""
     length: int = 128
     """Tokens of a text that are used, at most."""
-    dim_batch: int = 16
+    dim_batch: int = 64
     """Cotangents carried back at once."""
     cotangents: Cotangents = "one_hot"
     """One per output dimension, or as many random signs."""
@@ -122,39 +127,43 @@ def text_jacobians(
 def _carried(
     model: Model, tokens: Sequence[int], estimator: Estimator, counted: range, cotangents: Tensor, cut: Cut
 ) -> dict[int, Tensor]:
-    ids = torch.tensor([list(tokens[: estimator.length])])
-    first, last = counted[0], counted[-1] + 1
-
-    def work(hidden: Tensor, call: Caller) -> dict[int, Tensor]:
-        sources, target = _streams(hidden, call, estimator)
-        parts: dict[int, list[Tensor]] = {layer: [] for layer in estimator.layers}
-        for rows in torch.split(cotangents.to(target), estimator.dim_batch):
-            given = target.new_zeros(len(rows), *target.shape)
-            given[:, 0, first:last] = rows[:, None]
-            for layer, gradient in zip(estimator.layers, _backward(target, sources, given), strict=True):
-                parts[layer].append(gradient[:, 0, first:last].mean(1).float().cpu())
-        return {layer: torch.cat(rows) for layer, rows in parts.items()}
-
-    with torch.enable_grad(), cut_attention(model, cut):
-        return call_blocks(model, ids, work, use_cache=False)
+    """The uncounted positions never matter: no gradient of a counted one comes from those before it, or goes to a later one."""
+    with cut_attention(model, cut):
+        prompt = CachedPrompt(model, tokens[: counted[-1] + 1], counted[0])
+        entering = prompt.entering[0]
+        row_bytes = entering.numel() * entering.element_size()
+        parts = [
+            _backward(prompt, estimator, rows)
+            for rows in torch.split(cotangents.to(entering), max(1, GRADIENT_BYTES // row_bytes))
+        ]
+    return {layer: torch.cat([part[layer] for part in parts]) for layer in estimator.layers}
 
 
-def _streams(hidden: Tensor, call: Caller, estimator: Estimator) -> tuple[list[Tensor], Tensor]:
-    """What leaves each source layer and the target, with the graph between them; blocks below the lowest need none."""
-    lowest = min(estimator.layers)
-    with torch.no_grad():
-        for layer in range(lowest + 1):
-            hidden = call(layer, hidden)
-    hidden = hidden.detach().requires_grad_()
-    streams = {lowest: hidden}
-    for layer in range(lowest + 1, estimator.target + 1):
-        streams[layer] = call(layer, streams[layer - 1])
-    return [streams[layer] for layer in estimator.layers], streams[estimator.target]
+def _backward(prompt: CachedPrompt, estimator: Estimator, cotangents: Tensor) -> dict[int, Tensor]:
+    """Carry cotangents back block by block; only one block's activations and the gradients [cotangent, pos, d_model] are kept."""
+    means: dict[int, Tensor] = {}
+    gradients = cotangents[:, None].expand(-1, len(prompt.entering[0]), -1).clone()
+    with mapped_mlps(prompt.model, gradients.shape[1], len(cotangents)), prompt.model.exclusive():
+        for layer in range(estimator.target, min(estimator.layers), -1):
+            _carry(prompt, layer, torch.split(gradients, estimator.dim_batch))
+            if layer - 1 in estimator.layers:
+                means[layer - 1] = gradients.mean(1).float().cpu()
+    return means
 
 
-def _backward(target: Tensor, sources: Sequence[Tensor], given: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of every cotangent at every source, [cotangent, 1, pos, d_model]; one copy of the activations serves all."""
-    return torch.autograd.grad(target, list(sources), given, retain_graph=True, is_grads_batched=True)
+def _carry(prompt: CachedPrompt, layer: int, batches: Sequence[Tensor]) -> None:
+    """Replace gradients at a block's output by those at its input; one copy of its activations serves all."""
+    with torch.enable_grad():
+        entering = prompt.entering[layer].detach()[None].requires_grad_()
+        leaving = prompt.block(layer, entering)
+
+    def back(gradient: Tensor) -> Tensor:
+        return torch.autograd.grad(leaving, entering, gradient[None], retain_graph=True)[0][0]
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        for batch in batches:
+            batch.copy_(torch.func.vmap(back)(batch))
 
 
 def cotangent_batches(d_model: int, estimator: Estimator) -> Iterator[Float[Tensor, "output d_model"]]:

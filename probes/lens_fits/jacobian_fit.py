@@ -6,14 +6,18 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
+from probes.blocks.cached_prompt import CachedPrompt
 from probes.errors import OptionError, PromptError
 from probes.lens_fits.jacobian import Estimator, check_differentiable, text_jacobians, whole_jacobians
 from probes.lenses.card import Corpus, LensCard, card_of, text_digest
@@ -25,8 +29,8 @@ from probes.progress import QUIET, Progress
 Text = Sequence[int]
 SAVE_SECONDS = 300.0
 """The running sums are written after a text, but no more often than this."""
-TIMED_COTANGENTS = 2
-"""Batches of cotangents timed for an estimate."""
+TIMED_BLOCKS = 2
+"""Blocks through which all cotangents are carried for an estimate."""
 
 
 @dataclass(eq=False)
@@ -98,14 +102,14 @@ class JacobianFit:
 
 @dataclass(frozen=True)
 class FitCost:
-    """What a fit would take, from timed passes over its first text."""
+    """What a fit would take, from timed passes over its longest text."""
 
     texts: int
     seconds_per_text: float
     backwards_per_text: int
     flops_per_text: float
     bytes: int
-    """Of the running sums."""
+    """Of the running sums and of the gradients of a text."""
 
     @property
     def seconds(self) -> float:
@@ -182,27 +186,50 @@ def fit_jacobian(
 
 
 def fit_cost(model: Model, texts: Sequence[Text], estimator: Estimator) -> FitCost:
-    """Time a few cotangents of the first text, and return what all texts would take; raises as `fit_jacobian` does."""
+    """Carry the longest text's cotangents through a few blocks, as the fit does, and return what all would take.
+
+    Raises what `fit_jacobian` raises.
+    """
     estimator.check(model.shape.n_layers)
     check_differentiable(model)
     kept = usable(texts, estimator)
     d_model, longest = model.shape.d_model, max(kept, key=len)
-    rows = torch.eye(d_model)[: TIMED_COTANGENTS * estimator.dim_batch]
-    seconds = []
-    for n in (estimator.dim_batch, len(rows)):
-        started = time.perf_counter()
-        text_jacobians(model, longest, estimator, rows[:n])
-        seconds.append(time.perf_counter() - started)
-    backwards = -(-d_model // estimator.dim_batch)
-    # The first pass also warms up; what the second has more of is one batch carried back.
-    batch = max(seconds[1] / TIMED_COTANGENTS, 1e-9)
-    share = sum(map(len, kept)) / (len(kept) * len(longest))
-    blocks = model.shape.n_layers - min(estimator.layers)
-    parameters = 4 * model.shape.d_model**2 + 3 * model.shape.d_model * model.shape.d_mlp
-    flops = 2.0 * parameters * blocks * (d_model + 1) * sum(map(len, kept)) / len(kept)
-    size = 2 * len(estimator.layers) * d_model**2 * 8
+    blocks = estimator.target - min(estimator.layers)
+    timed = min(TIMED_BLOCKS, blocks)
+    few = replace(estimator, layers=(estimator.target - timed,))
+    text_jacobians(model, longest, few, torch.eye(d_model)[: estimator.dim_batch])  # the first pass also warms up
     passes = 2 if estimator.positions == "future" else 1
-    return FitCost(len(kept), batch * backwards * share, backwards * passes, flops * passes, size)
+    started = time.perf_counter()
+    CachedPrompt(model, longest, estimator.skip)
+    forward = passes * (time.perf_counter() - started)
+    started = time.perf_counter()
+    with _Products() as products:
+        whole_jacobians(model, longest, few)
+    block = max(time.perf_counter() - started - forward, 1e-9) / timed
+    counted = [len(estimator.counted(len(text))) for text in kept]
+    share = sum(counted) / (len(counted) * max(counted))
+    carried = 2 * 4 * max(counted) * d_model**2  # gradients, and one MLP's matrices
+    return FitCost(
+        texts=len(kept),
+        seconds_per_text=(forward + block * blocks) * share,
+        backwards_per_text=-(-d_model // estimator.dim_batch) * passes,
+        flops_per_text=products.flops * blocks / timed * share,
+        bytes=2 * len(estimator.layers) * d_model**2 * 8 + carried,
+    )
+
+
+class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operations of all products inside."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 def save_sums(sums: Sums, path: Path, key: str) -> None:

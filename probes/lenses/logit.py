@@ -62,6 +62,11 @@ def token_logits(
 @torch.inference_mode()
 def all_logprobs(rows: Float[Tensor, "row d_model"], unembedding: Unembedding) -> Float[Tensor, "row d_vocab"]:
     """Return the log-probability of every token, for few rows: memory grows with rows times tokens."""
+    return logprobs_of(rows, unembedding)
+
+
+def logprobs_of(rows: Float[Tensor, "row d_model"], unembedding: Unembedding) -> Float[Tensor, "row d_vocab"]:
+    """Return what `all_logprobs` does, differentiably."""
     hidden = normalized(rows, unembedding)
     return _logits(hidden, unembedding.weight.float(), unembedding.bias, unembedding.softcap).log_softmax(-1)
 

@@ -7,7 +7,7 @@ divergence itself. Offsets predict the last row of a later token (Pal et al. 202
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,10 +16,11 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from probes.errors import ProbeError
+from probes.errors import OptionError, ProbeError
 from probes.lenses import logit
 from probes.lenses.card import LensCard
 from probes.lenses.tuned import AffineMap, Place, TunedLens, unit_scale
+from probes.lenses.tuned_refine import refined
 from probes.models.protocol import Unembedding
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -41,11 +42,13 @@ class TunedFit:
 
     lens: TunedLens
     choice: Mapping[Place, str]
-    """Per layer and offset: `identity`, `bias_only`, or the ridge strength."""
+    """Per layer and offset: `identity`, `bias_only`, the ridge strength, or `refined`."""
     choosing: Mapping[Place, Mapping[str, float]]
     """Per layer and offset, the mean divergence of every candidate on the choosing fold."""
     kl: Mapping[str, NDArray[np.float64]]
-    """[layer, row] for the lens (`tuned`) and each of `CONTROLS`, on the scoring fold at offset 0."""
+    """[layer, row] for the lens (`tuned`) and each of `CONTROLS`, on the scoring fold at offset 0, at `layers`."""
+    layers: tuple[int, ...]
+    """Those that were fitted, and the last."""
     text_of: NDArray[np.int64]
     """[row], the text (or group of texts) that a scored row comes from."""
     rows_fitted: int
@@ -111,6 +114,8 @@ def fit_tuned(
     card: LensCard,
     *,
     offsets: Sequence[int] = (0,),
+    layers: Sequence[int] | None = None,
+    refine: int = 0,
     seed: int = 0,
 ) -> TunedFit:
     """Fit one map per layer and offset; whole groups of texts are held out, a fifth to choose by and a fifth to score by.
@@ -121,11 +126,18 @@ def fit_tuned(
         unembedding: the model's.
         card: of the lens; layers and options are filled in.
         offsets: how many tokens ahead to read.
+        layers: those fitted, all by default; others are read by the logit lens.
+        refine: steps of gradient descent on the divergence after the closed form; they count only where they help on the
+            fold that chooses.
         seed: of the split into folds.
 
     Raises:
+        OptionError: a layer outside the model.
         ProbeError: fewer than five groups, or none of whose rows reaches as far as an offset.
     """
+    read = sorted({*(range(card.n_layers) if layers is None else layers), card.n_layers - 1})
+    if not 0 <= read[0] <= read[-1] < card.n_layers:
+        raise OptionError(f"layers {read}: legal are 0 to {card.n_layers - 1}")
     last = [unit_scale(rows) for rows in text_rows(card.n_layers - 1)]
     folds = _folds(groups, [len(rows) for rows in last], max(offsets), seed)
     maps: dict[Place, AffineMap] = {}
@@ -134,7 +146,7 @@ def fit_tuned(
     choosing: dict[Place, Mapping[str, float]] = {}
     kl: dict[str, list[NDArray[np.float64]]] = {name: [] for name in ("tuned", *CONTROLS)}
     rows_fitted = 0
-    for layer in range(card.n_layers):
+    for layer in read:
         unit = [unit_scale(rows) for rows in text_rows(layer)]
         controls: dict[str, AffineMap] = {}
         for offset in offsets if layer < card.n_layers - 1 else ():
@@ -142,26 +154,39 @@ def fit_tuned(
             rows_fitted = rows_fitted or moments.n
             candidates: dict[str, AffineMap | None] = {"identity": None, "bias_only": moments.bias_only()}
             candidates |= {f"{s:g}": fitted for s, fitted in zip(RIDGES, moments.ridges(RIDGES), strict=True)}
-            losses = _losses(candidates, unit, last, folds.choosing, offset, unembedding)
-            choosing[layer, offset] = {name: float(values.mean()) for name, values in losses.items()}
-            best = min(choosing[layer, offset], key=lambda name: choosing[layer, offset][name])
-            choice[layer, offset] = best
+            losses = _mean_losses(candidates, unit, last, folds.choosing, offset, unembedding)
+            best = min(losses, key=losses.__getitem__)
+            strength = float(best) if best not in ("identity", "bias_only") else RIDGES[-1]
+            if refine:
+                start = candidates[best] or AffineMap(
+                    torch.zeros_like(moments.xx).float(), torch.zeros_like(moments.x).float()
+                )
+                x, y = map(torch.cat, zip(*_pairs(unit, last, folds.fitting, offset), strict=True))
+                candidates["refined"] = refined(start, x, y, unembedding, refine, seed)
+                losses |= _mean_losses(
+                    {"refined": candidates["refined"]}, unit, last, folds.choosing, offset, unembedding
+                )
+                best = min(losses, key=losses.__getitem__)
+            choosing[layer, offset], choice[layer, offset] = losses, best
             if (chosen := candidates[best]) is not None:
                 maps[layer, offset] = chosen
             if offset == 0:
-                strength = float(best) if best not in ("identity", "bias_only") else RIDGES[-1]
                 shuffled = _moments(unit, [*last[1:], last[0]], folds.fitting, 0, wrapped=True)
                 shifts[layer] = moments.bias_only().bias
                 controls = {"bias_only": moments.bias_only(), "shuffled": shuffled.ridges([strength])[0]}
         scored = {"logit": None, "tuned": maps.get((layer, 0)), **{name: controls.get(name) for name in CONTROLS[1:]}}
         for name, values in _losses(scored, unit, last, folds.scoring, 0, unembedding).items():
             kl[name].append(values)
-    layers = tuple(sorted({layer for layer, _ in maps}))
-    options = {"offsets": list(offsets), "choice": {f"{at}.{k}": name for (at, k), name in choice.items()}}
-    card = replace(card, layers=layers, options={**card.options, **options}, seed=seed)
+    fitted_layers = tuple(sorted({layer for layer, _ in maps}))
+    options = {
+        "offsets": list(offsets),
+        "refine": refine,
+        "choice": {f"{at}.{k}": name for (at, k), name in choice.items()},
+    }
+    card = replace(card, layers=fitted_layers, options={**card.options, **options}, seed=seed)
     names = np.array([groups[text] for text, _ in folds.scoring], dtype=np.int64)
     scores = {name: np.stack(values) for name, values in kl.items()}
-    return TunedFit(TunedLens(card, maps, shifts), choice, choosing, scores, names, rows_fitted)
+    return TunedFit(TunedLens(card, maps, shifts), choice, choosing, scores, tuple(read), names, rows_fitted)
 
 
 def _folds(groups: Sequence[int], lengths: Sequence[int], reach: int, seed: int) -> _Folds:
@@ -187,14 +212,33 @@ def _moments(
 ) -> Moments:
     """Sums of pairs (row, last row `offset` tokens on); `wrapped` repeats a shorter text's rows to the other's length."""
     moments = Moments.empty(unit[0].shape[-1])
+    for x, y in _pairs(unit, last, texts, offset, wrapped):
+        moments.add(x, y)
+    return moments
+
+
+def _pairs(
+    unit: Sequence[Tensor], last: Sequence[Tensor], texts: Sequence[int], offset: int, wrapped: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
     for text in texts:
         x, y = unit[text], last[text]
         if wrapped:
             y = y[torch.arange(len(x)) % len(y)] if len(y) else x[:0]
             x = x[: len(y)]
         if len(x) > offset:
-            moments.add(x[: len(x) - offset], y[offset:])
-    return moments
+            yield x[: len(x) - offset], y[offset:]
+
+
+def _mean_losses(
+    candidates: Mapping[str, AffineMap | None],
+    unit: Sequence[Tensor],
+    last: Sequence[Tensor],
+    places: Sequence[tuple[int, int]],
+    offset: int,
+    unembedding: Unembedding,
+) -> dict[str, float]:
+    losses = _losses(candidates, unit, last, places, offset, unembedding)
+    return {name: float(values.mean()) for name, values in losses.items()}
 
 
 def _losses(

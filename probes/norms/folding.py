@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from probes.anatomy import Anatomy
+from probes.anatomy import Anatomy, linear_weight
 from probes.anatomy.constant_norm import ConstantNorm
 from probes.errors import OptionError, PointError
 from probes.norms.scales import Scale
@@ -121,15 +121,8 @@ def _linear(module: nn.Module, name: str, layer: int | None) -> nn.Module:
     )
 
 
-def _weight(module: nn.Module) -> Tensor:
-    """The weights as [outputs, inputs], a view."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.T if type(module).__name__ == "Conv1D" else weight
-
-
 def _fold_before(linear: nn.Module, norm: ConstantNorm) -> None:
-    weight = _weight(linear)
+    weight = linear_weight(linear)
     w = weight.double()
     if norm.bias is not None:
         _set_bias(linear, w @ norm.bias.double(), add=True)
@@ -142,7 +135,7 @@ def _fold_before(linear: nn.Module, norm: ConstantNorm) -> None:
 def _fold_after(linear: nn.Module, norm: ConstantNorm) -> None:
     if norm.centred:
         raise PointError("a norm that subtracts the mean after a linear map is not folded into that map")
-    weight = _weight(linear)
+    weight = linear_weight(linear)
     gain = norm.weight.double().repeat(weight.shape[0] // norm.weight.numel())
     weight.copy_(weight.double() * gain[:, None])
     if isinstance(getattr(linear, "bias", None), Tensor):
@@ -156,7 +149,7 @@ def _set_bias(linear: nn.Module, value: Tensor, add: bool) -> None:
     if isinstance(old, Tensor):
         old.copy_((old.double() + value) if add else value)
     else:
-        linear.bias = nn.Parameter(value.to(_weight(linear).dtype))
+        linear.bias = nn.Parameter(value.to(linear_weight(linear).dtype))
 
 
 def _untie(anatomy: Anatomy) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from probes.errors import ModelError
+from probes.models.sources.digest import byte_parts
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -90,18 +91,6 @@ class BlockWeights:
                 raise ModelError(f"weight {name!r} should be {tuple(self._empty[name].shape)}; the folder has {stored}")
         return {name: tensor for name, tensor in tensors.items() if name in self._empty}
 
-    def sweep(self, layers: Sequence[int]) -> Generator[int]:
-        """Give each layer in turn, its weights in place until the next one; a thread reads ahead by one block."""
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="block-reader") as pool:
-            coming = pool.submit(self.read, layers[0]) if layers else None
-            for i, layer in enumerate(layers):
-                assert coming is not None
-                tensors = coming.result()
-                coming = pool.submit(self.read, layers[i + 1]) if i + 1 < len(layers) else None
-                with self.placed(layer, tensors):
-                    del tensors
-                    yield layer
-
     def tensor(self, name: str) -> Tensor:
         """Read one parameter of a block, for this call alone.
 
@@ -120,6 +109,25 @@ class BlockWeights:
                 self._spare = parameters
                 return parameter
         raise ModelError(f"the folder lacks the weight {name!r}")
+
+    def placed_tensors(self, layer: int) -> dict[str, Tensor]:
+        """Return the parameters of block `layer` that are in place only for a while, by full name."""
+        prefix = f"{self.paths[layer]}."
+        state = self.module.get_submodule(self.paths[layer]).state_dict()
+        return {name: state[name.removeprefix(prefix)] for name in self._empty if name.startswith(prefix)}
+
+    def canary_rows(self) -> str:
+        """Return a hash of one row of every weight that stays on disk."""
+        state = xxhash.xxh3_128()
+        sources = [source for group in self._groups.values() for source, _ in group.sources]
+        for file_path in self.files:
+            with safe_open(file_path, framework="pt", device="cpu") as file:
+                for source in (source for source in sources if self._files[source] == file_path):
+                    row = _row(file.get_slice(source), xxhash.xxh3_64_intdigest(source.encode()))
+                    self.ledger.bytes += row.nbytes
+                    for part in byte_parts(row):
+                        state.update(part)
+        return str(state.hexdigest())
 
     @contextmanager
     def placed(self, layer: int, tensors: dict[str, Tensor]) -> Iterator[None]:
@@ -200,6 +208,13 @@ class BlockWeights:
             mapped = file.get_tensor(source)
         self.ledger.bytes += mapped.nbytes
         return mapped.to(device=self.device, dtype=dtype or mapped.dtype, copy=True)
+
+
+def _row(weight: Any, number: int) -> Tensor:
+    """The row of a stored weight that a number leads to."""
+    shape = weight.get_shape()
+    row: Tensor = weight[tuple(slice(number % n, number % n + 1) for n in shape[:-1])] if shape else weight[...]
+    return row
 
 
 def _files(folder: Path) -> dict[str, Path]:

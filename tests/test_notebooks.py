@@ -82,7 +82,7 @@ def _sound(done: Executed) -> None:
 
 
 def test_there_is_a_tour_and_a_notebook_for_every_analysis() -> None:
-    assert {"tour", "depth_bench", *ANALYSES} == set(NAMES)
+    assert {"tour", "live", "depth_bench", *ANALYSES} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -156,6 +156,22 @@ def test_tour(execute: Execute) -> None:
     assert "identities hold" in cards
     assert all(name in cards for name in ANALYSES)
     assert len(done.outputs(FIGURE)) == 2
+
+
+@pytest.mark.real
+def test_live(execute: Execute) -> None:
+    done = execute(
+        "live",
+        kl="patched.compare(layers=False).kl",
+        country="float(difference[8, 3])",
+        single="session.edit('patch resid_post.20 @8 from other').compare(layers=False).kl",
+        swept="float(effect.kl[20, 8])",
+        unchanged="session.compare(layers=False).kl",
+    )
+    facts = done.facts
+    assert facts["unchanged"] == 0 < facts["kl"]
+    assert facts["country"] > 0
+    assert facts["swept"] == pytest.approx(facts["single"], abs=1e-4)
 
 
 @pytest.mark.real

@@ -374,6 +374,26 @@ def test_causal_patching(execute: Execute) -> None:
 
 
 @pytest.mark.real
+def test_layer_programs(execute: Execute) -> None:
+    done = execute(
+        "layer_programs",
+        runs="result.provenance['counts']['block_runs']",
+        planned="analysis.interventions(model, [None] * 8).total",
+        ran="result.provenance['counts']['intervention_forwards']",
+        exact="mending == task.record.question('mending:e1').truth",
+        test="search.tables['programs']['test'].tolist()",
+        undone="search.tables['fragility'].query(\"change == 'undone'\")['survived'].max()",
+        swapped="float(result.tables['swaps'].query(\"protocol == 'interchange'\")['kl'].median())",
+        replaced="float(result.tables['swaps'].query(\"protocol == 'replacement'\")['kl'].median())",
+    ).facts
+    assert done["planned"] == done["ran"]
+    assert done["exact"]
+    assert done["test"] == [1.0] * 4
+    assert done["undone"] == 0
+    assert done["swapped"] < done["replaced"]
+
+
+@pytest.mark.real
 def test_contextual_decomposition(execute: Execute) -> None:
     done = execute(
         "contextual_decomposition",

@@ -7,7 +7,7 @@ on the positions from the replaced one on; continuations are batched, and more o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field
@@ -27,6 +27,14 @@ from probes.shelf import Shelf, Shelved
 
 ROWS = 256
 """Continuations batched at once, which bounds memory."""
+
+
+Choose = Callable[[Float[Tensor, "row d_vocab"]], Int[Tensor, " row"]]
+
+
+def greedy(logits: Float[Tensor, "row d_vocab"]) -> Int[Tensor, " row"]:
+    """Return the most probable token of each row."""
+    return logits.argmax(-1)
 
 
 class _Pairs:
@@ -308,8 +316,10 @@ class CachedPrompt:
         return whole[0], whole[1]
 
     @torch.no_grad()
-    def write(self, resumed: Resumed, first_tokens: Int[Tensor, row], max_new_tokens: int) -> list[list[int]]:
-        """Write greedy continuations of rows resumed with `keep`; return their token ids.
+    def write(
+        self, resumed: Resumed, first_tokens: Int[Tensor, row], max_new_tokens: int, choose: Choose = greedy
+    ) -> list[list[int]]:
+        """Write continuations of rows resumed with `keep`; return their token ids.
 
         The replaced stream stays in the prompt only: what is written afterwards is not replaced.
 
@@ -317,6 +327,7 @@ class CachedPrompt:
             resumed: what the rows ended in.
             first_tokens: the first token that each row writes.
             max_new_tokens: tokens of each continuation, the first among them.
+            choose: the next token of each row from its logits; the most probable by default.
         """
         from transformers import DynamicCache
 
@@ -328,7 +339,7 @@ class CachedPrompt:
         with rerouted(self.model, in_order(self.model.shape.n_layers)):
             for _step in range(max_new_tokens - 1):
                 logits = self.model.module(input_ids=step, past_key_values=cache, use_cache=True).logits[:, -1]
-                step = logits.argmax(-1, keepdim=True)
+                step = choose(logits)[:, None]
                 written.append(step)
         return [[int(t) for t in row] for row in torch.cat(written, dim=1).cpu()]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from analyses.results.statistics import MIN_CLUSTERS, draw_groups, percentiles
 
@@ -33,17 +33,17 @@ def draw_items(rng: np.random.Generator, items: Sequence[Item], size: int) -> li
     return [items[int(i)] for i in rng.choice(len(items), min(size, len(items)), replace=False)]
 
 
-def draw_per_layer(
-    rng: np.random.Generator, items: Sequence[Item], layer_of: Mapping[Item, Hashable], circuit: Sequence[Item]
-) -> list[Item]:
-    """Draw a random circuit with as many items of each layer as `circuit` has."""
-    drawn: list[Item] = []
-    counts: dict[Hashable, int] = {}
-    for item in circuit:
-        counts[layer_of[item]] = counts.get(layer_of[item], 0) + 1
-    for layer, n in counts.items():
-        drawn += draw_items(rng, [item for item in items if layer_of[item] == layer], n)
-    return drawn
+def draw_per_layer(rng: np.random.Generator, layers: NDArray[np.intp], circuit: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Draw a random circuit with as many items of each layer as `circuit` has.
+
+    Args:
+        rng: draws.
+        layers: of all items, [item].
+        circuit: places of its items among all.
+    """
+    numbers = zip(*np.unique(layers[circuit], return_counts=True), strict=True)
+    drawn = [rng.choice(np.flatnonzero(layers == layer), n, replace=False) for layer, n in numbers]
+    return np.concatenate(drawn) if drawn else circuit
 
 
 def band(random: Array) -> tuple[float, float]:
@@ -67,21 +67,21 @@ def resampled_faithfulness(values: Array, full: Array, empty: Array, seed: int) 
 class Areas:
     """Areas under faithfulness f over the size of circuits, as shares of all items (Mueller et al. 2025, "MIB", arXiv 2504.13151)."""
 
-    cpr: float
-    """Trapezoid area under f."""
-    cmd: float
+    cpr: Array
+    """Trapezoid area under f, [...]."""
+    cmd: Array
     """Trapezoid area under |1 - f|."""
-    cpr_log: float
+    cpr_log: Array
     """The same over the logarithm of the share, divided by the logarithm's span, so that f = 1 gives 1."""
-    cmd_log: float
+    cmd_log: Array
 
 
-def areas(shares: Sequence[float], faithfulness: Sequence[float]) -> Areas:
-    """Return the areas of a curve; shares in (0, 1], rising."""
+def areas(shares: ArrayLike, faithfulness: ArrayLike) -> Areas:
+    """Return the areas of curves [..., size]; shares in (0, 1], rising."""
     x, f = np.asarray(shares, dtype=np.float64), np.asarray(faithfulness, dtype=np.float64)
     away, log = np.abs(1 - f), np.log(x)
     span = float(log[-1] - log[0]) or 1.0
-    return Areas(*(float(np.trapezoid(y, along) / unit) for along, unit in ((x, 1.0), (log, span)) for y in (f, away)))
+    return Areas(*(np.trapezoid(y, along) / unit for along, unit in ((x, 1.0), (log, span)) for y in (f, away)))
 
 
 def random_columns(own: float, random: Array) -> tuple[float, float, float, float]:

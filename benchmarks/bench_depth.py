@@ -19,9 +19,6 @@ from analyses.ground_truth.answers import name_of
 from analyses.ground_truth.bench import DEV_SEEDS, PROCESSES, Job, Ran, chosen_tasks, run_bench, seed_of_release
 from analyses.ground_truth.contestants import names
 from analyses.ground_truth.exchange import export, exported, handed_in
-from analyses.ground_truth.score import score
-from analyses.ground_truth.words import readme_table, sentences
-from analyses.results.provenance import versions
 from probes import planted
 from probes.errors import OptionError, unknown
 
@@ -47,6 +44,8 @@ def seeds_of(text: str, task: str) -> tuple[int, ...]:
     if text == "dev":
         return DEV_SEEDS
     if text == "test":
+        from analyses.results.provenance import versions
+
         tag = f"v{versions()['bathyscope']}"
         done = subprocess.run(
             ["git", "-C", str(ROOT), "tag", "--list", tag], capture_output=True, text=True, check=False
@@ -81,11 +80,14 @@ def write_readme(table: str) -> None:
 def run(options: argparse.Namespace) -> None:
     """Run the benchmark, print its table and digest, and save it where that is asked for."""
     jobs = jobs_of(options)
+    # Starts before what draws its tables is imported.
     ran: Ran = run_bench(jobs, options.processes, note=lambda line: print(line, file=sys.stderr))
     own = ran.digest
     if options.peers:
         names_run = {name_of(record) for record in ran.records}
         ran = replace(ran, answers=(*ran.answers, *(a for a in handed_in(options.peers) if a.task in names_run)))
+    from analyses.ground_truth.words import readme_table, sentences
+
     summary = ran.scored.summary
     print(readme_table(summary))
     print("\n".join(sentences(summary[~summary["method"].str.startswith("control")])))
@@ -99,6 +101,9 @@ def run(options: argparse.Namespace) -> None:
 
 def score_folder(folder: str) -> None:
     """Print what the answers in an exported folder are worth."""
+    from analyses.ground_truth.score import score
+    from analyses.ground_truth.words import readme_table, sentences
+
     tasks = [name.partition("@") for name in exported(folder)]
     answers = handed_in(folder)
     scored = score(answers, records=[planted.task(task, seed=int(seed)).record for task, _, seed in tasks])

@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from analyses.causal_patching.cells import Cell, cells_of
-from analyses.causal_patching.grid import ResumedGrid, Sources, addresses, capture_values, whole_forwards, writes_of
+from analyses.causal_patching.grid import Sources, addresses, capture_values, whole_forwards, writes_of
+from analyses.causal_patching.resumed_grid import ResumedGrid
 from probes.blocks.cached_prompt import CachedPrompt
 from probes.models import load_model
 from probes.models.backends.native import NativeModel

@@ -26,11 +26,13 @@ def interval(row: Any, digits: int = 2, value: str = "value") -> str:
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table's lines."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def listed(layers: Sequence[int]) -> str:
+    """Layers in words."""
     return ", ".join(map(str, layers)) if len(layers) else "none"
 
 

@@ -6,6 +6,8 @@ import fcntl
 import os
 import stat
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -34,6 +36,17 @@ class LockedFile:
         if self.fd >= 0:
             self.path.unlink(missing_ok=True)
             self.release()
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Shut out others who ask the same of this file, in any process, until the end of the block."""
+    fd = _open_file(path)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def lock_for_removal(path: Path) -> int | None:

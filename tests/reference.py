@@ -127,9 +127,9 @@ def _plain(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _hear(module: nn.Module, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def _capture_modules(module: nn.Module, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Every named module's first input as `<`name and output as `>`name, and the logits."""
-    heard: dict[str, Tensor] = {}
+    captured: dict[str, Tensor] = {}
 
     def listen(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -138,7 +138,7 @@ def _hear(module: nn.Module, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor]
                 if isinstance(value, Tensor) or (isinstance(value, tuple) and isinstance(value[0], Tensor)):
                     flat = _plain(value).clone()
                     one_axis = flat.dim() == 2 and flat.shape[0] == tokens.numel()
-                    heard[side + name] = flat.view(*tokens.shape, -1) if one_axis else flat
+                    captured[side + name] = flat.view(*tokens.shape, -1) if one_axis else flat
 
         return hook
 
@@ -149,7 +149,7 @@ def _hear(module: nn.Module, tokens: Tensor) -> tuple[dict[str, Tensor], Tensor]
     finally:
         for handle in handles:
             handle.remove()
-    return heard, logits
+    return captured, logits
 
 
 def _divisor(x: Tensor, norm: Any, centred: bool) -> Tensor:
@@ -178,14 +178,14 @@ def _eager_patterns(family: str, tokens: Tensor) -> tuple[Tensor, ...] | None:
 def expected(family: str) -> Mapping[str, Tensor]:
     """Address to tensor for two rows of nine tokens, for every point the family has."""
     module, names, tokens = shared(family), NAMES[family], prompt(rows=2)
-    heard, logits = _hear(module, tokens)
-    out = {"logits": logits, "embed": heard[">" + names.embed]}
+    captured, logits = _capture_modules(module, tokens)
+    out = {"logits": logits, "embed": captured[">" + names.embed]}
     patterns = _eager_patterns(family, tokens)
     n_layers = len(module.get_submodule(names.blocks))  # type: ignore[arg-type]
     with torch.no_grad():
         for layer in range(n_layers):
             block = f"{names.blocks}.{layer}"
-            values = _block(module, names, heard, block)
+            values = _block(module, names, captured, block)
             if patterns is not None:
                 values["pattern"] = patterns[layer]
             out |= {f"{point}.{layer}": value for point, value in values.items()}
@@ -196,12 +196,12 @@ def expected(family: str) -> Mapping[str, Tensor]:
     return out
 
 
-def _block(module: nn.Module, names: Names, heard: Mapping[str, Tensor], block: str) -> dict[str, Tensor]:
+def _block(module: nn.Module, names: Names, captured: Mapping[str, Tensor], block: str) -> dict[str, Tensor]:
     part = module.get_submodule(block)
     attention: Any = part.get_submodule(names.attn)
-    pre, post = heard["<" + block], heard[">" + block]
-    d_head = heard[f"<{block}.{names.o}"].shape[-1] // module.config.num_attention_heads  # type: ignore[union-attr,operator]
-    z = heard[f"<{block}.{names.o}"]
+    pre, post = captured["<" + block], captured[">" + block]
+    d_head = captured[f"<{block}.{names.o}"].shape[-1] // module.config.num_attention_heads  # type: ignore[union-attr,operator]
+    z = captured[f"<{block}.{names.o}"]
     added = part.get_submodule(names.o)(z)
     if names.attn_added:
         added = part.get_submodule(names.attn_added)(added)
@@ -221,7 +221,7 @@ def _block(module: nn.Module, names: Names, heard: Mapping[str, Tensor], block: 
     if names.kind == "sequential":
         out["resid_mid"] = mid
     if names.down:
-        out["mlp_post"] = heard[f"<{block}.{names.down}"]
+        out["mlp_post"] = captured[f"<{block}.{names.down}"]
         out["mlp_out"] = part.get_submodule(names.down)(out["mlp_post"])
     if names.mlp_added:
         value = out["mlp_in"] if names.down is None else out["mlp_out"]

@@ -13,8 +13,9 @@ from analyses.causal_patching.attribution import Attributed
 from analyses.causal_patching.cells import Cell
 from analyses.causal_patching.edges import EdgeAttribution, nodes_of_line
 from analyses.causal_patching.graph import Receiver, Sender, count_edges, parse_edges, receivers_of, senders_of
-from analyses.causal_patching.grid import ResumedGrid, Sources, capture_values
+from analyses.causal_patching.grid import Sources, capture_values
 from analyses.causal_patching.paths import PathGrid, sender_changes, written_points
+from analyses.causal_patching.resumed_grid import ResumedGrid
 from probes.blocks.cached_prompt import CachedPrompt
 from probes.blocks.rerouting import module_of
 from probes.errors import OptionError, PointError

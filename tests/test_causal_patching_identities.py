@@ -16,9 +16,9 @@ from test_causal_patching import CAUSAL, CLEAN, CORRUPTED, native, pair_line, ru
 
 from analyses.causal_patching import CausalPatching
 from analyses.causal_patching.cells import Cell, window_of
-from analyses.causal_patching.circuit import circuit_metrics, circuit_nodes
 from analyses.causal_patching.decision import earliest_lasting, latest
 from analyses.causal_patching.grid import Sources, addresses, capture_values
+from analyses.causal_patching.levels import NodeLevel, circuit_metrics
 from analyses.causal_patching.nulls import null_partner
 from analyses.causal_patching.opened import Opener
 from analyses.causal_patching.pairs import pair_of, resolved
@@ -215,10 +215,11 @@ def test_circuits_keep_everything_or_nothing(store: ActivationStore) -> None:
     options = {"components": ("mlp_out",), "circuit": "nodes", "n_random": 2, "sizes": (0.2, 1.0)}
     analysis = CausalPatching(min_gap=0, min_pairs=1, nulls="none", **options)  # type: ignore[arg-type]
     table = analysis.run(model, lines, store=store).tables["faithfulness"]
-    assert table[table["share"] == 1]["f"].tolist() == pytest.approx([1.0] * 4)
+    assert table[table["share"] == 1]["f"].tolist() == pytest.approx([1.0] * 8)
     pairs = [pair_of(i, prompt, False) for i, prompt in enumerate(resolved(model, lines, ["a", "b"], False))]
-    one = analysis._run(model, pairs, Tally(QUIET), None)
-    full, empty = circuit_metrics(one, [circuit_nodes(one), []], "counterfactual", QUIET).T
+    one, level = analysis._run(model, pairs, Tally(QUIET), None), NodeLevel(model.shape)
+    circuits = [np.arange(len(level.nodes)), np.arange(0)]
+    full, empty = circuit_metrics(one, level, circuits, "counterfactual", QUIET).T
     ends = [one.ends(pair) for pair in pairs]
     assert full.tolist() == pytest.approx([end[0][0] for end in ends], abs=1e-4)
     # Without any head or MLP of its own, all that is left of the clean run is its embedding.
@@ -247,9 +248,8 @@ def test_areas_and_controls_by_hand() -> None:
     assert (flat.cpr, flat.cmd, flat.cpr_log, flat.cmd_log) == pytest.approx((0.9, 0, 1, 0))
     uneven = areas([0.1, 0.2, 1.0], [0.0, 0.5, 1.0])
     assert (uneven.cpr, uneven.cmd) == pytest.approx((0.1 * 0.25 + 0.8 * 0.75, 0.1 * 0.75 + 0.8 * 0.25))
-    layer_of = {item: item // 10 for item in range(30)}
-    drawn = draw_per_layer(np.random.default_rng(0), range(30), layer_of, [1, 2, 25])
-    assert sorted(item // 10 for item in drawn) == [0, 0, 2]
+    drawn = draw_per_layer(np.random.default_rng(0), np.arange(30) // 10, np.array([1, 2, 25]))
+    assert sorted(drawn // 10) == [0, 0, 2]
 
 
 def test_a_budget_bounds_what_was_missed() -> None:
@@ -257,7 +257,9 @@ def test_a_budget_bounds_what_was_missed() -> None:
     chosen = budget(scores, 59, 0)
     assert chosen.top == tuple(range(59))
     assert len(chosen.random) == 41
-    row = verification_row("atp", scores, scores[chosen.chosen], chosen, signed=True)
+    row = verification_row(
+        "atp", scores[None], scores[None, chosen.chosen], chosen, True, np.zeros(1, dtype=np.int64), 0
+    )
     assert row["missed_bound"] == pytest.approx(1 - 0.05 ** (1 / 41))
     assert row["spearman"] == pytest.approx(1)
     assert row["share_of_effect"] == pytest.approx(scores[:59].sum() / scores.sum(), rel=0.05)

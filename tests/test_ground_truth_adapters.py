@@ -15,8 +15,9 @@ from analyses.ground_truth.adapters import latent_language as latent_adapter
 from analyses.ground_truth.adapters.adapter import examples_of
 from analyses.ground_truth.adapters.logit_lens import settled
 from analyses.ground_truth.answers import Answer
-from analyses.ground_truth.contestants import answer_task, answers_of, names, runs_of
+from analyses.ground_truth.contestants import ADAPTED, adapter_of, answer_task, answers_of, names, runs_of
 from analyses.ground_truth.score import score
+from analyses.registry import ANALYSES
 from analyses.results.result import Result
 from probes import ActivationStore, from_hf
 from probes.errors import OptionError
@@ -252,3 +253,73 @@ def test_every_contestant_on_a_planted_model(planted: PlantedTask, tmp_path) -> 
     assert rows.loc[("control: largest update", "nodes"), "auroc"].item() < 0.75, (
         "size alone does not say who takes part"
     )
+
+
+def test_a_lens_of_its_own_is_read_at_the_last_token() -> None:
+    task = task_of(Question("lens", Interval(4, 4), position="ask"))
+    rows = [
+        (prompt, position, layer, 7 if layer >= (2 if position == 2 else 0) else 1, "tuned")
+        for prompt in range(8)
+        for position in range(3)
+        for layer in range(LAYERS)
+    ]
+    read = pd.DataFrame(rows, columns=["prompt", "position", "layer", "top_token_id", "lens"])
+    answer = only(answers_of(result("lenses", {"read": read}), task))
+    assert (answer.method, answer.estimate) == ("lenses (tuned)", (2, 2))
+    (run,) = runs_of("lenses", task)
+    assert run.analysis.fit_on == "prompts", "planted words occur in no shipped sentence"  # type: ignore[attr-defined]
+
+
+def moved(
+    component: str, layer: int, head: int, recovery: float, role: str = "r", denoise: bool = True
+) -> tuple[object, ...]:
+    return ("denoise" if denoise else "noise", component, layer, head, role, recovery, recovery > 0.3)
+
+
+def test_causal_patching_names_the_part_that_brings_half_of_the_gap_first() -> None:
+    nodes = ("1.0", "1.1", "mlp.1", "mlp.2", "4.0")
+    task = task_of(
+        Question("written", frozenset({"mlp.2"}), concept="attribute", position="r", candidates=nodes),
+        Question("moved", frozenset({"4.0"}), concept="attribute", position="r", to="ask", candidates=nodes),
+        Question("nodes", frozenset({"mlp.2", "4.0"}), candidates=nodes),
+        Question("necessary", Interval(-1, 3), position="r"),
+        Question("sufficient", None, position="r"),
+    )
+    table = pd.DataFrame(
+        [
+            moved("z", 1, 0, 0.2), moved("mlp_out", 1, -1, 0.4), moved("mlp_out", 2, -1, 0.9), moved("mlp_out", 3, -1, 1.0),
+            moved("z", 4, 0, 1.0, "ask"), moved("mlp_out", 5, -1, 1.0, "ask"), moved("z", 1, 1, 0.5, denoise=False),
+        ],
+        columns=["direction", "component", "layer", "head", "role", "recovery", "found"],
+    )  # fmt: skip
+    streams = [
+        (
+            "pair",
+            direction,
+            component,
+            layer,
+            pair,
+            "r",
+            float(direction == "noise" and layer + (component == "resid_post") <= 4),
+        )
+        for direction in ("noise", "denoise")
+        for component in ("resid_pre", "resid_post")
+        for layer in range(LAYERS)
+        for pair in range(8)
+    ]
+    columns = ["source", "direction", "component", "layer", "pair", "role", "recovery"]
+    tables = {"map": table, "cells": pd.DataFrame(streams, columns=columns)}
+    written, carried, taking_part, necessary, sufficient = answers_of(result("causal_patching", tables), task)
+    assert written.chosen == {"mlp.2"}
+    assert written.scores["mlp.2"] > max(score for node, score in written.scores.items() if node != "mlp.2")
+    assert carried.chosen == {"4.0"}
+    assert taking_part.chosen == {"mlp.1", "mlp.2", "4.0", "1.1"}
+    assert (necessary.estimate, necessary.low, necessary.high) == ((-1, 3),) * 3
+    assert sufficient.decision == "none"
+
+
+def test_every_analysis_takes_part() -> None:
+    assert set(ADAPTED) == set(ANALYSES)
+    assert {adapter_of(name).analysis for name in ADAPTED} == set(ADAPTED)
+    with pytest.raises(OptionError, match="adapter"):
+        adapter_of("magic")

@@ -9,7 +9,7 @@ from fake_tokenizer import FIRST_BYTE, FakeByteLevel, FakeTokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analyses.latent_language.ids import Rule, after_quote, collide, prefix_free, resolve, shuffled_controls
+from analyses.latent_language.ids import Rule, after_quote, clash, prefix_free, resolve, shuffled_controls
 from analyses.tokens import token_bytes
 from probes.models import Model, fetch_model, load_model
 
@@ -72,7 +72,7 @@ def test_a_space_alone_says_no_word() -> None:
 @given(SEQUENCES)
 def test_a_prefix_free_cover_keeps_the_event(sequences: list[tuple[int, ...]]) -> None:
     kept = prefix_free(sequences)
-    assert not any(collide(a, b) for a in kept for b in kept if a != b)
+    assert not any(clash(a, b) for a in kept for b in kept if a != b)
     assert all(any(s[: len(k)] == k for k in kept) for s in sequences)
     assert set(kept) <= set(sequences)
 
@@ -80,16 +80,16 @@ def test_a_prefix_free_cover_keeps_the_event(sequences: list[tuple[int, ...]]) -
 @given(SEQUENCES, SEQUENCES)
 def test_collisions_are_dropped_kept_or_subtracted(a: list[tuple[int, ...]], b: list[tuple[int, ...]]) -> None:
     sets = {"en": prefix_free(a), "fr": prefix_free(b)}
-    clash = any(collide(x, y) for x in sets["en"] for y in sets["fr"])
+    clashes = any(clash(x, y) for x in sets["en"] for y in sets["fr"])
     empty = not sets["en"] or not sets["fr"]
     assert resolve(sets, "keep")[1:] == ((None,) if not empty else (resolve(sets, "keep")[1],))
-    assert (resolve(sets, "drop")[1] is not None) == (clash or empty)
+    assert (resolve(sets, "drop")[1] is not None) == (clashes or empty)
     left, reason = resolve(sets, "subtract")
     if reason is None:
-        assert not any(collide(x, y) for x in left["en"] for y in left["fr"])
+        assert not any(clash(x, y) for x in left["en"] for y in left["fr"])
         assert all(set(left[name]) <= set(sets[name]) for name in sets)
         lost = {name: set(sets[name]) - set(left[name]) for name in sets}
-        assert all(any(collide(x, y) for y in sets["fr"]) for x in lost["en"])
+        assert all(any(clash(x, y) for y in sets["fr"]) for x in lost["en"])
     else:
         assert "nothing is left" in reason or "no token" in reason
 
@@ -107,7 +107,7 @@ def test_controls_are_of_equal_size_and_never_the_words_own() -> None:
     for own, control in zip(items, controls, strict=True):
         assert {name: len(s) for name, s in control.items()} == {name: len(s) for name, s in own.items()}
         assert not any(
-            collide(a, b) for s in control.values() for a in s for sequences in own.values() for b in sequences
+            clash(a, b) for s in control.values() for a in s for sequences in own.values() for b in sequences
         )
         assert set(control["en"]) <= others
     assert shuffled_controls(items, seed=3, d_vocab=200) == controls

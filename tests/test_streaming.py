@@ -329,6 +329,23 @@ def test_blocks_that_pass_each_other_more_than_the_stream_are_refused(llama: str
         load_model(llama, device="cpu", streamed=True)
 
 
+def test_what_one_block_leaves_behind_for_the_next_is_refused(llama: str, monkeypatch: Any) -> None:
+    """As above, but what is kept aside outlives the forward, so that a block run alone finds it."""
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    forward, behind = LlamaAttention.forward, dict[int, Tensor]()
+
+    def leaking(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out, *rest = forward(self, *args, **kwargs)
+        behind[self.layer_idx] = out
+        return (out + behind[0] if self.layer_idx == 1 else out, *rest)
+
+    monkeypatch.setattr(LlamaAttention, "forward", leaking)
+    assert load_model(llama, device="cpu").faithfulness.holds
+    with pytest.raises(ModelError, match="load it without streaming"):
+        load_model(llama, device="cpu", streamed=True)
+
+
 def test_a_full_disk_is_refused_with_the_bytes_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="keeps 9,223,372,036,854,775,808 bytes of residuals"):
         Spill(tmp_path, [2**60], 8)

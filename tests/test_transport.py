@@ -271,17 +271,17 @@ def test_lens_rows_are_read_together(
     asynchronous: list[ThreadEngine], monkeypatch: pytest.MonkeyPatch, store: ActivationStore
 ) -> None:
     """One pass through the unembedding for all layers of a batch, not one a layer."""
-    from probes.capture import device_capture as outbox
+    from probes.capture import device_capture
 
     seen: list[int] = []
-    original = outbox.reduce_rows
+    original = device_capture.reduce_rows
 
     def watch(tensor: Tensor, index: Tensor, counts: object, reducer: Reducer, *rest: object) -> Tensor:
         if reducer.kind == "lens_ids":
             seen.append(len(index))
         return original(tensor, index, counts, reducer, *rest)
 
-    monkeypatch.setattr(outbox, "reduce_rows", watch)
+    monkeypatch.setattr(device_capture, "reduce_rows", watch)
     capture(native(), PROMPTS, [Need("resid_post.*", Reducer("lens_ids", ids=(3, 4)))], store)
     assert seen == [3 * sum(map(len, PROMPTS))]
 

@@ -11,14 +11,16 @@ import pandas as pd
 
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.causal_patching import costs
+from analyses.causal_patching.ablation import AblationKind
 from analyses.causal_patching.cells import Component, check_components
-from analyses.causal_patching.circuit import SHARES, CircuitPlan
+from analyses.causal_patching.circuit_tables import SHARES, CircuitPlan
 from analyses.causal_patching.corruption import Noise, SigmaOver, element_deviation
 from analyses.causal_patching.decision import window_table
 from analyses.causal_patching.edges import Rule
 from analyses.causal_patching.estimates import EstimatePlan, estimates
 from analyses.causal_patching.figures import FIGURES
 from analyses.causal_patching.journal import Journal, journal_in
+from analyses.causal_patching.levels import METHODS
 from analyses.causal_patching.metrics import Metric
 from analyses.causal_patching.notes import run_notes
 from analyses.causal_patching.nulls import Null
@@ -40,6 +42,11 @@ from probes.models.protocol import Model
 from probes.progress import QUIET, Progress
 from probes.prompts import Field, Prompt, PromptLine, read_prompts
 from probes.store import ActivationStore
+
+REFERENCES = 16
+"""Prompts of each generated pair's form over which means are taken."""
+DEFAULT_METHODS = {"nodes": ("exact", "atp"), "edges": ("eap_ig",)}
+"""What orders circuits where nothing is named."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +104,18 @@ class CausalPatching(Analysis):
         "paths: a changed key or value is seen by its whole group, or by one query head alone, as in no real model.",
     )
     max_edges: int = option(2000, "paths: more than these are refused.", low=1)
-    circuit: Literal["none", "nodes"] = option("none", "Try circuits of heads and MLPs, ordered by each method.")
-    ablation: Literal["counterfactual", "zero"] = option(
-        "counterfactual", "circuit: what everything outside becomes, the corrupted run's or zero."
+    circuit: Literal["none", "nodes", "edges"] = option(
+        "none", "Try circuits of heads and MLPs, or of the edges between them, ordered by each method."
     )
-    circuit_methods: tuple[Literal["exact", "atp", "atp_star"], ...] = option(
-        ("exact", "atp"), "circuit: what orders the nodes; exact patches each by itself."
+    ablation: AblationKind = option(
+        "counterfactual",
+        "circuit: what everything outside becomes, the corrupted run's, the mean over references, or zero.",
     )
-    sizes: tuple[float, ...] = option(SHARES, "circuit: sizes, as shares of all heads and MLPs.", low=0, high=1)
+    circuit_methods: tuple[Literal["exact", "mean", "atp", "atp_star", "eap", "eap_ig"], ...] = option(
+        (),
+        "circuit: what orders nodes (exact and mean patch each by itself) or edges (eap, eap_ig); exact and atp, or eap_ig.",
+    )
+    sizes: tuple[float, ...] = option(SHARES, "circuit: sizes, as shares of all nodes or edges.", low=0, high=1)
     n_random: int = option(20, "circuit: random circuits of each size, and as many of each layer's.", low=0)
     seed: int = option(0, "Seed of generated pairs, noise, signs and intervals.")
 
@@ -127,6 +138,12 @@ class CausalPatching(Analysis):
             raise OptionError(
                 f"option window is {self.window!r}: legal are a number of layers from 1, prefix and suffix"
             )
+        legal = METHODS.get(self.circuit, self.circuit_methods)
+        for method in self.circuit_methods:
+            if method not in legal:
+                raise OptionError(
+                    f"circuit method {method!r} does not order {self.circuit}: legal are {', '.join(legal)}"
+                )
 
     @property
     def makes_prompts(self) -> bool:
@@ -144,7 +161,10 @@ class CausalPatching(Analysis):
         """What is estimated, verified and tried beside the grid."""
         circuits = None
         if self.circuit != "none":
-            circuits = CircuitPlan(self.circuit_methods, self.sizes, self.ablation, self.n_random, self.seed)
+            ordering = self.circuit_methods or DEFAULT_METHODS[self.circuit]
+            circuits = CircuitPlan(
+                self.circuit, ordering, self.sizes, self.ablation, self.n_random, self.ig_steps, self.ig_rule, self.seed
+            )
         methods = tuple(method for method in self.attribution if method != "none")
         return EstimatePlan(
             methods,
@@ -167,7 +187,7 @@ class CausalPatching(Analysis):
         """
         noise = self.corruption == "noise"
         if self.makes_prompts:
-            return generated(model, self.task, self.n_pairs, self.corruption, self.seed)
+            return generated(model, self.task, self.n_pairs, self.corruption, self.seed, REFERENCES * self._means)
         lines = read_prompts(prompts, FIELDS) if isinstance(prompts, str | Path) else list(prompts)
         wheres = [line.where if isinstance(line, PromptLine) else f"prompt {i}" for i, line in enumerate(lines)]
         return resolved(model, as_prompts(lines, model, FIELDS), wheres, noise)
@@ -225,6 +245,11 @@ class CausalPatching(Analysis):
         run.journal.close()
         done = {"pairs": len(kept), "pairs_left_out": len(pairs) - len(kept)}
         return make_result(self, model, questions, tables, None, clock, notes, done, tally.forwards)
+
+    @property
+    def _means(self) -> bool:
+        """Whether something is replaced by its mean over references."""
+        return self.circuit != "none" and (self.ablation == "mean" or "mean" in self.circuit_methods)
 
     @property
     def _samples(self) -> int:

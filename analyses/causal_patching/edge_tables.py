@@ -13,11 +13,11 @@ from torch import Tensor
 
 from analyses.causal_patching.edges import EdgeAttribution, Rule
 from analyses.causal_patching.graph import Edge, Sender, receivers_of, senders_of
-from analyses.causal_patching.grid import ResumedGrid
 from analyses.causal_patching.nodes import attribution_direction
-from analyses.causal_patching.opened import Opened, Opener, first_patched
+from analyses.causal_patching.opened import OpenedPair, Opener, first_patched
 from analyses.causal_patching.pairs import Direction, Pair
 from analyses.causal_patching.paths import PathGrid, Through, sender_changes, written_points
+from analyses.causal_patching.resumed_grid import ResumedGrid
 from analyses.causal_patching.running import Run
 from analyses.causal_patching.statistics import ratios
 from analyses.causal_patching.verification import budget, ranked, verification_row
@@ -43,7 +43,7 @@ def parallel_blocks(model: Model) -> bool:
 class OpenedEdges:
     """A pair opened for edges in one direction: the run that is patched, and what each sender changes."""
 
-    opened: Opened
+    opened: OpenedPair
     changes: Mapping[Sender, Tensor]
 
     @classmethod
@@ -74,9 +74,10 @@ class OpenedEdges:
         return effects
 
 
-def edge_scores(run: Run, pair: Pair, attribution: EdgeAttribution, method: str, steps: int, rule: Rule) -> Tensor:
+def edge_scores(
+    run: Run, pair: Pair, attribution: EdgeAttribution, method: str, steps: int, rule: Rule, direction: Direction
+) -> Tensor:
     """Return the predicted effect of every edge on a pair, [sender, receiver], NaN where there is none."""
-    direction = attribution_direction(run.directions)
     senders = senders_of(run.model.shape)
     changes = OpenedEdges.of(run, pair, direction, senders).changes
     embeddings, weights = attribution.interpolated(pair, steps, rule) if method == "eap_ig" else (None, [1.0])
@@ -88,8 +89,8 @@ def edge_scores(run: Run, pair: Pair, attribution: EdgeAttribution, method: str,
 
 def edge_tables(
     run: Run, method: str, steps: int, rule: Rule, verify: int, seed: int, progress: Progress
-) -> tuple[pd.DataFrame, dict[str, object], Array]:
-    """Return (the table `edges`, a row of `verification`, scores of every pair [pair, edge]).
+) -> tuple[pd.DataFrame, dict[str, object]]:
+    """Return (the table `edges`, a row of `verification`).
 
     Raises:
         PointError: a model without edges, or one that keeps its weights to itself.
@@ -103,17 +104,18 @@ def edge_tables(
     progress.start(len(run.pairs), "pair's edges attributed")
     scores = []
     for pair in run.pairs:
-        scores.append(edge_scores(run, pair, attribution, method, steps, rule)[connected].double().numpy())
+        scores.append(edge_scores(run, pair, attribution, method, steps, rule, direction)[connected].double().numpy())
         progress.advance()
     every = np.stack(scores)
     means = every.mean(0)
     chosen = budget(means, verify, seed)
-    exact = exact_edges(run, [edges[i] for i in chosen.chosen], direction, "residual", progress).mean(0)
+    exact = exact_edges(run, [edges[i] for i in chosen.chosen], direction, "residual", progress)
     table = pd.DataFrame({
         "method": method, "direction": direction, "sender": [str(s) for s, _ in edges], "receiver": [str(r) for _, r in edges],
         "input": [r.input for _, r in edges], "receiver_unit": [r.unit for _, r in edges], "score": means,
     })  # fmt: skip
-    return ranked(table, chosen, exact), verification_row(method, means, exact, chosen, signed=True), every
+    row = verification_row(method, every, exact, chosen, True, run.groups, seed)
+    return ranked(table, chosen, exact.mean(0)), row
 
 
 def exact_edges(run: Run, edges: Sequence[Edge], direction: Direction, through: Through, progress: Progress) -> Array:
@@ -135,7 +137,6 @@ def paths_table(
     edges: Sequence[Edge],
     through: Through,
     gaps: Array,
-    groups: NDArray[np.int64],
     seed: int,
     progress: Progress,
 ) -> pd.DataFrame:
@@ -143,13 +144,12 @@ def paths_table(
 
     Args:
         gaps: of the first metric, [pair].
-        groups: of the pairs, for resampling.
     """
     parts = []
     for direction in run.directions:
         effects = exact_edges(run, edges, direction, through, progress)
         sign = 1.0 if direction == "denoise" else -1.0
-        share, (low, high) = ratios(sign * effects, np.repeat(gaps[:, None], len(edges), 1), groups, seed)
+        share, (low, high) = ratios(sign * effects, np.repeat(gaps[:, None], len(edges), 1), run.groups, seed)
         parts.append(pd.DataFrame({
             "sender": [str(s) for s, _ in edges], "receiver": [str(r) for _, r in edges], "input": [r.input for _, r in edges],
             "receiver_unit": [r.unit for _, r in edges], "through": through, "direction": direction, "n": len(effects),

@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analyses.causal_patching.circuit import CircuitPlan, circuit_tables
+from analyses.causal_patching.circuit_tables import CircuitPlan, circuit_tables
 from analyses.causal_patching.edge_tables import edge_tables, parallel_blocks, paths_table
 from analyses.causal_patching.edges import Rule
 from analyses.causal_patching.graph import count_edges, parse_edges
+from analyses.causal_patching.levels import ABLATIONS
 from analyses.causal_patching.nodes import node_tables
 from analyses.causal_patching.paths import KvView, Through
 from analyses.causal_patching.running import Run
@@ -21,6 +22,10 @@ from probes.errors import OptionError
 from probes.progress import Progress
 
 Array = NDArray[np.float64]
+SAID = {"nodes": "heads and MLPs", "edges": "edges between heads and MLPs"}
+BASELINES = {
+    "counterfactual": "as in the corrupted run", "mean": "at its mean over the pair's references", "zero": "zero",
+}  # fmt: skip
 Tables = dict[str, pd.DataFrame]
 
 
@@ -72,9 +77,8 @@ class EstimatePlan:
         counts["verified estimates"] = 2 * self.verify * pairs * len(self.methods)
         counts["paths"] = 2 * len(self.paths) * pairs
         if self.circuits is not None:
-            plan = self.circuits
-            each = len(plan.shares) * (len(plan.methods) * (2 + plan.n_random) + plan.n_random) + 2
-            counts["circuits"] = (each + shape_nodes * ("exact" in plan.methods)) * pairs
+            each = sum(method in ABLATIONS for method in self.circuits.methods) * shape_nodes
+            counts["circuits"] = (self.circuits.circuits + each) * pairs
         return counts
 
 
@@ -92,7 +96,7 @@ def estimates(run: Run, plan: EstimatePlan, ends: Ends, progress: Progress) -> t
         nodes.append(table)
         rows.append(row)
     for method in plan.edge_methods:
-        table, row, _ = edge_tables(run, method, plan.steps, plan.rule, plan.verify, plan.seed, progress)
+        table, row = edge_tables(run, method, plan.steps, plan.rule, plan.verify, plan.seed, progress)
         edges.append(table)
         rows.append(row)
     if nodes:
@@ -104,8 +108,7 @@ def estimates(run: Run, plan: EstimatePlan, ends: Ends, progress: Progress) -> t
     if plan.paths:
         named = parse_edges(plan.paths, run.model.shape, parallel_blocks(run.model), plan.kv_view == "query")
         gaps = np.array([ends[pair.index][0][0] - ends[pair.index][1][0] for pair in run.pairs])
-        groups = pd.factorize(np.array([pair.group for pair in run.pairs]))[0].astype(np.int64)
-        tables["paths"] = paths_table(run, named, plan.through, gaps, groups, plan.seed, progress)
+        tables["paths"] = paths_table(run, named, plan.through, gaps, plan.seed, progress)
     if plan.circuits is not None:
         tables["faithfulness"], tables["circuit_area"] = circuit_tables(run, plan.circuits, progress)
     return tables, _notes(run, plan, rows)
@@ -129,11 +132,7 @@ def _notes(run: Run, plan: EstimatePlan, rows: Sequence[Mapping[str, object]]) -
         )
     if plan.circuits is not None:
         said.append(
-            f"Circuits are of heads and MLPs at all positions; everything else is {_baseline(plan.circuits.ablation)}. Order was "
-            "found on every second pair and tried on the others (held_out); in_sample uses all pairs for both."
+            f"Circuits are of {SAID[plan.circuits.level]} at all positions; everything else is {BASELINES[plan.circuits.ablation]}. "
+            "Order was found on every second pair and tried on the others (held_out); in_sample uses all pairs for both."
         )
     return said
-
-
-def _baseline(ablation: str) -> str:
-    return "as in the corrupted run" if ablation == "counterfactual" else "zero"

@@ -9,23 +9,15 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from analyses.causal_patching.captions import DIRECTIONS, captioned
 from analyses.causal_patching.figures_estimates import ESTIMATES
 from analyses.causal_patching.patched import ALL
 from analyses.results.card import FigureSpec, Tables
 from analyses.results.theme import COLOURS, band, finish, plain, shorten
 
-DIRECTIONS = {"denoise": "denoising: clean into corrupted", "noise": "noising: corrupted into clean"}
 SHARE = {"denoise": "share of the gap brought back", "noise": "share of the gap taken away"}
 DIVERGING = "RdBu_r"
 GREY = "#d0d0d0"
-
-
-def run_line(tables: Tables) -> str:
-    """Say on what a figure was made: metric, corruption and pairs kept."""
-    pairs = tables["pairs"]
-    metric = pairs["metric"].iloc[0]
-    each = pairs[pairs["metric"] == metric]
-    return f"{metric}, {pairs['corruption'].iloc[0]} corruption, {int(each['kept'].sum())} of {len(each)} pairs"
 
 
 def first_metric(tables: Tables) -> pd.DataFrame:
@@ -87,8 +79,7 @@ def _maps(tables: Tables, table: pd.DataFrame, column: str, columns: Sequence[ob
             )
             _heat(figure, values, drawn.reindex(index=values.index, columns=values.columns) > 0, limit, i, j)
     finish(figure, x=x, y="layer", height=180 + 240 * len(components))
-    figure.update_layout(title={"text": plain(run_line(tables)), "font": {"size": 12}}, margin_t=80)
-    return figure
+    return captioned(figure, tables, directions).update_layout(margin_t=80)
 
 
 def stream_map(tables: Tables) -> go.Figure:
@@ -140,10 +131,7 @@ def curves(tables: Tables) -> go.Figure:
     if window is not None:
         for j in range(1, len(directions) + 1):
             figure.add_vrect(x0=window[0], x1=window[1], fillcolor=GREY, opacity=0.35, line_width=0, row=1, col=j)
-    figure.update_layout(
-        title={"text": plain(run_line(tables)), "font": {"size": 12}}, margin_t=120, legend={"y": 1.12}
-    )
-    return figure
+    return captioned(figure, tables, directions).update_layout(margin_t=120, legend={"y": 1.12})
 
 
 def decision_window(window: pd.DataFrame) -> tuple[float, float] | None:
@@ -177,8 +165,7 @@ def dots(tables: Tables) -> go.Figure:
             pointpos=0, jitter=0.5, marker={"size": 5}, line={"width": 1}, showlegend=False,
         )  # fmt: skip
     finish(figure, x="", y="share of the gap, pair by pair", height=460)
-    figure.update_layout(title={"text": plain(run_line(tables)), "font": {"size": 12}}, margin={"b": 120})
-    return figure
+    return captioned(figure, tables, best["direction"]).update_layout(margin={"b": 120})
 
 
 FIGURES = {

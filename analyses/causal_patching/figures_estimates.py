@@ -5,12 +5,13 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.causal_patching.captions import captioned
 from analyses.results.card import FigureSpec, Tables
 from analyses.results.theme import COLOURS, band, finish
 
 METHODS = {
     "atp": "attribution patching", "atp_star": "AtP*, sizes", "eap": "edge attribution", "eap_ig": "edge attribution, integrated",
-    "exact": "exact effect of each node",
+    "exact": "exact effect of each node", "mean": "mean ablation of each node",
 }  # fmt: skip
 
 
@@ -34,12 +35,14 @@ def agreement(tables: Tables) -> go.Figure:
             )  # fmt: skip
     ends = [float(verified[["exact", "score"]].min().min()), float(verified[["exact", "score"]].max().max())]
     figure.add_scatter(x=ends, y=ends, mode="lines", line={"color": "#888888", "dash": "dot"}, showlegend=False)
-    return finish(figure, x="exact effect on the metric", y="estimate", height=480)
+    finish(figure, x="exact effect on the metric", y="estimate", height=480)
+    return captioned(figure, tables, verified["direction"])
 
 
 def kept_by_circuits(tables: Tables) -> go.Figure:
     """Draw what circuits keep of the metric over their size, beside random ones."""
     table = tables["faithfulness"]
+    table = table[table["ordered_by"] == "score"]
     split = "held_out" if (table["split"] == "held_out").any() else "in_sample"
     figure = go.Figure()
     for colour, (method, part) in zip(
@@ -59,8 +62,9 @@ def kept_by_circuits(tables: Tables) -> go.Figure:
         name="random",
         line={"color": "#888888", "dash": "dot"},
     )
-    finish(figure, x="share of all heads and MLPs (logarithmic)", y="share of the metric's span kept", height=440)
-    return figure.update_xaxes(type="log")
+    level, kind = table["level"].iloc[0], table["ablation"].iloc[0]
+    finish(figure, x=f"share of all {level} (logarithmic)", y="share of the metric's span kept", height=440)
+    return captioned(figure, tables, (), f"{kind} ablation, {split.replace('_', ' ')}").update_xaxes(type="log")
 
 
 ESTIMATES = {
@@ -75,7 +79,7 @@ ESTIMATES = {
     "faithfulness": FigureSpec(
         "What circuits keep",
         "The metric of the clean prompt with everything outside a circuit ablated, as a share of the span from nothing kept to everything kept; "
-        "1 is the whole model. Nodes are ordered on half of the pairs, and circuits tried on the others. Grey: random circuits of the same "
+        "1 is the whole model. Nodes or edges are ordered on half of the pairs, and circuits tried on the others. Grey: random circuits of the same "
         "size. Bands are 95 % intervals over pairs, or the 5 and 95 % points over random circuits.",
         kept_by_circuits,
         lambda tables: "faithfulness" in tables,

@@ -1,22 +1,19 @@
-"""The grid: what a run's last row becomes when cells of another run are copied into it."""
+"""What is copied from run to run, and cells patched by whole forwards."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analyses.causal_patching.cells import EVERYWHERE, READ_LATER, Cell
-from probes.blocks.cached_prompt import CachedPrompt
+from analyses.causal_patching.cells import EVERYWHERE, Cell
 from probes.models.protocol import Model, Write
 from probes.points import Address
 
-ROW_POSITIONS = 8192
-"""Rows times positions that are resumed at once, which bounds memory."""
 FORWARD_ROWS = 32
 """Whole forwards of one batch, for models that cannot be resumed."""
 
@@ -96,87 +93,6 @@ def writes_of(
 
 
 @dataclass(frozen=True, eq=False)
-class ResumedGrid:
-    """A causal run kept open at every position, so that a cell runs only the blocks and positions after it."""
-
-    base: CachedPrompt
-    """Open from the first position at which something is patched."""
-
-    @property
-    def unpatched(self) -> Float[Tensor, " d_model"]:
-        """What leaves the last block at the last position as the run is."""
-        return self.base.entering[-1][-1]
-
-    @torch.no_grad()
-    def last_rows(self, cells: Sequence[Cell], sources: Sources) -> Float[Tensor, "cell d_model"]:
-        """Return what leaves the last block at the last position under each cell."""
-        last = self.unpatched.expand(len(cells), -1).clone()
-        for opened, indices in self._opened(cells):
-            part = [cells[i] for i in indices]
-            first, hidden = self._entering(opened, part, sources)
-            last[indices] = opened.resume(first, hidden).last
-        windowed = [i for i, cell in enumerate(cells) if len(cell.layers) > 1]
-        for begin in sorted({cells[i].layers[0] for i in windowed}):
-            indices = [i for i in windowed if cells[i].layers[0] == begin]
-            for some in _parts(indices, len(self.base.tokens) - self.base.start):
-                writes = writes_of(list(enumerate(cells[i] for i in some)), sources, self.base.start, self.base.start)
-                last[some] = self.base.edited(begin, len(some), writes)
-        return last
-
-    def _opened(self, cells: Sequence[Cell]) -> Iterator[tuple[CachedPrompt, list[int]]]:
-        """Yield the run open at a position, and the cells of single layers there, few enough to run together."""
-        by_position: dict[int, list[int]] = defaultdict(list)
-        for i, cell in enumerate(cells):
-            if len(cell.layers) == 1:
-                by_position[cell.position].append(i)
-        for position, indices in sorted(by_position.items()):
-            opened = self.base if position in (EVERYWHERE, self.base.start) else self.base.narrowed(position)
-            indices.sort(key=lambda i: cells[i].layers[0])
-            for part in _parts(indices, len(opened.tokens) - opened.start):
-                yield opened, part
-
-    def _entering(self, opened: CachedPrompt, cells: Sequence[Cell], sources: Sources) -> tuple[list[int], Tensor]:
-        """Return per cell the first block that runs, and what enters it from the opened position on."""
-        first = [cell.layer + (cell.component != "resid_pre") for cell in cells]
-        hidden = torch.stack([opened.entering[block] for block in first])
-        alone = opened.narrowed(opened.start, opened.start + 1) if any(_through_row(cell) for cell in cells) else opened
-        for (layer, one_row), placed in _by_block(cells).items():
-            run = alone if one_row else opened
-            entering = run.entering[layer].expand(len(placed), -1, -1)
-            writes = writes_of(
-                [(row, cells[i]) for row, i in enumerate(placed)], sources, self.base.start, opened.start
-            )
-            left = run.through(layer, entering, writes)
-            hidden[placed, : left.shape[1]] = left
-        for i, cell in enumerate(cells):
-            if cell.component in ("resid_pre", "resid_post"):
-                at = sorted(sources.positions) if cell.position == EVERYWHERE else [cell.position]
-                at = [position for position in at if position >= opened.start]
-                rows = [position - opened.start for position in at]
-                hidden[i, rows] = sources.given(Address(cell.component, cell.layer), at).to(hidden)
-        return first, hidden
-
-
-def _through_row(cell: Cell) -> bool:
-    return cell.one_row and cell.component not in ("resid_pre", "resid_post")
-
-
-def _by_block(cells: Sequence[Cell]) -> dict[tuple[int, bool], list[int]]:
-    """Return which cells have to be written inside which block, on their row alone or on all rows from there on."""
-    blocks: dict[tuple[int, bool], list[int]] = defaultdict(list)
-    for i, cell in enumerate(cells):
-        if cell.component not in ("resid_pre", "resid_post"):
-            blocks[cell.layer, cell.position != EVERYWHERE and cell.component not in READ_LATER].append(i)
-    return blocks
-
-
-def _parts(indices: Sequence[int], positions: int) -> Iterator[list[int]]:
-    size = max(1, ROW_POSITIONS // positions)
-    for i in range(0, len(indices), size):
-        yield list(indices[i : i + size])
-
-
-@dataclass(frozen=True, eq=False)
 class WholeForwards:
     """The same cells, each by a whole forward: for models that read both ways or keep their blocks to themselves."""
 
@@ -189,14 +105,15 @@ class WholeForwards:
     """Logits of the last position as the run is."""
 
     @torch.no_grad()
-    def last_rows(self, cells: Sequence[Cell], sources: Sources) -> Float[Tensor, "cell d_vocab"]:
-        """Return the logits of the last position under each cell."""
+    def last_rows(self, cells: Sequence[Cell], *sources: Sources) -> Float[Tensor, "source_cell d_vocab"]:
+        """Return the logits of the last position under each cell, of one source after the other."""
         rows: list[Tensor] = []
-        for i in range(0, len(cells), FORWARD_ROWS):
-            part = cells[i : i + FORWARD_ROWS]
-            writes = {**self.writes, **writes_of(list(enumerate(part)), sources, self.start)}
-            tokens = torch.tensor([self.tokens]).expand(len(part), -1)
-            self.model.run(tokens, {Address("logits"): lambda t: rows.append(t[:, -1].clone())}, writes)
+        for source in sources:
+            for i in range(0, len(cells), FORWARD_ROWS):
+                part = cells[i : i + FORWARD_ROWS]
+                writes = {**self.writes, **writes_of(list(enumerate(part)), source, self.start)}
+                tokens = torch.tensor([self.tokens]).expand(len(part), -1)
+                self.model.run(tokens, {Address("logits"): lambda t: rows.append(t[:, -1].clone())}, writes)
         return torch.cat(rows)
 
 

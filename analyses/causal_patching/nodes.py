@@ -15,7 +15,7 @@ from analyses.causal_patching.opened import Opener
 from analyses.causal_patching.pairs import Direction, Pair
 from analyses.causal_patching.patched import exact_zeros
 from analyses.causal_patching.running import Run
-from analyses.causal_patching.verification import budget, ranked, verification_row
+from analyses.causal_patching.verification import budget, pair_means, ranked, verification_row
 from probes.progress import Progress
 
 Array = NDArray[np.float64]
@@ -50,38 +50,34 @@ def node_tables(
     """
     direction = attribution_direction(run.directions)
     progress.start(len(run.pairs), "pair attributed")
-    totals: dict[Place, list[float]] = {}
+    by_pair: list[dict[Place, float]] = []
     for pair in run.pairs:
         cells = node_cells(run, pair, direction)
         scores = Attributed(run.model, pair, direction, run.metrics[0]).scores(list(cells.values()), method)
-        for place, score in zip(cells, scores.tolist(), strict=True):
-            totals.setdefault(place, []).append(score)
+        by_pair.append(dict(zip(cells, scores.tolist(), strict=True)))
         progress.advance()
-    places = sorted(totals)
-    means = np.array([np.mean(totals[place]) for place in places])
+    places = sorted(set().union(*by_pair))
+    every = np.array([[scores.get(place, np.nan) for place in places] for scores in by_pair])
+    means = pair_means(every)
     chosen = budget(means, verify, seed)
     exact = exact_effects(run, [places[i] for i in chosen.chosen], direction)
-    rows = [
-        (method, direction, component, layer, head, role, len(totals[component, layer, head, role]), mean)
-        for (component, layer, head, role), mean in zip(places, means, strict=True)
-    ]
+    counts = np.isfinite(every).sum(0)
+    rows = [(method, direction, *place, n, mean) for place, n, mean in zip(places, counts, means, strict=True)]
     table = pd.DataFrame(rows, columns=["method", "direction", "component", "layer", "head", "role", "n", "score"])
-    return ranked(table, chosen, exact), verification_row(method, means, exact, chosen, method == "atp")
+    row = verification_row(method, every, exact, chosen, method == "atp", run.groups, seed)
+    return ranked(table, chosen, pair_means(exact)), row
 
 
 def exact_effects(run: Run, places: Sequence[Place], direction: Direction) -> Array:
-    """Return the mean exact effect of nodes on the first metric, over the pairs that have them."""
-    sums, counts = np.zeros(len(places)), np.zeros(len(places))
-    if not places:
-        return sums
-    for pair in run.pairs:
-        cells = node_cells(run, pair, direction)
+    """Return the exact effect of nodes on the first metric, [pair, place], NaN where a pair has no such node."""
+    effects = np.full((len(run.pairs), len(places)), np.nan)
+    for row, pair in zip(effects, run.pairs, strict=True):
+        cells = node_cells(run, pair, direction) if len(places) else {}
         has = [i for i, place in enumerate(places) if place in cells]
         own = [cells[places[i]] for i in has]
-        opener = Opener(run.model, run.metrics[:1], frozenset(addresses(own)))
-        for noise in run.noises(pair)[:1]:
-            opened = opener.open(pair, (direction,), noise)[0]
-            sums[has] += (opened.patched(own)[:, 0] - opened.base[0]).numpy()
-            counts[has] += 1
-        run.tally.count(len(own))
-    return sums / np.maximum(counts, 1)
+        if own:
+            opener = Opener(run.model, run.metrics[:1], frozenset(addresses(own)))
+            opened = opener.open(pair, (direction,), run.noises(pair)[0])[0]
+            row[has] = (opened.patched(own)[:, 0] - opened.base[0]).numpy()
+            run.tally.count(len(own))
+    return effects

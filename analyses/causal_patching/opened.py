@@ -11,7 +11,6 @@ from torch import Tensor
 from analyses.causal_patching.cells import Cell
 from analyses.causal_patching.corruption import embedding_writes
 from analyses.causal_patching.grid import (
-    ResumedGrid,
     Sources,
     WholeForwards,
     capture_values,
@@ -19,6 +18,7 @@ from analyses.causal_patching.grid import (
 )
 from analyses.causal_patching.metrics import LogitReader, RowReader
 from analyses.causal_patching.pairs import Direction, Pair
+from analyses.causal_patching.resumed_grid import ResumedGrid
 from probes.blocks.cached_prompt import CachedPrompt
 from probes.models.protocol import BlockAccess, Model, Write
 from probes.points import Address
@@ -41,7 +41,7 @@ def first_patched(pair: Pair, direction: Direction, causal: bool = True) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Opened:
+class OpenedPair:
     """One run of a pair, kept open to be patched from the other one."""
 
     pair: Pair
@@ -64,11 +64,11 @@ class Opened:
         """The metrics of the patched run as it is."""
         return self.corrupted if self.direction == "denoise" else self.clean
 
-    def patched(self, cells: Sequence[Cell], sources: Sources | None = None) -> Float[Tensor, "cell metric"]:
-        """Return the metrics under each cell; from other sources than the pair's own where they are given."""
+    def patched(self, cells: Sequence[Cell], *sources: Sources) -> Float[Tensor, "source_cell metric"]:
+        """Return the metrics under each cell; from other sources than the pair's own, one after the other, where they are given."""
         if not cells:
             return self.base[None][:0]
-        return self.reader.read(self.grid.last_rows(cells, sources or self.sources))
+        return self.reader.read(self.grid.last_rows(cells, *(sources or (self.sources,))))
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +99,7 @@ class Opener:
         make = self._resumed if resumable(self.model) else self._whole
         return {corrupted: make(pair, corrupted, noise) for corrupted in (False, True)}
 
-    def open(self, pair: Pair, directions: Sequence[Direction], noise: Tensor | None) -> list[Opened]:
+    def open(self, pair: Pair, directions: Sequence[Direction], noise: Tensor | None) -> list[OpenedPair]:
         """Run both prompts of a pair, and open one of them for each direction."""
         grids = self._grids(pair, noise)
         reader = self.reader(pair, grids[False].unpatched)
@@ -110,7 +110,7 @@ class Opener:
             sources = Sources(self.values(pair, from_corrupted, noise), pair.sources(direction))
             grid = grids[not from_corrupted]
             start = first_patched(pair, direction, self.model.shape.causal)
-            opened.append(Opened(pair, direction, grid, reader, sources, start, *ends))
+            opened.append(OpenedPair(pair, direction, grid, reader, sources, start, *ends))
         return opened
 
     def reader(self, pair: Pair, clean: Tensor) -> RowReader | LogitReader:

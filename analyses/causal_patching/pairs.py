@@ -40,6 +40,18 @@ def check_span(value: Any) -> str | None:
     return None if good else "must be two positions, the first and the one after the last, such as [2, 5]"
 
 
+def check_texts(value: Any) -> str | None:
+    """Say what is wrong with a field that holds texts; None if nothing is."""
+    good = isinstance(value, list) and value and not any(map(check_text, value))
+    return None if good else "must be a list of texts that are not empty"
+
+
+def check_id_lists(value: Any) -> str | None:
+    """Say what is wrong with a field that holds lists of token ids; None if nothing is."""
+    good = isinstance(value, list) and value and not any(map(check_ids, value))
+    return None if good else "must be a list of lists of token ids, such as [[262, 318], [262, 290]]"
+
+
 def _ints(value: Any, n: int) -> bool:
     return isinstance(value, list | tuple) and len(value) == n and all(type(v) is int for v in value)
 
@@ -54,6 +66,10 @@ FIELDS: Mapping[str, Field] = {
     "alignment": Field("[clean, corrupted] positions that correspond; needed where lengths differ.", check_alignment),
     "named_positions": Field('Names of positions in the prompt: {"subject": 4, "end": -1}.', check_named),
     "span": Field("The subject's positions, for noise: [first, after the last].", check_span),
+    "references": Field("Prompts of its form in which the answer is not determined, for --ablation mean.", check_texts),
+    "reference_tokens": Field(
+        "The same as token ids: [[262, 318], [262, 290]].", check_id_lists, ids=itertools.chain.from_iterable
+    ),
     "group": Field("Pairs of one group are resampled together.", check_text),
 }  # fmt: skip
 """What a prompt line may carry beside its text or tokens."""
@@ -83,6 +99,8 @@ class Pair:
     """Positions whose embeddings are made noisy; None where the corrupted prompt has other tokens."""
     text: str = ""
     corrupted_text: str = ""
+    references: tuple[tuple[int, ...], ...] = ()
+    """Prompts of the clean one's form and length in which the answer is not determined."""
     reason: str = ""
     """Why it cannot be patched; empty where it can."""
 
@@ -154,6 +172,9 @@ def _resolved(model: Model, prompt: Prompt, where: str, noise: bool) -> Prompt:
     if not distractors:
         raise PromptError(f'{where}: give "corrupted_answer" or "distractor_tokens", what follows the corrupted prompt')
     _check_places(fields, where, len(prompt.tokens), len(other.tokens))
+    if "references" in fields and "reference_tokens" not in fields:
+        lines = [PromptLine(where, str(text), None) for text in fields["references"]]
+        fields["reference_tokens"] = [list(reference.tokens) for reference in tokenize(lines, model)]
     fields |= {
         WHERE: where, "corrupted_tokens": list(other.tokens), "corrupted": other.text or "",
         "answer_tokens": list(answers), "distractor_tokens": list(distractors),
@@ -204,6 +225,7 @@ def pair_of(index: int, prompt: Prompt, noise: bool) -> Pair:
     if aligned and aligned[-1] != ends:
         # The last positions always correspond: the metric is read there.
         aligned = (*(pair for pair in aligned if pair[0] < ends[0] and pair[1] < ends[1]), ends)
+    references = tuple(tuple(tokens) for tokens in fields.get("reference_tokens", ()) if len(tokens) == n)
     reason = ""
     if len(corrupted) != n and not aligned:
         reason = f"{n} and {len(corrupted)} tokens without an alignment"
@@ -212,5 +234,6 @@ def pair_of(index: int, prompt: Prompt, noise: bool) -> Pair:
     return Pair(
         index, str(fields[WHERE]), prompt.tokens, corrupted, answers, distractors,
         str(fields.get("group", f"pair {index}")), {name: p % n for name, p in fields.get("named_positions", {}).items()},
-        aligned, tuple(fields["span"]) if noise else None, prompt.text or "", str(fields.get("corrupted", "")), reason,
+        aligned, tuple(fields["span"]) if noise else None, prompt.text or "", str(fields.get("corrupted", "")),
+        references, reason,
     )  # fmt: skip

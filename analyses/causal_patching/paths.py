@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from analyses.causal_patching.graph import Edge, Receiver, Sender
-from analyses.causal_patching.grid import ResumedGrid, Sources
+from analyses.causal_patching.grid import Sources
+from analyses.causal_patching.resumed_grid import ResumedGrid
 from probes.blocks.rerouting import module_of
 from probes.errors import PointError
 from probes.models.protocol import Model, Read, Write

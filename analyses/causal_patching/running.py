@@ -16,7 +16,7 @@ from analyses.causal_patching.corruption import Noise, noisy_runs
 from analyses.causal_patching.grid import Sources, addresses, capture_values
 from analyses.causal_patching.journal import Journal
 from analyses.causal_patching.nulls import Null, null_partner
-from analyses.causal_patching.opened import Opened, Opener, first_patched, resumable
+from analyses.causal_patching.opened import OpenedPair, Opener, first_patched, resumable
 from analyses.causal_patching.pairs import Direction, Pair
 from analyses.causal_patching.patched import GridPlan, cells_table
 from analyses.interventions import Tally
@@ -50,6 +50,11 @@ class Run:
             points |= addresses(self.plan.cells(self.model.shape, self.pairs[0], direction))
         return Opener(self.model, self.metrics, frozenset(points))
 
+    @property
+    def groups(self) -> NDArray[np.int64]:
+        """The group of every pair, numbered from 0, [pair]."""
+        return pd.factorize(np.array([pair.group for pair in self.pairs]))[0].astype(np.int64)
+
     def noises(self, pair: Pair) -> list[Tensor | None]:
         """Return the noise of each corrupted run of a pair."""
         return noisy_runs(pair, self.noise, self.model.shape.d_model)
@@ -76,15 +81,18 @@ class Run:
         for direction in self.directions:
             cells, zeros = self.plan.run(self.model.shape, pair, direction)
             partner = null_partner(pair, self.pairs, direction, self.null)
-            for source, other in (("pair", None), *([(self.null, partner)] if partner is not None else [])):
-                key = self._key(pair, direction, source, other)
-                values = self.journal.read(key)
-                if values is None:
-                    if runs is None:
-                        runs = [opener.open(pair, self.directions, noise) for noise in self.noises(pair)]
-                    opened = [o for run in runs for o in run if o.direction == direction]
-                    values = self._values(opener, opened, cells, zeros, other)
+            others = {"pair": None} if partner is None else {"pair": None, self.null: partner}
+            keys = [self._key(pair, direction, source, other) for source, other in others.items()]
+            kept = [self.journal.read(key) for key in keys]
+            if any(values is None for values in kept):
+                if runs is None:
+                    runs = [opener.open(pair, self.directions, noise) for noise in self.noises(pair)]
+                opened = [o for run in runs for o in run if o.direction == direction]
+                kept = list(self._values(opener, opened, cells, zeros, list(others.values())))
+                for key, values in zip(keys, kept, strict=True):
                     self.journal.write(key, values)
+            for (source, other), values in zip(others.items(), kept, strict=True):
+                assert values is not None
                 ran = ~zeros if other is not None else np.ones(len(cells), dtype=bool)
                 shown = [cell for cell, shows in zip(cells, ran, strict=True) if shows]
                 yield cells_table(
@@ -94,20 +102,20 @@ class Run:
     def _values(
         self,
         opener: Opener,
-        opened: Sequence[Opened],
+        opened: Sequence[OpenedPair],
         cells: Sequence[Cell],
         zeros: NDArray[np.bool_],
-        other: Pair | None,
+        others: Sequence[Pair | None],
     ) -> Array:
-        """Return the metrics under each cell, [cell, metric], means over draws of noise."""
+        """Return the metrics under each cell, [source, cell, metric], means over draws of noise; None is the pair's own source."""
         running = [cell for cell, zero in zip(cells, zeros, strict=True) if not zero]
-        total = np.zeros((len(cells), len(self.metrics)))
+        total = np.zeros((len(others), len(cells), len(self.metrics)))
         for one in opened:
-            values = one.base.numpy() * np.ones((len(cells), 1))
-            sources = None if other is None else self._null_sources(opener, other)
-            values[~zeros] = one.patched(running, sources).numpy()
-            total += values
-        self.tally.tick(len(running) * len(opened))
+            sources = [one.sources if other is None else self._null_sources(opener, other) for other in others]
+            patched = one.patched(running, *sources).numpy()
+            total += one.base.numpy()
+            total[:, ~zeros] += patched.reshape(len(others), len(running), -1) - one.base.numpy()
+        self.tally.tick(len(running) * len(opened) * len(others))
         return total / len(opened)
 
     def _null_sources(self, opener: Opener, other: Pair) -> Sources:

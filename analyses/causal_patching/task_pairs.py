@@ -18,8 +18,16 @@ WITHOUT_REFERENCE = ("two_hop", "facts")
 """Tasks that have no prompt in which the answer is not determined."""
 
 
-def generated(model: Model, task: str, n: int, corruption: str, seed: int) -> list[Prompt]:
+def generated(model: Model, task: str, n: int, corruption: str, seed: int, references: int = 0) -> list[Prompt]:
     """Return generated pairs, the clean prompt with what a prompt line would carry in its fields, as token ids.
+
+    Args:
+        model: whose tokenizer and vocabulary the pairs are for.
+        task: one of `MAKERS`.
+        n: how many pairs.
+        corruption: `token`, `reference` or `noise`.
+        seed: of what is drawn.
+        references: prompts of the same form beside each pair, in tasks that have some.
 
     Raises:
         OptionError: a task that has no reference prompts.
@@ -30,17 +38,17 @@ def generated(model: Model, task: str, n: int, corruption: str, seed: int) -> li
     if corruption == "reference" and task in WITHOUT_REFERENCE:
         raise OptionError(f"task {task!r} has no reference prompts: give --corruption token or noise")
     drawn: list[TextPair] = MAKERS[task](
-        model.tokenizer, n, seed, "reference" if corruption == "reference" else "token"
+        model.tokenizer, n, seed, "reference" if corruption == "reference" else "token", references
     )
     if not drawn:
         raise PromptError(f"task {task!r} gives no pair of equal length under the tokenizer of {model.ref}")
     return [_prompt(model, task, i, pair, corruption == "noise") for i, pair in enumerate(drawn)]
 
 
-def _greater_than(tokenizer: Any, n: int, seed: int, _: str) -> list[TextPair]:
+def _greater_than(tokenizer: Any, n: int, seed: int, _: str, references: int) -> list[TextPair]:
     question = greater_than.TEXT.format(event="war", century=17, year=41)
     whole = len(as_merged(tokenizer, question, "42") or ()) == 1
-    return greater_than.text_pairs(n, seed, partial(single, tokenizer), whole)
+    return greater_than.text_pairs(n, seed, partial(single, tokenizer), whole, references)
 
 
 def _length(tokenizer: Any) -> Callable[[str], int]:
@@ -48,13 +56,15 @@ def _length(tokenizer: Any) -> Callable[[str], int]:
 
 
 MAKERS: dict[str, Callable[..., list[TextPair]]] = {
-    "ioi": lambda tokenizer, n, seed, corruption: ioi.pairs(n, seed, corruption, partial(single, tokenizer)),
+    "ioi": lambda tokenizer, n, seed, corruption, references: ioi.pairs(
+        n, seed, corruption, partial(single, tokenizer), references
+    ),
     "greater_than": _greater_than,
-    "docstring": lambda tokenizer, n, seed, corruption: docstring.pairs(
+    "docstring": lambda tokenizer, n, seed, corruption, _: docstring.pairs(
         n, seed, corruption, partial(single, tokenizer)
     ),
-    "two_hop": lambda tokenizer, n, seed, _: two_hop.pairs(n, seed, _length(tokenizer)),
-    "facts": lambda tokenizer, n, seed, _: facts.pairs(n, seed, _length(tokenizer)),
+    "two_hop": lambda tokenizer, n, seed, *_: two_hop.pairs(n, seed, _length(tokenizer)),
+    "facts": lambda tokenizer, n, seed, *_: facts.pairs(n, seed, _length(tokenizer)),
 }
 """Name of a task to what makes its pairs."""
 
@@ -72,6 +82,8 @@ def _prompt(model: Model, task: str, index: int, pair: TextPair, noise: bool) ->
         "named_positions": {role: _token_at(ends, place) for role, place in pair.roles.items()},
         "group": pair.group or f"pair {index}",
     }  # fmt: skip
+    if pair.references:
+        fields["reference_tokens"] = [list(other.tokens) for other in tokenize(list(pair.references), model)]
     if noise and pair.subject is not None:
         fields["span"] = [_token_at(ends, pair.subject[0] + 1), _token_at(ends, pair.subject[1]) + 1]
     return Prompt(clean.tokens, clean.text, fields)

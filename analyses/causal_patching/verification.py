@@ -9,6 +9,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import beta, rankdata
 
+from analyses.causal_patching.statistics import by_group
+from analyses.results.statistics import percentiles, resampled_ratios
+
 Array = NDArray[np.float64]
 
 
@@ -35,37 +38,72 @@ def budget(scores: Array, verify: int, seed: int) -> Budget:
     return Budget(tuple(int(i) for i in order[:verify]), tuple(int(i) for i in drawn))
 
 
-def verification_row(method: str, scores: Array, exact: Array, chosen: Budget, signed: bool) -> dict[str, object]:
-    """Compare estimates with exact effects over what was verified.
+def verification_row(
+    method: str, scores: Array, exact: Array, chosen: Budget, signed: bool, groups: NDArray[np.int64], seed: int
+) -> dict[str, object]:
+    """Compare estimates with exact effects over what was verified, as means over pairs.
 
     `share_of_effect` is the part of all effects, by size, that the top holds, the rest being judged by the random ones.
     `missed_bound`: with 95 % confidence at most this share of what was not verified has an effect above the smallest verified
     one of the top (Clopper and Pearson 1934).
 
     Args:
-        scores: of every node or edge.
-        exact: of the verified ones, in the order of `chosen`.
+        method: what estimated.
+        scores: of every node or edge on every pair, [pair, item]; NaN where a pair has none.
+        exact: of the verified ones, [pair, verified], in the order of `chosen`.
+        chosen: which those are.
         signed: whether the estimates have signs; otherwise sizes are compared, and signs are not.
+        groups: of the pairs, for resampling.
+        seed: of resampling.
     """
     k, r = len(chosen.top), len(chosen.random)
-    estimated = scores[chosen.chosen]
-    measured = exact if signed else np.abs(exact)
-    sizes = np.abs(exact)
+    estimated, effects = pair_means(scores[:, chosen.chosen]), pair_means(exact)
+    sizes = np.abs(effects)
     above = int((sizes[k:] > sizes[:k].min()).sum()) if k else r
-    rest = (len(scores) - k) * float(sizes[k:].mean()) if r else 0.0
+    rest = (scores.shape[1] - k) * float(sizes[k:].mean()) if r else 0.0
     total = float(sizes[:k].sum()) + rest
     return {
         "method": method, "k": k, "n_random": r,
-        "spearman": rank_correlation(estimated, measured),
-        "sign_agreement": float((np.sign(estimated) == np.sign(exact)).mean()) if signed and len(exact) else np.nan,
-        "mean_abs_error": float(np.abs(estimated - measured).mean()) if len(exact) else np.nan,
+        **agreement(scores[:, chosen.chosen], exact, groups, seed, signed),
+        "sign_agreement": float((np.sign(estimated) == np.sign(effects)).mean()) if signed and len(effects) else np.nan,
+        "mean_abs_error": float(np.abs(estimated - (effects if signed else sizes)).mean()) if len(effects) else np.nan,
         "share_of_effect": float(sizes[:k].sum()) / total if total else np.nan,
         "missed_bound": float(beta.ppf(0.95, above + 1, r - above)) if above < r else 1.0,
     }  # fmt: skip
 
 
+def pair_means(values: Array) -> Array:
+    """Return means over the pairs that have an item, [item], of [pair, item]."""
+    known = np.isfinite(values)
+    return np.asarray(np.where(known, values, 0.0).sum(0) / np.maximum(known.sum(0), 1))
+
+
+def agreement(
+    scores: Array, exact: Array, groups: NDArray[np.int64], seed: int, signed: bool = True
+) -> dict[str, float]:
+    """Return the rank correlation of mean scores and mean exact effects, with its interval from resampling groups of pairs.
+
+    Args:
+        scores: [pair, item].
+        exact: [pair, item].
+        groups: of the pairs, [pair].
+        seed: of resampling.
+        signed: whether scores have signs; otherwise they are compared with the sizes of effects.
+    """
+    draws: list[Array] = []
+    for values in (scores, exact):
+        known = np.isfinite(values)
+        sums, counts = (by_group(part, groups) for part in (np.where(known, values, 0.0), known.astype(np.float64)))
+        draws.append(np.concatenate([pair_means(values)[None], resampled_ratios(sums, counts, seed=seed)]))
+    ranks = [rank_correlation(a, b if signed else np.abs(b)) for a, b in zip(*draws, strict=True)]
+    low, high = percentiles(ranks[1:], int(groups.max()) + 1 if len(groups) else 0)
+    return {"spearman": ranks[0], "spearman_low": float(low), "spearman_high": float(high)}
+
+
 def rank_correlation(a: Array, b: Array) -> float:
     """Return Spearman's rank correlation; NaN where either side is constant or too short to have one."""
+    known = np.isfinite(a) & np.isfinite(b)
+    a, b = a[known], b[known]
     if len(a) < 3 or a.std() == 0 or b.std() == 0:
         return float("nan")
     return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])

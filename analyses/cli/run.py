@@ -39,6 +39,14 @@ StoreDir = Annotated[
 Texts = Annotated[
     list[str] | None, typer.Option("--text", help="A prompt, in place of a file; may be given several times.")
 ]
+Edits = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--edit",
+        metavar="EDIT",
+        help="Read the model under an edit, such as 'zero z.5.3'; may be given several times, and acts in that order.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No lines of progress.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="A line of progress for every step.")]
@@ -55,6 +63,7 @@ def command_for(cls: type[Analysis]) -> Callable[..., None]:
         spec: ModelSpec,
         prompts: GivenPrompts = None,
         texts: Texts = None,
+        edits: Edits = None,
         store: StoreDir = None,
         out: OutDir = None,
         dry_run: DryRun = False,
@@ -64,7 +73,9 @@ def command_for(cls: type[Analysis]) -> Callable[..., None]:
         **options: Any,
     ) -> None:
         given = Prompts(prompts, tuple(texts or ()))
-        start(build(cls, options), spec, given, store, out, dry_run, as_json, progress_of(quiet, verbose))
+        progress = progress_of(quiet, verbose)
+        changes = tuple(edits or ())
+        start(build(cls, options), spec, given, store, out, progress, edits=changes, dry_run=dry_run, as_json=as_json)
 
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
     command.__signature__ = inspect.Signature([*own, *flags(cls)])  # type: ignore[attr-defined]
@@ -104,9 +115,11 @@ def start(
     prompts: Prompts,
     store: Path | None,
     out: Path | None,
-    dry_run: bool,
-    as_json: bool,
     progress: Progress,
+    *,
+    edits: tuple[str, ...] = (),
+    dry_run: bool = False,
+    as_json: bool = False,
 ) -> None:
     """Checks everything that needs no model, then runs (or, dry, prints the cost) and saves."""
     lines = prompts.lines(analysis)
@@ -116,12 +129,19 @@ def start(
         make_folder(out.parent, "the folder of --out", OptionError)
     activations = ActivationStore(store)
     if dry_run:
-        cost = cost_of(spec, analysis, lines, activations)
+        cost = cost_of(spec, analysis, lines, activations, edits=edits)
         say(dumps({"cost": cost}) if as_json else "\n".join(cost))
         return
     try:
         result = run_analysis(
-            spec, analysis, lines, activations, prompts_file=prompts.file, texts=prompts.texts, progress=progress
+            spec,
+            analysis,
+            lines,
+            activations,
+            prompts_file=prompts.file,
+            texts=prompts.texts,
+            edits=edits,
+            progress=progress,
         )
     finally:
         progress.stop()

@@ -23,19 +23,25 @@ STATISTICS = {
 """Column of the table, and its name in words."""
 
 
-def correlation(a: Array, b: Array) -> float:
-    """Return Pearson's correlation; NaN where either side is constant or too short to have one."""
-    if len(a) < 3 or a.std() == 0 or b.std() == 0:
-        return float("nan")
-    return float(np.corrcoef(a, b)[0, 1])
+def correlation(a: Array, b: Array) -> Array:
+    """Return Pearson's correlation along the last axis; NaN where either side is constant or too short to have one."""
+    if a.shape[-1] < 3:
+        return np.full(np.broadcast_shapes(a.shape, b.shape)[:-1], np.nan)
+    x, y = (values - values.mean(-1, keepdims=True) for values in (a, b))
+    constant = (np.ptp(a, -1) == 0) | (np.ptp(b, -1) == 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(constant, np.nan, (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1)))
 
 
-def _statistics(scores: Array, effects: Array, rest: NDArray[np.intp]) -> tuple[float, float, float]:
-    """Return the columns of `STATISTICS`, of mean scores and effects [head]; `rest` are the heads without the largest."""
-    return (
-        correlation(scores, effects),
-        correlation(rankdata(scores), rankdata(effects)),
-        correlation(scores[rest], effects[rest]),
+def _statistics(scores: Array, effects: Array, rest: NDArray[np.intp]) -> Array:
+    """Return `STATISTICS` in the last axis, of mean scores and effects [..., head]; `rest` are the heads without the largest."""
+    return np.stack(
+        (
+            correlation(scores, effects),
+            correlation(rankdata(scores, axis=-1), rankdata(effects, axis=-1)),
+            correlation(scores[..., rest], effects[..., rest]),
+        ),
+        axis=-1,
     )
 
 
@@ -54,10 +60,14 @@ def agreement_tables(scores: Mapping[str, Array], effects: Array, seed: int) -> 
     n = len(effects)
     rest = np.sort(np.argsort(-np.abs(effects.mean(0)), kind="stable")[TOP:])
     draws = draw_groups(n, seed, RESAMPLES if n >= MIN_CLUSTERS else 1)
-    spread = {
-        m: np.array([_statistics(v[d].mean(0), effects[d].mean(0), rest) for d in draws]) for m, v in scores.items()
-    }
-    own: dict[str, Array] = {m: np.array(_statistics(v.mean(0), effects.mean(0), rest)) for m, v in scores.items()}
+    shares = np.eye(n)[draws].mean(1)
+
+    def drawn(values: Array) -> Array:
+        # Unlike a matrix product, this adds every head's values in one order, so that equal heads stay equal.
+        return np.asarray(np.einsum("dp,ph->dh", shares, values))
+
+    spread = {method: _statistics(drawn(values), drawn(effects), rest) for method, values in scores.items()}
+    own = {method: _statistics(values.mean(0), effects.mean(0), rest) for method, values in scores.items()}
     rows = []
     for method, values in scores.items():
         low, high = percentiles(spread[method], n)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from analyses.contextual_decomposition.ablation import POSITIONS
 from analyses.contextual_decomposition.cases import Case
 from analyses.contextual_decomposition.prepared_cases import Array, PreparedCases
 from analyses.results.statistics import cluster_bootstrap
@@ -19,7 +20,7 @@ from probes.blocks.rerouting import module_of
 from probes.decomposition import Baseline
 from probes.edits import read
 from probes.hooks.forward_hooks import tensor_of
-from probes.models.protocol import Model
+from probes.models.protocol import Model, Write
 from probes.points import Address
 from probes.progress import Progress
 
@@ -60,21 +61,29 @@ def _addresses(model: Model, layers: Sequence[int]) -> list[Address]:
 
 @torch.no_grad()
 def mlp_ablation(model: Model, case: Case, baseline: Baseline | None, layers: Sequence[int]) -> Float[Tensor, " layer"]:
-    """Return how much the metric falls when each MLP alone goes to its baseline at all positions; a forward each."""
-    tokens, ids = torch.tensor([case.tokens]), list(case.ids)
+    """Return how much the metric falls when each MLP alone goes to its baseline at all positions; a forward each.
 
-    def metric(layer: int | None) -> Tensor:
-        def write(output: Tensor) -> Tensor:
-            return torch.zeros_like(output) if base is None else base.to(output).expand_as(output)
+    Prompts that lack one MLP each run together.
+    """
 
-        base = None if baseline is None or layer is None else baseline.mlp_out[layer]
+    def write(layer: int, row: int) -> Write:
+        def replaced(output: Tensor) -> Tensor:
+            base = torch.zeros_like(output[row]) if baseline is None else baseline.mlp_out[layer].to(output)
+            return torch.cat([output[:row], base.expand_as(output[row])[None], output[row + 1 :]])
+
+        return replaced
+
+    values: list[Tensor] = []
+    # The row after the last MLP's is the prompt as it is.
+    for rows in torch.arange(len(layers) + 1).split(max(1, POSITIONS // len(case.tokens))):
         logits: list[Tensor] = []
-        reads = {Address("logits"): lambda t: logits.append(t[0, -1, ids].float().clone())}
-        model.run(tokens, reads, {} if layer is None else {Address("mlp_out", layer): write})
-        return case.metric(logits[0]).double().cpu()
-
-    whole = metric(None)
-    return torch.stack([whole - metric(layer) for layer in layers])
+        without = [layers[int(row)] for row in rows if row < len(layers)]
+        writes = {Address("mlp_out", layer): write(layer, row) for row, layer in enumerate(without)}
+        reads = {Address("logits"): lambda t, out=logits: out.append(t[:, -1, list(case.ids)].float().clone())}
+        model.run(torch.tensor([case.tokens]).expand(len(rows), -1), reads, writes)
+        values.append(case.metric(logits[0]).double().cpu())
+    metric = torch.cat(values)
+    return metric[-1] - metric[:-1]
 
 
 def mlps_table(

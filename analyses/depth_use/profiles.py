@@ -18,12 +18,12 @@ def _read(proxy: str) -> Callable[[Tables], pd.DataFrame]:
     return read
 
 
-def _held(proxy: str) -> Callable[[Tables], bool]:
+def _has_proxy(proxy: str) -> Callable[[Tables], bool]:
     return lambda tables: bool((tables["proxy_intervals"]["proxy"] == proxy).any())
 
 
 def _profile(proxy: str, title: str, unit: str, caption: str) -> ProfileSpec:
-    return ProfileSpec(title, unit, caption, _read(proxy), _held(proxy))
+    return ProfileSpec(title, unit, caption, _read(proxy), _has_proxy(proxy))
 
 
 PROFILES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite, nan
 from typing import Any, Literal, get_args
 
@@ -120,6 +120,12 @@ def _float(value: Any) -> float:
 def name_of(record: Record) -> str:
     """Return what answers call a task: its name and seed."""
     return f"{record.task}@{record.seed}"
+
+
+def with_cost(answers: Sequence[Answer], seconds: float, forwards: int) -> list[Answer]:
+    """Return answers that share one run, its cost divided among them."""
+    n = max(1, len(answers))
+    return [replace(answer, seconds=seconds / n, forwards=round(forwards / n)) for answer in answers]
 
 
 def to_json(answers: Sequence[Answer]) -> str:

@@ -10,19 +10,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from analyses.ground_truth.answers import Answer, digest, from_json, to_json
-from analyses.ground_truth.report import render
-from analyses.ground_truth.score import Scored, score
-from analyses.results.provenance import versions
 from probes.errors import ModelError, OptionError
 from probes.planted.record import Record, Tier
+
+if TYPE_CHECKING:
+    # Processes start working before this one has what scores their answers.
+    from analyses.ground_truth.score import Scored
 
 PROCESSES = 2
 QUICK = (
     "A1", "A2", "B1", "C1", "D1", "D2", "E1", "F1", "F3", "G1", "H1", "I1", "J2", "K1", "L1", "N2",
 )  # fmt: skip
 """Tasks of a quick run: of each family the smallest, and of each kind of question one."""
+PRELOADED = "analyses.ground_truth.preloaded"
 DEV_SEEDS = tuple(range(5))
 """Seeds that are public, on which methods may be mended."""
 
@@ -50,10 +53,15 @@ class Ran:
     @property
     def scored(self) -> Scored:
         """The answers held against the truth."""
+        from analyses.ground_truth.score import score
+
         return score(self.answers, records=self.records)
 
     def save(self, folder: str | Path) -> Path:
         """Write `answers.json`, `records.json`, `run.json`, `tables/*.parquet` and `report.html`; return the folder."""
+        from analyses.ground_truth.report import render
+        from analyses.results.provenance import versions
+
         folder = Path(folder)
         (folder / "tables").mkdir(parents=True, exist_ok=True)
         scored = self.scored
@@ -131,8 +139,11 @@ def run_bench(
             results[job] = _work(job)[1]
             advance()
     else:
-        # Spawned, because a forked process shares the threads and locks of its parent's torch.
-        with multiprocessing.get_context("spawn").Pool(processes, initializer=_one_thread) as pool:
+        # Forked from a process that has imported everything and run nothing, so that they share no threads or locks of
+        # this one's torch.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([PRELOADED])
+        with context.Pool(processes, initializer=_one_thread) as pool:
             for job, result in pool.imap_unordered(_work, jobs):
                 results[job] = result
                 advance()

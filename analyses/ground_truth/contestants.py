@@ -3,47 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from analyses.ground_truth import controls
-from analyses.ground_truth.adapters import (
-    back_patching,
-    communication_channels,
-    concept_depth,
-    contextual_decomposition,
-    depth_use,
-    latent_language,
-    logit_lens,
-    norm_removal,
-    voids,
-)
-from analyses.ground_truth.adapters.adapter import Adapter, Run, cost_of
-from analyses.ground_truth.answers import Answer, name_of
-from analyses.ground_truth.interchange import KINDS, METHOD, PROMPTS, interchange
-from analyses.ground_truth.score import with_cost
-from analyses.ground_truth.updates import update_sizes
-from analyses.results.result import Result
+from analyses.ground_truth.answers import Answer, name_of, with_cost
 from probes.errors import OptionError, UserError, unknown
-from probes.models.protocol import Model
-from probes.planted.record import Question
-from probes.planted.task import PlantedTask
-from probes.store import ActivationStore
 
-ADAPTERS: Mapping[str, Adapter] = {
-    module.ADAPTER.analysis: module.ADAPTER
-    for module in (
-        concept_depth, logit_lens, latent_language, back_patching, voids, depth_use, contextual_decomposition, communication_channels,
-        norm_removal,
-    )
-}  # fmt: skip
-"""By the name of the analysis."""
-CEILING = METHOD
+if TYPE_CHECKING:
+    # Who only names contestants, or scores their answers, waits for no torch.
+    from analyses.ground_truth.adapters.adapter import Adapter, Run
+    from analyses.results.result import Result
+    from probes.models.protocol import Model
+    from probes.planted.record import Question
+    from probes.planted.task import PlantedTask
+    from probes.store import ActivationStore
+
+ADAPTED = (
+    "concept_depth", "logit_lens", "lenses", "latent_language", "back_patching", "voids", "depth_use", "causal_patching",
+    "contextual_decomposition", "communication_channels", "norm_removal",
+)  # fmt: skip
+"""Analyses that take part; each has a file of its name among the adapters."""
 CONTROLS = "controls"
 
 
 def names() -> tuple[str, ...]:
     """Return what can be named to take part: analyses, the ceiling and the controls."""
-    return (*ADAPTERS, CEILING, CONTROLS)
+    return (*ADAPTED, controls.CEILING, CONTROLS)
 
 
 def runs_of(analysis: str, task: PlantedTask) -> list[Run]:
@@ -52,7 +39,7 @@ def runs_of(analysis: str, task: PlantedTask) -> list[Run]:
     Raises:
         OptionError: an analysis that has no adapter.
     """
-    adapter = _adapter(analysis)
+    adapter = adapter_of(analysis)
     return adapter.runs(task, adapter.questions(task))
 
 
@@ -65,15 +52,27 @@ def answers_of(result: Result, task: PlantedTask, questions: Sequence[Question] 
     Raises:
         OptionError: an analysis that has no adapter.
     """
-    adapter = _adapter(result.analysis)
+    adapter = adapter_of(result.analysis)
     answers = adapter.read(result, task, adapter.questions(task) if questions is None else questions)
-    return with_cost(answers, *cost_of(result))
+    return with_cost(answers, *_cost(result))
 
 
-def _adapter(analysis: str) -> Adapter:
-    if analysis not in ADAPTERS:
-        raise OptionError(unknown("analysis with an adapter", analysis, ADAPTERS))
-    return ADAPTERS[analysis]
+def adapter_of(analysis: str) -> Adapter:
+    """Return how an analysis takes part.
+
+    Raises:
+        OptionError: an analysis that has no adapter.
+    """
+    if analysis not in ADAPTED:
+        raise OptionError(unknown("analysis with an adapter", analysis, ADAPTED))
+    adapter: Adapter = import_module(f"analyses.ground_truth.adapters.{analysis}").ADAPTER
+    return adapter
+
+
+def _cost(result: Result) -> tuple[float, int]:
+    """Return seconds and forwards of a run, edited ones among them."""
+    counts = result.provenance["counts"]
+    return float(result.provenance["seconds"]), int(counts["forwards"]) + int(counts["intervention_forwards"])
 
 
 def answer_task(
@@ -98,10 +97,10 @@ def answer_task(
         raise OptionError(unknown("method", min(wrong), names()))
     chosen = methods or names()
     answers: list[Answer] = []
-    for analysis in (name for name in ADAPTERS if name in chosen):
+    for analysis in (name for name in ADAPTED if name in chosen):
         for run in runs_of(analysis, task):
-            answers += _run(ADAPTERS[analysis], run, task, model, store, note)
-    if CEILING in chosen:
+            answers += _run(adapter_of(analysis), run, task, model, store, note)
+    if controls.CEILING in chosen:
         answers += _ceiling(task, model)
     if CONTROLS in chosen:
         answers += control_answers(task, model)
@@ -125,6 +124,8 @@ def _run(
 
 
 def _ceiling(task: PlantedTask, model: Model) -> list[Answer]:
+    from analyses.ground_truth.interchange import KINDS, PROMPTS, interchange
+
     # The whole stream is exchanged, so that nothing is said of one concept in it.
     questions = [question for question in task.record.questions if question.kind in KINDS and question.concept is None]
     started = time.perf_counter()
@@ -135,6 +136,8 @@ def _ceiling(task: PlantedTask, model: Model) -> list[Answer]:
 
 def control_answers(task: PlantedTask, model: Model) -> list[Answer]:
     """Return what the controls answer to every question of a task."""
+    from analyses.ground_truth.updates import update_sizes
+
     sizes = update_sizes(model, task)
     plain = (controls.constant, controls.uniform, controls.always, controls.oracle)
     answers = [control(task.record, question) for control in plain for question in task.record.questions]

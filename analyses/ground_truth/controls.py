@@ -11,6 +11,8 @@ import numpy as np
 from analyses.ground_truth.answers import Answer, Decision, Ends, name_of
 from probes.planted.record import Interval, Kind, Question, Record
 
+CEILING = "residual interchange"
+"""What exhaustive interchange answers, by which truths are certified: no contestant."""
 ONE_LAYER: tuple[Kind, ...] = ("lens",)
 """Kinds whose truth is a single layer."""
 TO_THE_END: tuple[Kind, ...] = ("readable", "sufficient")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from analyses.ground_truth.adapters.adapter import examples_of
 from analyses.ground_truth.answers import Answer
+from analyses.ground_truth.controls import CEILING
 from analyses.ground_truth.spans import span_answer
 from probes.blocks.batch import Blocks, on_blocks
 from probes.edits import read
@@ -20,7 +21,6 @@ from probes.planted.record import Kind, Question
 from probes.planted.task import Example, PlantedTask
 from probes.points import Address
 
-METHOD = "residual interchange"
 PROMPTS = 24
 KINDS: tuple[Kind, ...] = ("necessary", "sufficient")
 
@@ -34,7 +34,7 @@ def interchange(model: Model, task: PlantedTask, questions: Sequence[Question]) 
     for question in questions:
         examples = [example for example in examples_of(task, question.subset, PROMPTS) if example.partner]
         effects = _effects(model, task, question, examples)
-        answers.append(span_answer(METHOD, task, question, effects, first_layer=-1))
+        answers.append(span_answer(CEILING, task, question, effects, first_layer=-1))
     return answers
 
 

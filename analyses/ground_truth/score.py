@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isfinite, nan
 from typing import Any
 
@@ -232,9 +232,3 @@ def _skill(group: pd.DataFrame, clusters: np.ndarray) -> dict[str, float]:
     draws = 1 - resampled_ratios(sums[:, :1], sums[:, 1:], seed=0)[:, 0]
     low, high = percentiles(draws, len(names))
     return {"skill": 1 - sums[:, 0].sum() / sums[:, 1].sum(), "skill_low": float(low), "skill_high": float(high)}
-
-
-def with_cost(answers: Sequence[Answer], seconds: float, forwards: int) -> list[Answer]:
-    """Return answers that share one run, its cost divided among them."""
-    n = max(1, len(answers))
-    return [replace(answer, seconds=seconds / n, forwards=round(forwards / n)) for answer in answers]

@@ -37,7 +37,7 @@ def prefix_free(sequences: Iterable[Tokens]) -> tuple[Tokens, ...]:
     return tuple(kept)
 
 
-def collide(a: Tokens, b: Tokens) -> bool:
+def clash(a: Tokens, b: Tokens) -> bool:
     """Whether one sequence is the other or starts it, so that text can begin with both."""
     n = min(len(a), len(b))
     return a[:n] == b[:n]
@@ -102,7 +102,7 @@ def resolve(sets: Sets, how: Collide) -> tuple[Sets, str | None]:
         if not sequences:
             return sets, f"no token says the word in {language}"
     shared = {
-        name: {a for a in own for other, theirs in sets.items() if other != name for b in theirs if collide(a, b)}
+        name: {a for a in own for other, theirs in sets.items() if other != name for b in theirs if clash(a, b)}
         for name, own in sets.items()
     }
     clashing = [name for name, common in shared.items() if common]

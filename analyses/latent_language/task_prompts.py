@@ -90,12 +90,12 @@ def culture_prompt(
         framing: `plain` names no country; `japan` and `us` name it.
     """
     order = np.random.default_rng((seed, index)).permutation(len(examples))
-    shown = [_asked(examples[i], language, "") + examples[i].answers["japan", language] + '"\n' for i in order]
+    shown = [_question_text(examples[i], language, "") + examples[i].answers["japan", language] + '"\n' for i in order]
     place = "" if framing == "plain" else _PLACE[framing, language]
-    return "".join(shown) + _asked(question, language, place)
+    return "".join(shown) + _question_text(question, language, place)
 
 
-def _asked(question: Question, language: str, place: str) -> str:
+def _question_text(question: Question, language: str, place: str) -> str:
     text = question.text[language]
     if place and language == "en":
         text = text[:1].lower() + text[1:]

@@ -59,6 +59,9 @@ class Lenses(Analysis):
     positions: Literal["last", "all"] = option("all", "Which positions of each prompt to read.")
     top_k: int = option(5, "How many of the most probable tokens to list.", low=1, high=100)
     ks: tuple[int, ...] = option((1, 10), "Watched tokens count as read among the first k.", low=1)
+    fit_on: Literal["shipped", "prompts"] = option(
+        "shipped", "What tuned is fitted on: shipped sentences, or the prompts themselves, each a text to hold out."
+    )
     fit_texts: int = option(150, "Shipped sentences that tuned is fitted on.", low=5)
     eval_prompts: str = option("", "File of text to judge lenses by; shipped sentences none was fitted on by default.")
     eval_texts: int = option(50, "How many texts to judge by; 0 judges by none.", low=0)
@@ -167,7 +170,7 @@ class Lenses(Analysis):
         layers = self._layers(model)
         lines = self.collect(model, prompts)
         activations = capture(model, [line.tokens for line in lines], [NEED], store, progress=progress)
-        lenses = self._lenses(model, store, progress)
+        lenses = self._lenses(model, lines, store, progress)
         tables = {
             "lenses": cards_table(lenses),
             **read_of(activations, lines, lenses, layers, self._read_from, self.top_k),
@@ -196,11 +199,13 @@ class Lenses(Analysis):
     def _read_from(self) -> int:
         return 0 if self.positions == "all" else -1
 
-    def _lenses(self, model: Model, store: ActivationStore, progress: Progress) -> dict[str, Lens]:
+    def _lenses(
+        self, model: Model, prompts: Sequence[Prompt], store: ActivationStore, progress: Progress
+    ) -> dict[str, Lens]:
         lenses: dict[str, Lens] = {}
         for name in self.lenses:
             if name == "tuned":
-                texts = shipped_texts(model, self.fit_texts, self.seed)
+                texts = self._fitted_on(model, prompts)
                 fitted, _ = fit_tuned_on(
                     model, texts, store, layers=self._layers(model), seed=self.seed, progress=progress
                 )
@@ -233,6 +238,12 @@ class Lenses(Analysis):
     def _patchscopes(self, model: Model) -> list[Patchscope]:
         target = target_of(model, self.patchscope, self.relation, self.rescale)
         return patchscopes_of(model, target, self.patchscope, self.target_layer, self._layers(model)[:-1])
+
+    def _fitted_on(self, model: Model, prompts: Sequence[Prompt]) -> Texts:
+        if self.fit_on == "shipped":
+            return shipped_texts(model, self.fit_texts, self.seed)
+        sequences = tuple(dict.fromkeys(prompt.tokens for prompt in prompts))
+        return Texts(sequences, tuple(range(len(sequences))), "the prompts read")
 
     def _texts(self, model: Model, lenses: Mapping[str, Lens]) -> Texts:
         drawn = (

@@ -94,7 +94,7 @@ class Ablations:
         progress.start(len(parts) * len(self.chosen), "ablated neuron")
         for part in parts:
             stream = part.stream[-1][part.counted]
-            held_norm = _held(self.measured, stream)
+            held_norm = _frozen_unembedding(self.measured, stream)
             clean = self._read(stream, part)
             hidden = rows_of(self.measured, self.address, part.batch.indices, part.counted).float()
             for index, (neuron, _) in enumerate(self.chosen):
@@ -153,7 +153,7 @@ class Ablations:
         )
 
 
-def _held(measured: Measured, clean: Tensor) -> Unembedding:
+def _frozen_unembedding(measured: Measured, clean: Tensor) -> Unembedding:
     """Return the read-out of rows in the order of `clean` [n, d_model] whose final norm divides by the clean rows' scales."""
     out = read_out(measured, torch.zeros(1, dtype=torch.long))
     scale = out.scale(clean.double()).float()

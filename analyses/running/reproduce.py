@@ -31,6 +31,7 @@ def command(result: Result, out: str | Path, store: str | Path | None = None) ->
     given = prompts_of(result)
     parts += [part for text in texts_of(result) for part in ("--text", text)]
     parts += [] if given is None else ["--prompts", given]
+    parts += [part for edit in provenance.get("edits", ()) for part in ("--edit", edit)]
     for name, value in changed(analysis, result.options).items():
         parts += as_flag(flag_of(analysis, name), value)
     parts += [] if store is None else ["--store", str(store)]
@@ -42,12 +43,16 @@ def python(result: Result, out: str | Path, store: str | Path | None = None) -> 
     analysis, given = get_analysis(result.analysis), prompts_of(result)
     prompts = texts_of(result) or ([] if given is None else given)
     options = ", ".join(f"{name}={value!r}" for name, value in changed(analysis, result.options).items())
+    edits = list(result.provenance.get("edits", ()))
+    model = ModelSpec.of(result.provenance).python()
     return "\n".join(
         [
             f"from {paths()[result.analysis].partition(':')[0]} import {analysis.__name__}",
             "from probes import ActivationStore, load_model",
+            *(["from probes.edits import Edit, EditedModel"] if edits else []),
             "",
-            f"model = {ModelSpec.of(result.provenance).python()}",
+            f"model = {model}",
+            *([f"model = EditedModel(model, [Edit.parse(line) for line in {edits!r}])"] if edits else []),
             f"store = ActivationStore({'' if store is None else repr(str(store))})",
             f"result = {analysis.__name__}({options}).run(model, {prompts!r}, store=store)",
             f"result.save({str(out)!r})",

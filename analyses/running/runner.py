@@ -13,6 +13,7 @@ from analyses.running.model_spec import ModelSpec
 from probes.capture.dry_run import estimate
 from probes.capture.needs import CapturePlan, Need
 from probes.capture.run import plan_capture
+from probes.edits import EditedModel, parse_edits
 from probes.errors import OptionError
 from probes.html_card import count
 from probes.models.protocol import Model
@@ -23,6 +24,8 @@ from probes.store import ActivationStore
 Prompts = Path | Sequence[PromptLine] | None
 """A prompt file, lines that were read already, or None where the analysis makes its own."""
 
+ANY_LAYERS = 1
+"""Stands for a model's number of layers while none is loaded."""
 MAKING = {"sets": "--sets NAME", "task": "another --task"}
 """Options that let some analyses make their own prompts, and the flag to name."""
 
@@ -36,6 +39,7 @@ def run(
     model: Model | None = None,
     prompts_file: Path | None = None,
     texts: Sequence[str] = (),
+    edits: Sequence[str] = (),
     progress: Progress = QUIET,
 ) -> Result:
     """Return the result of an analysis on prompts; everything that needs no model is checked before one is loaded.
@@ -45,6 +49,7 @@ def run(
         model: the loaded model of `spec`, where there is one already.
         prompts_file: where `prompts` were read from, for the provenance of lines given as such.
         texts: the prompts as texts, for the provenance of those that no file holds.
+        edits: lines such as `zero z.5.3`, under which the model is read; its rows have a key of their own.
 
     Raises:
         OptionError: no prompts, and the analysis makes none.
@@ -52,15 +57,42 @@ def run(
         ModelError: a model that cannot be found, loaded or trusted.
     """
     lines = lines_of(analysis, prompts)
-    result = analysis.run(model or spec.load(), lines, store=store or ActivationStore(), progress=progress)
+    check_edits(edits)
+    result = analysis.run(
+        edited(model or spec.load(), edits), lines, store=store or ActivationStore(), progress=progress
+    )
     file = prompts if isinstance(prompts, Path) else prompts_file
     provenance = {
         **result.provenance,
         "loaded": dataclasses.asdict(spec),
         "prompts_file": None if file is None else str(file.resolve()),
         **({"texts": list(texts)} if texts else {}),
+        **({"edits": list(edits)} if edits else {}),
     }
     return dataclasses.replace(result, provenance=provenance)
+
+
+def check_edits(lines: Sequence[str]) -> None:
+    """Refuse lines that are no edits, before a model is loaded.
+
+    Raises:
+        OptionError: the first of them, with the place and the legal forms.
+    """
+    for line in lines:
+        parse_edits(line, ANY_LAYERS)
+
+
+def edited(model: Model, lines: Sequence[str]) -> Model:
+    """Return the model under edits, each a line; the model itself where there are none.
+
+    Raises:
+        UserError: a line that is no edit, or one that this model cannot have.
+    """
+    return (
+        EditedModel(model, [edit for line in lines for edit in parse_edits(line, model.shape.n_layers)])
+        if lines
+        else model
+    )
 
 
 @dataclass(frozen=True)
@@ -89,11 +121,18 @@ def plan_run(model: Model, analysis: Analysis, lines: Sequence[PromptLine], stor
 
 
 def dry_run(
-    spec: ModelSpec, analysis: Analysis, prompts: Prompts, store: ActivationStore, *, model: Model | None = None
+    spec: ModelSpec,
+    analysis: Analysis,
+    prompts: Prompts,
+    store: ActivationStore,
+    *,
+    model: Model | None = None,
+    edits: Sequence[str] = (),
 ) -> list[str]:
     """Return what a run would capture and cost, line by line; raises as `run` does."""
     lines = lines_of(analysis, prompts)
-    model = model or spec.load()
+    check_edits(edits)
+    model = edited(model or spec.load(), edits)
     planned = plan_run(model, analysis, lines, store)
     return [*estimate(model, [planned.captures]).lines(), *planned.notes]
 

@@ -50,20 +50,24 @@ def items(n: int, references: int, seed: int = 0, keeps: Keeps = lambda word: Tr
     return drawn
 
 
-def text_pairs(n: int, seed: int = 0, keeps: Keeps = lambda word: True, pairs: bool = True) -> list[TextPair]:
+def text_pairs(
+    n: int, seed: int = 0, keeps: Keeps = lambda word: True, pairs: bool = True, references: int = 0
+) -> list[TextPair]:
     """`n` pairs whose corrupted span begins in year 01; answers and distractors are those of the clean one.
 
     Args:
         keeps: which events are one token after a space.
         pairs: whether the tokenizer has one token for two digits.
+        references: other spans from year 01 beside each pair, the same for all.
 
     Raises:
         PromptError: no event may be used.
     """
-    drawn = []
+    drawn, beside = [], items(1, references, seed, keeps, pairs)[0].references
     for item in items(n, 0, seed, keeps, pairs):
         start = item.text.index("year ") + len("year 17")
         corrupted = item.text[:start] + "01" + item.text[start + 2 :]
         roles = {"year": start + 2, "end": len(item.text)}
-        drawn.append(TextPair(item.text, corrupted, item.answers, item.distractors, roles, (start, start + 2)))
+        span = (start, start + 2)
+        drawn.append(TextPair(item.text, corrupted, item.answers, item.distractors, roles, span, references=beside))
     return drawn

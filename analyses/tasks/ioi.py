@@ -96,19 +96,23 @@ def items(n: int, references: int, seed: int = 0, keeps: Keeps = lambda word: Tr
     return prompts
 
 
-def pairs(n: int, seed: int = 0, corruption: Corruption = "token", keeps: Keeps = lambda word: True) -> list[TextPair]:
+def pairs(
+    n: int, seed: int = 0, corruption: Corruption = "token", keeps: Keeps = lambda word: True, references: int = 0
+) -> list[TextPair]:
     """`n` pairs: the name that comes twice becomes the other one, so that the answer flips; or three names come once each.
 
     Args:
         keeps: which words are one token after a space.
+        references: prompts of the same template beside each pair in which three names come once each.
 
     Raises:
         PromptError: too few words may be used.
     """
     places, things = usable(PLACES, keeps, 1, "places"), usable(OBJECTS, keeps, 1, "objects")
-    references = [item.references[0] for item in items(n, 1, seed, keeps)] if corruption == "reference" else [""] * n
+    others = [item.references[0] for item in items(n, 1, seed, keeps)] if corruption == "reference" else [""] * n
+    of_form = [item.references for item in items(n, references, seed, keeps)]
     drawn = []
-    for prompt, reference in zip(sample(n, seed, keeps, (places, things)), references, strict=True):
+    for prompt, reference, beside in zip(sample(n, seed, keeps, (places, things)), others, of_form, strict=True):
         second = prompt.text.rindex(prompt.subject)
         flipped = prompt.text[:second] + prompt.indirect + prompt.text[second + len(prompt.subject) :]
         first = prompt.text.index(prompt.subject) + len(prompt.subject)
@@ -120,5 +124,7 @@ def pairs(n: int, seed: int = 0, corruption: Corruption = "token", keeps: Keeps 
         }  # fmt: skip
         subject = (second, second + len(prompt.subject))
         answers, distractors = (" " + prompt.indirect,), (" " + prompt.subject,)
-        drawn.append(TextPair(prompt.text, reference or flipped, answers, distractors, roles, subject))
+        drawn.append(
+            TextPair(prompt.text, reference or flipped, answers, distractors, roles, subject, references=beside)
+        )
     return drawn

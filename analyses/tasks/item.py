@@ -44,3 +44,5 @@ class TextPair:
     """Where the words stand, in characters, on which the answer hangs."""
     group: str = ""
     """Pairs of one group share a fact."""
+    references: tuple[str, ...] = ()
+    """Texts of the clean one's form in which the answer is not determined."""

@@ -170,7 +170,7 @@ class Voids(Analysis):
             rows[item.alpha, item.prompt, RELEASED_NAMES[self.mode]] = part
         responses = [(item.alpha, item.prompt, item.sequence[item.prompt_length :]) for item in reader.items]
         return {
-            "readout": voids_tables.readout(frame, reader.exits(tokens), variants["voids"], model),
+            "readout": voids_tables.exits_table(frame, reader.exits(tokens), variants["voids"], model),
             "controls": voids_tables.controls(frame, used, variants, self.seed),
             **score_choices(model, prompts, rows, responses if self._responds else None, RELEASED_NAMES[self.mode]),
         }

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from probes.edits import Edit
 from probes.models.protocol import Shape, Write
 from probes.points import Address
 
@@ -69,7 +70,7 @@ class GateRecord:
 
 
 @dataclass(frozen=True)
-class NormGate:
+class NormGate(Edit):
     """Blocks judged by the L2 rule while they run.
 
     `skip` gives a void block's input to the next block, per token, so thresholds follow the masked stream (the step
@@ -120,7 +121,7 @@ class NormGate:
 
 
 @dataclass(frozen=True)
-class RandomGate:
+class RandomGate(Edit):
     """Control for `NormGate(skip)`: each block is skipped per token at a given rate, independent of the stream."""
 
     void_rates: tuple[float, ...]

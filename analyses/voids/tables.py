@@ -68,7 +68,7 @@ def void_rate(frame: pd.DataFrame, trace: Trace, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["alpha", "token_class", "void_rate", "ci_low", "ci_high", "n_tokens"])
 
 
-def readout(frame: pd.DataFrame, exits: np.ndarray, read: Readings, model: Model) -> pd.DataFrame:
+def exits_table(frame: pd.DataFrame, exits: np.ndarray, read: Readings, model: Model) -> pd.DataFrame:
     """Per scored position: what is read at the exit layer against what the full model says; KL in nats."""
     table = frame[["alpha", "prompt", "phase", "position"]].reset_index(drop=True)
     table["exit_layer"] = exits

@@ -26,12 +26,12 @@ def draw() -> None:
     except UserError as error:
         st.error(str(error), icon=":material/database_off:")
         return
-    _held(table, stored_bytes)
+    _contents(table, stored_bytes)
     _verify(store, stored_bytes)
     _evict(store)
 
 
-def _held(table: pd.DataFrame, stored_bytes: int) -> None:
+def _contents(table: pd.DataFrame, stored_bytes: int) -> None:
     left, middle, right = st.columns(3)
     left.metric("Held", human(stored_bytes))
     middle.metric("Shards", int(table["shards"].sum()))

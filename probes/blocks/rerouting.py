@@ -44,7 +44,7 @@ def block_access(model: Model) -> BlockAccess:
     """
     if not isinstance(model, BlockAccess):
         raise PointError(
-            f"{model.ref}: backend {model.context.backend!r} does not hand out its blocks and weights; use native"
+            f"{model.ref}: backend {model.context.backend!r} does not hand out its blocks and weights; use native, without edits"
         )
     return model
 

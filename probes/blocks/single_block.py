@@ -49,6 +49,15 @@ class SingleBlockRunner:
         with watched_widths(self.blocks) as self._widths:
             yield
 
+    @property
+    def output_lengths(self) -> tuple[int | None, ...]:
+        """The length of the tuple that each block returns; None where it returns a bare tensor."""
+        return tuple(self._widths[layer] for layer in range(len(self._widths)))
+
+    @output_lengths.setter
+    def output_lengths(self, lengths: Sequence[int | None]) -> None:
+        self._widths = dict(enumerate(lengths))
+
     @contextmanager
     def only(self, layer: int, entering: Float[Tensor, "batch pos d_model"] | None) -> Iterator[list[Tensor]]:
         """Make a forward inside run block `layer` alone and stop after it; the list receives what leaves the block.

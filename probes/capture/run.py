@@ -47,8 +47,9 @@ def context_of(model: Model, edits: Sequence[Edit] = ()) -> dict[str, str]:
     Raises:
         ModelError: no key can say what the model computes, as under a hook of somebody else.
     """
-    text = ";".join(edit.text() for edit in edits) or "none"
-    return asdict(replace(model.current(), edits=text))
+    context = model.current()
+    texts = [context.edits, *(edit.text() for edit in edits)]
+    return asdict(replace(context, edits=";".join(text for text in texts if text != "none") or "none"))
 
 
 def plan_capture(

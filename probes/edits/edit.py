@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from probes.errors import OptionError
+from probes.blocks.single_block import stage_of
+from probes.edits.line import EditError, Line, split_layers
+from probes.edits.positions import Texts
+from probes.errors import OptionError, PointError, unknown
 from probes.models.protocol import Model, Shape, Write
 from probes.points import Address
 
@@ -17,40 +20,139 @@ Scope = Literal["prefill", "every_step"]
 """When an edit acts while the model writes: on the prompt only, or also on every token written."""
 
 
-@runtime_checkable
-class Edit(Protocol):
-    """An intervention: its text enters store keys, its writes are made anew for every forward."""
+_GRAMMAR: dict[str, type[Edit]] = {}
+"""First word of an edit's text to the class that reads it."""
+
+
+class Edit:
+    """An intervention: its text enters store keys, its writes are made anew for every forward.
+
+    A class of edits that people write names its first words in `verbs`, and reads and prints the rest of the line.
+    """
+
+    verbs: ClassVar[Mapping[str, str]] = {}
+    """First word to the legal form of the line."""
+    strength: ClassVar[str | None] = None
+    """The field that says how strongly the edit acts; None where it acts or does not."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        _GRAMMAR.update(dict.fromkeys(cls.__dict__.get("verbs", {}), cls))
 
     def text(self) -> str:
-        """Return the edit as text; two edits that compute different numbers have different texts."""
-        ...
+        """Return the edit as it enters store keys; two edits that compute different numbers have different texts."""
+        raise NotImplementedError
 
     def writes(self, shape: Shape, lengths: Sequence[int] | None = None) -> Mapping[Address, Write]:
         """Return writes for one forward over prompts of these unpadded lengths; None means no padding."""
-        ...
+        raise NotImplementedError
+
+    def first_block(self, shape: Shape) -> int:
+        """Return the first block that runs otherwise than without the edit; the number of blocks for what follows them."""
+        return min((stage_of(address, shape.n_layers) for address in self.writes(shape)), default=shape.n_layers + 1)
+
+    def line(self) -> str:
+        """Return the edit as one line that `parse` reads back.
+
+        Raises:
+            OptionError: numbers that no line can hold.
+        """
+        raise OptionError(f"{type(self).__name__} holds numbers that no line of text can: {self.text()}")
+
+    def __str__(self) -> str:
+        return self.line()
+
+    @classmethod
+    def from_line(cls, verb: str, line: Line) -> Edit:
+        """Return the edit that begins with `verb`; `line` stands after it."""
+        raise NotImplementedError
+
+    @staticmethod
+    def parse(text: str) -> Edit:
+        """Return the edit that one line says, such as `zero z.5.3` or `patch resid_post.12 @4 from other`.
+
+        Raises:
+            OptionError: text that is no edit, with the place and the legal forms.
+        """
+        verb = text.split(maxsplit=1)[0] if text.strip() else ""
+        if verb not in _GRAMMAR:
+            raise EditError(f"{unknown('edit', verb, _GRAMMAR)} The forms: {'; '.join(legal_forms().values())}")
+        reader = _GRAMMAR[verb]
+        line = Line(text, reader.verbs[verb])
+        line.need(verb)
+        edit = reader.from_line(verb, line)
+        line.end()
+        return edit
+
+
+def legal_forms() -> dict[str, str]:
+    """Return the legal form of every edit, by its first word."""
+    return {verb: reader.verbs[verb] for verb, reader in _GRAMMAR.items()}
+
+
+def parse_edits(text: str, n_layers: int) -> list[Edit]:
+    """Return the edits that a line says; a point at several layers, as in `zero mlp_out.3-5`, is one edit for each.
+
+    Raises:
+        OptionError: as `Edit.parse`.
+    """
+    return [Edit.parse(part) for part in split_layers(text, n_layers)]
 
 
 @runtime_checkable
 class Borrowing(Protocol):
-    """An edit whose values come from another prompt."""
+    """An edit whose values come from the model, from the prompt, or from another prompt."""
 
-    def resolved(self, model: Model) -> Edit:
-        """Return the same edit with its values read from the model; `text` stays as it was."""
+    def resolved(self, model: Model, texts: Texts | None = None) -> Edit:
+        """Return the same edit with its values read from the model; `text` stays as it was.
+
+        Args:
+            model: the model that is edited.
+            texts: the prompts that words such as `other` are about; None where many prompts are run.
+        """
         ...
 
 
 @runtime_checkable
 class Altering(Protocol):
-    """An edit of the module itself: of its weights, or of the order in which its blocks run."""
+    """An edit of the module itself: of its weights, of its norms, or of the order in which its blocks run."""
 
     def within(self, model: Model) -> AbstractContextManager[None]:
         """Alter the model inside; outside it is exactly as before."""
         ...
 
 
-def resolve(model: Model, edits: Sequence[Edit]) -> list[Edit]:
-    """Return edits that need no further forward to make their writes."""
-    return [edit.resolved(model) if isinstance(edit, Borrowing) else edit for edit in edits]
+@runtime_checkable
+class Reordering(Protocol):
+    """An edit of the order in which blocks run; several are one order."""
+
+    def reordered(self, order: tuple[int, ...], n_layers: int) -> tuple[int, ...]:
+        """Return the order that follows from `order`, in which the blocks ran before this edit."""
+        ...
+
+    def path(self, order: tuple[int, ...]) -> Edit:
+        """Return the edit that runs the blocks in an order."""
+        ...
+
+
+def resolve(model: Model, edits: Sequence[Edit], texts: Texts | None = None) -> list[Edit]:
+    """Return edits that need no further forward to make their writes, all changes of order as one.
+
+    Raises:
+        UserError: an edit that this model or these prompts cannot have.
+    """
+    n = model.shape.n_layers
+    plain, ready, last = tuple(range(n)), list[Edit](), None
+    order = plain
+    for edit in edits:
+        if isinstance(edit, Reordering):
+            order, last = edit.reordered(order, n), edit
+        else:
+            ready.append(edit.resolved(model, texts) if isinstance(edit, Borrowing) else edit)
+            for address in ready[-1].writes(model.shape):
+                if reason := model.refusal(address):
+                    raise PointError(f"edit of {address}: {model.ref} has no such point: {reason}")
+    return [last.path(order), *ready] if last is not None else ready
 
 
 @contextmanager
@@ -65,9 +167,14 @@ def altered(model: Model, edits: Sequence[Edit]) -> Iterator[None]:
 
 def writes_of(model: Model, edits: Sequence[Edit], lengths: Sequence[int] | None = None) -> dict[Address, Write]:
     """Return fresh writes of all edits for one forward, composed in order where they share an address."""
+    return composed([edit.writes(model.shape, lengths) for edit in edits])
+
+
+def composed(parts: Sequence[Mapping[Address, Write]]) -> dict[Address, Write]:
+    """Return writes that act one after the other where they share an address."""
     combined: dict[Address, Write] = {}
-    for edit in edits:
-        for address, write in edit.writes(model.shape, lengths).items():
+    for part in parts:
+        for address, write in part.items():
             earlier = combined.get(address)
             combined[address] = write if earlier is None else _composed(earlier, write)
     return combined

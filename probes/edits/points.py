@@ -4,94 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from probes.edits.directions import Direction, Place, read_direction
 from probes.edits.edit import Edit, Scope
+from probes.edits.line import Line, times
+from probes.edits.other_prompt import Other
+from probes.edits.point_edit import PointEdit
+from probes.edits.positions import Texts, read_at, read_place
 from probes.edits.values import Source, Values
-from probes.errors import OptionError, PointError, unknown
-from probes.models.protocol import Model, Shape, Write
-from probes.points import POINTS, Address
-from probes.prompts import select
-
-At = Literal["all", "last"] | tuple[int, ...]
-"""Positions of each prompt; ints count from the end where negative. An empty tuple edits nothing."""
+from probes.errors import OptionError
+from probes.models.protocol import Model
+from probes.points import Address
 
 
-@dataclass(frozen=True, kw_only=True)
-class PointEdit:
-    """Where and when a point is changed.
-
-    Raises:
-        PointError: heads of a point without heads, or a point that is not one row per position.
-        OptionError: an unknown scope, or numbered positions outside the prompt's own forward.
-    """
-
-    address: Address
-    positions: At = "all"
-    heads: tuple[int, ...] | None = None
-    """Heads (key-value heads for `k` and `v`); None is all."""
-    scope: Scope = "prefill"
-
-    def __post_init__(self) -> None:
-        dims = POINTS[self.address.point].dims
-        if dims[0] != "pos":
-            raise PointError(f"{self.address} has no rows per position; edit attention with KnockOut")
-        if self.heads is not None and len(dims) < 3:
-            raise PointError(f"{self.address} has no heads: leave heads out, or edit q, k, v or z")
-        if self.scope not in ("prefill", "every_step"):
-            raise OptionError(unknown("scope", self.scope, ("prefill", "every_step")))
-        if self.scope == "every_step" and not isinstance(self.positions, str):
-            raise OptionError(
-                f"positions {self.positions} name places in the prompt: use scope 'prefill', or positions 'all' or 'last'"
-            )
-
-    def text(self) -> str:
-        """Return the edit as it enters store keys."""
-        heads = "" if self.heads is None else f",heads={','.join(map(str, self.heads))}"
-        at = self.positions if isinstance(self.positions, str) else ",".join(map(str, self.positions))
-        return f"{type(self).__name__.lower()}({self.address}@{at}{heads},{self.scope},{self.detail()})"
-
-    def detail(self) -> str:
-        """Return the part of the text that says what is done."""
-        raise NotImplementedError
-
-    def changed(self, rows: Tensor, order: Tensor) -> Tensor:
-        """Return new rows [n, ...] for old ones; `order` [n] says which of the named positions each row is."""
-        raise NotImplementedError
-
-    def writes(self, shape: Shape, lengths: Sequence[int] | None = None) -> Mapping[Address, Write]:
-        """Return one write, or none where no position or head is named.
-
-        Raises:
-            PointError: a head this model does not have.
-        """
-        if self.positions == () or self.heads == ():
-            return {}
-        if self.heads is not None:
-            n = shape.width(POINTS[self.address.point].dims[1])
-            if bad := [head for head in self.heads if not 0 <= head < n]:
-                raise PointError(f"head {bad[0]} of {self.address}: legal heads are 0 to {n - 1}")
-
-        def write(tensor: Tensor) -> Tensor:
-            spans = lengths if lengths is not None else [tensor.shape[1]] * tensor.shape[0]
-            rows = torch.cat([torch.full_like(select(n, self.positions), row) for row, n in enumerate(spans)])
-            at = torch.cat([select(n, self.positions) for n in spans]).to(tensor.device)
-            order = torch.cat([torch.arange(len(select(n, self.positions))) for n in spans]).to(tensor.device)
-            index: tuple[Tensor, ...] = (rows.to(tensor.device), at)
-            if self.heads is not None:
-                heads = torch.tensor(self.heads, device=tensor.device)
-                index = (index[0][:, None], index[1][:, None], heads[None])
-            out = tensor.clone()
-            out[index] = self.changed(tensor[index], order).to(tensor.dtype)
-            return out
-
-        return {self.address: write}
-
-
-def _rows(values: Tensor, rows: Tensor, order: Tensor) -> Tensor:
+def _placed(values: Tensor, rows: Tensor, order: Tensor) -> Tensor:
     """`values` for each of `rows` [n, ...]: one for all where it has fewer axes, otherwise one per named position."""
     values = values.to(rows.device, rows.dtype)
     if values.dim() < rows.dim():
@@ -105,37 +35,137 @@ def _rows(values: Tensor, rows: Tensor, order: Tensor) -> Tensor:
 class Replace(PointEdit):
     """The point becomes other values: [width] for every position, [positions, width], or another prompt's rows."""
 
-    value: Values | Source
+    value: Values | Source | Other
+    share: float = 1.0
+    """1 replaces; 0 leaves as it was; between, a mixture."""
+
+    verbs: ClassVar[Mapping[str, str]] = {
+        "patch": "patch POINT.LAYER[.HEAD] [@POS] from other[@POS] [xSHARE], such as patch resid_post.12 @4 from other"
+    }
+    strength: ClassVar[str | None] = "share"
+
+    @classmethod
+    def from_line(cls, verb: str, line: Line) -> Edit:
+        """Return the edit that a line says."""
+        address, heads = line.address()
+        positions = read_at(line)
+        line.need("from")
+        line.need("other")
+        other = Other(read_place(line) if line.takes("@") else None)
+        return cls(
+            address=address, positions=positions, heads=heads, value=other, share=line.times(), scope=_scope(line)
+        )
+
+    def line(self) -> str:
+        """Return the edit as one line."""
+        if not isinstance(self.value, Other):
+            return super().line()
+        return f"patch {self.where()} {self.value.text()}{self.ending(self.share)}"
 
     def detail(self) -> str:
         """Return what is done, as text."""
-        return self.value.text()
+        return self.value.text() + times(self.share)
 
-    def resolved(self, model: Model) -> Edit:
+    def with_values(self, model: Model, texts: Texts | None) -> Edit:
         """Return the edit with the values read from their own prompt."""
-        return replace(self, value=self.value.read(model)) if isinstance(self.value, Source) else self
+        value = self.value
+        if isinstance(value, Other):
+            value = value.source(model, texts, Place(self.address, self.positions, self.heads))
+        return (
+            replace(self, value=value.read(model, None if texts is None else texts.rows))
+            if isinstance(value, Source)
+            else self
+        )
 
     def changed(self, rows: Tensor, order: Tensor) -> Tensor:
         """Return the new rows for `rows` [n, ...]."""
-        if isinstance(self.value, Source):
+        if not isinstance(self.value, Values):
             raise OptionError("values from another prompt must be resolved on a model first: probes.edits.resolve")
-        return _rows(self.value.tensor, rows, order)
+        return _mixed(rows, _placed(self.value.tensor, rows, order), self.share)
+
+
+def _mixed(rows: Tensor, new: Tensor, share: float) -> Tensor:
+    return new if share == 1 else rows + share * (new - rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean(PointEdit):
+    """The point becomes its mean over the prompt's positions in the same forward, the first left out where there are more."""
+
+    share: float = 1.0
+    """1 replaces; 0 leaves as it was; between, a mixture."""
+
+    verbs: ClassVar[Mapping[str, str]] = {
+        "mean": "mean POINT.LAYER[.HEAD] [@POS] [xSHARE], such as mean mlp_out.5 @last (its mean over the prompt's positions)"
+    }
+    strength: ClassVar[str | None] = "share"
+
+    @classmethod
+    def from_line(cls, verb: str, line: Line) -> Edit:
+        """Return the edit that a line says."""
+        address, heads = line.address()
+        positions = read_at(line)
+        return cls(address=address, positions=positions, heads=heads, share=line.times(), scope=_scope(line))
+
+    def line(self) -> str:
+        """Return the edit as one line."""
+        return f"mean {self.where()}{self.ending(self.share)}"
+
+    def detail(self) -> str:
+        """Return what is done, as text."""
+        return f"mean{times(self.share)}"
+
+    def new_rows(self, tensor: Tensor, index: tuple[Tensor, ...], order: Tensor, spans: Sequence[int]) -> Tensor:
+        """Return the means of each row's own prompt."""
+        means = torch.stack([tensor[row, min(1, n - 1) : n].mean(0) for row, n in enumerate(spans)])
+        new = means[index[0]] if self.heads is None else means[index[0], index[2]]
+        return _mixed(tensor[index], new, self.share)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Add(PointEdit):
-    """Values are added to the point: [width], or [positions, width]."""
+    """Values are added to the point: [width], or [positions, width], or a direction in words."""
 
-    value: Values
+    value: Values | Direction
     factor: float = 1.0
+
+    verbs: ClassVar[Mapping[str, str]] = {
+        "add": "add POINT.LAYER[.HEAD] [@POS] DIRECTION [xNUMBER], such as add resid_post.8 @last token ' Paris' x20"
+    }
+    strength: ClassVar[str | None] = "factor"
+
+    @classmethod
+    def from_line(cls, verb: str, line: Line) -> Edit:
+        """Return the edit that a line says."""
+        address, heads = line.address()
+        positions = read_at(line)
+        value = read_direction(line)
+        return cls(
+            address=address, positions=positions, heads=heads, value=value, factor=line.times(), scope=_scope(line)
+        )
+
+    def line(self) -> str:
+        """Return the edit as one line."""
+        return (
+            super().line()
+            if isinstance(self.value, Values)
+            else f"add {self.where()} {self.value}{self.ending(self.factor)}"
+        )
 
     def detail(self) -> str:
         """Return what is done, as text."""
         return f"{self.factor!r}*{self.value.text()}"
 
+    def with_values(self, model: Model, texts: Texts | None) -> Edit:
+        """Return the edit with its direction read from the model."""
+        if isinstance(self.value, Values):
+            return self
+        return replace(self, value=self.value.values(model, Place(self.address, self.positions, self.heads), texts))
+
     def changed(self, rows: Tensor, order: Tensor) -> Tensor:
         """Return the new rows for `rows` [n, ...]."""
-        return rows + self.factor * _rows(self.value.tensor, rows, order)
+        assert isinstance(self.value, Values)
+        return rows + self.factor * _placed(self.value.tensor, rows, order)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +174,25 @@ class Scale(PointEdit):
 
     factor: float
 
+    verbs: ClassVar[Mapping[str, str]] = {
+        "zero": "zero POINT.LAYER[.HEAD] [@POS], such as zero z.5.3 or zero mlp_out.11 @-1",
+        "scale": "scale POINT.LAYER[.HEAD] [@POS] xNUMBER, such as scale attn_out.3 x0.5",
+    }
+    strength: ClassVar[str | None] = "factor"
+
+    @classmethod
+    def from_line(cls, verb: str, line: Line) -> Edit:
+        """Return the edit that a line says."""
+        address, heads = line.address()
+        positions = read_at(line)
+        factor = line.factor() if verb == "scale" else 0.0
+        return cls(address=address, positions=positions, heads=heads, factor=factor, scope=_scope(line))
+
+    def line(self) -> str:
+        """Return the edit as one line."""
+        zero = repr(self.factor) == "0.0"
+        return f"{'zero' if zero else 'scale'} {self.where()}{self.ending(self.factor, 0.0 if zero else float('nan'))}"
+
     def detail(self) -> str:
         """Return what is done, as text."""
         return repr(self.factor)
@@ -151,6 +200,47 @@ class Scale(PointEdit):
     def changed(self, rows: Tensor, order: Tensor) -> Tensor:
         """Return the new rows for `rows` [n, ...]."""
         return rows * self.factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectOut(PointEdit):
+    """The part of the point along a direction in words is multiplied by `keep`."""
+
+    value: Direction
+    keep: float = 0.0
+
+    verbs: ClassVar[Mapping[str, str]] = {
+        "project-out": "project-out POINT.LAYER[.HEAD] [@POS] DIRECTION [xKEEP], such as project-out resid_post.8 token ' Paris'"
+    }
+    strength: ClassVar[str | None] = "keep"
+
+    @classmethod
+    def from_line(cls, verb: str, line: Line) -> Edit:
+        """Return the edit that a line says."""
+        address, heads = line.address()
+        positions = read_at(line)
+        value = read_direction(line)
+        return cls(
+            address=address, positions=positions, heads=heads, value=value, keep=line.times(0.0), scope=_scope(line)
+        )
+
+    def line(self) -> str:
+        """Return the edit as one line."""
+        return f"project-out {self.where()} {self.value}{self.ending(self.keep, 0.0)}"
+
+    def detail(self) -> str:
+        """Return what is done, as text."""
+        return f"{self.value.text()},{self.keep!r}"
+
+    def with_values(self, model: Model, texts: Texts | None) -> Edit:
+        """Return the edit of coefficients that does it."""
+        rows = self.value.values(model, Place(self.address, self.positions, self.heads), texts).tensor
+        where = {"positions": self.positions, "heads": self.heads, "scope": self.scope}
+        return project_out(self.address, rows.reshape(-1, rows.shape[-1]), self.keep, **where)
+
+
+def _scope(line: Line) -> Scope:
+    return "every_step" if line.takes("every-step") else "prefill"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -47,14 +48,21 @@ class Source:
     address: Address
     positions: tuple[int, ...]
     """Negative from the end."""
+    heads: tuple[int, ...] | None = None
+    """None is all, or a point without heads."""
 
     def text(self) -> str:
         """Return address, positions and a hash of the tokens."""
         ids = xxhash.xxh3_128_hexdigest(",".join(map(str, self.tokens)).encode())
-        return f"{self.address}@{','.join(map(str, self.positions))}:{ids}"
+        heads = "" if self.heads is None else f".{','.join(map(str, self.heads))}"
+        return f"{self.address}{heads}@{','.join(map(str, self.positions))}:{ids}"
 
-    def read(self, model: Model) -> Values:
+    def read(self, model: Model, rows_of: Callable[[tuple[int, ...], Address], Tensor] | None = None) -> Values:
         """Return the rows [positions, ...] of one forward; a single position's row without that axis.
+
+        Args:
+            model: the model.
+            rows_of: gives a point's rows [pos, ...] of some tokens where they are known.
 
         Raises:
             PromptError: a position outside the tokens.
@@ -64,8 +72,10 @@ class Source:
             raise PromptError(f"source position {bad[0]} is outside a prompt of {n} tokens: legal are {-n} to {n - 1}")
         if POINTS[self.address.point].dims[0] != "pos":
             raise PromptError(f"{self.address} has no rows per position to take from another prompt")
+        at = [p % n for p in self.positions]
         reads: list[Tensor] = []
-        tokens = torch.tensor([self.tokens])
-        model.run(tokens, {self.address: lambda t: reads.append(t[0, [p % n for p in self.positions]].clone())})
-        rows = reads[0]
+        if rows_of is None:
+            model.run(torch.tensor([self.tokens]), {self.address: lambda t: reads.append(t[0].clone())})
+        rows = (reads[0] if rows_of is None else rows_of(self.tokens, self.address))[at]
+        rows = rows if self.heads is None else rows[:, list(self.heads)]
         return Values(rows[0] if len(self.positions) == 1 else rows, self.text())

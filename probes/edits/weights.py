@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from probes.blocks.rerouting import module_of
+from probes.edits.directions import Direction, Place, read_direction
+from probes.edits.edit import Edit
+from probes.edits.line import Line, times
+from probes.edits.positions import Texts
 from probes.edits.values import Values
 from probes.errors import PointError
 from probes.models.protocol import Model, Shape, Write
@@ -17,7 +22,7 @@ from probes.points import Address
 
 
 @dataclass(frozen=True)
-class HeadWriteEdit:
+class HeadWriteEdit(Edit):
     """A head's output weights W_O [d_head, d_model] become W_O (I + (keep - 1) V Vᵀ), V orthonormal rows.
 
     With keep = 0 the head can no longer write along V; this equals zeroing its output's coefficients on V at every
@@ -26,13 +31,43 @@ class HeadWriteEdit:
 
     layer: int
     head: int
-    directions: Values
-    """[m, d_model], orthonormal."""
+    directions: Values | Direction
+    """[m, d_model], orthonormal; a direction in words becomes one unit vector."""
     keep: float = 0.0
+
+    verbs: ClassVar[Mapping[str, str]] = {
+        "head-write": "head-write LAYER.HEAD DIRECTION [xKEEP], such as head-write 5.3 token ' Paris' (the head no longer writes along it)"
+    }
+    strength: ClassVar[str | None] = "keep"
+
+    @classmethod
+    def from_line(cls, verb: str, line: Line) -> Edit:
+        """Return the edit that a line says."""
+        return cls(*line.head(), read_direction(line), line.times(0.0))
+
+    def line(self) -> str:
+        """Return the edit as one line."""
+        if isinstance(self.directions, Values):
+            return super().line()
+        return f"head-write {self.layer}.{self.head} {self.directions}{times(self.keep, 0.0)}"
+
+    def resolved(self, model: Model, texts: Texts | None = None) -> Edit:
+        """Return the edit with its direction read from the model."""
+        if isinstance(self.directions, Values):
+            return self
+        rows = self.directions.values(model, Place(Address("resid_post", self.layer)), texts).tensor.reshape(
+            -1, model.shape.d_model
+        )
+        basis = torch.linalg.qr(rows.double().T)[0].T.float()
+        return replace(self, directions=Values(basis, self.directions.text()))
 
     def text(self) -> str:
         """Return the edit as it enters store keys."""
         return f"head_write_edit({self.layer},{self.head},{self.directions.text()},{self.keep!r})"
+
+    def first_block(self, shape: Shape) -> int:
+        """Return the head's block."""
+        return self.layer
 
     def writes(self, shape: Shape, lengths: Sequence[int] | None = None) -> Mapping[Address, Write]:
         """Return none: the weights themselves are changed."""
@@ -45,6 +80,7 @@ class HeadWriteEdit:
         Raises:
             PointError: a head this model does not have, or weights that are not a plain matrix.
         """
+        assert isinstance(self.directions, Values)
         shape = model.shape
         if not (0 <= self.layer < shape.n_layers and 0 <= self.head < shape.n_heads):
             raise PointError(

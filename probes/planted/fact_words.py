@@ -1,4 +1,4 @@
-"""The words, tables and prompts of a fact of two words, for families that change the circuit rather than the task."""
+"""The words, tables, parts and prompts of a fact of two words, for all families that are made of one."""
 
 from __future__ import annotations
 

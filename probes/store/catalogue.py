@@ -12,6 +12,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from stat import S_ISREG
 from typing import TypeVar
 
 import numpy as np
@@ -41,6 +42,11 @@ Bound = TypeVar("Bound", str, bytes)
 class DamagedCatalogue(StoreError):
     """A file that is not a usable database; it can be thrown away and rebuilt."""
 
+    def __init__(self, message: str, inode: int) -> None:
+        super().__init__(message)
+        self.inode = inode
+        """Of the file that was met; another at its path is another catalogue."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -48,6 +54,13 @@ class Place:
 
     shard: str
     ordinal: int
+
+
+@dataclass(frozen=True)
+class _Connected:
+    process: int
+    inode: int
+    connection: sqlite3.Connection
 
 
 class Catalogue:
@@ -60,8 +73,6 @@ class Catalogue:
         self.path = path
         self._local = threading.local()
         self._inherited: list[sqlite3.Connection] = []
-        self.blank = False
-        """Whether a connection met no index and created an empty one."""
 
     @property
     def files(self) -> list[Path]:
@@ -69,10 +80,28 @@ class Catalogue:
         return [Path(f"{self.path}{suffix}") for suffix in ("", "-journal", "-wal", "-shm")]
 
     def open(self) -> None:
-        """Make sure that the file is there, and a catalogue still; sets `blank` where it was not there."""
+        """Make sure that the file is there, and a catalogue still."""
         with self.reading() as connection:
             if _schema(connection) != _own_schema():
                 raise self.damaged("its tables are not a catalogue's")
+
+    @property
+    def complete(self) -> bool:
+        """Return whether all shards have been indexed since the file was created; until then a row's absence says nothing."""
+        with self.reading() as connection:
+            return bool(connection.execute("PRAGMA user_version").fetchone()[0])
+
+    def mark_complete(self) -> None:
+        """Say that the index is complete."""
+        with self.reading() as connection:
+            connection.execute("PRAGMA user_version = 1")
+
+    def inode(self) -> int:
+        """Return the inode of the file, -1 where none is there."""
+        try:
+            return self.path.stat().st_ino
+        except OSError:
+            return -1
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
@@ -82,11 +111,19 @@ class Catalogue:
             StoreError: the file is busy beyond patience, or the disk is full.
             DamagedCatalogue: the file is not a database of ours, or says what ours cannot say.
         """
-        try:
+        with self._told():
             yield self._connection()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Say in the store's words what SQLite refuses."""
+        try:
+            yield
         except sqlite3.Error as error:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+            opened = self._opened()
+            replaced = opened and opened.inode != self.inode()
+            if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR) and not replaced:
                 raise StoreError(
                     f"the catalogue {str(self.path)!r} could not be written ({error}); committed rows stay: "
                     "free some disk space and run again"
@@ -100,7 +137,26 @@ class Catalogue:
 
     def damaged(self, reason: object) -> DamagedCatalogue:
         """Return the error of a catalogue that cannot be believed."""
-        return DamagedCatalogue(f"the catalogue {str(self.path)!r} is damaged ({reason}); run bathyscope store rebuild")
+        opened = self._opened()
+        return DamagedCatalogue(
+            f"the catalogue {str(self.path)!r} is damaged ({reason}); run bathyscope store rebuild",
+            opened.inode if opened else self.inode(),
+        )
+
+    def discard(self, damage: DamagedCatalogue) -> list[Path]:
+        """Delete the file that was found damaged unless another has taken its place; returns folders that lie in its way."""
+        with ExitStack() as stack:
+            # Whoever writes has its journal beside the file, where it would be taken for the next file's.
+            with suppress(DamagedCatalogue), self._told():
+                if not any(map(_is_odd, self.files)):
+                    stack.enter_context(closing(self._connect())).execute("BEGIN EXCLUSIVE")
+            if self.inode() != damage.inode:
+                return []
+            folders = [part for part in self.files if part.is_dir() and not part.is_symlink()]
+            for part in reversed(self.files):
+                if part not in folders:
+                    part.unlink(missing_ok=True)
+            return folders
 
     def copy_from(self, path: Path) -> None:
         """Copy another catalogue, without writing to it, as far as it can be read at all."""
@@ -251,33 +307,55 @@ class Catalogue:
             )
             return int(connection.execute(query, [context]).fetchone()[0])
 
+    def _opened(self) -> _Connected | None:
+        """Return the connection of this thread of this process."""
+        opened: _Connected | None = getattr(self._local, "opened", None)
+        return opened if opened and opened.process == os.getpid() else None
+
     def _connection(self) -> sqlite3.Connection:
-        opened: tuple[int, int, sqlite3.Connection] | None = getattr(self._local, "opened", None)
-        inode = self.path.stat().st_ino if self.path.exists() else -1
-        if opened and opened[:2] == (os.getpid(), inode):
-            return opened[2]
-        if opened and opened[0] != os.getpid():
+        opened = self._opened()
+        if opened and (opened.connection.in_transaction or opened.inode == self.inode()):
+            return opened.connection
+        if opened is None and (inherited := getattr(self._local, "opened", None)):
             # SQLite forbids even closing a connection inherited through a fork.
-            self._inherited.append(opened[2])
+            self._inherited.append(inherited.connection)
+        self._local.opened = None
         for part in self.files:
-            if os.path.lexists(part) and not part.is_file():
+            if _is_odd(part):
                 raise self.damaged(f"{part.name} is no file")
+        while True:
+            inode = self.inode()
+            connection = self._connect()
+            if not (tables := _schema(connection)):
+                connection.executescript(f"BEGIN IMMEDIATE;{SCHEMA}COMMIT;")
+            if tables and tables != _own_schema():
+                connection.close()
+                raise self.damaged("its tables are not a catalogue's")
+            # Otherwise the file was replaced while it was opened, and which of the two this is cannot be known.
+            if inode in (-1, self.inode()):
+                self._local.opened = _Connected(os.getpid(), self.inode(), connection)
+                return connection
+            connection.close()
+
+    def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA journal_mode = DELETE")
         connection.execute("PRAGMA synchronous = FULL")
-        tables = _schema(connection)
-        if not tables:
-            connection.executescript(f"BEGIN IMMEDIATE;{SCHEMA}COMMIT;")
-            self.blank = True
-        elif tables != _own_schema():
-            connection.close()
-            raise self.damaged("its tables are not a catalogue's")
-        self._local.opened = (os.getpid(), self.path.stat().st_ino, connection)
         return connection
 
     def _check(self, holds: bool, *values: object) -> None:
         if not holds:
             raise self.damaged(f"it says {', '.join(map(repr, values)):.200}")
+
+
+def _is_odd(path: Path) -> bool:
+    """Return whether something other than a file lies there; a journal comes and goes with every commit."""
+    try:
+        return not S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        return path.is_symlink()
+    except OSError:
+        return True
 
 
 def _schema(connection: sqlite3.Connection) -> list[tuple[str, ...]]:

@@ -77,16 +77,19 @@ class Folder:
             for folder in () if self.read_only() else (self.shards, self.tmp, self.quarantine):
                 folder.mkdir(parents=True, exist_ok=True)
             if not marker.exists():
-                fresh = self.tmp / f"{uuid.uuid4().hex}.partial"
-                fresh.write_text(json.dumps({"format": "bathyscope activation store", "protocol": PROTOCOL}) + "\n")
-                fresh.replace(marker)
+                # Locked, or whoever opens the store at the same moment sweeps it away.
+                draft = LockedFile(self.tmp, "partial")
+                text = json.dumps({"format": "bathyscope activation store", "protocol": PROTOCOL}) + "\n"
+                os.write(draft.fd, text.encode("ascii"))
+                draft.path.replace(marker)
+                draft.release()
                 sync(self.root)
             if not marker.is_file():
                 raise OSError(f"{str(marker)!r} is no file")
-            text = marker.read_bytes()
+            content = marker.read_bytes()
         except OSError as error:
             raise StoreError(f"store {str(self.root)!r} cannot be used ({error}); choose a writable folder") from error
-        _check_protocol(self.root, text)
+        _check_protocol(self.root, content)
 
     def set_aside(self, path: Path, inode: int | None = None) -> bool:
         """Move a shard to quarantine, unless another file has taken its place meanwhile; returns whether it is gone."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from probes.errors import StoreError
+from probes.locked_files import exclusive
 from probes.store.backing import Backing, Vanished, read_only
 from probes.store.catalogue import DamagedCatalogue
 from probes.store.eviction import shrink
@@ -65,17 +67,22 @@ def reconcile(backing: Backing) -> None:
                 if entry.digest not in now:
                     _index(backing, entry)
             backing.catalogue.forget(name for name in lost if not backing.folder.shard(name).exists())
+    if not backing.catalogue.complete:
+        backing.catalogue.mark_complete()
 
 
-def renew(backing: Backing) -> None:
-    """Throw an unusable catalogue away and index every shard in a new one."""
+def renew(backing: Backing, damage: DamagedCatalogue) -> None:
+    """Throw an unusable catalogue away, unless another process has, and index every shard in a new one.
+
+    Raises:
+        StoreError: it cannot be replaced.
+    """
     path = backing.catalogue.path
     LOG.warning("the catalogue %s is damaged and is rebuilt from the shards", path)
     try:
-        for part in backing.catalogue.files:
-            if part.is_dir() and not part.is_symlink():
-                backing.folder.set_aside(part)
-            part.unlink(missing_ok=True)
+        with nullcontext() if backing.read_only else exclusive(backing.folder.root / "store.json"):
+            for folder in backing.catalogue.discard(damage):
+                backing.folder.set_aside(folder)
     except OSError as error:
         raise StoreError(f"the catalogue {str(path)!r} is damaged and cannot be replaced: {error}") from error
     reconcile(backing)
@@ -92,8 +99,8 @@ def rebuild(backing: Backing) -> int:
                 entry = scanned[path] if path in scanned else _scan(backing, path)
                 if entry:
                     _index(backing, entry)
-    except DamagedCatalogue:
-        renew(backing)
+    except DamagedCatalogue as damage:
+        renew(backing, damage)
     return len(backing.catalogue.shards())
 
 
@@ -116,7 +123,7 @@ def verify(backing: Backing) -> VerifyReport:
         checked += 1
         nbytes += size
     if differing:
-        renew(backing)
+        renew(backing, backing.catalogue.damaged("it contradicts the shards"))
     return VerifyReport(checked, nbytes, tuple(damaged))
 
 

@@ -48,8 +48,8 @@ def healing(
     def healed(store: ActivationStore, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         try:
             return method(store, *args, **kwargs)
-        except DamagedCatalogue:
-            maintenance.renew(store._backing)
+        except DamagedCatalogue as damage:
+            maintenance.renew(store._backing, damage)
             return method(store, *args, **kwargs)
 
     return healed
@@ -81,7 +81,6 @@ class ActivationStore:
     def _open(self) -> None:
         self._backing.folder.sweep()
         maintenance.reconcile(self._backing)
-        self._backing.catalogue.blank = False
 
     @healing
     def __repr__(self) -> str:
@@ -237,11 +236,10 @@ class ActivationStore:
 
     @property
     def _index(self) -> Catalogue:
-        """Return the catalogue; filled first from the shards where its file was deleted under this store."""
+        """Return the catalogue; filled first from the shards where its file was replaced under this store."""
         catalogue = self._backing.catalogue
         catalogue.open()
-        if catalogue.blank:
-            catalogue.blank = False
+        if not catalogue.complete:
             maintenance.reconcile(self._backing)
         return catalogue
 
@@ -261,6 +259,8 @@ class ActivationStore:
         nbytes = sum(entry.nbytes for entry in entries)
         index = self._index
         with index.writing():
+            if not index.complete:
+                return False
             if any(index.contains(entry.context, entry.sequences, entry.features)[0].any() for entry in entries):
                 return False
             eviction.make_room(self._backing, self.max_bytes, nbytes)
@@ -278,6 +278,8 @@ class ActivationStore:
         while True:
             places = self._index.locate(text, digests, feature)
             missing = sum(digest not in places for digest in digests)
+            if missing and not self._backing.catalogue.complete:
+                continue
             if missing:
                 raise MissingRows(feature, missing, len(digests))
             grouped: dict[str, list[int]] = {}

@@ -7,30 +7,47 @@ import os
 import random
 import signal
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pytest
 from store_makers import CONTEXT, FEATURES, check_rows, expected, make, numbered, shard_files
 
 from probes.errors import StoreError
-from probes.store import ActivationStore, MissingRows
+from probes.store import ActivationStore, MissingRows, maintenance
+from probes.store.catalogue import Catalogue, DamagedCatalogue
 
 SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(["probes.store", "torch"])
+FAILURES: dict[BaseProcess, Connection] = {}
+
+
+def report(failure: Connection, target: Callable[..., None], *args: object) -> None:
+    """Send the traceback to the test: what a process prints itself is lost with the fork server's output."""
+    try:
+        target(*args)
+    except BaseException:
+        failure.send(traceback.format_exc())
+        raise
 
 
 def start(target: Callable[..., None], *args: object) -> BaseProcess:
-    process = SPAWN.Process(target=target, args=args)
+    receiver, sender = SPAWN.Pipe(duplex=False)
+    process = SPAWN.Process(target=report, args=(sender, target, *args))
     process.start()
+    FAILURES[process] = receiver
     return process
 
 
 def finish(*processes: BaseProcess) -> None:
     for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+        process.join(600)
+        failure = FAILURES.pop(process)
+        assert process.exitcode == 0, failure.recv() if failure.poll() else f"exit code {process.exitcode}"
 
 
 def write_in_order(root: Path, order: list[int], acknowledged: Path) -> None:
@@ -115,6 +132,68 @@ def test_many_writers_and_readers_at_once(tmp_path: Path) -> None:
     assert len(rows) == len(set(rows)) == 18 * len(FEATURES)
     check_rows(store, [numbered(i) for i in range(18)])
     assert store.verify().damaged == ()
+
+
+def test_a_store_opened_by_another_while_it_is_created_is_created(tmp_path: Path, monkeypatch) -> None:
+    replace = Path.replace
+
+    def replace_late(path: Path, target: Path) -> Path:
+        monkeypatch.undo()
+        ActivationStore(tmp_path)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace_late)
+    ActivationStore(tmp_path).put(make([numbered(0)]))
+    check_rows(ActivationStore(tmp_path), [numbered(0)])
+
+
+def test_a_journal_that_ends_while_it_is_looked_at_is_no_damage(store: ActivationStore) -> None:
+    index = Catalogue(store._backing.catalogue.path)
+    journal = Path(f"{index.path}-journal")
+    journal.touch()
+    exists = os.path.lexists
+
+    def look(path: Path) -> bool:
+        there = exists(path)
+        if path == journal:
+            journal.unlink(missing_ok=True)
+        return there
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os.path, "lexists", look)
+        index.open()
+
+
+def test_a_catalogue_found_damaged_is_replaced_once(store: ActivationStore) -> None:
+    """Of two that met the same damage the second finds another's catalogue, and what was written to it, and keeps both."""
+    store.put(make([numbered(0)]))
+    store._backing.catalogue.path.write_bytes(b"no database at all")
+    damages = []
+    for _ in range(2):
+        with pytest.raises(DamagedCatalogue) as damage:
+            Catalogue(store._backing.catalogue.path).open()
+        damages.append(damage.value)
+    maintenance.renew(store._backing, damages[0])
+    kept = store._backing.catalogue.inode()
+    maintenance.renew(store._backing, damages[1])
+    assert store._backing.catalogue.inode() == kept
+    check_rows(store, [numbered(0)])
+
+
+def test_rows_committed_to_a_catalogue_thrown_away_meanwhile_are_found(store: ActivationStore, monkeypatch) -> None:
+    store.put(make([numbered(0)]))
+    rival, index = ActivationStore(store.root), store._backing.catalogue
+    add = index.add
+
+    def add_early(entry) -> None:
+        add(entry)
+        index.path.unlink()
+        check_rows(rival, [numbered(0)])
+
+    monkeypatch.setattr(index, "add", add_early)
+    store.put(make([numbered(1)]))
+    check_rows(rival, [numbered(0), numbered(1)])
+    assert len(copies(store)) == len(set(copies(store))) == 2 * len(FEATURES)
 
 
 def test_threads_share_one_store(store: ActivationStore) -> None:

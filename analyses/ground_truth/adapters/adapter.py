@@ -67,12 +67,6 @@ def prompt_to(task: PlantedTask, example: Example, position: str | None, **field
     return Prompt(example.tokens[:end], None, fields)
 
 
-def cost_of(result: Result) -> tuple[float, int]:
-    """Return seconds and forwards of a run, edited ones among them."""
-    counts = result.provenance["counts"]
-    return float(result.provenance["seconds"]), int(counts["forwards"]) + int(counts["intervention_forwards"])
-
-
 def set_answer(
     method: str,
     task: PlantedTask,

@@ -25,26 +25,35 @@ from probes.prompts import Prompt
 
 def runs(task: PlantedTask, questions: Sequence[Question]) -> list[Run]:
     """One run a question, on prompts that end where the read-out is looked at."""
-    return [Run(LogitLens(positions="last"), _prompts(task, question), (question,)) for question in questions]
+    return [Run(LogitLens(positions="last"), prompts(task, question), (question,)) for question in questions]
 
 
-def _prompts(task: PlantedTask, question: Question) -> tuple[Prompt, ...]:
+def prompts(task: PlantedTask, question: Question) -> tuple[Prompt, ...]:
+    """Return the prompts of a question, each up to where the read-out is looked at."""
     return tuple(prompt_to(task, example, question.position) for example in examples_of(task, question.subset))
 
 
 def read(result: Result, task: PlantedTask, questions: Sequence[Question]) -> list[Answer]:
-    """The median over prompts of the layer from which the top token stays the answer, with a bootstrap interval.
+    """The layer from which the top token stays the answer."""
+    (question,) = questions
+    return [settling("logit_lens", result.tables["read"], task, question)]
+
+
+def settling(method: str, table: pd.DataFrame, task: PlantedTask, question: Question) -> Answer:
+    """Return the median over prompts of the layer from which the top token stays the answer, with a bootstrap interval.
 
     None where most prompts do not end in their answer.
+
+    Args:
+        table: a read-out's, one position a prompt.
     """
-    (question,) = questions
     answers = [example.answer for example in examples_of(task, question.subset)]
-    layers = settled(result.tables["read"], answers)
-    key = ("logit_lens", name_of(task.record), question.key)
+    layers = settled(table, answers)
+    key = (method, name_of(task.record), question.key)
     if np.median(layers) == np.inf:
-        return [Answer(*key, "none")]
+        return Answer(*key, "none")
     layer, low, high = median_interval(layers)
-    return [Answer(*key, "answered", (layer, layer), (low, low), (high, high))]
+    return Answer(*key, "answered", (layer, layer), (low, low), (high, high))
 
 
 def settled(table: pd.DataFrame, answers: Sequence[int]) -> NDArray[np.float64]:

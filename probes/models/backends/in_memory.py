@@ -25,6 +25,7 @@ from probes.models.protocol import Canary, Context, Model, Read, Shape, Unembedd
 from probes.models.sources.digest import weights_digest
 from probes.models.unembedding import unembedding_of
 from probes.models.verify.canary_answer import canary_of
+from probes.models.verify.checked import Checked
 from probes.models.verify.identities import verify
 from probes.models.verify.recording import Evidence, attention_layers, attention_of, evidence_of
 from probes.points import POINTS, Address
@@ -37,7 +38,7 @@ class LocalModel(Displayed, Model):
 
     Args:
         module: A transformers model with its language-model head; never moved or cast.
-        weights: Digest of the weights, for the store's keys.
+        weights: Digest of the weights, for the store's keys; None computes it.
         anatomy: Where the points lie in `module`; by default what its architecture map says.
         source: The module that the user gave, where `module` is a copy of it.
 
@@ -53,7 +54,7 @@ class LocalModel(Displayed, Model):
         tokenizer: Any = None,
         *,
         ref: str,
-        weights: str,
+        weights: str | None,
         revision: str | None = None,
         anatomy: Anatomy | None = None,
         source: nn.Module | None = None,
@@ -62,11 +63,26 @@ class LocalModel(Displayed, Model):
         self.source = module if source is None else source
         self._config: Any = module.config.get_text_config()  # type: ignore[union-attr,operator]
         self._lock = threading.RLock()
-        self._examine(anatomy or anatomy_of(module), weights)
-        self._wrapped = (self._state, weights)
+        digest = self._examine(anatomy or anatomy_of(module), weights)
+        self._wrapped = (self._state, digest)
 
-    def _examine(self, guess: Anatomy, weights: str) -> None:
-        """Check the module as it is, and set what follows from it: anatomy, shape, key and canary."""
+    def _examine(self, guess: Anatomy, weights: str | None) -> str:
+        """Check the module as it is, and set what follows from it: anatomy, shape, key and canary; return its digest."""
+        self.device, dtype = self._place(next(guess.component("embed").parameters()))
+        with evaluating(self.module):
+            checked = self._run_checks(guess, dtype, weights)
+        verified, self.canary = checked.verified, checked.canary
+        self.anatomy: Anatomy = verified.anatomy
+        self.faithfulness = verified.faithfulness
+        self.shape = _shape(self.anatomy, verified.causal, verified.d_mlp)
+        self._layers = attention_layers(self.module, self.anatomy)
+        self._state = self._fingerprint()
+        attention = str(self._config._attn_implementation)
+        self.context = Context(self._key(checked.weights), self.backend, str(dtype).removeprefix("torch."), attention)
+        return checked.weights
+
+    def _run_checks(self, guess: Anatomy, dtype: torch.dtype, weights: str | None) -> Checked:
+        """Check the module, and digest it where no digest is given."""
         seen: list[Canary] = []
 
         def gather(tokens: Tensor) -> Evidence:
@@ -74,19 +90,8 @@ class LocalModel(Displayed, Model):
             seen.append(canary_of(tokens, evidence.logits))
             return evidence
 
-        device, dtype = self._place(next(guess.component("embed").parameters()))
-        self.device = device
-        pad = getattr(self._config, "pad_token_id", None)
-        with evaluating(self.module):
-            verified = verify(guess, gather, self.ref, dtype, pad)
-        self.canary = seen[-1]
-        self.anatomy: Anatomy = verified.anatomy
-        self.faithfulness = verified.faithfulness
-        self.shape = _shape(self.anatomy, verified.causal, verified.d_mlp)
-        self._layers = attention_layers(self.module, self.anatomy)
-        self._state = self._fingerprint()
-        attention = str(self._config._attn_implementation)
-        self.context = Context(self._key(weights), self.backend, str(dtype).removeprefix("torch."), attention)
+        verified = verify(guess, gather, self.ref, dtype, getattr(self._config, "pad_token_id", None))
+        return Checked(verified, seen[-1], weights or self._digest())
 
     def current(self) -> Context:
         """Return the context of the module as it is now; where it was changed in place, its identities are checked anew.
@@ -106,7 +111,7 @@ class LocalModel(Displayed, Model):
     def _follow(self, now: Fingerprint | None) -> None:
         """Examine the module anew after it was changed."""
         state, weights = self._wrapped
-        self._examine(anatomy_of(self.module), weights if now == state else self._digest())
+        self._examine(anatomy_of(self.module), weights if now == state else None)
 
     def _digest(self) -> str:
         return weights_digest(self.module, partial(fetch_offloaded, self.module, ref=self.ref))

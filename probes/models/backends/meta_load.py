@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from probes.anatomy import anatomy_of
 from probes.errors import ModelError
 from probes.models.backends.streamed import StreamedModel
 from probes.models.fingerprint.plain_model import compute_buffers
-from probes.models.finite import check_finite
 from probes.models.protocol import Model
 from probes.models.sources.block_weights import BlockWeights
 from probes.models.sources.checkpoint import Loading, load_module, load_tokenizer
-from probes.models.sources.digest import weights_digest
 from probes.models.sources.locate import Located
 
 
@@ -29,14 +27,8 @@ def load_streamed(located: Located, config: Any, how: Loading) -> Model:
     """
     module, blocks = load_without_blocks(located.folder, config, how)
 
-    def fetch(name: str) -> Tensor:
-        tensor = blocks.tensor(name)
-        check_finite(tensor, name, located.ref)
-        return tensor
-
-    weights = weights_digest(module, fetch)
     tokenizer = load_tokenizer(located.folder, trust_remote_code=how.trust_remote_code)
-    return StreamedModel(module, tokenizer, blocks=blocks, ref=located.ref, weights=weights, revision=located.revision)
+    return StreamedModel(module, tokenizer, blocks=blocks, ref=located.ref, revision=located.revision)
 
 
 def load_without_blocks(folder: Path, config: Any, how: Loading) -> tuple[nn.Module, BlockWeights]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import Any, NoReturn
 
 import torch
@@ -16,16 +16,18 @@ from probes.anatomy import Anatomy
 from probes.blocks.single_block import SingleBlockRunner, of_stage, steps
 from probes.cache_folder import cache_root
 from probes.errors import ModelError, PointError
-from probes.hooks.attention_probabilities import Attended
-from probes.hooks.forward_hooks import ForwardHooks, Stop
+from probes.hooks.forward_hooks import Stop
 from probes.models.backends.native import NativeModel
 from probes.models.backends.spill import Spill
 from probes.models.fingerprint.fingerprint import Fingerprint, fingerprint
-from probes.models.protocol import Forward, Read, Write
+from probes.models.finite import check_finite
+from probes.models.protocol import Faithfulness, Forward, Read, Write
 from probes.models.sources.block_weights import BlockWeights
-from probes.models.sources.digest import weights_digest
+from probes.models.sources.gradual_digest import GradualDigest
+from probes.models.verify.checked import Checked, CheckRecord
 from probes.models.verify.identities import HOOKED
-from probes.models.verify.recording import Call, Evidence, attention_of, checked_sites, record
+from probes.models.verify.recording import Evidence
+from probes.models.verify.stagewise import StagewiseEvidence
 from probes.points import Address
 
 SPILL_BYTES = 16 * 2**30
@@ -51,19 +53,12 @@ class StreamedModel(NativeModel):
         *,
         blocks: BlockWeights,
         ref: str,
-        weights: str,
         revision: str | None = None,
         spill_bytes: int = SPILL_BYTES,
     ) -> None:
         self.blocks, self.spill_bytes = blocks, spill_bytes
         self._runner = SingleBlockRunner([module.get_submodule(path) for path in blocks.paths])
-        super().__init__(module, tokenizer, ref=ref, weights=weights, revision=revision)
-        for identity in self.faithfulness.identities:
-            if identity.name == HOOKED and not identity.holds:
-                raise ModelError(
-                    f"{ref}: run block by block, its logits are off by {identity.error:.1e} relative: its blocks pass each "
-                    "other more than the residual stream; load it without streaming"
-                )
+        super().__init__(module, tokenizer, ref=ref, weights=None, revision=revision)
 
     def run_all(self, forwards: Sequence[Forward]) -> Iterator[int]:
         """Run every forward, block by block; a block's weights are read once for as many forwards as the spill file holds.
@@ -115,8 +110,29 @@ class StreamedModel(NativeModel):
     def _fingerprint(self) -> Fingerprint:
         return fingerprint(self.module, self.blocks.files)
 
+    def _run_checks(self, guess: Anatomy, dtype: torch.dtype, weights: str | None) -> Checked:
+        """Check and digest the model in one pass over its weights; files that are as they were are not read again."""
+        record = CheckRecord.of(self._fingerprint(), self.blocks.canary_rows())
+        checked = record.read(guess)
+        if checked is None:
+            self._digest_so_far = GradualDigest(self.module, self.blocks.tensor)
+            checked = super()._run_checks(guess, dtype, weights)
+            checked = replace(checked, block_outputs=self._runner.output_lengths)
+            self._refuse_unfaithful(checked.verified.faithfulness)
+            record.write(checked)
+        self._runner.output_lengths = checked.block_outputs
+        return checked
+
     def _digest(self) -> str:
-        return weights_digest(self.module, self.blocks.tensor)
+        return self._digest_so_far.finish()
+
+    def _refuse_unfaithful(self, faithfulness: Faithfulness) -> None:
+        for identity in faithfulness.identities:
+            if identity.name == HOOKED and not identity.holds:
+                raise ModelError(
+                    f"{self.ref}: run block by block, its logits are off by {identity.error:.1e} relative: its blocks pass "
+                    "each other more than the residual stream; load it without streaming"
+                )
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -164,49 +180,34 @@ class StreamedModel(NativeModel):
             call(*given)
         return left[0] if left else torch.empty(0)
 
-    def _plain(self, tokens: Tensor) -> Tensor:
-        """Logits by the module's own forward, nothing rerouted; each block's weights come and go around its call."""
-        sweep = self.blocks.sweep(range(len(self.blocks.paths)))
-
-        def advance(*_: Any) -> None:
-            next(sweep)
-
-        with ExitStack() as stack:
-            stack.callback(sweep.close)
-            for block in self._runner.blocks:
-                stack.callback(block.register_forward_pre_hook(advance).remove)
-            stack.enter_context(self._runner.watched())
-            return self._logits(tokens)
-
-    @torch.inference_mode()
     def _evidence(self, guess: Anatomy, tokens: Tensor) -> Evidence:
-        """What the checks look at: logits of a plain forward, everything else from a streamed one."""
-        logits, n_layers = self._plain(tokens).cpu(), guess.n_layers
-        sites, raw = checked_sites(guess), dict[tuple[str, str], Tensor]()
-        attended: dict[int, Attended] | str = {}
-        entering: Tensor | None = None
-        embed = guess.map.path("embed")
-        for layer in chain(self.blocks.sweep(range(n_layers)), [n_layers]):
-            inside = {key: site for key, site in sites.items() if self._stage_of_path(key[0], embed) == layer}
-            left: list[Tensor] = []
-            call = partial(self._through, layer, entering, self._logits)
-            raw.update(record(inside, partial(_kept, call, left), tokens))
-            if layer < n_layers and not isinstance(attended, str):
-                of_layer = attention_of(self.module, guess, call, tokens, [layer])
-                attended = of_layer if isinstance(of_layer, str) else {**attended, **of_layer}
-            entering = left[0]
-        return Evidence(logits, raw, attended)
+        """What the checks look at: logits of a plain forward, everything else from stages that go on inside it.
 
-    def _stage_of_path(self, path: str, embed: str | None) -> int:
-        for layer, block in enumerate(self.blocks.paths):
-            if path == block or path.startswith(f"{block}."):
-                return layer
-        return 0 if path == embed else len(self.blocks.paths)
+        Each block is read once, and digested on the way.
+        """
+        stages = StagewiseEvidence(self.module, guess, self._runner, self._logits, tokens)
+        sweep = self.blocks.sweep(range(guess.n_layers))
+        inside = False
 
+        def advance(layer: int, *_: Any) -> None:
+            nonlocal inside
+            if not inside:
+                next(sweep)
+                tensors = self.blocks.placed_tensors(layer)
+                for name, tensor in tensors.items():
+                    check_finite(tensor, name, self.ref)
+                self._digest_so_far.add(tensors)
+                inside = True
+                stages.stage(layer)
+                inside = False
 
-def _kept(call: Call, results: list[Tensor], tokens: Tensor, hooks: ForwardHooks | None = None) -> Tensor:
-    results.append(call(tokens, hooks))
-    return results[-1]
+        with ExitStack() as stack, self._runner.watched():
+            stack.callback(sweep.close)
+            for layer, block in enumerate(self._runner.blocks):
+                stack.callback(block.register_forward_pre_hook(partial(advance, layer)).remove)
+            logits = self._logits(tokens).cpu()
+        stages.stage(guess.n_layers)
+        return stages.evidence(logits)
 
 
 def _parts(forwards: Sequence[Forward], rows: int) -> Iterator[list[int]]:

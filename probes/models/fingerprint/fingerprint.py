@@ -24,8 +24,8 @@ class Fingerprint:
     attention: str
     tensors: Mapping[str, tuple[str, tuple[int, ...], int]]
     """Every parameter and buffer, saved or not: dtype, shape and checksum."""
-    files: tuple[tuple[str, int, int], ...]
-    """Of weights that are on disk: path, bytes and time of the last change."""
+    files: tuple[tuple[str, int, int, int], ...]
+    """Of weights that are on disk: path, inode, bytes and time of the last change."""
 
 
 def fingerprint(module: nn.Module, files: tuple[Path, ...] = ()) -> Fingerprint:
@@ -36,7 +36,7 @@ def fingerprint(module: nn.Module, files: tuple[Path, ...] = ()) -> Fingerprint:
     config: Any = module.config
     attention = str(config.get_text_config()._attn_implementation)
     stats = [(path, path.stat()) for path in sorted({*files, *offloaded})]
-    on_disk = tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+    on_disk = tuple((str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats)
     return Fingerprint(describe(module), canonical_config(module), attention, facts, on_disk)
 
 

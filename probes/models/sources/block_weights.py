@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from probes.errors import ModelError
+from probes.models.sources.digest import byte_parts
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -121,6 +123,25 @@ class BlockWeights:
                 return parameter
         raise ModelError(f"the folder lacks the weight {name!r}")
 
+    def placed_tensors(self, layer: int) -> dict[str, Tensor]:
+        """Return the parameters of block `layer` that are in place only for a while, by full name."""
+        prefix = f"{self.paths[layer]}."
+        state = self.module.get_submodule(self.paths[layer]).state_dict()
+        return {name: state[name.removeprefix(prefix)] for name in self._empty if name.startswith(prefix)}
+
+    def canary_rows(self) -> str:
+        """Return a hash of one row of every weight that stays on disk."""
+        state = xxhash.xxh3_128()
+        sources = [source for group in self._groups.values() for source, _ in group.sources]
+        for file_path in self.files:
+            with safe_open(file_path, framework="pt", device="cpu") as file:
+                for source in (source for source in sources if self._files[source] == file_path):
+                    row = _row(file.get_slice(source), xxhash.xxh3_64_intdigest(source.encode()))
+                    self.ledger.bytes += row.nbytes
+                    for part in byte_parts(row):
+                        state.update(part)
+        return str(state.hexdigest())
+
     @contextmanager
     def placed(self, layer: int, tensors: dict[str, Tensor]) -> Iterator[None]:
         """Put the block's parameters in place inside the context; they are empty again afterwards."""
@@ -200,6 +221,13 @@ class BlockWeights:
             mapped = file.get_tensor(source)
         self.ledger.bytes += mapped.nbytes
         return mapped.to(device=self.device, dtype=dtype or mapped.dtype, copy=True)
+
+
+def _row(weight: Any, number: int) -> Tensor:
+    """The row of a stored weight that a number leads to."""
+    shape = weight.get_shape()
+    row: Tensor = weight[tuple(slice(number % n, number % n + 1) for n in shape[:-1])] if shape else weight[...]
+    return row
 
 
 def _files(folder: Path) -> dict[str, Path]:

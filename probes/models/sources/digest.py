@@ -46,13 +46,30 @@ def weights_digest(module: nn.Module, fetch: Fetch | None = None) -> str:
     Raises:
         ModelError: a tensor without data (weights left on the meta device) and no `fetch`.
     """
-    digest = xxhash.xxh3_128()
-    for name, tensor in _tensors(module, fetch):
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        for part in _bytes(tensor):
-            digest.update(part)
-    digest.update(canonical_config(module).encode())
-    return str(digest.hexdigest())
+    digest = Digest(module)
+    for name, tensor in distinct_tensors(module):
+        if tensor.is_meta and fetch is None:
+            raise ModelError(f"weight {name!r} holds no data; load the model with its weights")
+        digest.add(name, fetch(name) if tensor.is_meta and fetch else tensor)
+    return digest.finish()
+
+
+class Digest:
+    """A weights digest in the making; tensors are added in the order of `distinct_tensors`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._state = module, xxhash.xxh3_128()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Add the next tensor."""
+        self._state.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        for part in byte_parts(tensor):
+            self._state.update(part)
+
+    def finish(self) -> str:
+        """Add the configuration, and return the digest as 32 hex digits."""
+        self._state.update(canonical_config(self._module).encode())
+        return str(self._state.hexdigest())
 
 
 def canonical_config(module: Any) -> str:
@@ -72,7 +89,8 @@ def _substance(value: Any) -> Any:
     return value
 
 
-def _tensors(module: nn.Module, fetch: Fetch | None) -> Iterator[tuple[str, Tensor]]:
+def distinct_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Give the tensors that a digest is made of, by name in sorted order, tied ones once; some may be on the meta device."""
     seen: set[tuple[Any, ...]] = set()
     ties: Mapping[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
     state = sorted((name, tensor) for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor))
@@ -82,14 +100,9 @@ def _tensors(module: nn.Module, fetch: Fetch | None) -> Iterator[tuple[str, Tens
         if ties.get(name, name) in elsewhere:
             # A tensor without data has no address to know it by.
             place = ("tied", ties.get(name, name))
-        if tensor.numel() and place in seen:
-            continue
-        seen.add(place)
-        if tensor.device.type == "meta":
-            if fetch is None:
-                raise ModelError(f"weight {name!r} holds no data; load the model with its weights")
-            tensor = fetch(name)
-        yield name, tensor
+        if not tensor.numel() or place not in seen:
+            seen.add(place)
+            yield name, tensor
 
 
 def storage_of(tensor: Tensor) -> tuple[Any, ...]:
@@ -97,7 +110,8 @@ def storage_of(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
 
 
-def _bytes(tensor: Tensor, limit: int = 1 << 28) -> Iterator[Any]:
+def byte_parts(tensor: Tensor, limit: int = 1 << 28) -> Iterator[Any]:
+    """Give the bytes of a tensor as numpy arrays of at most `limit` bytes."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     for start in range(0, flat.numel(), limit):
         yield flat[start : start + limit].cpu().numpy()

@@ -1,0 +1,204 @@
+"""Directions named in words: a token's, the difference of two tokens', of two prompts, or one kept in a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from probes.edits.line import Line
+from probes.edits.positions import At, Texts, indices, need_texts
+from probes.edits.values import Source, Values
+from probes.errors import OptionError, PointError, PromptError, shown
+from probes.models.protocol import Model
+from probes.points import POINTS, Address
+
+FORMS = (
+    "token ' Paris'",
+    "token ' a' - token ' b'",
+    "difference",
+    "file 'direction.safetensors'",
+    "file 'some.safetensors' 'name'",
+)
+"""The legal forms of a direction."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a direction is used."""
+
+    address: Address
+    positions: At = "all"
+    heads: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class TokenDirection:
+    """The unit vector along which the logit lens reads a token, or one token rather than another.
+
+    It is the token's column of the unembedding times the gain of the final norm, without its mean where that norm takes
+    the mean away, divided by its length.
+    """
+
+    token: str
+    minus: str | None = None
+
+    def __str__(self) -> str:
+        return f"token {self.token!r}" + ("" if self.minus is None else f" - token {self.minus!r}")
+
+    def text(self) -> str:
+        """Return the direction as it enters store keys."""
+        return str(self)
+
+    def values(self, model: Model, place: Place, texts: Texts | None) -> Values:
+        """Return the direction [d_model].
+
+        Raises:
+            PointError: a point that is no row of the stream.
+            PromptError: text that is not one token.
+        """
+        dims = POINTS[place.address.point].dims
+        if dims[-1] != "d_model":
+            raise PointError(
+                f"{place.address} is {dims[-1]} wide: a token's direction is of the stream, such as resid_post.3"
+            )
+        lens = model.unembedding()
+        with torch.no_grad():
+            column = lens.weight[token_id(model, self.token)].float()
+            if self.minus is not None:
+                column = column - lens.weight[token_id(model, self.minus)].float()
+            column = _through_norm(lens.norm, column, lens.weight)
+        return Values(column / column.norm().clamp_min(torch.finfo(torch.float32).tiny), self.text())
+
+
+def _through_norm(norm: Any, column: Tensor, like: Tensor) -> Tensor:
+    """Return the gradient that `column` [d_model] has before the norm, its scale taken as a constant."""
+    # Rows of +1 and -1 in turn have mean 0 and scale 1: the norm of one is its signs times the gain, plus the bias.
+    signs = torch.ones(column.numel(), device=like.device, dtype=like.dtype)
+    signs[1::2] = -1.0
+    rows = norm(torch.stack((signs, -signs, torch.ones_like(signs), 0 * signs))).float()
+    gained = column * (rows[0] - rows[1]) / 2 * signs
+    takes_mean = bool((rows[2] - rows[3]).abs().max() < 1e-3 * (rows[0] - rows[1]).abs().max())
+    return gained - gained.mean() if takes_mean else gained
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The other prompt's rows less this one's, at the same place, both as they are without edits."""
+
+    def __str__(self) -> str:
+        return "difference"
+
+    def text(self) -> str:
+        """Return the direction as it enters store keys."""
+        return "difference"
+
+    def values(self, model: Model, place: Place, texts: Texts | None) -> Values:
+        """Return the difference [position, ...].
+
+        Raises:
+            OptionError: no second prompt.
+            PromptError: positions that the two prompts do not share.
+        """
+        here = need_texts(texts, "a difference of prompts")
+        other = here.other_or_refuse("a difference of prompts")
+        at = indices(place.positions, model.tokenizer, here.tokens)
+        if max(at, default=0) >= len(other):
+            raise PromptError(
+                f"position {max(at)} is outside the other prompt of {len(other)} tokens: name positions that both have"
+            )
+        own, theirs = (
+            Source(tokens, place.address, at, place.heads).read(model, here.rows).tensor
+            for tokens in (here.tokens, other)
+        )
+        return Values(theirs - own)
+
+
+@dataclass(frozen=True)
+class FileDirection:
+    """A tensor of a safetensors file, as it is."""
+
+    path: str
+    name: str = ""
+
+    def __str__(self) -> str:
+        return f"file {self.path!r}" + (f" {self.name!r}" if self.name else "")
+
+    @cached_property
+    def tensor(self) -> Tensor:
+        """The tensor.
+
+        Raises:
+            OptionError: no such file, no safetensors file, or several tensors and no name.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors = load_file(Path(self.path).expanduser())
+        except (OSError, SafetensorError, ValueError) as error:
+            raise OptionError(
+                f"direction file {shown(self.path)} cannot be read ({error}): give a .safetensors file"
+            ) from None
+        if self.name in tensors:
+            return tensors[self.name].float()
+        if self.name or len(tensors) != 1:
+            raise OptionError(f"direction file {shown(self.path)} has tensors {', '.join(tensors)}: name one of them")
+        return next(iter(tensors.values())).float()
+
+    def text(self) -> str:
+        """Return the direction as it enters store keys: by the numbers."""
+        array = self.tensor.contiguous().numpy()
+        return f"file:{xxhash.xxh3_128_hexdigest(repr(array.shape).encode() + array.tobytes())}"
+
+    def values(self, model: Model, place: Place, texts: Texts | None) -> Values:
+        """Return the tensor.
+
+        Raises:
+            OptionError: a tensor of another width than the point's.
+        """
+        width = model.shape.width(POINTS[place.address.point].dims[-1])
+        if self.tensor.shape[-1] != width or self.tensor.dim() > 2:
+            raise OptionError(
+                f"direction file {shown(self.path)} has a tensor of {tuple(self.tensor.shape)}; {place.address} is {width} wide"
+            )
+        return Values(self.tensor)
+
+
+Direction = TokenDirection | Difference | FileDirection
+
+
+def read_direction(line: Line) -> Direction:
+    """Return the direction that stands here."""
+    if line.takes("difference"):
+        return Difference()
+    if line.takes("file"):
+        return FileDirection(line.quoted("a file's path in quotes"), line.quoted() if line.is_quoted() else "")
+    if not line.takes("token"):
+        raise line.fault(f"a direction ({'; '.join(FORMS)})")
+    token = line.quoted("a token's text in quotes")
+    if not line.takes("-"):
+        return TokenDirection(token)
+    line.need("token")
+    return TokenDirection(token, line.quoted("a token's text in quotes"))
+
+
+def token_id(model: Model, text: str) -> int:
+    """Return the id of a text that is one token.
+
+    Raises:
+        PromptError: it is none or several, or the model came without a tokenizer.
+    """
+    if model.tokenizer is None:
+        raise PromptError(f"{model.ref} came without a tokenizer, so a token cannot be named by its text {shown(text)}")
+    ids = model.tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        parts = ", ".join(repr(model.tokenizer.decode([i])) for i in ids[:8])
+        hint = f"; with a blank before it: {' ' + text!r}" if not text.startswith(" ") else ""
+        raise PromptError(f"{shown(text)} is {len(ids)} tokens ({parts}): name one token{hint}")
+    return int(ids[0])

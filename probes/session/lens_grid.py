@@ -1,0 +1,111 @@
+"""Every layer's and position's reading of a run, compared with the same place of another run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from probes.lenses import logit
+from probes.lenses.protocol import Lens
+from probes.models.protocol import Model
+from probes.session.open_prompt import Run
+
+TOP = 5
+"""Tokens kept of each cell."""
+
+
+@dataclass(frozen=True, eq=False)
+class LensGrid:
+    """What the lens reads after each step, at each position."""
+
+    blocks: tuple[int, ...]
+    """[step], which block each step is."""
+    top_ids: Int[Tensor, "step pos top"]
+    top_logprobs: Float[Tensor, "step pos top"]
+    """In nats."""
+    entropy_bits: Float[Tensor, "step pos"]
+    norms: Float[Tensor, "step pos"]
+    """Length of the residual stream."""
+    watched: Float[Tensor, "step pos token"]
+    """Log-probabilities of the watched tokens, in nats."""
+    ranks: Int[Tensor, "step pos token"]
+    """How many tokens are more probable than each watched one."""
+    kl: Float[Tensor, "step pos"]
+    """KL(reference's cell || this cell), in nats; 0 without a reference, or where the block did not run in it."""
+    changed: Bool[Tensor, "step pos"]
+    """Where the residual stream is not the reference's, to the last bit."""
+
+
+@torch.no_grad()
+def read_grid(
+    model: Model, run: Run, ids: Sequence[int], lens: Lens, reference: tuple[Run, LensGrid] | None = None
+) -> LensGrid:
+    """Read a run through a lens.
+
+    Args:
+        model: the model.
+        run: what is read.
+        ids: tokens that are watched.
+        lens: how rows are read.
+        reference: a run to compare with, and its grid; cells that are the same are taken from it.
+    """
+    rows = run.streams[1:]
+    steps, positions = rows.shape[:2]
+    same_step = {block: i for i, block in enumerate(reference[0].blocks)} if reference else {}
+    partner = torch.tensor([same_step.get(block, -1) for block in run.blocks], dtype=torch.long)
+    changed = torch.ones(steps, positions, dtype=torch.bool)
+    if reference:
+        has = partner >= 0
+        changed[has] = (rows[has] != reference[0].streams[1:][partner[has]]).any(-1).cpu()
+    grid = _empty(run.blocks, positions, len(ids), changed)
+    if reference:
+        whole = reference[1]
+        for name in ("top_ids", "top_logprobs", "entropy_bits", "norms", "watched", "ranks"):
+            getattr(grid, name)[partner >= 0] = getattr(whole, name)[partner[partner >= 0]]
+    at = changed.nonzero()
+    if not len(at):
+        return grid
+    step, position = at.T
+    stream = torch.cat(
+        [lens.readable(rows[s][changed[s]].float(), run.blocks[s]) for s in range(steps) if changed[s].any()]
+    )
+    compared = (partner[step] >= 0) if reference else torch.zeros(len(step), dtype=torch.bool)
+    before = None
+    if reference and bool(compared.any()):
+        before = torch.cat([
+            lens.readable(reference[0].streams[1:][partner[s]][changed[s]].float(), run.blocks[s])
+            for s in range(steps) if changed[s].any() and partner[s] >= 0
+        ])  # fmt: skip
+    # A step that the reference does not have is compared with its first row, and that number left out.
+    row_of = compared.cumsum(0).sub(1).clamp_min(0)
+    read = logit.read(
+        stream, model.unembedding(), ids=torch.tensor(list(ids), dtype=torch.long), top_k=TOP, reference=before,
+        reference_of=None if before is None else row_of, ranks=bool(ids),
+    )  # fmt: skip
+    grid.top_ids[step, position], grid.top_logprobs[step, position] = read.top_ids.cpu(), read.top_logprobs.cpu()
+    grid.entropy_bits[step, position] = read.entropy_bits.cpu()
+    grid.norms[step, position] = rows[step, position].float().norm(dim=-1).cpu()
+    if ids:
+        grid.watched[step, position], grid.ranks[step, position] = read.logprobs.cpu(), read.ranks.cpu()
+    if before is not None:
+        grid.kl[step[compared], position[compared]] = read.kl.cpu()[compared]
+    return grid
+
+
+def _empty(blocks: tuple[int, ...], positions: int, tokens: int, changed: Tensor) -> LensGrid:
+    place = (len(blocks), positions)
+    return LensGrid(
+        blocks,
+        torch.zeros(*place, TOP, dtype=torch.long),
+        torch.zeros(*place, TOP),
+        torch.zeros(place),
+        torch.zeros(place),
+        torch.zeros(*place, tokens),
+        torch.zeros(*place, tokens, dtype=torch.long),
+        torch.zeros(place),
+        changed,
+    )

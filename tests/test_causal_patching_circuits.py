@@ -1,0 +1,137 @@
+"""Circuits of edges: the whole is the clean run, nothing is the baseline, and one edge less is that edge patched."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES
+from test_causal_patching import CLEAN, CORRUPTED, logits, native, pair_line
+from torch import Tensor
+
+from analyses.causal_patching import CausalPatching
+from analyses.causal_patching.ablation import ablated
+from analyses.causal_patching.edge_circuits import edge_weights
+from analyses.causal_patching.edge_tables import OpenedEdges
+from analyses.causal_patching.graph import receivers_of, senders_of
+from analyses.causal_patching.levels import EdgeLevel, NodeLevel, level_of, supports
+from analyses.causal_patching.pairs import Pair, pair_of, resolved
+from analyses.causal_patching.running import Run
+from analyses.interventions import Tally
+from probes.errors import OptionError, PointError, PromptError
+from probes.progress import QUIET
+from probes.store import ActivationStore
+
+NORMALISED = ("gemma2", "gemma3", "olmo2")
+"""Families that normalise what their heads write together."""
+ADDING = tuple(family for family in FAMILIES if family not in ("bert", "opt_post_norm", *NORMALISED))
+
+
+def opened(family: str, **fields: object) -> tuple[Run, Pair]:
+    model = native(family)
+    line = pair_line(model)
+    line.fields.update(fields)  # type: ignore[attr-defined]
+    pair = pair_of(0, resolved(model, [line], ["a.jsonl:1"], False)[0], False)
+    return CausalPatching(min_gap=0, min_pairs=1, nulls="none")._run(model, [pair], Tally(QUIET), None), pair
+
+
+def difference(pair: Pair, row: Tensor) -> float:
+    return float(row[list(pair.answers)].mean() - row[list(pair.distractors)].mean())
+
+
+@pytest.mark.parametrize("family", ADDING)
+def test_circuits_of_edges_keep_the_identities_of_the_graph(family: str) -> None:
+    run, pair = opened(family)
+    level = level_of(run, "edges", 5, "gauss")
+    assert isinstance(level, EdgeLevel)
+    one, every = ablated(run, pair, "counterfactual"), np.arange(len(level.layers))
+    places = level.connected.nonzero().tolist()
+    senders, receivers = senders_of(run.model.shape), receivers_of(run.model.shape)
+    lost = [place for place in range(0, len(every), 7) if senders[places[place][0]].layer < 2]
+    # A node whose edges all go is a node that is ablated.
+    gone = senders.index(next(sender for sender in senders if sender.layer == 1 and sender.head == 2))
+    without_node = np.array([i for i, (sender, _) in enumerate(places) if sender != gone])
+    circuits = [every, every[:0], without_node, *(np.delete(every, place) for place in lost)]
+    full, empty, node, *each = one.reader.read(level.last_rows(one, circuits))[:, 0].tolist()
+    clean, corrupted = (difference(pair, logits(run.model, tokens)) for tokens in (CLEAN, CORRUPTED))
+    assert full == pytest.approx(clean, abs=1e-4)
+    assert empty == pytest.approx(corrupted, abs=1e-4)
+    nodes = NodeLevel(run.model.shape)
+    kept = np.delete(np.arange(len(nodes.nodes)), nodes.nodes.index(senders[gone]))
+    assert node == pytest.approx(float(one.reader.read(nodes.last_rows(one, [kept]))[0, 0]), abs=1e-4)
+    edges = [(senders[places[place][0]], receivers[places[place][1]]) for place in lost]
+    paths = OpenedEdges.of(run, pair, "noise", sorted({sender for sender, _ in edges}))
+    effects = paths.effects(run.model, edges, "residual", level.attribution.parallel)
+    assert np.array(each) - clean == pytest.approx(effects, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", NORMALISED)
+def test_heads_that_are_normalised_together_have_no_circuits_of_edges(family: str) -> None:
+    with pytest.raises(PointError, match="--circuit nodes"):
+        edge_weights(native(family))
+
+
+def test_a_mean_is_that_of_the_references_at_every_position() -> None:
+    """With one reference the baseline is a run of its own: nothing kept is that run, from the first token that differs."""
+    reference = [5, 11, 12, 8, 13, 10]
+    run, pair = opened("llama", reference_tokens=[reference, [1, 2]])
+    assert pair.references == (tuple(reference),)
+    one = ablated(run, pair, "mean")
+    assert one.base.start == 1
+    level = level_of(run, "edges", 5, "gauss")
+    empty = float(one.reader.read(level.last_rows(one, [np.arange(0)]))[0, 0])
+    assert empty == pytest.approx(difference(pair, logits(run.model, tuple(reference))), abs=1e-4)
+    two = opened("llama", reference_tokens=[reference, list(CORRUPTED)])
+    means = [ablated(opened("llama", reference_tokens=[r])[0], opened("llama", reference_tokens=[r])[1], "mean").given
+             for r in (reference, list(CORRUPTED))]  # fmt: skip
+    both = ablated(*two, "mean").given
+    for address, values in both.items():
+        parts = [given[address][-len(values) :] for given in means]
+        assert torch.allclose(values[-4:], (parts[0][-4:] + parts[1][-4:]) / 2, atol=1e-5)
+
+
+def test_a_mean_without_references_says_where_they_are_missing() -> None:
+    run, pair = opened("llama")
+    with pytest.raises(PromptError, match=r'a.jsonl:1: a mean needs "references"'):
+        ablated(run, pair, "mean")
+
+
+def test_zero_is_zero_at_every_position() -> None:
+    run, pair = opened("gpt2")
+    one = ablated(run, pair, "zero")
+    assert one.base.start == 0
+    assert not any(values.any() for values in one.given.values())
+
+
+def test_permuted_items_change_nothing_and_exact_support_is_the_loss() -> None:
+    run, pair = opened("qwen2")
+    level = level_of(run, "nodes", 5, "gauss")
+    exact = supports(run, level, "exact", QUIET)[0]
+    one = ablated(run, pair, "counterfactual")
+    rng, n = np.random.default_rng(0), len(exact)
+    circuit = rng.choice(n, n // 2, replace=False)
+    rows = level.last_rows(one, [circuit, rng.permutation(circuit), np.delete(np.arange(n), 3), np.arange(n)])
+    values = one.reader.read(rows)[:, 0].numpy()
+    assert values[0] == values[1]
+    assert values[3] - values[2] == pytest.approx(exact[3], abs=1e-5)
+
+
+def test_edges_are_ordered_tried_and_drawn(store: ActivationStore) -> None:
+    model = native("llama")
+    lines = [pair_line(model, (5, 6, 7 + i, 8), (5, 6, 17 + i, 8)) for i in range(2)]
+    options = {
+        "circuit": "edges",
+        "circuit_methods": ("eap", "eap_ig"),
+        "ig_steps": 2,
+        "n_random": 1,
+        "sizes": (0.1, 1.0),
+    }
+    analysis = CausalPatching(min_gap=0, min_pairs=1, nulls="none", components=("mlp_out",), **options)  # type: ignore[arg-type]
+    result = analysis.run(model, lines, store=store)
+    table = result.tables["faithfulness"]
+    assert table[table["share"] == 1]["f"].tolist() == pytest.approx([1.0] * 8, abs=1e-3)
+    assert set(table["method"]) == {"eap", "eap_ig"}
+    assert set(result.tables["circuit_area"]["level"]) == {"edges"}
+    assert result.figure("faithfulness").data
+    with pytest.raises(OptionError, match="'atp' does not order edges: legal are eap, eap_ig"):
+        CausalPatching(circuit="edges", circuit_methods=("atp",))

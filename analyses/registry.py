@@ -23,6 +23,7 @@ ANALYSES: Mapping[str, str] = {
     "norm_removal": "analyses.norm_removal:NormRemoval",
     "contextual_decomposition": "analyses.contextual_decomposition:ContextualDecomposition",
     "causal_patching": "analyses.causal_patching:CausalPatching",
+    "layer_programs": "analyses.layer_programs:LayerPrograms",
 }
 """Name to the dotted path of the class. To add an analysis here, add its line."""
 
@@ -32,6 +33,7 @@ TITLES: Mapping[str, str] = {
     "lenses": "Lenses",
     "back_patching": "Back-patching: hopping too late",
     "causal_patching": "Causal patching: where a change decides the answer",
+    "layer_programs": "Layer programs: skip, repeat, swap, loop",
     "communication_channels": "Communication channels between heads",
     "concept_depth": "Concept depth: linear probes along the layers",
     "latent_language": "Latent languages by the lens",

@@ -12,12 +12,12 @@ import pytest
 
 from analyses.ground_truth.answers import Answer, digest, to_json
 from analyses.ground_truth.bench import QUICK, Job, Ran, chosen_tasks, run_bench, seed_of_release
-from analyses.ground_truth.contestants import control_answers
+from analyses.ground_truth.contestants import ADAPTED, control_answers
 from analyses.ground_truth.exchange import export, exported, handed_in
 from analyses.ground_truth.report import worst
 from analyses.ground_truth.score import score
 from analyses.ground_truth.words import CANNOT_TELL, method_list, readme_table, sentences
-from analyses.registry import ANALYSES, TITLES
+from analyses.registry import TITLES
 from analyses.results.depth_axis import Curve, Panel, depth_figure
 from app.ui.truth import in_words, mark_of, true_marks
 from probes import from_hf
@@ -74,9 +74,9 @@ def test_words_claim_nothing_without_an_interval(ran: Ran) -> None:
 
 
 def test_each_analysis_is_said_what_it_cannot_tell(ran: Ran, tmp_path: Path) -> None:
-    assert set(CANNOT_TELL) == set(ANALYSES)
+    assert set(CANNOT_TELL) == set(ADAPTED)
     page = method_list(ran.scored.summary)
-    assert all(f"### {title}" in page for title in TITLES.values())
+    assert all(f"### {title}" in page for title in map(TITLES.__getitem__, ADAPTED))
     assert "- logit_lens, lens, compiled: off by 0.00 layers" in page
     write_between = runpy.run_path(str(BENCH))["write_between"]
     written = tmp_path / "page.md"

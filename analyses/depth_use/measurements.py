@@ -250,8 +250,8 @@ class _Run:
 
     def _similarity_again(self, proxies: pd.DataFrame, n_drop: int) -> PerPrompt:
         column = PerPrompt(len(self.prompts), n_drop)
-        turns = dict(zip(proxies["layer"].astype(int), proxies["similarity_block"].astype(float), strict=True))
-        order = SimilarityAgain(self.layers, turns)
+        similarity = dict(zip(proxies["layer"].astype(int), proxies["similarity_block"].astype(float), strict=True))
+        order = SimilarityAgain(self.layers, similarity)
         while True:
             for chunk in chunks(self.activations, range(len(self.prompts))):
                 self._on(chunk, lambda ablations: order.measure(ablations, column, self._tick))

@@ -21,7 +21,10 @@ from app.ui.theme import mode, page_style  # noqa: E402
 def pages() -> dict[str, list[object]]:
     """Every page: home, one for each registered analysis, and what belongs to all of them."""
     return {
-        "": [st.Page(_home, title="Home", icon=":material/water:", default=True)],
+        "": [
+            st.Page(_live, title="Live", icon=":material/touch_app:", url_path="live"),
+            st.Page(_home, title="Home", icon=":material/water:", default=True),
+        ],
         "Analyses": [
             st.Page(partial(_analysis, name), title=offered.label(name), url_path=name, icon=":material/layers:")
             for name in offered.names()
@@ -38,6 +41,12 @@ def _home() -> None:
     from app.views import home
 
     home.draw()
+
+
+def _live() -> None:
+    from app.views import live
+
+    live.draw()
 
 
 def _analysis(name: str) -> None:

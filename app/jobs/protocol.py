@@ -38,6 +38,8 @@ class Request:
     store: str = ""
     out: str = ""
     """Folder of the result."""
+    edits: tuple[str, ...] = ()
+    """Lines under which the model is read."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def write_request(folder: Path, request: Request) -> None:
 def read_request(folder: Path) -> Request:
     """The request of a job."""
     record = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-    return Request(**{**record, "model": ModelSpec(**record["model"])})
+    return Request(**{**record, "model": ModelSpec(**record["model"]), "edits": tuple(record["edits"])})
 
 
 def write_status(folder: Path, status: Status) -> None:

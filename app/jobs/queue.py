@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from app.jobs.protocol import (
     write_request,
     write_status,
 )
+from app.live.protocol import KEY, socket_of
 
 KEPT = 30
 """Ended jobs whose folders are kept."""
@@ -47,6 +49,7 @@ class JobQueue:
         self._names: list[str] = []
         self._ended: dict[str, Status] = {}
         self._last = 0
+        os.environ.setdefault(KEY, secrets.token_hex(32))
 
     def submit(self, request: Request) -> str:
         """Add a job to the line; return its name. The folder of a run is numbered where its name is taken."""
@@ -131,9 +134,16 @@ class JobQueue:
         for other in waiting:
             self._tell(other)
 
+    def ensure(self) -> None:
+        """Start the worker where none runs."""
+        with self._lock:
+            if self._worker is None or self._worker.poll() is not None:
+                Path(socket_of(self.folder)).unlink(missing_ok=True)
+                self._worker = self._start()
+
     def _tell(self, name: str) -> None:
-        if self._worker is None or self._worker.poll() is not None:
-            self._worker = self._start()
+        self.ensure()
+        assert self._worker is not None
         assert self._worker.stdin is not None
         self._worker.stdin.write(name + "\n")
         self._worker.stdin.flush()

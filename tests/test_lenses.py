@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fake_tokenizer import FakeTokenizer
 from families import FAMILIES, make, prompt
 from tiny import native
 from torch import Tensor
@@ -21,11 +22,13 @@ from analyses.lenses import Lenses
 from analyses.lenses import analysis as lenses_analysis
 from analyses.lenses.band import band_table, curves, effective_dimension, excess_kurtosis, longest_run, workspace
 from analyses.lenses.items import Watched, check_places, check_watch
+from analyses.lenses.patched import matched, patchscopes_of, target_of
 from analyses.lenses.similarity import jensen_shannon
 from analyses.lenses.watched import pass_at_k, watched_tables
 from analyses.reading.quality import quality_rows, read_texts, solid_layers
 from analyses.reading.texts import Texts
 from analyses.reading.tuned import fit_tuned_on
+from analyses.tokens import tokens_text
 from probes.capture.needs import Need
 from probes.capture.run import capture
 from probes.errors import ModelError, OptionError, PointError, PromptError
@@ -102,6 +105,59 @@ class TestPatchscope:
             Patchscope.of(tiny, target, into=3)
         with pytest.raises(OptionError, match="prompt of 3 tokens"):
             Target((5, 6, 7), 3)
+
+    @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+    def test_a_prompt_put_into_itself_is_continued_as_it_is(self, family: str, store: ActivationStore) -> None:
+        model, tokens = native(family), prompt(6)[0].tolist()
+        own = capture(model, [tokens], [Need("resid_post.*")], store).packed(Address("resid_post", 1))[3:4]
+        patchscope = Patchscope.of(model, Target(tuple(tokens), 3))
+        ids = torch.tensor([tokens])
+        with torch.no_grad():
+            for _ in range(4):
+                ids = torch.cat((ids, model.module(ids).logits[:, -1:].argmax(-1)), 1)
+        assert patchscope.written(own, 1, 4) == [ids[0, 6:].tolist()] == [patchscope.unpatched_text(4)]
+
+    def test_drawn_texts_follow_their_seed(self, tiny: NativeModel) -> None:
+        patchscope, rows = Patchscope.of(tiny, Target((5, 6, 7), 1)), torch.randn(2, 32)
+        one, again, other = (patchscope.written(rows, 0, 8, seed) for seed in (1, 1, 2))
+        assert one == again != other
+
+    def test_several_placeholders_take_the_same_row(self, tiny: NativeModel) -> None:
+        row = torch.randn(1, 32)
+        tokens = torch.tensor([[5, 6, 6, 6, 7]])
+
+        def put(_: Any, __: Any, out: Tensor) -> Tensor:
+            return torch.cat((out[:, :1], row.expand(1, 3, -1), out[:, 4:]), 1)
+
+        patched, streams = tiny.module.model.layers[1].register_forward_hook(put), []
+        seen = tiny.module.model.layers[2].register_forward_hook(lambda _, __, out: streams.append(out))
+        with torch.no_grad():
+            tiny.module(tokens)
+        patched.remove()
+        seen.remove()
+        read = Patchscope.of(tiny, Target((5, 6, 6, 6, 7), 1, width=3), into=1).readable(row, 0)
+        torch.testing.assert_close(read, streams[0][:, -1], atol=1e-5, rtol=1e-4)
+        with pytest.raises(OptionError, match="3 wide"):
+            Target((5, 6, 7), 1, width=3)
+
+    def test_prompts_are_made_of_words(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Chat(FakeTokenizer):
+            chat_template = "there is one"
+
+            def apply_chat_template(self, turn: Any, **_: Any) -> str:
+                return f"<{turn[0]['content']}>"
+
+        model = NativeModel(make("llama"), ref="with words", weights="x", tokenizer=FakeTokenizer())
+        words = target_of(model, "relation", ("dog: chien",), "none")
+        assert model.tokenizer.decode(words.tokens) == "dog: chien\n?:"
+        assert model.tokenizer.decode([words.tokens[words.placeholder]]) == "?"
+        with pytest.raises(OptionError, match="no chat template"):
+            target_of(model, "selfie", (), "none")
+        monkeypatch.setattr(model, "tokenizer", Chat())
+        turn = target_of(model, "selfie", (), "none")
+        assert (turn.width, model.tokenizer.decode(turn.tokens)) == (5, "<????? What is this about?>")
+        scopes = patchscopes_of(native("llama"), Target((5, 6), 0), "selfie", "same", (0, 1))
+        assert [scope.into for scope in scopes] == [2]
 
 
 class TestForeign:
@@ -377,7 +433,7 @@ def test_the_analysis_reads_saves_and_draws(
 ) -> None:
     drawn = texts(30, seed=3)
     monkeypatch.setattr(lenses_analysis, "shipped_texts", lambda model, most, seed=0: drawn)
-    monkeypatch.setattr(lenses_analysis, "identity_target", lambda model, words, rescale: Target((5, 6, 7, 8), -2))
+    monkeypatch.setattr(lenses_analysis, "target_of", lambda *_: Target((5, 6, 7, 8), -2))
     folder = str(tmp_path / "J.lens")
     save_lens(jacobian(tiny), folder)
     tuned = str(tmp_path / "T.lens")
@@ -405,6 +461,31 @@ def test_the_analysis_reads_saves_and_draws(
     pd.testing.assert_frame_equal(again.tables["watched"], result.tables["watched"])
 
 
+def test_descriptions_are_matched_beside_their_controls(
+    tiny: NativeModel, store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lenses_analysis, "target_of", lambda *_: Target((5, 6, 7, 8), -2))
+    lines = [Prompt(tuple(prompt(5, seed)[0].tolist()), None, WATCHING) for seed in range(3)]
+    options = {"eval_texts": 0, "layers": (0, 1), "max_new_tokens": 3}
+    plain = Lenses(lenses=("patchscope",), patchscope="describe", samples=3, target_layer="all", **options)
+    tables = plain.run(tiny, lines, store=store).tables
+    said = tables["descriptions"]
+    assert set(said["control"]) == {"", "unpatched", "foreign_row", "noise", "mean_row", "embedding"}
+    assert set(said["sample"]) == {-1, 0, 1, 2}
+    assert set(zip(said["source_layer"], said["target_layer"], strict=True)) == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    ids = Patchscope.of(tiny, Target((5, 6, 7, 8), -2), into=1)
+    row = capture(tiny, [lines[0].tokens], [Need("resid_post.*")], store).packed(Address("resid_post", 0))[4:5]
+    item = Watched(0, "x", ("7", "9"), (7, 9), {"end": 4})
+    written = ids.written(row, 0, 3)[0]
+    assert matched(tiny, [1, 9], item)
+    assert not matched(tiny, [1, 97], item)
+    own = "prompt == 0 and control == '' and sample == -1 and target_layer == 1 and source_layer == 0 and position_name == 'end'"
+    assert set(said.query(own)["text"]) == {tokens_text(tiny, written)}
+    result = Lenses(lenses=("patchscope",), target_layer="all", **options).run(tiny, lines, store=store)
+    assert len(result.figure("lift").data) == 4
+    assert "descriptions" not in result.tables
+
+
 def test_some_layers_and_last_positions_are_read_as_all_are(tiny: NativeModel, store: ActivationStore) -> None:
     lines = [Prompt(tuple(prompt(5, seed)[0].tolist()), None, WATCHING) for seed in range(4)]
     whole, part = (
@@ -424,7 +505,7 @@ def test_some_layers_and_last_positions_are_read_as_all_are(tiny: NativeModel, s
 def test_options_that_do_not_go_together_are_refused(tiny: NativeModel, store: ActivationStore) -> None:
     for wrong, said in (
         ({"lenses": ("jacobian",)}, "takes long to fit"), ({"lenses": ("tunned",)}, "Did you mean 'tuned'"),
-        ({"target_layer": "top"}, "give same"), ({"eval_texts": 3}, "at least 10"),
+        ({"target_layer": "top"}, "give same"), ({"samples": 2}, "say nothing"), ({"relation": ("x",)}, "France: Paris"), ({"eval_texts": 3}, "at least 10"),
     ):  # fmt: skip
         with pytest.raises(OptionError, match=said):
             Lenses(**wrong)

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import pandas as pd
-import torch
 
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.interventions import Interventions
 from analyses.lenses.band import band_table
 from analyses.lenses.figures import FIGURES
-from analyses.lenses.items import FIELDS, two_hop_prompts, watched_of
-from analyses.lenses.patched import CONTROLS, lift_table
+from analyses.lenses.items import FIELDS, Watched, two_hop_prompts, watched_of
+from analyses.lenses.patched import CONTROLS, Kind, lift_table, patchscopes_of, target_of, text_table
 from analyses.lenses.profiles import PROFILES
+from analyses.lenses.read_tables import cards_table, read_of
 from analyses.lenses.similarity import similarity
 from analyses.lenses.watched import pass_at_k, watched_tables
 from analyses.options import option, validate
 from analyses.reading.choice import LENS_HELP, check_lens, chosen_lens
 from analyses.reading.quality import Quality, judged_rows, quality_rows, read_texts, solid_layers
-from analyses.reading.read_outs import positions_table, read_tables
 from analyses.reading.texts import Texts, file_texts, shipped_texts, without
 from analyses.reading.tuned import fit_tuned_on
 from analyses.results.card import FigureSpec, ProfileSpec
@@ -32,18 +32,15 @@ from probes.capture.needs import Need
 from probes.capture.run import capture
 from probes.errors import OptionError, PromptError
 from probes.html_card import count
-from probes.lens_fits.patchscope import Patchscope, identity_target
+from probes.lens_fits.patchscope import Patchscope
 from probes.lenses.jacobian import JacobianLens
 from probes.lenses.protocol import Lens
 from probes.models.protocol import Model
-from probes.points import Address
 from probes.progress import QUIET, Progress
 from probes.prompts import Field, Prompt
 from probes.reducers import ROWS
 from probes.store import ActivationStore
 
-WORDS = ("river", "seven", "blue")
-"""Copied in the Patchscope's prompt."""
 NEED = Need(("resid_post.*", "embed"), ROWS)
 
 
@@ -71,7 +68,18 @@ class Lenses(Analysis):
     band: bool = option(
         False, "Look for layers that read as a workspace; needs a Jacobian lens and 20 texts to judge by."
     )
-    target_layer: str = option("same", "Patchscope: where rows are put: same, or a layer's number.")
+    patchscope: Kind = option(
+        "identity",
+        "Patchscope: the prompt that copies, describes or completes a relation, or a chat question (SelfIE).",
+    )
+    relation: tuple[str, ...] = option(
+        ("France: Paris", "Japan: Tokyo", "Egypt: Cairo"), "Patchscope relation: examples, left and right of a colon."
+    )
+    target_layer: str = option("same", "Patchscope: where rows are put: same, a layer's number, or all of those read.")
+    max_new_tokens: int = option(10, "Patchscope describe and selfie: tokens written.", low=1, high=200)
+    samples: int = option(
+        0, "Patchscope describe and selfie: texts drawn at random besides the most probable.", low=0, high=32
+    )
     rescale: Literal["none", "target_norm"] = option(
         "none", "Patchscope: rows as they are, or with the norm of the row they replace."
     )
@@ -97,8 +105,14 @@ class Lenses(Analysis):
                     "a Jacobian lens takes long to fit: run `bathyscope lens fit --kind jacobian` once, and give its folder"
                 )
             check_lens(name, "tuned", "patchscope")
-        if self.target_layer != "same" and not self.target_layer.isdecimal():
-            raise OptionError(f"option target_layer is {self.target_layer!r}: give same, or the number of a layer")
+        if self.target_layer not in ("same", "all") and not self.target_layer.isdecimal():
+            raise OptionError(f"option target_layer is {self.target_layer!r}: give same, all, or the number of a layer")
+        if 0 < self.samples < 3:
+            raise OptionError(
+                f"option samples is {self.samples}: one or two drawn texts say nothing; give 3, or 0 for none"
+            )
+        if not self.relation or not all(re.fullmatch(r"[^:]*\S[^:]*:.*\S.*", pair) for pair in self.relation):
+            raise OptionError(f"option relation is {self.relation}: give examples such as 'France: Paris'")
         if 0 < self.eval_texts < 10:
             raise OptionError(
                 f"option eval_texts is {self.eval_texts}: give at least 10 texts to judge by, or 0 for none"
@@ -135,6 +149,9 @@ class Lenses(Analysis):
         forwards = layers * (
             sum(len(prompt.tokens[self._read_from :]) for prompt in prompts) + places + watched * len(CONTROLS)
         )
+        texts = places * len(CONTROLS) * (1 + self.samples) if self.patchscope in ("describe", "selfie") else 0
+        forwards += layers * texts * self.max_new_tokens
+        forwards *= layers if self.target_layer == "all" else 1
         return Interventions({"rows put into another prompt": forwards}, exact=False)
 
     def run(
@@ -146,7 +163,7 @@ class Lenses(Analysis):
         progress: Progress = QUIET,
     ) -> Result:
         """Tables `lenses`, `read` and `top` (those of the analysis logit_lens, by lens), `watched`, `pass_at_k`, `quality`,
-        `similarity`, `patchscope`, `band`; those without data are left out.
+        `similarity`, `patchscope`, `descriptions`, `band`; those without data are left out.
         """
         clock, store = Clock(), store or ActivationStore()
         model.unembedding()
@@ -154,23 +171,16 @@ class Lenses(Analysis):
         lines = self.collect(model, prompts)
         activations = capture(model, [line.tokens for line in lines], [NEED], store, progress=progress)
         lenses = self._lenses(model, lines, store, progress)
-        tables = {"lenses": _cards(lenses), **self._read(activations, lines, lenses)}
+        tables = {
+            "lenses": cards_table(lenses),
+            **read_of(activations, lines, lenses, layers, self._read_from, self.top_k),
+        }
         watched, notes = watched_of(lines, model)
         if watched:
             tables["watched"], chance = watched_tables(activations, watched, lenses, self.seed, layers)
             tables["pass_at_k"] = pass_at_k(tables["watched"], chance, self.ks, self.seed)
-        patchscope = lenses.get("patchscope")
-        if isinstance(patchscope, Patchscope) and watched:
-            places = dict.fromkeys(place for item in watched for place in item.places)
-            tables["patchscope"] = pd.concat(
-                [
-                    lift_table(activations, watched, patchscope, place, self.seed, layers[:-1]).assign(
-                        position_name=place
-                    )
-                    for place in places
-                ],
-                ignore_index=True,
-            )
+        if "patchscope" in lenses and watched:
+            tables |= self._patched(activations, watched, layers)
         if self.eval_texts:
             more, said = self._judged(model, lenses, store, progress)
             tables |= more
@@ -201,8 +211,9 @@ class Lenses(Analysis):
                 )
                 lenses[name] = fitted.lens
             elif name == "patchscope":
-                into = None if self.target_layer == "same" else int(self.target_layer)
-                lenses[name] = Patchscope.of(model, identity_target(model, WORDS, self.rescale), into)
+                target = target_of(model, self.patchscope, self.relation, self.rescale)
+                where = "same" if self.target_layer == "all" else self.target_layer
+                lenses[name] = patchscopes_of(model, target, self.patchscope, where, ())[0]
             else:
                 label = name if name == "logit" else Path(name).name
                 lenses[label] = chosen_lens(name, model, allow_other_weights=self.allow_other_weights)
@@ -213,6 +224,26 @@ class Lenses(Analysis):
             return shipped_texts(model, self.fit_texts, self.seed)
         sequences = tuple(dict.fromkeys(prompt.tokens for prompt in prompts))
         return Texts(sequences, tuple(range(len(sequences))), "the prompts read")
+
+    def _patched(
+        self, activations: Activations, watched: Sequence[Watched], layers: Sequence[int]
+    ) -> dict[str, pd.DataFrame]:
+        """Table `patchscope` and, of prompts that are continued, `descriptions`, at every named position."""
+        places = dict.fromkeys(place for item in watched for place in item.places)
+        lifts, texts = [], []
+        for scope in self._patchscopes(activations.model):
+            for place in places:
+                at = (activations, watched, scope, place, self.seed, layers[:-1])
+                lifts.append(lift_table(*at).assign(position_name=place))
+                if self.patchscope in ("describe", "selfie"):
+                    said = text_table(*at, max_new_tokens=self.max_new_tokens, samples=self.samples)
+                    texts.append(said.assign(position_name=place))
+        tables = {"patchscope": lifts, "descriptions": texts}
+        return {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items() if parts}
+
+    def _patchscopes(self, model: Model) -> list[Patchscope]:
+        target = target_of(model, self.patchscope, self.relation, self.rescale)
+        return patchscopes_of(model, target, self.patchscope, self.target_layer, self._layers(model)[:-1])
 
     def _texts(self, model: Model, lenses: Mapping[str, Lens]) -> Texts:
         drawn = (
@@ -256,37 +287,3 @@ class Lenses(Analysis):
             tables["band"], verdict = band_table(model, texts, jacobian[1], store, self.seed, progress)
             notes.append(f"{jacobian[0]}: {verdict}")
         return tables, notes
-
-    def _read(
-        self, activations: Activations, prompts: Sequence[Prompt], lenses: Mapping[str, Lens]
-    ) -> dict[str, pd.DataFrame]:
-        """Tables `top` and `read` of prompts' positions, one lens after the other."""
-        model, layers = activations.model, self._layers(activations.model)
-        tops, reads = [], []
-        for first, prompt in enumerate(prompts):
-            places = range(len(prompt.tokens))[self._read_from :]
-            where = positions_table(model, prompts, first, [places])
-            rows = {
-                layer: activations.get(Address("resid_post", layer), ROWS)[first][places.start :] for layer in layers
-            }
-            for name, lens in lenses.items():
-                readable = torch.cat([lens.readable(rows[layer].float(), layer).float() for layer in layers])
-                top, read = read_tables(model, readable, rows[layers[-1]].float(), where, self.top_k, layers)
-                tops.append(top.assign(lens=name))
-                reads.append(read.assign(lens=name))
-        return {"top": pd.concat(tops, ignore_index=True), "read": pd.concat(reads, ignore_index=True)}
-
-
-def _cards(lenses: Mapping[str, Lens]) -> pd.DataFrame:
-    """One row a lens: what it was fitted on."""
-    rows = []
-    for name, lens in lenses.items():
-        card = lens.card
-        rows.append(
-            {
-                "lens": name, "kind": card.kind, "digest": card.tensors, "foreign": card.foreign, "corpus": card.corpus.name,
-                "texts": card.corpus.texts, "tokens": card.corpus.tokens, "target": card.target,
-                "length": card.options.get("length"), "dtype": card.dtype, "layers": len(card.layers), "reads": card.sentence(),
-            }
-        )  # fmt: skip
-    return pd.DataFrame(rows)

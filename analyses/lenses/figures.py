@@ -127,18 +127,28 @@ def similar(tables: Tables) -> go.Figure:
 
 
 def lift(tables: Tables) -> go.Figure:
-    """Mean lift of watched tokens over the controls, by layer."""
+    """Mean lift of watched tokens over the controls, by layer that rows leave and, where there are several, are put at."""
     table = tables["patchscope"]
-    means = table.groupby(["name", "position_name", "source_layer"], sort=False)["lift"].mean().reset_index()
-    means["where"] = means["name"] + " at " + means["position_name"]
-    wide = means.pivot(index="where", columns="source_layer", values="lift")
+    table = table.assign(where=table["name"] + " at " + table["position_name"])
+    several = table.groupby("source_layer")["target_layer"].nunique().max() > 1
     figure = go.Figure()
-    limit = float(wide.abs().max().max())
-    figure.add_heatmap(
-        z=wide, x=wide.columns, y=[plain(name) for name in wide.index], colorscale="RdBu", zmid=0, zmin=-limit, zmax=limit,
-        colorbar={"title": "lift (nats)"}, hovertemplate="%{y}, layer %{x}<br>lift %{z:.2f} nats<extra></extra>",
-    )  # fmt: skip
-    return finish(figure, x="layer that the row leaves, and is put back at", y="", height=260)
+    means = table.groupby(["where", "source_layer", "target_layer"], sort=False)["lift"].mean().reset_index()
+    limit = float(means["lift"].abs().max())
+    style = {
+        "colorscale": "RdBu", "zmid": 0, "zmin": -limit, "zmax": limit, "colorbar": {"title": "lift (nats)"},
+        "hovertemplate": "%{y}, layer %{x}<br>lift %{z:.2f} nats<extra></extra>",
+    }  # fmt: skip
+    if not several:
+        wide = means.pivot(index="where", columns="source_layer", values="lift")
+        figure.add_heatmap(z=wide, x=wide.columns, y=[plain(name) for name in wide.index], **style)
+        return finish(figure, x="layer that the row leaves, and is put back at", y="", height=260)
+    labels = list(dict.fromkeys(means["where"]))
+    for label in labels:
+        wide = means[means["where"] == label].pivot(index="target_layer", columns="source_layer", values="lift")
+        figure.add_heatmap(z=wide, x=wide.columns, y=wide.index, visible=label == labels[0], **style)
+    finish(figure, x="layer that the row leaves", y="layer that it is put at", height=480)
+    menu(figure, labels)
+    return figure
 
 
 def workspace(tables: Tables) -> go.Figure:

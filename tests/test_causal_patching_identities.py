@@ -255,13 +255,8 @@ def test_everything_beside_the_grid_is_drawn_and_counted(store: ActivationStore)
         figure = result.figure(name)
         assert figure.data, name
         # Every figure says on what it was made.
-        parts = (
-            "logit_diff",
-            "token corruption",
-            "2 of 2 pairs",
-            *(() if name == "faithfulness" else ("denoising", "noising")),
-        )
-        shown = parts[:-2] + ("noising",) if name == "agreement" else parts
+        directions = {"faithfulness": (), "agreement": ("noising",)}.get(name, ("denoising", "noising"))
+        shown = ("logit_diff", "token corruption", "2 of 2 pairs", *directions)
         assert all(part in figure.layout.title.text for part in shown), (name, figure.layout.title.text)
 
 

@@ -86,7 +86,7 @@ def _working() -> None:
 
 
 def main() -> None:
-    """Draws the page that the address names, then the side bar, which may follow what the page offers."""
+    """Draw the page that the address names, then the side bar, which may follow what the page offers."""
     st.set_page_config(page_title="Bathyscope", page_icon="🔭", layout="wide")
     st.html(page_style(mode()))
     keep.keep()
@@ -102,7 +102,7 @@ def main() -> None:
 
 
 def _address() -> None:
-    """Keeps the selection in the address, so that it can be sent to somebody."""
+    """Keep the selection in the address, so that it can be sent to somebody."""
     params = params_of(st.session_state[KEY])
     for kind in (*KINDS, OF):
         if kind in params and st.query_params.get(kind) != params[kind]:

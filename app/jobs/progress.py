@@ -51,7 +51,7 @@ class JobProgress(Progress):
         self.publish()
 
     def publish(self) -> None:
-        """Writes the status, then stops where that was asked for."""
+        """Write the status, then stop where that was asked for."""
         self._written = time.time()
         write_status(self.folder, self.status)
         self._check()

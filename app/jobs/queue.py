@@ -52,7 +52,7 @@ class JobQueue:
         os.environ.setdefault(KEY, secrets.token_hex(32))
 
     def submit(self, request: Request) -> str:
-        """Adds a job to the line; returns its name. The folder of a run is numbered where its name is taken."""
+        """Add a job to the line; return its name. The folder of a run is numbered where its name is taken."""
         with self._lock:
             if request.kind == "run":
                 request = replace(request, out=str(self.free(Path(request.out))))
@@ -95,7 +95,7 @@ class JobQueue:
             return status
 
     def cancel(self, name: str) -> None:
-        """Asks a job to stop; one that only waits never starts."""
+        """Ask a job to stop; one that only waits never starts."""
         ask_to_cancel(self.folder / name)
 
     def cancelling(self, name: str) -> bool:
@@ -103,7 +103,7 @@ class JobQueue:
         return cancel_asked(self.folder / name)
 
     def close(self) -> None:
-        """Ends the worker."""
+        """End the worker."""
         with self._lock:
             if self._worker is not None:
                 self._worker.kill()
@@ -127,7 +127,7 @@ class JobQueue:
         return ended
 
     def _resume(self, name: str) -> None:
-        """Gives the jobs behind `name` to a new worker."""
+        """Give the jobs behind `name` to a new worker."""
         behind = self._names[self._names.index(name) + 1 :]
         waiting = [other for other in behind if not read_status(self.folder / other).ended]
         self._worker = None

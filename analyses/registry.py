@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
@@ -21,6 +23,7 @@ ANALYSES: Mapping[str, str] = {
     "norm_removal": "analyses.norm_removal:NormRemoval",
     "contextual_decomposition": "analyses.contextual_decomposition:ContextualDecomposition",
     "causal_patching": "analyses.causal_patching:CausalPatching",
+    "layer_programs": "analyses.layer_programs:LayerPrograms",
 }
 """Name to the dotted path of the class. To add an analysis here, add its line."""
 
@@ -30,6 +33,7 @@ TITLES: Mapping[str, str] = {
     "lenses": "Lenses",
     "back_patching": "Back-patching: hopping too late",
     "causal_patching": "Causal patching: where a change decides the answer",
+    "layer_programs": "Layer programs: skip, repeat, swap, loop",
     "communication_channels": "Communication channels between heads",
     "concept_depth": "Concept depth: linear probes along the layers",
     "latent_language": "Latent languages by the lens",
@@ -45,8 +49,13 @@ GROUP = "bathyscope.analyses"
 
 def paths() -> dict[str, str]:
     """Return the dotted path of every analysis by its name: those shipped, then those of other packages."""
-    elsewhere = {point.name: point.value for point in sorted(entry_points(group=GROUP), key=lambda point: point.name)}
-    return {**ANALYSES, **{name: path for name, path in elsewhere.items() if name not in ANALYSES}}
+    return {**ANALYSES, **{name: path for name, path in _elsewhere(tuple(sys.path)) if name not in ANALYSES}}
+
+
+@cache
+def _elsewhere(_: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Name and dotted path of the analyses of other packages on this search path, whose metadata is slow to read."""
+    return sorted((point.name, point.value) for point in entry_points(group=GROUP))
 
 
 def names() -> tuple[str, ...]:

@@ -159,7 +159,7 @@ def measured(model: NativeModel, options: argparse.Namespace) -> dict[str, objec
     cells = cells_of(shape, (options.component,), "by_position", range(first, n))
     sources = Sources(capture_values(model, clean, addresses(cells)), {p: p for p in range(n)})
     unpatched = whole_forwards(model, corrupted, first).unpatched
-    ids = tuple(int(i) for i in (unpatched.argmax(), unpatched.argmin()))
+    ids = int(unpatched.argmax()), int(unpatched.argmin())
     with counted(model) as calls:
         resumed(model, corrupted, first, cells, sources)
     own_rows = sum(calls)

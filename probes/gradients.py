@@ -65,7 +65,7 @@ def values_and_gradients(
 
     changed = {address: hook(address) for address in {*addresses, *(writes or {}), *stops}}
     kwargs: dict[str, Any] = {"use_cache": False} if model.shape.causal else {}
-    with access.exclusive(), access.hooked({}, changed, (tokens.shape[0], tokens.shape[1])), torch.enable_grad():
+    with access.whole(), access.hooked({}, changed, (tokens.shape[0], tokens.shape[1])), torch.enable_grad():
         output = access.module(input_ids=tokens.to(model.device), **kwargs)
         try:
             total = metric(tensor_of(output)[:, -1].float()).sum()

@@ -10,6 +10,7 @@ from analyses.concept_depth import ConceptDepth
 from analyses.contextual_decomposition import ContextualDecomposition
 from analyses.depth_use import DepthUse
 from analyses.latent_language import LatentLanguage
+from analyses.layer_programs import LayerPrograms
 from analyses.lenses import Lenses
 from analyses.logit_lens import LogitLens
 from analyses.norm_removal import NormRemoval
@@ -53,6 +54,9 @@ SMALL: dict[str, tuple[Analysis, list[Prompt]]] = {
             line((92, 73, 76), corrupted_tokens=[92, 39, 76], answer_tokens=[5], distractor_tokens=[21]),
             line((91, 33, 38), corrupted_tokens=[91, 11, 38], answer_tokens=[30], distractor_tokens=[63]),
         ],
+    ),
+    "layer_programs": (
+        LayerPrograms(), [line((5, 6, 7), answer_tokens=[8]), line((9, 5, 6), answer_tokens=[4]), line((7, 6, 3, 4), answer_tokens=[9])],
     ),
 }  # fmt: skip
 """Per name: the analysis and its prompts."""

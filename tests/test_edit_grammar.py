@@ -30,6 +30,7 @@ from probes.edits import (
     legal_forms,
     parse_edits,
 )
+from probes.edits.programs import Program
 from probes.norms import KINDS
 from probes.points import POINTS, Address
 
@@ -70,7 +71,7 @@ EDITS = st.one_of(
     on_point(ProjectOut, value=DIRECTION, keep=NUMBER),
     st.builds(KnockOut, NUMBERS, AT, AT, st.none() | NUMBERS),
     st.builds(KnockOut, NUMBERS, st.just("all"), st.lists(st.integers(0, 9)).map(tuple), st.none(), st.just("every_step")),
-    st.builds(BlockPath, NUMBERS),
+    st.builds(lambda steps, mean: BlockPath(Program(tuple(steps), mean)), st.lists(st.lists(LAYER, min_size=1, max_size=3, unique=True).map(tuple)), st.booleans()),
     st.builds(SkipBlocks, NUMBERS),
     st.builds(lambda a, n, t: RepeatBlocks(a, a + n, t), LAYER, LAYER, st.integers(1, 9)),
     st.builds(lambda kind, layer: FreezeNorm(f"{kind}{layer}"), st.sampled_from(KINDS), st.sampled_from(["", ".3", ".*", ".2-5"])),

@@ -15,6 +15,7 @@ from probes.edits import (
     Coefficients,
     HeadWriteEdit,
     KnockOut,
+    Program,
     Replace,
     Scale,
     Source,
@@ -59,7 +60,7 @@ EMPTY = (
     KnockOut((0, 1), queries=(), keys=(0,)),
     KnockOut((0, 1), queries="all", keys="all", heads=()),
     KnockOut((), queries="all", keys="all"),
-    BlockPath((0, 1, 2)),
+    BlockPath(Program.plain(3)),
 )
 
 
@@ -170,7 +171,9 @@ def test_paths_are_what_other_edits_say(family: str) -> None:
     )
     last = Replace(address=POST, value=Values(again[POST][0]), positions=tuple(range(9)))
     torch.testing.assert_close(twice, logits(model, tokens, [last]))
-    assert not torch.allclose(logits(model, tokens, [BlockPath((0, 2, 1))]), logits(model, tokens), atol=1e-3)
+    assert not torch.allclose(
+        logits(model, tokens, [BlockPath(Program.parse("0,2,1"))]), logits(model, tokens), atol=1e-3
+    )
     assert torch.equal(logits(model, tokens), logits(model, tokens, []))
 
 
@@ -287,6 +290,6 @@ def test_impossible_edits_are_refused(llama: NativeModel) -> None:
     with pytest.raises(PointError, match="layer 3"):
         logits(llama, prompt(), [KnockOut((3,), "all", (0,))])
     with pytest.raises(PointError, match="block 5"):
-        logits(llama, prompt(), [BlockPath((0, 5))])
+        logits(llama, prompt(), [BlockPath(Program.of((0, 5)))])
     with pytest.raises(OptionError, match="2 rows of values for 3"):
         logits(llama, prompt(), [Add(address=POST, value=Values(torch.ones(2, 32)), positions=(0, 1, 2))])

@@ -67,7 +67,7 @@ def test_prompt_lines_of_any_values(place: Path, lines: list[Any]) -> None:
         tokenize([line for line in read if line.tokens is not None], native())
 
 
-@cases(250)
+@cases(120)
 @given(analyses, st.data())
 def test_fields_of_any_values(analysis: Any, data: st.DataObject) -> None:
     names = sorted(analysis.prompt_fields) or ["x"]
@@ -203,7 +203,7 @@ def command(place: Path) -> Path:
     return model_folder(place / "commands")
 
 
-@cases(150)
+@cases(100)
 @given(analysis=analyses, data=st.data())
 def test_commands_with_any_values(place: Path, command: Path, analysis: Any, data: st.DataObject) -> None:
     shared = [

@@ -255,15 +255,10 @@ def test_every_contestant_on_a_planted_model(planted: PlantedTask, tmp_path) -> 
     )
 
 
-def test_a_lens_of_its_own_is_read_at_the_last_token() -> None:
+def test_a_tuned_lens_is_fitted_on_what_it_reads_and_read_as_the_logit_lens() -> None:
     task = task_of(Question("lens", Interval(4, 4), position="ask"))
-    rows = [
-        (prompt, position, layer, 7 if layer >= (2 if position == 2 else 0) else 1, "tuned")
-        for prompt in range(8)
-        for position in range(3)
-        for layer in range(LAYERS)
-    ]
-    read = pd.DataFrame(rows, columns=["prompt", "position", "layer", "top_token_id", "lens"])
+    rows = [(prompt, layer, 7 if layer >= 2 else 1, "tuned") for prompt in range(8) for layer in range(LAYERS)]
+    read = pd.DataFrame(rows, columns=["prompt", "layer", "top_token_id", "lens"])
     answer = only(answers_of(result("lenses", {"read": read}), task))
     assert (answer.method, answer.estimate) == ("lenses (tuned)", (2, 2))
     (run,) = runs_of("lenses", task)

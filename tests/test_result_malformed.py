@@ -11,8 +11,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from malformed import cases
 from tiny import PROMPTS, native
 
 from analyses.logit_lens import LogitLens
@@ -21,7 +22,6 @@ from analyses.results.result import Result
 from probes.errors import OptionError
 from probes.store import ActivationStore
 
-QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.sampled_from([10**30, "\ud800"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
@@ -81,7 +81,7 @@ def put(record: Any, path: tuple[Any, ...], value: Any, remove: bool) -> Any:
     return record
 
 
-@QUICK
+@cases(60)
 @given(data=st.data())
 def test_any_entry_of_the_record_may_say_anything(saved: Path, folder: Path, data: st.DataObject) -> None:
     restore(saved, folder)
@@ -92,7 +92,7 @@ def test_any_entry_of_the_record_may_say_anything(saved: Path, folder: Path, dat
     use(folder, drawn=len(path) > 1)
 
 
-@QUICK
+@cases(150)
 @given(data=st.data())
 def test_any_bytes_may_be_cut_or_changed(saved: Path, folder: Path, data: st.DataObject) -> None:
     restore(saved, folder)
@@ -115,7 +115,7 @@ COLUMNS = (
 )
 
 
-@settings(QUICK, max_examples=60)
+@cases(24)
 @given(data=st.data())
 def test_tables_may_be_of_another_making(saved: Path, folder: Path, data: st.DataObject) -> None:
     """Columns missing, renamed or of another type, in agreement with the record."""

@@ -113,7 +113,7 @@ def test_everywhere_equals_single_edits(family: str, line: str, rest: tuple[str,
     effect = session.everywhere()
     from probes.session.everywhere import places
 
-    variants, columns, _ = places(session, session.edits[-1])
+    variants, columns, _ = places(session.prompt, session.edits[-1])
     base = session.with_state(session.state.with_step(len(rest)))
     assert effect.kl.shape == (3, columns)
     for variant in variants:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from analyses.cli import main
 from analyses.concept_depth import ConceptDepth
 from analyses.logit_lens import LogitLens
 from analyses.voids import Voids
-from probes.blocks.cached_prompt import CachedPrompt
+from probes.blocks.rerouting import module_of
 from probes.capture import forward as sizing
 from probes.capture import layer_major as scheduling
 from probes.capture.needs import Need
@@ -27,11 +29,11 @@ from probes.capture.run import capture
 from probes.edits import Scale
 from probes.errors import ModelError, OptionError, PointError, PromptError
 from probes.models import load_model, weights_digest
-from probes.models.backends.spill import Spill
 from probes.models.backends.streamed import StreamedModel
 from probes.models.protocol import Forward, LayerMajor, Model
 from probes.points import POINTS, Address
 from probes.reducers import Reducer
+from probes.shelf import Shelf
 from probes.store import ActivationStore
 
 
@@ -201,7 +203,7 @@ def test_a_small_spill_file_means_more_sweeps_not_other_rows(llama: str, tmp_pat
     model, streamed = both(llama)
     ordinary = capture(model, PROMPTS, [Need("resid_post.*")], ActivationStore(tmp_path / "a"))
     # Room for 8 rows of 32 float32 values: [20, 9-10], [5-8] and [11-17] go apart.
-    streamed.spill_bytes = 8 * 32 * 4
+    streamed.kept_bytes = 8 * 32 * 4
     streamed.blocks.ledger.blocks.clear()
     rows = capture(streamed, PROMPTS, [Need("resid_post.*")], ActivationStore(tmp_path / "b"), batch_tokens=4)
     assert set(streamed.blocks.ledger.blocks.values()) == {2}
@@ -222,16 +224,15 @@ def test_after_a_break_the_committed_rows_stay(llama: str, store: ActivationStor
     _, streamed = both(llama)
     for module in (scheduling, sizing):
         monkeypatch.setattr(module, "PACKET_BYTES", 1)
-    sweep = streamed.blocks.sweep
+    read = streamed.blocks.read
 
-    def breaks(layers: Any):  # type: ignore[no-untyped-def]
-        for layer in sweep(layers):
-            if layer == 2:
-                raise KeyboardInterrupt
-            yield layer
+    def breaks(layer: int) -> dict[str, Tensor]:
+        if layer == 2:
+            raise KeyboardInterrupt
+        return read(layer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(streamed.blocks, "sweep", breaks)
+        patch.setattr(streamed.blocks, "read", breaks)
         with pytest.raises(KeyboardInterrupt):
             capture(streamed, PROMPTS, [Need("resid_post.*")], store)
     again = capture(streamed, PROMPTS, [Need("resid_post.*")], store)
@@ -276,10 +277,8 @@ def test_buffers_that_no_checkpoint_holds_are_computed(tmp_path: Path) -> None:
 
 def test_what_needs_all_blocks_at_once_is_refused_by_name(llama: str) -> None:
     _, streamed = both(llama)
-    with pytest.raises(PointError, match="each token it writes would read all its weights"):
-        streamed.generate([5, 6], 2)
-    with pytest.raises(PointError, match="is streamed: its blocks are on disk"):
-        CachedPrompt(streamed, (5, 6, 7), -1)
+    with pytest.raises(PointError, match="is streamed: its blocks are on disk"), module_of(streamed):
+        pass
     with pytest.raises(PromptError, match="token id 97"):
         streamed.run(torch.tensor([[5, 97]]), {Address("logits"): lambda _: None})
     with pytest.raises(PointError, match="layers 0 to 2"):
@@ -346,19 +345,28 @@ def test_what_one_block_leaves_behind_for_the_next_is_refused(llama: str, monkey
         load_model(llama, device="cpu", streamed=True)
 
 
-def test_a_full_disk_is_refused_with_the_bytes_it_lacks(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="keeps 9,223,372,036,854,775,808 bytes of residuals"):
-        Spill(tmp_path, [2**60], 8)
+def test_a_full_disk_is_refused_with_the_bytes_it_lacks(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=95))
+    with pytest.raises(ModelError, match=r"keeps 96 bytes of activations in .* which has 95 more free"):
+        Shelf(tmp_path, 0).keep(torch.zeros(2, 3, 4))
 
 
-def test_the_spill_file_gives_back_what_it_was_given(tmp_path: Path) -> None:
-    streams = [torch.randn(2, 3, 4), torch.randn(1, 5, 4, dtype=torch.float32).bfloat16()]
-    with Spill(tmp_path, [6, 5], 16) as spill:
-        for slot in (1, 0):
-            spill.write(slot, streams[slot] * 0)
-            spill.write(slot, streams[slot])
-        assert all(torch.equal(spill.read(slot), streams[slot]) for slot in (0, 1))
-        assert list(tmp_path.iterdir()) == [], "the file has no name, so a killed process leaves none"
+@pytest.mark.parametrize("memory_bytes", [0, 100, None])
+def test_a_shelf_gives_back_what_it_was_given(tmp_path: Path, memory_bytes: int | None) -> None:
+    shelf = Shelf(tmp_path, memory_bytes)
+    tensors = [torch.randn(2, 3, 4), torch.randn(1, 5, 4).bfloat16(), torch.randn(2, 3, 4), torch.randn(0, 4)]
+    kept = [shelf.keep(tensor) for tensor in tensors]
+    assert all(torch.equal(k.get(shelf), tensor) for k, tensor in zip(kept, tensors, strict=True))
+    total = sum(tensor.nbytes for tensor in tensors)
+    # The first takes 96 bytes, so that no other one has room beside it.
+    assert shelf.in_memory == {0: 0, 100: 96, None: total}[memory_bytes]
+    assert shelf.in_memory + shelf.on_disk == total
+    assert list(tmp_path.iterdir()) == [], "the file has no name, so a killed process leaves none"
+    del kept
+    assert (shelf.in_memory, shelf.on_disk) == (0, 0)
+    again = shelf.keep(tensors[2])
+    assert shelf.most_on_disk <= total, "room that was let go is used again"
+    assert torch.equal(again.get(shelf), tensors[2])
 
 
 def test_a_streamed_model_takes_no_device_map_and_no_other_backend(llama: str) -> None:

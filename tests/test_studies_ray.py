@@ -104,7 +104,7 @@ def test_two_nodes_leave_the_rows_and_tables_of_the_local_engine_though_an_actor
 
     def kill() -> None:
         while not (before := len(list(shards.glob("*/*")))) or not capturing():
-            time.sleep(0.002)
+            time.sleep(0.01)
         victim = capturing()[0]
         os.kill(victim.pid, signal.SIGKILL)
         killed.append((victim.pid, before))

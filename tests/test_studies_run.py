@@ -285,7 +285,7 @@ def when_a_cell_is_done(out: Path, act: Callable[[], None]) -> threading.Thread:
 
     def wait() -> None:
         while not finished(out):
-            time.sleep(0.002)
+            time.sleep(0.01)
         act()
 
     thread = threading.Thread(target=wait, daemon=True)
@@ -311,7 +311,7 @@ def test_sigkill_in_the_middle_resumes_to_the_same_tables(reference: Path) -> No
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not finished(out):
         assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
+        time.sleep(0.01)
     (worker,) = workers_of(process.pid)
     process.kill()
     process.communicate()

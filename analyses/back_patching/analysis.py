@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -26,7 +27,7 @@ from analyses.back_patching.figures import FIGURES
 from analyses.back_patching.grid import Cell, OpenPrompt, Patched, Variant, cells_of, frame, mirrored, noise_like
 from analyses.back_patching.planned import Plan, planned, rival
 from analyses.back_patching.profiles import PROFILES
-from analyses.back_patching.stages import Patchscope, critical_layers, projections, resolutions, stages
+from analyses.back_patching.stages import Critical, Patchscope, Resolution, critical_layers, resolutions, stage_tables
 from analyses.back_patching.tables import control_rates, summary
 from analyses.back_patching.verdicts import names, verdicts
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
@@ -35,7 +36,7 @@ from analyses.options import accept_old_names, option, validate
 from analyses.results.card import FigureSpec, ProfileSpec
 from analyses.results.result import Result
 from analyses.tasks.two_hop import sample
-from probes.capture.activations import Activations
+from probes.blocks.together import resumable, together
 from probes.capture.needs import Need
 from probes.capture.run import capture
 from probes.errors import OptionError, PromptError
@@ -162,17 +163,24 @@ class BackPatching(Analysis):
             raise PromptError(f"no prompt can be patched; the first reason: {dropped[0][1]}")
         judged = judge(model, questions, cases, store, progress)
         chosen = _chosen(judged, self.n_prompts)
-        progress.start(len(chosen), "question")
-        opened = {case.prompt: self._open(model, case) for case in chosen}
-        grids, forwards = [], 0
-        for index, case in enumerate(chosen):
-            other = rival(chosen, index)
-            patched, ran = self._case(model, opened[case.prompt], other, opened[other.prompt] if other else {})
-            grids.append(patched)
-            forwards += ran
-            progress.advance()
-        everything = pd.concat(grids, ignore_index=True)
-        activations = capture(model, [case.tokens for case in chosen], self.needs(model), store, progress=progress)
+        with resumable(model, repr((self, [(case.tokens, case.positions) for case in chosen]))):
+            tokens = [case.tokens for case in chosen]
+            opening: list[Callable[[], Any]] = [
+                partial(capture, model, tokens, self.needs(model), store, progress=progress),
+                partial(self._scope, model),
+                *(partial(OpenPrompt.at, model, case, self._names(case)) for case in chosen),
+            ]
+            activations, scope, *bases = together(model, opening)
+            opened: dict[int, dict[str, OpenPrompt]] = dict(zip((case.prompt for case in chosen), bases, strict=True))
+            progress.start(len(chosen), "question")
+            work: list[Callable[[], Any]] = [
+                *(partial(self._case, model, chosen, opened, progress, index) for index in range(len(chosen))),
+                *(partial(self._stage_rows, model, opened, scope, case) for case in chosen),
+            ]
+            outcomes = together(model, work)
+        grids, rows = outcomes[: len(chosen)], outcomes[len(chosen) :]
+        forwards = sum(ran for _, ran in grids)
+        everything = pd.concat([patched for patched, _ in grids], ignore_index=True)
         controls = control_rates(everything)
         grid = everything[everything["variant"] == "back_patch"].drop(columns="variant").reset_index(drop=True)
         tables = {
@@ -182,9 +190,8 @@ class BackPatching(Analysis):
             "control_rates": controls,
         }
         if self.stages:
-            stage_tables, ran = self._stages(model, chosen, opened, activations)
-            tables |= stage_tables
-            forwards += ran
+            tables |= stage_tables(chosen, rows, activations)
+            forwards += sum(ran for _, _, ran in rows)
         counts = {
             "prompts": len(chosen), "tokens": sum(len(case.tokens) for case in chosen), "prompts_judged": len(judged),
             "patched_cells": len(everything), "dropped": len(dropped),
@@ -192,31 +199,52 @@ class BackPatching(Analysis):
         notes = (*verdicts(tables["summary"], controls, tables["cases"]), *self._notes(judged, chosen, dropped))
         return make_result(self, model, questions, tables, activations, clock, notes, counts, interventions=forwards)
 
-    def _open(self, model: Model, case: Case) -> dict[str, OpenPrompt]:
-        return {name: OpenPrompt.of(model, case, name) for name in self._names(case)}
+    def _scope(self, model: Model) -> Patchscope | None:
+        return Patchscope.open(model, self.scope_step) if self.stages and model.tokenizer is not None else None
 
     def _case(
-        self, model: Model, own: Mapping[str, OpenPrompt], other: Case | None, others: Mapping[str, OpenPrompt]
+        self,
+        model: Model,
+        chosen: Sequence[Case],
+        opened: Mapping[int, Mapping[str, OpenPrompt]],
+        progress: Progress,
+        index: int,
     ) -> tuple[pd.DataFrame, int]:
         """Return (the grid of one question at each position with its controls, the forwards it took)."""
-        frames, cells, forwards = [], self._cells(model), 0
-        wrong = other.answers if other else frozenset()
-        for name, patching in own.items():
-            alone, sources = patching.baseline(), patching.sources()
-            baseline, started = float(alone.logprob), bool(alone.success(patching.case.answers)[0])
+        other = rival(chosen, index)
+        others = opened[other.prompt] if other else {}
+        tries = []
+        for name, patching in opened[chosen[index].prompt].items():
+            cells, sources = self._cells(model), patching.sources()
             tried: dict[Variant, tuple[list[Cell], Tensor]] = {"back_patch": (cells, sources)}
             if self.controls:
                 tried["forward"] = (mirrored(cells, model.shape.n_layers), sources)
                 tried["noise"] = (cells, noise_like(sources, self.seed + patching.case.prompt))
                 if name in others:
                     tried["other_query"] = (cells, others[name].sources())
-            for variant, (where, brought) in tried.items():
-                patched = patching.patch(where, brought, wrong, self.rescale)
-                success, written = self._success(model, patching, patched, brought)
-                forwards += len(where) + written
-                rows = frame(model, patching, variant, patched, success, baseline)
-                frames.append(rows.drop_duplicates(["source_layer", "target_layer"]).assign(baseline_success=started))
-        return pd.concat(frames, ignore_index=True), forwards
+            wrong = other.answers if other else frozenset[int]()
+            tries += [partial(self._try, model, patching, wrong, *one) for one in tried.items()]
+        outcomes = together(model, tries)
+        progress.advance()
+        return pd.concat([rows for rows, _ in outcomes], ignore_index=True), sum(ran for _, ran in outcomes)
+
+    def _try(
+        self,
+        model: Model,
+        patching: OpenPrompt,
+        wrong: frozenset[int],
+        variant: Variant,
+        brought: tuple[list[Cell], Tensor],
+    ) -> tuple[pd.DataFrame, int]:
+        """Return (the rows of one variant at one position, the forwards it took)."""
+        where, sources = brought
+        alone = patching.baseline()
+        patched = patching.patch(where, sources, wrong, self.rescale)
+        success, written = self._success(model, patching, patched, sources)
+        rows = frame(model, patching, variant, patched, success, float(alone.logprob))
+        rows = rows.drop_duplicates(["source_layer", "target_layer"])
+        started = bool(alone.success(patching.case.answers)[0])
+        return rows.assign(baseline_success=started), len(where) + written
 
     def _success(self, model: Model, patching: OpenPrompt, patched: Patched, sources: Tensor) -> tuple[np.ndarray, int]:
         """Return (whether the answer is given, [cells]; the forwards run to see it)."""
@@ -231,34 +259,19 @@ class BackPatching(Analysis):
             out[i] = any(names(said, text.lower()) for text in patching.case.answer_texts)
         return out, sum(map(len, written))
 
-    def _stages(
-        self,
-        model: Model,
-        cases: Sequence[Case],
-        opened: Mapping[int, Mapping[str, OpenPrompt]],
-        activations: Activations,
-    ) -> tuple[dict[str, pd.DataFrame], int]:
-        """Return (the tables of the stages, the forwards they took)."""
-        layers, forwards = self._swept(model), 0
-        resolved: list[tuple[int, str, str, str, float]] = []
-        if model.tokenizer is not None:
-            scope = Patchscope.open(model, self.scope_step)
-            resolved = [
-                row
-                for c in cases
-                for row in resolutions(scope, c, {n: h.sources() for n, h in opened[c.prompt].items()}, layers)
-            ]
-            forwards += len(layers) * len(scope.targets) * sum(len(opened[case.prompt]) for case in cases)
-        resolution = pd.DataFrame(resolved, columns=["prompt", "set", "position", "entity", "layer"])
-        knocked = []
-        if model.refusal(Address("pattern", 0)) is None:
-            knocked = [row for case in cases for row in critical_layers(model, case, layers, self.window)]
-        knockout = pd.DataFrame(knocked, columns=["prompt", "position_name", "layer", "critical"])
-        knockout = knockout.astype({"critical": bool})
-        projection = projections(activations, cases)
-        by_stage = stages(cases, resolution, knockout, projection)
-        tables = {"stages": by_stage, "resolution": resolution, "knockout": knockout, "projection": projection}
-        return tables, forwards + len(knocked)
+    def _stage_rows(
+        self, model: Model, opened: Mapping[int, Mapping[str, OpenPrompt]], scope: Patchscope | None, case: Case
+    ) -> tuple[list[Resolution], list[Critical], int]:
+        """Return (when the bridge and the answer are named, which layers are critical, the forwards it took)."""
+        if not self.stages:
+            return [], [], 0
+        layers, sources = self._swept(model), {n: prompt.sources() for n, prompt in opened[case.prompt].items()}
+        resolved = resolutions(scope, case, sources, layers) if scope else []
+        named = len(layers) * len(scope.targets) * len(sources) if scope else 0
+        knocked = (
+            critical_layers(model, case, layers, self.window) if model.refusal(Address("pattern", 0)) is None else []
+        )
+        return resolved, knocked, named + len(knocked)
 
     def _notes(
         self, judged: Sequence[Case], chosen: Sequence[Case], dropped: Sequence[tuple[int, str]]

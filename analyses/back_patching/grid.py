@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from analyses.back_patching.cases import Case
 from analyses.interventions import swept
 from analyses.tokens import token_text
 from probes.blocks.cached_prompt import ROWS, CachedPrompt
+from probes.blocks.together import together
 from probes.lenses import logit
 from probes.models.protocol import Model
 
@@ -71,9 +73,10 @@ class OpenPrompt:
     base: CachedPrompt
 
     @classmethod
-    def of(cls, model: Model, case: Case, name: str) -> OpenPrompt:
-        """Run the case's prompt once and leave it open at the position of this name."""
-        return cls(case, name, CachedPrompt(model, case.tokens, case.positions[name]))
+    def at(cls, model: Model, case: Case, names: Sequence[str]) -> dict[str, OpenPrompt]:
+        """Run the case's prompt once and leave it open at each of these positions."""
+        base = CachedPrompt(model, case.tokens, min(case.positions[name] for name in names))
+        return {name: cls(case, name, base.narrowed(case.positions[name])) for name in names}
 
     def sources(self) -> Float[Tensor, "layer d_model"]:
         """Return what leaves each block at the position."""
@@ -83,7 +86,7 @@ class OpenPrompt:
         self, cells: Sequence[Cell], sources: Float[Tensor, "layer d_model"], rescale: bool
     ) -> Float[Tensor, "cell suffix d_model"]:
         """Return what enters the block after each cell's target, from the position to the end of the prompt."""
-        entering = torch.stack(self.base.entering)
+        entering = torch.stack(self.base.entering[:])
         hidden = entering[torch.tensor([t + 1 for _, t in cells])].clone()
         brought = sources[torch.tensor([s for s, _ in cells])]
         if rescale:
@@ -94,10 +97,12 @@ class OpenPrompt:
 
     def patch(self, cells: Sequence[Cell], sources: Tensor, other: frozenset[int], rescale: bool = False) -> Patched:
         """Read the prompt's next token under every cell; `other` is another question's answer."""
-        last = torch.cat([
-            self.base.resume([t + 1 for _, t in part], self.rows(part, sources, rescale)).last
-            for part in (cells[i : i + ROWS] for i in range(0, len(cells), ROWS))
-        ])  # fmt: skip
+
+        def ends(part: Sequence[Cell]) -> Tensor:
+            return self.base.resume([t + 1 for _, t in part], self.rows(part, sources, rescale)).last
+
+        parts = [cells[i : i + ROWS] for i in range(0, len(cells), ROWS)]
+        last = torch.cat(together(self.base.model, [partial(ends, part) for part in parts]))
         return self._read(cells, last, other)
 
     def baseline(self) -> Patched:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from torch import Tensor
 from analyses.back_patching.cases import LAST, Case, firsts
 from probes import edits
 from probes.blocks.cached_prompt import CachedPrompt
+from probes.blocks.together import together
 from probes.capture.activations import Activations
 from probes.edits import KnockOut
 from probes.lenses import logit
@@ -23,6 +25,11 @@ from probes.prompts import Prompt, tokenize
 
 PATCHSCOPE = "Syria: Syria\nLeonardo DiCaprio: Leonardo DiCaprio\nSamsung: Samsung\nx:"
 """A prompt that names what stands before its last colon; the patched token is `x`."""
+
+Resolution = tuple[int, str, str, str, float]
+"""(prompt, set, position, entity, earliest layer or NaN)."""
+Critical = tuple[int, str, int, bool]
+"""(prompt, position name, layer, whether the next token changes)."""
 
 STAGES = ("first_hop_resolved", "propagation", "second_hop_resolved", "prediction_extracted")
 
@@ -44,7 +51,7 @@ class Patchscope:
 
     def names(self, sources: Float[Tensor, "layer d_model"]) -> Int[Tensor, "layer target"]:
         """Return the first token of the name that the prompt gives to each source row, for each target block."""
-        entering = torch.stack(self.base.entering)
+        entering = torch.stack(self.base.entering[:])
         first = [t + 1 for _ in sources for t in self.targets]
         hidden = entering[first].clone()
         hidden[:, 0] = sources.repeat_interleave(len(self.targets), 0)
@@ -58,18 +65,16 @@ def _earliest(hits: Tensor | np.ndarray, layers: Sequence[int]) -> float:
     return float(layers[places[0]]) if len(places) else np.nan
 
 
-def resolutions(
-    scope: Patchscope, case: Case, sources: dict[str, Tensor], layers: Sequence[int]
-) -> list[tuple[int, str, str, str, float]]:
+def resolutions(scope: Patchscope, case: Case, sources: dict[str, Tensor], layers: Sequence[int]) -> list[Resolution]:
     """Return (prompt, set, position, entity, earliest layer or NaN) for the bridge and the answer at each position."""
-    rows: list[tuple[int, str, str, str, float]] = []
+    rows: list[Resolution] = []
     model = scope.base.model
     named_as = {
         "bridge": firsts(model, scope.prompt, case.bridge_texts),
         "answer": case.given | firsts(model, scope.prompt, case.answer_texts),
     }
-    for name, stream in sources.items():
-        named = scope.names(stream[list(layers)])
+    namings = together(model, [partial(scope.names, stream[list(layers)]) for stream in sources.values()])
+    for name, named in zip(sources, namings, strict=True):
         for entity, ids in named_as.items():
             hits = torch.isin(named, torch.tensor(sorted(ids), dtype=torch.long)).any(-1)
             rows.append((case.prompt, case.set, name, entity, _earliest(hits, layers)))
@@ -81,9 +86,7 @@ def inner(case: Case) -> dict[str, int]:
     return {name: position for name, position in case.positions.items() if position < len(case.tokens) - 1}
 
 
-def critical_layers(
-    model: Model, case: Case, layers: Sequence[int], half_window: int
-) -> list[tuple[int, str, int, bool]]:
+def critical_layers(model: Model, case: Case, layers: Sequence[int], half_window: int) -> list[Critical]:
     """Cut the last token's view of each inner position in a window around each layer.
 
     Returns:
@@ -91,14 +94,19 @@ def critical_layers(
     """
     if not inner(case):
         return []
-    rows, tokens, n_layers = [], torch.tensor([case.tokens]), model.shape.n_layers
-    plain = int(edits.logits(model, tokens)[0, -1].argmax())
-    for name, position in inner(case).items():
-        for layer in layers:
-            window = tuple(range(max(0, layer - half_window), min(n_layers, layer + half_window + 1)))
-            cut = KnockOut(window, queries=(len(case.tokens) - 1,), keys=(position,))
-            rows.append((case.prompt, name, layer, int(edits.logits(model, tokens, [cut])[0, -1].argmax()) != plain))
-    return rows
+    n_layers, last = model.shape.n_layers, len(case.tokens) - 1
+    places = [(name, position, layer) for name, position in inner(case).items() for layer in layers]
+
+    def top(cut: Sequence[KnockOut]) -> int:
+        return int(edits.logits(model, torch.tensor([case.tokens]), cut)[0, -1].argmax())
+
+    def around(position: int, layer: int) -> KnockOut:
+        window = range(max(0, layer - half_window), min(n_layers, layer + half_window + 1))
+        return KnockOut(tuple(window), queries=(last,), keys=(position,))
+
+    cuts = [[], *([around(position, layer)] for _, position, layer in places)]
+    plain, *knocked = together(model, [partial(top, cut) for cut in cuts])
+    return [(case.prompt, name, layer, token != plain) for (name, _, layer), token in zip(places, knocked, strict=True)]
 
 
 def projections(activations: Activations, cases: Sequence[Case]) -> pd.DataFrame:
@@ -117,6 +125,23 @@ def projections(activations: Activations, cases: Sequence[Case]) -> pd.DataFrame
     return pd.DataFrame(
         rows, columns=["prompt", "part", "layer", "bridge_on_top", "answer_on_top", "prediction_on_top"]
     )
+
+
+def stage_tables(
+    cases: Sequence[Case],
+    rows: Sequence[tuple[list[Resolution], list[Critical], int]],
+    activations: Activations,
+) -> dict[str, pd.DataFrame]:
+    """Return the tables `stages`, `resolution`, `knockout` and `projection` from each case's rows."""
+    resolution = pd.DataFrame(
+        [row for resolved, _, _ in rows for row in resolved], columns=["prompt", "set", "position", "entity", "layer"]
+    )
+    knockout = pd.DataFrame(
+        [row for _, knocked, _ in rows for row in knocked], columns=["prompt", "position_name", "layer", "critical"]
+    ).astype({"critical": bool})
+    projection = projections(activations, cases)
+    by_stage = stages(cases, resolution, knockout, projection)
+    return {"stages": by_stage, "resolution": resolution, "knockout": knockout, "projection": projection}
 
 
 def stages(

@@ -39,10 +39,10 @@ class Noise:
         return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * self.deviation
 
 
-def embedding_writes(pair: Pair, added: Float[Tensor, "span d_model"], offset: int = 0) -> dict[Address, Write]:
-    """Return the write that adds noise to the embeddings of the subject, in a run that begins at `offset`."""
+def embedding_writes(pair: Pair, added: Float[Tensor, "span d_model"]) -> dict[Address, Write]:
+    """Return the write that adds noise to the embeddings of the subject."""
     assert pair.span is not None
-    first, last = (position - offset for position in pair.span)
+    first, last = pair.span
 
     def write(rows: Tensor) -> Tensor:
         out = rows.clone()

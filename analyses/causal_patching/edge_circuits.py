@@ -106,7 +106,7 @@ class _Pass:
     def _seen(self, stream: Tensor, first: int, last: int) -> Float[Tensor, "row receiver pos d_model"]:
         """Return what receivers `first` to `last` read where the baseline alone would give them `stream`."""
         more = self.mask[:, first:last, : self.written] @ self.changes[:, : self.written]
-        return stream + more.unflatten(-1, stream.shape)
+        return stream + more.view(*more.shape[:2], *stream.shape)
 
     def _write(self, changes: Float[Tensor, "row sender pos_d_model"]) -> None:
         self.changes[:, self.written : self.written + changes.shape[1]] = changes

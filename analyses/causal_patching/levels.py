@@ -35,9 +35,10 @@ Indices = NDArray[np.intp]
 class Level(Protocol):
     """Items that circuits are made of."""
 
-    name: str
-    said: str
-    """The items in words."""
+    @property
+    def name(self) -> str:
+        """`nodes` or `edges`."""
+        ...
 
     @property
     def layers(self) -> Indices:
@@ -59,7 +60,6 @@ class NodeLevel:
 
     shape: Shape
     name: str = "nodes"
-    said: str = "heads and MLPs at all positions"
 
     @cached_property
     def nodes(self) -> list[Sender]:
@@ -76,7 +76,7 @@ class NodeLevel:
         keep = torch.zeros(len(circuits), len(self.nodes), dtype=torch.bool)
         for row, circuit in enumerate(circuits):
             keep[row, torch.as_tensor(np.asarray(circuit, dtype=np.int64))] = True
-        return keep.unflatten(1, (self.shape.n_layers, self.shape.n_heads + 1))
+        return keep.view(len(circuits), self.shape.n_layers, self.shape.n_heads + 1)
 
     def last_rows(self, opened: Ablated, circuits: Sequence[Indices]) -> Float[Tensor, "circuit d_model"]:
         """Return last rows, as `Level`."""
@@ -108,7 +108,6 @@ class EdgeLevel:
     steps: int
     rule: Rule
     name: str = "edges"
-    said: str = "edges at all positions"
 
     @cached_property
     def senders(self) -> list[Sender]:

@@ -80,9 +80,9 @@ class Opener:
     points: frozenset[Address]
     """What is copied out of every run."""
 
-    def writes(self, pair: Pair, corrupted: bool, noise: Tensor | None, offset: int = 0) -> dict[Address, Write]:
+    def writes(self, pair: Pair, corrupted: bool, noise: Tensor | None) -> dict[Address, Write]:
         """Return the writes under which one run of a pair is what it is."""
-        return embedding_writes(pair, noise, offset) if corrupted and noise is not None else {}
+        return embedding_writes(pair, noise) if corrupted and noise is not None else {}
 
     def values(self, pair: Pair, corrupted: bool, noise: Tensor | None) -> Mapping[Address, Tensor]:
         """Return what is copied out of one run of a pair, [pos, ...]."""
@@ -121,7 +121,7 @@ class Opener:
 
     def _resumed(self, pair: Pair, corrupted: bool, noise: Tensor | None) -> ResumedGrid:
         start = first_patched(pair, "denoise" if corrupted else "noise")
-        writes = self.writes(pair, corrupted, noise, start)
+        writes = self.writes(pair, corrupted, noise)
         return ResumedGrid(CachedPrompt(self.model, pair.corrupted if corrupted else pair.clean, start, writes))
 
     def _whole(self, pair: Pair, corrupted: bool, noise: Tensor | None) -> WholeForwards:

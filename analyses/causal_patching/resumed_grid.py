@@ -102,9 +102,9 @@ class ResumedGrid:
         """
         first = [cell.layer + (cell.component != "resid_pre") for cell, _ in copied]
         hidden = torch.stack([opened.entering[block] for block in first])
-        ready = [i for i, row in enumerate(rows) if row is not None]
-        for i in ready:
-            hidden[i, 0] = rows[i]
+        ready = {i: row for i, row in enumerate(rows) if row is not None}
+        for i, row in ready.items():
+            hidden[i, 0] = row
         added = [i for i, (cell, _) in enumerate(copied) if self._added_to_a_row(cell)]
         inside = sorted(set(range(len(copied))) - set(added) - set(ready))
         alone = None

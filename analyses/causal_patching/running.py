@@ -83,8 +83,8 @@ class Run:
             partner = null_partner(pair, self.pairs, direction, self.null)
             others = {"pair": None} if partner is None else {"pair": None, self.null: partner}
             keys = [self._key(pair, direction, source, other) for source, other in others.items()]
-            kept = [self.journal.read(key) for key in keys]
-            if any(values is None for values in kept):
+            kept = [values for key in keys if (values := self.journal.read(key)) is not None]
+            if len(kept) < len(keys):
                 if runs is None:
                     runs = [opener.open(pair, self.directions, noise) for noise in self.noises(pair)]
                 opened = [o for run in runs for o in run if o.direction == direction]
@@ -92,7 +92,6 @@ class Run:
                 for key, values in zip(keys, kept, strict=True):
                     self.journal.write(key, values)
             for (source, other), values in zip(others.items(), kept, strict=True):
-                assert values is not None
                 ran = ~zeros if other is not None else np.ones(len(cells), dtype=bool)
                 shown = [cell for cell, shows in zip(cells, ran, strict=True) if shows]
                 yield cells_table(

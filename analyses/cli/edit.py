@@ -62,7 +62,7 @@ def edit(
 
 def _lines(comparison: Comparison) -> list[str]:
     rows = [
-        (str(row.block), str(before.top), str(row.top), f"{row.kl:.3g}")
+        (row.block, str(before.top), str(row.top), f"{row.kl:.3g}")
         for before, row in zip(comparison.before.layers, comparison.after.layers, strict=False)
     ]
     return [str(comparison), "", *(aligned(("block", "lens before", "lens after", "KL, nats"), rows) if rows else [])]

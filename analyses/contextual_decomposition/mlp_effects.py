@@ -75,7 +75,7 @@ def mlp_ablation(model: Model, case: Case, baseline: Baseline | None, layers: Se
 
     values: list[Tensor] = []
     # The row after the last MLP's is the prompt as it is.
-    for rows in torch.arange(len(layers) + 1).split(max(1, POSITIONS // len(case.tokens))):
+    for rows in torch.split(torch.arange(len(layers) + 1), max(1, POSITIONS // len(case.tokens))):
         logits: list[Tensor] = []
         without = [layers[int(row)] for row in rows if row < len(layers)]
         writes = {Address("mlp_out", layer): write(layer, row) for row, layer in enumerate(without)}

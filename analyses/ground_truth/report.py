@@ -68,7 +68,7 @@ def worst(rows: pd.DataFrame, n: int = WORST) -> pd.DataFrame:
 
 def _figure(name: str, tables: dict[str, pd.DataFrame]) -> dict[str, str]:
     spec = FIGURES[name]
-    return {"title": spec.title, "caption": spec.caption, "html": figure_html(spec.drawn(tables), name)}
+    return {"title": spec.title, "caption": spec.caption, "html": figure_html(str(spec.drawn(tables).to_json()), name)}
 
 
 def _cells(table: pd.DataFrame) -> dict[str, Any]:

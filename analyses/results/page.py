@@ -9,7 +9,6 @@ from base64 import b64encode
 from functools import cache
 from typing import Any
 
-import plotly.graph_objects as go
 import plotly.io as pio
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup, escape
@@ -24,23 +23,30 @@ HEIGHT = 450
 
 def page(template: str, **values: Any) -> str:
     """Return a template of `analyses/templates` that extends `page.html`, filled with `values`, of which `title` heads it."""
+    return _templates().get_template(template).render(plotlyjs=_library(), styles=_styles(), **values)
+
+
+@cache
+def _templates() -> Environment:
     environment = Environment(loader=PackageLoader("analyses"), autoescape=select_autoescape())
     environment.filters["inline"] = _inline
     environment.globals["count"] = count
-    return environment.get_template(template).render(plotlyjs=_library(), styles=_styles(), **values)
+    return environment
 
 
-def figure_html(figure: go.Figure, name: str) -> str:
+def figure_html(figure: str, name: str) -> str:
     """Return a figure as the page's script draws it: packed data, and a place as high as the figure will be.
 
     Args:
+        figure: as Plotly's JSON.
         name: of the file that the reader may save it to.
     """
-    content = json.loads(str(figure.to_json()))
+    content = json.loads(figure)
+    layout = content["layout"]
     # Light and dark templates are in the page once.
-    content["layout"].pop("template", None)
-    height = figure.layout.height or HEIGHT
-    width = f"min-width:{figure.layout.width}px" if figure.layout.width else ""
+    layout.pop("template", None)
+    height = layout.get("height", HEIGHT)
+    width = f"min-width:{layout['width']}px" if "width" in layout else ""
     data = _packed(json.dumps(content, separators=(",", ":")))
     return f'<div class="plot" data-name="{escape(name)}" data-figure="{data}" style="height:{height}px;{width}"></div>'
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
-import plotly.graph_objects as go
 
 from analyses.results.card import Card, FigureSpec, ProfileSpec, Tables
 from analyses.results.depth_axis import Curve, Panel, depth_figure, narrowest, relative_figure
@@ -71,8 +70,8 @@ class Reported(Protocol):
         """The depth profiles its tables hold."""
         ...
 
-    def figure(self, name: str) -> go.Figure:
-        """One figure, drawn from the tables."""
+    def figure_json(self, name: str) -> str:
+        """One figure, drawn from the tables, as Plotly's JSON."""
         ...
 
     def profile(self, name: str) -> pd.DataFrame:
@@ -138,7 +137,7 @@ def _depth(results: Sequence[Reported]) -> dict[str, Any] | None:
     drawn = [Panel(specs[key].title, specs[key].unit, tuple(curves)) for key, curves in panels.items()]
     figure = depth_figure(drawn, models[0][1], (), "light") if len(models) == 1 else relative_figure(drawn, "light")
     return {
-        "html": figure_html(figure, "depth"),
+        "html": figure_html(str(figure.to_json()), "depth"),
         "width": narrowest(drawn),
         "models": models,
         "lines": [_peak(panel) for panel in drawn],
@@ -206,7 +205,7 @@ def _model(result: Reported) -> str:
 
 def _section(result: Reported) -> dict[str, Any]:
     figures = [
-        {"name": name, "spec": spec, "html": figure_html(result.figure(name), name)}
+        {"name": name, "spec": spec, "html": figure_html(result.figure_json(name), name)}
         for name, spec in result.figures.items()
     ]
     provenance = result.provenance

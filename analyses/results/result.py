@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,20 @@ class Result:
             raise OptionError(unknown("figure", name, specs))
         with self.drawing(f"figure {name!r}"):
             return specs[name].drawn(self.tables)
+
+    def figure_json(self, name: str) -> str:
+        """One figure as Plotly's JSON; drawn once, for the file, the page and a report of several results.
+
+        Raises:
+            OptionError: as `figure`.
+        """
+        if name not in self._drawn:
+            self._drawn[name] = str(self.figure(name).to_json())
+        return self._drawn[name]
+
+    @cached_property
+    def _drawn(self) -> dict[str, str]:
+        return {}
 
     @property
     def profiles(self) -> dict[str, ProfileSpec]:
@@ -133,7 +148,7 @@ class Result:
         for name, table in self.tables.items():
             table.to_parquet(folder / "tables" / f"{name}.parquet", index=False)
         for name in self.figures:
-            (folder / "figures" / f"{name}.json").write_text(str(self.figure(name).to_json()), encoding="utf-8")
+            (folder / "figures" / f"{name}.json").write_text(self.figure_json(name), encoding="utf-8")
         profiles = {name: _profile_record(spec, self.profile(name)) for name, spec in self.profiles.items()}
         (folder / "profiles.json").write_text(json.dumps(profiles), encoding="utf-8")
         write_report([self], folder / "report.html")

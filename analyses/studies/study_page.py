@@ -73,7 +73,7 @@ def _figure(analysis: Any, name: str, one: pd.DataFrame, models: list[str]) -> d
         "title": spec.title,
         "caption": f"{spec.caption} {_about(one)}"
         + (f" The first {PANELS} of {len(panels)} panels." if len(panels) > PANELS else ""),
-        "html": figure_html(overlay(one, models), name),
+        "html": figure_html(str(overlay(one, models).to_json()), name),
     }
 
 

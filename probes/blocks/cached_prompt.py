@@ -11,16 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from probes.blocks.rerouting import Caller, block_access, call_blocks
+from probes.blocks.rerouting import Caller, block_access, call_blocks, in_order, rerouted
+from probes.blocks.together import together
 from probes.errors import PointError, PromptError
 from probes.models.protocol import Model, Read, Write
 from probes.points import Address
+from probes.shelf import Shelf, Shelved
 
 ROWS = 256
 """Continuations batched at once, which bounds memory."""
@@ -34,21 +37,37 @@ def greedy(logits: Float[Tensor, "row d_vocab"]) -> Int[Tensor, " row"]:
     return logits.argmax(-1)
 
 
+class _Pairs:
+    """Keys and values [1, kv_head, pos, d_head] of every layer."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        self._keys, self._values = Shelved(shelf), Shelved(shelf)
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        self._keys.append(keys.clone())
+        self._values.append(values.clone())
+
+    def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self._keys[layer], self._values[layer]
+
+
 @dataclass(eq=False)
 class _KeyValues:
     """Stands for a key-value cache: the prompt's own keys and values before the suffix, for any number of rows."""
 
-    prefix: Sequence[tuple[Tensor, Tensor] | None]
-    """Per layer, [1, kv_head, start, d_head] keys and values."""
+    prefix: _Pairs | None
+    """None where nothing is before the suffix."""
     suffix: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Per layer, the keys and values of the rows that ran last, without the prefix."""
+    start: int = 0
+    """The number of positions before the suffix."""
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Keep the rows' keys and values of a layer; return those that the rows attend to, with the prompt's before them."""
         self.suffix[layer_idx] = (key, value)
-        before = self.prefix[layer_idx]
-        if before is None:
+        if self.prefix is None:
             return key, value
+        before = self.prefix[layer_idx]
         keys, values = (
             torch.cat((b.expand(len(key), -1, -1, -1), new), dim=2) for b, new in zip(before, (key, value), strict=True)
         )
@@ -56,8 +75,7 @@ class _KeyValues:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of positions before the suffix."""
-        before = self.prefix[layer_idx]
-        return 0 if before is None else before[0].shape[2]
+        return self.start
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +97,7 @@ class CachedPrompt:
         model: the model, of a backend that hands out its blocks.
         tokens: the prompt.
         start: the suffix's first position; positions before it stay as they are.
-        writes: writes of points [1, suffix, ...], under which the suffix is run.
+        writes: writes of points [1, pos, ...], under which the prompt is run.
 
     Raises:
         PointError: the model is not causal, or its backend does not hand out its blocks.
@@ -95,28 +113,56 @@ class CachedPrompt:
         if not -n <= start < n:
             raise PromptError(f"position {start} is outside a prompt of {n} tokens: legal are {-n} to {n - 1}")
         self.model, self.tokens, self.start = block_access(model), tuple(tokens), start % n
-        self.entering: list[Tensor] = []
+        self.entering = Shelved(self.model.shelf)
         """The stream [suffix, d_model] that enters each block, and after these the one that leaves the last."""
-        self._prefix: list[tuple[Tensor, Tensor] | None] = [None] * model.shape.n_layers
-        self._base: list[tuple[Tensor, Tensor]] = []
+        self._prefix, self._base = _Pairs(self.model.shelf), _Pairs(self.model.shelf)
         self._collect(writes or {})
 
     @torch.no_grad()
     def _collect(self, writes: Mapping[Address, Write]) -> None:
-        from transformers import DynamicCache
+        """Run the whole prompt once, and keep what the suffix needs."""
+        ids, nothing = self._ids(self.tokens), _cache_of(0, self.model.shape.n_layers)
 
-        self._cache = DynamicCache()
-        with self.model.exclusive():
-            if self.start:
-                self.model.module(
-                    input_ids=self._ids(self.tokens[: self.start]), past_key_values=self._cache, use_cache=True
-                )
-                self._prefix = [(layer.keys, layer.values) for layer in self._cache.layers]
-            suffix = self._ids(self.tokens[self.start :])
-            with self.model.hooked({}, writes, (1, suffix.shape[1])) if writes else nullcontext():
-                call_blocks(self.model, suffix, self._keep_suffix, past_key_values=self._cache, use_cache=True)
+        def keep(hidden: Tensor, call: Caller) -> None:
+            run, done = self.model.saved_run(ids, hidden), 0
+            self.entering.append(hidden[0, self.start :].clone())
+            group: list[tuple[Tensor, Tensor, Tensor]] = []
+            for blocks, tensors in run.saved() if run else ():
+                done = blocks
+                at_end = {name: tensor.to(hidden.device) for name, tensor in tensors.items()}
+                for i in range(len(at_end) // 3):
+                    hidden = at_end[f"leaving.{i}"]
+                    self._append(hidden, at_end[f"keys.{i}"], at_end[f"values.{i}"])
+            for layer in range(done, self.model.shape.n_layers):
+                cache = _KeyValues(None)
+                hidden = call(layer, hidden, (nothing, cache))
+                self._append(hidden, *cache.suffix[layer])
+                if run:
+                    group.append((hidden, *cache.suffix[layer]))
+                if run and self.model.ends_group(layer):
+                    names = ("leaving", "keys", "values")
+                    at_end = {f"{n}.{i}": t for i, block in enumerate(group) for n, t in zip(names, block, strict=True)}
+                    run.save(layer + 1, at_end, instead=False)
+                    group.clear()
+
+        with self.model.hooked({}, writes, (1, ids.shape[1])) if writes else nullcontext():
+            call_blocks(self.model, ids, keep, past_key_values=nothing, use_cache=True)
+        self._prepare()
+
+    def _append(self, leaving: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Keep what left a block, and its keys and values, all [1, ...] over the whole prompt."""
+        self.entering.append(leaving[0, self.start :].clone())
+        self._prefix.append(keys[:, :, : self.start], values[:, :, : self.start])
+        self._base.append(keys[:, :, self.start :], values[:, :, self.start :])
 
     @torch.no_grad()
+    def _prepare(self) -> None:
+        """Have the model prepare its blocks' arguments for the suffix; no block runs."""
+        self._cache = _cache_of(self.start, self.model.shape.n_layers)
+        suffix = self._ids(self.tokens[self.start :])
+        arguments = {"past_key_values": self._cache, "use_cache": True}
+        self._call: Caller = call_blocks(self.model, suffix, lambda _, call: call, **arguments)
+
     def narrowed(self, start: int, stop: int | None = None) -> CachedPrompt:
         """Return the prompt open from a later position, its positions from `stop` on cut off; no block runs.
 
@@ -127,8 +173,6 @@ class CachedPrompt:
         Raises:
             PromptError: a start or stop outside the suffix.
         """
-        from transformers import DynamicCache
-
         stop = len(self.tokens) if stop is None else stop
         if not self.start <= start < stop <= len(self.tokens):
             raise PromptError(
@@ -137,26 +181,21 @@ class CachedPrompt:
         narrow = copy(self)
         narrow.tokens, narrow.start = self.tokens[:stop], start
         before, after = slice(0, start - self.start), slice(start - self.start, stop - self.start)
-        narrow.entering = [stream[after] for stream in self.entering]
-        narrow._prefix = [_joined(old, own, before) for old, own in zip(self._prefix, self._base, strict=True)]
-        narrow._base = [(keys[:, :, after], values[:, :, after]) for keys, values in self._base]
-        narrow._cache = DynamicCache()
-        for layer, before_suffix in enumerate(narrow._prefix):
-            if before_suffix is not None:
-                narrow._cache.update(*before_suffix, layer)
-        with self.model.exclusive():
-            arguments = {"past_key_values": narrow._cache, "use_cache": True}
-            narrow._call = call_blocks(self.model, self._ids(narrow.tokens[start:]), lambda _, call: call, **arguments)
+        shelf = self.model.shelf
+        narrow.entering = Shelved(shelf, (stream[after] for stream in self.entering))
+        narrow._prefix, narrow._base = _Pairs(shelf), _Pairs(shelf)
+        for layer in range(self.model.shape.n_layers):
+            (keys, values), (own_keys, own_values) = self._prefix[layer], self._base[layer]
+            narrow._prefix.append(
+                torch.cat((keys, own_keys[:, :, before]), dim=2), torch.cat((values, own_values[:, :, before]), dim=2)
+            )
+            narrow._base.append(own_keys[:, :, after], own_values[:, :, after])
+        narrow._prepare()
         return narrow
 
-    def _keep_suffix(self, hidden: Tensor, call: Caller) -> None:
-        """Keep the caller, the stream [1, suffix, d_model] around each block, and the suffix's keys and values."""
-        self._call, cache = call, _KeyValues(self._prefix)
-        self.entering = [hidden[0].clone()]
-        for layer in range(self.model.shape.n_layers):
-            hidden = call(layer, hidden, (self._cache, cache))
-            self.entering.append(hidden[0].clone())
-        self._base = [cache.suffix[layer] for layer in range(self.model.shape.n_layers)]
+    def _before(self) -> _KeyValues:
+        """A cache that holds what is before the suffix."""
+        return _KeyValues(self._prefix if self.start else None, start=self.start)
 
     def _ids(self, tokens: Sequence[int]) -> Tensor:
         return torch.tensor([list(tokens)], device=self.model.device)
@@ -175,30 +214,48 @@ class CachedPrompt:
         if len(first_block) > ROWS and not keep:
             # Rows that start together stay together, so that each part skips the blocks none of it runs.
             order = sorted(range(len(first_block)), key=lambda row: first_block[row])
+            parts = [order[i : i + ROWS] for i in range(0, len(order), ROWS)]
+            ends = together(
+                self.model,
+                [partial(self._resume_rows, [first_block[row] for row in rows], hidden, rows) for rows in parts],
+            )
             last = torch.empty(len(order), hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)
-            for i in range(0, len(order), ROWS):
-                rows = order[i : i + ROWS]
-                last[rows] = self.resume([first_block[row] for row in rows], hidden[rows]).last
+            for rows, end in zip(parts, ends, strict=True):
+                last[rows] = end
             return Resumed(last, tuple(first_block))
-        return self._run(first_block, hidden, keep)
+        given = [hidden]
+        del hidden
+        return self._run(first_block, given, keep)
 
     @torch.no_grad()
-    def _run(self, first_block: Sequence[int], hidden: Tensor, keep: bool) -> Resumed:
-        n_layers = self.model.shape.n_layers
+    def _run(self, first_block: Sequence[int], given: list[Tensor], keep: bool) -> Resumed:
+        """Run rows that fit together; the stream is taken out of `given`, so that it waits on the shelf and nowhere else."""
+        n_layers, shelf = self.model.shape.n_layers, self.model.shelf
         starts = torch.tensor(first_block)
         order = starts.argsort(stable=True)
-        stream, cache = hidden[order].clone(), _KeyValues(self._prefix)
+        stream, cache = given.pop()[order].clone(), self._before()
         suffix: list[tuple[Tensor, Tensor]] = []
-        with self.model.exclusive():
-            for layer in range(n_layers):
+        run, done = None if keep else self.model.saved_run(starts, stream), 0 if keep else min(first_block)
+        for blocks, tensors in run.saved() if run else ():
+            done, stream = blocks, tensors["rows"].to(stream.device)
+        for layer in range(done, n_layers):
+            waiting = shelf.keep(stream)
+            del stream
+            with self.model.exclusive(), self.model.at(layer):
+                stream = waiting.get(shelf)
                 active = int((starts <= layer).sum())
                 if active:
                     stream[:active] = self._call(layer, stream[:active], (self._cache, cache))
                 if keep:
                     suffix.append(self._suffix(layer, active, order, cache))
+                if run and self.model.ends_group(layer):
+                    run.save(layer + 1, {"rows": stream}, instead=True)
         last = torch.empty_like(stream[:, -1])
         last[order] = stream[:, -1]
         return Resumed(last, tuple(first_block), tuple(suffix))
+
+    def _resume_rows(self, first_block: Sequence[int], hidden: Tensor, rows: Sequence[int]) -> Tensor:
+        return self.resume(first_block, hidden[list(rows)]).last
 
     def edited(
         self,
@@ -223,7 +280,7 @@ class CachedPrompt:
                 raise PointError(f"{address} is not inside the blocks from {first_block} on, which are all that runs")
         hidden = self.entering[first_block].expand(rows, -1, -1)
         with self.model.hooked(reads or {}, writes, (rows, hidden.shape[1])):
-            return self._run([first_block] * rows, hidden, keep=False).last
+            return self._run([first_block] * rows, [hidden], keep=False).last
 
     @torch.no_grad()
     def through(
@@ -246,12 +303,13 @@ class CachedPrompt:
 
     def block(self, layer: int, hidden: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
         """Return what leaves block `layer` where `hidden` enters it, differentiably; the caller holds the model exclusively."""
-        return self._call(layer, hidden, (self._cache, _KeyValues(self._prefix)))
+        return self._call(layer, hidden, (self._cache, self._before()))
 
     def _suffix(self, layer: int, active: int, order: Tensor, cache: _KeyValues) -> tuple[Tensor, Tensor]:
         """Keys and values of all rows at a layer: their own where they ran, the prompt's where they did not."""
         whole = []
-        for own, base in zip(cache.suffix.get(layer, self._base[layer]), self._base[layer], strict=True):
+        base_pair = self._base[layer]
+        for own, base in zip(cache.suffix.get(layer, base_pair), base_pair, strict=True):
             rows = base.expand(len(order), -1, -1, -1).clone()
             rows[order[:active]] = own[:active]
             whole.append(rows)
@@ -273,12 +331,12 @@ class CachedPrompt:
         """
         from transformers import DynamicCache
 
-        cache, whole = DynamicCache(), _KeyValues(self._prefix)
+        cache, whole = DynamicCache(), self._before()
         for layer, own in enumerate(resumed.suffix):
             cache.update(*whole.update(*own, layer), layer)
         step = first_tokens.to(self.model.device)[:, None]
         written = [step]
-        with self.model.exclusive():
+        with rerouted(self.model, in_order(self.model.shape.n_layers)):
             for _step in range(max_new_tokens - 1):
                 logits = self.model.module(input_ids=step, past_key_values=cache, use_cache=True).logits[:, -1]
                 step = choose(logits)[:, None]
@@ -286,12 +344,12 @@ class CachedPrompt:
         return [[int(t) for t in row] for row in torch.cat(written, dim=1).cpu()]
 
 
-def _joined(
-    prefix: tuple[Tensor, Tensor] | None, own: tuple[Tensor, Tensor], before: slice
-) -> tuple[Tensor, Tensor] | None:
-    """Return a layer's keys and values before the suffix, with those of the suffix at `before` behind them."""
-    added = (own[0][:, :, before], own[1][:, :, before])
-    if prefix is None:
-        return added if added[0].shape[2] else None
-    keys, values = (torch.cat(pair, dim=2) for pair in zip(prefix, added, strict=True))
-    return keys, values
+def _cache_of(length: int, n_layers: int) -> Any:
+    """A key-value cache that says it holds `length` positions; for a model that only asks how many there are."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    if length:
+        for layer in range(n_layers):
+            cache.update(torch.zeros(1, 1, length, 1), torch.zeros(1, 1, length, 1), layer)
+    return cache

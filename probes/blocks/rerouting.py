@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -54,10 +54,10 @@ def module_of(model: Model) -> Iterator[tuple[nn.Module, Anatomy]]:
     """Hand out the model's own module and anatomy, for an alteration that the caller undoes; no other thread runs it.
 
     Raises:
-        PointError: the backend keeps its module to itself.
+        PointError: the backend keeps its module to itself, or the blocks are not in memory.
     """
     access = block_access(model)
-    with access.exclusive():
+    with access.whole():
         yield access.module, access.anatomy
 
 
@@ -79,20 +79,38 @@ def rerouted(model: Model, program: Program, cached: bool = True) -> Iterator[No
         assert path is not None
         parent = access.module.get_submodule(path.rpartition(".")[0])
         blocks = dict(parent.named_children())
-        route = _Route(program, access.block_output_lengths(), cached)
-        for index, (name, block) in enumerate(blocks.items()):
-            parent._modules[name] = route.slot(index, block)
-        try:
+        route = _Route(program, access, cached)
+        slots = {name: route.slot(index, block) for index, (name, block) in enumerate(blocks.items())}
+        with access.during(lambda: _exchanged(parent, blocks, slots)):
             yield
-        finally:
-            for name, block in blocks.items():
-                parent._modules[name] = block
+
+
+@contextmanager
+def _exchanged(parent: nn.Module, blocks: Mapping[str, nn.Module], slots: Mapping[str, nn.Module]) -> Iterator[None]:
+    parent._modules.update(slots)
+    try:
+        yield
+    finally:
+        parent._modules.update(blocks)
+
+
+def in_order(n_layers: int) -> Program:
+    """Return the program that runs every block once, as the model itself does."""
+
+    def program(hidden: Tensor, call: Caller) -> Tensor:
+        for layer in range(n_layers):
+            hidden = call(layer, hidden)
+        return hidden
+
+    return program
 
 
 def call_blocks(
     model: Model, tokens: Int[Tensor, "batch pos"], work: Callable[[Tensor, Caller], T], **arguments: Any
 ) -> T:
     """Return what `work` makes of what enters block 0 and of a caller; no block runs but those that it calls.
+
+    By then the model's own forward is over, so that `work` may wait for blocks.
 
     Args:
         model: the model, of a backend that hands out its blocks.
@@ -103,15 +121,16 @@ def call_blocks(
     Raises:
         PointError: the backend keeps its module to itself.
     """
-    results: list[T] = []
+    access, entered = block_access(model), list[tuple[Tensor, Caller]]()
 
     def program(hidden: Tensor, call: Caller) -> Tensor:
-        results.append(work(hidden, call))
+        entered.append((hidden, call))
         raise Stop
 
-    with rerouted(model, program), suppress(Stop):
-        block_access(model).module(input_ids=tokens.to(model.device), **arguments)
-    return results[0]
+    with access.exclusive():
+        with rerouted(model, program), suppress(Stop):
+            access.module(input_ids=tokens.to(model.device), **arguments)
+        return work(*entered[0])
 
 
 @torch.inference_mode()
@@ -126,8 +145,9 @@ def block_outputs(module: nn.Module, anatomy: Anatomy, device: torch.device) -> 
 class _Route:
     """Collects every block's arguments while the model's loop passes, then runs the program at the loop's end."""
 
-    def __init__(self, program: Program, widths: Sequence[int | None], cached: bool) -> None:
-        self.program, self.widths, self.cached = program, widths, cached
+    def __init__(self, program: Program, access: BlockAccess, cached: bool) -> None:
+        self.program, self.access, self.cached = program, access, cached
+        self.widths = access.block_output_lengths()
         self.slots: list[_Slot] = []
         self.arguments: dict[int, Arguments] = {}
 
@@ -153,7 +173,8 @@ class _Route:
         if swap is not None:
             args = tuple(swap[1] if a is swap[0] else a for a in args)
             kwargs = {k: swap[1] if v is swap[0] else v for k, v in kwargs.items()}
-        output = nn.Module.__call__(self.slots[layer], hidden, *args, **kwargs)
+        with self.access.at(layer):
+            output = nn.Module.__call__(self.slots[layer], hidden, *args, **kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
 

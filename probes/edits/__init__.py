@@ -24,6 +24,7 @@ from probes.edits.other_prompt import Other
 from probes.edits.point_edit import PointEdit
 from probes.edits.points import Add, Coefficients, Mean, ProjectOut, Replace, Scale, project_out
 from probes.edits.positions import At, Texts, TokenText
+from probes.edits.programs import Program
 from probes.edits.values import Source, Values
 from probes.edits.weights import HeadWriteEdit
 
@@ -44,6 +45,7 @@ __all__ = [
     "Mean",
     "Other",
     "PointEdit",
+    "Program",
     "ProjectOut",
     "RepeatBlocks",
     "Replace",

@@ -1,11 +1,10 @@
-"""Edits of the order in which a model's blocks run: left out, repeated or exchanged."""
+"""Edits of the order in which a model's blocks run: left out, repeated, exchanged or run side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import takewhile
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -13,6 +12,8 @@ from torch import Tensor
 from probes.blocks.rerouting import Caller, rerouted
 from probes.edits.edit import Edit
 from probes.edits.line import Line, spans
+from probes.edits.program_runs import departure, run_step
+from probes.edits.programs import FORMS, Program
 from probes.errors import OptionError, PointError
 from probes.models.protocol import Model, Shape, Write
 from probes.points import Address
@@ -27,13 +28,13 @@ class BlockOrder(Edit):
         """Return the edit as it enters store keys."""
         return self.line()
 
-    def reordered(self, order: tuple[int, ...], n_layers: int) -> tuple[int, ...]:
-        """Return the order that follows from `order`."""
+    def reordered(self, program: Program, n_layers: int) -> Program:
+        """Return the program that follows from the one that ran before this edit."""
         raise NotImplementedError
 
-    def path(self, order: tuple[int, ...]) -> Edit:
-        """Return the edit that runs the blocks in an order."""
-        return BlockPath(order)
+    def path(self, program: Program) -> Edit:
+        """Return the edit that runs the blocks as a program says."""
+        return BlockPath(program)
 
     def writes(self, shape: Shape, lengths: Sequence[int] | None = None) -> Mapping[Address, Write]:
         """Return none: the order of the blocks is changed, not a tensor."""
@@ -42,37 +43,49 @@ class BlockOrder(Edit):
 
 @dataclass(frozen=True)
 class BlockPath(BlockOrder):
-    """The blocks run in this order instead of 0, 1, 2, ...: left out, repeated or exchanged.
+    """The blocks run as a program says instead of 0, 1, 2, ....
 
     A block that runs several times cannot be read. Writing goes without a cache, as `probes.edits.generate` does.
     """
 
-    order: tuple[int, ...]
+    program: Program
 
-    verbs: ClassVar[Mapping[str, str]] = {"order": "order BLOCKS, such as order 0-11,12-15,12-29"}
+    verbs: ClassVar[Mapping[str, str]] = {
+        "order": "order PROGRAM, such as order 0-11,12-15,12-29 or order 0-13,{14|15},16-29"
+    }
 
     @classmethod
     def from_line(cls, verb: str, line: Line) -> Edit:
         """Return the path that a line says."""
-        return cls(line.numbers("the blocks in the order in which they run, such as 0-11,12-15,12-29"))
+        start = line.at
+        text = line.rest(FORMS)
+        try:
+            return cls(Program.parse(text))
+        except OptionError as error:
+            line.at = start
+            raise line.fault(f"{FORMS} ({error})") from None
 
     def line(self) -> str:
         """Return the edit as one line."""
-        return f"order {spans(self.order)}"
-
-    def reordered(self, order: tuple[int, ...], n_layers: int) -> tuple[int, ...]:
-        """Return this order, whatever it was before."""
-        return self.order
+        return f"order {self.program.text()}"
 
     def text(self) -> str:
         """Return the edit as it enters store keys."""
-        return f"block_path({','.join(map(str, self.order))})"
+        return f"block_path({self.program.listed()})"
+
+    def reordered(self, program: Program, n_layers: int) -> Program:
+        """Return this program, whatever ran before.
+
+        Raises:
+            PointError: a block this model does not have.
+        """
+        self.program.check(n_layers)
+        return self.program
 
     def first_block(self, shape: Shape) -> int:
-        """Return the first place of the order at which another block runs than without the edit."""
-        plain = range(shape.n_layers)
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.order, plain, strict=False)))
-        return same if self.order != tuple(plain) else shape.n_layers + 1
+        """Return the first step at which another block runs than without the edit."""
+        n = shape.n_layers
+        return n + 1 if self.program.is_plain(n) else departure(self.program, n)
 
     @contextmanager
     def within(self, model: Model) -> Iterator[None]:
@@ -81,19 +94,18 @@ class BlockPath(BlockOrder):
         Raises:
             PointError: a block this model does not have, or a backend without access to its blocks.
         """
-        n = model.shape.n_layers
-        if bad := [layer for layer in self.order if not 0 <= layer < n]:
-            raise PointError(f"block {bad[0]} in a path: legal blocks are 0 to {n - 1}")
-        if self.order == tuple(range(n)):
+        n_layers = model.shape.n_layers
+        self.program.check(n_layers)
+        if self.program.is_plain(n_layers):
             yield
             return
 
-        def program(hidden: Tensor, call: Caller) -> Tensor:
-            for layer in self.order:
-                hidden = call(layer, hidden)
+        def route(hidden: Tensor, call: Caller) -> Tensor:
+            for step in self.program.steps:
+                hidden = run_step(call, step, hidden, self.program.mean)
             return hidden
 
-        with rerouted(model, program, cached=False):
+        with rerouted(model, route, cached=False):
             yield
 
 
@@ -114,20 +126,21 @@ class SkipBlocks(BlockOrder):
         """Return the edit as one line."""
         return f"skip {spans(self.layers)}"
 
-    def reordered(self, order: tuple[int, ...], n_layers: int) -> tuple[int, ...]:
-        """Return the order without these blocks.
+    def reordered(self, program: Program, n_layers: int) -> Program:
+        """Return the program without these blocks.
 
         Raises:
             PointError: a block this model does not have.
         """
         if bad := [layer for layer in self.layers if layer >= n_layers]:
             raise PointError(f"block {bad[0]} of {self.line()!r}: legal blocks are 0 to {n_layers - 1}")
-        return tuple(layer for layer in order if layer not in self.layers)
+        kept = (tuple(block for block in step if block not in self.layers) for step in program.steps)
+        return replace(program, steps=tuple(step for step in kept if step))
 
 
 @dataclass(frozen=True)
 class RepeatBlocks(BlockOrder):
-    """The stretch of the order from block `first` to block `last` runs several times in a row."""
+    """The stretch of the program from where block `first` runs first to where `last` runs last is run several times."""
 
     first: int
     last: int
@@ -150,22 +163,24 @@ class RepeatBlocks(BlockOrder):
         """Return the edit as one line."""
         return f"repeat {self.first}-{self.last}{'' if self.times == 2 else f' x{self.times}'}"
 
-    def reordered(self, order: tuple[int, ...], n_layers: int) -> tuple[int, ...]:
-        """Return the order with the stretch repeated.
+    def reordered(self, program: Program, n_layers: int) -> Program:
+        """Return the program with the stretch repeated.
 
         Raises:
             PointError: a block that does not run.
         """
-        if self.first not in order or self.last not in order:
-            absent = self.first if self.first not in order else self.last
-            raise PointError(f"block {absent} of {self.line()!r} does not run: {spans(order)} do")
-        start, end = order.index(self.first), len(order) - order[::-1].index(self.last)
-        return (*order[:start], *order[start:end] * self.times, *order[end:])
+        places = [[i for i, step in enumerate(program.steps) if block in step] for block in (self.first, self.last)]
+        if not all(places):
+            absent = self.last if places[0] else self.first
+            raise PointError(f"block {absent} of {self.line()!r} does not run: {program.text()} do")
+        start, end = places[0][0], places[1][-1] + 1
+        steps = program.steps
+        return replace(program, steps=(*steps[:start], *steps[start:end] * self.times, *steps[end:]))
 
 
 def skip(n_layers: int, *layers: int) -> BlockPath:
     """Return the path that leaves out these blocks."""
-    return BlockPath(tuple(layer for layer in range(n_layers) if layer not in layers))
+    return BlockPath(Program.of(layer for layer in range(n_layers) if layer not in layers))
 
 
 def repeat(n_layers: int, first: int, last: int, times: int = 2) -> BlockPath:
@@ -179,4 +194,4 @@ def repeat(n_layers: int, first: int, last: int, times: int = 2) -> BlockPath:
             f"repeat blocks {first}..{last} {times} times: legal are spans inside 0..{n_layers - 1}, times >= 1"
         )
     span = tuple(range(first, last + 1))
-    return BlockPath((*range(first), *span * times, *range(last + 1, n_layers)))
+    return BlockPath(Program.of((*range(first), *span * times, *range(last + 1, n_layers))))

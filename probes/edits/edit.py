@@ -12,6 +12,7 @@ from torch import Tensor
 from probes.blocks.single_block import stage_of
 from probes.edits.line import EditError, Line, split_layers
 from probes.edits.positions import Texts
+from probes.edits.programs import Program
 from probes.errors import OptionError, PointError, unknown
 from probes.models.protocol import Model, Shape, Write
 from probes.points import Address
@@ -126,12 +127,12 @@ class Altering(Protocol):
 class Reordering(Protocol):
     """An edit of the order in which blocks run; several are one order."""
 
-    def reordered(self, order: tuple[int, ...], n_layers: int) -> tuple[int, ...]:
-        """Return the order that follows from `order`, in which the blocks ran before this edit."""
+    def reordered(self, program: Program, n_layers: int) -> Program:
+        """Return the program that follows from the one that ran before this edit."""
         ...
 
-    def path(self, order: tuple[int, ...]) -> Edit:
-        """Return the edit that runs the blocks in an order."""
+    def path(self, program: Program) -> Edit:
+        """Return the edit that runs the blocks as a program says."""
         ...
 
 
@@ -142,17 +143,16 @@ def resolve(model: Model, edits: Sequence[Edit], texts: Texts | None = None) -> 
         UserError: an edit that this model or these prompts cannot have.
     """
     n = model.shape.n_layers
-    plain, ready, last = tuple(range(n)), list[Edit](), None
-    order = plain
+    program, ready, last = Program.plain(n), list[Edit](), None
     for edit in edits:
         if isinstance(edit, Reordering):
-            order, last = edit.reordered(order, n), edit
+            program, last = edit.reordered(program, n), edit
         else:
             ready.append(edit.resolved(model, texts) if isinstance(edit, Borrowing) else edit)
             for address in ready[-1].writes(model.shape):
                 if reason := model.refusal(address):
                     raise PointError(f"edit of {address}: {model.ref} has no such point: {reason}")
-    return [last.path(order), *ready] if last is not None else ready
+    return [last.path(program), *ready] if last is not None else ready
 
 
 @contextmanager

@@ -75,6 +75,13 @@ class Line:
             raise self.fault(expected)
         return word
 
+    def rest(self, expected: str) -> str:
+        """Return all that is left, which must be something."""
+        if self.ended:
+            raise self.fault(expected)
+        text, self.at = self.text[self.at :], len(self.text)
+        return text.strip()
+
     def quoted(self, expected: str = "quoted text") -> str:
         """Return text in quotes, as Python writes it."""
         start = self.at

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from probes.blocks.rerouting import module_of
+from probes.blocks.rerouting import block_access, in_order, rerouted
 from probes.edits.edit import Edit
 from probes.edits.line import Line
 from probes.edits.positions import Texts, need_texts
@@ -79,13 +79,14 @@ class FreezeNorm(Edit):
         here = need_texts(texts, "a frozen norm, whose scale is measured on the prompt,")
         tokens = torch.tensor([here.tokens], device=model.device)
         measured: dict[str, Scale] = {}
-        with module_of(model) as (module, anatomy), torch.no_grad():
-            switches = Switches(anatomy)
+        access = block_access(model)
+        with torch.no_grad(), rerouted(model, in_order(model.shape.n_layers)):
+            switches = Switches(access.anatomy)
             sites = choose(switches.sites, [self.site])
             for site in sites:
                 switches.watches[switches.norm(site).path] = _keep(measured)
-            with switches.attached():
-                module(input_ids=tokens, use_cache=False)
+            with access.during(switches.attached):
+                access.module(input_ids=tokens, use_cache=False)
             switches.watches.clear()
             for site in sites:
                 switches.freeze([site], measured[switches.norm(site).path])
@@ -95,10 +96,11 @@ class FreezeNorm(Edit):
     def within(self, model: Model) -> Iterator[None]:
         """Freeze the norms inside; outside they are as before."""
         assert self.switches is not None
-        with module_of(model):
+        access = block_access(model)
+        with access.exclusive():
             # Blocks may be called one by one, where no forward of the whole module says which tokens run.
             self.switches.enter(torch.tensor([self.tokens], device=model.device))
-            with self.switches.attached():
+            with access.during(self.switches.attached):
                 yield
 
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from probes.blocks.rerouting import module_of
+from probes.blocks.rerouting import block_access
 from probes.edits.directions import Direction, Place, read_direction
 from probes.edits.edit import Edit
 from probes.edits.line import Line, times
 from probes.edits.positions import Texts
 from probes.edits.values import Values
 from probes.errors import PointError
-from probes.models.protocol import Model, Shape, Write
+from probes.models.protocol import BlockAccess, Model, Shape, Write
 from probes.points import Address
 
 
@@ -86,21 +87,26 @@ class HeadWriteEdit(Edit):
             raise PointError(
                 f"head {self.layer}.{self.head}: layers end at {shape.n_layers - 1}, heads at {shape.n_heads - 1}"
             )
-        with module_of(model) as (_, anatomy):
-            projection = anatomy.component("attn.o", self.layer)
-            weight, rows = matrix(projection, shape.n_heads * shape.d_head)
-            part = slice(self.head * shape.d_head, (self.head + 1) * shape.d_head)
-            before = weight.detach().clone()
-            try:
-                with torch.no_grad():
-                    v = self.directions.tensor.to(weight.device, torch.float32)
-                    old = (weight[part] if rows else weight[:, part].T).float()
-                    new = (old + (self.keep - 1) * (old @ v.T) @ v).to(weight.dtype)
-                    (weight[part] if rows else weight[:, part].T).copy_(new)
-                yield
-            finally:
-                with torch.no_grad():
-                    weight.copy_(before)
+        access = block_access(model)
+        with access.altering(self.layer, partial(self._changed, access, self.directions.tensor)):
+            yield
+
+    @contextmanager
+    def _changed(self, access: BlockAccess, directions: Tensor) -> Iterator[None]:
+        shape = access.shape
+        weight, rows = matrix(access.anatomy.component("attn.o", self.layer), shape.n_heads * shape.d_head)
+        part = slice(self.head * shape.d_head, (self.head + 1) * shape.d_head)
+        before = weight.detach().clone()
+        try:
+            with torch.no_grad():
+                v = directions.to(weight.device, torch.float32)
+                old = (weight[part] if rows else weight[:, part].T).float()
+                new = (old + (self.keep - 1) * (old @ v.T) @ v).to(weight.dtype)
+                (weight[part] if rows else weight[:, part].T).copy_(new)
+            yield
+        finally:
+            with torch.no_grad():
+                weight.copy_(before)
 
 
 def matrix(projection: nn.Module, n_inputs: int) -> tuple[Tensor, bool]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
 from probes.points import Address
+from probes.shelf import Shelf
+
+T = TypeVar("T")
 
 Read = Callable[[Tensor], None]
 """Receives a point's tensor, shape [batch, pos, ...], during the forward; must not keep it without copying."""
@@ -199,6 +202,26 @@ class LayerMajor(Protocol):
         """
         ...
 
+    def together(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
+        """Return what tasks return that run this model, each block's weights read once for all that want it next."""
+        ...
+
+    def resumable(self, key: str) -> AbstractContextManager[None]:
+        """Return a context in which finished groups of blocks are kept, until it ends well; `key` names the work."""
+        ...
+
+
+class SavedRun(Protocol):
+    """One run through the blocks, of which activations are kept at the ends of groups of blocks."""
+
+    def saved(self) -> list[tuple[int, dict[str, Tensor]]]:
+        """Return what was kept by an earlier process, as (blocks done, tensors) in order."""
+        ...
+
+    def save(self, done: int, tensors: Mapping[str, Tensor], instead: bool) -> None:
+        """Keep tensors after `done` blocks, instead of what was kept before or beside it."""
+        ...
+
 
 @runtime_checkable
 class BlockAccess(Model, Protocol):
@@ -212,11 +235,40 @@ class BlockAccess(Model, Protocol):
     anatomy: Anatomy
     """Where the points lie in `module`."""
 
+    shelf: Shelf
+    """Where activations wait that a later block needs."""
+
     def exclusive(self) -> AbstractContextManager[None]:
-        """Return a context in which no other thread runs the model, for alterations of the module that end with it.
+        """Return a context in which no other thread runs the model, for what ends with it."""
+        ...
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Return the context of `exclusive`, in which all weights can be read, altered and differentiated.
 
         Raises PointError where the blocks are not in memory.
         """
+        ...
+
+    def at(self, layer: int) -> AbstractContextManager[None]:
+        """Return a context in which block `layer` can be run; where blocks are read from disk, its weights are there."""
+        ...
+
+    def altering(
+        self, layer: int, alteration: Callable[[], AbstractContextManager[Any]]
+    ) -> AbstractContextManager[None]:
+        """Return a context in which block `layer` runs inside `alteration()`, which alters its weights and undoes it."""
+        ...
+
+    def during(self, context: Callable[[], AbstractContextManager[Any]]) -> AbstractContextManager[None]:
+        """Return a context inside which `context()` is entered, except while the model works on another task."""
+        ...
+
+    def saved_run(self, *entering: Tensor) -> SavedRun | None:
+        """Return where the run that these tensors enter is kept; None where nothing is kept of it."""
+        ...
+
+    def ends_group(self, layer: int) -> bool:
+        """Tell whether a saved run keeps its activations after block `layer`."""
         ...
 
     def hooked(

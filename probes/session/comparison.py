@@ -30,7 +30,8 @@ class TokenProbability:
 class LayerRow:
     """What the lens reads after a block, at the last position."""
 
-    block: int
+    block: str
+    """Which; several side by side as `14|15`."""
     top: TokenProbability
     watched: tuple[float, ...]
     """Log-probabilities of the watched tokens, in nats."""

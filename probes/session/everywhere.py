@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,10 +16,8 @@ from probes.edits.positions import chosen
 from probes.errors import OptionError, UserError
 from probes.models.protocol import Write
 from probes.points import POINTS, Address
-from probes.session.open_prompt import OpenPrompt, altered_blocks, order_of
-
-if TYPE_CHECKING:
-    from probes.session.session import Session
+from probes.session.open_prompt import OpenPrompt, altered_blocks, program_of
+from probes.session.state import Step
 
 ROW_POSITIONS = 8192
 """Rows times positions that run at once, which bounds memory."""
@@ -79,40 +77,41 @@ class Variant:
     """The edit with its values read."""
 
 
-def sweep(session: Session, index: int = -1, heads: bool | None = None) -> EffectMap:
-    """Return the effect of one edit at every place; see `Session.everywhere`."""
-    on = [i for i, step in enumerate(session.steps) if step.on]
-    steps = session.steps
+def sweep(
+    prompt: OpenPrompt, steps: Sequence[Step], ids: Sequence[int], index: int = -1, heads: bool | None = None
+) -> EffectMap:
+    """Return the effect of one edit of a stack at every place, on tokens that are watched; see `Session.everywhere`."""
+    on = [i for i, step in enumerate(steps) if step.on]
     if not on:
         raise OptionError("there is no edit to repeat everywhere: add one to the stack")
     at = on[-1] if index == -1 else index % len(steps)
     edit = steps[at].edit
     before = [step.edit for i, step in enumerate(steps) if step.on and i < at]
     after = [step.edit for i, step in enumerate(steps) if step.on and i > at]
-    variants, columns, name = places(session, edit, heads)
-    variants = _possible(session.prompt, variants)
-    rest = session.prompt.run([*before, *after])
-    rows = _last_logprobs(session.prompt, variants, before, after)
-    base, ids = rest.logprobs, list(session.watched_ids)
-    shape = (session.model.shape.n_layers, columns)
+    variants, columns, name = places(prompt, edit, heads)
+    variants = _possible(prompt, variants)
+    rest = prompt.run([*before, *after])
+    rows = _last_logprobs(prompt, variants, before, after)
+    base, tokens = rest.logprobs, list(ids)
+    shape = (prompt.model.shape.n_layers, columns)
     kl, top = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
-    watched = torch.full((*shape, len(ids)), torch.nan)
+    watched = torch.full((*shape, len(tokens)), torch.nan)
     p = base.double()
     for variant, row in zip(variants, rows, strict=True):
         place = (variant.layer, variant.column)
         kl[place] = float((p.exp() * (p - row.double())).sum().clamp_min(0))
         top[place] = float(row[base.argmax()] - base.max())
-        watched[place] = (row[ids] - base[ids]).cpu()
+        watched[place] = (row[tokens] - base[tokens]).cpu()
     return EffectMap(str(edit), name, kl, watched, top)
 
 
-def places(session: Session, edit: Edit, heads: bool | None = None) -> tuple[list[Variant], int, str]:
+def places(prompt: OpenPrompt, edit: Edit, heads: bool | None = None) -> tuple[list[Variant], int, str]:
     """Return the edit at every place, how many columns these have, and what the columns are.
 
     Raises:
         OptionError: an edit that stands at no place, such as an order of blocks.
     """
-    shape, length = session.model.shape, len(session.prompt.tokens)
+    shape, length = prompt.model.shape, len(prompt.tokens)
     layers = range(shape.n_layers)
     if isinstance(edit, PointEdit) and edit.address.layer is not None:
         dims = POINTS[edit.address.point].dims
@@ -180,19 +179,19 @@ def _last_logprobs(
     rest = prompt.run([*before, *after])
     earlier, later = ([*resolve(prompt.model, part, prompt.texts)] for part in (before, after))
     ready = resolve(prompt.model, [*before, *after], prompt.texts)
-    order = order_of(ready, prompt.model.shape.n_layers)
+    program = program_of(ready, prompt.model.shape.n_layers)
     width = max(1, ROW_POSITIONS // len(prompt.tokens))
     with altered_blocks(prompt.model, ready):
         for layer, own in by_layer.items():
-            start = order.index(layer) if layer in order else len(order)
+            start = next((i for i, step in enumerate(program.steps) if layer in step), len(program.steps))
             for first in range(0, len(own), width):
                 part = own[first : first + width]
                 writes = composed(
                     [writes_of(prompt.model, earlier), _by_row(prompt, part), writes_of(prompt.model, later)]
                 )
                 hidden = rest.streams[start][None].expand(len(part), -1, -1)
-                for block in order[start:]:
-                    hidden = prompt.through(block, hidden, writes)
+                for step in program.steps[start:]:
+                    hidden = prompt.step(step, program, hidden, writes)
                 rows = prompt.logprobs(hidden, writes)
                 out.update(zip(part, rows if len(part) > 1 else rows[None], strict=True))
     return [out[variant] for variant in variants]

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from probes.edits.programs import Step
 from probes.lenses import logit
 from probes.lenses.protocol import Lens
 from probes.models.protocol import Model
@@ -22,8 +23,8 @@ TOP = 5
 class LensGrid:
     """What the lens reads after each step, at each position."""
 
-    blocks: tuple[int, ...]
-    """[step], which block each step is."""
+    steps: tuple[Step, ...]
+    """[step], the blocks that each step runs."""
     top_ids: Int[Tensor, "step pos top"]
     top_logprobs: Float[Tensor, "step pos top"]
     """In nats."""
@@ -55,13 +56,13 @@ def read_grid(
     """
     rows = run.streams[1:]
     steps, positions = rows.shape[:2]
-    same_step = {block: i for i, block in enumerate(reference[0].blocks)} if reference else {}
-    partner = torch.tensor([same_step.get(block, -1) for block in run.blocks], dtype=torch.long)
+    same_step = {step: i for i, step in enumerate(reference[0].steps)} if reference else {}
+    partner = torch.tensor([same_step.get(step, -1) for step in run.steps], dtype=torch.long)
     changed = torch.ones(steps, positions, dtype=torch.bool)
     if reference:
         has = partner >= 0
         changed[has] = (rows[has] != reference[0].streams[1:][partner[has]]).any(-1).cpu()
-    grid = _empty(run.blocks, positions, len(ids), changed)
+    grid = _empty(run.steps, positions, len(ids), changed)
     if reference:
         whole = reference[1]
         for name in ("top_ids", "top_logprobs", "entropy_bits", "norms", "watched", "ranks"):
@@ -71,13 +72,13 @@ def read_grid(
         return grid
     step, position = at.T
     stream = torch.cat(
-        [lens.readable(rows[s][changed[s]].float(), run.blocks[s]) for s in range(steps) if changed[s].any()]
+        [lens.readable(rows[s][changed[s]].float(), max(run.steps[s])) for s in range(steps) if changed[s].any()]
     )
     compared = (partner[step] >= 0) if reference else torch.zeros(len(step), dtype=torch.bool)
     before = None
     if reference and bool(compared.any()):
         before = torch.cat([
-            lens.readable(reference[0].streams[1:][partner[s]][changed[s]].float(), run.blocks[s])
+            lens.readable(reference[0].streams[1:][partner[s]][changed[s]].float(), max(run.steps[s]))
             for s in range(steps) if changed[s].any() and partner[s] >= 0
         ])  # fmt: skip
     # A step that the reference does not have is compared with its first row, and that number left out.
@@ -96,10 +97,10 @@ def read_grid(
     return grid
 
 
-def _empty(blocks: tuple[int, ...], positions: int, tokens: int, changed: Tensor) -> LensGrid:
-    place = (len(blocks), positions)
+def _empty(steps: tuple[Step, ...], positions: int, tokens: int, changed: Tensor) -> LensGrid:
+    place = (len(steps), positions)
     return LensGrid(
-        blocks,
+        steps,
         torch.zeros(*place, TOP, dtype=torch.long),
         torch.zeros(*place, TOP),
         torch.zeros(place),

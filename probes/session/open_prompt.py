@@ -14,6 +14,8 @@ from probes.blocks.cached_prompt import CachedPrompt
 from probes.blocks.rerouting import call_blocks
 from probes.blocks.single_block import stage_of
 from probes.edits import BlockPath, Edit, Texts, altered, read, resolve, writes_of
+from probes.edits.program_runs import run_step
+from probes.edits.programs import Program, Step
 from probes.models.protocol import BlockAccess, Model, Read, Write
 from probes.points import Address
 
@@ -25,8 +27,8 @@ KEPT_RUNS = 24
 class Run:
     """A prompt run through the blocks under some edits."""
 
-    blocks: tuple[int, ...]
-    """[step], which block each step is."""
+    steps: tuple[Step, ...]
+    """[step], the blocks that each step runs: one, or several side by side."""
     streams: Float[Tensor, "stage pos d_model"]
     """What enters the first step, and what leaves each; empty where the model cannot be read so."""
     logprobs: Float[Tensor, " d_vocab"]
@@ -95,28 +97,28 @@ class OpenPrompt:
         values = read(self.model, self.ids, [*streams, logits], ready)
         kept = torch.stack([values[a][0] for a in streams]) if len(streams) == n else torch.empty(0)
         first = kept[:1] if len(kept) else kept
-        return Run(tuple(range(n)), torch.cat((first, kept)), values[logits][0, -1].float().log_softmax(-1), n)
+        return Run(Program.plain(n).steps, torch.cat((first, kept)), values[logits][0, -1].float().log_softmax(-1), n)
 
     @torch.no_grad()
     def _resumed(self, key: tuple[Edit, ...], ready: Sequence[Edit]) -> Run:
         assert self.base is not None
         if not ready:
-            clean = torch.stack(self.base.entering)
+            clean = torch.stack(self.base.entering[:])
             logprobs = self.logprobs(clean[-1][None], {})
-            return Run(tuple(range(self.model.shape.n_layers)), clean, logprobs, len(clean) - 1)
-        order = order_of(ready, self.model.shape.n_layers)
+            return Run(Program.plain(self.model.shape.n_layers).steps, clean, logprobs, len(clean) - 1)
+        program = program_of(ready, self.model.shape.n_layers)
         writes = writes_of(self.model, ready)
         known, start = self._known(key, ready)
         if start == 0 and Address("embed") in writes:
             hidden = self._embedded(writes)
             streams = [hidden]
         else:
-            streams = [known.streams[stage][None] for stage in range(min(start, len(order)) + 1)]
+            streams = [known.streams[stage][None] for stage in range(min(start, len(program.steps)) + 1)]
         with altered_blocks(self.model, ready):
-            for layer in order[start:]:
-                streams.append(self.through(layer, streams[-1], writes))
+            for step in program.steps[start:]:
+                streams.append(self.step(step, program, streams[-1], writes))
             logprobs = self.logprobs(streams[-1], writes)
-        return Run(order, torch.cat(streams), logprobs, len(order[start:]))
+        return Run(program.steps, torch.cat(streams), logprobs, sum(map(len, program.steps[start:])))
 
     def _known(self, key: tuple[Edit, ...], ready: Sequence[Edit]) -> tuple[Run, int]:
         """Return the known run that agrees with these edits the furthest, and up to which block it does."""
@@ -126,7 +128,7 @@ class OpenPrompt:
             return best
         blocks = {edit: one.first_block(self.model.shape) for edit, one in zip(key, ready, strict=True)}
         for other, run in self._runs.items():
-            if not other or run.blocks != self.clean.blocks or any(edit not in blocks for edit in other):
+            if not other or run.steps != self.clean.steps or any(edit not in blocks for edit in other):
                 continue
             shared = [edit for edit in key if edit in other]
             start = min((blocks[edit] for edit in key if edit not in other), default=n)
@@ -140,6 +142,16 @@ class OpenPrompt:
         assert isinstance(model, BlockAccess)
         with model.hooked({}, embed, (1, len(self.tokens))):
             return call_blocks(model, self.ids, lambda hidden, _: hidden.clone(), use_cache=False)
+
+    def step(
+        self,
+        step: Step,
+        program: Program,
+        hidden: Float[Tensor, "row pos d_model"],
+        writes: Mapping[Address, Write],
+    ) -> Float[Tensor, "row pos d_model"]:
+        """Return what leaves a step of a program where `hidden` enters it, under the writes inside its blocks."""
+        return run_step(lambda block, rows: self.through(block, rows, writes), step, hidden, program.mean)
 
     def through(
         self,
@@ -176,9 +188,9 @@ class OpenPrompt:
         return out[0] if len(out) == 1 else out
 
 
-def order_of(ready: Sequence[Edit], n_layers: int) -> tuple[int, ...]:
-    """Return the blocks in the order in which resolved edits run them."""
-    return next((edit.order for edit in ready if isinstance(edit, BlockPath)), tuple(range(n_layers)))
+def program_of(ready: Sequence[Edit], n_layers: int) -> Program:
+    """Return the program in which resolved edits run the blocks."""
+    return next((edit.program for edit in ready if isinstance(edit, BlockPath)), Program.plain(n_layers))
 
 
 @contextmanager

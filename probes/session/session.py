@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -17,12 +17,10 @@ from probes.lenses.protocol import Lens
 from probes.models.protocol import Model
 from probes.prompts import token_ids
 from probes.session.comparison import Comparison, LayerRow, Outcome, TokenProbability
+from probes.session.everywhere import EffectMap, sweep
 from probes.session.lens_grid import TOP, LensGrid, read_grid
 from probes.session.open_prompt import OpenPrompt, Run
 from probes.session.state import PromptText, State, Step, as_prompt
-
-if TYPE_CHECKING:
-    from probes.session.everywhere import EffectMap
 
 
 class Kept:
@@ -210,9 +208,9 @@ class Session:
     def _layer_rows(self, grid: LensGrid) -> tuple[LayerRow, ...]:
         tops = zip(grid.top_ids[:, 0, 0].tolist(), grid.top_logprobs[:, 0, 0].tolist(), strict=True)
         return tuple(
-            LayerRow(block, TokenProbability(self.token(i), i, p), tuple(w), kl)
-            for block, (i, p), w, kl in zip(
-                grid.blocks, tops, grid.watched[:, 0].tolist(), grid.kl[:, 0].tolist(), strict=True
+            LayerRow(step_name(step), TokenProbability(self.token(i), i, p), tuple(w), kl)
+            for step, (i, p), w, kl in zip(
+                grid.steps, tops, grid.watched[:, 0].tolist(), grid.kl[:, 0].tolist(), strict=True
             )
         )
 
@@ -241,9 +239,12 @@ class Session:
         Raises:
             OptionError: no edit, or one that stands at no place.
         """
-        from probes.session.everywhere import sweep
+        return sweep(self.prompt, self.steps, self.watched_ids, index, heads)
 
-        return sweep(self, index, heads)
+
+def step_name(step: Sequence[int]) -> str:
+    """Return a step of a program in words: its block, or those that run side by side."""
+    return "|".join(map(str, step))
 
 
 def logit_lens(model: Model) -> LogitLens:

@@ -189,6 +189,8 @@ class Shard:
         """Check the blocks of a tensor that hold the given byte ranges, unless they have been."""
         slot = self.header.slots[name]
         checked = self.known.checked.setdefault(name, np.zeros(len(slot.checksums), dtype=bool))
+        if checked.all():
+            return
         touched = np.zeros(len(checked) + 1, dtype=np.int64)
         filled = stops > starts
         np.add.at(touched, starts[filled] // BLOCK, 1)

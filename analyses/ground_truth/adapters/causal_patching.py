@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from analyses.causal_patching import CausalPatching
+from analyses.causal_patching.cells import Component
 from analyses.ground_truth.adapters.adapter import Adapter, Run, examples_of, prompt_to, set_answer
 from analyses.ground_truth.answers import Answer
 from analyses.ground_truth.spans import HALF, span_answer
@@ -26,14 +27,17 @@ def runs(task: PlantedTask, questions: Sequence[Question]) -> list[Run]:
     for subset in dict.fromkeys(question.subset for question in questions):
         own = tuple(question for question in questions if question.subset == subset)
         kinds = {question.kind for question in own}
-        components = ("resid_pre", "resid_post") * bool(kinds & {"necessary", "sufficient"})
-        components += ("z", "mlp_out") * bool(kinds & {"written", "moved", "nodes"})
+        streams: tuple[Component, ...] = ("resid_pre", "resid_post") if kinds & {"necessary", "sufficient"} else ()
+        parts: tuple[Component, ...] = ("z", "mlp_out") if kinds - {"necessary", "sufficient"} else ()
         examples = [example for example in examples_of(task, subset, PAIRS) if example.partner]
         prompts = tuple(_prompt(task, example) for example in examples)
         roles = tuple(examples[0].positions or task.record.positions) if examples else ()
         # The answer's probability, since the logits of two wrong answers say nothing of the right one.
         analysis = CausalPatching(
-            metric=("prob",), components=components, roles=roles, heads="by_position" if roles else "all_positions"
+            metric=("prob",),
+            components=(*streams, *parts),
+            roles=roles,
+            heads="by_position" if roles else "all_positions",
         )
         out.append(Run(analysis, prompts, own))
     return out

@@ -18,16 +18,17 @@ METHODS = {"tuned": "lenses (tuned)"}
 
 def runs(task: PlantedTask, questions: Sequence[Question]) -> list[Run]:
     """One run a question, fitted on the prompts it reads, since planted words occur in no other text."""
-    analysis = Lenses(lenses=tuple(METHODS), fit_on="prompts", eval_texts=0)
+    analysis = Lenses(lenses=tuple(METHODS), positions="last", fit_on="prompts", eval_texts=0)
     return [Run(analysis, logit_lens.prompts(task, question), (question,)) for question in questions]
 
 
 def read(result: Result, task: PlantedTask, questions: Sequence[Question]) -> list[Answer]:
-    """As the logit lens is read, lens by lens, at the last token of each prompt."""
+    """As the logit lens is read, lens by lens."""
     (question,) = questions
     table = result.tables["read"]
-    ends = table[table["position"] == table.groupby("prompt")["position"].transform("max")]
-    return [logit_lens.settling(method, ends[ends["lens"] == lens], task, question) for lens, method in METHODS.items()]
+    return [
+        logit_lens.settling(method, table[table["lens"] == lens], task, question) for lens, method in METHODS.items()
+    ]
 
 
 ADAPTER = Adapter("lenses", tuple(METHODS.values()), ("lens",), runs, read)

@@ -22,24 +22,27 @@ def settled(tops, answer):
     return first if first < len(tops) else None
 
 
-def layer_of(model, prompt, position):
-    """Read every block's output through the model's own head."""
-    tokens, tops = torch.tensor([prompt["tokens"][: prompt["positions"][position] + 1]]), []
-    with model.trace(tokens):
-        for layer in range(model.num_layers):
-            tops.append(model.project_on_vocab(model.layers_output[layer])[0, -1].argmax().save())
-    return settled([int(top) for top in tops], prompt["answer"])
+def layers_of(model, prompts, position):
+    """Read every block's output through the model's own head, prompts of one length at once."""
+    cut = [prompt["tokens"][: prompt["positions"][position] + 1] for prompt in prompts]
+    for length in sorted(set(map(len, cut))):
+        rows, tops = [i for i, tokens in enumerate(cut) if len(tokens) == length], []
+        with model.trace(torch.tensor([cut[i] for i in rows])):
+            for layer in range(model.num_layers):
+                tops.append(model.project_on_vocab(model.layers_output[layer])[:, -1].argmax(-1).save())
+        for row, column in zip(rows, torch.stack(list(tops), 1).tolist(), strict=True):
+            yield settled(column, prompts[row]["answer"])
 
 
 def answer(folder):
+    everything, questions = (json.loads((folder / f"{name}.json").read_text()) for name in ("prompts", "questions"))
+    if not (questions := [question for question in questions if question["kind"] == "lens"]):
+        return
     model = StandardizedTransformer(str(folder), device_map="cpu", dtype=torch.float32)
-    everything = json.loads((folder / "prompts.json").read_text())
-    for question in json.loads((folder / "questions.json").read_text()):
-        if question["kind"] != "lens":
-            continue
+    for question in questions:
         prompts = [p for p in everything if question["subset"] in (None, p["subset"])]
         prompts = [prompts[i * len(prompts) // PROMPTS] for i in range(PROMPTS)] if len(prompts) > PROMPTS else prompts
-        layers = [layer_of(model, prompt, question["position"]) for prompt in prompts]
+        layers = list(layers_of(model, prompts, question["position"]))
         known = [layer for layer in layers if layer is not None]
         said = {"decision": "none"}
         if 2 * len(known) > len(layers):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -43,46 +44,36 @@ def patched(model, into, source, at, answer, expected):
     points = ["blocks.0.hook_resid_pre", *(f"blocks.{n}.hook_resid_post" for n in range(model.cfg.n_layers))]
     rows, (_, streams), layers = torch.arange(len(into)), read(model, source, points), []
     for layer, point in enumerate(points, -1):
-
-        def swap(tensor, hook, brought=streams[point][rows, at]):
-            tensor = tensor.clone()
-            tensor[rows, at] = brought
-            return tensor
-
+        swap = partial(lambda brought, tensor, hook: tensor.index_put((rows, at), brought), streams[point][rows, at])
         top = model.run_with_hooks(into, fwd_hooks=[(point, swap)])[:, -1].argmax(-1)
         layers += [layer] if float(((top == answer) == expected).float().mean()) >= 0.5 else []
     return {"decision": "answered", "estimate": [layers[0], layers[-1]]} if layers else {"decision": "none"}
 
 
-def answers_to(folder):
+def said(model, question, everything):
+    """The answer to one question, of prompts of one length."""
+    prompts = [p for p in everything if p["partner"] and question["subset"] in (None, p["subset"])]
+    prompts = [p for p in prompts if len(p["tokens"]) == len(prompts[0]["tokens"])]
+    prompts = prompts[:: max(1, len(prompts) // PROMPTS)]
+    if not prompts or (question["concept"] and question["kind"] != "nodes"):
+        return {"decision": "declined", "reason": "no partners, or one concept of what is exchanged"}
+    own, partner, answer, other = (torch.tensor([prompt[field] for prompt in prompts]) for field in FIELDS)
+    if question["kind"] == "nodes":
+        return attributed(model, own, partner, answer, other)
+    at = torch.tensor([p["positions"][question["position"]] for p in prompts])
+    necessary = question["kind"] == "necessary"
+    return patched(model, *((own, partner) if necessary else (partner, own)), at, answer, not necessary)
+
+
+root, answers, kinds = Path(sys.argv[1]), [], ("nodes", "necessary", "sufficient")
+for folder in (root / name for name in json.loads((root / "depthbench.json").read_text())["tasks"]):
+    questions, everything = (json.loads((folder / f"{name}.json").read_text()) for name in ("questions", "prompts"))
     module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     how = {"hf_model": module, "tokenizer": AutoTokenizer.from_pretrained(folder), "device": "cpu"}
-    model, everything = (
-        TransformerBridge.boot_transformers(str(folder), **how),
-        json.loads((folder / "prompts.json").read_text()),
-    )
-    for question in json.loads((folder / "questions.json").read_text()):
-        prompts = [p for p in everything if p["partner"] and question["subset"] in (None, p["subset"])]
-        prompts = [p for p in prompts if len(p["tokens"]) == len(prompts[0]["tokens"])]
-        prompts = [prompts[i * len(prompts) // PROMPTS] for i in range(PROMPTS)] if len(prompts) > PROMPTS else prompts
-        if question["kind"] not in ("nodes", "necessary", "sufficient") or not prompts:
-            continue
-        own, partner, answer, other = (torch.tensor([prompt[field] for prompt in prompts]) for field in FIELDS)
-        if question["kind"] == "nodes":
-            said = attributed(model, own, partner, answer, other)
-        else:
-            at, necessary = (
-                torch.tensor([p["positions"][question["position"]] for p in prompts]),
-                question["kind"] == "necessary",
-            )
-            said = patched(model, *((own, partner) if necessary else (partner, own)), at, answer, not necessary)
-        yield {"method": "TransformerLens", "task": folder.name, "question": question["key"], **said}
-
-
-with torch.no_grad():
-    root = Path(sys.argv[1])
-    answers = [
-        one for name in json.loads((root / "depthbench.json").read_text())["tasks"] for one in answers_to(root / name)
-    ]
-    (root / "answers-transformer-lens.json").write_text(json.dumps(answers))
-    print(f"transformer-lens {version('transformer-lens')}: {len(answers)} answers")
+    model = TransformerBridge.boot_transformers(str(folder), **how)
+    key = {"method": "TransformerLens", "task": folder.name}
+    with torch.no_grad():
+        for question in [one for one in questions if one["kind"] in kinds]:
+            answers.append({**key, "question": question["key"], **said(model, question, everything)})
+(root / "answers-transformer-lens.json").write_text(json.dumps(answers))
+print(f"transformer-lens {version('transformer-lens')}: {len(answers)} answers")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -62,9 +62,13 @@ class LocalModel(Displayed, Model):
         self.module, self.tokenizer, self.ref, self.revision = module, tokenizer, ref, revision
         self.source = module if source is None else source
         self._config: Any = module.config.get_text_config()  # type: ignore[union-attr,operator]
-        self._lock = threading.RLock()
+        self._lock = self._new_lock()
         digest = self._examine(anatomy or anatomy_of(module), weights)
         self._wrapped = (self._state, digest)
+
+    def _new_lock(self) -> AbstractContextManager[Any]:
+        """What keeps other threads from running the module."""
+        return threading.RLock()
 
     def _examine(self, guess: Anatomy, weights: str | None) -> str:
         """Check the module as it is, and set what follows from it: anatomy, shape, key and canary; return its digest."""
@@ -256,8 +260,15 @@ class LocalModel(Displayed, Model):
         patterns = {a.layer: a for a in hooks.pending if a not in hooks.sites}
         watch = {layer: _report(hooks, a) for layer, a in patterns.items()}
         edits = {layer: hooks.writes[a] for layer, a in patterns.items() if a in hooks.writes}
-        with watched(self._config, self._layers, watch, edits) if patterns else nullcontext():
+        if not patterns:
             yield
+            return
+        with self.during(lambda: watched(self._config, self._layers, watch, edits)):
+            yield
+
+    def during(self, context: Callable[[], AbstractContextManager[Any]]) -> AbstractContextManager[Any]:
+        """Enter a context that changes the module inside."""
+        return context()
 
     def _forward(self, hooks: ForwardHooks, tokens: Tensor, lengths: Sequence[int] | None, **cache: Any) -> Any:
         kwargs: dict[str, Any] = {"use_cache": False, **cache} if self.shape.causal else {}

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from probes.blocks.rerouting import block_outputs
+from probes.blocks.schedule import ContextMaker
+from probes.cache_folder import cache_root
 from probes.hooks.forward_hooks import ForwardHooks
 from probes.models.backends.in_memory import LocalModel, evaluating
-from probes.models.protocol import Read, Write
+from probes.models.protocol import Read, SavedRun, Write
 from probes.points import Address
+from probes.shelf import Shelf
 
 
 class NativeModel(LocalModel):
@@ -21,8 +24,13 @@ class NativeModel(LocalModel):
 
     backend: ClassVar[str] = "native"
 
+    @cached_property
+    def shelf(self) -> Shelf:
+        """Where activations wait that a later block needs."""
+        return Shelf(cache_root() / "spill", None)
+
     def _call(self, hooks: ForwardHooks, tokens: Tensor, **kwargs: Any) -> Any:
-        with hooks.on(self.module, (tokens.shape[0], tokens.shape[1])):
+        with self.during(lambda: hooks.on(self.module, (tokens.shape[0], tokens.shape[1]))):
             return self.module(input_ids=tokens, **kwargs)
 
     def block_output_lengths(self) -> tuple[int | None, ...]:
@@ -40,6 +48,32 @@ class NativeModel(LocalModel):
         with self._lock, evaluating(self.module):
             yield
 
+    def whole(self) -> AbstractContextManager[None]:
+        """Keep other threads from running the model inside, whose weights are all in memory."""
+        return self.exclusive()
+
+    def at(self, layer: int) -> AbstractContextManager[None]:
+        """Do nothing: every block is in memory."""
+        return nullcontext()
+
+    @contextmanager
+    def altering(self, layer: int, alteration: ContextMaker) -> Iterator[None]:
+        """Have the weights of block `layer` altered inside."""
+        with self.exclusive(), alteration():
+            yield
+
+    def during(self, context: ContextMaker) -> AbstractContextManager[None]:
+        """Enter the context."""
+        return context()
+
+    def saved_run(self, *entering: Tensor) -> SavedRun | None:
+        """Return None: a run through blocks in memory is short."""
+        return None
+
+    def ends_group(self, layer: int) -> bool:
+        """Return False, as nothing is kept."""
+        return False
+
     @contextmanager
     def hooked(
         self, reads: Mapping[Address, Read], writes: Mapping[Address, Write], rows: tuple[int, int]
@@ -47,5 +81,5 @@ class NativeModel(LocalModel):
         """Make reads and writes happen whenever a block runs inside, on `rows` (batch, pos); for callers of single blocks."""
         self._admit(reads, writes)
         hooks = self._hooks(reads, writes, stop=False)
-        with self._lock, self._watching(hooks), hooks.on(self.module, rows):
+        with self._lock, self._watching(hooks), self.during(lambda: hooks.on(self.module, rows)):
             yield

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
-from functools import partial
-from typing import Any, NoReturn
+from functools import cached_property, partial
+from importlib.metadata import version
+from itertools import repeat
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
-from probes.blocks.single_block import SingleBlockRunner, of_stage, steps
+from probes.blocks.journal import Checkpoint, Journal, key_of
+from probes.blocks.rerouting import in_order, rerouted
+from probes.blocks.schedule import BlockSchedule, ContextMaker
+from probes.blocks.single_block import SingleBlockRunner, of_stage, stage_of, steps
 from probes.cache_folder import cache_root
 from probes.errors import ModelError, PointError
 from probes.hooks.forward_hooks import Stop
 from probes.models.backends.native import NativeModel
-from probes.models.backends.spill import Spill
+from probes.models.fingerprint.checksum import combined
 from probes.models.fingerprint.fingerprint import Fingerprint, fingerprint
 from probes.models.finite import check_finite
-from probes.models.protocol import Faithfulness, Forward, Read, Write
+from probes.models.protocol import Context, Faithfulness, Forward, Read, SavedRun, Write
 from probes.models.sources.block_weights import BlockWeights
 from probes.models.sources.gradual_digest import GradualDigest
 from probes.models.verify.checked import Checked, CheckRecord
@@ -29,9 +34,14 @@ from probes.models.verify.identities import HOOKED
 from probes.models.verify.recording import Evidence
 from probes.models.verify.stagewise import StagewiseEvidence
 from probes.points import Address
+from probes.shelf import Kept, Shelf
 
-SPILL_BYTES = 16 * 2**30
-"""Residuals kept on disk at once; a larger prompt set reads the weights once for each part of this size."""
+T = TypeVar("T")
+
+MEMORY_BYTES = 2 * 2**30
+"""Activations kept in memory between blocks, at most; more are kept on disk."""
+KEPT_BYTES = 16 * 2**30
+"""Residuals of one capture kept between blocks; a larger prompt set reads the weights once for each part of this size."""
 
 
 class StreamedModel(NativeModel):
@@ -40,7 +50,7 @@ class StreamedModel(NativeModel):
     Args:
         module: a model whose block parameters are on the meta device.
         blocks: where they are read from.
-        spill_bytes: largest file of residuals.
+        memory_bytes: most bytes of activations that wait in memory for a later block; more wait on disk.
 
     Raises:
         ModelError: as the native backend, or a model whose blocks pass each other more than the residual stream.
@@ -54,14 +64,58 @@ class StreamedModel(NativeModel):
         blocks: BlockWeights,
         ref: str,
         revision: str | None = None,
-        spill_bytes: int = SPILL_BYTES,
+        memory_bytes: int = MEMORY_BYTES,
     ) -> None:
-        self.blocks, self.spill_bytes = blocks, spill_bytes
+        self.blocks, self.kept_bytes = blocks, KEPT_BYTES
+        self._memory_bytes = memory_bytes
+        self._journal: Journal | None = None
+        self.schedule = BlockSchedule(lambda layer: blocks.read(layer), blocks.placed)
         self._runner = SingleBlockRunner([module.get_submodule(path) for path in blocks.paths])
         super().__init__(module, tokenizer, ref=ref, weights=None, revision=revision)
 
+    @cached_property
+    def shelf(self) -> Shelf:
+        """Where activations wait for a later block: in memory up to `memory_bytes`, then on disk."""
+        return Shelf(cache_root() / "spill", self._memory_bytes)
+
+    def together(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
+        """Return what tasks return that run this model, each block's weights read once for all that want it next.
+
+        Raises:
+            BaseException: what the first failing task raised; the others are ended.
+        """
+        return self.schedule.together(tasks)
+
+    @contextmanager
+    def resumable(self, key: str) -> Iterator[None]:
+        """Keep finished groups of blocks inside, so that after a kill the same work goes on from the last of them.
+
+        Args:
+            key: names the work: all that decides it beside the model.
+        """
+        context = self.current()
+        name = combined([key, repr(context), version("bathyscope")])
+        self._journal = Journal(cache_root() / "unfinished" / name, self.shape.n_layers)
+        self._journal.clear_old()
+        try:
+            with self.schedule.counted_anew():
+                yield
+            self._journal.remove()
+        finally:
+            self._journal = None
+
+    def saved_run(self, *entering: Tensor) -> SavedRun | None:
+        """Return where the run that these tensors enter is kept; None outside of `resumable`."""
+        if self._journal is None:
+            return None
+        return Checkpoint(self._journal, key_of(self.schedule.next_path(), entering))
+
+    def ends_group(self, layer: int) -> bool:
+        """Tell whether a saved run keeps its activations after block `layer`."""
+        return self._journal is not None and self._journal.ends_group(layer)
+
     def run_all(self, forwards: Sequence[Forward]) -> Iterator[int]:
-        """Run every forward, block by block; a block's weights are read once for as many forwards as the spill file holds.
+        """Run every forward, block by block; a block's weights are read once for as many forwards as are kept at once.
 
         Gives a forward's index each time one more block of it is done.
 
@@ -74,11 +128,10 @@ class StreamedModel(NativeModel):
             self._admit(forward.reads, forward.writes)
             self._admit_tokens(forward.tokens, forward.tokens.shape[1])
         row_bytes = self.shape.d_model * max(4, getattr(torch, self.context.dtype).itemsize)
+        run = self._run_rerouted if self._is_rerouted else self._sweep
         with self._lock:
-            for part in _parts(forwards, self.spill_bytes // row_bytes):
-                rows = [forwards[i].tokens.numel() for i in part]
-                with Spill(cache_root() / "spill", rows, row_bytes) as spill:
-                    yield from self._sweep(forwards, part, spill)
+            for part in _parts(forwards, self.kept_bytes // row_bytes):
+                yield from run(forwards, part)
 
     def run(
         self,
@@ -95,17 +148,56 @@ class StreamedModel(NativeModel):
         for _ in self.run_all([Forward(tokens, reads, writes or {}, lengths)]):
             pass
 
-    def generate(self, tokens: Sequence[int], max_new_tokens: int, **_: Any) -> NoReturn:
-        """Refuse: each token written would read every weight again.
+    def generate(self, tokens: Sequence[int], max_new_tokens: int, **how: Any) -> list[int]:
+        """Return the tokens the model writes after `tokens`; each reads all weights, once for all texts written together.
+
+        Raises:
+            PointError, PromptError, OptionError: as the native backend.
+        """
+        with nullcontext() if self._is_rerouted else rerouted(self, in_order(self.shape.n_layers)):
+            return super().generate(tokens, max_new_tokens, **how)
+
+    def current(self) -> Context:
+        """Return the context of the module as it is now; while tasks are under way, as it was when they began."""
+        return self.context if self.schedule.driving else super().current()
+
+    def block_output_lengths(self) -> tuple[int | None, ...]:
+        """Return the length of the tuple that each block returns; None where it returns a bare tensor."""
+        return self._runner.output_lengths
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Refuse: the blocks are not in memory.
 
         Raises:
             PointError: always.
         """
         raise PointError(
-            f"{self.ref} is streamed, and each token it writes would read all its weights from disk again. Load it "
-            "without streaming (with a device map, blocks that do not fit in memory are offloaded), or give the "
-            "responses as part of the prompts"
+            f"{self.ref} is streamed: its blocks are on disk and pass through memory one at a time, so they cannot be "
+            "differentiated or read as weights. Load it without streaming"
         )
+        yield
+
+    def at(self, layer: int) -> AbstractContextManager[None]:
+        """Have the weights of block `layer` in place inside; a task waits for its turn."""
+        return self.schedule.at(layer, layer + 1 if layer + 1 < self.shape.n_layers else None)
+
+    @contextmanager
+    def altering(self, layer: int, alteration: ContextMaker) -> Iterator[None]:
+        """Have the weights of block `layer` altered inside whenever they are in place."""
+        with self.schedule.altering(layer, alteration):
+            yield
+
+    def during(self, context: ContextMaker) -> AbstractContextManager[Any]:
+        """Have a context entered inside, except while another task runs."""
+        return self.schedule.during(context)
+
+    def _new_lock(self) -> AbstractContextManager[Any]:
+        return self.schedule
+
+    @property
+    def _is_rerouted(self) -> bool:
+        return self.module.get_submodule(self.blocks.paths[0]) is not self._runner.blocks[0]
 
     def _fingerprint(self) -> Fingerprint:
         return fingerprint(self.module, self.blocks.files)
@@ -134,36 +226,45 @@ class StreamedModel(NativeModel):
                     "each other more than the residual stream; load it without streaming"
                 )
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Refuse: the blocks are not in memory.
+    def _run_rerouted(self, forwards: Sequence[Forward], part: Sequence[int]) -> Iterator[int]:
+        """The given forwards with their blocks run by another program than the model's own."""
+        run = partial(NativeModel.run, self)
+        given = [forwards[i] for i in part]
+        self.together([partial(run, f.tokens, f.reads, f.writes, f.lengths) for f in given])
+        for index in part:
+            yield from repeat(index, steps(forwards[index], self.anatomy.n_layers))
 
-        Raises:
-            PointError: always.
-        """
-        raise PointError(
-            f"{self.ref} is streamed: its blocks are on disk and pass through memory one at a time, so they cannot be "
-            "resumed, reordered, altered or read as weights. Load it without streaming"
-        )
-        yield
-
-    def _sweep(self, forwards: Sequence[Forward], part: Sequence[int], spill: Spill) -> Iterator[int]:
+    def _sweep(self, forwards: Sequence[Forward], part: Sequence[int]) -> Iterator[int]:
         """The given forwards through every stage up to the last that one of them has an address in."""
         n_layers = self.anatomy.n_layers
         ends = {i: steps(forwards[i], n_layers) for i in part}
-        # Closed at once where a read fails, so that no block's weights stay behind.
-        with closing(self.blocks.sweep(range(min(max(ends.values()), n_layers)))) as sweep:
-            for layer in sweep:
-                for slot, index in enumerate(part):
-                    if layer < ends[index]:
-                        leaving = self._stage(forwards[index], layer, spill.read(slot) if layer else None)
-                        if layer + 1 < ends[index]:
-                            spill.write(slot, leaving)
-                        yield index
-        for slot, index in enumerate(part):
+        runs = {i: self._saved_forward(forwards[i]) for i in part}
+        kept, done = dict[int, Kept](), dict.fromkeys(part, 0)
+        for index, run in runs.items():
+            for blocks, tensors in run.saved() if run else ():
+                done[index], kept[index] = blocks, self.shelf.keep(tensors["entering"].to(self.device))
+        n_blocks = min(max(ends.values()), n_layers)
+        for layer in range(min(done.values()), n_blocks):
+            with self.schedule.at(layer, layer + 1 if layer + 1 < n_blocks else None):
+                for index in (i for i in part if done[i] <= layer < ends[i]):
+                    entering = kept.pop(index).get(self.shelf) if layer else None
+                    leaving = self._stage(forwards[index], layer, entering)
+                    if (
+                        (run := runs[index])
+                        and self.ends_group(layer)
+                        and layer < _first_read(forwards[index], n_layers)
+                    ):
+                        run.save(layer + 1, {"entering": leaving}, instead=True)
+                    if layer + 1 < ends[index]:
+                        kept[index] = self.shelf.keep(leaving)
+                    yield index
+        for index in part:
             if ends[index] > n_layers:
-                self._stage(forwards[index], n_layers, spill.read(slot))
+                self._stage(forwards[index], n_layers, kept.pop(index).get(self.shelf))
                 yield index
+
+    def _saved_forward(self, forward: Forward) -> SavedRun | None:
+        return self.saved_run(forward.tokens) if _first_read(forward, self.anatomy.n_layers) else None
 
     @torch.inference_mode()
     def _stage(self, forward: Forward, layer: int, entering: Tensor | None) -> Tensor:
@@ -186,13 +287,14 @@ class StreamedModel(NativeModel):
         Each block is read once, and digested on the way.
         """
         stages = StagewiseEvidence(self.module, guess, self._runner, self._logits, tokens)
-        sweep = self.blocks.sweep(range(guess.n_layers))
-        inside = False
+        inside, in_place = False, ExitStack()
 
         def advance(layer: int, *_: Any) -> None:
             nonlocal inside
             if not inside:
-                next(sweep)
+                in_place.close()
+                then = layer + 1 if layer + 1 < guess.n_layers else None
+                in_place.enter_context(self.schedule.at(layer, then))
                 tensors = self.blocks.placed_tensors(layer)
                 for name, tensor in tensors.items():
                     check_finite(tensor, name, self.ref)
@@ -201,13 +303,17 @@ class StreamedModel(NativeModel):
                 stages.stage(layer)
                 inside = False
 
-        with ExitStack() as stack, self._runner.watched():
-            stack.callback(sweep.close)
+        with ExitStack() as stack, in_place, self._runner.watched():
             for layer, block in enumerate(self._runner.blocks):
                 stack.callback(block.register_forward_pre_hook(partial(advance, layer)).remove)
             logits = self._logits(tokens).cpu()
         stages.stage(guess.n_layers)
         return stages.evidence(logits)
+
+
+def _first_read(forward: Forward, n_layers: int) -> int:
+    """The first stage that something is read in, before which a forward may be gone on with."""
+    return min((stage_of(address, n_layers) for address in forward.reads), default=0)
 
 
 def _parts(forwards: Sequence[Forward], rows: int) -> Iterator[list[int]]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -91,18 +90,6 @@ class BlockWeights:
                 stored = tuple(tensors[name].shape) if name in tensors else "nothing"
                 raise ModelError(f"weight {name!r} should be {tuple(self._empty[name].shape)}; the folder has {stored}")
         return {name: tensor for name, tensor in tensors.items() if name in self._empty}
-
-    def sweep(self, layers: Sequence[int]) -> Generator[int]:
-        """Give each layer in turn, its weights in place until the next one; a thread reads ahead by one block."""
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="block-reader") as pool:
-            coming = pool.submit(self.read, layers[0]) if layers else None
-            for i, layer in enumerate(layers):
-                assert coming is not None
-                tensors = coming.result()
-                coming = pool.submit(self.read, layers[i + 1]) if i + 1 < len(layers) else None
-                with self.placed(layer, tensors):
-                    del tensors
-                    yield layer
 
     def tensor(self, name: str) -> Tensor:
         """Read one parameter of a block, for this call alone.

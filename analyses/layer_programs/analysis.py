@@ -1,0 +1,159 @@
+"""Layer programs: does the model need its blocks in this order, each once?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
+from analyses.interventions import Interventions, Tally
+from analyses.layer_programs.engine import Engine
+from analyses.layer_programs.figures import FIGURES
+from analyses.layer_programs.maps import (
+    Swap,
+    jump_cells,
+    jump_tables,
+    pair_programs,
+    pair_table,
+    swap_cells,
+    swap_table,
+)
+from analyses.layer_programs.models import check_model
+from analyses.layer_programs.outcomes import question_table
+from analyses.layer_programs.profiles import PROFILES
+from analyses.layer_programs.questions import FIELDS, Scope, check_reads, questions_of, two_hop_prompts
+from analyses.layer_programs.reading import Metric
+from analyses.options import option, validate
+from analyses.results.card import FigureSpec, ProfileSpec
+from analyses.results.result import Result
+from probes.capture.needs import Need
+from probes.edits.program_runs import block_runs
+from probes.edits.programs import Program, jump
+from probes.models.protocol import Model
+from probes.progress import QUIET, Progress
+from probes.prompts import Field, Prompt
+from probes.store import ActivationStore
+
+Map = Literal["jumps", "swaps", "pairs"]
+
+
+@dataclass(frozen=True)
+class LayerPrograms(Analysis):
+    """Blocks left out, repeated, exchanged and run side by side (Li et al. 2025, "Skip a Layer or Loop It?", arXiv 2507.07996)."""
+
+    task: Literal["two_hop"] = option("two_hop", "Questions that are made where no prompts are given: two-hop ones.")
+    n_prompts: int = option(24, "At most so many questions are made.", low=1)
+    maps: tuple[Map, ...] = option(
+        ("jumps", "swaps", "pairs"),
+        "jumps: every contiguous skip and repeat; swaps: blocks exchanged or run in a neighbour's place; pairs: how two neighbours interact.",
+    )
+    metric: tuple[Metric, ...] = option(
+        ("answer", "loss"),
+        "answer: log-probability of the whole answer; first_token: of its first token; correct: whether it is the next token, or the likeliest "
+        "choice; loss: of the prompt's own text; kl: from the plain prediction. The first is what a search raises.",
+    )
+    scope: Scope = option(
+        "all",
+        "Whether programs act on all positions, or on the last alone, as back-patching at the last position does.",
+    )
+    stride: int = option(1, "Every how many places a jump leaves and enters, and a swap begins.", low=1)
+    swap_widths: tuple[int, ...] = option((1,), "Numbers of neighbouring blocks that change places together.", low=1)
+    swap_reach: int = option(1, "How many widths apart blocks that change places may lie.", low=1)
+    group: Literal["sum", "mean"] = option(
+        "sum", "What blocks that run side by side add to the stream: all of what each adds, or its mean."
+    )
+    loss_positions: int = option(32, "Positions of each prompt at which the loss is read, at most.", low=1)
+    seed: int = option(0, "Seed of made questions, sampled positions, splits, searches and intervals.")
+
+    name: ClassVar[str] = "layer_programs"
+    title: ClassVar[str] = "Layer programs: skip, repeat, swap, loop"
+    reference: ClassVar[str] = (
+        'Li, Li and Zhou 2025, "Skip a Layer or Loop It?", arXiv 2507.07996; Sun et al. 2024, '
+        '"Transformer Layers as Painters", arXiv 2407.09298'
+    )
+    prompt_fields: ClassVar[Mapping[str, Field]] = FIELDS
+    figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
+    profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
+    reads = "own forwards"
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    @property
+    def makes_prompts(self) -> bool:
+        """Yes: where no prompts are given, those of its task."""
+        return True
+
+    def collect(self, model: Model, prompts: PromptsLike = ()) -> list[Prompt]:
+        """Return the prompts that were given, or the task's questions."""
+        given = as_prompts(prompts, model, self.prompt_fields)
+        return given or two_hop_prompts(model, self.n_prompts, self.seed)
+
+    def needs(self, model: Model) -> list[Need]:
+        """None: each prompt is run once and resumed, and nothing of it is stored."""
+        return []
+
+    def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
+        """Count the programs of the maps on every prompt, and the block-runs that they take."""
+        n, n_layers, planned = len(prompts), model.shape.n_layers, self._planned(model)
+        forwards = {name: n * len(programs) for name, programs in planned.items()}
+        runs = sum(block_runs(programs, n_layers) for programs in planned.values())
+        if "pairs" in self.maps:
+            forwards["blocks run on their neighbour's input"] = n * len(self._pairs(model))
+            runs += 2 * len(self._pairs(model))
+        detail = f"{runs:,} block-runs a prompt, as many as {runs / n_layers:,.0f} plain runs of the model"
+        return Interventions(forwards, detail=detail)
+
+    def _planned(self, model: Model) -> dict[str, list[Program]]:
+        """Return the programs of each map."""
+        n = model.shape.n_layers
+        planned: dict[str, list[Program]] = {}
+        if "jumps" in self.maps:
+            planned["jumps"] = [jump(n, *cell) for cell in jump_cells(n, self.stride)]
+        if "swaps" in self.maps:
+            planned["swaps"] = [swap.program(n) for swap in self._swaps(model)]
+        if "pairs" in self.maps:
+            planned["pairs"] = pair_programs(n, self._pairs(model), self.group == "mean")
+        return planned
+
+    def _swaps(self, model: Model) -> list[Swap]:
+        return swap_cells(model.shape.n_layers, self.swap_widths, self.swap_reach, self.stride)
+
+    def _pairs(self, model: Model) -> list[int]:
+        return list(range(0, model.shape.n_layers - 1, self.stride))
+
+    def run(
+        self,
+        model: Model,
+        prompts: PromptsLike = (),
+        *,
+        store: ActivationStore | None = None,
+        progress: Progress = QUIET,
+    ) -> Result:
+        """Return the tables `questions` and, as the options say, `jumps`, `swaps` and `pairs`.
+
+        Raises:
+            PointError: a model whose blocks cannot be run in another order.
+            PromptError: prompts without what a metric reads.
+        """
+        clock, tally = Clock(), Tally(progress)
+        collected = self.collect(model, prompts)
+        check_model(model)
+        questions = questions_of(model, collected, self.scope, self.loss_positions, self.seed)
+        check_reads(questions, self.metric)
+        groups = [question.group for question in questions]
+        engine = Engine(model, questions, self.metric, tally)
+        beside = Engine(model, questions, tuple(dict.fromkeys((*self.metric, "kl"))), tally)
+        tally.start(self.interventions(model, collected).total, "program")
+        n, tables = model.shape.n_layers, {}
+        if "jumps" in self.maps:
+            tables["jumps"], tables["best_jump"] = jump_tables(engine, n, self.stride, self.metric, groups, self.seed)
+        if "swaps" in self.maps:
+            tables["swaps"] = swap_table(beside, n, self._swaps(model), self.metric[0], groups, self.seed)
+        if "pairs" in self.maps:
+            mean = self.group == "mean"
+            tables["pairs"] = pair_table(engine, n, self._pairs(model), mean, self.metric[0], groups, self.seed)
+        tables["questions"] = question_table(collected, questions, engine)
+        counts = {"block_runs": engine.block_runs + beside.block_runs}
+        return make_result(self, model, collected, tables, None, clock, (), counts, tally.forwards)

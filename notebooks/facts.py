@@ -90,4 +90,20 @@ FACTS: dict[str, dict[str, str]] = {
         "pearson": "agreement['pearson'].to_dict()",
         "kept": "faithfulness.set_index('method').query('size < 10')[['faithfulness', 'random_high']].to_numpy().tolist()",
     },
+    "live": {
+        "kl": "patched.compare(layers=False).kl",
+        "country": "float(difference[8, 3])",
+        "single": "session.edit('patch resid_post.20 @8 from other').compare(layers=False).kl",
+        "swept": "float(effect.kl[20, 8])",
+        "unchanged": "session.compare(layers=False).kl",
+    },
+    "layer_programs": {
+        "planned": "analysis.interventions(model, [None] * 8).total",
+        "ran": "result.provenance['counts']['intervention_forwards']",
+        "exact": "mending == task.record.question('mending:e1').truth",
+        "test": "search.tables['programs']['test'].tolist()",
+        "undone": "search.tables['fragility'].query(\"change == 'undone'\")['survived'].max()",
+        "swapped": "float(result.tables['swaps'].query(\"protocol == 'interchange'\")['kl'].median())",
+        "replaced": "float(result.tables['swaps'].query(\"protocol == 'replacement'\")['kl'].median())",
+    },
 }

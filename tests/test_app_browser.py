@@ -339,11 +339,13 @@ def test_every_page_is_drawn_and_fits(theme: str, look: Callable[..., Any], tmp_
         if name not in ("Store", "Model"):
             page.wait_for_selector("[data-testid=stMain] .main-svg")
         page.mouse.move(0, 0)
-        page.wait_for_timeout(400)
-        assert page.evaluate("document.documentElement.scrollWidth") <= 1440, name
         background = page.evaluate("getComputedStyle(document.querySelector('[data-testid=stApp]')).backgroundColor")
         assert (sum(map(int, re.findall(r"\d+", background)[:3])) > 380) == (theme == "light")
-        page.screenshot(path=folder / f"{name.lower().replace(' ', '-')}-{theme}.png")
+        for width in (1024, 1440):
+            page.set_viewport_size({"width": width, "height": 1800})
+            page.wait_for_timeout(400)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, (name, width)
+            page.screenshot(path=folder / f"{name.lower().replace(' ', '-')}-{theme}-{width}.png")
 
 
 @pytest.mark.parametrize("width", [1440, 1280, 1024, 400])

@@ -136,7 +136,7 @@ def test_a_kernel_finds_on_the_real_model_what_is_kept(tmp_path: Path, monkeypat
 
 
 def test_there_is_a_tour_and_a_notebook_for_every_analysis() -> None:
-    assert {"tour", "depth_bench", *ANALYSES} == set(NAMES)
+    assert {"tour", "live", "depth_bench", *ANALYSES} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -201,6 +201,14 @@ def test_tour() -> None:
     assert "identities hold" in cards
     assert all(name in cards for name in ANALYSES)
     assert len(done.outputs(FIGURE)) == 2
+
+
+def test_live() -> None:
+    done = kept("live")
+    facts = done.facts
+    assert facts["unchanged"] == 0 < facts["kl"]
+    assert facts["country"] > 0
+    assert facts["swept"] == pytest.approx(facts["single"], abs=1e-4)
 
 
 def test_voids() -> None:
@@ -323,6 +331,15 @@ def test_causal_patching() -> None:
     assert done["top"] > 0.5
     assert done["end"] == pytest.approx(1, abs=1e-3)
     assert 0 < done["ran"] <= done["planned"]
+
+
+def test_layer_programs() -> None:
+    done = kept("layer_programs").facts
+    assert done["planned"] == done["ran"]
+    assert done["exact"]
+    assert done["test"] == [1.0] * 4
+    assert done["undone"] == 0
+    assert done["swapped"] < done["replaced"]
 
 
 def test_contextual_decomposition() -> None:

@@ -86,7 +86,7 @@ DEMO = (
         14,
     ),
     Step(
-        BackPatching(task="two_hop", pool=24, n_prompts=4, stride=5, stages=False),
+        BackPatching(task="two_hop", pool=30, n_prompts=6, stride=5, stages=False),
         BackPatching(task="two_hop", pool=60, n_prompts=8, stride=3),
         12,
     ),

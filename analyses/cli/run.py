@@ -119,7 +119,7 @@ def start(
     dry_run: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Checks everything that needs no model, then runs (or, dry, prints the cost) and saves."""
+    """Check everything that needs no model, then run (or, dry, print the cost) and save."""
     lines = prompts.lines(analysis)
     out = out or Path("runs") / analysis.name
     check_output(out)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from analyses.cli.console import PLAIN, say
+from analyses.cli.console import PLAIN, JsonLines, say
 from analyses.cli.store_flag import StoreDir
 from probes.errors import OptionError
 from probes.html_card import aligned, count, size
@@ -28,7 +28,7 @@ group = typer.Typer(help="The activation store.", no_args_is_help=True, **PLAIN)
 @group.command("ls")
 def ls(
     store: StoreDir = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line, for programs.")] = False,
+    json: JsonLines = False,
 ) -> None:
     """What is held, one line per model and setting."""
     activations = ActivationStore(store)
@@ -153,18 +153,9 @@ def parse_size(text: str) -> int:
     Raises:
         OptionError: not a size.
     """
-    units = {
-        "": 1,
-        "b": 1,
-        "kb": 10**3,
-        "mb": 10**6,
-        "gb": 10**9,
-        "tb": 10**12,
-        "kib": 2**10,
-        "mib": 2**20,
-        "gib": 2**30,
-        "tib": 2**40,
-    }
+    units = {"": 1, "b": 1}
+    for power, prefix in enumerate("kmgt", 1):
+        units |= {f"{prefix}b": 1000**power, f"{prefix}ib": 1024**power}
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
     if match is None or match[2] not in units:
         raise OptionError(f"size {text!r}: write a number with a unit such as 20GB or 512MiB")

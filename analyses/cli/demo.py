@@ -97,7 +97,7 @@ DEMO = (
         10,
     ),
     Step(
-        LayerPrograms(n_prompts=4, stride=6, loss_positions=8),
+        LayerPrograms(n_prompts=4, maps=("pairs",), metric=("answer",), stride=6),
         LayerPrograms(n_prompts=8, stride=3),
         8,
     ),

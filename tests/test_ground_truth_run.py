@@ -17,7 +17,7 @@ from analyses.ground_truth.exchange import export, exported, handed_in
 from analyses.ground_truth.report import worst
 from analyses.ground_truth.score import score
 from analyses.ground_truth.words import CANNOT_TELL, method_list, readme_table, sentences
-from analyses.registry import TITLES
+from analyses.registry import SHIPPED
 from analyses.results.depth_axis import Curve, Panel, depth_figure
 from app.ui.truth import in_words, mark_of, true_marks
 from probes import from_hf
@@ -76,7 +76,7 @@ def test_words_claim_nothing_without_an_interval(ran: Ran) -> None:
 def test_each_analysis_is_said_what_it_cannot_tell(ran: Ran, tmp_path: Path) -> None:
     assert set(CANNOT_TELL) == set(ADAPTED)
     page = method_list(ran.scored.summary)
-    assert all(f"### {title}" in page for title in map(TITLES.__getitem__, ADAPTED))
+    assert all(f"### {title}" in page for title in (SHIPPED[name][1] for name in ADAPTED))
     assert "- logit_lens, lens, compiled: off by 0.00 layers" in page
     write_between = runpy.run_path(str(BENCH))["write_between"]
     written = tmp_path / "page.md"

@@ -10,7 +10,7 @@ import pandas as pd
 
 from analyses.ground_truth.answers import LEVEL
 from analyses.ground_truth.contestants import ADAPTED, adapter_of
-from analyses.registry import TITLES
+from analyses.registry import SHIPPED
 
 ABSTAINS, ALWAYS = 0.2, 0.5
 """Rates of false positives below which a method counts as abstaining, and above which as answering whatever it is asked."""
@@ -132,7 +132,9 @@ def method_list(summary: pd.DataFrame) -> str:
     parts, left = [], set(summary.loc[~summary["method"].str.startswith("control"), "method"])
     for analysis in ADAPTED:
         methods = adapter_of(analysis).methods
-        parts.append(f"### {TITLES[analysis]}\n\nCannot tell {CANNOT_TELL[analysis]}.\n\n{_bullets(summary, methods)}")
+        parts.append(
+            f"### {SHIPPED[analysis][1]}\n\nCannot tell {CANNOT_TELL[analysis]}.\n\n{_bullets(summary, methods)}"
+        )
         left -= set(methods)
     return "\n\n".join([*parts, f"### Other tools, and the ceiling\n\n{_bullets(summary, sorted(left))}"])
 

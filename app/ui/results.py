@@ -113,7 +113,7 @@ def draw_figure(run: Run, result: Result, name: str, key: str) -> None:
         st.caption(f":material/filter_alt: {said}")
     st.markdown(f"**What am I looking at?** {spec.caption}")
     st.caption(f"Method: {result.card.reference}")
-    left, right = st.columns([1, 5])
+    left, right = st.columns([1, 3])
     with left:
         figure_downloads(
             lambda: made_figure(str(run.folder), run.stamp, name, selection, "light", end, result).figure,

@@ -1,281 +1,207 @@
-"""A model larger than memory, streamed: seconds, peak resident memory, bytes read, and how often each block is read.
+"""A model larger than memory, streamed: loads, and a back-patching grid beside the same grid on accelerate's disk offload.
 
-A randomly initialised Llama is written shard by shard (7B shape in bfloat16 by default, 13.5 GB on disk), then loaded streamed
-in a process of its own and every layer's residual stream of a few short prompts is captured. Resident memory is the
-kernel's high-water mark of that process, which counts memory-mapped file pages as well as its own. Where the whole model is small enough, the
-rows are compared with those of an ordinary load. The folder is removed at the end.
+A randomly initialised Llama is written to disk, then loaded streamed, twice, in a process of its own, which patches one grid of
+36 cells, its controls and their prompts block by block. The same analysis then runs on a load whose blocks accelerate keeps on
+disk, and, where the model is small enough, on an ordinary one; the tables are compared before anything is reported. Bytes of
+weights are counted where they are read, by the reader of blocks and by accelerate's loader. Resident memory is the kernel's
+high-water mark of the process, which counts mapped file pages as well as its own. The folder is removed at the end.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import platform
 import shutil
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from process_memory import Memory, kernel
+from streamed_llama import Sizes, write
 
+from analyses.back_patching import BackPatching
 from probes.capture.dry_run import human
-from probes.capture.needs import Need
-from probes.capture.run import capture
 from probes.models import load_model
-from probes.reducers import Reducer
+from probes.models.protocol import Model
+from probes.prompts import Prompt
 from probes.store import ActivationStore
 
-COMPARED_BELOW = 2e9
-"""Bytes of weights up to which the rows are compared with an ordinary load's."""
+SHAPES = {"small": Sizes(12, 256, 2000), "1b": Sizes(22, 2048, 32_000), "7b": Sizes(32, 4096, 32_000)}
+"""`1b` and `7b` have the sizes of TinyLlama 1.1B and Llama 2 7B."""
+COMPARED_BELOW = 3e9
+"""Bytes of weights up to which the grid is also run on an ordinary load."""
+PASSES = 3
+"""What the analysis needs: the questions are asked, their prompts opened, and the cells resumed."""
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """The shape of the model and of the work."""
-
-    layers: int
-    width: int
-    vocabulary: int
-    prompts: int
-    length: int
-    dtype: str
-
-    @property
-    def mlp(self) -> int:
-        return -(-self.width * 43 // 16 // 16) * 16
-
-    @property
-    def heads(self) -> int:
-        return max(1, self.width // 128)
-
-
-def block(sizes: Sizes, layer: int) -> dict[str, Tensor]:
-    d, m = sizes.width, sizes.mlp
-    shapes = {
-        **dict.fromkeys((f"self_attn.{x}_proj" for x in "qkvo"), (d, d)),
-        **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (m, d)),
-        "mlp.down_proj": (d, m),
-    }
-    prefix = f"model.layers.{layer}"
-    norms = {f"{prefix}.{name}_layernorm.weight": ones(d) for name in ("input", "post_attention")}
-    return {**norms, **{f"{prefix}.{name}.weight": noise(shape, layer) for name, shape in shapes.items()}}
-
-
-def ones(n: int) -> Tensor:
-    return torch.ones(n, dtype=torch.bfloat16)
-
-
-def noise(shape: tuple[int, ...], seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + shape[0])
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-
-
-def parts(sizes: Sizes) -> Iterator[dict[str, Tensor]]:
-    """The checkpoint, one shard in memory at a time."""
-    table = (sizes.vocabulary, sizes.width)
-    yield {"model.embed_tokens.weight": noise(table, 1000)}
-    for layer in range(sizes.layers):
-        yield block(sizes, layer)
-    yield {"model.norm.weight": ones(sizes.width), "lm_head.weight": noise(table, 1001)}
-
-
-def write(folder: Path, sizes: Sizes) -> int:
-    """Writes the checkpoint; its bytes."""
-    weight_map: dict[str, str] = {}
-    total, count = 0, sizes.layers + 2
-    for number, tensors in enumerate(parts(sizes), 1):
-        name = f"model-{number:05d}-of-{count:05d}.safetensors"
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        forget(folder / name)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": sizes.width,
-        "intermediate_size": sizes.mlp,
-        "num_hidden_layers": sizes.layers,
-        "num_attention_heads": sizes.heads,
-        "num_key_value_heads": sizes.heads,
-        "vocab_size": sizes.vocabulary,
-        "max_position_embeddings": 4096,
-        "dtype": "bfloat16",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return total
-
-
-def forget(path: Path) -> None:
-    """Drops a file from the page cache, so that the first read of it is from the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-class Memory:
-    """Peaks of this process's resident memory, and of its parts, sampled."""
-
-    def __init__(self) -> None:
-        self.peaks: dict[str, int] = {}
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Memory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self._look()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.02):
-            self._look()
-
-    def _look(self) -> None:
-        for name in ("VmHWM", "RssAnon", "RssFile", "RssShmem"):
-            self.peaks[name] = max(self.peaks.get(name, 0), kernel("status", name) * 1024)
-
-
-def kernel(file: str, name: str) -> int:
-    """A number the kernel keeps of this process."""
-    for line in Path(f"/proc/self/{file}").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1])
-    return 0
-
-
-def prompts(sizes: Sizes) -> list[tuple[int, ...]]:
+def questions(sizes: Sizes, count: int, length: int) -> list[Prompt]:
+    """Random prompts, each with a random answer and two positions to patch."""
     generator = torch.Generator().manual_seed(0)
-    lengths = [max(1, sizes.length - 3 * i) for i in range(sizes.prompts)]
-    return [tuple(torch.randint(0, sizes.vocabulary, (n,), generator=generator).tolist()) for n in lengths]
+    out = []
+    for index in range(count):
+        tokens = torch.randint(5, sizes.vocabulary, (max(2, length - 3 * index) + 1,), generator=generator).tolist()
+        fields = {"answer_tokens": tokens[-1:], "positions": [(len(tokens) - 1) // 2, -1]}
+        out.append(Prompt(tuple(tokens[:-1]), None, fields))
+    return out
 
 
-def needs() -> list[Need]:
-    return [Need("resid_post.*"), Need("final_norm", Reducer(positions="last"))]
+def grid(model: Model, prompts: list[Prompt], scratch: Path) -> pd.DataFrame:
+    """Every pair of eight layers and the embedding, source above target, with the analysis' three controls."""
+    n = model.shape.n_layers
+    layers = tuple(sorted({round(i * (n - 1) / 7) for i in range(8)}))
+    analysis = BackPatching(layers=layers, include_embedding=True, stages=False)
+    return analysis.run(model, prompts, store=ActivationStore(scratch)).tables["grid"]
 
 
-def measured(folder: str, scratch: str, sizes: Sizes, threads: int, out: Any) -> None:
-    """Loads and captures in this process, and sends the figures."""
+def streamed(folder: Path, sizes: Sizes, prompts: list[Prompt], memory_bytes: int) -> dict[str, Any]:
+    """Load twice and run the grid."""
+    facts: dict[str, Any] = {}
+    for load in ("first load", "second load"):
+        started, disk = time.perf_counter(), kernel("io", "read_bytes")
+        model: Any = load_model(str(folder), device="cpu", dtype=sizes.dtype, streamed=True, stream_memory=memory_bytes)
+        facts[load] = (time.perf_counter() - started, model.blocks.ledger.bytes, kernel("io", "read_bytes") - disk)
+    ledger = model.blocks.ledger
+    ledger.bytes = 0
+    ledger.blocks.clear()
+    disk, started = kernel("io", "read_bytes"), time.perf_counter()
+    table = grid(model, prompts, folder.parent / "streamed")
+    facts["grid"] = (time.perf_counter() - started, ledger.bytes, kernel("io", "read_bytes") - disk)
+    counts = [ledger.blocks[layer] for layer in range(sizes.layers)]
+    return facts | {
+        "table": table, "reads of a block": (min(counts), max(counts)), "waiting": model.schedule.waiting.share,
+        "spilled": model.shelf.most_on_disk, "holds": model.faithfulness.holds,
+    }  # fmt: skip
+
+
+def offloaded(folder: Path, sizes: Sizes, prompts: list[Prompt]) -> dict[str, Any]:
+    """Run the grid on a load whose blocks accelerate keeps on disk."""
+    from accelerate.utils.offload import OffloadedWeightsLoader
+
+    fetched, plain = [0], OffloadedWeightsLoader.__getitem__
+
+    def counted(self: Any, key: str) -> Any:
+        tensor = plain(self, key)
+        fetched[0] += tensor.nbytes
+        return tensor
+
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{layer}": "disk" for layer in range(sizes.layers)}
+    offload = folder.parent / "offload"
+    started = time.perf_counter()
+    model = load_model(str(folder), dtype=sizes.dtype, device_map=places, offload=offload)
+    facts: dict[str, Any] = {"load s": time.perf_counter() - started}
+    OffloadedWeightsLoader.__getitem__ = counted
+    disk, started = kernel("io", "read_bytes"), time.perf_counter()
+    table = grid(model, prompts, folder.parent / "offloaded")
+    return facts | {
+        "table": table,
+        "grid": (time.perf_counter() - started, fetched[0], kernel("io", "read_bytes") - disk),
+    }
+
+
+def ordinary(folder: Path, sizes: Sizes, prompts: list[Prompt]) -> dict[str, Any]:
+    """Run the grid on an ordinary load."""
+    model = load_model(str(folder), device="cpu", dtype=sizes.dtype)
+    return {"table": grid(model, prompts, folder.parent / "ordinary")}
+
+
+def in_process(work: Any, threads: int, out: Any, *given: Any) -> None:
+    """Do some work in this process, and send what it returns with the memory it took."""
     torch.set_num_threads(threads)
     with Memory() as memory:
-        started = time.perf_counter()
-        model = load_model(folder, device="cpu", dtype=sizes.dtype, streamed=True)
-        loaded = time.perf_counter()
-        ledger = model.blocks.ledger  # type: ignore[attr-defined]
-        at_load, blocks_at_load, from_disk = ledger.bytes, dict(ledger.blocks), kernel("io", "read_bytes")
-        del model, ledger
-        again = time.perf_counter()
-        model = load_model(folder, device="cpu", dtype=sizes.dtype, streamed=True)
-        reloaded = time.perf_counter()
-        ledger = model.blocks.ledger  # type: ignore[attr-defined]
-        at_second, blocks_at_second = ledger.bytes, dict(ledger.blocks)
-        from_disk_at_second = kernel("io", "read_bytes") - from_disk
-        ledger.bytes = 0
-        ledger.blocks.clear()
-        capture(model, prompts(sizes), needs(), ActivationStore(scratch))
-        ended = time.perf_counter()
-    from_disk += from_disk_at_second
-    out.send(
-        {
-            "load s": loaded - started,
-            "second load s": reloaded - again,
-            "capture s": ended - reloaded,
-            "bytes at load": at_load,
-            "bytes at the second load": at_second,
-            "from disk at the second load": from_disk_at_second,
-            "reads of a block at the second load": sorted({blocks_at_second.get(i, 0) for i in range(sizes.layers)}),
-            "bytes in the capture": ledger.bytes,
-            "from disk at load": from_disk - from_disk_at_second,
-            "from disk in the capture": kernel("io", "read_bytes") - from_disk,
-            "reads of a block at load": sorted(set(blocks_at_load.values())),
-            "reads of a block": sorted({ledger.blocks[layer] for layer in range(sizes.layers)}),
-            "holds": model.faithfulness.holds,
-            "memory": memory.peaks,
-        }
+        facts = work(*given)
+    out.send(facts | {"memory": memory.peaks})
+
+
+def apart(work: Any, threads: int, *given: Any) -> dict[str, Any]:
+    """Return what some work returns in a process of its own."""
+    receive, send = multiprocessing.Pipe(duplex=False)
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=in_process, args=(work, threads, send, *given))
+    process.start()
+    send.close()
+    facts: dict[str, Any] = receive.recv()
+    process.join()
+    return facts
+
+
+def compare(table: pd.DataFrame, other: pd.DataFrame, name: str) -> None:
+    """Print how far the cells of two grids differ; refuse grids of other cells."""
+    keys = ["prompt", "position", "source_layer", "target_layer"]
+    assert table[keys].equals(other[keys])
+    apart_by = float((table["answer_logprob"] - other["answer_logprob"]).abs().max())
+    same = float((table["token_id"] == other["token_id"]).mean())
+    print(
+        f"against {name}: {len(table)} cells, log-probabilities within {apart_by:.1e} nats, tokens equal in {same:.1%}"
     )
 
 
-def compare(folder: Path, scratch: Path, sizes: Sizes) -> str:
-    """Largest difference from an ordinary load's rows, relative to the largest value."""
-    model = load_model(str(folder), device="cpu", dtype=sizes.dtype)
-    streamed = capture(model, prompts(sizes), needs(), ActivationStore(scratch))
-    assert streamed.done.forwards == 0, "an ordinary load did not find the streamed rows under its own keys"
-    ordinary = capture(model, prompts(sizes), needs(), ActivationStore(scratch.with_name("ordinary")))
-    points = [f"resid_post.{layer}" for layer in range(sizes.layers)]
-    pairs = [(streamed.packed(point).float(), ordinary.packed(point).float()) for point in points]
-    return f"{max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs):.1e}"
+def line(what: str, seconds: float, counted: int, disk: int) -> str:
+    return f"{what:<28}{seconds:8.1f} s  weights read {human(counted):>10}, from disk {human(disk):>10}"
+
+
+def report(facts: dict[str, Any], total: int, blocks: int) -> None:
+    for load in ("first load", "second load"):
+        print(line(load, *facts[load]) + f"  ({facts[load][1] / total:.2f} of all weights)")
+    print(line("grid, streamed", *facts["grid"]))
+    low, high = facts["reads of a block"]
+    print(
+        f"blocks read {low} to {high} times in {PASSES} passes; {facts['grid'][1] / (PASSES * blocks):.2f} times a pass by bytes"
+    )
+    print(f"share of the time spent waiting for a block: {facts['waiting']:.0%} (loads and grid)")
+    memory = facts["memory"]
+    print(
+        f"peak resident {human(memory['VmHWM'])} (own {human(memory['RssAnon'])}, mapped files {human(memory['RssFile'])}); "
+        f"activations on disk {human(facts['spilled'])}; identities hold: {facts['holds']}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--width", type=int, default=4096)
-    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--shape", default="small", choices=list(SHAPES))
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--length", type=int, default=24)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--threads", type=int, default=2)
-    options = vars(parser.parse_args())
-    threads = options.pop("threads")
-    sizes = Sizes(**options)
+    parser.add_argument("--memory", type=float, default=2.0, help="GiB of activations kept in memory between blocks")
+    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="also run on accelerate")
+    options = parser.parse_args()
+    shape = SHAPES[options.shape]
+    sizes = Sizes(shape.layers, shape.width, shape.vocabulary, options.dtype)
     root = Path(tempfile.mkdtemp(prefix="bathyscope-streaming-"))
+    os.environ["BATHYSCOPE_CACHE"] = str(root / "cache")
     try:
+        folder = root / "model"
+        folder.mkdir()
         started = time.perf_counter()
-        (root / "model").mkdir()
-        total = write(root / "model", sizes)
+        total = write(folder, sizes)
+        blocks = total - 2 * 2 * sizes.vocabulary * sizes.width - 2 * sizes.width
         print(f"{sizes.layers} layers of width {sizes.width}, {total:,} bytes in bfloat16, run in {sizes.dtype}")
-        print(f"{threads} threads, {platform.machine()}, torch {torch.__version__}")
-        print(
-            f"written in {time.perf_counter() - started:.0f} s; {sizes.prompts} prompts, up to {sizes.length} tokens\n"
-        )
-        receive, send = multiprocessing.Pipe(duplex=False)
-        spawned = multiprocessing.get_context("spawn").Process(
-            target=measured, args=(str(root / "model"), str(root / "store"), sizes, threads, send)
-        )
-        spawned.start()
-        send.close()
-        figures = receive.recv()
-        spawned.join()
-        report(figures, sizes)
+        print(f"written in {time.perf_counter() - started:.0f} s; {platform.machine()}, torch {torch.__version__}")
+        prompts = questions(sizes, options.prompts, options.length)
+        print(f"{len(prompts)} prompts of up to {options.length} tokens, {options.threads} threads\n")
+        facts = apart(streamed, options.threads, folder, sizes, prompts, int(options.memory * 2**30))
+        report(facts, total, blocks)
+        if options.peer:
+            peer = apart(offloaded, options.threads, folder, sizes, prompts)
+            compare(facts["table"], peer["table"], "accelerate's disk offload")
+            print(line("grid, accelerate on disk", *peer["grid"]))
+            (seconds, counted, _), (peer_seconds, peer_counted, _) = facts["grid"], peer["grid"]
+            print(
+                f"accelerate reads {peer_counted / counted:.1f} times the bytes in {peer_seconds / seconds:.1f} times the seconds"
+            )
+            print(f"its peak resident memory: {human(peer['memory']['VmHWM'])}")
         if total < COMPARED_BELOW:
-            print(f"largest difference from an ordinary load: {compare(root / 'model', root / 'store', sizes)}")
+            compare(
+                facts["table"], apart(ordinary, options.threads, folder, sizes, prompts)["table"], "an ordinary load"
+            )
     finally:
         shutil.rmtree(root, ignore_errors=True)
-
-
-def report(figures: dict[str, Any], sizes: Sizes) -> None:
-    memory = figures["memory"]
-    tokens = sum(map(len, prompts(sizes)))
-    print(
-        f"load (digest and identities) {figures['load s']:.1f} s; second load {figures['second load s']:.1f} s; "
-        f"capture {figures['capture s']:.1f} s, {tokens} tokens"
-    )
-    print(
-        f"peak resident {human(memory['VmHWM'])}, file pages included "
-        f"(peak of own memory {human(memory['RssAnon'])}, of mapped files {human(memory['RssFile'])})"
-    )
-    for when in ("at load", "at the second load", "in the capture"):
-        print(
-            f"weights read {when}: {human(figures[f'bytes {when}'])}, of it {human(figures[f'from disk {when}'])} from disk"
-        )
-    print(
-        f"times each block's weights were placed: at load {figures['reads of a block at load']}, "
-        f"at the second {figures['reads of a block at the second load']}, in the capture {figures['reads of a block']}"
-    )
-    print(f"identities hold: {figures['holds']}")
 
 
 if __name__ == "__main__":

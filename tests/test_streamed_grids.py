@@ -26,6 +26,7 @@ from probes.cache_folder import cache_root
 from probes.capture.needs import Need
 from probes.capture.run import capture
 from probes.edits import Edit, FreezeNorm, HeadWriteEdit, KnockOut, Replace, Scale, Source, Texts, Values, repeat, skip
+from probes.errors import OptionError
 from probes.models import load_model
 from probes.models.backends.streamed import StreamedModel
 from probes.models.protocol import Model
@@ -167,6 +168,14 @@ def test_back_patching_is_the_same_in_three_passes(folder: Path, tmp_path: Path)
         pd.testing.assert_frame_equal(result.tables[name], table, rtol=1e-5, atol=1e-5)
 
 
+def test_the_memory_of_activations_is_an_option(folder: Path) -> None:
+    assert load_model(str(folder), device="cpu", streamed=True, stream_memory="3KiB").shelf.memory_bytes == 3072  # type: ignore[attr-defined]
+    with pytest.raises(OptionError, match="such as 4GiB"):
+        load_model(str(folder), device="cpu", streamed=True, stream_memory="much")
+    with pytest.raises(OptionError, match="load it streamed"):
+        load_model(str(folder), device="cpu", stream_memory="3KiB")
+
+
 def test_tasks_share_blocks_and_end_together() -> None:
     fetched: list[int] = []
     inside: list[int] = []
@@ -262,6 +271,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_streamed_grids as grids
 from analyses.back_patching import BackPatching
+from probes.errors import OptionError
 from probes.models import load_model
 from probes.store import ActivationStore
 

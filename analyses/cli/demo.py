@@ -15,7 +15,7 @@ from analyses.base import Analysis
 from analyses.causal_patching import CausalPatching
 from analyses.cli.console import ConsoleProgress, say
 from analyses.cli.report import check_page
-from analyses.cli.run import StoreDir
+from analyses.cli.store_flag import StoreDir
 from analyses.communication_channels import CommunicationChannels
 from analyses.concept_depth import ConceptDepth
 from analyses.contextual_decomposition import ContextualDecomposition

@@ -12,7 +12,7 @@ import typer
 
 from analyses.cli.console import PLAIN, ConsoleProgress, say
 from analyses.cli.model_flags import with_model
-from analyses.cli.run import StoreDir
+from analyses.cli.store_flag import StoreDir
 from analyses.reading.jacobian import held_out_rows, with_halves
 from analyses.reading.quality import quality_rows, read_texts
 from analyses.reading.texts import SENTENCES, Texts, file_texts, packed_texts, shipped_texts, without

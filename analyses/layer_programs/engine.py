@@ -28,6 +28,7 @@ class Scores:
     right: NDArray[np.bool_]
     said: NDArray[np.int64]
     confidence: Array
+    written: NDArray[np.bool_]
     norm_ratio: Array
     """Norm of the final stream at the last position over that of the plain run; infinite where it diverged."""
 
@@ -126,5 +127,6 @@ class Engine:
             np.array([[r.values["correct"][at] > 0 for r, at in row] for row in known], dtype=bool).reshape(shape),
             np.array([[r.said[at] for r, at in row] for row in known], dtype=np.int64).reshape(shape),
             np.array([[r.confidence[at] for r, at in row] for row in known]).reshape(shape),
+            np.array([[r.written[at] for r, at in row] for row in known], dtype=bool).reshape(shape),
             np.array([[r.norm[at] / base.norm[0] for r, at in row] for row, base in zip(known, plain, strict=True)]).reshape(shape),
         )  # fmt: skip

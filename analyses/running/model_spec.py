@@ -37,6 +37,9 @@ class ModelSpec:
     streamed: bool = option(
         False, "For a model larger than memory: read its blocks one at a time, each for all prompts."
     )
+    stream_memory: str | None = option(
+        None, "With --streamed: the most activations kept in memory between blocks, such as 4GiB; more wait on disk."
+    )
     device_map: str | None = option(None, "Spread the model: auto, balanced, balanced_low_0 or sequential.")
     max_memory: str | None = option(None, "What each device may hold, such as 0=20GiB,cpu=60GiB.")
     offload: str | None = option(None, "Folder for weights that fit on no device of the map.")

@@ -10,7 +10,7 @@ from typing import cast
 from probes.errors import OptionError, unknown
 from probes.models.choices import ATTENTIONS, DTYPES
 from probes.models.interop import backend_class
-from probes.models.placement import DeviceMap, MaxMemory, fetch_offloaded, spread
+from probes.models.placement import DeviceMap, MaxMemory, bytes_of, fetch_offloaded, spread
 from probes.models.protocol import Model
 from probes.models.sources.checkpoint import Loading, load_module, load_tokenizer
 from probes.models.sources.digest import weights_digest
@@ -34,6 +34,7 @@ def load_model(
     max_memory: MaxMemory | None = None,
     offload: str | Path | None = None,
     streamed: bool = False,
+    stream_memory: int | str | None = None,
     remote: bool = False,
     progress: Progress | None = None,
 ) -> Model:
@@ -53,7 +54,9 @@ def load_model(
         max_memory: the most each device may hold, such as `{0: "20GiB", "cpu": "60GiB"}`; needs a `device_map`.
         offload: folder for weights put on `disk` that cannot be read from the checkpoint as they are.
         streamed: for a model larger than memory: blocks stay on disk and are read one at a time, each for all prompts
-            of a capture. Rows and their store keys are those of an ordinary load.
+            of a capture and all cells of a grid. Rows and their store keys are those of an ordinary load.
+        stream_memory: of a streamed model, the most activations that wait in memory for a later block, in bytes or such
+            as `4GiB`; 2 GiB unless given. What does not fit waits on disk.
         remote: run the model on an NDIF server through nnsight; the key is read from the environment alone.
         progress: receives a line per step of a first fetch.
 
@@ -68,13 +71,16 @@ def load_model(
     how = replace(how, **spread(device, device_map, max_memory, offload))
     if streamed and (backend != "native" or device_map is not None):
         raise OptionError("a streamed model runs on backend native, without a device map: it holds one block at a time")
+    if stream_memory is not None and not streamed:
+        raise OptionError("stream_memory says what a streamed model keeps in memory: load it streamed, or leave it out")
     check_precision(ref, dtype)
     located = locate(ref, revision=revision, offline=offline, trust_remote_code=trust_remote_code, progress=progress)
     config = read_config(located.folder, trust_remote_code=trust_remote_code)
     if streamed:
         from probes.models.backends.meta_load import load_streamed
 
-        return load_streamed(located, config, how)
+        memory = None if stream_memory is None else bytes_of(stream_memory)
+        return load_streamed(located, config, how, memory)
     module = load_module(located.folder, config, how)
     tokenizer = load_tokenizer(located.folder, trust_remote_code=trust_remote_code)
     weights = weights_digest(module, partial(fetch_offloaded, module, ref=ref))

@@ -62,6 +62,19 @@ def parse_max_memory(text: str) -> dict[int | str, str]:
     return sizes
 
 
+def bytes_of(size: int | str) -> int:
+    """Return a number of bytes written as such, or as `4GiB`.
+
+    Raises:
+        OptionError: text of another form, or a negative number.
+    """
+    from accelerate.utils import convert_file_size_to_int
+
+    if not (_SIZE.fullmatch(size) if isinstance(size, str) else size >= 0):
+        raise OptionError(f"a size of {size!r}: write bytes, or a number with its unit, such as 4GiB or 500MB")
+    return int(convert_file_size_to_int(size))
+
+
 def data_of(part: nn.Module, name: str) -> Tensor | None:
     """Return a module's own parameter, read from where accelerate keeps it if that is elsewhere; None where it has none."""
     value = getattr(part, name, None)

@@ -19,8 +19,14 @@ from probes.models.sources.checkpoint import Loading, load_module, load_tokenize
 from probes.models.sources.locate import Located
 
 
-def load_streamed(located: Located, config: Any, how: Loading) -> Model:
+def load_streamed(located: Located, config: Any, how: Loading, memory_bytes: int | None = None) -> Model:
     """Load a model whose blocks stay in its folder.
+
+    Args:
+        located: its folder.
+        config: its configuration.
+        how: how it is loaded.
+        memory_bytes: most activations that wait in memory for a later block; None leaves it to the backend.
 
     Raises:
         ModelError: weights missing or not finite, or blocks that cannot be read one at a time.
@@ -28,7 +34,8 @@ def load_streamed(located: Located, config: Any, how: Loading) -> Model:
     module, blocks = load_without_blocks(located.folder, config, how)
 
     tokenizer = load_tokenizer(located.folder, trust_remote_code=how.trust_remote_code)
-    return StreamedModel(module, tokenizer, blocks=blocks, ref=located.ref, revision=located.revision)
+    limit = {} if memory_bytes is None else {"memory_bytes": memory_bytes}
+    return StreamedModel(module, tokenizer, blocks=blocks, ref=located.ref, revision=located.revision, **limit)
 
 
 def load_without_blocks(folder: Path, config: Any, how: Loading) -> tuple[nn.Module, BlockWeights]:

@@ -484,7 +484,7 @@ def test_a_cell_of_the_jump_map_opens_as_a_live_session() -> None:
     tables = LayerPrograms(maps=("jumps",), metric=("answer",)).run(model, prompts).tables
     tables["questions"]["text"] = 'it\'s "here"'
     (marks,) = [
-        trace for trace in figure.drawn(tables).data if trace.mode == "markers" and trace.customdata is not None
+        trace for trace in figure.drawn(tables).data if trace.type == "scatter" and trace.customdata is not None
     ]
     assert len(marks.customdata) == len(jump_cells(4))
     for name, leave, enter in zip([row[0] for row in marks.customdata], marks.y, marks.x, strict=True):

@@ -48,8 +48,7 @@ Map = Literal["jumps", "swaps", "pairs"]
 class LayerPrograms(Analysis):
     """Blocks left out, repeated, exchanged and run side by side (Li et al. 2025, "Skip a Layer or Loop It?", arXiv 2507.07996)."""
 
-    task: Literal["two_hop"] = option("two_hop", "Questions that are made where no prompts are given: two-hop ones.")
-    n_prompts: int = option(24, "At most so many questions are made.", low=1)
+    n_prompts: int = option(24, "At most so many two-hop questions are made where no prompts are given.", low=1)
     maps: tuple[Map, ...] = option(
         ("jumps", "swaps", "pairs"),
         "jumps: every contiguous skip and repeat; swaps: blocks exchanged or run in a neighbour's place; pairs: how two neighbours interact.",
@@ -127,11 +126,11 @@ class LayerPrograms(Analysis):
 
     @property
     def makes_prompts(self) -> bool:
-        """Yes: where no prompts are given, those of its task."""
+        """Yes: where no prompts are given, two-hop questions."""
         return True
 
     def collect(self, model: Model, prompts: PromptsLike = ()) -> list[Prompt]:
-        """Return the prompts that were given, or the task's questions."""
+        """Return the prompts that were given, or two-hop questions."""
         given = as_prompts(prompts, model, self.prompt_fields)
         return given or two_hop_prompts(model, self.n_prompts, self.seed)
 

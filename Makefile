@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 FETCHED := $(VENV)/.fetched-$(MODEL)
 
-.PHONY: setup demo app notebooks notebooks-in-place test shapes lint docs bench clean
+.PHONY: setup demo app notebooks notebooks-in-place test shapes lint depth docs bench clean
 
 setup: $(FETCHED)
 
@@ -56,6 +56,10 @@ lint: $(INSTALLED)
 
 test: lint $(FETCHED)
 	$(BIN)/python -m pytest
+
+# Every method on models whose answer is known, the quick tasks.
+depth: $(INSTALLED)
+	$(BIN)/bathyscope bench depth --quick
 
 # Shapes and types of every call, checked while tests run; SHAPES=tests checks them under every test.
 SHAPES ?= $(addprefix tests/test_,$(addsuffix .py,needs kernels_operators kernels_rows linear linear_maps lens logit_lens statistics))

@@ -11,37 +11,24 @@ from typing import Any
 
 from probes.errors import OptionError, unknown
 
-ANALYSES: Mapping[str, str] = {
-    "voids": "analyses.voids:Voids",
-    "logit_lens": "analyses.logit_lens:LogitLens",
-    "lenses": "analyses.lenses:Lenses",
-    "back_patching": "analyses.back_patching:BackPatching",
-    "communication_channels": "analyses.communication_channels:CommunicationChannels",
-    "concept_depth": "analyses.concept_depth:ConceptDepth",
-    "latent_language": "analyses.latent_language:LatentLanguage",
-    "depth_use": "analyses.depth_use:DepthUse",
-    "norm_removal": "analyses.norm_removal:NormRemoval",
-    "contextual_decomposition": "analyses.contextual_decomposition:ContextualDecomposition",
-    "causal_patching": "analyses.causal_patching:CausalPatching",
-    "layer_programs": "analyses.layer_programs:LayerPrograms",
-}
-"""Name to the dotted path of the class. To add an analysis here, add its line."""
+SHIPPED: Mapping[str, tuple[str, str]] = {
+    "voids": ("analyses.voids:Voids", "Voids: unactivated layers by the L2 norm"),
+    "logit_lens": ("analyses.logit_lens:LogitLens", "Logit lens"),
+    "lenses": ("analyses.lenses:Lenses", "Lenses"),
+    "back_patching": ("analyses.back_patching:BackPatching", "Back-patching: hopping too late"),
+    "communication_channels": ("analyses.communication_channels:CommunicationChannels", "Communication channels between heads"),
+    "concept_depth": ("analyses.concept_depth:ConceptDepth", "Concept depth: linear probes along the layers"),
+    "latent_language": ("analyses.latent_language:LatentLanguage", "Latent languages by the lens"),
+    "depth_use": ("analyses.depth_use:DepthUse", "Depth use: contributions, skips and proxies of importance"),
+    "norm_removal": ("analyses.norm_removal:NormRemoval", "Norm removal: what norms do, and a model without them"),
+    "contextual_decomposition": ("analyses.contextual_decomposition:ContextualDecomposition", "Contextual decomposition: heads, words and circuits"),
+    "causal_patching": ("analyses.causal_patching:CausalPatching", "Causal patching: where a change decides the answer"),
+    "layer_programs": ("analyses.layer_programs:LayerPrograms", "Layer programs: skip, repeat, swap, loop"),
+}  # fmt: skip
+"""Name to the dotted path of the class and its title. To add an analysis here, add its line."""
 
-TITLES: Mapping[str, str] = {
-    "voids": "Voids: unactivated layers by the L2 norm",
-    "logit_lens": "Logit lens",
-    "lenses": "Lenses",
-    "back_patching": "Back-patching: hopping too late",
-    "causal_patching": "Causal patching: where a change decides the answer",
-    "layer_programs": "Layer programs: skip, repeat, swap, loop",
-    "communication_channels": "Communication channels between heads",
-    "concept_depth": "Concept depth: linear probes along the layers",
-    "latent_language": "Latent languages by the lens",
-    "depth_use": "Depth use: contributions, skips and proxies of importance",
-    "norm_removal": "Norm removal: what norms do, and a model without them",
-    "contextual_decomposition": "Contextual decomposition: heads, words and circuits",
-}
-"""The title of each class, for lists that import none of them."""
+ANALYSES: Mapping[str, str] = {name: path for name, (path, _) in SHIPPED.items()}
+"""The dotted path of each."""
 
 GROUP = "bathyscope.analyses"
 """Entry points of this group, in any installed package, add analyses of their own under the entry point's name."""
@@ -65,7 +52,7 @@ def names() -> tuple[str, ...]:
 
 def titles() -> dict[str, str]:
     """Return the title of every analysis, without importing any; the dotted path stands for one that is not known."""
-    return {name: TITLES.get(name, path) for name, path in paths().items()}
+    return {name: SHIPPED[name][1] if name in SHIPPED else path for name, path in paths().items()}
 
 
 def every_analysis() -> tuple[Any, ...]:

@@ -21,7 +21,10 @@ from app.ui.theme import mode, page_style  # noqa: E402
 def pages() -> dict[str, list[object]]:
     """Every page: home, one for each registered analysis, and what belongs to all of them."""
     return {
-        "": [st.Page(_home, title="Home", icon=":material/water:", default=True)],
+        "": [
+            st.Page(_live, title="Live", icon=":material/touch_app:", url_path="live"),
+            st.Page(_home, title="Home", icon=":material/water:", default=True),
+        ],
         "Analyses": [
             st.Page(partial(_analysis, name), title=offered.label(name), url_path=name, icon=":material/layers:")
             for name in offered.names()
@@ -38,6 +41,12 @@ def _home() -> None:
     from app.views import home
 
     home.draw()
+
+
+def _live() -> None:
+    from app.views import live
+
+    live.draw()
 
 
 def _analysis(name: str) -> None:
@@ -77,7 +86,7 @@ def _working() -> None:
 
 
 def main() -> None:
-    """Draws the page that the address names, then the side bar, which may follow what the page offers."""
+    """Draw the page that the address names, then the side bar, which may follow what the page offers."""
     st.set_page_config(page_title="Bathyscope", page_icon="🔭", layout="wide")
     st.html(page_style(mode()))
     keep.keep()
@@ -93,7 +102,7 @@ def main() -> None:
 
 
 def _address() -> None:
-    """Keeps the selection in the address, so that it can be sent to somebody."""
+    """Keep the selection in the address, so that it can be sent to somebody."""
     params = params_of(st.session_state[KEY])
     for kind in (*KINDS, OF):
         if kind in params and st.query_params.get(kind) != params[kind]:

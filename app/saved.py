@@ -15,7 +15,7 @@ import xxhash
 from analyses.results.record import read_profiles
 from analyses.results.result import Result
 from app.places import runs_root
-from probes.errors import OptionError, unknown
+from probes.errors import OptionError
 
 DEPTH = 3
 """How many folders deep runs are looked for."""
@@ -79,18 +79,6 @@ def saved_runs() -> list[Run]:
     """Every readable run, newest first."""
     runs = [run for path in _records(runs_root(), DEPTH) if (run := _run(path))]
     return sorted(runs, key=lambda run: (run.created, run.stamp), reverse=True)
-
-
-def get_run(name: str) -> Run:
-    """The saved run of that name.
-
-    Raises:
-        OptionError: there is none, with those there are.
-    """
-    by_name = {run.name: run for run in saved_runs()}
-    if name not in by_name:
-        raise OptionError(unknown("run", name, by_name))
-    return by_name[name]
 
 
 def _records(folder: Path, depth: int) -> list[Path]:
@@ -162,7 +150,7 @@ def _profiles(folder: str, stamp: int) -> dict[str, Any]:
 
 
 def delete_run(run: Run) -> None:
-    """Removes the run's folder.
+    """Remove the run's folder.
 
     Raises:
         OptionError: it is not a run inside the folder of runs.

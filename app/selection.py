@@ -93,7 +93,7 @@ def select(
     heads: Iterable[str] | None = None,
     of: str = "",
 ) -> None:
-    """Replaces the given kinds of this session's selection, keeping the others.
+    """Replace the given kinds of this session's selection, keeping the others.
 
     Args:
         of: which prompts the given `prompts` and `tokens` are of; those of other prompts are dropped.
@@ -110,14 +110,14 @@ def select(
 
 
 def settle(of: str) -> None:
-    """Says which prompts a selection is of that came without a word about it: those of the page that it first met."""
+    """Say which prompts a selection is of that came without a word about it: those of the page that it first met."""
     now = current()
     if (now.prompts or now.tokens) and not now.of:
         st.session_state[KEY] = replace(now, of=of)
 
 
 def clear() -> None:
-    """Selects everything again."""
+    """Select everything again."""
     select(layers=(), prompts=(), tokens=(), heads=())
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -93,6 +94,32 @@ def tables_of(
     }
 
 
+def summary(tables: Mapping[str, pd.DataFrame]) -> str:
+    """The rows that the README quotes, as a Markdown table: held-out areas, and rank correlations with exact effects."""
+    area = tables["circuit_area"]
+    verified = tables["verification"].set_index("method")
+    pooled = area[area["split"] == "in_sample"]
+    lines = [
+        "| circuits of | ordered by | CPR | CMD | random per layer: CPR, CMD | f at 5 % | ranks against exact effects |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|")
+    for _, row in area[area["split"] == "held_out"].iterrows():
+        same = (pooled["level"] == row["level"]) & (pooled["ablation"] == row["ablation"])
+        whole = pooled[same & (pooled["method"] == row["method"])].iloc[0]
+        rank = verified.loc[row["method"]] if row["level"] == "edges" else whole
+        cells = [
+            f"{row['level']}, {row['ablation']}", row["method"], *(_interval(row, name) for name in ("cpr", "cmd")),
+            f"{row['random_per_layer_cpr']:.2f}, {row['random_per_layer_cmd']:.2f}", f"{row['f_05']:.2f}",
+            _interval(rank, "spearman") if np.isfinite(rank["spearman"]) else "",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _interval(row: pd.Series[Any], name: str) -> str:
+    return f"{row[name]:.2f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"
+
+
 def _said(what: str, started: float) -> float:
     now = time.process_time()
     print(f"{what}: {now - started:.0f} processor s", file=sys.stderr, flush=True)
@@ -122,8 +149,7 @@ def main() -> None:
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
             table.to_csv(options.out / f"{name}.csv", index=False)
-        if name != "faithfulness":
-            print(f"\n{name}\n{table.round(3).to_string(index=False)}")
+    print(f"\n{tables['verification'].round(3).to_string(index=False)}\n\n{summary(tables)}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     bathyscope bench depth export DIR        tasks as files for other tools, without their truth
     bathyscope bench depth score DIR         the answers*.json that other tools left there
 
-Prints a digest of all answers, equal in two runs on one machine. `--write` puts the table between the README's markers.
+Prints a digest of all answers, equal in two runs on one machine. `--write` puts the results between the markers
+of README.md and docs/depth_bench.md.
 """
 
 from __future__ import annotations
@@ -67,14 +68,13 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
     return [Job(task, seed, methods) for task in tasks for seed in seeds_of(options.seeds, task)]
 
 
-def write_readme(table: str) -> None:
-    """Put the table between the README's markers."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise OptionError(f"README.md has no markers {BEGIN} and {END}: put them where the table belongs")
-    before, _, rest = text.partition(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+def write_between(path: Path, text: str) -> None:
+    """Put text between a file's markers."""
+    page = path.read_text(encoding="utf-8")
+    if BEGIN not in page or END not in page:
+        raise OptionError(f"{path.name} has no markers {BEGIN} and {END}: put them where the run's results belong")
+    before, _, rest = page.partition(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -86,17 +86,22 @@ def run(options: argparse.Namespace) -> None:
     if options.peers:
         names_run = {name_of(record) for record in ran.records}
         ran = replace(ran, answers=(*ran.answers, *(a for a in handed_in(options.peers) if a.task in names_run)))
-    from analyses.ground_truth.words import readme_table, sentences
+    from analyses.ground_truth.words import method_list, readme_table, sentences
 
     summary = ran.scored.summary
-    print(readme_table(summary))
+    table = readme_table(summary)
+    about = (
+        f"{len(jobs)} tasks, seeds {options.seeds}, {len(ran.answers):,} answers, {ran.seconds:.0f} s on "
+        f"{options.processes} processes of one thread; digest {own}."
+    )
+    print(table)
     print("\n".join(sentences(summary[~summary["method"].str.startswith("control")])))
-    print(f"{len(jobs)} tasks, {len(ran.answers)} answers, {ran.seconds:.0f} s on {options.processes} processes")
-    print(f"digest {own}")
+    print(about)
     if options.out:
         print(ran.save(options.out) / "report.html")
     if options.write:
-        write_readme(readme_table(summary))
+        write_between(ROOT / "README.md", f"{table}\n\n{about}")
+        write_between(ROOT / "docs" / "depth_bench.md", f"{about}\n\n{method_list(summary)}")
 
 
 def score_folder(folder: str) -> None:
@@ -116,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", nargs="?", choices=("run", "export", "score"), default="run")
     parser.add_argument("folder", nargs="?", help="of export and score")
-    parser.add_argument("--quick", action="store_true", help="12 tasks, within a minute")
+    parser.add_argument("--quick", action="store_true", help="11 tasks, within a minute")
     parser.add_argument("--tier", default=",".join(TIERS))
     parser.add_argument("--tasks", default="", help="task ids, such as A2,C1; all of the tiers where none is named")
     parser.add_argument("--methods", default="", help=f"of {', '.join(names())}")
@@ -124,7 +129,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=PROCESSES)
     parser.add_argument("--peers", help="an exported folder, whose answers*.json are scored beside")
     parser.add_argument("--out", help="folder for answers, tables and a report")
-    parser.add_argument("--write", action="store_true", help="put the table into the README")
+    parser.add_argument("--write", action="store_true", help="put the results into README.md and docs/depth_bench.md")
     options = parser.parse_args()
     if options.action != "run" and not options.folder:
         raise OptionError(f"{options.action} needs a folder: bathyscope bench depth {options.action} DIR")

@@ -1,8 +1,10 @@
 """Activation patching: the resumed grid beside a whole forward for each cell, ours and TransformerLens's, on the same cells.
 
-bathyscope bench patching [--model gpt2-shape|smollm2-135m] [--first N]
+bathyscope bench patching [--model gpt2-shape|smollm2-135m] [--first N] [--sample N]
 
-Work is counted in block-rows, one block on one position, and held against the formula; seconds are of the processor.
+Work is counted in block-rows, one block on one position, and held against the formula; seconds are of the processor. With
+`--sample`, ways that take a whole forward for each cell run so many of the cells, drawn at random, and their seconds are those
+of all cells at that rate; resumed cells always all run.
 """
 
 from __future__ import annotations
@@ -137,6 +139,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--first", type=int, default=0, help="the first position at which the prompts differ")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--sample", type=int, help="cells that whole forwards run; all by default")
     parser.add_argument("--no-peer", action="store_true", help="leave TransformerLens out")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -167,9 +170,14 @@ def measured(model: NativeModel, options: argparse.Namespace) -> dict[str, objec
     # The cells, and the prompt's own pass that keeps its keys and values.
     expected = sum(cell.block_rows(shape.n_layers, n, first) for cell in cells) + shape.n_layers * n
     own_s, own = timed(lambda: resumed(model, corrupted, first, cells, sources), options.repeats)
-    naive_s, whole = timed(lambda: naive(model, corrupted, first, cells, sources), options.repeats)
+    some = torch.randperm(len(cells), generator=draw)[: options.sample].sort().values
+    sampled = [cells[int(i)] for i in some]
+    own, scale = own[some], len(cells) / len(sampled)
+    naive_s, whole = timed(lambda: naive(model, corrupted, first, sampled, sources), options.repeats)
+    naive_s *= scale
     record: dict[str, object] = {
         "model": model.ref, "component": options.component, "tokens": n, "first_difference": first, "cells": len(cells),
+        "cells_by_whole_forwards": len(sampled),
         "threads": torch.get_num_threads(), "block_rows": own_rows, "block_rows_formula": expected,
         "block_row_ratio": round(naive_rows / own_rows, 2), "formula_ratio": round(naive_rows / expected, 2),
         "resumed_s": round(own_s, 3), "naive_s": round(naive_s, 3), "naive_over_resumed": round(naive_s / own_s, 1),
@@ -179,8 +187,9 @@ def measured(model: NativeModel, options: argparse.Namespace) -> dict[str, objec
         with tempfile.TemporaryDirectory() as folder:
             bridge = bridge_of(model, Path(folder))
             peer_s, peer = timed(
-                lambda: transformer_lens(bridge, options.component, clean, corrupted, cells, ids), options.repeats
+                lambda: transformer_lens(bridge, options.component, clean, corrupted, sampled, ids), options.repeats
             )
+            peer_s *= scale
         difference = own[:, ids[0]] - own[:, ids[1]]
         record |= {
             "transformer_lens_s": round(peer_s, 3), "transformer_lens_over_resumed": round(peer_s / own_s, 1),

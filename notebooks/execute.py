@@ -2,20 +2,25 @@
 
 python notebooks/execute.py [NAME...]        all of them where none is named
 
+Keeps beside them the digest of the cells they come from and what `facts.py` asks of the variables, so that the tests
+need not execute a notebook on the real model to hold its words against it.
 Needs a Chrome or Chromium, and the extra `images` (kaleido), for the pictures of figures.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import nbformat
+from facts import FACTS
 from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
@@ -31,10 +36,30 @@ DIGITS = 5
 def execute(path: Path, root: Path) -> None:
     """Executes one notebook on a store in `root` and writes it back with its outputs."""
     notebook = nbformat.read(path, 4)
-    # In an empty folder, so that what a notebook saves lands nowhere.
-    NotebookClient(notebook, timeout=3600, kernel_name="python3", resources={"metadata": {"path": str(root)}}).execute()
-    nbformat.write(kept(notebook, {str(root / "store"): STORE, str(root): ".", str(Path.home()): "~"}), path)
+    facts = run(notebook, FACTS[path.stem], root)
+    kept(notebook, {str(root / "store"): STORE, str(root): ".", str(Path.home()): "~"})
+    notebook.metadata["bathyscope"] = {"cells": digest(notebook, FACTS[path.stem]), "facts": facts}
+    nbformat.write(notebook, path)
     sys.stdout.write(f"{path.name}: {path.stat().st_size:,} bytes\n")
+
+
+def run(notebook: Any, expressions: Mapping[str, str], folder: Path) -> dict[str, Any]:
+    """Executes a notebook in `folder`, where what it saves lands; returns what `expressions` say of its variables."""
+    entries = ", ".join(f"{name!r}: {expression}" for name, expression in expressions.items())
+    source = f"import json\nprint(json.dumps({{{entries}}}, default=lambda x: x.item()))"
+    notebook.cells.append(nbformat.v4.new_code_cell(source))
+    client = NotebookClient(
+        notebook, timeout=3600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    )
+    client.execute()
+    facts: dict[str, Any] = json.loads(notebook.cells.pop().outputs[0].text, parse_constant=lambda _: None)
+    return facts
+
+
+def digest(notebook: Any, expressions: Mapping[str, str]) -> str:
+    """What tells the code of a notebook, and what is asked of it, from any other."""
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return hashlib.sha256(json.dumps([code, dict(expressions)], sort_keys=True).encode()).hexdigest()
 
 
 def kept(notebook: Any, places: dict[str, str]) -> Any:

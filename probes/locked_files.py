@@ -65,6 +65,16 @@ def lock_for_removal(path: Path) -> int | None:
     return None
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is the old or the new one, whatever moment the process is killed at."""
+    draft = path.with_name(f".{path.name[:40]}.{os.getpid()}")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def sync(folder: Path) -> None:
     """Make renames in a folder durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

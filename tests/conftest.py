@@ -26,6 +26,25 @@ if not torch.cuda.is_available():
     # Without a GPU the fused kernels are interpreted; Triton decides that when a test first imports it.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+LONGEST = (
+    "test_app_browser",
+    "test_notebooks",
+    "test_studies_ray",
+    "test_studies_run",
+    "test_app_jobs",
+    "test_transformer_lens",
+    "test_cdt_families",
+    "test_interventions",
+    "test_native",
+)
+"""Files that take half a minute or more. A file is one process's, which makes its fixtures once; these must not come last."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, the others as they are."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
+
 
 @pytest.fixture(autouse=True)
 def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -302,15 +302,32 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def look(browser: Any, filled: Server) -> Iterator[Callable[..., Any]]:
+    """Opens an address of the filled dashboard at a size, in the one window of a theme, which keeps what it has loaded."""
+    windows: dict[str, Any] = {}
+
+    def open_page(path: str = "", theme: str = "light", width: int = 1440, height: int = 1400) -> Any:
+        if theme not in windows:
+            context = browser.new_context(color_scheme=theme)
+            context.set_default_timeout(PATIENCE)
+            windows[theme] = context.new_page()
+        page = windows[theme]
+        page.set_viewport_size({"width": width, "height": height})
+        page.goto(f"{filled.url}/{path}")
+        return page
+
+    yield open_page
+    for page in windows.values():
+        page.context.close()
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_every_page_is_drawn_and_fits(theme: str, browser: Any, filled: Server, tmp_path: Path) -> None:
+def test_every_page_is_drawn_and_fits(theme: str, look: Callable[..., Any], tmp_path: Path) -> None:
     """Pictures of all pages stay in the folder that SCREENSHOTS names."""
     folder = Path(os.environ.get("SCREENSHOTS") or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
-    context = browser.new_context(viewport={"width": 1440, "height": 1800}, color_scheme=theme)
-    context.set_default_timeout(PATIENCE)
-    page = context.new_page()
-    page.goto(filled.url)
+    page = look(theme=theme, height=1800)
     page.get_by_text("Layer at which each is largest").wait_for()
     settle(page)
     links = page.get_by_test_id("stSidebarNav").get_by_role("link").all_inner_texts()
@@ -322,20 +339,18 @@ def test_every_page_is_drawn_and_fits(theme: str, browser: Any, filled: Server, 
         if name not in ("Store", "Model"):
             page.wait_for_selector("[data-testid=stMain] .main-svg")
         page.mouse.move(0, 0)
-        page.wait_for_timeout(400)
-        assert page.evaluate("document.documentElement.scrollWidth") <= 1440, name
         background = page.evaluate("getComputedStyle(document.querySelector('[data-testid=stApp]')).backgroundColor")
         assert (sum(map(int, re.findall(r"\d+", background)[:3])) > 380) == (theme == "light")
-        page.screenshot(path=folder / f"{name.lower().replace(' ', '-')}-{theme}.png")
-    context.close()
+        for width in (1024, 1440):
+            page.set_viewport_size({"width": width, "height": 1800})
+            page.wait_for_timeout(400)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, (name, width)
+            page.screenshot(path=folder / f"{name.lower().replace(' ', '-')}-{theme}-{width}.png")
 
 
 @pytest.mark.parametrize("width", [1440, 1280, 1024, 400])
-def test_headings_of_home_never_touch(width: int, browser: Any, filled: Server) -> None:
-    context = browser.new_context(viewport={"width": width, "height": 1400})
-    context.set_default_timeout(PATIENCE)
-    page = context.new_page()
-    page.goto(filled.url)
+def test_headings_of_home_never_touch(width: int, look: Callable[..., Any]) -> None:
+    page = look(width=width)
     page.get_by_text("Layer at which each is largest").wait_for()
     page.wait_for_selector("[data-testid=stMain] .main-svg .annotation")
     page.wait_for_timeout(1500)
@@ -347,22 +362,17 @@ def test_headings_of_home_never_touch(width: int, browser: Any, filled: Server) 
         assert len(boxes) >= len(SMALL)
         boxes.sort(key=lambda box: box["x"])
         assert all(a["x"] + a["width"] <= b["x"] for a, b in pairwise(boxes)), kind
-    context.close()
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_code_can_be_read(theme: str, browser: Any, filled: Server) -> None:
+def test_code_can_be_read(theme: str, look: Callable[..., Any]) -> None:
     """Each word of code stands out from what lies behind it by 4.5 to 1, as WCAG counts."""
-    context = browser.new_context(viewport={"width": 1440, "height": 1400}, color_scheme=theme)
-    context.set_default_timeout(PATIENCE)
-    page = context.new_page()
-    page.goto(f"{filled.url}/voids")
+    page = look("voids", theme)
     unfold(page, "Make this run again")
     page.wait_for_selector("code .token.string")
     contrasts = page.evaluate(CONTRASTS)
     assert len(contrasts) > 5
     assert {word: ratio for word, ratio in contrasts if ratio < 4.5} == {}
-    context.close()
 
 
 CONTRASTS = """() => {
@@ -388,11 +398,8 @@ CONTRASTS = """() => {
 }"""
 
 
-def test_tool_bars_cover_no_title(browser: Any, filled: Server) -> None:
-    context = browser.new_context(viewport={"width": 1280, "height": 1400})
-    context.set_default_timeout(PATIENCE)
-    page = context.new_page()
-    page.goto(f"{filled.url}/runs")
+def test_tool_bars_cover_no_title(look: Callable[..., Any]) -> None:
+    page = look("runs", width=1280)
     page.wait_for_selector("[data-testid=stMain] .main-svg .annotation")
     page.wait_for_timeout(1500)
     page.locator("[data-testid=stPlotlyChart]").first.hover()
@@ -403,7 +410,6 @@ def test_tool_bars_cover_no_title(browser: Any, filled: Server) -> None:
     assert all(bar["y"] + bar["height"] <= title["y"] for bar in bars for title in titles)
     wide = page.evaluate("[...document.querySelectorAll('.dvn-scroller')].map(e => e.scrollWidth - e.clientWidth)")
     assert wide[0] <= 0  # the list of runs shows every column
-    context.close()
 
 
 def _saved(folder: Path) -> Path:

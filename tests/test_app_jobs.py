@@ -221,16 +221,16 @@ SLOW = """
 import sys, time
 from pathlib import Path
 import app.jobs.execute as work
-from app.jobs import worker
+from app.jobs import models, worker
 
 def slow(request, progress):
     progress.enter("running")
     progress.start(1, "forward")
     if request.analysis == "slow":
-        work._LOADED["model"] = "half a forward"
+        models._LOADED["model"] = "half a forward"
         while True:
             time.sleep(0.05)
-    return {"counts": {}, "seconds": 0.0, "held": len(work._LOADED)}
+    return {"counts": {}, "seconds": 0.0, "held": len(models._LOADED)}
 
 work.do = slow
 worker.main(Path(sys.argv[1]))
@@ -368,7 +368,7 @@ def test_the_texts_of_a_run_load_its_model_as_it_was_loaded(
     ran = replace(result, provenance={**result.provenance, "loaded": asdict(spec), "prompts_file": None})
     specs: list[ModelSpec] = []
     monkeypatch.setattr("analyses.cli.run.lines_of", lambda *_: [])
-    monkeypatch.setattr("analyses.cli.run.cost_of", lambda spec, *_: specs.append(spec) or [])
+    monkeypatch.setattr("analyses.cli.run.cost_of", lambda spec, *_, **__: specs.append(spec) or [])
     assert main([*shlex.split(reproduce.command(ran, "runs/x"))[1:], "--dry-run"]) == 0
     assert specs == [spec]
     loading = next(line for line in reproduce.python(ran, "runs/x").splitlines() if "load_model(" in line)

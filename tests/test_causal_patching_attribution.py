@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, make
 from test_causal_patching import CLEAN, CORRUPTED, native, pair_line
 from torch import Tensor
 
 from analyses.causal_patching.attribution import Attributed, pair_metric
 from analyses.causal_patching.cells import Cell
-from analyses.causal_patching.grid import capture_values
+from analyses.causal_patching.grid import addresses, capture_values
+from analyses.causal_patching.opened import Opener
 from analyses.causal_patching.pairs import Pair, pair_of, resolved
+from probes.edits.weights import matrix
 from probes.gradients import values_and_gradients
 from probes.models.backends.native import NativeModel
 from probes.points import Address
@@ -85,3 +87,62 @@ def test_dropped_gradients_pass_the_skip_path_alone() -> None:
     assert not gradients[points[0]].any()
     assert torch.allclose(gradients[points[1]], gradients[points[2]], atol=1e-6)
     assert gradients[points[1]].any()
+
+
+def straightened(family: str, whole: bool) -> NativeModel:
+    """A tiny model whose norms divide by what their epsilon makes constant; with `whole`, nothing else bends either.
+
+    Then queries are zero, so that attention is even, and MLPs write nothing that depends on their input.
+    """
+    module = make(family)
+    module.config.final_logit_softcapping = None
+    model = NativeModel(module, ref=f"straight-{family}", weights=f"straight-{family}")
+    with torch.no_grad():
+        for part in module.modules():
+            for name in ("eps", "variance_epsilon"):
+                if hasattr(part, name):
+                    setattr(part, name, 1e6)
+                    part.weight.fill_(1000)
+        for layer in range(model.shape.n_layers if whole else 0):
+            anatomy = model.anatomy
+            if anatomy.map.path("attn.qkv", layer):
+                projection, columns = anatomy.component("attn.qkv", layer), anatomy.layout.q.flatten()
+            else:
+                projection = anatomy.component("attn.q", layer)
+                columns = torch.arange(projection.weight.shape[0])
+            weight, rows = matrix(projection, model.shape.d_model)
+            (weight if rows else weight.T)[:, columns] = 0
+            if projection.bias is not None:
+                projection.bias[columns] = 0
+            parts = ["mlp"] if anatomy.map.path("mlp", layer) else ["mlp.in", "mlp.out"]
+            for parameter in (p for part in parts for p in anatomy.component(part, layer).parameters()):
+                parameter.zero_()
+    return model
+
+
+def effects_of(model: NativeModel, cells: list[Cell]) -> tuple[Tensor, Tensor, float]:
+    """Return predicted and exact effects of cells under denoising, and the gap."""
+    one = pair(model)
+    opened = Opener(model, ("logit_diff",), frozenset(addresses(cells))).open(one, ("denoise",), None)[0]
+    exact = opened.patched(cells)[:, 0] - opened.base[0]
+    return Attributed(model, one, "denoise", "logit_diff").scores(cells, "atp").double(), exact, float(opened.gap[0])
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_attribution_is_exact_where_the_metric_is_linear(family: str) -> None:
+    """After the last block only the final norm is left, and here it does not bend."""
+    last = 2
+    cells = [Cell("resid_post", last, position=5)]
+    cells += [Cell("mlp_out", last, position=5)] if family != "opt_post_norm" else []
+    predicted, exact, gap = effects_of(straightened(family, whole=False), cells)
+    assert abs(gap) > 0
+    assert torch.allclose(predicted, exact, rtol=2e-3, atol=2e-3 * abs(gap))
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_in_a_linear_net_the_rows_of_every_layer_hold_the_whole_gap(family: str) -> None:
+    cells = [Cell("resid_post", layer) for layer in range(3)]
+    predicted, exact, gap = effects_of(straightened(family, whole=True), cells)
+    assert abs(gap) > 0
+    assert torch.allclose(predicted, torch.full((3,), gap, dtype=torch.double), rtol=2e-3)
+    assert torch.allclose(exact, predicted, rtol=2e-3)

@@ -79,13 +79,14 @@ def _put(tensor: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def test_directions_mirror_pairs(store: ActivationStore) -> None:
+@pytest.mark.parametrize("family", CAUSAL)
+def test_directions_mirror_pairs(family: str, store: ActivationStore) -> None:
     """Noising a pair is denoising the pair the other way round."""
-    model = native("llama")
+    model = native(family)
     line = pair_line(model)
     ids = {"answer_tokens": line.fields["distractor_tokens"], "distractor_tokens": line.fields["answer_tokens"]}
     swapped = Prompt(CORRUPTED, None, {"corrupted_tokens": list(CLEAN), **ids})
-    options = {"components": ("attn_out", "z"), "heads": "by_position"}
+    options = {"components": ("attn_out", "z"), "heads": "by_position", "layers": (1,), "roles": ("-1", "-2")}
     noise = run(model, [line], store, directions=("noise",), **options)["cells"]
     denoise = run(model, [swapped], store, directions=("denoise",), **options)["cells"]
     assert np.allclose(noise["m_patched"], -denoise["m_patched"], atol=1e-5)
@@ -119,6 +120,18 @@ def test_noise_is_drawn_for_the_subject_alone_and_averaged(store: ActivationStor
     )
     again = run(model, [line], store, **options)["cells"]
     assert again["m_patched"].tolist() == cells["m_patched"].tolist()
+
+
+def test_some_layers_are_those_of_all(store: ActivationStore) -> None:
+    model = native("llama")
+    whole = run(model, [pair_line(model)], store, components=("attn_out", "z"))["cells"]
+    for chosen, layers in (({"layers": (1,)}, {1}), ({"stride": 2}, {0, 2})):
+        some = run(model, [pair_line(model)], store, components=("attn_out", "z"), **chosen)["cells"]
+        same = whole[whole["layer"].isin(layers)].reset_index(drop=True)
+        assert np.allclose(some["m_patched"], same["m_patched"], atol=1e-5)
+        assert some["layer"].tolist() == same["layer"].tolist()
+    with pytest.raises(OptionError, match="layer 3 does not exist: legal are 0 to 2"):
+        run(model, [pair_line(model)], store, layers=(3,))
 
 
 def test_windows_are_those_of_causal_tracing(store: ActivationStore) -> None:
@@ -239,7 +252,12 @@ def test_everything_beside_the_grid_is_drawn_and_counted(store: ActivationStore)
     assert set(result.tables["verification"]["method"]) == {"atp", "atp_star", "eap", "eap_ig"}
     assert result.tables["nodes"]["verified"].sum() == result.tables["edges"]["verified"].sum() == 12
     for name in ("agreement", "faithfulness", "stream_map", "head_map", "curves", "pairs"):
-        assert result.figure(name).data, name
+        figure = result.figure(name)
+        assert figure.data, name
+        # Every figure says on what it was made.
+        directions = {"faithfulness": (), "agreement": ("noising",)}.get(name, ("denoising", "noising"))
+        shown = ("logit_diff", "token corruption", "2 of 2 pairs", *directions)
+        assert all(part in figure.layout.title.text for part in shown), (name, figure.layout.title.text)
 
 
 def test_areas_and_controls_by_hand() -> None:
@@ -321,7 +339,7 @@ def test_pairs_of_two_lengths_are_listed_and_no_gap_is_refused(store: Activation
     tables = run(model, [pair_line(model), longer], store, components=("resid_post",))
     listed = tables["pairs"].set_index("pair")
     assert listed["kept"].tolist() == [True, False]
-    assert listed.loc[1, "reason"] == "3 and 4 tokens without an alignment"
+    assert listed.loc[1, ["where", "reason"]].tolist() == ["prompt 1", "3 and 4 tokens without an alignment"]
     assert set(tables["cells"]["pair"]) == {0}
     with pytest.raises(PromptError, match="does not tell these prompts apart"):
         run(model, [pair_line(model)], store, min_gap=1e3)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -11,28 +14,37 @@ from torch import Tensor, nn
 from analyses.causal_patching import CausalPatching
 from analyses.causal_patching.attribution import Attributed
 from analyses.causal_patching.cells import Cell
+from analyses.causal_patching.figures import FIGURES
+from analyses.causal_patching.graph import Sender
+from analyses.causal_patching.levels import NodeLevel, circuit_metrics
+from analyses.causal_patching.opened import Opener
 from analyses.causal_patching.pairs import pair_of, resolved
+from analyses.causal_patching.statistics import map_table
+from analyses.interventions import Tally
 from probes.errors import PromptError
 from probes.models.backends.native import NativeModel
+from probes.points import Address
+from probes.progress import QUIET
 from probes.prompts import Prompt
 from probes.store import ActivationStore
 
 WIDTH, HEADS, LAYERS, WORDS = 32, 4, 4, 24
 """Tokens 0 to 23; the token's own dimension, and further ones for what heads and MLPs write."""
 FACT, OTHER, ASK, MOVED = 5, 6, 9, 28
+ANSWERS = ((1, 2), (7, 8))
 
 
 class Gate(nn.Module):
     """An MLP that adds to one dimension what a function makes of its input."""
 
-    def __init__(self, function) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, function, to: int = MOVED) -> None:  # type: ignore[no-untyped-def]
         super().__init__()
-        self.function = function
+        self.function, self.to = function, to
         self.gate_proj = self.up_proj = self.down_proj = nn.Linear(WIDTH, WIDTH, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out = torch.zeros_like(x)
-        out[..., MOVED] = self.function(x)
+        out[..., self.to] = self.function(x)
         return out
 
 
@@ -56,10 +68,12 @@ def planted(copies: dict[tuple[int, int], tuple[int, int]], gates: dict[int, obj
                     row = head * (WIDTH // HEADS)
                     layer.self_attn.v_proj.weight[row, of] = 1
                     layer.self_attn.o_proj.weight[to, row] = 3
-            layer.mlp = Gate((gates or {}).get(index, lambda x: torch.zeros_like(x[..., 0])))
+            gate = (gates or {}).get(index, lambda x: torch.zeros_like(x[..., 0]))
+            layer.mlp = gate if isinstance(gate, Gate) else Gate(gate)
         # One answer grows with what is moved, the other falls, whatever else is in the stream.
         module.lm_head.weight.zero_()
-        module.lm_head.weight[1, MOVED], module.lm_head.weight[2, MOVED] = 1, -1
+        for answer, distractor in ANSWERS:
+            module.lm_head.weight[answer, MOVED], module.lm_head.weight[distractor, MOVED] = 1, -1
     return NativeModel(module, ref="planted", weights="planted")
 
 
@@ -114,6 +128,72 @@ def test_an_and_needs_both_and_an_or_either(both: bool, denoised: float, noised:
         assert share(cells, "denoise", "z", 1, head=head) == pytest.approx(denoised, abs=1e-4)
         assert share(cells, "noise", "z", 1, head=head) == pytest.approx(noised, abs=1e-4)
     assert share(cells, "denoise", "z", 1, head=1) == 0
+
+
+def test_a_backup_hides_the_head_that_it_stands_in_for(store: ActivationStore) -> None:
+    """Head 2.1 speaks only where head 1.0 was silent: noising either takes nothing, noising both takes everything."""
+    payload = 27
+    backup = Gate(lambda x: torch.where(x[..., MOVED] > 1e-3, torch.zeros_like(x[..., 0]), x[..., FACT]), payload)
+    model = planted({(1, 0): (FACT, MOVED), (2, 1): (payload, MOVED)}, {1: backup})
+    lines = [line((3, FACT, ASK), (3, OTHER, ASK))]
+    cells = run(model, lines, store, components=("z",))["cells"]
+    for layer, head in ((1, 0), (2, 1)):
+        assert share(cells, "noise", "z", layer, head=head) == pytest.approx(0, abs=1e-4)
+    assert share(cells, "denoise", "z", 1, head=0) == pytest.approx(1, abs=1e-4)
+    pair = pair_of(0, resolved(model, lines, ["a"], False)[0], False)
+    level, opened = NodeLevel(model.shape), CausalPatching(nulls="none")._run(model, [pair], Tally(QUIET), None)
+    every = np.arange(len(level.nodes))
+    first, second = (level.nodes.index(Sender(*node)) for node in ((1, 0), (2, 1)))
+    circuits = [every, np.delete(every, first), np.delete(every, second), np.delete(every, [first, second]), every[:0]]
+    full, *lost, none = circuit_metrics(opened, level, circuits, "counterfactual", QUIET)[0]
+    assert (full - np.array(lost)) / (full - none) == pytest.approx([0, 0, 1], abs=1e-4)
+    assert "does not show that it is unused" in FIGURES["head_map"].caption
+
+
+def test_saturated_attention_needs_the_fix_for_queries() -> None:
+    """Attention is certain in both runs, so that its gradient says nothing of what another query would find."""
+    second_ask, gap = ASK + 1, -math.log(1e-6)
+    model = planted({(2, 1): (FACT, MOVED)})
+    attention, row = model.module.model.layers[2].self_attn, WIDTH // HEADS  # type: ignore[union-attr, index]
+    # Of rotary pairs the slowest, which turns by a thousandth a token; embeddings are 4 times a unit.
+    slow, size = row + 3, math.sqrt(gap * math.sqrt(WIDTH // HEADS)) / 4
+    with torch.no_grad():
+        attention.q_proj.weight[slow, ASK], attention.q_proj.weight[slow, second_ask] = size, -size
+        attention.k_proj.weight[slow, FACT], attention.k_proj.weight[slow, OTHER] = size, -size
+        attention.v_proj.weight[row, OTHER] = -1
+    pair = pair_of(0, resolved(model, [line((FACT, OTHER, ASK), (FACT, OTHER, second_ask))], ["a"], False)[0], False)
+    cell = Cell("q", 2, 1, 2)
+    opened = Opener(model, ("logit_diff",), frozenset({Address("q", 2)})).open(pair, ("denoise",), None)[0]
+    exact = float(opened.patched([cell])[0, 0] - opened.base[0])
+    one = Attributed(model, pair, "denoise", "logit_diff")
+    assert abs(exact) > 1e-2
+    assert abs(float(one.scores([cell], "atp")[0])) < 1e-3 * abs(exact)
+    assert float(one.with_fix([cell])[0]) == pytest.approx(exact, rel=0.05)
+
+
+def test_no_cell_is_found_where_only_chance_decides(store: ActivationStore) -> None:
+    """The fact is never read and the gap comes from a token that has nothing to do with it: in 95 of 100 seeds nothing is found."""
+    noisy, noise = range(12, 22), 27
+    model, rng = planted({(2, 1): (noise, MOVED)}), np.random.default_rng(0)
+    with torch.no_grad():
+        model.module.model.embed_tokens.weight[list(noisy), noise] = torch.from_numpy(rng.normal(size=10)).float()  # type: ignore[union-attr, index]
+    lines = []
+    for i in range(160):
+        nuisances = [int(token) for token in rng.choice(noisy, 2, replace=False)]
+        prompt = line((3, FACT, nuisances[0], ASK), (3, OTHER, nuisances[1], ASK))
+        prompt.fields["answer_tokens"], prompt.fields["distractor_tokens"] = ([t] for t in ANSWERS[i % 2])  # type: ignore[index]
+        lines.append(prompt)
+    options = {"components": ("z",), "directions": ("denoise",), "nulls": "unrelated"}
+    tables = run(model, lines, store, **options)
+    pairs, cells = tables["pairs"], tables["cells"]
+    kept, quiet = pairs.loc[pairs["kept"], "pair"].to_numpy(), 0
+    assert len(kept) > 50
+    for seed in range(100):
+        drawn = np.random.default_rng(seed).choice(kept, 10, replace=False)
+        table = map_table(cells[cells["pair"].isin(drawn)], pairs[pairs["pair"].isin(drawn)], seed)
+        assert table["p_fwe"].notna().any()
+        quiet += not table["found"].any()
+    assert quiet >= 95
 
 
 def test_cancellation_hides_a_head_from_one_gradient_and_not_from_dropped_ones(store: ActivationStore) -> None:

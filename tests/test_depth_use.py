@@ -22,9 +22,11 @@ from analyses.results.result import Result
 from analyses.results.statistics import quantiles
 from probes.capture.needs import Need
 from probes.capture.run import capture
+from probes.edits import logits, read, skip
 from probes.errors import OptionError, PointError, ProbeError, PromptError
 from probes.models import Model, load_model
 from probes.models.backends.native import NativeModel
+from probes.points import Address
 from probes.prompts import Prompt
 from probes.store import ActivationStore
 
@@ -127,8 +129,10 @@ def test_every_measure_points_at_the_one_block_that_matters(planted: int, store:
     greedy = tables["greedy"]
     assert planted not in greedy["layer"].tolist()
     assert greedy["delta_ce"].abs().max() < 1e-5
-    curve = tables["drop_curve"].query("order == 'measured loss'")
-    assert curve["delta_ce"].abs().max() < 1e-5
+    curves = tables["drop_curve"].set_index("order")
+    for order in ("measured loss", "similarity (LLM-Drop)", "similarity, measured again"):
+        assert curves.loc[order, "delta_ce"].abs().max() < 1e-5, order
+        assert (curves.loc[order, "over_random"] < -1e-3).all(), order
 
 
 def test_a_second_run_captures_nothing_and_finds_the_same(tiny: NativeModel, store: ActivationStore) -> None:
@@ -398,3 +402,28 @@ def test_the_target_model_is_loaded_as_the_source_is(llama_folder: Path, store: 
     assert set(store.ls()["dtype"]) == {"bfloat16"}
     assert set(store.ls()["attention"]) == {"eager"}
     assert len(same) == 3
+
+
+def test_similarity_measured_again_is_of_the_stream_that_is_left(tiny: NativeModel, store: ActivationStore) -> None:
+    """A block that hardly turns the plain stream, and one that does so only once the first is gone."""
+    prompts = [(5, 6, 7, 8), (11, 12, 13, 14, 15, 16, 17), (9, 3, 20)]
+    table = DepthUse(**(SMALL | {"drop_blocks": 2})).run(tiny, prompts, store=store).tables
+    again = table["drop_curve"].query("order == 'similarity, measured again'").set_index("removed")["delta_ce"]
+    plain = table["drop_curve"].query("order == 'similarity (LLM-Drop)'").set_index("removed")["delta_ce"]
+    assert again[1] == pytest.approx(plain[1], abs=1e-6)
+    first = int(table["proxies"].set_index("layer")["similarity_block"].idxmin())
+    tokens = [torch.tensor([list(p)]) for p in prompts]
+    turns = dict.fromkeys(sorted({0, 1, 2} - {first}), 0.0)
+    for row in tokens:
+        for layer in turns:
+            addresses = [Address("resid_pre", layer), Address("resid_post", layer)]
+            before, after = read(tiny, row, addresses, [skip(3, first)]).values()
+            turns[layer] += float((1 - torch.cosine_similarity(before[0, 1:], after[0, 1:], dim=-1)).sum())
+    second = min(turns, key=lambda layer: turns[layer])
+    lost, counted = 0.0, 0
+    for row in tokens:
+        changed, clean = (logits(tiny, row, edits).log_softmax(-1) for edits in ([skip(3, first, second)], []))
+        own = row[0, 1:, None]
+        lost += float((clean - changed)[0, :-1].gather(-1, own)[1:].sum())
+        counted += len(own) - 1
+    assert again[2] == pytest.approx(lost / counted, abs=1e-5)

@@ -13,16 +13,14 @@ from checkpoints import llama_folder, llama_gguf
 from families import make
 from hypothesis import given
 from hypothesis import strategies as st
-from malformed import HOSTILE, cases, damaged, refusing, values
+from malformed import cases, damaged, refusing, values
 from study_makers import BASE, model_folder, prompt_file
 from tiny import native
 
 from analyses.base import as_prompts
-from analyses.cli import main
 from analyses.options import types_of
 from analyses.registry import every_analysis
 from analyses.studies import expand, read_study
-from probes.errors import ModelError
 from probes.models import load_model
 from probes.models.sources.gguf import check_gguf
 from probes.models.sources.model_folder import check_folder, read_config
@@ -194,52 +192,3 @@ def test_study_files_with_damage(place: Path, data: st.DataObject) -> None:
     (place / "study.toml").write_text(text)
     with refusing:
         expand(read_study(place / "study.toml"))
-
-
-@pytest.fixture(scope="module")
-def command(place: Path) -> Path:
-    """A model folder and a prompt file, for commands that are otherwise in order."""
-    (place / "good.jsonl").write_text('{"tokens": [5, 6, 7], "answer_tokens": [8], "targets": {"en": [4]}}\n')
-    return model_folder(place / "commands")
-
-
-@cases(100)
-@given(analysis=analyses, data=st.data())
-def test_commands_with_any_values(place: Path, command: Path, analysis: Any, data: st.DataObject) -> None:
-    shared = [
-        "--model",
-        "--prompts",
-        "--out",
-        "--device",
-        "--dtype",
-        "--attention",
-        "--device-map",
-        "--max-memory",
-        "--revision",
-    ]
-    flags = [f"--{name.replace('_', '-')}" for name in types_of(analysis)] + shared
-    given_flags = data.draw(st.dictionaries(st.sampled_from(flags), st.sampled_from(TEXTS), min_size=1, max_size=2))
-    args = {
-        "--model": str(command),
-        "--prompts": str(place / "good.jsonl"),
-        "--store": str(place / "store"),
-        **given_flags,
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BATHYSCOPE_CACHE", str(place / "cache"))
-        patch.setattr("probes.capture.dry_run.PROBE_SECONDS", 0.0)
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        # What needs no model is in order, or refused, before a model is asked for.
-        patch.setattr("probes.models.load.load_model", loaded)
-        assert main(["run", analysis.name, "--dry-run", *(part for pair in args.items() for part in pair)]) in (0, 2)
-
-
-def loaded(ref: str, **_: Any) -> Any:
-    if not Path(ref).is_dir():
-        raise ModelError(f"no model {ref!r}")
-    return native()
-
-
-TEXTS = [text for text in HOSTILE if isinstance(text, str) and "\0" not in text] + [
-    "-1", "1", "9" * 25, "9" * 5000, "1e999", "nan", "-inf", "1.5", "true", "a,b", "1,2", "１", "0x10", "\udcff", "a" * 300 + "/b", "/dev/null",
-]  # fmt: skip

@@ -12,11 +12,12 @@ import pytest
 
 from analyses.ground_truth.answers import Answer, digest, to_json
 from analyses.ground_truth.bench import QUICK, Job, Ran, chosen_tasks, run_bench, seed_of_release
-from analyses.ground_truth.contestants import control_answers
+from analyses.ground_truth.contestants import ADAPTED, control_answers
 from analyses.ground_truth.exchange import export, exported, handed_in
 from analyses.ground_truth.report import worst
 from analyses.ground_truth.score import score
-from analyses.ground_truth.words import readme_table, sentences
+from analyses.ground_truth.words import CANNOT_TELL, method_list, readme_table, sentences
+from analyses.registry import SHIPPED
 from analyses.results.depth_axis import Curve, Panel, depth_figure
 from app.ui.truth import in_words, mark_of, true_marks
 from probes import from_hf
@@ -44,6 +45,10 @@ def test_two_runs_have_one_digest_and_the_oracle_is_right(ran: Ran) -> None:
     assert ran.scored.summary.query("method == 'control: always answers'")["false_positive"].fillna(1).eq(1).all()
 
 
+def test_processes_answer_as_one_does(ran: Ran) -> None:
+    assert run_bench([Job("A1", 0, LIGHT), Job("A3", 0, LIGHT)], processes=2).digest == ran.digest
+
+
 def test_a_saved_run_reads_back_and_has_a_page(ran: Ran, tmp_path: Path) -> None:
     folder = ran.save(tmp_path / "run")
     back = Ran.load(folder)
@@ -66,6 +71,21 @@ def test_words_claim_nothing_without_an_interval(ran: Ran) -> None:
     table = readme_table(ran.scored.summary)
     assert "| logit_lens | lens | ± 0.0" in table
     assert not worst(ran.scored.rows)["method"].str.startswith("control").any()
+
+
+def test_each_analysis_is_said_what_it_cannot_tell(ran: Ran, tmp_path: Path) -> None:
+    assert set(CANNOT_TELL) == set(ADAPTED)
+    page = method_list(ran.scored.summary)
+    assert all(f"### {title}" in page for title in (SHIPPED[name][1] for name in ADAPTED))
+    assert "- logit_lens, lens, compiled: off by 0.00 layers" in page
+    write_between = runpy.run_path(str(BENCH))["write_between"]
+    written = tmp_path / "page.md"
+    written.write_text("above\n<!-- depth: begin -->\nold\n<!-- depth: end -->\nbelow\n")
+    write_between(written, "new")
+    assert written.read_text() == "above\n<!-- depth: begin -->\nnew\n<!-- depth: end -->\nbelow\n"
+    written.write_text("above")
+    with pytest.raises(OptionError, match="no markers"):
+        write_between(written, "new")
 
 
 def test_files_for_others_hold_no_truth(tmp_path: Path) -> None:
@@ -118,7 +138,7 @@ def test_flags_that_mean_nothing_are_refused(flags: tuple[str, ...], said: str) 
 
 
 def test_quick_tasks_exist_and_test_seeds_follow_from_the_release() -> None:
-    assert {name[0] for name in QUICK} == {name[0] for name in tasks("compiled")} - {"B", "M", "O"}
+    assert {name[0] for name in QUICK} == {name[0] for name in tasks("compiled")} - {"B", "G", "M", "O"}
     assert chosen_tasks(("compiled", "noised", "trained"), (), quick=True) == sorted(QUICK)
     assert seed_of_release("v1", "A1") != seed_of_release("v2", "A1")
     assert 0 <= seed_of_release("v1", "A1") < 2**31

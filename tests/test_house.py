@@ -60,6 +60,15 @@ def test_lists_of_commands_import_nothing_heavy(words: list[str]) -> None:
     assert python(code).strip() == "[]"
 
 
+def test_a_store_is_listed_without_tensors_or_figures(tmp_path: Path) -> None:
+    code = (
+        "import contextlib, io, sys\nfrom analyses.cli import main\n"
+        f"with contextlib.redirect_stdout(io.StringIO()): assert main(['store', 'ls', '--store', {str(tmp_path)!r}]) == 0\n"
+        "print([name for name in ('torch', 'transformers', 'plotly', 'analyses.base') if name in sys.modules])"
+    )
+    assert python(code).strip() == "[]"
+
+
 def test_the_public_face_of_probes_is_there_without_submodules() -> None:
     code = "from probes import *; from probes import ActivationStore, load_model; print(ActivationStore.__module__, load_model.__module__)"
     assert python(code).split() == ["probes.store.store", "probes.models.load"]

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import itertools
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, make, prompt, shared
+import transformers as hf
+from families import _LLAMA, FAMILIES, make, prompt, shared
 from torch import nn
 
 from analyses.interventions import Tally
 from analyses.layer_programs import LayerPrograms
+from analyses.layer_programs.alphabet import Alphabet
+from analyses.layer_programs.chance import cross_fitted, family_p, oracle_chance, two_halves
 from analyses.layer_programs.engine import Engine, OpenQuestion
-from analyses.layer_programs.maps import jump_cells, jump_formula, naive_runs
-from analyses.layer_programs.questions import questions_of
+from analyses.layer_programs.figures import FIGURES
+from analyses.layer_programs.fragility import altered
+from analyses.layer_programs.maps import jump_cells, jump_formula, naive_runs, pair_sizes
+from analyses.layer_programs.outcomes import chosen_menu
+from analyses.layer_programs.questions import Question, questions_of
+from analyses.layer_programs.search import Ledger, TreeRules, beam, exhaustive, gains_on, random_programs, tree_search
 from probes.blocks.cached_prompt import CachedPrompt
 from probes.blocks.rerouting import Caller, call_blocks
-from probes.edits import BlockPath, Program, logits, read
+from probes.edits import BlockPath, Program, Replace, Values, generate, logits, read
+from probes.edits.program_edits import Exchange, Jump, Together, changes_of, program_of
 from probes.edits.program_runs import block_runs, run_programs
 from probes.edits.programs import interchange, jump, replacement, side_by_side
-from probes.errors import OptionError
+from probes.errors import OptionError, PointError, PromptError
 from probes.models.backends.native import NativeModel
 from probes.models.unembedding import logits_of
 from probes.planted.registry import build
@@ -29,6 +38,7 @@ from probes.planted.task import PlantedTask
 from probes.points import Address
 from probes.progress import QUIET
 from probes.prompts import Prompt
+from probes.session import State
 
 CAUSAL = tuple(family for family in FAMILIES if family != "bert")
 
@@ -205,9 +215,9 @@ def planted(name: str) -> tuple[NativeModel, list[Prompt], PlantedTask]:
     task = build(name)
     prompts = [
         Prompt(example.tokens, None, {"answer_tokens": [example.answer], "group": str(i)})
-        for i, example in enumerate(task.examples[:: len(task.examples) // 8])
+        for i, example in enumerate(task.examples[:: len(task.examples) // 6])
     ]
-    return native(task.module), prompts[:8], task
+    return native(task.module), prompts[:6], task
 
 
 @pytest.mark.parametrize("name", ["C1", "C3"])
@@ -238,3 +248,247 @@ def test_exactly_the_planted_neighbours_do_not_change_places(name: str) -> None:
     swaps = table["swaps"][table["swaps"]["protocol"] == "interchange"]
     free = {f"{i}+{j}" for i, j, delta in zip(swaps["i"], swaps["j"], swaps["delta"], strict=True) if delta == 0}
     assert free == task.record.question("order").truth
+
+
+@pytest.mark.parametrize("name", ["C1"])
+def test_every_search_finds_one_change_that_mends_and_undoing_it_mends_nothing(name: str) -> None:
+    model, prompts, task = planted(name)
+    prompts = prompts[:3]
+    analysis = LayerPrograms(
+        maps=("pairs",), metric=("correct", "answer"), search=("exhaustive", "random", "beam", "mcts"), max_span=8, budget=300, splits=1
+    )  # fmt: skip
+    result = analysis.run(model, prompts)
+    tables = result.tables
+    chosen = tables["programs"].set_index("origin")
+    assert (chosen["test"] == 1).all()
+    assert (chosen.loc[["exhaustive", "beam"], "edits"] == 1).all()
+    truth = {
+        jump(8, int(leave) + 1, int(enter)).text()
+        for leave, enter in (cell.split("->") for cell in task.record.question("mending:e1").truth or ())
+    }  # type: ignore[union-attr,arg-type,misc]
+    assert set(chosen.loc[["exhaustive", "beam"], "program"]) <= truth
+    items = tables["items"]
+    assert items["mended_by"].notna().all()
+    assert (items["wrong_answer_mended"] == 0).all()
+    assert (tables["budget"]["block_runs"] <= 300 * 2).all()
+    survived = tables["fragility"].set_index("change")["survived"]
+    assert survived["undone"] == 0
+    assert (tables["menu"]["coverage_test"] == 1).all()
+    assert result.provenance["counts"]["intervention_forwards"] <= analysis.interventions(model, prompts).total
+    for figure in ("cost", "budget", "menu", "items", "fragility"):
+        assert result.figure(figure).data
+
+
+# Searches and what they draw from
+
+
+def four_blocks() -> tuple[NativeModel, list[Prompt]]:
+    torch.manual_seed(3)
+    module = hf.LlamaForCausalLM(hf.LlamaConfig(**{**_LLAMA, "num_hidden_layers": 4})).eval()
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.add_(torch.randn(weight.shape) * 0.1)
+    prompts = [Prompt((5 + i, 9, 20 - i), None, {"answer_tokens": [3 + i], "group": str(i)}) for i in range(6)]
+    return native(module), prompts
+
+
+def test_a_search_with_a_budget_for_everything_finds_what_trying_everything_finds() -> None:
+    model, prompts = four_blocks()
+    questions = questions_of(model, prompts, "all", 4, 0)
+    engine = Engine(model, questions, ("answer",), Tally(QUIET))
+    alphabet = Alphabet(4, ("skip", "repeat"), 4, 8)
+    ledger = Ledger(4, 10**6)
+    programs = exhaustive(alphabet, ledger)
+    single = alphabet.children(())
+    double = {program for changes in single.values() for program in alphabet.children(changes)}
+    assert set(programs) == set(single) | double
+    gain = engine.scores(programs).gain("answer").mean(0)
+    grown = beam(alphabet, Ledger(4, 10**6), 10**4, 0, gains_on(engine, "answer", range(6)))
+    assert set(programs) <= set(grown)
+    assert engine.scores([p for p in grown if p in ledger.known]).gain("answer").mean(0).max() == gain.max()
+    rules = TreeRules(explore=1.8, length_weight=0.0, epsilon=0.5)
+    few = Alphabet(4, ("skip",), 1, 8)
+    visited = tree_search(engine, 0, few, Ledger(4, 10**6), rules, 0, lambda scores, column: False)
+    third = {
+        q
+        for changes in few.children(()).values()
+        for more in few.children(changes).values()
+        for q in few.children(more)
+    }
+    assert (
+        set(few.children(()))
+        <= set(visited)
+        <= set(few.children(())) | {p for c in few.children(()).values() for p in few.children(c)} | third
+    )
+
+
+def test_the_alphabet_of_one_change_costs_what_the_formula_says() -> None:
+    alphabet = Alphabet(30, ("skip", "repeat"), 4, 60)
+    assert len(alphabet.changes) == 8 * 30 - 12
+    skips = [program for program in alphabet.children(()) if program.runs < 30]
+    assert block_runs(skips, 30) == 1570
+    assert block_runs(list(alphabet.children(())), 30) == 3420
+    ledger = Ledger(30, 3420)
+    assert len(exhaustive(alphabet, ledger)) == 228
+    assert ledger.spent == ledger.spent_on(228) == 3420
+    random = Ledger(30, 500)
+    drawn = random_programs(alphabet, random, 0)
+    assert random.spent <= 500
+    assert len(set(drawn)) == len(drawn)
+    assert drawn == random_programs(alphabet, Ledger(30, 500), 0)
+
+
+def test_changes_are_read_from_programs_and_make_them() -> None:
+    expected = {
+        "0-11,12-15,12-29": (Jump(16, 12),), "0,2,1,3-29": (Exchange(1, 2),), "0-1,{2|3},4-29": (Together((2, 3)),), "3-29": (Jump(0, 3),),
+        "0-4,8-29": (Jump(5, 8),), "0,0,0,1-29": (Jump(1, 0), Jump(1, 0)), "none": (Jump(0, 30),), "0-29": (),
+    }  # fmt: skip
+    for text, changes in expected.items():
+        assert changes_of(Program.parse(text), 30) == changes
+    for steps in itertools.product(range(3), repeat=4):
+        program = Program.of(steps)
+        assert program_of(3, changes_of(program, 3)) == program
+    for i, j in ((0, 1), (0, 2), (1, 3)):
+        assert changes_of(interchange(5, i, j), 5) == (Exchange(i, j),)
+
+
+def test_small_changes_of_a_repeat_by_hand() -> None:
+    variants = altered(jump(6, 4, 2), Alphabet(6, ("skip", "repeat"), 4, 12), np.random.default_rng(0))
+    assert variants["undone"] == [Program.plain(6)]
+    assert set(variants["one block longer or shorter"]) == {jump(6, 5, 2), jump(6, 3, 2), jump(6, 4, 3), jump(6, 4, 1)}
+    assert set(variants["shifted by one block"]) == {jump(6, 3, 1), jump(6, 5, 3)}
+    assert len(changes_of(variants["one more change"][0], 6)) == 2
+
+
+# Chance
+
+
+def test_signs_at_random_are_significant_as_often_as_they_may_be() -> None:
+    rng = np.random.default_rng(0)
+    groups = [str(i) for i in range(12)]
+    hits = sum(bool((family_p(rng.normal(size=(12, 40)), groups, seed) <= 0.05).any()) for seed in range(200))
+    assert 3 <= hits <= 19  # the middle 99.8 % of 200 draws at 5 %
+    planted_column = rng.normal(size=(12, 40))
+    planted_column[:, 7] += 8
+    p = family_p(planted_column, groups, 0)
+    assert p[7] <= 0.05
+    assert (np.delete(p, 7) > 0.05).all()
+    assert np.isnan(family_p(planted_column[:5], groups[:5], 0)).all()
+
+
+def test_what_each_question_likes_alone_is_no_gain_elsewhere() -> None:
+    private = np.eye(12) - 0.01
+    groups = [str(i) for i in range(12)]
+    assert cross_fitted(private, groups, 0)[1].mean[0] < 0
+    shared_gain = private + np.eye(1, 12, 5)
+    best, elsewhere = cross_fitted(shared_gain, groups, 0)
+    assert best == 5
+    assert elsewhere.mean[0] > 0.9
+    assert chosen_menu(np.eye(4, dtype=bool), 2) == [0, 1]
+
+
+def test_halves_hold_whole_groups() -> None:
+    groups = [str(i // 3) for i in range(18)]
+    for seed in range(5):
+        first = two_halves(groups, seed)
+        assert all(len(set(first[i : i + 3])) == 1 for i in range(0, 18, 3))
+        assert 6 <= first.sum() <= 12
+
+
+def test_the_oracle_of_many_tries_by_hand() -> None:
+    assert oracle_chance(np.array([0.01]), 200)[0] == pytest.approx(0.866, abs=1e-3)
+
+
+# Pairs by hand
+
+
+def test_interactions_of_linear_blocks_are_products() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(8, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    h = torch.randn(5, 8, generator=generator, dtype=torch.float64)
+    first, second = (lambda x: x + x @ a), (lambda x: x + x @ b)
+    sizes = pair_sizes(h, first(h), second(first(h)), second(h), first(second(h)))
+    whole_size = (second(first(h)) - h).norm(dim=-1)
+    for at, expected in enumerate((h @ a, h @ b, h @ a @ b, h @ b @ a, h @ (a @ b - b @ a))):
+        torch.testing.assert_close(sizes[:, at], expected.norm(dim=-1) / whole_size)
+
+
+# What is refused
+
+
+def test_what_cannot_be_run_is_refused(tmp_path: Path) -> None:
+    model = native(shared("llama"))
+    bare = [Prompt((5, 6, 7), None, {})]
+    answered = [Prompt((5, 6, 7), None, {"answer_tokens": [8], "group": "a"}) for _ in range(2)]
+    apart = [*answered, Prompt((5, 6, 7), None, {"answer_tokens": [8], "group": "b"})]
+    with pytest.raises(PromptError, match="no answer"):
+        LayerPrograms().run(model, bare)
+    with pytest.raises(PromptError, match="for a search"):
+        LayerPrograms(metric=("loss",), search=("random",)).run(model, bare)
+    with pytest.raises(PromptError, match="one group"):
+        LayerPrograms(maps=("pairs",), search=("random",)).run(model, answered)
+    with pytest.raises(OptionError, match="budget is 1"):
+        LayerPrograms(maps=("pairs",), search=("random",), budget=1, max_span=1, moves=("swap",)).run(model, apart)
+    with pytest.raises(OptionError, match="scope last"):
+        LayerPrograms(scope="last").run(model, answered)
+    with pytest.raises(OptionError, match="max_length"):
+        LayerPrograms(max_length=0.5)
+    with pytest.raises(OptionError, match="none beside"):
+        LayerPrograms(search=("none", "beam"))
+    with pytest.raises(PointError, match="both ways"):
+        LayerPrograms(metric=("loss",)).run(native(shared("bert")), bare)
+    path = tmp_path / "programs.txt"
+    path.write_text("# ours\n0-2\n0-1,5\n")
+    with pytest.raises(OptionError, match="line 3: block 5"):
+        LayerPrograms(metric=("loss",), programs=str(path)).run(model, bare)
+
+
+def test_given_programs_are_scored_without_a_search(tmp_path: Path) -> None:
+    model, prompts = four_blocks()
+    path = tmp_path / "programs.txt"
+    path.write_text("0-1,{2|3}\n0-3\n0,2-3\n")
+    tables = LayerPrograms(maps=("pairs",), programs=str(path)).run(model, prompts).tables
+    table = tables["programs"].set_index("program")
+    assert table.loc["0-3", "test"] == 0
+    assert table["runs"].to_dict() == {"0-1,{2|3}": 4, "0-3": 4, "0,2-3": 3}
+    assert table["depth"].to_dict() == {"0-1,{2|3}": 3, "0-3": 4, "0,2-3": 3}
+
+
+def test_at_the_last_position_a_jump_is_back_patching() -> None:
+    """Jump s+1 -> t+1 of the last position is the stream after block s put in place of that after block t."""
+    model, tokens = native(shared("llama")), prompt()
+    questions = questions_of(model, [Prompt(tuple(tokens[0].tolist()), None, {"answer_tokens": [7]})], "last", 4, 0)
+    engine = Engine(model, questions, ("answer",), Tally(QUIET))
+    for s, t in ((2, 0), (2, 1), (1, 0)):
+        row = read(model, tokens, [Address("resid_post", s)])[Address("resid_post", s)][0, -1]
+        patch = Replace(address=Address("resid_post", t), value=Values(row), positions=(-1,))
+        both = [logits(model, tokens, edits)[0, -1].log_softmax(-1)[7] for edits in ([patch], [])]
+        change = engine.scores([jump(3, s + 1, t + 1)]).change["answer"][0, 0]
+        assert change == pytest.approx(float(both[0] - both[1]), abs=1e-5)
+
+
+def test_what_a_program_writes_is_what_greedy_decoding_writes() -> None:
+    model = native(shared("llama"))
+    program = jump(3, 2, 1)
+    text = (5, 6, 7)
+    wrote = generate(model, list(text), 3, [BlockPath(program)])
+    for answer, expected in ((wrote, True), ([*wrote[:2], (wrote[2] + 1) % 97], False)):
+        question = Question(0, text, tuple(answer), frozenset(answer[:1]), (), "a", "all", ())
+        engine = Engine(model, [question], ("answer",), Tally(QUIET))
+        assert engine.scores([program]).written[0, 0] == expected
+
+
+def test_a_cell_of_the_jump_map_opens_as_a_live_session() -> None:
+    figure = FIGURES["jump_map"]
+    model, prompts = four_blocks()
+    tables = LayerPrograms(maps=("jumps",), metric=("answer",)).run(model, prompts).tables
+    tables["questions"]["text"] = 'it\'s "here"'
+    (marks,) = [
+        trace for trace in figure.drawn(tables).data if trace.mode == "markers" and trace.customdata is not None
+    ]
+    assert len(marks.customdata) == len(jump_cells(4))
+    for name, leave, enter in zip([row[0] for row in marks.customdata], marks.y, marks.x, strict=True):
+        assert figure.live is not None
+        state = State.parse("\n".join(["model tiny", *figure.live(tables, name)]))
+        assert state.text == 'it\'s "here"'
+        assert state.steps[0].edit == BlockPath(jump(4, int(leave), int(enter)))

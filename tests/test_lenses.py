@@ -22,7 +22,7 @@ from analyses.lenses import Lenses
 from analyses.lenses import analysis as lenses_analysis
 from analyses.lenses.band import band_table, curves, effective_dimension, excess_kurtosis, longest_run, workspace
 from analyses.lenses.items import Watched, check_places, check_watch
-from analyses.lenses.patched import matched, patchscopes_of, target_of
+from analyses.lenses.patched import lift_table, matched, patchscopes_of, target_of
 from analyses.lenses.similarity import jensen_shannon
 from analyses.lenses.watched import pass_at_k, watched_tables
 from analyses.reading.quality import quality_rows, read_texts, solid_layers
@@ -105,6 +105,36 @@ class TestPatchscope:
             Patchscope.of(tiny, target, into=3)
         with pytest.raises(OptionError, match="prompt of 3 tokens"):
             Target((5, 6, 7), 3)
+
+    def test_a_copier_reads_the_planted_token_and_a_row_that_all_share_has_no_lift(
+        self, store: ActivationStore
+    ) -> None:
+        """Attention adds ten times the mean row, so the prompt's end says what stands at its placeholder."""
+        module: Any = make("llama", num_key_value_heads=4)
+        for block in module.model.layers:
+            attention = block.self_attn
+            with torch.no_grad():
+                for weight, scale in ((attention.q_proj, 0), (attention.v_proj, 10), (attention.o_proj, 1)):
+                    weight.weight.copy_(scale * torch.eye(32))
+                block.mlp.down_proj.weight.zero_()
+                block.input_layernorm.weight.fill_(1)
+        with torch.no_grad():
+            module.model.embed_tokens.weight[[5, 6, 7]] = 0  # nothing else is there to copy
+        model = NativeModel(module, ref="copier", weights="copier")
+        unembedding = model.unembedding()
+        rows = 1e4 * torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+        planted = logit.read(rows, unembedding, top_k=1).top_ids[:, 0]
+        assert len(set(planted.tolist())) > 1
+        patchscope = Patchscope.of(model, Target((5, 6, 7), -2))
+        for layer in (0, 1):
+            assert torch.equal(
+                logit.read(patchscope.readable(rows, layer), unembedding, top_k=1).top_ids[:, 0], planted
+            )
+        items = [Watched(i, "x", ("11",), (11,), {"end": 2}) for i in range(2)]
+        activations = capture(model, [(8, 9, 11), (8, 9, 11)], [Need(("resid_post.*", "embed"))], store)
+        table = lift_table(activations, items, patchscope, "end", 0, (0, 1))
+        np.testing.assert_allclose(table["logprob"], table["mean_row"], atol=1e-5)
+        assert table["lift"].max() <= 1e-5
 
     @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
     def test_a_prompt_put_into_itself_is_continued_as_it_is(self, family: str, store: ActivationStore) -> None:
@@ -400,10 +430,12 @@ class TestBand:
         assert workspace(table) == list(middle)
 
     def test_random_weights_have_no_band(self, store: ActivationStore) -> None:
-        for seed in range(6):
-            module = make("llama", seed=seed)
+        deep = Estimator(target=6, layers=tuple(range(6)), skip=2, length=LENGTH)
+        for seed in range(3):
+            module = make("llama", seed=seed, num_hidden_layers=7)
             model = NativeModel(module, ref=f"random-{seed}", weights=weights_digest(module))
-            table, verdict = band_table(model, texts(20, seed=40 + seed), jacobian(model), store)
+            lens = fit_jacobian(model, texts(4).sequences, deep, corpus="random tokens").lens
+            table, verdict = band_table(model, texts(20, seed=40 + seed), lens, store)
             assert not table["in_band"].any()
             assert verdict.startswith("no band")
 

@@ -142,6 +142,16 @@ def test_standardising_makes_scale_irrelevant() -> None:
     np.testing.assert_allclose(scaled, plain, atol=1e-6)
 
 
+@pytest.mark.parametrize(("size", "read"), [(1e-4, True), (1e-9, False)])
+def test_what_rows_cannot_resolve_is_not_scaled_up(size: float, read: bool) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(N) % 2
+    rows = rng.normal(size=(N, D))
+    rows[:, 0] = size * (2 * labels - 1)
+    (evaluation,) = probe_layers([rows], labels, recipe=SOUND)
+    assert (evaluation.accuracy > 0.95) == read
+
+
 def test_swapping_the_labels_mirrors_the_probe_and_leaves_the_scores() -> None:
     layers, labels = planted(n=400)
     one, two = (next(probe_layers(layers[-1:], classes, jobs=1)) for classes in (labels, 1 - labels))

@@ -1,88 +1,142 @@
-"""The notebooks: one for each analysis, kept with small outputs, and true: each is executed, and what it says is checked."""
+"""The notebooks: one for each analysis, kept with small outputs, and true.
+
+Every cell runs here on a random model of the default model's layers, heads and tokenizer. What the words of a notebook say
+is held against what `notebooks/execute.py` kept when it last executed these very cells on the real model.
+"""
 
 from __future__ import annotations
 
 import ast
-import json
-import os
 import re
-import runpy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import execute
 import nbformat
+import plotly.graph_objects as go
 import pytest
-from nbclient import NotebookClient
+import torch
+import transformers as hf
+from facts import FACTS
+from IPython.core.formatters import DisplayFormatter
 
 from analyses.registry import ANALYSES, every_analysis
+from probes.errors import OptionError
+from probes.models import load_model
+from probes.models.sources.locate import locate
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 CARD, FIGURE = "text/html", "application/vnd.plotly.v1+json"
 
-KEEPING = SimpleNamespace(**runpy.run_path(str(ROOT / "notebooks" / "execute.py")))
 KINDS = {("display_data", None), ("execute_result", None), ("stream", "stdout")}
 """Outputs that are no error and no warning."""
-
-Facts = Mapping[str, Any]
+NEEDS_ANSWERS = {'repetition.figure("probability_right")'}
+"""Cells about the prompts that a model answers rightly; a random one answers none, and they say so."""
 
 
 @dataclass(frozen=True)
-class Executed:
-    """A notebook after its run."""
+class Kept:
+    """A notebook as it is kept."""
 
     cells: list[Any]
-    facts: Facts
-    """What was asked of its variables."""
+    facts: Mapping[str, Any]
+    """What its variables said on the real model."""
 
     def outputs(self, kind: str) -> list[Any]:
         return [o["data"][kind] for cell in self.cells for o in cell.get("outputs", []) if kind in o.get("data", {})]
 
 
-Execute = Callable[..., Executed]
+def read(name: str) -> Any:
+    return nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)
 
 
-@pytest.fixture
-def execute(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Execute:
-    """Runs a notebook on the store all of them share, then evaluates `facts`, expressions in its variables."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    monkeypatch.setenv("BATHYSCOPE_STORE", str(shared / "notebook-store"))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-    def run(name: str, **facts: str) -> Executed:
-        notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)
-        entries = ", ".join(f"{key!r}: {expression}" for key, expression in facts.items())
-        probe = nbformat.v4.new_code_cell(f"import json\nprint(json.dumps({{{entries}}}, default=lambda x: x.item()))")
-        notebook.cells.append(probe)
-        NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
-        *cells, last = notebook.cells
-        done = Executed(cells, json.loads(last.outputs[0].text))
-        _sound(done)
-        return done
-
-    return run
+def kept(name: str) -> Kept:
+    notebook = read(name)
+    return Kept(notebook.cells, notebook.metadata["bathyscope"]["facts"])
 
 
-def _sound(done: Executed) -> None:
-    """Nothing on standard error, and every figure has something in it and names its axes."""
-    assert {(o.output_type, o.get("name")) for cell in done.cells for o in cell.get("outputs", [])} <= KINDS
-    figures = done.outputs(FIGURE)
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with the default model's tokenizer, layers and heads, which cells name, and narrow ones."""
+    folder, source = tmp_path_factory.mktemp("stand_in"), locate("smollm2-135m").folder
+    config = hf.AutoConfig.from_pretrained(source)
+    config.update({"hidden_size": 36, "head_dim": 4, "intermediate_size": 48, "initializer_range": 0.3})
+    torch.manual_seed(0)
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    hf.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+def run_cell(source: str, variables: dict[str, Any]) -> Any:
+    """Runs a cell and draws what its last line shows, as a notebook would."""
+    tree = ast.parse(source)
+    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, "cell", "exec"), variables)
+    if last is None:
+        return None
+    shown = eval(compile(ast.Expression(last.value), "cell", "eval"), variables)
+    if isinstance(shown, go.Figure):
+        shown.to_json()
+    else:
+        DisplayFormatter().format(shown)
+    return shown
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", NAMES)
+def test_every_cell_runs_and_every_figure_names_its_axes(
+    name: str, stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BATHYSCOPE_STORE", str(tmp_path / "store"))
+    monkeypatch.setattr("probes.models.load_model", lambda _: load_model(str(stand_in)))
+    variables: dict[str, Any] = {"__name__": "__main__"}
+    for cell in read(name).cells:
+        if cell.cell_type == "code" and cell.source in NEEDS_ANSWERS:
+            with pytest.raises(OptionError, match="unknown figure"):
+                run_cell(cell.source, variables)
+        elif cell.cell_type == "code" and isinstance(shown := run_cell(cell.source, variables), go.Figure):
+            sound(shown.to_plotly_json())
+    assert capsys.readouterr().err == ""
+
+
+def sound(figure: Mapping[str, Any]) -> None:
+    """The figure has something in it and names its axes."""
+    assert any(len(values) for trace in figure["data"] for key in "yz" if (values := trace.get(key)) is not None)
+    assert any(part["title"].get("text") for key, part in figure["layout"].items() if "axis" in key and "title" in part)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_and_facts_are_those_of_these_cells(name: str) -> None:
+    notebook = read(name)
+    assert notebook.metadata["bathyscope"]["cells"] == execute.digest(notebook, FACTS[name]), (
+        f"the cells of {name}.ipynb changed since they were executed: make notebooks-in-place"
+    )
+    figures = kept(name).outputs(FIGURE)
     assert figures
     for figure in figures:
-        assert any(trace.get("y") or trace.get("z") for trace in figure["data"])
-        assert any(
-            part["title"].get("text") for key, part in figure["layout"].items() if "axis" in key and "title" in part
-        )
+        sound(figure)
+
+
+@pytest.mark.real
+def test_a_kernel_finds_on_the_real_model_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One notebook as a reader runs it, in a Jupyter kernel."""
+    monkeypatch.setenv("BATHYSCOPE_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = read("logit_lens")
+    facts = execute.run(notebook, FACTS["logit_lens"], tmp_path)
+    assert {(o.output_type, o.get("name")) for cell in notebook.cells for o in cell.get("outputs", [])} <= KINDS
+    for name, fact in kept("logit_lens").facts.items():
+        assert facts[name] == (fact if isinstance(fact, str) else pytest.approx(fact, rel=1e-2, abs=1e-4))
 
 
 def test_there_is_a_tour_and_a_notebook_for_every_analysis() -> None:
-    assert {"tour", "depth_bench", *ANALYSES} == set(NAMES)
+    assert {"tour", "live", "depth_bench", *ANALYSES} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -106,7 +160,7 @@ def test_what_a_notebook_keeps_is_free_of_machine_and_time() -> None:
     data = {"text/html": "<td>4 forward passes, 1.3 s</td> in /home/me/x/store", FIGURE: {"y": [0.123456789, "n", 3]}}
     output = nbformat.v4.new_output("display_data", data)
     cell = nbformat.v4.new_code_cell("1", outputs=[output], metadata={"execution": {"iopub": "2020"}})
-    kept = KEEPING.kept(nbformat.v4.new_notebook(cells=[cell]), {"/home/me/x/store": "~/store"})
+    kept = execute.kept(nbformat.v4.new_notebook(cells=[cell]), {"/home/me/x/store": "~/store"})
     assert kept.cells[0].metadata == {}
     assert kept.cells[0].outputs[0].data == {
         "text/html": "<td>4 forward passes</td> in ~/store",
@@ -130,17 +184,8 @@ def test_a_notebook_reads_as_a_document(name: str) -> None:
         assert any(".figure(" in cell.source for cell in code)
 
 
-@pytest.mark.real
-def test_tour(execute: Execute) -> None:
-    done = execute(
-        "tour",
-        forwards="[held.done.forwards, again.done.forwards, lens.provenance['counts']['forwards'], voids.provenance['counts']['forwards']]",
-        said="late[late['layer'] == 29].sort_values('prompt')['token'].tolist()",
-        whole="whole",
-        without="without.tolist()",
-        same="bool((loaded.tables['activity'] == voids.tables['activity']).all(axis=None))",
-        controls="voids.tables['controls'].set_index('variant')['kl_to_full'].to_dict()",
-    )
+def test_tour() -> None:
+    done = kept("tour")
     first, *later = done.facts["forwards"]
     assert first in (0, 4)
     assert later == [0, 0, 0]
@@ -158,16 +203,16 @@ def test_tour(execute: Execute) -> None:
     assert len(done.outputs(FIGURE)) == 2
 
 
-@pytest.mark.real
-def test_voids(execute: Execute) -> None:
-    done = execute(
-        "voids",
-        used="{f'{a} {p}': v for (a, p), v in usage.mean().items()}",
-        late="{f'{a} {p}': v for (a, p), v in (usage.loc[20:].mean() - usage.loc[2:19].mean()).items()}",
-        kl="{f'{a} {v}': [row.kl_to_full, row.kl_low, row.kl_high] for (a, v), row in controls.iterrows()}",
-        phases="strict.loc[[21, 24], 'difference'].tolist()",
-        skipping="result.tables['controls'].groupby('alpha')['layers_used'].nunique().tolist()",
-    ).facts
+def test_live() -> None:
+    done = kept("live")
+    facts = done.facts
+    assert facts["unchanged"] == 0 < facts["kl"]
+    assert facts["country"] > 0
+    assert facts["swept"] == pytest.approx(facts["single"], abs=1e-4)
+
+
+def test_voids() -> None:
+    done = kept("voids").facts
     for phase in ("prompt", "response"):
         assert 0 < done["used"][f"0.8 {phase}"] < done["used"][f"0.2 {phase}"] < 1
         assert done["late"][f"0.8 {phase}"] > 0.15
@@ -180,16 +225,8 @@ def test_voids(execute: Execute) -> None:
     assert done["skipping"] == [1, 1]
 
 
-@pytest.mark.real
-def test_logit_lens(execute: Execute) -> None:
-    done = execute(
-        "logit_lens",
-        end="curve.loc[29].to_dict()",
-        start="curve.loc[5].to_dict()",
-        decided="decided.groupby(easy, observed=True).mean().to_dict()",
-        median="decided.median()",
-        answer="read.query('prompt == 0 and layer == 29')['final_token'].iloc[-1]",
-    ).facts
+def test_logit_lens() -> None:
+    done = kept("logit_lens").facts
     assert done["end"]["agrees"] == 1
     assert done["end"]["kl_to_final"] < 1e-4
     assert done["start"]["entropy_bits"] < done["end"]["entropy_bits"]
@@ -199,16 +236,8 @@ def test_logit_lens(execute: Execute) -> None:
     assert done["answer"] == " Tokyo"
 
 
-@pytest.mark.real
-def test_lenses(execute: Execute) -> None:
-    done = execute(
-        "lenses",
-        kl="kl.to_dict()",
-        ends="result.tables['read'].query('layer == 29')[['agrees', 'kl_to_final']].agg(['min', 'max']).to_dict()",
-        forwards="[r.provenance['counts']['forwards'] for r in (plain, through)]",
-        errors="jacobian.relative_error",
-        lift="bool((result.tables['patchscope']['control_max'] >= result.tables['patchscope']['unpatched']).all())",
-    ).facts
+def test_lenses() -> None:
+    done = kept("lenses").facts
     for layer in ("0", "10", "20", "28"):
         assert done["kl"]["tuned"][layer] < done["kl"]["bias_only"][layer]
         assert done["kl"]["tuned"][layer] < done["kl"]["shuffled"][layer]
@@ -220,15 +249,8 @@ def test_lenses(execute: Execute) -> None:
     assert done["lift"]
 
 
-@pytest.mark.real
-def test_back_patching(execute: Execute) -> None:
-    done = execute(
-        "back_patching",
-        summary="summary.to_dict('records')",
-        rates="rates.set_index(['set', 'position_name', 'variant'])['oracle_rate'].rename(str).reset_index().to_dict('records')",
-        upper="bool((result.tables['grid']['source_layer'] > result.tables['grid']['target_layer']).all())",
-        known="bool(cases.loc[cases['patched'], ['first_hop', 'second_hop']].all(axis=None))",
-    ).facts
+def test_back_patching() -> None:
+    done = kept("back_patching").facts
     assert done["upper"]
     assert done["known"]
     rate = {(row["set"], row["position_name"], row["variant"]): row["oracle_rate"] for row in done["rates"]}
@@ -244,16 +266,8 @@ def test_back_patching(execute: Execute) -> None:
         assert rate["incorrect", position, "forward"] >= rate["incorrect", position, "back_patch"]
 
 
-@pytest.mark.real
-def test_communication_channels(execute: Execute) -> None:
-    done = execute(
-        "communication_channels",
-        pairs="len(composition)",
-        best="strongest.iloc[0][['source_layer', 'source_head', 'target_layer', 'target_head', 'component']].astype(int).tolist()",
-        z="strongest['z'].tolist()",
-        out="[outstanding(composition['score']), outstanding(composition['component_score'])]",
-        beaten="rank[['components_beaten', 'directions_beaten']].min().tolist()",
-    ).facts
+def test_communication_channels() -> None:
+    done = kept("communication_channels").facts
     assert done["pairs"] == 81 * 30 * 29 // 2
     assert done["best"] == [8, 8, 10, 0, 3]
     assert done["z"][0] == pytest.approx(37.8, abs=1)
@@ -261,11 +275,8 @@ def test_communication_channels(execute: Execute) -> None:
     assert min(done["beaten"]) > 0.9
 
 
-@pytest.mark.real
-def test_concept_depth(execute: Execute) -> None:
-    done = execute(
-        "concept_depth", depths="depths.to_dict('index')", layers="result.tables['scores']['layer'].nunique()"
-    )
+def test_concept_depth() -> None:
+    done = kept("concept_depth")
     assert done.facts["layers"] == 30
     kind, place = done.facts["depths"]["sentiment"], done.facts["depths"]["city_country"]
     assert kind["decodable"]
@@ -277,16 +288,8 @@ def test_concept_depth(execute: Execute) -> None:
     assert kind["depth_90_low"] <= kind["depth_90"] <= kind["depth_90_high"]
 
 
-@pytest.mark.real
-def test_latent_language(execute: Execute) -> None:
-    done = execute(
-        "latent_language",
-        cannot="translation.tables['summary'].set_index('pair')['accuracy'].to_dict()",
-        notes="translation.notes",
-        repeats="repetition.tables['summary'].iloc[0][['accuracy', 'peak', 'leads_in_middle']].tolist()",
-        curve="curve.loc[29].to_dict()",
-        controls="bool(repetition.tables['curve']['control_mean'].notna().all())",
-    )
+def test_latent_language() -> None:
+    done = kept("latent_language")
     facts = done.facts
     assert set(facts["cannot"]) == {"en→fr", "de→fr"}
     assert max(facts["cannot"].values()) < 0.25
@@ -300,16 +303,8 @@ def test_latent_language(execute: Execute) -> None:
     assert facts["controls"]
 
 
-@pytest.mark.real
-def test_depth_use(execute: Execute) -> None:
-    done = execute(
-        "depth_use",
-        score="result.tables['depth_score'].query(\"by == 'mean'\").set_index('variant')['score'].to_dict()",
-        worst="measured.sort_values(ascending=False).head(4).index.tolist()",
-        first="contributions.loc[:1, 'relative_norm'].median()",
-        rest="contributions.loc[2:, 'relative_norm'].median()",
-        foretold="agreement[(agreement['proxy_b'] == 'delta_ce_block') & (agreement['proxy_a'] == 'skip_effect_block')]['spearman'].iloc[0]",
-    ).facts
+def test_depth_use() -> None:
+    done = kept("depth_use").facts
     assert done["score"]["future"] < 12 < done["score"]["local"]
     assert {0, 1, 11} <= set(done["worst"])
     assert done["first"] > 5
@@ -317,18 +312,8 @@ def test_depth_use(execute: Execute) -> None:
     assert done["foretold"] > 0.7
 
 
-@pytest.mark.real
-def test_norm_removal(execute: Execute) -> None:
-    done = execute(
-        "norm_removal",
-        sites="len(effect)",
-        alone="effect['diverged'].max()",
-        mlps="together.set_index('site')['diverged']['all mlp']",
-        spike="spike",
-        sinks="[sinks['rate'], sinks['uniform']]",
-        error="total[['nmae']].iloc[0].tolist()",
-        interval="bool(total[['ci_low', 'ci_high']].notna().any(axis=None))",
-    ).facts
+def test_norm_removal() -> None:
+    done = kept("norm_removal").facts
     assert done["sites"] == 61
     assert done["alone"] == 0
     assert done["mlps"] > 0.5
@@ -338,17 +323,8 @@ def test_norm_removal(execute: Execute) -> None:
     assert not done["interval"], "two texts support none"
 
 
-@pytest.mark.real
-def test_causal_patching(execute: Execute) -> None:
-    done = execute(
-        "causal_patching",
-        kept="int(result.tables['pairs']['kept'].sum())",
-        bounds="window.dropna(subset='layer').set_index(['role', 'bound'])['layer'].to_dict().__repr__()",
-        top="float(result.tables['verification']['spearman'].iloc[0])",
-        end="float(result.tables['map'].query(\"component == 'resid_post' and role == 'end' and layer == 29\")['recovery'].min())",
-        planned="planned.total",
-        ran="result.provenance['counts']['intervention_forwards']",
-    ).facts
+def test_causal_patching() -> None:
+    done = kept("causal_patching").facts
     assert done["kept"] >= 6
     assert "('end', 'arrival')" in done["bounds"]
     assert "('country', 'departure')" in done["bounds"]
@@ -357,15 +333,17 @@ def test_causal_patching(execute: Execute) -> None:
     assert 0 < done["ran"] <= done["planned"]
 
 
-@pytest.mark.real
-def test_contextual_decomposition(execute: Execute) -> None:
-    done = execute(
-        "contextual_decomposition",
-        n="len(heads)",
-        best="heads.iloc[0][['score', 'ablation']].tolist()",
-        pearson="agreement['pearson'].to_dict()",
-        kept="faithfulness.set_index('method').query('size < 10')[['faithfulness', 'random_high']].to_numpy().tolist()",
-    ).facts
+def test_layer_programs() -> None:
+    done = kept("layer_programs").facts
+    assert done["planned"] == done["ran"]
+    assert done["exact"]
+    assert done["test"] == [1.0] * 4
+    assert done["undone"] == 0
+    assert done["swapped"] < done["replaced"]
+
+
+def test_contextual_decomposition() -> None:
+    done = kept("contextual_decomposition").facts
     assert done["n"] == 270
     score, ablation = done["best"]
     assert score * ablation > 0

@@ -49,7 +49,10 @@ def test_an_option_by_two_names_is_refused() -> None:
         Voids(mode="skip", semantics="mask")  # type: ignore[call-arg]
 
 
-def test_the_command_line_takes_both_spellings(llama_folder: Path, tmp_path: Path) -> None:
+def test_the_command_line_takes_both_spellings(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BATHYSCOPE_STORE", str(tmp_path / "store"))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"tokens": list(tokens)}) + "\n" for tokens in PROMPTS))
     base = ["run", "voids", "--model", str(llama_folder), "--prompts", str(prompts), "--out"]

@@ -22,7 +22,6 @@ from analyses.studies import StudyFolder
 from probes.capture.canary import CANARY
 from probes.store import ActivationStore
 
-pytestmark = pytest.mark.xdist_group("ray")
 ray = pytest.importorskip("ray")
 
 DRAW = random.Random(0)

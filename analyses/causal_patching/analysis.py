@@ -79,6 +79,8 @@ class CausalPatching(Analysis):
     roles: tuple[str, ...] = option(
         (), "Positions, by name or distance from the end (-1 is the last); all where none is named."
     )
+    layers: tuple[int, ...] = option((), "Layers that are patched; every stride-th where none is named.", low=0)
+    stride: int = option(1, "Every how many layers one is patched, where layers names none.", low=1)
     window: str = option(
         "1", "Layers of attn_out, mlp_out and z patched together: a number, prefix (0 to l) or suffix (l to the last)."
     )
@@ -156,7 +158,7 @@ class CausalPatching(Analysis):
     def plan(self) -> GridPlan:
         """Which cells of each pair are patched."""
         window = self.window if self.window in ("prefix", "suffix") else int(self.window)
-        return GridPlan(self.components, self.heads, self.roles, window)
+        return GridPlan(self.components, self.heads, self.roles, window, self.layers, self.stride)
 
     @property
     def estimates(self) -> EstimatePlan:
@@ -202,8 +204,7 @@ class CausalPatching(Analysis):
         """Count the cells of all pairs, before it is known which of them the model tells apart."""
         pairs = [pair for pair in self._pairs(prompts) if not pair.reason]
         run = self._run(model, pairs, Tally(QUIET), None)
-        further = self.estimates.forwards(len(pairs), model.shape.n_layers * (model.shape.n_heads + 1))
-        return costs.planned(run, self._samples, further)
+        return costs.planned(run, self._samples, self.estimates)
 
     def run(
         self,
@@ -271,6 +272,7 @@ class CausalPatching(Analysis):
         noise: Noise | None = None,
     ) -> Run:
         check_components(model, self.components)
+        self.plan.swept(model.shape)
         if self.corruption == "noise" and noise is None and pairs:
             sigma = element_deviation(model, pairs, self.sigma_over)
             noise = Noise(self.noise_factor * sigma, self.noise_samples, self.seed)

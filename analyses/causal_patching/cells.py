@@ -84,15 +84,16 @@ def cells_of(
     heads: HeadMode,
     positions: Sequence[int],
     window: int | Literal["prefix", "suffix"] = 1,
+    layers: Sequence[int] | None = None,
 ) -> list[Cell]:
-    """Return the cells of a grid over all layers and the given positions."""
+    """Return the cells of a grid over the given layers, or all of them, and the given positions."""
     cells: list[Cell] = []
     for component in components:
         n_heads = head_count(shape, component)
         if n_heads and heads == "none":
             continue
         places = (EVERYWHERE,) if n_heads and heads == "all_positions" else tuple(positions)
-        for layer in range(shape.n_layers):
+        for layer in range(shape.n_layers) if layers is None else layers:
             first, last = (-1, -1)
             if component in ADDED and window != 1:
                 first, last = window_of(layer, window, shape.n_layers)

@@ -31,7 +31,8 @@ def attribution_direction(directions: Sequence[Direction]) -> Direction:
 def node_cells(run: Run, pair: Pair, direction: Direction) -> dict[Place, Cell]:
     """Return the cells that are attributed, heads at every position, by what they are in every pair."""
     shape, roles = run.model.shape, pair.roles(direction)
-    cells = cells_of(shape, run.plan.components, "by_position", run.plan.positions(pair, direction))
+    positions = run.plan.positions(pair, direction)
+    cells = cells_of(shape, run.plan.components, "by_position", positions, layers=run.plan.swept(shape))
     zeros = exact_zeros(cells, shape, pair, direction)
     return {
         (cell.component, cell.layer, cell.head, roles[cell.position]): cell

@@ -34,7 +34,7 @@ def run_notes(pairs: Sequence[Pair], tables: Tables, null: str, noise: Noise | N
         f"({metric}). Denoising shows what is enough to bring the answer back, noising what is needed; neither stands for the other.",
         f"Copying a run into itself moves {metric} by at most {floor:.1e}: smaller effects are rounding.",
     ]
-    notes += _left_out(pairs, each)
+    notes += _left_out(each)
     if noise is not None:
         notes += _noise(noise, tables["pairs"])
     if any(pair.shifted for pair in pairs):
@@ -52,13 +52,14 @@ def run_notes(pairs: Sequence[Pair], tables: Tables, null: str, noise: Noise | N
     return notes
 
 
-def _left_out(pairs: Sequence[Pair], each: pd.DataFrame) -> list[str]:
+def _left_out(each: pd.DataFrame) -> list[str]:
     lost = each[~each["kept"]]
     if lost.empty:
         return []
-    where = {pair.index: pair.where for pair in pairs}
     first = lost.iloc[0]
-    return [f"{len(lost)} pairs were left out of every map; the first: {where[int(first['pair'])]}, {first['reason']}."]
+    return [
+        f"{len(lost)} pairs were left out of every map, listed in the table `pairs`; the first: {first['where']}, {first['reason']}."
+    ]
 
 
 def _noise(noise: Noise, pairs: pd.DataFrame) -> list[str]:

@@ -13,6 +13,7 @@ from analyses.causal_patching.cells import EVERYWHERE, Cell, HeadMode, cells_of
 from analyses.causal_patching.metrics import MIN_KL, UNITS
 from analyses.causal_patching.opened import first_patched
 from analyses.causal_patching.pairs import Direction, Pair
+from analyses.interventions import swept
 from probes.models.protocol import Shape
 
 Array = NDArray[np.float64]
@@ -31,10 +32,22 @@ class GridPlan:
     roles: tuple[str, ...]
     """Names or distances from the end; all where there are none."""
     window: int | str
+    layers: tuple[int, ...] = ()
+    """Layers that are patched; every `stride`-th where none is named."""
+    stride: int = 1
+
+    def swept(self, shape: Shape) -> list[int]:
+        """Return the layers that are patched.
+
+        Raises:
+            OptionError: a layer that the model does not have.
+        """
+        return swept(shape.n_layers, self.layers, self.stride)
 
     def cells(self, shape: Shape, pair: Pair, direction: Direction) -> list[Cell]:
         """Return the cells of a pair, those that cannot change anything among them."""
-        return cells_of(shape, self.components, self.heads, self.positions(pair, direction), self.window)  # type: ignore[arg-type]
+        positions = self.positions(pair, direction)
+        return cells_of(shape, self.components, self.heads, positions, self.window, self.swept(shape))  # type: ignore[arg-type]
 
     def positions(self, pair: Pair, direction: Direction) -> list[int]:
         """Return the positions of the patched run that have a role asked for."""
@@ -126,11 +139,22 @@ def pairs_table(
         for i, metric in enumerate(metrics):
             reason = reasons.get(pair.index, "")
             rows.append((
-                pair.index, pair.group, pair.text, pair.corrupted_text, len(pair.clean), pair.first_difference, metric,
+                pair.index, pair.where, pair.group, pair.text, pair.corrupted_text, len(pair.clean), pair.first_difference, metric,
                 clean[i], corrupted[i], clean[i] - corrupted[i], not reason, reason,
             ))  # fmt: skip
     columns = [
-        *("pair", "group", "clean", "corrupted", "tokens", "first_difference", "metric", "m_clean", "m_corrupted"),
+        *(
+            "pair",
+            "where",
+            "group",
+            "clean",
+            "corrupted",
+            "tokens",
+            "first_difference",
+            "metric",
+            "m_clean",
+            "m_corrupted",
+        ),
         *("gap", "kept", "reason"),
     ]
     return pd.DataFrame(rows, columns=columns)

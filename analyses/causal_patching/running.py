@@ -184,7 +184,7 @@ def noise_floor(run: Run) -> float:
 def count_cells(run: Run, samples: int) -> dict[str, int]:
     """Return how many patched forwards the pairs of a run take, by kind."""
     counts = {f"{direction} cells": 0 for direction in run.directions} | {"null cells": 0}
-    for _pair, direction, cells, nulls in _live(run):
+    for _pair, direction, cells, nulls in live_cells(run):
         counts[f"{direction} cells"] += len(cells) * samples
         counts["null cells"] += len(cells) * samples * nulls
     return counts
@@ -193,7 +193,8 @@ def count_cells(run: Run, samples: int) -> dict[str, int]:
 def block_rows(run: Run, samples: int) -> int:
     """Return how many rows pass how many blocks in all cells of a run."""
     return sum(
-        rows_of(run, pair, direction, cells) * samples * (1 + nulls) for pair, direction, cells, nulls in _live(run)
+        rows_of(run, pair, direction, cells) * samples * (1 + nulls)
+        for pair, direction, cells, nulls in live_cells(run)
     )
 
 
@@ -206,7 +207,7 @@ def rows_of(run: Run, pair: Pair, direction: Direction, cells: Sequence[Cell]) -
     return sum(cell.block_rows(shape.n_layers, n, start) for cell in cells)
 
 
-def _live(run: Run) -> Iterator[tuple[Pair, Direction, list[Cell], bool]]:
+def live_cells(run: Run) -> Iterator[tuple[Pair, Direction, list[Cell], bool]]:
     """Yield each pair and direction with the cells that are run, and whether they are run from another source too."""
     for pair in run.pairs:
         for direction in run.directions:

@@ -93,6 +93,6 @@ def _names(address: str, given: list[str]) -> list[str]:
 
 
 def serve(args: list[str]) -> None:
-    """Runs Streamlit in this process, until it is ended."""
+    """Run Streamlit in this process, until it is ended."""
     sys.argv = ["streamlit", *args]
     runpy.run_module("streamlit", run_name="__main__", alter_sys=True)

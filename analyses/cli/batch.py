@@ -10,7 +10,7 @@ import pandas as pd
 import typer
 
 from analyses.cli.console import ConsoleProgress, say
-from analyses.cli.run import StoreDir
+from analyses.cli.store_flag import StoreDir
 from analyses.studies.cells import Cell, expand
 from analyses.studies.definition import Study
 from analyses.studies.dry_run import costs, table

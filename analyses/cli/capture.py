@@ -9,7 +9,8 @@ import typer
 from analyses.base import as_prompts
 from analyses.cli.console import ConsoleProgress, say
 from analyses.cli.model_flags import with_model
-from analyses.cli.run import DryRun, PromptFile, StoreDir
+from analyses.cli.run import DryRun, PromptFile
+from analyses.cli.store_flag import StoreDir
 from analyses.running.model_spec import ModelSpec
 from probes.capture.dry_run import estimate, human
 from probes.capture.needs import Need

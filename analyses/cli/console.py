@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
@@ -14,15 +15,22 @@ from probes.progress import Progress
 PLAIN: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
 """How every Typer here is made: help and errors are plain text."""
 
+JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object a line, for programs.")]
+
 
 def say(line: str) -> None:
     """A line on standard output."""
-    sys.stdout.write(line + "\n")
+    sys.stdout.write(_encodable(line) + "\n")
 
 
 def warn(line: str) -> None:
     """A line on standard error."""
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(_encodable(line) + "\n")
+
+
+def _encodable(line: str) -> str:
+    """Show bytes of a path that are no text by their numbers."""
+    return line.encode("utf-8", "backslashreplace").decode()
 
 
 class ConsoleProgress(Progress):
@@ -65,7 +73,7 @@ class ConsoleProgress(Progress):
         warn(line)
 
     def stop(self) -> None:
-        """Ends the bar."""
+        """End the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -29,7 +29,7 @@ LONGEST_WORD = 400
 
 
 def call(app: typer.Typer, args: Sequence[str]) -> int:
-    """Runs a command of `app`; returns the exit code."""
+    """Run a command of `app`; return the exit code."""
     try:
         code = app(args=list(args), standalone_mode=False)
     except UserError as error:

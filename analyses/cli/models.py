@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from analyses.cli.console import PLAIN, say, warn
+from analyses.cli.console import PLAIN, JsonLines, say, warn
 from probes.html_card import aligned, size
 from probes.models.sources.locate import ModelInfo, fetch_model, list_models, model_info
 from probes.planted.registry import PREFIX, tasks
@@ -25,7 +25,7 @@ SIZES = {"n_layers": "layers", "d_model": "wide", "n_heads": "heads"}
 
 @group.command("ls")
 def ls(
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line, for programs.")] = False,
+    json: JsonLines = False,
 ) -> None:
     """Models that can be named, and whether they are already here."""
     if json:

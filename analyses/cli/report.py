@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from analyses.cli.console import say
-from analyses.results.report import write_report
+from analyses.results.report import render
 from analyses.results.result import Result
 from probes.errors import OptionError
 from probes.html_card import count
+from probes.locked_files import write_whole
 
 MARK = "· Bathyscope</title>"
 """Stands near the beginning of every page that may be replaced."""
@@ -31,15 +31,14 @@ def report(
     results = [Result.load(run) for run in runs]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name[:40]}-", dir=out.parent) as draft:
-            write_report(results, Path(draft) / "page", title).replace(out)
+        write_whole(out, render(results, title))
     except OSError as error:
         raise OptionError(f"--out {str(out)!r} cannot be written: {error.strerror or error}") from None
     say(f"report of {count(len(results), 'run')}: {out}")
 
 
 def check_page(out: Path) -> None:
-    """Refuses to replace anything but an earlier page.
+    """Refuse to replace anything but an earlier page.
 
     Raises:
         OptionError: a folder, a device, or a file that is no report.

@@ -16,6 +16,7 @@ from analyses.base import Analysis
 from analyses.cli.console import ConsoleProgress, say
 from analyses.cli.model_flags import with_model
 from analyses.cli.option_flags import build, flags
+from analyses.cli.store_flag import StoreDir
 from analyses.results.output_folder import check_output
 from analyses.running.model_spec import ModelSpec
 from analyses.running.runner import dry_run as cost_of
@@ -32,9 +33,6 @@ PromptFile = Annotated[Path, typer.Option("--prompts", help='JSON lines: {"text"
 GivenPrompts = Annotated[
     Path | None,
     typer.Option("--prompts", help="JSON lines; may be left out where the analysis is given data sets by name."),
-]
-StoreDir = Annotated[
-    Path | None, typer.Option("--store", help="The activation store's folder; default in the user cache.")
 ]
 Texts = Annotated[
     list[str] | None, typer.Option("--text", help="A prompt, in place of a file; may be given several times.")
@@ -121,7 +119,7 @@ def start(
     dry_run: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Checks everything that needs no model, then runs (or, dry, prints the cost) and saves."""
+    """Check everything that needs no model, then run (or, dry, print the cost) and save."""
     lines = prompts.lines(analysis)
     out = out or Path("runs") / analysis.name
     check_output(out)

@@ -10,16 +10,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from analyses.cli.console import PLAIN, say
-from analyses.cli.run import StoreDir
-from analyses.results.theme import shorten
-from probes.capture.dry_run import human
+from analyses.cli.console import PLAIN, JsonLines, say
+from analyses.cli.store_flag import StoreDir
 from probes.errors import OptionError
-from probes.foreign import import_datasets, import_vllm
-from probes.html_card import aligned, count
+from probes.html_card import aligned, count, size
 from probes.store import ActivationStore
 
 LISTED = ("model", "weights", "run by", "sequences", "features", "shards", "size", "last used (UTC)", "edits")
+WIDEST = 40
+"""Characters of a context's edits."""
 DIGITS = 12
 """Of a digest of weights, which is 32 long."""
 
@@ -29,7 +28,7 @@ group = typer.Typer(help="The activation store.", no_args_is_help=True, **PLAIN)
 @group.command("ls")
 def ls(
     store: StoreDir = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line, for programs.")] = False,
+    json: JsonLines = False,
 ) -> None:
     """What is held, one line per model and setting."""
     activations = ActivationStore(store)
@@ -38,15 +37,17 @@ def ls(
         for row in table.to_dict("records"):
             say(dumps(row, default=str))
         return
-    say(f"{activations.root}: {human(activations.bytes_held())} in {count(int(table['shards'].sum()), 'shard')}")
+    say(f"{activations.root}: {size(activations.bytes_held())} in {count(int(table['shards'].sum()), 'shard')}")
     for line in aligned(LISTED, [_listed(row) for row in table.to_dict("records")]) if len(table) else ():
         say(line)
 
 
 def _listed(row: Mapping[Any, Any]) -> tuple[object, ...]:
     settings = " · ".join(str(row[name]) for name in ("backend", "dtype", "attention"))
-    edits = "" if row["edits"] in ("", "none") else shorten(str(row["edits"]), 40)
-    amounts = f"{row['sequences']:,}", f"{row['features']:,}", f"{row['shards']:,}", human(row["bytes"])
+    edits = "" if row["edits"] in ("", "none") else str(row["edits"])
+    if len(edits) > WIDEST:
+        edits = edits[: WIDEST - 1] + "…"
+    amounts = f"{row['sequences']:,}", f"{row['features']:,}", f"{row['shards']:,}", size(row["bytes"])
     weights = str(row["weights"])
     known = weights if weights.startswith("foreign:") else weights[:DIGITS]
     return row["model"] or "(no name)", known, settings, *amounts, f"{row['last_used']:%Y-%m-%d %H:%M}", edits
@@ -58,7 +59,7 @@ def verify(store: StoreDir = None) -> None:
     report = ActivationStore(store).verify()
     for name in report.damaged:
         say(f"damaged, set aside: {name}")
-    say(f"checked {count(report.checked, 'shard')} ({human(report.bytes)}), {len(report.damaged)} damaged")
+    say(f"checked {count(report.checked, 'shard')} ({size(report.bytes)}), {len(report.damaged)} damaged")
 
 
 @group.command("rebuild")
@@ -84,9 +85,9 @@ def gc(
     say(
         f"removed {count(len(report.evicted), 'shard')} least recently used, "
         f"{count(report.quarantined, 'damaged shard')} and {count(report.temporary, 'leftover file')}: "
-        f"{human(report.bytes_freed)} freed"
+        f"{size(report.bytes_freed)} freed"
     )
-    say(f"{human(before)} before, {human(activations.bytes_held())} now")
+    say(f"{size(before)} before, {size(activations.bytes_held())} now")
 
 
 @group.command("export")
@@ -117,6 +118,8 @@ def import_rows(
     ] = None,
 ) -> None:
     """Read rows another tool computed; they are marked as foreign and never stand in for captured ones."""
+    from probes.foreign import import_datasets, import_vllm
+
     activations = ActivationStore(store)
     if tool == "vllm":
         if tokens is not None:
@@ -128,7 +131,7 @@ def import_rows(
         done = import_datasets(path, activations, model=of, tokens=tokens)
     say(f"{count(done.sequences, 'sequence')}, {count(len(done.features), 'point')}: {', '.join(done.features)}")
     say(
-        f"{done.rows_written:,} written ({human(done.bytes_written)}) as {done.context['weights']} to {activations.root}"
+        f"{done.rows_written:,} written ({size(done.bytes_written)}) as {done.context['weights']} to {activations.root}"
     )
 
 
@@ -150,18 +153,9 @@ def parse_size(text: str) -> int:
     Raises:
         OptionError: not a size.
     """
-    units = {
-        "": 1,
-        "b": 1,
-        "kb": 10**3,
-        "mb": 10**6,
-        "gb": 10**9,
-        "tb": 10**12,
-        "kib": 2**10,
-        "mib": 2**20,
-        "gib": 2**30,
-        "tib": 2**40,
-    }
+    units = {"": 1, "b": 1}
+    for power, prefix in enumerate("kmgt", 1):
+        units |= {f"{prefix}b": 1000**power, f"{prefix}ib": 1024**power}
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
     if match is None or match[2] not in units:
         raise OptionError(f"size {text!r}: write a number with a unit such as 20GB or 512MiB")

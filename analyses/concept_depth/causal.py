@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from analyses.answers import answer_after, clash_note
@@ -100,7 +101,9 @@ def answer_ids(
     return torch.tensor([[a.first, b.first] for a, b in written]), note
 
 
-def read_answers(check: Check, prompts: Sequence[Prompt], ids: Tensor | None, edits: Sequence[Edit] = ()) -> Reading:
+def read_answers(
+    check: Check, prompts: Sequence[Prompt], ids: Int[Tensor, "prompt 2"] | None, edits: Sequence[Edit] = ()
+) -> Reading:
     """The last stream and the answers' log-probabilities, under the edits."""
     model = check.model
     address = Address("resid_post", model.shape.n_layers - 1)

@@ -13,7 +13,6 @@ from torch import Tensor
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.circuits import sizes_of
 from analyses.contextual_decomposition import costs
-from analyses.contextual_decomposition import tables as tabulate
 from analyses.contextual_decomposition.agreement import agreement_notes, agreement_tables
 from analyses.contextual_decomposition.cases import Case, case_of, generated_questions, given_cases
 from analyses.contextual_decomposition.circuit import Search
@@ -34,6 +33,7 @@ from analyses.contextual_decomposition.prepared_cases import (
     scored_positions,
 )
 from analyses.contextual_decomposition.scores import Reading
+from analyses.contextual_decomposition.tables import circuit_table, edges_table, heads_table, relevance_table
 from analyses.contextual_decomposition.unseen import unseen_note
 from analyses.contextual_decomposition.word_relevance import words_table
 from analyses.interventions import Interventions
@@ -220,7 +220,7 @@ class ContextualDecomposition(Analysis):
                 prepared, layers, relevance[-1].scores, self.ablation, self.seed, progress
             )
         tables["relevance"] = pd.concat(
-            [tabulate.relevance_table(s.nodes, s.scores, [cases[i].index for i in s.prompts]) for s in relevance],
+            [relevance_table(s.nodes, s.scores, [cases[i].index for i in s.prompts]) for s in relevance],
             ignore_index=True,
         )
         gated = any(getattr(block.mlp, "gate", None) is not None for block in prepared.decomposer.operations.blocks)
@@ -298,12 +298,12 @@ class ContextualDecomposition(Analysis):
                 _each(prepared.heads), PRESETS[other], progress, f"prompt scored by {other} rules"
             )
         if not self.ablation:
-            return {"heads": tabulate.heads_table(prepared.heads, scores, self.seed)}
+            return {"heads": heads_table(prepared.heads, scores, self.seed)}
         effects = prepared.effects(progress)
         agreement, differences = agreement_tables(scores, effects, self.seed)
         notes += agreement_notes(agreement, differences)
         scores["ablation"] = effects
-        heads = tabulate.heads_table(prepared.heads, scores, self.seed)
+        heads = heads_table(prepared.heads, scores, self.seed)
         return {"heads": heads, "agreement": agreement, "agreement_differences": differences}
 
     def _circuits(
@@ -325,8 +325,8 @@ class ContextualDecomposition(Analysis):
                 else links_from_sweep(pairs, prepared.heads)
             )
             circuit, kept, edges = find_circuit(prepared, scored, links, how, self.prune, progress)
-            tables["edges"] = tabulate.edges_table(edges, prepared.model.shape.n_layers)
-            tables["circuit"] = tabulate.circuit_table(circuit, kept, edges)
+            tables["edges"] = edges_table(edges, prepared.model.shape.n_layers)
+            tables["circuit"] = circuit_table(circuit, kept, edges)
         if self.random_circuits:
             orders = {name: by_magnitude(prepared.heads, values) for name, values in scores.items()}
             rows = scored.prompts

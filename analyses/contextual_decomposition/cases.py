@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from analyses.answers import as_merged, continuation, single
@@ -48,7 +49,7 @@ class Case:
         """Tokens whose logits the metric compares, answers first."""
         return (*self.answers, *self.distractors)
 
-    def metric(self, logits: Tensor) -> Tensor:
+    def metric(self, logits: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows"]:
         """Return the metric of the logits of `ids`."""
         n = len(self.answers)
         return logits[..., :n].mean(-1) - logits[..., n:].mean(-1)

@@ -7,8 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from analyses.contextual_decomposition.cases import Case
-from probes.decomposition import Baseline, Decomposer, Rules
-from probes.decomposition import rules as rule
+from probes.decomposition import Baseline, Decomposer, Rules, rules
 from probes.decomposition.walk import Prepared
 from probes.gradients import values_and_gradients
 from probes.models.protocol import Model
@@ -52,7 +51,7 @@ def direct_attribution(
         each[torch.arange(shape.n_heads), 0, torch.arange(shape.n_heads)] = change
         rel = each.flatten(-2) @ block.o.weight
         if block.ln1_post is not None:
-            rel = rule.norm(rel, block.ln1_post, seen.get("ln1_post", "in", layer)[end:], frozen)
+            rel = rules.norm(rel, block.ln1_post, seen.get("ln1_post", "in", layer)[end:], frozen)
         rel, _ = decomposer.logit_operations.relevant(rel, last, ids, frozen)
         out.append(case.metric(rel)[:, 0])
     return torch.stack(out).cpu()

@@ -271,7 +271,7 @@ PROXY_FIGURES = {
     ),
     "removal": FigureSpec(
         "Removing several blocks in the order of a proxy",
-        "The loss as blocks are removed one after the other, least important first by each measure; `random` is the mean of three random orders, `deepest first` needs no measurement. Bands and whiskers "
+        "The loss as blocks are removed one after the other, least important first by each measure; `random` is the mean of ten random orders, `deepest first` needs no measurement. Bands and whiskers "
         "are 95 % intervals over prompts. Diamonds: attention and MLP parts chosen greedily, each labelled. Orders were made and scored on the same prompts.",
         removal_curves,
         lambda tables: "drop_curve" in tables,

@@ -6,19 +6,21 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from analyses.depth_use.ablations import ChunkAblations
 from analyses.depth_use.settings import Distance, Tick
-from analyses.results.per_prompt import PerPrompt, interval
-from analyses.results.statistics import cluster_bootstrap
+from analyses.results.per_prompt import PerPrompt, interval, resampled
+from analyses.results.statistics import cluster_bootstrap, percentiles
 from probes.blocks.batch import Part, left_out
 
 SUBLAYERS: tuple[Part, Part] = ("attn", "mlp")
-RANDOM_ORDERS = 3
+RANDOM_ORDERS = 10
 """Random orders whose mean is the control of a removal curve."""
-N_ORDERS = 4 + RANDOM_ORDERS
+REMEASURED = "similarity, measured again"
+N_ORDERS = 5 + RANDOM_ORDERS
 """Orders in which blocks are removed."""
 
 
@@ -134,11 +136,49 @@ def drop_blocks(
                 tick(ablations.rows)
 
 
+class SimilarityAgain:
+    """Removes blocks one after the other, each time the one that turns the stream least without those before it.
+
+    That is the iterative order of LLM-Drop (arXiv 2406.15786): similarities of the stream that is left, not of the plain one.
+
+    Args:
+        layers: blocks that may go.
+        turns: 1 - cosine of what enters and what leaves each block of the plain model: the first choice.
+    """
+
+    def __init__(self, layers: Sequence[int], turns: Mapping[int, float]) -> None:
+        self._layers = tuple(layers)
+        self.gone: list[int] = [min(self._layers, key=lambda layer: turns[layer])]
+        self._turns = dict.fromkeys(self._layers, 0.0)
+
+    def measure(self, ablations: ChunkAblations, column: PerPrompt, tick: Tick) -> None:
+        """Run a chunk without the blocks that are gone; enter the change of loss, and how far each other block turns the stream."""
+        chunk, first = ablations.chunk, min(self.gone)
+        streams = [*chunk.stream[:first], *ablations.blocks.run(chunk.stream[first], first, skip=self.gone)]
+        ablations.enter_loss(column, len(self.gone) - 1, streams[-1])
+        for layer in self._layers:
+            before, after = (
+                stream[ablations.counted.to(stream.device)].float() for stream in streams[layer : layer + 2]
+            )
+            self._turns[layer] += float((1 - torch.nn.functional.cosine_similarity(before, after, dim=-1)).sum())
+        tick(ablations.rows)
+
+    def drop(self) -> None:
+        """Let the block go that turned the stream least, and measure anew."""
+        left = [layer for layer in self._layers if layer not in self.gone]
+        self.gone.append(min(left, key=lambda layer: self._turns[layer]))
+        self._turns = dict.fromkeys(self._layers, 0.0)
+
+
 def drop_table(columns: Mapping[str, PerPrompt], seed: int) -> pd.DataFrame:
-    """Return columns order, removed, delta_ce, ci_low, ci_high (over prompts)."""
+    """Return columns order, removed, delta_ce, ci_low, ci_high, over_random, over_random_low, over_random_high (over prompts)."""
     parts = []
+    random = columns["random"]
     for name, column in columns.items():
         mean, low, high = interval(column, seed)
+        # The same seed draws the same prompts, so the two are paired.
+        over = resampled(column, seed) - resampled(random, seed)
+        over_low, over_high = percentiles(over, np.minimum(column.prompts(), random.prompts()))
         parts.append(
             pd.DataFrame(
                 {
@@ -147,6 +187,9 @@ def drop_table(columns: Mapping[str, PerPrompt], seed: int) -> pd.DataFrame:
                     "delta_ce": mean,
                     "ci_low": low,
                     "ci_high": high,
+                    "over_random": mean - random.mean().numpy(),
+                    "over_random_low": over_low,
+                    "over_random_high": over_high,
                 }
             )
         )

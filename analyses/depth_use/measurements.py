@@ -13,7 +13,15 @@ import torch
 from analyses.depth_use.ablations import ChunkAblations
 from analyses.depth_use.contributions import PARTS, Contributions
 from analyses.depth_use.forwards import measured, per_token, removed, skipped
-from analyses.depth_use.greedy import SUBLAYERS, drop_blocks, drop_table, greedy_removal, orders
+from analyses.depth_use.greedy import (
+    REMEASURED,
+    SUBLAYERS,
+    SimilarityAgain,
+    drop_blocks,
+    drop_table,
+    greedy_removal,
+    orders,
+)
 from analyses.depth_use.outputs import Outputs
 from analyses.depth_use.proxies import agreement_table, proxy_tables
 from analyses.depth_use.settings import Settings
@@ -233,11 +241,23 @@ class _Run:
             self.progress.start(planned["removal curves"], "removal")
             for chunk in chunks(self.activations, range(len(self.prompts))):
                 self._on(chunk, lambda ablations: drop_blocks(ablations, order, columns, self._tick))
+            columns[REMEASURED] = self._similarity_again(proxies, n_drop)
             tables["drop_curve"] = drop_table(columns, self.settings.seed)
         if self.settings.greedy_steps:
             self.progress.start(planned["greedy removals"], "greedy removal")
             tables["greedy"] = self._greedy()
         return tables
+
+    def _similarity_again(self, proxies: pd.DataFrame, n_drop: int) -> PerPrompt:
+        column = PerPrompt(len(self.prompts), n_drop)
+        similarity = dict(zip(proxies["layer"].astype(int), proxies["similarity_block"].astype(float), strict=True))
+        order = SimilarityAgain(self.layers, similarity)
+        while True:
+            for chunk in chunks(self.activations, range(len(self.prompts))):
+                self._on(chunk, lambda ablations: order.measure(ablations, column, self._tick))
+            if len(order.gone) == n_drop:
+                return column
+            order.drop()
 
     def _greedy(self) -> pd.DataFrame:
         s = self.settings

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from analyses.depth_use.outputs import Outputs
@@ -43,7 +43,14 @@ class Effects:
         mean, median, highest = (np.full(grid, np.nan) for _ in range(3))
         return cls(mean, median, highest, np.full(grid[:2], np.nan))
 
-    def add(self, chunk: Chunk, skipped: int, affected: int, change: Tensor, where: Tensor) -> None:
+    def add(
+        self,
+        chunk: Chunk,
+        skipped: int,
+        affected: int,
+        change: Float[Tensor, "batch pos"],
+        where: Bool[Tensor, "batch pos"],
+    ) -> None:
         """Enter changes [batch, pos] at the positions `where`; rows of one prompt are pooled."""
         change = change.cpu()
         for prompt in dict.fromkeys(chunk.prompts):
@@ -54,7 +61,7 @@ class Effects:
                 self.median[prompt, skipped, affected] = float(values.median())
                 self.highest[prompt, skipped, affected] = float(values.max())
 
-    def add_output(self, prompts: Tensor, skipped: int, distance: Tensor) -> None:
+    def add_output(self, prompts: Int[Tensor, " n"], skipped: int, distance: Float[Tensor, " n"]) -> None:
         """Enter distances [n] of next-token distributions of tokens of `prompts` [n]."""
         for prompt in dict.fromkeys(prompts.tolist()):
             self.output[prompt, skipped] = float(distance[prompts == prompt].max())

@@ -7,6 +7,7 @@ from math import isfinite, nan
 
 import numpy as np
 from scipy.stats import rankdata
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from analyses.ground_truth.answers import Ends
 from probes.planted.record import Interval
@@ -58,29 +59,24 @@ def auroc(scores: Mapping[str, float], truth: Collection[str], candidates: Colle
 
     Candidates without a score rank below all that have one. NaN where the set is empty or holds every candidate.
     """
-    values, right = _columns(scores, truth, candidates)
-    ones = int(right.sum())
-    if not ones or ones == len(right):
-        return nan
-    ranks = rankdata(values)
-    return float((ranks[right].sum() - ones * (ones + 1) / 2) / (ones * (len(right) - ones)))
+    ranks, right = _columns(scores, truth, candidates)
+    return float(roc_auc_score(right, ranks)) if right.any() and not right.all() else nan
 
 
 def average_precision(scores: Mapping[str, float], truth: Collection[str], candidates: Collection[str]) -> float:
     """Return the mean, over the members of the set, of the precision among all scored at least as high; NaN for no member."""
-    values, right = _columns(scores, truth, candidates)
-    if not right.any():
-        return nan
-    above = [(right[values >= value].sum() / (values >= value).sum()) for value in values[right]]
-    return float(np.mean(above))
+    ranks, right = _columns(scores, truth, candidates)
+    return float(average_precision_score(right, ranks)) if right.any() else nan
 
 
 def _columns(
     scores: Mapping[str, float], truth: Collection[str], candidates: Collection[str]
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks of all that could be named, and which of them belong to the set."""
     names = sorted(set(candidates) | set(truth))
     values = np.array([scores.get(name, -np.inf) for name in names], dtype=np.float64)
-    return np.where(np.isnan(values), -np.inf, values), np.array([name in truth for name in names], dtype=bool)
+    # Ranks stand for scores because metrics refuse infinite ones.
+    return rankdata(np.where(np.isnan(values), -np.inf, values)), np.array([name in truth for name in names])
 
 
 def f1(chosen: Collection[str], truth: Collection[str]) -> float:

@@ -9,11 +9,28 @@ from typing import Any
 import pandas as pd
 
 from analyses.ground_truth.answers import LEVEL
+from analyses.ground_truth.contestants import ADAPTED, adapter_of
+from analyses.registry import SHIPPED
 
 ABSTAINS, ALWAYS = 0.2, 0.5
 """Rates of false positives below which a method counts as abstaining, and above which as answering whatever it is asked."""
 
 
+CANNOT_TELL: Mapping[str, str] = {
+    "concept_depth": "a concept that is used from one that is not, nor one whose code is not linear from one that is absent",
+    "logit_lens": "what is written in other directions than those of the answer",
+    "lenses": "where the answer is written from where a linear map can already make it: its map reads ahead of the read-out",
+    "latent_language": "a language that leads from an answer's rival that happens to lead",
+    "back_patching": "a jump that mends from noise by the best of all cells, or from few questions: on models with four answers both find one",
+    "voids": "by the paper's step, a block that turns the stream at equal norm from one that does nothing",
+    "depth_use": "a block that writes nothing from one that writes where nobody reads, nor by erasure a token's content from its being asked for",
+    "causal_patching": "a concept that the answer does not depend on from one that is absent, nor, without its null, the fact from all else that "
+    "differs between two prompts",
+    "contextual_decomposition": "by its default rules what acts only through a gate, nor by any interval small side effects from taking part",
+    "communication_channels": "from weights alone, a channel that the data use from one that they do not",
+    "norm_removal": "which of several norms an effect passes through when freezing any of them costs loss",
+}
+"""What each analysis has no way of knowing, whatever its scores."""
 CONSTANT = "control: constant"
 """The control of the short table: always the middle layer, or every candidate alike."""
 
@@ -108,6 +125,23 @@ def readme_table(summary: pd.DataFrame, tiers: Sequence[str] = ("compiled", "noi
         if any(cells):
             lines.append(f"| {method} | {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def method_list(summary: pd.DataFrame) -> str:
+    """Return as markdown, for each analysis and then for other tools: what it cannot tell, and what its scores say."""
+    parts, left = [], set(summary.loc[~summary["method"].str.startswith("control"), "method"])
+    for analysis in ADAPTED:
+        methods = adapter_of(analysis).methods
+        parts.append(
+            f"### {SHIPPED[analysis][1]}\n\nCannot tell {CANNOT_TELL[analysis]}.\n\n{_bullets(summary, methods)}"
+        )
+        left -= set(methods)
+    return "\n\n".join([*parts, f"### Other tools, and the ceiling\n\n{_bullets(summary, sorted(left))}"])
+
+
+def _bullets(summary: pd.DataFrame, methods: Sequence[str]) -> str:
+    rows = summary[summary["method"].isin(methods)]
+    return "\n".join(f"- {said}" for said in sentences(rows)) or "- It was not asked."
 
 
 def _cell(row: Mapping[Any, Any]) -> str:

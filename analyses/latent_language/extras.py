@@ -27,7 +27,7 @@ EXTRAS: Mapping[Extra, Callable[[Reader, Settings], Made]] = {
 
 
 def fitted_lens(reader: Reader, settings: Settings) -> pd.DataFrame:
-    """Gives the reader a tuned lens fitted on the shipped sentences of all languages; a table of its held-out losses."""
+    """Give the reader a tuned lens fitted on the shipped sentences of all languages; a table of its held-out losses."""
     texts = shipped_texts(reader.model, seed=settings.seed)
     fit, captured = fit_tuned_on(reader.model, texts, reader.store, seed=settings.seed, progress=reader.progress)
     reader.captures.append(captured)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -20,7 +21,9 @@ ENERGY_TILE = 8192
 """Unembedding rows per tile of the Gram matrix."""
 
 
-def event_probability(logprobs: Mapping[tuple[Tokens, int], Tensor], sequences: Sequence[Tokens]) -> Tensor:
+def event_probability(
+    logprobs: Mapping[tuple[Tokens, int], Float[Tensor, " layer"]], sequences: Sequence[Tokens]
+) -> Float[Tensor, " layer"]:
     """The probability that text begins with one of prefix-free `sequences`; [layer] float64.
 
     Args:
@@ -34,7 +37,9 @@ def event_probability(logprobs: Mapping[tuple[Tokens, int], Tensor], sequences: 
 
 
 @torch.inference_mode()
-def chosen_logprobs(rows: Tensor, unembedding: Unembedding, ids: Tensor, log_z: Tensor) -> Tensor:
+def chosen_logprobs(
+    rows: Float[Tensor, "n d_model"], unembedding: Unembedding, ids: Int[Tensor, "n m"], log_z: Float[Tensor, " n"]
+) -> Float[Tensor, "n m"]:
     """Log-probability of chosen tokens through the lens, a few columns at a time.
 
     Args:
@@ -88,7 +93,7 @@ class TokenEnergy:
         values = torch.linalg.eigvalsh(self.gram).clamp_min(0)
         return float(values[0].sqrt() / self.scale), float(values[-1].sqrt() / self.scale)
 
-    def of(self, rows: Tensor) -> Tensor:
+    def of(self, rows: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows"]:
         """Energy of residual rows [..., d_model]; [...] float64, not a number for a zero row."""
         latents = rows.double().cpu()
         if self.centred:

@@ -8,6 +8,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from analyses.latent_language.extra_settings import Settings
@@ -58,7 +59,7 @@ def _states(reader: Reader, texts: Sequence[str]) -> Tensor:
     return torch.stack([captured.packed(Address("resid_post", layer), reducer) for layer in range(n_layers)])
 
 
-def compare(a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray, float]:
+def compare(a: Float[Tensor, "text d_model"], b: Float[Tensor, "text d_model"]) -> tuple[np.ndarray, np.ndarray, float]:
     """(cosine of each text with its translation, mean cosine with the other texts, share whose nearest is the translation).
 
     Each language's mean is taken off first, so that what all its texts share does not count; a, b [text, d_model].

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from analyses.latent_language.extra_settings import Settings
@@ -19,7 +20,7 @@ from analyses.results.statistics import row_interval
 from analyses.word_lists import Word, read_words, shipped_words
 from probes.blocks.cached_prompt import CachedPrompt
 from probes.capture.needs import Need
-from probes.lenses import logit as lens
+from probes.lenses import logit
 from probes.models.protocol import Model
 from probes.points import Address
 
@@ -39,7 +40,7 @@ class Directions:
     """[d_model], dimensions from the most to the least consistent difference, |mean| / standard deviation."""
 
     @classmethod
-    def learn(cls, own: Tensor, other: Tensor) -> Directions:
+    def learn(cls, own: Float[Tensor, "word d_model"], other: Float[Tensor, "word d_model"]) -> Directions:
         """From rows of the same words, [word, d_model] each."""
         difference = other.float() - own.float()
         mean = difference.mean(dim=0)
@@ -47,7 +48,9 @@ class Directions:
         return cls(mean, (mean.abs() / spread).argsort(descending=True))
 
 
-def swap(row: Tensor, donor: Tensor, dimensions: Tensor) -> Tensor:
+def swap(
+    row: Float[Tensor, " d_model"], donor: Float[Tensor, " d_model"], dimensions: Int[Tensor, " n"]
+) -> Float[Tensor, " d_model"]:
     """`row` [d_model] with the donor's values in `dimensions`."""
     swapped = row.clone()
     swapped[dimensions] = donor[dimensions]
@@ -174,7 +177,7 @@ def _scores(
 ) -> np.ndarray:
     """[variant, measure] of one prompt, from what leaves the last block [variant, d_model]."""
     ids = sorted({token for both in sets for side in both for token in side})
-    read = lens.read(last, model.unembedding(), ids=torch.tensor(ids))
+    read = logit.read(last, model.unembedding(), ids=torch.tensor(ids))
     probability = dict(zip(ids, read.logprobs.double().exp().T.cpu().numpy(), strict=True))
     zero = np.zeros(len(last))
     mass = np.array([[sum((probability[t] for t in side), zero) for side in both] for both in sets])

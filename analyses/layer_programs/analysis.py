@@ -8,8 +8,10 @@ from typing import ClassVar, Literal
 
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.interventions import Interventions, Tally
+from analyses.layer_programs.alphabet import Alphabet, Move
 from analyses.layer_programs.engine import Engine
 from analyses.layer_programs.figures import FIGURES
+from analyses.layer_programs.given import read_programs
 from analyses.layer_programs.maps import (
     Swap,
     jump_cells,
@@ -20,16 +22,20 @@ from analyses.layer_programs.maps import (
     swap_table,
 )
 from analyses.layer_programs.models import check_model
-from analyses.layer_programs.outcomes import question_table
+from analyses.layer_programs.notes import run_notes
+from analyses.layer_programs.outcomes import Board, question_table
 from analyses.layer_programs.profiles import PROFILES
 from analyses.layer_programs.questions import FIELDS, Scope, check_reads, questions_of, two_hop_prompts
 from analyses.layer_programs.reading import Metric
+from analyses.layer_programs.search import Method, TreeRules
+from analyses.layer_programs.searching import Searching, SearchPlan
 from analyses.options import option, validate
 from analyses.results.card import FigureSpec, ProfileSpec
 from analyses.results.result import Result
 from probes.capture.needs import Need
 from probes.edits.program_runs import block_runs
 from probes.edits.programs import Program, jump
+from probes.errors import OptionError
 from probes.models.protocol import Model
 from probes.progress import QUIET, Progress
 from probes.prompts import Field, Prompt
@@ -63,6 +69,28 @@ class LayerPrograms(Analysis):
     group: Literal["sum", "mean"] = option(
         "sum", "What blocks that run side by side add to the stream: all of what each adds, or its mean."
     )
+    search: tuple[Literal["none", Method], ...] = option(
+        ("none",),
+        "Look for programs that help: exhaustive tries every single change, and every two where the budget pays for all; random and beam "
+        "draw up to three changes; mcts searches a tree for each question.",
+    )
+    budget: int = option(
+        0, "Block-runs of each search on a question; 0 is what every program of one change takes.", low=0
+    )
+    moves: tuple[Move, ...] = option(("skip", "repeat"), "What searches may do; swap exchanges neighbours.")
+    max_span: int = option(4, "Blocks that one skip or repeat of a search takes at most.", low=1)
+    max_length: float = option(2.0, "Block-runs of a program at most, as a multiple of the model's blocks.", low=1)
+    beam: int = option(16, "beam: programs that are grown at each step.", low=1)
+    explore: float = option(1.8, "mcts: weight of what was seldom tried.", low=0)
+    length_weight: float = option(
+        3.0, "mcts: one more block costs this over the number of blocks of mean reward.", low=0
+    )
+    epsilon: float = option(0.1, "mcts: how often a random child is taken.", low=0, high=1)
+    menu: tuple[int, ...] = option((1, 3, 10), "Sizes of menus of programs, chosen on the training half.", low=1)
+    splits: int = option(5, "Random halves: one chooses programs, the other judges them.", low=1)
+    fragility: bool = option(True, "With a search, also change the programs that mend a question a little.")
+    wrong_answer: bool = option(True, "With a search, also look for programs that give another question's answer.")
+    programs: str = option("", "A file of programs to score, one a line, such as 0-11,12-15,12-29.")
     loss_positions: int = option(32, "Positions of each prompt at which the loss is read, at most.", low=1)
     seed: int = option(0, "Seed of made questions, sampled positions, splits, searches and intervals.")
 
@@ -79,6 +107,23 @@ class LayerPrograms(Analysis):
 
     def __post_init__(self) -> None:
         validate(self)
+        if "none" in self.search and len(self.search) > 1:
+            raise OptionError("option search has none beside a method: give none, or methods")
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """Return the searches that are run, random ones first, with which the others are compared."""
+        chosen = [method for method in self.search if method != "none"]
+        return tuple(sorted(dict.fromkeys(chosen), key=lambda method: method != "random"))
+
+    def _plan(self, model: Model) -> SearchPlan:
+        n = model.shape.n_layers
+        most = int(self.max_length * n)
+        return SearchPlan(
+            self.methods, Alphabet(n, self.moves, self.max_span, most), self.budget, self.beam, self.menu, self.splits,
+            TreeRules(self.explore, self.length_weight, self.epsilon), self.fragility, self.wrong_answer,
+            read_programs(self.programs, n, most),
+        )  # fmt: skip
 
     @property
     def makes_prompts(self) -> bool:
@@ -96,14 +141,25 @@ class LayerPrograms(Analysis):
 
     def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
         """Count the programs of the maps on every prompt, and the block-runs that they take."""
-        n, n_layers, planned = len(prompts), model.shape.n_layers, self._planned(model)
-        forwards = {name: n * len(programs) for name, programs in planned.items()}
-        runs = sum(block_runs(programs, n_layers) for programs in planned.values())
-        if "pairs" in self.maps:
-            forwards["blocks run on their neighbour's input"] = n * len(self._pairs(model))
-            runs += 2 * len(self._pairs(model))
+        n, n_layers = len(prompts), model.shape.n_layers
+        forwards = self._mapped(model, n)
+        runs = sum(block_runs(programs, n_layers) for programs in self._planned(model).values())
+        runs += 2 * len(self._pairs(model)) if "pairs" in self.maps else 0
+        plan = self._plan(model)
+        searched = plan.most(n)
+        if searched:
+            forwards["programs searched and scored"] = searched
         detail = f"{runs:,} block-runs a prompt, as many as {runs / n_layers:,.0f} plain runs of the model"
-        return Interventions(forwards, detail=detail)
+        if plan.methods:
+            detail += f"; and {plan.ledger().budget:,} of each search"
+        return Interventions(forwards, exact=not plan.any, detail=detail)
+
+    def _mapped(self, model: Model, questions: int) -> dict[str, int]:
+        """Return how many sequences each map runs."""
+        counts = {name: questions * len(programs) for name, programs in self._planned(model).items()}
+        if "pairs" in self.maps:
+            counts["blocks run on their neighbour's input"] = questions * len(self._pairs(model))
+        return counts
 
     def _planned(self, model: Model) -> dict[str, list[Program]]:
         """Return the programs of each map."""
@@ -141,11 +197,12 @@ class LayerPrograms(Analysis):
         collected = self.collect(model, prompts)
         check_model(model)
         questions = questions_of(model, collected, self.scope, self.loss_positions, self.seed)
-        check_reads(questions, self.metric)
+        plan = self._plan(model)
+        check_reads(questions, self.metric, bool(plan.methods))
         groups = [question.group for question in questions]
         engine = Engine(model, questions, self.metric, tally)
         beside = Engine(model, questions, tuple(dict.fromkeys((*self.metric, "kl"))), tally)
-        tally.start(self.interventions(model, collected).total, "program")
+        tally.start(sum(self._mapped(model, len(questions)).values()), "program")
         n, tables = model.shape.n_layers, {}
         if "jumps" in self.maps:
             tables["jumps"], tables["best_jump"] = jump_tables(engine, n, self.stride, self.metric, groups, self.seed)
@@ -154,6 +211,8 @@ class LayerPrograms(Analysis):
         if "pairs" in self.maps:
             mean = self.group == "mean"
             tables["pairs"] = pair_table(engine, n, self._pairs(model), mean, self.metric[0], groups, self.seed)
+        if plan.any:
+            tables |= Searching(Board(engine, self.metric[0], groups, n, self.seed), plan).tables()
         tables["questions"] = question_table(collected, questions, engine)
         counts = {"block_runs": engine.block_runs + beside.block_runs}
-        return make_result(self, model, collected, tables, None, clock, (), counts, tally.forwards)
+        return make_result(self, model, collected, tables, None, clock, run_notes(tables), counts, tally.forwards)

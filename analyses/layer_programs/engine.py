@@ -28,6 +28,7 @@ class Scores:
     right: NDArray[np.bool_]
     said: NDArray[np.int64]
     confidence: Array
+    written: NDArray[np.bool_]
     norm_ratio: Array
     """Norm of the final stream at the last position over that of the plain run; infinite where it diverged."""
 
@@ -73,6 +74,8 @@ class Engine:
     questions: Sequence[Question]
     metrics: tuple[Metric, ...]
     tally: Tally
+    shown: bool = True
+    """Whether each program moves the progress; a search, which does not know how many it will run, moves it by its steps."""
     block_runs: int = 0
     """Blocks run so far, those of the plain run not counted."""
     _known: dict[tuple[int, Program], tuple[Readings, int]] = field(default_factory=dict)
@@ -104,7 +107,7 @@ class Engine:
                 continue
             parts, order, runs = self.open(index).run(unknown)
             self.block_runs += runs
-            self.tally.tick(len(unknown))
+            (self.tally.tick if self.shown else self.tally.count)(len(unknown))
             for readings, which in zip(parts, order, strict=True):
                 for entry, program in enumerate(which):
                     self._known[index, unknown[program]] = (readings, entry)
@@ -126,5 +129,6 @@ class Engine:
             np.array([[r.values["correct"][at] > 0 for r, at in row] for row in known], dtype=bool).reshape(shape),
             np.array([[r.said[at] for r, at in row] for row in known], dtype=np.int64).reshape(shape),
             np.array([[r.confidence[at] for r, at in row] for row in known]).reshape(shape),
+            np.array([[r.written[at] for r, at in row] for row in known], dtype=bool).reshape(shape),
             np.array([[r.norm[at] / base.norm[0] for r, at in row] for row, base in zip(known, plain, strict=True)]).reshape(shape),
         )  # fmt: skip

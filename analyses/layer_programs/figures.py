@@ -23,13 +23,13 @@ def _square(table: pd.DataFrame, value: str) -> pd.DataFrame:
     return table.pivot(index="leave", columns="enter", values=value)
 
 
-def _limit(gain: np.ndarray) -> float:
-    """Return where the colours end, so that gains can be seen beside losses that are many times as large."""
-    known = gain[np.isfinite(gain)]
-    if not len(known) or not np.abs(known).max():
-        return 1.0
-    best = float(known.max())
-    return min(float(np.abs(known).max()), 2 * best if best > 0 else float(np.median(np.abs(known))) or 1.0)
+TICKS = np.array([0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100])
+
+
+def _unit(values: np.ndarray) -> float:
+    """Return the change from which on colours follow the logarithm, so that gains can be seen beside far larger losses."""
+    sizes = np.abs(values[np.isfinite(values) & (values != 0)])
+    return max(1e-6, float(np.quantile(sizes, 0.1))) if len(sizes) else 1.0
 
 
 def jump_map(tables: Tables) -> go.Figure:
@@ -41,7 +41,8 @@ def jump_map(tables: Tables) -> go.Figure:
         part = table[table["metric"] == metric]
         mean, p = _square(part, "mean"), _square(part, "p_family")
         worse = metric in LOWER_IS_BETTER
-        limit = _limit((-part["mean"] if worse else part["mean"]).to_numpy())
+        unit = _unit(part["mean"].to_numpy())
+        limit = max(1.0, float(np.nanmax(np.arcsinh(np.abs(part["mean"]) / unit))))
         chance = (p > SIGNIFICANT).to_numpy()
         hover = np.dstack(
             [
@@ -66,9 +67,14 @@ def jump_map(tables: Tables) -> go.Figure:
             row=1,
             col=col,
         )
-        bar = {"title": "change", "len": 0.8, "x": col / len(metrics) - 0.06 / len(metrics), "thickness": 12}
+        ticks = TICKS[(unit <= TICKS) & (np.arcsinh(TICKS / unit) <= limit)]
+        ticks = np.concatenate((-ticks[::-1], [0], ticks))
+        bar = {
+            "title": "change", "len": 0.8, "x": (col - 0.2) / len(metrics), "thickness": 12, "tickvals": np.arcsinh(ticks / unit),
+            "ticktext": [f"{tick:g}" for tick in ticks],
+        }  # fmt: skip
         figure.add_heatmap(
-            x=x, y=y, z=mean.mask(chance).to_numpy(), customdata=hover, colorscale=BETTER, reversescale=worse, zmin=-limit,
+            x=x, y=y, z=np.arcsinh(mean.mask(chance).to_numpy() / unit), customdata=hover, colorscale=BETTER, reversescale=worse, zmin=-limit,
             zmax=limit, colorbar=bar, hovertemplate=says, row=1, col=col,
         )  # fmt: skip
         ring = best[best["metric"] == metric]
@@ -76,6 +82,7 @@ def jump_map(tables: Tables) -> go.Figure:
             x=ring["enter"], y=ring["leave"], mode="markers", showlegend=False, hoverinfo="skip", row=1, col=col,
             marker={"symbol": "circle-open", "size": 14, "color": "#000000", "line": {"width": 2}},
         )  # fmt: skip
+        _clickable(figure, part, hover_text=says, col=col)
         last = max(x)
         figure.add_scatter(
             x=[0, last], y=[0, last], mode="lines", line={"color": "#8c8c8c", "width": 1, "dash": "dot"}, showlegend=False,
@@ -85,6 +92,22 @@ def jump_map(tables: Tables) -> go.Figure:
         figure.layout.annotations[col - 1].x = (col - 0.61) / len(metrics)
     finish(figure, x="enters block", y="leaves before block", height=520)
     return figure
+
+
+def _clickable(figure: go.Figure, part: pd.DataFrame, hover_text: str, col: int) -> None:
+    """Put a mark that can be clicked on every cell, named by its program: heat maps themselves cannot be selected from."""
+    faint = {"opacity": 0}
+    names = ["program", "mended", "broken", "n", "p_family", "norm_ratio", "mean"]
+    figure.add_scatter(
+        x=part["enter"], y=part["leave"], mode="markers", marker={"size": 11, "symbol": "square", **faint}, selected={"marker": faint},
+        unselected={"marker": faint}, customdata=part[names].to_numpy(), hovertemplate=hover_text, showlegend=False, row=1, col=col,
+    )  # fmt: skip
+
+
+def live_session(tables: Tables, program: str) -> list[str]:
+    """Return the lines of a Live session that runs a program on the first prompt; none where prompts have no text."""
+    texts = tables["questions"]["text"].dropna()
+    return [f"text {str(texts.iloc[0])!r}", f"edit order {program}"] if len(texts) else []
 
 
 def swap_profile(tables: Tables) -> go.Figure:
@@ -107,7 +130,7 @@ def swap_profile(tables: Tables) -> go.Figure:
         )
         _profile(figure, larger, "one in the other's place, the worse way", COLOURS[len(set(near["width"]))])
     finish(figure, x="lower block of the pair", y="nats from the plain prediction", height=420)
-    figure.update_yaxes(type="log")
+    figure.update_yaxes(type="log", dtick=1)
     return figure
 
 
@@ -145,7 +168,7 @@ def pair_anatomy(tables: Tables) -> go.Figure:
         bar = whiskers(table[f"delta_{name}"], table[f"delta_{name}_low"], table[f"delta_{name}_high"])
         figure.add_scatter(
             x=table["layer"] + shift, y=table[f"delta_{name}"], error_y=bar, name=label, mode="markers",
-            marker={"symbol": symbol, "size": 6, "color": COLOURS[5] if shift < 0 else COLOURS[7]}, row=2, col=1,
+            marker={"symbol": symbol, "size": 6, "color": "#8c8c8c" if shift < 0 else "#882255"}, row=2, col=1,
         )  # fmt: skip
     finish(figure, x="", y="", height=620)
     figure.update_xaxes(title="lower block of the pair", row=2, col=1)
@@ -159,11 +182,12 @@ FIGURES = {
     "jump_map": FigureSpec(
         "Every skip and every repeat",
         "Each cell is one program: blocks run in order up to the row, then from the column on. Above the diagonal blocks run twice, below it they "
-        "are left out; the diagonal is the model itself. Blue is better than plain, red worse, and colours end where losses are many times the "
-        "best gain. Grey cells may be chance: with this many cells, one as far from 0 turns up in more than 5 % of draws of the prompts' signs. "
+        "are left out; the diagonal is the model itself. Blue is better than plain, red worse, on a scale that grows with the "
+        "logarithm. Grey cells may be chance: with this many cells, one as far from 0 turns up in more than 5 % of draws of the prompts' signs. "
         "The ring is the best cell; what it gains on prompts that did not choose it stands in the notes.",
         jump_map,
         lambda tables: "jumps" in tables,
+        live=live_session,
     ),
     "swap_profile": FigureSpec(
         "May neighbours change places?",

@@ -143,8 +143,13 @@ def _own_text(length: int, most: int, seed: tuple[int, int]) -> tuple[int, ...]:
     return tuple(int(place) for place in np.sort(drawn))
 
 
-def check_reads(questions: Sequence[Question], metrics: Sequence[str]) -> None:
-    """Refuse metrics for which the prompts have nothing to read.
+def check_reads(questions: Sequence[Question], metrics: Sequence[str], searched: bool) -> None:
+    """Refuse metrics and searches for which the prompts have nothing to read.
+
+    Args:
+        questions: the prompts.
+        metrics: what is read of them.
+        searched: whether programs are searched that answer them.
 
     Raises:
         PromptError: no answer where one is read, or no second token where the loss is.
@@ -152,10 +157,9 @@ def check_reads(questions: Sequence[Question], metrics: Sequence[str]) -> None:
     """
     if questions and questions[0].scope == "last" and "loss" in metrics:
         raise OptionError("metric loss reads every position, and --scope last changes one: leave one of them out")
-    read = [metric for metric in metrics if metric in ("answer", "first_token", "correct")]
+    read = [f"metric {metric}" for metric in metrics if metric in ("answer", "first_token", "correct")]
+    read += ["a search"] if searched else []
     if read and (bad := [question.prompt for question in questions if not question.firsts]):
-        raise PromptError(
-            f"prompt {bad[0]} has no answer for metric {read[0]}: give answers, or --metric loss and no search"
-        )
+        raise PromptError(f"prompt {bad[0]} has no answer for {read[0]}: give answers, or --metric loss and no search")
     if "loss" in metrics and (bad := [question.prompt for question in questions if not question.own_text]):
         raise PromptError(f"prompt {bad[0]} has no second token, so there is no loss to measure; give longer prompts")

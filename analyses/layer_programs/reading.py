@@ -37,6 +37,8 @@ class Readings:
     """[program], the next token, or the likeliest of the choices."""
     confidence: Array
     """[program], log-probability of what is said."""
+    written: NDArray[np.bool_]
+    """[program], whether greedy decoding writes the whole answer: each of its tokens is the likeliest after those before."""
     norm: Array
     """[program], Euclidean norm of the last stream at the prompt's last position."""
 
@@ -70,7 +72,9 @@ class Reader:
         rows = final[:, self._places]
         tile = max(1, ROW_TILE // len(self._places))
         parts = [self._tile(rows[first : first + tile]) for first in range(0, len(rows), tile)]
-        chosen, kl, said, confidence, likeliest = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+        chosen, kl, said, confidence, likeliest, written = (
+            torch.cat(column).cpu() for column in zip(*parts, strict=True)
+        )
         a = self._answered
         right = np.array([self.question.right(int(token)) for token in said], dtype=np.float64)
         values: dict[Metric, Array] = {
@@ -88,10 +92,12 @@ class Reader:
         finite = np.isfinite(norm) & np.isfinite(confidence.numpy())
         kept = {name: np.where(finite, values[name], np.nan) for name in {*self.metrics, "correct"}}
         kept["correct"] = np.where(finite, right, 0.0)
-        return Readings(kept, said.numpy(), confidence.double().numpy(), np.where(finite, norm, np.inf))
+        return Readings(
+            kept, said.numpy(), confidence.double().numpy(), written.numpy() & finite, np.where(finite, norm, np.inf)
+        )
 
     def _tile(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Return (log-probabilities of targets [row, place], KL [row], what is said, its log-probability, the likeliest right token's)."""
+        """Return (log-probabilities of targets [row, place], KL [row], what is said, its log-probability, the likeliest right token's, written)."""
         logits = logits_of(self._unembedding, rows).float()
         log_z = logits.logsumexp(-1)
         targets = self._targets.to(logits.device).expand(len(rows), -1)
@@ -108,4 +114,8 @@ class Reader:
         else:
             top, said = first.max(-1)
         firsts = sorted(self.question.firsts) or [0]
-        return chosen, kl, said, top - log_z[:, 0], first[:, firsts].amax(-1) - log_z[:, 0]
+        greedy = logits[:, : self._answered].argmax(-1)
+        written = (greedy == targets[:, : self._answered]).all(-1)
+        if len(self.question.answer) <= 1:
+            written = torch.isin(greedy[:, 0], torch.tensor(firsts, device=greedy.device))
+        return chosen, kl, said, top - log_z[:, 0], first[:, firsts].amax(-1) - log_z[:, 0], written

@@ -219,12 +219,6 @@ class Lenses(Analysis):
                 lenses[label] = chosen_lens(name, model, allow_other_weights=self.allow_other_weights)
         return lenses
 
-    def _fitted_on(self, model: Model, prompts: Sequence[Prompt]) -> Texts:
-        if self.fit_on == "shipped":
-            return shipped_texts(model, self.fit_texts, self.seed)
-        sequences = tuple(dict.fromkeys(prompt.tokens for prompt in prompts))
-        return Texts(sequences, tuple(range(len(sequences))), "the prompts read")
-
     def _patched(
         self, activations: Activations, watched: Sequence[Watched], layers: Sequence[int]
     ) -> dict[str, pd.DataFrame]:
@@ -244,6 +238,12 @@ class Lenses(Analysis):
     def _patchscopes(self, model: Model) -> list[Patchscope]:
         target = target_of(model, self.patchscope, self.relation, self.rescale)
         return patchscopes_of(model, target, self.patchscope, self.target_layer, self._layers(model)[:-1])
+
+    def _fitted_on(self, model: Model, prompts: Sequence[Prompt]) -> Texts:
+        if self.fit_on == "shipped":
+            return shipped_texts(model, self.fit_texts, self.seed)
+        sequences = tuple(dict.fromkeys(prompt.tokens for prompt in prompts))
+        return Texts(sequences, tuple(range(len(sequences))), "the prompts read")
 
     def _texts(self, model: Model, lenses: Mapping[str, Lens]) -> Texts:
         drawn = (

@@ -16,7 +16,6 @@ from analyses.norm_removal.figures import FIGURES, PROFILES
 from analyses.norm_removal.freezing import forwards, sweep
 from analyses.norm_removal.measured import needs, switches_of
 from analyses.norm_removal.removal import Plan, most_forwards, remove
-from analyses.norm_removal.training import Setting
 from analyses.options import accept_old_names, option, validate
 from analyses.results.card import FigureSpec, ProfileSpec
 from analyses.results.result import Result
@@ -34,40 +33,13 @@ from probes.store import ActivationStore
 
 @accept_old_names
 @dataclass(frozen=True)
-class NormRemoval(Settings, Analysis):
+class NormRemoval(Plan, Settings, Analysis):
     """What freezing each norm's scale does, without training; and with a schedule, the removal of all norms by fine-tuning.
 
     Baroni et al. 2025, arXiv 2507.02559; Heimersheim 2024, arXiv 2409.13710.
     """
 
     diagnose: bool = option(True, "Measure what the norms do: on the model and, after a schedule, on what was trained.")
-    schedule: str = option(
-        "", "Removes the norms: proportional, at_once, small, medium, large, xl, small_2024 or FILE.toml."
-    )
-    text: str = option(
-        "", "What to train on: a file, a folder, or a data set of the hub as owner/name[:split].", flag="train-on"
-    )
-    steps: int = option(0, "Training steps; 0 takes the schedule's own.", low=0)
-    block: int = option(256, "Tokens of a training sequence.", low=2)
-    batch: int = option(16, "Sequences of a training step, over all processes.", low=1)
-    micro_batch: int = option(4, "Sequences of a forward pass in training.", low=1)
-    learning_rate: float = option(0.0, "Highest learning rate; 0 takes the schedule's own.", low=0)
-    aux_weight: float = option(-1.0, "Weight of the loss on the final norm's input scale; negative is the schedule's.")
-    special_first: bool = option(True, "Keep a scale of its own for position 0 until the schedule withdraws it.")
-    eot_scale: bool = option(
-        True,
-        "Keep position 0's scale for values at end-of-text tokens until it is withdrawn.",
-        aliases=("special_ends",),
-    )
-    at_once: bool = option(False, "Also train with all norms frozen at the first step of the schedule.")
-    eval_blocks: int = option(
-        256, "Held-out blocks on which the models are compared, at most.", low=1, aliases=("evaluated",)
-    )
-    checkpoints: str = option(
-        "runs/norm_removal_checkpoints", "Folder of the checkpoints that a broken-off run goes on from."
-    )
-    checkpoint_every: int = option(50, "Training steps between checkpoints.", low=1)
-    export: str = option("", "Folder for the norm-free model, in a form that plain transformers loads.")
     chat: bool = option(False, "Wrap each text as one user turn of the chat template.")
 
     name: ClassVar[str] = "norm_removal"
@@ -113,7 +85,7 @@ class NormRemoval(Settings, Analysis):
     def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
         """Count the restarts under frozen norms, and with a schedule the sequences trained on and compared."""
         _check_model(model, bool(self.schedule))
-        counts = most_forwards(model, self._plan) if self.schedule else {}
+        counts = most_forwards(model, self) if self.schedule else {}
         if self.diagnose and (switches := switches_of(model)) is not None:
             models = 2 if self.schedule else 1  # the model without norms has none to freeze
             frozen = sweep(switches, self.split_paths, self.swept(model.shape.n_layers))
@@ -144,7 +116,7 @@ class NormRemoval(Settings, Analysis):
         if self.diagnose and all(len(prompt.tokens) < 2 for prompt in collected):
             raise PromptError("no prompt has a second token, so there is no loss to measure; give longer prompts")
         models: dict[str, Model] = {"original": model}
-        removal = remove(model, self._plan, progress) if self.schedule else None
+        removal = remove(model, self, progress) if self.schedule else None
         if removal is not None:
             models |= removal.models
         tables, notes, activations, done = self._diagnosed(models, collected, store, progress)
@@ -170,15 +142,6 @@ class NormRemoval(Settings, Analysis):
             for name, table in tables.items():
                 by_name.setdefault(name, []).append(table)
         return {name: pd.concat(tables, ignore_index=True) for name, tables in by_name.items()}, notes, first, done
-
-    @property
-    def _plan(self) -> Plan:
-        setting = Setting(
-            **{name: getattr(self, name) for name in Setting.__dataclass_fields__ if name != "folder"},
-            folder=self.checkpoints,
-        )
-        own = {name: getattr(self, name) for name in Plan.__dataclass_fields__ if name != "setting"}
-        return Plan(**own, setting=setting)
 
 
 def _conventions(model: Model) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from analyses.norm_removal.measured import Measured
@@ -81,7 +81,7 @@ class ReadOut:
         return values.view(-1, *[1] * (like.ndim - 2))
 
 
-def read_out(measured: Measured, targets: Tensor) -> ReadOut:
+def read_out(measured: Measured, targets: Int[Tensor, " rows"]) -> ReadOut:
     """Return the read-out of targets [rows]."""
     own = measured.unembedding
     weight = own.weight[targets.to(own.weight.device)].double()

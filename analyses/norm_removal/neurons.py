@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from analyses.norm_removal.attribution import read_out, rows_of
@@ -38,7 +39,7 @@ class Ranking:
     """[neuron], over the vocabulary."""
 
     @property
-    def ratio(self) -> Tensor:
+    def ratio(self) -> Float[Tensor, " neuron"]:
         """[neuron]; the higher it is, the more the neuron acts through the norm alone."""
         return self.norm / self.cosine_variance
 

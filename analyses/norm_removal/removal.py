@@ -15,6 +15,7 @@ from analyses.norm_removal.evaluation import divergence_table, loss_table, predi
 from analyses.norm_removal.schedule import Schedule, get_schedule
 from analyses.norm_removal.text import Blocks, make_blocks
 from analyses.norm_removal.training import Setting, Trained, copy_of, train
+from analyses.options import option
 from probes.anatomy import Anatomy
 from probes.blocks.rerouting import module_of
 from probes.errors import OptionError, TrainingError
@@ -35,21 +36,24 @@ VARIANTS = ("control", "norm_free")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The options of `NormRemoval` that say what is trained."""
+class Plan(Setting):
+    """The options of `NormRemoval` that say what is trained; it has them among its own."""
 
-    schedule: str
-    steps: int
-    learning_rate: float
-    aux_weight: float
-    text: str
-    block: int
-    at_once: bool
-    eval_blocks: int
-    """Held-out blocks compared, at most."""
-    setting: Setting
-    export: str
-    seed: int
+    schedule: str = option(
+        "", "Removes the norms: proportional, at_once, small, medium, large, xl, small_2024 or FILE.toml."
+    )
+    text: str = option(
+        "", "What to train on: a file, a folder, or a data set of the hub as owner/name[:split].", flag="train-on"
+    )
+    steps: int = option(0, "Training steps; 0 takes the schedule's own.", low=0)
+    block: int = option(256, "Tokens of a training sequence.", low=2)
+    learning_rate: float = option(0.0, "Highest learning rate; 0 takes the schedule's own.", low=0)
+    aux_weight: float = option(-1.0, "Weight of the loss on the final norm's input scale; negative is the schedule's.")
+    at_once: bool = option(False, "Also train with all norms frozen at the first step of the schedule.")
+    eval_blocks: int = option(
+        256, "Held-out blocks on which the models are compared, at most.", low=1, aliases=("evaluated",)
+    )
+    export: str = option("", "Folder for the norm-free model, in a form that plain transformers loads.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,19 +100,19 @@ def remove(model: Model, plan: Plan, progress: Progress) -> Removal:
                 f"option block is {plan.block}, but the context window of {model.ref} is {model.shape.n_ctx}"
             )
         schedule = planned(plan, Switches(anatomy))
-        enough = (schedule.steps * plan.setting.batch + plan.eval_blocks) * plan.block * 10 // 9 + plan.block
+        enough = (schedule.steps * plan.batch + plan.eval_blocks) * plan.block * 10 // 9 + plan.block
         blocks = make_blocks(plan.text, model.tokenizer, plan.block, enough)
-        runs = {"norm_free": train(anatomy, blocks, schedule, plan.setting, progress)}
-        runs["control"] = train(anatomy, blocks, schedule.control, plan.setting, progress)
+        runs = {"norm_free": train(anatomy, blocks, schedule, plan, progress)}
+        runs["control"] = train(anatomy, blocks, schedule.control, plan, progress)
         if plan.at_once:
-            runs["at_once"] = train(anatomy, blocks, schedule.at_once, plan.setting, progress)
+            runs["at_once"] = train(anatomy, blocks, schedule.at_once, plan, progress)
         return _finish(model, anatomy, blocks, runs, plan)
 
 
 def _finish(model: Model, anatomy: Anatomy, blocks: Blocks, runs: Mapping[str, Trained], plan: Plan) -> Removal:
     held_out = blocks.held_out[: plan.eval_blocks]
     anatomies = {"original": anatomy} | {name: _constant(run) for name, run in runs.items()}
-    untrained = frozen_at_once(runs["control"].anatomy, blocks, plan.setting.batch)
+    untrained = frozen_at_once(runs["control"].anatomy, blocks, plan.batch)
     modules = {name: a.map.module for name, a in anatomies.items()} | {"untrained": untrained.map.module}
     predictions, divergences = predict(modules, held_out)
     folded = copy_of(anatomies["norm_free"])
@@ -142,7 +146,7 @@ def most_forwards(model: Model, plan: Plan) -> dict[str, int]:
         steps = planned(plan, Switches(anatomy)).steps
     runs = 2 + plan.at_once
     # The models compared are those trained, the original, and the control with all norms frozen at once.
-    return {TRAINED: runs * steps * plan.setting.batch, COMPARED: plan.eval_blocks * (runs + 2)}
+    return {TRAINED: runs * steps * plan.batch, COMPARED: plan.eval_blocks * (runs + 2)}
 
 
 def _constant(run: Trained) -> Anatomy:

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from analyses.norm_removal.checkpoints import Checkpoints
 from analyses.norm_removal.schedule import END_OF_TEXT, FIRST, Event, Schedule
 from analyses.norm_removal.text import Blocks
+from analyses.options import option
 from probes.anatomy import Anatomy
 from probes.errors import TrainingError
 from probes.norms import Norm, NormSite, Switches
@@ -29,21 +30,21 @@ DECAY_ROWS = 32
 
 @dataclass(frozen=True)
 class Setting:
-    """How a schedule is carried out."""
+    """The options of `NormRemoval` that say how a schedule is carried out; it has them among its own."""
 
-    batch: int
-    """Sequences a step, over all processes."""
-    micro_batch: int
-    """Sequences a forward."""
-    special_first: bool
-    """Whether position 0 keeps a scale of its own until the schedule withdraws it."""
-    eot_scale: bool
-    """Whether values read at tokens that end a text take position 0's scale until then."""
-    seed: int
-    checkpoint_every: int
-    """Steps between checkpoints."""
-    folder: str
-    """Where checkpoints go, in a folder named after what is trained; empty keeps none."""
+    batch: int = option(16, "Sequences of a training step, over all processes.", low=1)
+    micro_batch: int = option(4, "Sequences of a forward pass in training.", low=1)
+    special_first: bool = option(True, "Keep a scale of its own for position 0 until the schedule withdraws it.")
+    eot_scale: bool = option(
+        True,
+        "Keep position 0's scale for values at end-of-text tokens until it is withdrawn.",
+        aliases=("special_ends",),
+    )
+    seed: int = option(0, "Seed of the training order, random neurons and intervals.")
+    checkpoint_every: int = option(50, "Training steps between checkpoints.", low=1)
+    checkpoints: str = option(
+        "runs/norm_removal_checkpoints", "Folder of the checkpoints that a broken-off run goes on from."
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +114,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(_groups(self.module, schedule.weight_decay), betas=(0.9, 0.95))
         torch.manual_seed(setting.seed)
         name = f"{schedule.name}-{_digest(self.module, blocks, schedule, setting)}"
-        self.checkpoints = Checkpoints(Path(setting.folder) / name) if setting.folder else None
+        self.checkpoints = Checkpoints(Path(setting.checkpoints) / name) if setting.checkpoints else None
         done: tuple[int, list[Any]] = (0, [])
         if self.checkpoints:
             done = self.checkpoints.load(self.module, self.optimizer, self.switches)
@@ -262,7 +263,8 @@ def _groups(module: nn.Module, weight_decay: float) -> Sequence[dict[str, Any]]:
 def _digest(module: nn.Module, blocks: Blocks, schedule: Schedule, setting: Setting) -> str:
     """Digest what decides a training, so that only the same one goes on from its checkpoints."""
     digest = xxhash.xxh3_128()
-    options = {k: v for k, v in asdict(setting).items() if k not in ("folder", "checkpoint_every")}
+    names = [field.name for field in fields(Setting) if not field.name.startswith("checkpoint")]
+    options = {name: getattr(setting, name) for name in names}
     digest.update(repr((asdict(schedule), options)).encode())
     for tensor in (*module.state_dict().values(), blocks.training):
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())

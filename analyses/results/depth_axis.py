@@ -61,6 +61,12 @@ class Mark:
     """Whether the layers are an interval, drawn as a line, or single ones."""
 
 
+def peak(profile: pd.DataFrame) -> int | None:
+    """Return the layer at which a profile is largest; None where it has no value."""
+    known = profile.dropna(subset="value")
+    return int(known["layer"].iloc[int(known["value"].argmax())]) if len(known) else None
+
+
 def depth_figure(
     panels: Sequence[Panel],
     n_layers: int,

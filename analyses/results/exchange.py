@@ -28,7 +28,7 @@ _WORKSPACE = re.compile(r"\.bathyscope-[0-9a-f]{32}")
 
 
 def swap(one: Path, other: Path) -> bool:
-    """Exchanges two paths in one step; False, with nothing done, where system or file system cannot."""
+    """Exchange two paths in one step; False, with nothing done, where system or file system cannot."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False
@@ -76,7 +76,7 @@ class Workspace:
         return self.root / "plan.json"
 
     def exchange(self, folder: Path, files: frozenset[str]) -> bool:
-        """Puts the draft in the place of `folder`; False where something else has come to stand there meanwhile.
+        """Put the draft in the place of `folder`; False where something else has come to stand there meanwhile.
 
         Raises:
             OptionError: the draft has a file at the path of one that is not among `files`.
@@ -102,7 +102,7 @@ class Workspace:
         return self.settle()
 
     def settle(self) -> bool:
-        """Ends an exchange that was begun, wherever it was stopped; returns whether the draft stands at its place."""
+        """End an exchange that was begun, wherever it was stopped; return whether the draft stands at its place."""
         plan = self._read_plan()
         if plan is None:
             return False
@@ -120,7 +120,7 @@ class Workspace:
         return True
 
     def discard(self) -> None:
-        """Removes all but the locks; once the plan is gone, nothing here is worth keeping."""
+        """Remove all but the locks; once the plan is gone, nothing here is worth keeping."""
         self.plan.unlink(missing_ok=True)
         shutil.rmtree(self.draft, ignore_errors=True)
         shutil.rmtree(self.old, ignore_errors=True)
@@ -168,7 +168,7 @@ def replacing(folder: Path, check: Callable[[Path], frozenset[str]]) -> Iterator
 
 
 def sweep(parent: Path) -> None:
-    """Ends or discards the exchanges of processes that were killed, in so far as this one may."""
+    """End or discard the exchanges of processes that were killed, in so far as this one may."""
     with suppress(OSError):
         for entry in list(os.scandir(parent)):
             if _WORKSPACE.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
@@ -229,7 +229,7 @@ def _others(source: Path, target: Path, files: frozenset[str], inside: str = "")
 
 
 def _carry(source: Path, target: Path, files: frozenset[str]) -> None:
-    """Moves what is not among `files` to where it lay."""
+    """Move what is not among `files` to where it lay."""
     for name in list(_others(source, target, files)):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).rename(_free(target / name))

@@ -85,7 +85,7 @@ def _files(record: Mapping[str, Any]) -> frozenset[str]:
 
 
 def _check_parent(parent: Path, folder: Path) -> None:
-    """Refuses a folder that cannot be made."""
+    """Refuse a folder that cannot be made."""
     try:
         while not os.path.lexists(parent):
             parent = parent.parent

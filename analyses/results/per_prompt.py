@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,14 +20,14 @@ class PerPrompt:
         self.sums = torch.zeros(n_prompts, n_columns, dtype=torch.float64)
         self.counts = torch.zeros(n_prompts, n_columns, dtype=torch.float64)
 
-    def add(self, column: int, prompts: Tensor | Sequence[int], values: Tensor) -> None:
+    def add(self, column: int, prompts: Int[Tensor, " n"] | Sequence[int], values: Float[Tensor, " n"]) -> None:
         """Add values [n] of tokens of `prompts` [n]; NaN ones are left out."""
         index, values = torch.as_tensor(prompts), values.double().cpu()
         keep = ~values.isnan()
         self.sums[:, column].index_add_(0, index[keep], values[keep])
         self.counts[:, column].index_add_(0, index[keep], torch.ones(int(keep.sum()), dtype=torch.float64))
 
-    def mean(self) -> Tensor:
+    def mean(self) -> Float[Tensor, " columns"]:
         """Return the mean over all tokens, [columns]; NaN where there are none."""
         return self.sums.sum(0) / self.counts.sum(0)
 

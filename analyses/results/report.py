@@ -11,10 +11,11 @@ from typing import Any, Protocol, runtime_checkable
 import pandas as pd
 
 from analyses.results.card import Card, FigureSpec, ProfileSpec, Tables
-from analyses.results.depth_axis import Curve, Panel, depth_figure, narrowest, relative_figure
+from analyses.results.depth_axis import Curve, Panel, depth_figure, narrowest, peak, relative_figure
 from analyses.results.page import figure_html, page
 from analyses.results.theme import COLOURS, colour_of
 from probes.html_card import count
+from probes.locked_files import write_whole
 
 NAMED = 3
 """Analyses or models that a page's heading names; more are counted."""
@@ -80,7 +81,7 @@ class Reported(Protocol):
 
 
 def write_report(results: Sequence[Reported], path: str | Path, title: str | None = None) -> Path:
-    """Writes the page; returns its path."""
+    """Write the page; return its path."""
     path = Path(path)
     path.write_text(render(results, title), encoding="utf-8")
     return path
@@ -92,6 +93,8 @@ class GrowingReport:
 
     path: Path
     title: str
+    note: str = ""
+    """A sentence that a reader must know before all else."""
     _results: list[Reported] = field(default_factory=list)
     _sections: list[dict[str, Any]] = field(default_factory=list)
 
@@ -99,9 +102,7 @@ class GrowingReport:
         """Draw the result and replace the page."""
         self._results.append(result)
         self._sections.append(_section(result))
-        draft = self.path.with_name(f".{self.path.name}.draft")
-        draft.write_text(_page(self._results, self._sections, self.title), encoding="utf-8")
-        draft.replace(self.path)
+        write_whole(self.path, _page(self._results, self._sections, self.title, self.note))
 
 
 def render(results: Sequence[Reported], title: str | None = None) -> str:
@@ -109,12 +110,12 @@ def render(results: Sequence[Reported], title: str | None = None) -> str:
     return _page(results, [_section(result) for result in results], title)
 
 
-def _page(results: Sequence[Reported], sections: Sequence[Mapping[str, Any]], title: str | None) -> str:
+def _page(results: Sequence[Reported], sections: Sequence[Mapping[str, Any]], title: str | None, note: str = "") -> str:
     titles = titles_of(results)
     one_model = len({_model(result) for result in results}) == 1
     links = [title.replace(f" · {_model(results[0])}", "", 1) if one_model else title for title in titles]
     named = [{**section, "title": t, "link": link} for section, t, link in zip(sections, titles, links, strict=True)]
-    return page("report.html", title=title or heading(results), sections=named, depth=_depth(results))
+    return page("report.html", title=title or heading(results), note=note, sections=named, depth=_depth(results))
 
 
 def _depth(results: Sequence[Reported]) -> dict[str, Any] | None:
@@ -146,13 +147,8 @@ def _depth(results: Sequence[Reported]) -> dict[str, Any] | None:
 
 def _peak(panel: Panel) -> tuple[str, str]:
     """A profile's title, and in words where each of its curves is largest."""
-    places = []
-    for curve in panel.curves:
-        known = curve.table.dropna(subset="value")
-        if len(known):
-            layer = int(known["layer"].iloc[int(known["value"].argmax())])
-            places.append(f"layer {layer}" if len(panel.curves) == 1 else f"layer {layer} of {curve.name}")
-    return panel.title, ", ".join(places)
+    peaks = [(peak(curve.table), f" of {curve.name}" * (len(panel.curves) > 1)) for curve in panel.curves]
+    return panel.title, ", ".join(f"layer {layer}{of}" for layer, of in peaks if layer is not None)
 
 
 def heading(results: Sequence[Reported]) -> str:

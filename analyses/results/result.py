@@ -123,7 +123,7 @@ class Result:
             ) from error
 
     def save(self, folder: str | Path) -> Path:
-        """Writes the result to `folder` in one step; returns the folder.
+        """Write the result to `folder` in one step; return the folder.
 
         Of a result that is there, the files that it wrote are replaced; everything else in the folder stays.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from analyses.results.output_folder import entries
 from analyses.studies.cells import Cell
 from analyses.studies.definition import Study
 from probes.errors import OptionError
+from probes.locked_files import write_whole
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,13 @@ class StudyFolder:
         record = self.root / "study.json"
         if record.is_file() and record.read_text(encoding="utf-8") == text:
             return False
-        write(record, text)
+        write_whole(record, text)
         return True
 
     def fail(self, name: str, error: str, kind: str, trace: str = "") -> None:
         """Record why a cell failed."""
         failure = {"error": error, "kind": kind, "traceback": trace}
-        write(self.failure(name), json.dumps(failure, indent=2, ensure_ascii=False))
+        write_whole(self.failure(name), json.dumps(failure, indent=2, ensure_ascii=False))
 
     def why(self, name: str) -> dict[str, Any] | None:
         """Return the recorded failure of a cell, or None."""
@@ -98,10 +98,3 @@ class StudyFolder:
             yield True
         finally:
             lock.release()
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file that is whole or not there, whatever moment the process is killed at."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)

@@ -13,10 +13,11 @@ from analyses.studies.definition import Study
 from analyses.studies.export import write_tables
 from analyses.studies.run_cells import Captured, Event, Outcome
 from analyses.studies.scheduling import Unit, units
-from analyses.studies.study_folder import StudyFolder, write
+from analyses.studies.study_folder import StudyFolder
 from analyses.studies.study_page import render
 from analyses.studies.tidy_tables import build, curves
 from probes.html_card import count
+from probes.locked_files import write_whole
 from probes.progress import QUIET, Progress
 
 Engine = Callable[[Sequence[Unit], StudyFolder], Iterable[tuple[Unit, Event]]]
@@ -96,7 +97,7 @@ def finish(study: Study, cells: Sequence[Cell], folder: StudyFolder) -> None:
     index, profiles = build(cells, folder)
     curve = curves(profiles)
     write_tables(folder.root / "tables", index, profiles, curve)
-    write(folder.report, render(study, cells, index, curve))
+    write_whole(folder.report, render(study, cells, index, curve))
     # The index comes last: where it says that a cell is done, everything else does too.
     for table, path in ((profiles, folder.root / "profiles.parquet"), (index, folder.index)):
         draft = path.with_name(f".{path.name}")

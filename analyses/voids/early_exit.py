@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -64,7 +65,7 @@ def gated_trace(model: Model, items: Sequence[Item], gates: Mapping[float, NormG
     return Trace.joined([part for part in parts if part is not None]), torch.cat([h for h in hidden if h is not None])
 
 
-def gated_rows(model: Model, items: Sequence[Item], gates: Mapping[float, Edit]) -> Tensor:
+def gated_rows(model: Model, items: Sequence[Item], gates: Mapping[float, Edit]) -> Float[Tensor, "tokens d_model"]:
     """The last block's output under each alpha's gate; [tokens, d_model]."""
     hidden: list[Tensor | None] = [None] * len(items)
     for alpha, batch, members in _gated_batches(items):
@@ -131,11 +132,11 @@ class Reader:
     """Under mode `skip`, per variant the last block's output [tokens, d_model]; else empty."""
     seed: int
 
-    def full(self, tokens: Tokens) -> Tensor:
+    def full(self, tokens: Tokens) -> Float[Tensor, "tokens d_model"]:
         """The last block's output of the full model, [tokens, d_model]."""
         return self._at_layer(tokens, np.full(len(tokens), self.model.shape.n_layers - 1))
 
-    def read(self, tokens: Tokens) -> Tensor:
+    def read(self, tokens: Tokens) -> Float[Tensor, "tokens d_model"]:
         """What the gated model reads, [tokens, d_model]."""
         return self._at_layer(tokens, self.exits(tokens)) if not self.masked else self.masked["voids"][tokens]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from probes.edits import Edit
@@ -17,7 +18,9 @@ Delta = Literal["norm_diff", "rel_norm_diff", "norm_of_diff", "cosine"]
 """How a block's step is measured: ||h'||-||h||, (||h'||-||h||)/||h||, ||h'-h||, or 1-cos(h', h)."""
 
 
-def step_size(before: Tensor, after: Tensor, delta: Delta) -> Tensor:
+def step_size(
+    before: Float[Tensor, "*rows d_model"], after: Float[Tensor, "*rows d_model"], delta: Delta
+) -> Float[Tensor, "*rows"]:
     """The size of the step from `before` to `after`, [..., d_model] -> [...], in float32."""
     h, g = before.float(), after.float()
     if delta == "norm_of_diff":
@@ -44,7 +47,9 @@ class RunningGate:
         self.layer = 0
         self.high = self.low = torch.zeros(())
 
-    def step(self, size: Tensor, threshold0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def step(
+        self, size: Float[Tensor, "*rows"], threshold0: Float[Tensor, "*rows"] | None = None
+    ) -> tuple[Bool[Tensor, "*rows"], Float[Tensor, "*rows"]]:
         """(active, threshold) of the next block, each of `size`'s shape; `threshold0` replaces block 0's zero."""
         if self.layer == 0:
             threshold = torch.zeros_like(size) if threshold0 is None else threshold0

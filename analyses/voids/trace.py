@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from analyses.tokens import token_text
@@ -31,13 +32,13 @@ class Item:
 class Trace:
     """The rule's quantities for all tokens of all items, packed; float32 but for `active`."""
 
-    norms: Tensor
+    norms: Float[Tensor, "layer tokens"]
     """[layer, tokens], the norm of each block's output."""
-    steps: Tensor
+    steps: Float[Tensor, "layer tokens"]
     """[layer, tokens], the step each block makes (or would have made, where it was masked)."""
-    thresholds: Tensor
+    thresholds: Float[Tensor, "layer tokens"]
     """[layer, tokens]."""
-    active: Tensor
+    active: Bool[Tensor, "layer tokens"]
     """[layer, tokens], bool."""
 
     @classmethod
@@ -52,18 +53,18 @@ class Trace:
         return Trace(self.norms[:, mask], self.steps[:, mask], self.thresholds[:, mask], self.active[:, mask])
 
     @property
-    def exit_layer(self) -> Tensor:
+    def exit_layer(self) -> Int[Tensor, " tokens"]:
         """[tokens], the last active layer, or -1 for the embedding."""
         layers = torch.arange(self.active.shape[0])[:, None]
         return torch.where(self.active, layers, -1).amax(dim=0)
 
 
 def apply_rule(
-    steps: Tensor,
-    alpha: float | Tensor,
+    steps: Float[Tensor, "layer tokens"],
+    alpha: float | Float[Tensor, " tokens"],
     first_layers: Literal["released", "always_active"] = "released",
-    threshold0: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    threshold0: Float[Tensor, " tokens"] | None = None,
+) -> tuple[Bool[Tensor, "layer tokens"], Float[Tensor, "layer tokens"]]:
     """(active, thresholds) for steps [layer, tokens]; alpha is one value or one per token.
 
     Shemiranifar 2025 (arXiv 2505.14467), the rule as released: block l is active iff its step reaches alpha times the
@@ -76,7 +77,7 @@ def apply_rule(
     )
 
 
-def batch_threshold(steps: Tensor, items: Sequence[Item]) -> Tensor:
+def batch_threshold(steps: Float[Tensor, " tokens"], items: Sequence[Item]) -> Float[Tensor, " tokens"]:
     """Alpha times the range of layer 0's step over the prompts that have a token at the same position."""
     key = pd.DataFrame(
         {

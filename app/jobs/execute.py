@@ -10,15 +10,12 @@ from analyses.base import Analysis
 from analyses.options import with_options
 from analyses.registry import get_analysis
 from analyses.results.output_folder import check_output
-from analyses.running.model_spec import ModelSpec
 from analyses.running.runner import dry_run, lines_of, run
+from app.jobs.models import is_loaded, loaded
 from app.jobs.progress import JobProgress
 from app.jobs.protocol import Request
 from probes.models import Model
 from probes.store import ActivationStore
-
-_LOADED: dict[ModelSpec, Model] = {}
-"""The model of the last job, at most one."""
 
 
 def do(request: Request, progress: JobProgress) -> dict[str, Any]:
@@ -38,19 +35,18 @@ def do(request: Request, progress: JobProgress) -> dict[str, Any]:
     store, spec, model = ActivationStore(request.store), request.model, _model(request, progress)
     if request.kind == "estimate":
         progress.enter("planning")
-        progress.status = replace(progress.status, lines=tuple(dry_run(spec, analysis, lines, store, model=model)))
+        progress.status = replace(
+            progress.status, lines=tuple(dry_run(spec, analysis, lines, store, model=model, edits=request.edits))
+        )
         progress.publish()
         return {}
     progress.enter("running")
-    result = run(spec, analysis, lines, store, model=model, prompts_file=prompts, progress=progress)
+    result = run(
+        spec, analysis, lines, store, model=model, prompts_file=prompts, edits=request.edits, progress=progress
+    )
     progress.enter("saving")
     result.save(request.out)
     return {"counts": dict(result.provenance["counts"]), "seconds": result.provenance["seconds"]}
-
-
-def drop_model() -> None:
-    """Forgets the model of the last job."""
-    _LOADED.clear()
 
 
 def stamp_of(model: Model) -> dict[str, Any]:
@@ -77,9 +73,6 @@ def stamp_of(model: Model) -> dict[str, Any]:
 
 
 def _model(request: Request, progress: JobProgress) -> Model:
-    spec = request.model
-    if spec not in _LOADED:
-        progress.enter("loading", spec.ref)
-        _LOADED.clear()
-        _LOADED[spec] = spec.load(progress=progress.note)
-    return _LOADED[spec]
+    if not is_loaded(request.model):
+        progress.enter("loading", request.model.ref)
+    return loaded(request.model, progress.note)

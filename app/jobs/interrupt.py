@@ -28,7 +28,7 @@ class Interrupt:
         self._folder: Path | None = None
 
     def listen(self) -> None:
-        """Begins to look for wishes to cancel; call it once, in the main thread."""
+        """Begin to look for wishes to cancel; call it once, in the main thread."""
         signal.signal(signal.SIGUSR1, self._strike)
         threading.Thread(target=self._watch, name="interrupt", daemon=True).start()
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from app.jobs.protocol import Phase, Status, cancel_asked, write_status
+from app.live.server import let_pass
 from probes.progress import Progress
 
 PAUSE = 0.1
@@ -43,13 +44,14 @@ class JobProgress(Progress):
         if time.time() - self._written >= PAUSE:
             self.publish()
         self._check()
+        let_pass()
 
     def note(self, line: str) -> None:
         self.status = replace(self.status, notes=(*self.status.notes, line)[-NOTES:])
         self.publish()
 
     def publish(self) -> None:
-        """Writes the status, then stops where that was asked for."""
+        """Write the status, then stop where that was asked for."""
         self._written = time.time()
         write_status(self.folder, self.status)
         self._check()

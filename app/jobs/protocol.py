@@ -7,13 +7,13 @@ The dashboard writes `request.json` and then the job's name as a line to the wor
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from analyses.running.model_spec import ModelSpec
+from probes.locked_files import write_whole
 
 Kind = Literal["run", "estimate", "check"]
 Phase = Literal["", "loading", "planning", "running", "saving"]
@@ -38,6 +38,8 @@ class Request:
     store: str = ""
     out: str = ""
     """Folder of the result."""
+    edits: tuple[str, ...] = ()
+    """Lines under which the model is read."""
 
 
 @dataclass(frozen=True)
@@ -80,21 +82,21 @@ class Status:
 
 
 def write_request(folder: Path, request: Request) -> None:
-    """Puts a new job into `folder`."""
+    """Put a new job into `folder`."""
     folder.mkdir(parents=True)
-    _write(folder / "request.json", asdict(request))
+    write_whole(folder / "request.json", json.dumps(asdict(request), default=str))
     write_status(folder, Status())
 
 
 def read_request(folder: Path) -> Request:
     """The request of a job."""
     record = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-    return Request(**{**record, "model": ModelSpec(**record["model"])})
+    return Request(**{**record, "model": ModelSpec(**record["model"]), "edits": tuple(record["edits"])})
 
 
 def write_status(folder: Path, status: Status) -> None:
-    """Replaces the job's status as a whole."""
-    _write(folder / "status.json", asdict(status))
+    """Replace the job's status as a whole."""
+    write_whole(folder / "status.json", json.dumps(asdict(status), default=str))
 
 
 def read_status(folder: Path) -> Status:
@@ -104,16 +106,10 @@ def read_status(folder: Path) -> Status:
 
 
 def ask_to_cancel(folder: Path) -> None:
-    """Asks the worker to stop this job."""
+    """Ask the worker to stop this job."""
     (folder / CANCEL).touch()
 
 
 def cancel_asked(folder: Path) -> bool:
     """Whether somebody wants this job to stop."""
     return (folder / CANCEL).exists()
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(record, default=str), encoding="utf-8")
-    os.replace(draft, path)

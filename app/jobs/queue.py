@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from app.jobs.protocol import (
     write_request,
     write_status,
 )
+from app.live.protocol import KEY, socket_of
 
 KEPT = 30
 """Ended jobs whose folders are kept."""
@@ -47,9 +49,10 @@ class JobQueue:
         self._names: list[str] = []
         self._ended: dict[str, Status] = {}
         self._last = 0
+        os.environ.setdefault(KEY, secrets.token_hex(32))
 
     def submit(self, request: Request) -> str:
-        """Adds a job to the line; returns its name. The folder of a run is numbered where its name is taken."""
+        """Add a job to the line; return its name. The folder of a run is numbered where its name is taken."""
         with self._lock:
             if request.kind == "run":
                 request = replace(request, out=str(self.free(Path(request.out))))
@@ -92,7 +95,7 @@ class JobQueue:
             return status
 
     def cancel(self, name: str) -> None:
-        """Asks a job to stop; one that only waits never starts."""
+        """Ask a job to stop; one that only waits never starts."""
         ask_to_cancel(self.folder / name)
 
     def cancelling(self, name: str) -> bool:
@@ -100,7 +103,7 @@ class JobQueue:
         return cancel_asked(self.folder / name)
 
     def close(self) -> None:
-        """Ends the worker."""
+        """End the worker."""
         with self._lock:
             if self._worker is not None:
                 self._worker.kill()
@@ -124,16 +127,23 @@ class JobQueue:
         return ended
 
     def _resume(self, name: str) -> None:
-        """Gives the jobs behind `name` to a new worker."""
+        """Give the jobs behind `name` to a new worker."""
         behind = self._names[self._names.index(name) + 1 :]
         waiting = [other for other in behind if not read_status(self.folder / other).ended]
         self._worker = None
         for other in waiting:
             self._tell(other)
 
+    def ensure(self) -> None:
+        """Start the worker where none runs."""
+        with self._lock:
+            if self._worker is None or self._worker.poll() is not None:
+                Path(socket_of(self.folder)).unlink(missing_ok=True)
+                self._worker = self._start()
+
     def _tell(self, name: str) -> None:
-        if self._worker is None or self._worker.poll() is not None:
-            self._worker = self._start()
+        self.ensure()
+        assert self._worker is not None
         assert self._worker.stdin is not None
         self._worker.stdin.write(name + "\n")
         self._worker.stdin.flush()

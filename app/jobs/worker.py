@@ -14,6 +14,7 @@ from queue import Queue
 from app.jobs.interrupt import Interrupt
 from app.jobs.progress import NOTES, JobProgress
 from app.jobs.protocol import Status, read_request, write_status
+from app.live import server as live
 from probes.errors import UserError
 
 MERCY = 10.0
@@ -52,9 +53,9 @@ def work(folder: Path, closing: threading.Event, interrupt: Interrupt | None = N
 
 def _drop_model() -> None:
     """A model that was stopped in the middle of a forward may keep a hook of it: the next job loads it anew."""
-    from app.jobs.execute import drop_model
+    from app.jobs.models import drop
 
-    drop_model()
+    drop()
 
 
 def main(jobs: Path) -> None:
@@ -73,6 +74,7 @@ def main(jobs: Path) -> None:
         os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
+    live.listen(jobs)
     while (name := waiting.get()) is not None:
         work(jobs / name, closing, interrupt)
 

@@ -97,7 +97,7 @@ def _from_part(result: Result, name: str, part: Selection, tables: Tables) -> go
 
 
 def mark(figure: go.Figure, places: tuple[int, ...], colour: str, step: Callable[[str], float | None]) -> bool:
-    """Puts a band behind each place on every axis that counts such places; says whether there was one.
+    """Put a band behind each place on every axis that counts such places; say whether there was one.
 
     Args:
         step: from an axis's title to what lies between two places on it, or None where it counts something else.

@@ -14,7 +14,7 @@ _COPY = "kept"
 
 
 def keep() -> None:
-    """Copies what widgets hold, and gives back what they forgot; call it before any is drawn."""
+    """Copy what widgets hold, and give back what they forgot; call it before any is drawn."""
     kept = _copy()
     kept.update({str(name): value for name, value in st.session_state.items() if str(name).startswith(PREFIX)})
     for name, value in kept.items():
@@ -22,7 +22,7 @@ def keep() -> None:
 
 
 def begin(name: str, value: Any) -> str:
-    """Gives a widget its first value, unless it has one; returns its key."""
+    """Give a widget its first value, unless it has one; return its key."""
     if name not in st.session_state:
         st.session_state[name] = value
     return name

@@ -68,7 +68,7 @@ def key_of(cls: type, name: str) -> str:
 
 
 def set_options(cls: type[Analysis], options: Mapping[str, Any]) -> None:
-    """Gives the widgets of an analysis these values, for instance those of a saved run; the others get their default."""
+    """Give the widgets of an analysis these values, for instance those of a saved run; the others get their default."""
     types = types_of(cls)
     for name, default in defaults_of(cls).items():
         value = renewed(cls, options).get(name, default)

@@ -65,7 +65,7 @@ def _words(table: pd.DataFrame) -> dict[int, str]:
 
 
 def offer(offered: Offer) -> None:
-    """Says what this page's runs let one select."""
+    """Say what this page's runs let one select."""
     st.session_state["offer"] = offered
     settle(offered.of)
 

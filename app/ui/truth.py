@@ -9,11 +9,10 @@ import streamlit as st
 
 from analyses.results.depth_axis import Mark
 from probes.errors import ModelError
+from probes.planted.registry import PREFIX
 
 if TYPE_CHECKING:
     from probes.planted.record import Question
-
-PREFIX = "planted:"
 
 
 @st.cache_data(show_spinner=False)

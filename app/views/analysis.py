@@ -68,7 +68,7 @@ def _follow(name: str, job: str) -> None:
 
 
 def _show(name: str, job: str, request: Request) -> None:
-    """Opens the run of a job that ended, once: afterwards the reader chooses."""
+    """Open the run of a job that ended, once: afterwards the reader chooses."""
     if st.session_state.get(f"showed:{name}") != job:
         st.session_state[f"showed:{name}"] = job
         st.session_state[f"keep:run:{name}"] = Path(request.out).name

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pandas as pd
 import streamlit as st
 
-from analyses.results.depth_axis import Curve, Mark, Panel, depth_figure, narrowest
+from analyses.results.depth_axis import Curve, Mark, Panel, depth_figure, narrowest, peak
 from analyses.results.theme import colour_of
 from app import offered
 from app.places import runs_root
@@ -96,12 +96,10 @@ def _profiles(runs: list[Run]) -> None:
 
 def _peaks(profiles: list[Profile]) -> None:
     """Where each profile is largest, in words: read before the figure is drawn, and without seeing it."""
-    peaks = []
-    for profile in profiles:
-        table = profile.table.dropna(subset="value")
-        if len(table):
-            peaks.append(f"{profile.title} **{int(table['layer'].iloc[int(table['value'].argmax())])}**")
-    st.caption("Layer at which each is largest: " + " · ".join(peaks))
+    peaks = [(profile.title, peak(profile.table)) for profile in profiles]
+    st.caption(
+        "Layer at which each is largest: " + " · ".join(f"{t} **{layer}**" for t, layer in peaks if layer is not None)
+    )
 
 
 def _label(profile: Profile, runs: list[Run]) -> str:
@@ -161,7 +159,7 @@ def _figure(profiles: list[Profile], n_layers: int, selection: Selection, marks:
             figure, key="home:depth", on_select=chosen, selection_mode=("points", "box"), config={"displaylogo": False},
             alt=f"One panel for each of {words}; layer 0 at the bottom of {n_layers}. The numbers are in the table below.",
         )  # fmt: skip
-    left, right = st.columns([1, 5])
+    left, right = st.columns([1, 3])
     with left:
         figure_downloads(lambda: depth_figure(panels, n_layers, layers, "light", truth=marks), "depth", "home")
     right.caption(

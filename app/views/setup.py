@@ -120,7 +120,7 @@ def _summary(draft: Draft) -> str:
 
 
 def _submit(cls: type[Analysis], draft: Draft, spec: ModelSpec, kind: Literal["run", "estimate"]) -> None:
-    """Starts a job; what the last one ended with is not shown any more, even where this one is refused."""
+    """Start a job; what the last one ended with is not shown any more, even where this one is refused."""
     key = f"job:{cls.name}"
     st.session_state.pop(key, None)
     try:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
+from jaxtyping import Float
 from torch import Tensor
 
 from probes.edits.line import Line
@@ -67,21 +67,27 @@ class TokenDirection:
             raise PointError(
                 f"{place.address} is {dims[-1]} wide: a token's direction is of the stream, such as resid_post.3"
             )
-        lens = model.unembedding()
         with torch.no_grad():
-            column = lens.weight[token_id(model, self.token)].float()
+            column = lens_column(model, token_id(model, self.token))
             if self.minus is not None:
-                column = column - lens.weight[token_id(model, self.minus)].float()
-            column = _through_norm(lens.norm, column, lens.weight)
+                column = column - lens_column(model, token_id(model, self.minus))
         return Values(column / column.norm().clamp_min(torch.finfo(torch.float32).tiny), self.text())
 
 
-def _through_norm(norm: Any, column: Tensor, like: Tensor) -> Tensor:
-    """Return the gradient that `column` [d_model] has before the norm, its scale taken as a constant."""
+def lens_column(model: Model, token: int) -> Float[Tensor, " d_model"]:
+    """Return the gradient of a token's logit with respect to the last stream, times the final norm's scale.
+
+    That is the unembedding's column times the gain, without its mean where the norm takes the mean away.
+
+    Raises:
+        PointError: a model without a final norm and unembedding that give its logits.
+    """
+    lens = model.unembedding()
+    column, like = lens.weight[token].float(), lens.weight
     # Rows of +1 and -1 in turn have mean 0 and scale 1: the norm of one is its signs times the gain, plus the bias.
     signs = torch.ones(column.numel(), device=like.device, dtype=like.dtype)
     signs[1::2] = -1.0
-    rows = norm(torch.stack((signs, -signs, torch.ones_like(signs), 0 * signs))).float()
+    rows = lens.norm(torch.stack((signs, -signs, torch.ones_like(signs), 0 * signs))).float()
     gained = column * (rows[0] - rows[1]) / 2 * signs
     takes_mean = bool((rows[2] - rows[3]).abs().max() < 1e-3 * (rows[0] - rows[1]).abs().max())
     return gained - gained.mean() if takes_mean else gained

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from probes.edits.directions import Place
-from probes.edits.positions import At, Texts, at_text, indices, need_texts
+from probes.edits.positions import At, Texts, indices, need_texts, place
 from probes.edits.values import Source
 from probes.errors import PromptError
 from probes.models.protocol import Model
@@ -20,9 +20,9 @@ class Other:
 
     def text(self) -> str:
         """Return the words."""
-        return "from other" + ("" if self.positions is None else at_text(self.positions) or " @all")
+        return "from other" + ("" if self.positions is None else f"@{place(self.positions)}")
 
-    def source(self, model: Model, texts: Texts | None, place: Place) -> Source:
+    def source(self, model: Model, texts: Texts | None, where: Place) -> Source:
         """Return the rows to read.
 
         Raises:
@@ -31,7 +31,7 @@ class Other:
         """
         here = need_texts(texts, "a patch from the other prompt")
         tokens = here.other_or_refuse("a patch from the other prompt")
-        own = indices(place.positions, model.tokenizer, here.tokens)
+        own = indices(where.positions, model.tokenizer, here.tokens)
         at = own if self.positions is None else indices(self.positions, model.tokenizer, tokens)
         if len(at) != len(own) and len(at) != 1:
             raise PromptError(
@@ -41,4 +41,4 @@ class Other:
             raise PromptError(
                 f"position {max(at)} is outside the other prompt of {len(tokens)} tokens: write from other@POS"
             )
-        return Source(tokens, place.address, at, place.heads)
+        return Source(tokens, where.address, at, where.heads)

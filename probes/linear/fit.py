@@ -75,6 +75,10 @@ def unwarned() -> Iterator[None]:
         yield
 
 
+RESOLUTION = float(np.finfo(np.float32).eps)
+"""Of captured rows, relative to their size."""
+
+
 class Fitter:
     """Rows prepared once and fitted to several sets of labels."""
 
@@ -84,7 +88,8 @@ class Fitter:
         self.mean, self.scale = np.zeros(width, rows.dtype), np.ones(width, rows.dtype)
         if recipe.standardise:
             self.mean, self.scale = rows.mean(axis=0), rows.std(axis=0)
-            self.scale[self.scale == 0] = 1
+            # What is below the resolution of the rows is rounding, which scaling would make as large as all else.
+            self.scale[self.scale <= RESOLUTION * np.sqrt(np.mean(np.square(rows)))] = 1
         self.rows = (rows - self.mean) / self.scale if recipe.standardise else rows
         self.basis: Floats | None = None
         if recipe.standardise and recipe.kind == "logistic" and width > len(rows):

@@ -86,11 +86,6 @@ class Switches:
             raise OptionError(f"{site} has no measured scale: run text through the model in training mode first")
         return Scale(running.value, running.first if first else None)
 
-    def thaw(self, sites: Sequence[NormSite]) -> None:
-        """Switch sites off."""
-        for site in sites:
-            self.on.pop(site, None)
-
     def enter(self, tokens: Int[Tensor, "batch pos"]) -> None:
         """Say which token ids [batch, pos] are running, where the module itself is not called."""
         self._rows = Rows.of(tokens, self.end_of_text)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-VERSION = 1
+VERSION = 2
 """Grows when any planted model or truth changes."""
 Tier = Literal["compiled", "noised", "trained"]
 Disguise = Literal["rotated", "noised", "superposed"]

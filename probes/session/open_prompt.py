@@ -75,6 +75,14 @@ class OpenPrompt:
                 self._rows[tokens, a] = rows[0]
         return self._rows[tokens, address]
 
+    def ready(self, edits: Sequence[Edit]) -> list[Edit]:
+        """Return edits with their values read from the model and the prompts.
+
+        Raises:
+            UserError: edits that this model or prompt cannot have.
+        """
+        return resolve(self.model, edits, self.texts)
+
     def run(self, edits: Sequence[Edit]) -> Run:
         """Return the prompt's run under edits; only what follows the first that differs from a known run is run.
 
@@ -83,7 +91,7 @@ class OpenPrompt:
         """
         key = tuple(edits)
         if key not in self._runs:
-            ready = resolve(self.model, edits, self.texts)
+            ready = self.ready(edits)
             self._runs[key] = self._resumed(key, ready) if self.resumable else self._whole(ready)
             for old in [k for k in self._runs if k][: max(0, len(self._runs) - KEPT_RUNS)]:
                 del self._runs[old]

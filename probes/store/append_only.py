@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from probes.store.backing import Backing
 from probes.store.layout import encode
 from probes.store.names import Names
 from probes.store.values import Context, MissingRows, Packet, Put, Sequences
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class AppendOnlyWriter:

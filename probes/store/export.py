@@ -21,7 +21,7 @@ from torch import Tensor
 from probes.errors import StoreError, unknown
 from probes.store.backing import Backing, Vanished
 from probes.store.export_datasets import save_dataset
-from probes.store.layout import DTYPES, header_bytes, raw
+from probes.store.layout import codes, header_bytes, raw
 
 _UNKNOWN_TO_NUMPY = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 _UNKNOWN_TO_PARQUET = (*_UNKNOWN_TO_NUMPY, torch.float16)
@@ -140,7 +140,7 @@ def _safetensors(table: Table, blocks: Iterator[Tensor], path: Path) -> None:
     layout = {name: ("I64", array.shape, array.nbytes) for name, array in arrays.items()}
     nbytes = int(np.prod(shape)) * table.dtype.itemsize
     with path.open("wb") as file:
-        file.write(header_bytes({**layout, "values": (DTYPES[table.dtype], shape, nbytes)}, _describe(table)))
+        file.write(header_bytes({**layout, "values": (codes()[table.dtype], shape, nbytes)}, _describe(table)))
         for array in arrays.values():
             file.write(array.data)
         for block in blocks:

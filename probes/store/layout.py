@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 import xxhash
 from jaxtyping import Shaped
-from torch import Tensor
 
 from probes.store.values import Entry, Packet, canonical, pack, sequence_digest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 PROTOCOL = 1
 """The number of the format that PROTOCOL.md describes."""
@@ -23,25 +27,40 @@ ALIGN = 64
 """The data begins at a multiple of this."""
 IDS, LENGTHS, COUNTS = "sequences/ids", "sequences/lengths", "sequences/counts"
 
-DTYPES: dict[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "complex64": "C64",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
 }
-_TORCH = {name: dtype for dtype, name in DTYPES.items()}
+"""Names of torch's dtypes, and what a shard calls them. Torch itself is imported where tensors are made, since a store is
+also listed and opened without any."""
+
+
+@cache
+def codes() -> dict[torch.dtype, str]:
+    """Return what a shard calls each dtype."""
+    import torch
+
+    return {getattr(torch, name): code for name, code in DTYPES.items()}
+
+
+@cache
+def dtypes() -> dict[str, torch.dtype]:
+    """Return the dtype of each name that shards use."""
+    return {code: dtype for dtype, code in codes().items()}
 
 
 @dataclass(frozen=True)
@@ -90,6 +109,8 @@ class Encoded:
 
 def raw(tensor: Shaped[Tensor, "..."]) -> np.ndarray:
     """Return the tensor's bytes in row-major order, uint8 [n_bytes]; a view where it is contiguous and on the CPU."""
+    import torch
+
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     # A tensor of one or no item may carry any stride, which a change of dtype would refuse.
     return np.asarray(flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy())
@@ -118,6 +139,8 @@ def encode(packet: Packet) -> Encoded:
     Raises:
         ValueError: a dtype that safetensors does not know.
     """
+    import torch
+
     lengths = tuple(len(tokens) for tokens in packet.sequences)
     ids = np.concatenate([pack(tokens) for tokens in packet.sequences] or [pack(())])
     tensors = {IDS: torch.from_numpy(ids), LENGTHS: torch.tensor(lengths, dtype=torch.int64)}
@@ -125,8 +148,8 @@ def encode(packet: Packet) -> Encoded:
     counts: dict[str, str] = {}
     for name in sorted(packet.features):
         rows = packet.features[name]
-        if rows.values.dtype not in DTYPES:
-            legal = ", ".join(str(dtype) for dtype in DTYPES)
+        if rows.values.dtype not in codes():
+            legal = ", ".join(str(dtype) for dtype in codes())
             raise ValueError(
                 f"feature {name!r} has dtype {rows.values.dtype}, which shards cannot hold; legal: {legal}"
             )
@@ -145,7 +168,7 @@ def encode(packet: Packet) -> Encoded:
         "checksums": _compact({name: "".join(checksums(data)) for name, data in buffers.items()}),
         "counts": _compact(counts),
     }
-    table = {name: (DTYPES[tensors[name].dtype], tuple(tensors[name].shape), len(buffers[name])) for name in order}
+    table = {name: (codes()[tensors[name].dtype], tuple(tensors[name].shape), len(buffers[name])) for name in order}
     header = header_bytes(table, metadata)
     size = len(header) + sum(len(data) for data in buffers.values())
     digests = tuple(sequence_digest(tokens) for tokens in packet.sequences)
@@ -174,7 +197,7 @@ def parse(header: bytes) -> Header:
         start, stop = item["data_offsets"]
         digits = sums[name]
         each = tuple(digits[i : i + 16] for i in range(0, len(digits), 16))
-        slots[name] = Slot(_TORCH[item["dtype"]], tuple(item["shape"]), start, stop, each)
+        slots[name] = Slot(dtypes()[item["dtype"]], tuple(item["shape"]), start, stop, each)
         if len(each) != -(-(stop - start) // BLOCK):
             raise ValueError(f"tensor {name!r} has {len(each)} checksums for {stop - start} bytes")
     return Header(metadata["context"], slots, json.loads(metadata["counts"]), len(header))

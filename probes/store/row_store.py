@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
-from torch import Tensor
 
 from probes.store.names import Names
 from probes.store.values import Context, Packet, Put, Sequences
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @runtime_checkable

@@ -11,14 +11,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from stat import S_ISREG
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 import xxhash
-from torch import Tensor
 
 from probes.store.layout import BLOCK, IDS, LENGTHS, Header, digest, parse
 from probes.store.values import Entry, pack, sequence_digest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MAX_HEADER = 100 << 20
 
@@ -107,6 +109,8 @@ class Shard:
             Damage: a block that does not match its checksum.
             IndexError: a position outside the sequence's rows.
         """
+        import torch
+
         first, last = self._span(feature, ordinal)
         given = np.asarray(positions, dtype=np.int64)
         index = np.where(given < 0, given + last - first, given)
@@ -174,6 +178,8 @@ class Shard:
         return self.known.ends[name]
 
     def _view(self, name: str) -> Tensor:
+        import torch
+
         slot = self.header.slots[name]
         if slot.start == slot.stop:
             return torch.empty(slot.shape, dtype=slot.dtype)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
-from torch import Tensor
 
 from probes.cache_folder import cache_root
 from probes.errors import StoreError
@@ -18,7 +17,6 @@ from probes.html_card import Fold, card, count, size
 from probes.store import eviction, maintenance
 from probes.store.backing import Backing, Vanished, read_only
 from probes.store.catalogue import Catalogue, DamagedCatalogue
-from probes.store.export import export
 from probes.store.files import Partial, touch
 from probes.store.layout import encode
 from probes.store.maintenance import GcReport, VerifyReport
@@ -28,6 +26,7 @@ from probes.store.values import Context, MissingRows, Packet, Put, Sequences, ca
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
 
 def default_root() -> Path:
@@ -232,6 +231,8 @@ class ActivationStore:
         Raises:
             StoreError: an unknown format, or nothing that matches.
         """
+        from probes.store.export import export
+
         return export(self._backing, Path(dest), format, context or {}, features)
 
     @property

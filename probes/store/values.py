@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
-from torch import Tensor, cat, split
 
 from probes.errors import StoreError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Context = Mapping[str, str]
 """Everything besides the tokens that decides a row's numbers: weights digest, backend, dtype, attention, edits."""
@@ -40,12 +43,16 @@ class Ragged:
 
     def split(self) -> list[Tensor]:
         """Return one view [count, ...] per sequence."""
+        from torch import split
+
         return list(split(self.values, list(self.counts))) if self.counts else []
 
     def select(self, ordinals: Sequence[int]) -> Ragged:
         """Return the rows of the given sequences, in the given order."""
         if list(ordinals) == list(range(len(self.counts))):
             return self
+        from torch import cat
+
         parts = self.split()
         kept = [parts[i] for i in ordinals]
         return Ragged(cat(kept) if kept else self.values[:0], tuple(self.counts[i] for i in ordinals))

@@ -119,13 +119,6 @@ def component_scores(source: Circuit, target: Circuit) -> Tensor:
     return torch.linalg.vector_norm(write @ target.reading, dim=-1) / target.norm[..., None]
 
 
-def target_component_scores(source: Circuit, target: Circuit) -> Tensor:
-    """Return scores [..., k] of the source with the target's singular components: |A a_j| / |A|."""
-    read, _, _ = target.svd
-    writing = source.transposed.reading
-    return torch.linalg.vector_norm(read @ writing, dim=-1) / source.norm[..., None]
-
-
 def pairwise_scores(source: Circuit, target: Circuit) -> Tensor:
     """Return |v_i . a_j| [..., i, j] of the source's write directions with the target's read directions."""
     return (source.svd[2] @ target.svd[0].transpose(-1, -2)).abs()

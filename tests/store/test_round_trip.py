@@ -15,7 +15,7 @@ from store_makers import CONTEXT, FEATURES, check_rows, expected, make, numbered
 
 from probes.errors import StoreError
 from probes.store import ActivationStore, MissingRows, Packet, Ragged
-from probes.store.layout import BLOCK, DTYPES, encode
+from probes.store.layout import BLOCK, codes, encode
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -31,7 +31,7 @@ def packets(draw: st.DrawFn) -> Packet:
     ids = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=5).map(tuple)
     sequences = draw(st.lists(ids, min_size=1, max_size=5, unique=True))
     features = {}
-    for j, dtype in enumerate(draw(st.lists(st.sampled_from(list(DTYPES)), min_size=1, max_size=4))):
+    for j, dtype in enumerate(draw(st.lists(st.sampled_from(list(codes())), min_size=1, max_size=4))):
         counts = draw(st.lists(st.integers(0, 4), min_size=len(sequences), max_size=len(sequences)))
         width = draw(st.sampled_from([(), (1,), (3,), (2, 3), (0,)]))
         n_bytes = sum(counts) * torch.Size(width).numel() * dtype.itemsize

@@ -14,6 +14,7 @@ from probes.planted.families.pairs import ANSWERS, POSITIONS, Pairs, exclusive_o
 from probes.planted.making import at, attention_score, base_of, choose, drawn, nothing, planted_task, windows
 from probes.planted.parts import copy_head, distract, lookup
 from probes.planted.record import Interval, Question, nodes
+from probes.planted.stream import CONSTANT
 from probes.planted.task import PlantedTask
 
 _N, _OCTANTS = 8, 8
@@ -104,8 +105,13 @@ def _sign_product(pairs: Pairs) -> tuple[Units | None, Consumer]:
 
     def consumer(moved: Tensor) -> Units:
         signed, sign, value = moved[:2], moved[2:], stream.basis("answer")
+        # A product has no threshold: where nothing is asked, the little that a soft head moves would be multiplied too.
+        elsewhere = 2.0 * (stream.vector(CONSTANT) - stream.vector("ask"))
         return Units(
-            torch.cat([signed, -signed]), torch.cat([value, value]).T, size=2**0.5, up=torch.cat([sign, -sign])
+            torch.cat([signed, -signed]) - elsewhere,
+            torch.cat([value, value]).T,
+            size=2**0.5,
+            up=torch.cat([sign, -sign]),
         )
 
     return lookup(pairs.blueprint, rules, size=2**0.5), consumer

@@ -1,0 +1,64 @@
+"""The resident process's ear for live work: a thread that answers between the batches of whatever job runs."""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from contextlib import suppress
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+
+from app.live.protocol import Answer, Question, key, socket_of
+
+_WAITING = threading.Event()
+"""Set while somebody waits for an answer."""
+_ONE = threading.Lock()
+PAUSE = 0.01
+"""Seconds that a job sleeps at the end of a batch to let a live request take the model."""
+PATIENCE = 3.0
+"""Seconds that a job lets live requests go first; a request that the job itself keeps from the model then waits for it."""
+
+
+def listen(jobs: Path) -> None:
+    """Begin to answer; returns at once."""
+    listener = Listener(socket_of(jobs), authkey=key())
+    threading.Thread(target=_accept, args=(listener,), name="live", daemon=True).start()
+
+
+def _accept(listener: Listener) -> None:
+    while True:
+        with suppress(OSError, EOFError, Exception):  # somebody who cannot prove himself is no reason to stop
+            connection = listener.accept()
+            threading.Thread(target=_serve, args=(connection,), daemon=True).start()
+
+
+def _serve(connection: Connection) -> None:
+    with connection, suppress(EOFError, OSError):
+        while True:
+            connection.send(_answer(connection.recv()))
+
+
+def _answer(question: Question) -> Answer:
+    from app.live.answering import answer
+
+    with _ONE:
+        _WAITING.set()
+        try:
+            return answer(question)
+        except Exception as error:
+            traceback.print_exc()
+            return Answer(
+                question.session,
+                refusal=f"A fault of Bathyscope, not of your input: {type(error).__name__}: {error}",
+                fault=True,
+            )
+        finally:
+            _WAITING.clear()
+
+
+def let_pass() -> None:
+    """Let somebody who waits have the model; a job calls this between two batches."""
+    rounds = 0
+    while _WAITING.is_set() and rounds * PAUSE < PATIENCE:
+        threading.Event().wait(PAUSE)
+        rounds += 1

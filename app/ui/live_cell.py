@@ -1,0 +1,170 @@
+"""What can be seen and done at one place: a cell of the lens grid, or a head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from analyses.results.theme import token_label
+from app.live.protocol import Action
+from app.ui.live_desk import Desk
+from app.ui.live_figures import arcs, attention_map, effect_map
+from app.ui.theme import mode, restyled
+
+POINTS = ("resid_post", "mlp_out", "attn_out", "resid_mid", "resid_pre")
+CONFIG = {"displaylogo": False, "displayModeBar": False}
+
+
+def draw_cell(desk: Desk, data: dict[str, Any], step: int, position: int) -> None:
+    """Draw the inspector of a cell of the grid, and the buttons for what can be done there."""
+    grid = data["grids"]["after"]
+    step, position = min(step, len(grid["steps"]) - 1), min(position, len(data["comparison"]["tokens"]) - 1)
+    block = int(str(grid["steps"][step]).split("|")[0])
+    token = data["comparison"]["tokens"][position]
+    st.markdown(f"**Block {grid['steps'][step]}, position {position}** `{token_label(token)}`")
+    facts = st.columns(3)
+    facts[0].metric("Norm", f"{grid['norms'][step, position]:.1f}")
+    facts[1].metric("Entropy", f"{grid['entropy_bits'][step, position]:.2f} bits")
+    facts[2].metric("KL from before", f"{grid['kl'][step, position]:.3g} nats")
+    top = pd.DataFrame({"token": [token_label(t) for t in grid["tokens"][step][position]],
+                        "probability": np.exp(grid["top_logprobs"][step, position])})  # fmt: skip
+    watched = pd.DataFrame({"token": [token_label(t) for t in data["watch"]], "probability": np.exp(grid["watched"][step, position]),
+                            "rank": grid["ranks"][step, position] + 1})  # fmt: skip
+    left, right = st.columns(2)
+    shown = {"probability": st.column_config.NumberColumn(format="%.3g")}
+    left.dataframe(top, hide_index=True, height=213, column_config=shown, alt="The most probable tokens of this cell")
+    if len(watched):
+        right.dataframe(watched, hide_index=True, column_config=shown, alt="Rank of the watched tokens in this cell")
+    _draw_buttons(desk, data, block, position)
+
+
+def _draw_buttons(desk: Desk, data: dict[str, Any], block: int, position: int) -> None:
+    point = st.segmented_control("Of this block, at this position", POINTS, default="resid_post", key="live:point")
+    point = point or "resid_post"
+    place = f"{point}.{block} @{position}"
+    zero, mean, patch = st.columns(3)
+    _adds(zero, desk, "Zero", f"zero {place}", "backspace")
+    _adds(mean, desk, "Mean", f"mean {place}", "functions")
+    _adds(patch, desk, "Patch from other", f"patch {place} from other", "content_paste", disabled=data["other"] is None)
+    skip, again, steer = st.columns(3)
+    _adds(skip, desk, "Skip block", f"skip {block}", "redo")
+    _adds(again, desk, "Repeat block", f"repeat {block}-{block}", "repeat")
+    watched = data["watch"][0] if data["watch"] else data["comparison"]["before"]["top"][0]["token"]
+    _adds(steer, desk, f"Steer to {watched.strip()[:10]}", f"add {place} token {watched!r} x20", "explore")
+    desk.say_refusal("cell")
+
+
+def _adds(place: Any, desk: Desk, label: str, line: str, icon: str, disabled: bool = False) -> None:
+    place.button(
+        label, icon=f":material/{icon}:", key=f"live:add:{label.split(' to ')[0]}:{line.split()[0]}:{line}", width="stretch", disabled=disabled,
+        help=f"`{line}`", on_click=desk.act, args=(f"added: {line}", Action("add", value=line)), kwargs={"at": "cell"},
+    )  # fmt: skip
+
+
+def draw_attention(desk: Desk, data: dict[str, Any], step: int, position: int) -> None:
+    """Draw the attention of a block from a position, as arcs and as a map, and the button that cuts an edge."""
+    grid, tokens = data["grids"]["after"], data["comparison"]["tokens"]
+    block = int(str(grid["steps"][min(step, len(grid["steps"]) - 1)]).split("|")[0])
+    position = min(position, len(tokens) - 1)
+    names = ["mean of heads", *(f"head {block}.{h}" for h in range(data["heads"]))]
+    head_box, key_box, cut = st.columns([2, 2, 2], vertical_alignment="bottom")
+    head = head_box.selectbox(f"Attention of block {block}", names, key="live:head")
+    answer = desk.look("attention", "attention", layer=block)
+    if answer is None:
+        desk.say_refusal("attention")
+        return
+    number = names.index(head) - 1
+    pattern = answer["pattern"].mean(0) if number < 0 else answer["pattern"][number]
+    keys = list(range(position + 1 if data["causal"] else len(tokens)))
+    key = key_box.selectbox("Key", keys, index=int(pattern[position, : len(keys)].argmax()), key=f"live:key:{position}",
+                            format_func=lambda i: f"{i} {token_label(tokens[i])}")  # fmt: skip
+    line = f"knock-out {block}{'' if number < 0 else f'.{number}'} {position}->{key}"
+    _adds(cut, desk, "Knock out edge", line, "link_off")
+    st.plotly_chart(
+        restyled(arcs(tokens, pattern[position], position), mode()), key="live:arcs", config=CONFIG,
+        alt=f"Attention from position {position} to the tokens before it, {head}",
+    )  # fmt: skip
+    with st.expander("Every query", key="live:every-query"):
+        st.plotly_chart(
+            restyled(attention_map(tokens, pattern, position, head), mode()), key="live:pattern", config=CONFIG,
+            alt=f"Attention from every query to every key, {head}",
+        )  # fmt: skip
+    desk.say_refusal("cell")
+
+
+def draw_heads(desk: Desk, data: dict[str, Any]) -> None:
+    """Draw the map of heads, from which one is picked, and what can be done to it."""
+    answer = desk.look("heads", "heads")
+    if answer is None:
+        desk.say_refusal("heads")
+        return
+    effects = answer["effects"]
+    names = [f"{layer}.{head}" for layer in range(data["layers"]) for head in range(data["heads"])]
+    best = int(np.abs(effects).argmax())
+    if st.session_state.get("live:picked-head") not in names:
+        st.session_state["live:picked-head"] = names[best]
+
+    def clicked() -> None:
+        for point in st.session_state["live:head-map"]["selection"]["points"]:
+            if "customdata" in point:
+                st.session_state["live:picked-head"] = "{}.{}".format(*map(int, point["customdata"]))
+
+    layer, head = map(int, st.session_state["live:picked-head"].split("."))
+    st.plotly_chart(
+        restyled(effect_map(effects, [str(h) for h in range(data["heads"])], "logits", "head", (layer, head)), mode()), key="live:head-map",
+        on_select=clicked, selection_mode="points", config=CONFIG,
+        alt=f"Direct effect of every head on the logit of {answer['token']}",
+    )  # fmt: skip
+    st.caption(
+        f"Direct effect of each head on the logit of `{token_label(answer['token'])}` at the last position. Click a head to pick it."
+    )
+    box, *buttons = st.columns([2, 1, 1, 1], vertical_alignment="bottom")
+    picked = box.selectbox("Head", names, key="live:picked-head")
+    for place, (label, line, icon) in zip(buttons, (("Zero", f"zero z.{picked}", "backspace"), ("Mean", f"mean z.{picked}", "functions"),
+                                                     ("Patch", f"patch z.{picked} from other", "content_paste")), strict=True):  # fmt: skip
+        _adds(place, desk, label, line, icon, disabled=label == "Patch" and data["other"] is None)
+    desk.say_refusal("cell")
+
+
+def draw_everywhere(desk: Desk, data: dict[str, Any]) -> None:
+    """Draw the button that repeats an edit at every place, and its map."""
+    on = [step["text"] for step in data["steps"] if step["on"]]
+    if not on:
+        st.caption("Add an edit first: the last one that is on is repeated at every layer and position, or every head.")
+        return
+    metric_box, button = st.columns([2, 2], vertical_alignment="bottom")
+    watched = list(data["watch"])
+    metrics = ["KL", "top token", *watched, *([f"{watched[0]} - {watched[1]}"] if len(watched) > 1 else [])]
+    metric = metric_box.selectbox("Effect on", metrics, key="live:metric",
+                                  format_func=lambda m: m if m in ("KL", "top token") else f"log-probability of {m}")  # fmt: skip
+    button.button(
+        "Everywhere", icon=":material/grid_on:", key="live:everywhere", on_click=desk.look, args=("everywhere", "everywhere"),
+        width="stretch", help=f"Repeats `{on[-1]}` at every layer and position (or every head), the other edits as they are.",
+    )  # fmt: skip
+    desk.say_refusal("everywhere")
+    if (effect := desk.known("everywhere")) is None:
+        return
+    if metric == "KL":
+        values = effect["kl"]
+    elif metric == "top token":
+        values = effect["top"]
+    elif metric in watched:
+        values = effect["watched"][:, :, watched.index(metric)]
+    else:
+        values = effect["watched"][:, :, 0] - effect["watched"][:, :, 1]
+    tokens = data["comparison"]["tokens"]
+    columns = (
+        [f"{i} {token_label(t, 9)}" for i, t in enumerate(tokens)]
+        if effect["columns"] == "position"
+        else [str(i) for i in range(values.shape[1])]
+    )
+    st.plotly_chart(
+        restyled(effect_map(values, columns, "nats", effect["columns"], diverging=metric != "KL"), mode()), key="live:effects", config=CONFIG,
+        alt=f"Effect of {effect['edit']} at every layer and {effect['columns']}",
+    )  # fmt: skip
+    st.caption(
+        f"`{effect['edit']}`, repeated at every layer and {effect['columns']}; effect on {metric}, in nats. Blank where it cannot stand."
+    )

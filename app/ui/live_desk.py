@@ -1,0 +1,124 @@
+"""The desk of the Live page: a window's sessions in order, what was answered of the present one, and what was refused."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import streamlit as st
+
+from app.jobs.queue import queue
+from app.live.client import ProcessEnded, ask
+from app.live.protocol import Action, Answer, Kind, Question
+
+KEY = "live:desk"
+EXAMPLES = {
+    "A fact, patched": (
+        "model smollm2-135m\ntext 'The capital of France is the city of'\nother 'The capital of Italy is the city of'\n"
+        "watch ' Paris' ' Rome'\nedit patch resid_post.8 @3 from other@3"
+    ),
+    "Indirect object (IOI)": (
+        "model smollm2-135m\ntext 'When Mary and John went to the store, John gave a drink to'\n"
+        "other 'When Mary and John went to the store, Mary gave a drink to'\nwatch ' Mary' ' John'\nedit zero z.17.1 @last"
+    ),
+    "A question of two steps": (
+        "model smollm2-135m\ntext 'The capital of the country where the Eiffel Tower stands is'\nwatch ' Paris' ' London'\n"
+        "edit skip 12"
+    ),
+    "A latent language": (
+        'model smollm2-135m\ntext \'Français: "fleur" - Deutsch: "Blume"\\nFrançais: "eau" - Deutsch: "\'\nwatch \'W\' \'water\'\n'
+        "edit zero mlp_out.20 @last"
+    ),
+}
+"""Worked examples; the first is on the page when it is opened first."""
+MOST = 200
+"""Sessions remembered."""
+
+
+@dataclass
+class Desk:
+    """What one window has done."""
+
+    history: list[Answer] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
+    """What each step of the history did."""
+    at: int = -1
+    refusal: str = ""
+    refused_at: str = ""
+    """The part of the page whose button was refused."""
+    took: float = 0.0
+    """Seconds of the last answer, with the way there and back."""
+    more: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Further answers about the present session, by what was asked."""
+
+    @property
+    def now(self) -> Answer | None:
+        """The present session; None before the first was answered."""
+        return self.history[self.at] if self.history else None
+
+    def act(self, words: str, *actions: Action, at: str = "stack") -> None:
+        """Change the session, and show what follows; a refusal keeps it as it was."""
+        if self.now is not None:
+            self._look(words, self.now.session, actions, at)
+
+    def open(self, session: str, words: str, at: str = "prompt") -> None:
+        """Open a session by its text."""
+        self._look(words, session, (), at)
+
+    def _look(self, words: str, session: str, actions: tuple[Action, ...], at: str) -> None:
+        answer = self.asked("view", session, actions, at, lens=st.session_state.get("keep:live:lens", "logit"))
+        if answer is None:
+            return
+        self.history, self.words = self.history[: self.at + 1][-MOST:], self.words[: self.at + 1][-MOST:]
+        self.history.append(answer)
+        self.words.append(words)
+        self.at, self.more = len(self.history) - 1, {}
+
+    def asked(
+        self, kind: Kind, session: str, actions: tuple[Action, ...] = (), at: str = "stack", **options: Any
+    ) -> Answer | None:
+        """Return an answer of the resident process; None where it was refused, which the page then says."""
+        began = time.perf_counter()
+        self.refusal, self.refused_at = "", at
+        try:
+            answer = ask(queue(), Question(kind, session, actions, options))
+        except ProcessEnded as error:
+            self.refusal = str(error)
+            return None
+        self.took = time.perf_counter() - began
+        self.refusal = answer.refusal
+        return None if answer.refusal else answer
+
+    def look(self, kind: Kind, at: str, **options: Any) -> dict[str, Any] | None:
+        """Return a further answer about the present session, asked for once."""
+        name = f"{kind} {sorted(options.items())}"
+        if name not in self.more and self.now is not None:
+            answer = self.asked(kind, self.now.session, at=at, **options)
+            if answer is None:
+                return None
+            self.more[name] = answer.data
+        return self.more.get(name)
+
+    def known(self, kind: Kind, **options: Any) -> dict[str, Any] | None:
+        """Return a further answer that was asked for before."""
+        return self.more.get(f"{kind} {sorted(options.items())}")
+
+    def go(self, by: int) -> None:
+        """Go back or forward in the history; nothing is computed."""
+        at = min(max(self.at + by, 0), len(self.history) - 1)
+        if at != self.at:
+            self.at, self.more, self.refusal = at, {}, ""
+
+    def say_refusal(self, at: str) -> None:
+        """Say what was refused, where it was asked for."""
+        if self.refusal and self.refused_at == at:
+            st.error(self.refusal, icon=":material/block:")
+
+
+def desk() -> Desk:
+    """This window's desk."""
+    if KEY not in st.session_state:
+        st.session_state[KEY] = Desk()
+    own: Desk = st.session_state[KEY]
+    return own

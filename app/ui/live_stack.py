@@ -1,0 +1,84 @@
+"""The stack of edits of the Live page: on and off, strength, order, and a line to add one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import streamlit as st
+
+from app.live.protocol import Action
+from app.ui.live_desk import Desk
+
+RANGES = {"keep": (0.0, 2.0, 0.05), "share": (0.0, 1.5, 0.05)}
+"""Ends and step of a slider, by what the strength is."""
+
+
+def draw_stack(desk: Desk, data: dict[str, Any]) -> None:
+    """Draw the stack and the buttons that go back and forth."""
+    undo, redo = st.columns(2)
+    undo.button("Undo", icon=":material/undo:", on_click=desk.go, args=(-1,), disabled=desk.at <= 0, width="stretch",
+                key="live:undo", shortcut="Ctrl+Z")  # fmt: skip
+    redo.button("Redo", icon=":material/redo:", on_click=desk.go, args=(1,), disabled=desk.at >= len(desk.history) - 1, width="stretch",
+                key="live:redo", shortcut="Ctrl+Y")  # fmt: skip
+    for index, step in enumerate(data["steps"]):
+        _draw_step(desk, index, step, len(data["steps"]))
+    if data["steps"]:
+        st.button("Clear the stack", icon=":material/delete_sweep:", on_click=desk.act, args=("cleared the stack", Action("clear")),
+                  key="live:clear")  # fmt: skip
+    else:
+        st.caption("No edit: the model is as it is. Click a cell of the grid, or write a line below.")
+    _draw_line(desk, data)
+    desk.say_refusal("stack")
+
+
+def _draw_step(desk: Desk, index: int, step: dict[str, Any], n: int) -> None:
+    stamp = f"{desk.at}:{index}"
+    with st.container(border=True, key=f"live:step:{index}"):
+        on, text = st.columns([1, 7], vertical_alignment="center")
+        on.toggle(
+            "on", value=step["on"], key=f"live:on:{stamp}", label_visibility="collapsed", on_change=desk.act,
+            args=(f"switched {'off' if step['on'] else 'on'}: {step['text']}", Action("toggle", index)), help="Whether this edit acts.",
+        )  # fmt: skip
+        text.code(step["text"], language=None, wrap_lines=True)
+        slide, up, down, remove = st.columns([5, 1, 1, 1], vertical_alignment="bottom")
+        if step["strength"] is not None:
+            _draw_strength(slide, desk, index, step, f"live:strength:{stamp}")
+        for column, icon, words, by in ((up, "arrow_upward", "earlier", -1), (down, "arrow_downward", "later", 1)):
+            column.button(
+                "", icon=f":material/{icon}:", key=f"live:{words}:{stamp}", help=f"Let it act {words}.", on_click=desk.act,
+                args=(f"moved {words}: {step['text']}", Action("move", index, by)), disabled=not 0 <= index + by < n,
+            )  # fmt: skip
+        remove.button(
+            "", icon=":material/close:", key=f"live:remove:{stamp}", help="Remove this edit.", on_click=desk.act,
+            args=(f"removed: {step['text']}", Action("remove", index)),
+        )  # fmt: skip
+
+
+def _draw_strength(place: Any, desk: Desk, index: int, step: dict[str, Any], key: str) -> None:
+    name, value = step["strength_name"], step["strength"]
+    around = max(abs(value) * 2, 1.0)
+    low, high, by = RANGES.get(name, (min(-around, 0.0), max(around, 2.0), around / 40))
+
+    def moved() -> None:
+        strength = float(st.session_state[key])
+        desk.act(f"{name} {strength:.3g}: {step['text']}", Action("strength", index, strength))
+
+    place.slider(name, min(low, value), max(high, value), value, by, key=key, on_change=moved, format="%.3g")
+
+
+def _draw_line(desk: Desk, data: dict[str, Any]) -> None:
+    def added() -> None:
+        if line := str(st.session_state["live:line"]).strip():
+            desk.act(f"added: {line}", Action("add", value=line))
+            if not desk.refusal:
+                st.session_state["live:line"] = ""
+
+    st.text_input(
+        "Add an edit", key="live:line", placeholder="zero z.5.3", on_change=added,
+        help="One line of the edit grammar. Enter adds it.",
+    )  # fmt: skip
+    with st.popover("What can I write?", icon=":material/help:", key="live:forms"):
+        for form in data["forms"].values():
+            st.code(form, language=None, wrap_lines=True)
+        st.caption("DIRECTION: token ' Paris'; token ' a' - token ' b'; difference; file 'direction.safetensors'. "
+                   "POS: an index, -1, a range 2-5, last, or the token's text in quotes.")  # fmt: skip

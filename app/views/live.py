@@ -1,0 +1,187 @@
+"""The Live page: a prompt, every layer, a stack of edits, and what follows from them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import streamlit as st
+
+from app.live.protocol import Action
+from app.places import runs_root
+from app.saved import saved_runs
+from app.ui.live_cell import CONFIG, draw_attention, draw_cell, draw_everywhere, draw_heads
+from app.ui.live_desk import EXAMPLES, Desk, desk
+from app.ui.live_figures import CHANGED, lens_grid
+from app.ui.live_outcome import draw_outcome
+from app.ui.live_stack import draw_stack
+from app.ui.live_take import PARAMETER, draw_take, watch_text
+from app.ui.theme import mode, restyled
+
+SHOWS = {"after": "After", "before": "Before", "difference": "Difference"}
+TOUR = (
+    ("Read the lens", "Each cell says what the model would predict if it stopped there: a row is a block, layer 0 at the bottom."),
+    ("Patch a cell", "Click a cell, then **Patch from other**: the row of the other prompt takes this one's place. The strip above says what changed."),
+    ("Sweep it", "**Everywhere** repeats the last edit at each layer and position, and shows where it matters."),
+    ("Keep it", "**Take along** gives the command, the Python, a notebook and a link of exactly this session."),
+)  # fmt: skip
+
+
+def draw() -> None:
+    """The page."""
+    st.title("Live", anchor=False)
+    _live()
+
+
+@st.fragment
+def _live() -> None:
+    own = desk()
+    if own.now is None and not own.refusal:
+        first = st.query_params.get(PARAMETER) or next(iter(EXAMPLES.values()))
+        with st.spinner("Waiting for the model; the first time it is loaded."):
+            own.open(first, "opened")
+    _examples(own)
+    if own.now is None:
+        own.say_refusal("prompt")
+        st.button("Try again", on_click=own.open, args=(next(iter(EXAMPLES.values())), "opened"), key="live:again")
+        return
+    st.query_params[PARAMETER] = own.now.session
+    data = own.now.data
+    _tour()
+    _prompts(own, data)
+    draw_outcome(own, data)
+    wide, narrow = st.columns([7, 4])
+    with wide:
+        step, position = _grid(own, data)
+    with narrow:
+        st.subheader("Edits", anchor=False)
+        draw_stack(own, data)
+    _tools(own, data, step, position)
+    st.caption(
+        f"{len(data['comparison']['tokens'])} tokens, {data['comparison']['blocks_run']} blocks run for the edits, answered in {own.took:.2f} s."
+    )
+
+
+def _examples(own: Desk) -> None:
+    columns = st.columns(len(EXAMPLES))
+    for column, (name, session) in zip(columns, EXAMPLES.items(), strict=True):
+        column.button(
+            name, key=f"live:example:{name}", on_click=own.open, args=(session, f"example: {name}"), width="stretch"
+        )
+
+
+def _tour() -> None:
+    if st.session_state.get("keep:live:toured"):
+        return
+    with st.container(border=True, key="live:tour"):
+        columns = st.columns([*[3] * len(TOUR), 1])
+        for number, (column, (title, words)) in enumerate(zip(columns, TOUR, strict=False), 1):
+            column.markdown(f"**{number}. {title}**  \n{words}")
+        columns[-1].button(
+            "Got it", key="live:toured", on_click=partial(st.session_state.__setitem__, "keep:live:toured", True)
+        )
+
+
+def _prompts(own: Desk, data: dict[str, Any]) -> None:
+    stamp = f"{own.at}:{len(own.history)}"
+
+    def said(kind: str, key: str) -> None:
+        value = st.session_state[key]
+        own.act(f"{kind}: {value}", Action(kind, value=value), at="prompt")  # type: ignore[arg-type]
+
+    model_box, text_box, other_box, watch_box = st.columns([2, 4, 4, 2])
+    assert own.now is not None
+    model = own.now.session.split("\n")[0].partition(" ")[2]
+    refs = list(dict.fromkeys([model, "smollm2-135m", *(run.model for run in saved_runs())]))
+    fields = (
+        (text_box, "text", "Prompt", data["text"], "What the model reads. Enter runs it."),
+        (other_box, "other", "Other prompt", data["other"] or "", "What edits may copy from; best token by token alike. May be empty."),
+        (watch_box, "watch", "Watch", watch_text(data["watch"]), "Tokens to follow: Paris, Rome, or quoted with their blanks."),
+    )  # fmt: skip
+    key = f"live:model:{stamp}"
+    model_box.selectbox("Model", refs, index=0, key=key, accept_new_options=True, on_change=said, args=("model", key),
+                        help="The model that is loaded stands first; another is loaded when chosen.")  # fmt: skip
+    for column, kind, label, value, words in fields:
+        key = f"live:{kind}:{stamp}"
+        column.text_input(label, value=value, key=key, help=words, on_change=said, args=(kind, key))
+    own.say_refusal("prompt")
+    if data["other"] is not None and len(data["other_tokens"]) != len(data["comparison"]["tokens"]):
+        st.caption(f":material/info: {len(data['comparison']['tokens'])} tokens here, {len(data['other_tokens'])} in the other prompt: "
+                   "positions do not stand for the same words.")  # fmt: skip
+
+
+def _grid(own: Desk, data: dict[str, Any]) -> tuple[int, int]:
+    tokens, steps = data["comparison"]["tokens"], data["grids"]["after"]["steps"]
+    show_box, lens_box, block_box, place_box = st.columns([5, 2, 2, 3], vertical_alignment="bottom")
+    show = (
+        show_box.segmented_control("Grid", list(SHOWS), default="after", format_func=SHOWS.get, key="live:show")
+        or "after"
+    )
+    lenses = ["logit", *(str(path) for path in sorted(runs_root().glob("**/*.lens")))]
+    lens_box.selectbox("Lens", lenses, key="keep:live:lens", accept_new_options=True,
+                       on_change=lambda: own.act("another lens", at="prompt"))  # fmt: skip
+    if st.session_state.get("live:step") not in range(len(steps)):
+        st.session_state["live:step"] = len(steps) // 2
+    if st.session_state.get("live:position") not in range(len(tokens)):
+        st.session_state["live:position"] = len(tokens) - 1
+    step = block_box.selectbox("Block", range(len(steps)), key="live:step", format_func=lambda i: str(steps[i]))
+    position = place_box.selectbox(
+        "Position", range(len(tokens)), key="live:position", format_func=lambda i: f"{i} {tokens[i]}"
+    )
+
+    def clicked() -> None:
+        for point in st.session_state[f"live:grid:{own.at}"]["selection"]["points"]:
+            if "customdata" in point:
+                st.session_state["live:step"], st.session_state["live:position"] = map(int, point["customdata"])
+
+    figure = lens_grid(tokens, data["grids"], show, (step, position), [s["text"] for s in data["steps"]])
+    st.plotly_chart(
+        restyled(figure, mode()), key=f"live:grid:{own.at}", on_select=clicked, selection_mode="points", config=CONFIG,
+        alt=f"Lens grid, {SHOWS[show]}: the top token of {len(steps)} blocks at {len(tokens)} positions; the inspector tells one cell.",
+    )  # fmt: skip
+    after = data["grids"]["after"]
+    if after["changed"].any():
+        reach, moved = int(after["changed"].sum()), int((after["kl"] > CHANGED).sum())
+        st.caption(
+            f"The edits can reach {reach} of {after['changed'].size} cells; in {moved} the reading changed by more than {CHANGED} nats (outlined)."
+        )
+    return int(step), int(position)
+
+
+def _tools(own: Desk, data: dict[str, Any], step: int, position: int) -> None:
+    names = ["Cell", "Attention", "Heads", "Everywhere", "History", "Take along"]
+    tool = st.segmented_control("Tools", names, default="Cell", key="live:tool", label_visibility="collapsed") or "Cell"
+    if tool == "Cell":
+        draw_cell(own, data, step, position)
+    elif tool == "Attention":
+        draw_attention(own, data, step, position)
+    elif tool == "Heads":
+        draw_heads(own, data)
+    elif tool == "Everywhere":
+        draw_everywhere(own, data)
+    elif tool == "History":
+        _history(own)
+    else:
+        draw_take(own, data)
+
+
+def _history(own: Desk) -> None:
+    for index, (answer, words) in enumerate(zip(own.history, own.words, strict=True)):
+        comparison = answer.data["comparison"]
+        top = comparison["after"]["top"][0]
+        what, go = st.columns([8, 1], vertical_alignment="center")
+        mark = ":material/arrow_right:" if index == own.at else ""
+        what.markdown(
+            f"{mark} {index}. {words.replace('[', '(').replace(']', ')')} — KL {comparison['kl']:.3g} nats, then `{top['token']}`"
+        )
+        go.button(
+            "Restore", key=f"live:restore:{index}", on_click=own.go, args=(index - own.at,), disabled=index == own.at
+        )
+    if len(own.history) > 1:
+        left, right = st.columns(2)
+        first = left.selectbox("Compare", range(len(own.history)), key="live:compare:a", index=0)
+        second = right.selectbox("with", range(len(own.history)), key="live:compare:b", index=len(own.history) - 1)
+        for column, index in ((left, first), (right, second)):
+            rows = own.history[index].data["comparison"]["after"]["top"]
+            column.dataframe([{"token": row["token"], "logprob": row["logprob"]} for row in rows], hide_index=True,
+                             alt=f"What the model says after step {index}")  # fmt: skip

@@ -1,0 +1,167 @@
+"""The Live page by the clock, in headless Chromium: medians and 95th percentiles of what a reader waits for.
+
+    bathyscope bench live                       with and without a batch job beside it
+    bathyscope bench live --repeats 5 --quick   without the job
+
+Every time is from the press of a key or button to the page that shows its answer. The bounds are those of a quiet machine of two
+cores, with smollm2-135m and a prompt of 20 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+
+from app_server import chromium, serve
+
+VIEW = {"width": 1440, "height": 1200}
+PROMPT = "In the year 1889 the tower that Gustave Eiffel had built was opened to the people of"
+OTHER = "In the year 1889 the bridge that Gustave Eiffel had built was opened to the people of"
+BOUNDS = {
+    "open": 6.0, "prompt": 1.0, "inspector": 0.3, "edit": 0.7, "slider": 0.4, "everywhere": 4.0, "edit beside a job": 2.5,
+}  # fmt: skip
+"""Seconds that the 95th percentile may take."""
+STATE = "document.querySelector('[data-testid=stApp]')?.getAttribute('data-test-script-state')"
+WAIT = 120_000
+JOB_PROMPTS = 1500
+
+
+def main() -> None:
+    """Print a table of medians and 95th percentiles."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=12, help="Times each thing is done.")
+    parser.add_argument("--quick", action="store_true", help="Without the batch job.")
+    given = parser.parse_args()
+    taken: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as name, chromium() as browser:
+        folder = Path(name)
+        with serve(folder / "runs", folder / "store", folder / "log.txt") as server:
+            page = browser.new_page(viewport=VIEW)
+            page.set_default_timeout(WAIT)
+            began = time.perf_counter()
+            page.goto(f"{server.url}/live", wait_until="commit")
+            answered(page)
+            taken["open"] = [time.perf_counter() - began]
+            page.get_by_role("button", name="Got it").click()
+            settled(page)
+            fill(page, "Other prompt", OTHER)
+            measure(page, given.repeats, taken)
+            if not given.quick:
+                beside_a_job(page, folder, given.repeats, taken)
+    report(taken)
+
+
+def report(taken: dict[str, list[float]]) -> None:
+    """Print the table, and whether each bound holds."""
+    print(f"{'what':20} {'n':>3} {'median':>8} {'p95':>8} {'bound':>6}")
+    for name, seconds in taken.items():
+        p95 = sorted(seconds)[min(len(seconds) - 1, round(0.95 * len(seconds)))]
+        bound = BOUNDS[name]
+        held = "holds" if p95 <= bound else "missed"
+        print(f"{name:20} {len(seconds):3} {statistics.median(seconds):7.2f}s {p95:7.2f}s {bound:5.1f}s {held}")
+
+
+def measure(page: Any, repeats: int, taken: dict[str, list[float]]) -> None:
+    """Time prompts, cells, edits, slider steps and maps, without anything beside."""
+    for i in range(repeats):
+        taken.setdefault("prompt", []).append(
+            timed(page, lambda i=i: fill(page, "Prompt", f"{PROMPT} {'abcdefghijklmnopqrstuvwxyz'[i % 26]}"))
+        )
+        taken.setdefault("inspector", []).append(timed(page, lambda i=i: choose(page, "Block", str((7 * i + 3) % 30))))
+        taken.setdefault("edit", []).append(
+            timed(page, lambda i=i: fill(page, "Add an edit", f"scale mlp_out.{(5 * i) % 30} x0.{i % 9 + 1}"))
+        )
+        taken.setdefault("slider", []).append(timed(page, lambda: slide(page)))
+        timed(page, lambda: page.get_by_role("button", name="Clear the stack").click())
+    fill(page, "Add an edit", "patch resid_post.8 @3 from other")
+    settled(page)
+    page.get_by_text("Everywhere", exact=True).first.click()
+    settled(page)
+    for i in range(max(2, repeats // 4)):
+        taken.setdefault("everywhere", []).append(
+            timed(page, lambda: page.get_by_role("button", name="Everywhere").last.click())
+        )
+        timed(page, lambda i=i: fill(page, "Prompt", f"{PROMPT} {'zyxwvutsrqponmlkjihgfedcba'[i % 26]}"))
+
+
+def beside_a_job(page: Any, folder: Path, repeats: int, taken: dict[str, list[float]]) -> None:
+    """Time edits while a batch job runs in the same process, and wait for the job's end."""
+    lines = "\n".join(
+        json.dumps({"tokens": [300 + (7 * i + j) % 40_000 for j in range(24)]}) for i in range(JOB_PROMPTS)
+    )
+    page.get_by_text("Take along", exact=True).first.click()
+    settled(page)
+    page.get_by_text("Run on a prompt set").click()
+    settled(page)
+    area = page.get_by_label("Prompts, one a line")
+    area.fill(lines)
+    area.press("Control+Enter")
+    settled(page)
+    page.get_by_role("button", name="Run under these edits").click()
+    settled(page)
+    ran = 0
+    for i in range(repeats):
+        seconds = timed(page, lambda i=i: fill(page, "Add an edit", f"scale attn_out.{(5 * i) % 30} x0.{i % 9 + 1}"))
+        text = page.inner_text("[data-testid=stMain]")
+        if "queued" in text or "running" in text:
+            ran += 1
+            taken.setdefault("edit beside a job", []).append(seconds)
+        timed(page, lambda: page.get_by_role("button", name="Undo").click())
+    until = time.monotonic() + 120
+    while not any((folder / "runs").rglob("result.json")) and time.monotonic() < until:
+        time.sleep(0.5)
+    print(
+        f"{ran} of {repeats} edits were made while the job ran; the job {'finished' if any((folder / 'runs').rglob('result.json')) else 'did not finish in two minutes'}"
+    )
+
+
+def timed(page: Any, act: Callable[[], None]) -> float:
+    """Return the seconds from an action to the page that answers it."""
+    began = time.perf_counter()
+    act()
+    settled(page)
+    return time.perf_counter() - began
+
+
+def answered(page: Any) -> None:
+    """Wait for the page's last line, which says how long the answer took."""
+    page.get_by_text("blocks run for the edits").wait_for()
+    settled(page)
+
+
+def settled(page: Any) -> None:
+    """Wait until the page's script has run: it may need a moment to begin."""
+    page.evaluate("() => new Promise(r => setTimeout(r, 40))")
+    page.wait_for_function(f"{STATE} === 'notRunning' && !document.querySelector('[data-stale=true]')")
+
+
+def fill(page: Any, label: str, text: str) -> None:
+    """Write into a field, and press Enter."""
+    field = page.get_by_label(label, exact=True)
+    field.fill(text)
+    field.press("Enter")
+
+
+def choose(page: Any, label: str, value: str) -> None:
+    """Choose a value of a list by the keyboard."""
+    box = page.get_by_role("combobox", name=label)
+    box.fill(value)
+    box.press("Enter")
+
+
+def slide(page: Any) -> None:
+    """Move the first slider by a step."""
+    page.get_by_role("slider").first.press("ArrowLeft")
+
+
+if __name__ == "__main__":
+    main()

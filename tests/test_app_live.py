@@ -1,0 +1,245 @@
+"""The Live page, its buttons and its resident process: the same text, the same numbers as in Python, refusals in place."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import streamlit as st
+import torch
+from streamlit.testing.v1 import AppTest
+
+import app.live.answering as answering
+from analyses.running.model_spec import ModelSpec
+from app.jobs.models import drop
+from app.live.protocol import Answer, Question
+from app.ui import live_desk, live_take
+from probes.edits import legal_forms
+from probes.models import Model
+from probes.session import Session, State
+
+SECONDS = 60.0
+LINES = (
+    "zero z.1.2", "scale mlp_out.1 @2 x0.5", "mean attn_out.0", "patch resid_post.1 @1 from other@1", "add resid_post.0 token 'w9' x3.0",
+    "project-out resid_post.1 token 'w9'", "knock-out 1 2->0", "order 0,2,1", "repeat 0-1", "skip 1", "freeze-norm mlp.1",
+    "head-write 1.0 token 'w9'",
+)  # fmt: skip
+
+
+@pytest.fixture
+def start(word_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The text of a session on a tiny model, answered in this process."""
+    monkeypatch.setenv("BATHYSCOPE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("BATHYSCOPE_STORE", str(tmp_path / "store"))
+    st.cache_data.clear()
+    st.cache_resource.clear()
+    drop()
+    session = f"model {word_folder}\ntext 'w5 w6 w7'\nother 'w8 w6 w7'\nwatch 'w9' 'w3'\nedit zero z.1.2"
+    monkeypatch.setattr(live_desk, "ask", lambda _, question: answering.answer(question))
+    monkeypatch.setattr(live_desk, "EXAMPLES", {"A": session, "B": session.replace("z.1.2", "z.2.1")})
+    import app.views.live
+
+    monkeypatch.setattr(app.views.live, "EXAMPLES", live_desk.EXAMPLES)
+    return session
+
+
+@pytest.fixture
+def model(word_folder: Path) -> Model:
+    return ModelSpec(str(word_folder)).load()
+
+
+def page() -> AppTest:
+    at = AppTest.from_string("from app.views import live\nlive.draw()\n", default_timeout=SECONDS)
+    return fine(at.run())
+
+
+def fine(at: AppTest) -> AppTest:
+    assert not at.exception, at.exception[0].stack_trace
+    return at
+
+
+def desk(at: AppTest) -> live_desk.Desk:
+    own: live_desk.Desk = at.session_state[live_desk.KEY]
+    return own
+
+
+def press(at: AppTest, label: str) -> AppTest:
+    return fine(next(b for b in at.button if b.label == label).click().run())
+
+
+def tool(at: AppTest, name: str) -> AppTest:
+    at.session_state["live:tool"] = name
+    return fine(at.run())
+
+
+def test_every_kind_of_edit_on_the_page_equals_the_same_text_in_python(start: str, model: Model) -> None:
+    assert {line.split()[0] for line in LINES} == set(legal_forms())
+    at = page()
+    press(at, "Clear the stack")
+    for line in LINES:
+        at.text_input(key="live:line").set_value(line).run()
+        fine(at)
+        own = desk(at)
+        assert not own.refusal, own.refusal
+        assert own.now is not None
+        assert own.now.data["steps"][-1]["text"] == line
+    session = Session.parse(desk(at).now.session, model)  # type: ignore[union-attr]
+    assert [str(edit) for edit in session.edits] == list(LINES)
+    shown = desk(at).now.data["comparison"]  # type: ignore[union-attr]
+    expected = session.compare(layers=False)
+    assert shown["kl"] == pytest.approx(expected.kl, abs=1e-6)
+    for token, other in zip(shown["after"]["top"], expected.after.top, strict=True):
+        assert (token["token_id"], token["logprob"]) == (other.token_id, pytest.approx(other.logprob, abs=1e-6))
+
+
+def test_undo_gives_the_very_same_answer_and_redo_too(start: str) -> None:
+    at = page()
+    first = desk(at).now
+    at.text_input(key="live:line").set_value("skip 1").run()
+    second = desk(at).now
+    press(at, "Undo")
+    assert desk(at).now is first
+    press(at, "Redo")
+    assert desk(at).now is second
+    again = answering.answer(Question("view", first.session))  # type: ignore[union-attr]
+    assert again.data["comparison"]["after"] == first.data["comparison"]["after"]  # type: ignore[union-attr]
+
+
+def test_what_is_no_edit_is_refused_in_place_and_the_session_kept(start: str) -> None:
+    at = page()
+    before = desk(at).now
+    at.text_input(key="live:line").set_value("zero y.1").run()
+    assert desk(at).now is before
+    assert "zero POINT" in at.error[0].value
+    at.text_input(key="live:text:0:1").set_value("w5 " * 70).run()
+    assert "context window" in at.error[0].value
+    assert desk(at).now is before
+
+
+def test_the_stack_s_buttons(start: str) -> None:
+    at = page()
+    at.text_input(key="live:line").set_value("add resid_post.1 token 'w9' x2.0").run()
+    own = desk(at)
+    at.toggle[0].set_value(False).run()
+    assert State.parse(own.now.session).edits[0].line().startswith("add")  # type: ignore[union-attr]
+    at.slider[1].set_value(1.0).run()
+    assert "x" not in own.now.data["steps"][1]["text"].split("'")[-1]  # type: ignore[union-attr]
+    up = [b for b in at.button if str(b.key).startswith("live:earlier") and not b.disabled]
+    fine(up[0].click().run())
+    assert own.now.data["steps"][0]["text"].startswith("add")  # type: ignore[union-attr]
+    fine(next(b for b in at.button if str(b.key).startswith("live:remove")).click().run())
+    assert [step["text"] for step in own.now.data["steps"]] == ["zero z.1.2"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("label", ["Zero", "Mean", "Patch from other", "Skip block", "Repeat block", "Steer to w9"])
+def test_the_buttons_of_a_cell_add_their_edit(start: str, label: str) -> None:
+    at = page()
+    at.session_state["live:step"], at.session_state["live:position"] = 1, 2
+    press(fine(at.run()), label)
+    own = desk(at)
+    assert not own.refusal
+    assert len(own.now.data["steps"]) == 2  # type: ignore[union-attr]
+
+
+def test_every_tool_is_drawn_and_says_what_python_says(start: str, model: Model) -> None:
+    at = page()
+    for name in ("Cell", "Attention", "Heads", "History", "Take along"):
+        tool(at, name)
+    tool(at, "Everywhere")
+    press(at, "Everywhere")
+    effect = desk(at).known("everywhere")
+    session = Session.parse(start, model)
+    assert effect is not None
+    assert effect["kl"] == pytest.approx(session.everywhere().kl.numpy(), abs=1e-6)
+    press(at, "Write 20 tokens")
+    assert desk(at).known("written", new_tokens=20) is not None
+
+
+def test_heads_direct_effects_add_up_to_what_attention_writes(start: str, model: Model) -> None:
+    from probes.edits import read
+    from probes.edits.directions import lens_column
+    from probes.points import Address
+
+    session = Session.parse(start, model)
+    effects = answering.heads(session, edited=False)["effects"]
+    places = [Address("attn_out", 1), Address("final_scale")]
+    rows = read(model, session.prompt.ids, places)
+    column = lens_column(model, int(session.prompt.clean.logprobs.argmax()))
+    expected = float(rows[places[0]][0, -1] @ column / rows[places[1]][0, -1])
+    assert float(effects[1].sum()) == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_is_taken_along_is_the_session(
+    start: str, model: Model, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    import json
+    import shlex
+
+    from analyses.cli.commands import bathyscope
+    from analyses.cli.exits import call
+
+    at = page()
+    own = desk(at)
+    session, data = own.now.session, own.now.data  # type: ignore[union-attr]
+    words = shlex.split(live_take.command(session, data))
+    assert call(bathyscope, [*words[1:], "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert State.parse(printed["session"]) == State.parse(session)
+    assert printed["kl"] == pytest.approx(data["comparison"]["kl"], abs=1e-6)
+    scope: dict[str, Any] = {}
+    exec(live_take.python(session), scope)
+    assert scope["session"].compare(layers=False).kl == pytest.approx(data["comparison"]["kl"], abs=1e-6)
+    assert json.loads(live_take.notebook(session))["nbformat"] == 4
+    tool(at, "Take along")
+    at.text_input(key="live:name").set_value("kept").run()
+    press(at, "Save")
+    press(at, "B")
+    press(at, "Reopen")
+    assert desk(at).now.session == session  # type: ignore[union-attr]
+
+
+def test_a_permalink_opens_its_session(start: str) -> None:
+    at = AppTest.from_string("from app.views import live\nlive.draw()\n", default_timeout=SECONDS)
+    at.query_params["live"] = start.replace("zero z.1.2", "skip 2")
+    fine(at.run())
+    assert [step["text"] for step in desk(at).now.data["steps"]] == ["skip 2"]  # type: ignore[union-attr]
+
+
+def test_a_job_lets_live_requests_pass_and_never_waits_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    from app.live import server
+
+    entered, released, passed = threading.Event(), threading.Event(), threading.Event()
+
+    def slow(question: Question) -> Answer:
+        entered.set()
+        assert released.wait(10)
+        return Answer(question.session)
+
+    monkeypatch.setattr(answering, "answer", slow)
+    live = threading.Thread(target=server._answer, args=(Question("view", "s"),))
+    live.start()
+    assert entered.wait(10)
+    job = threading.Thread(target=lambda: (server.let_pass(), passed.set()))
+    job.start()
+    assert not passed.wait(0.05)
+    released.set()
+    live.join(10)
+    assert passed.wait(10)
+    job.join(10)
+
+
+def test_live_work_does_not_run_inside_a_job_s_alteration(model: Model) -> None:
+    from probes.edits import Edit, altered
+
+    session = Session(model, "w5 w6 w7")
+    line = "head-write 1.0 token 'w9'"
+    out: list[torch.Tensor] = []
+    with altered(model, [Edit.parse(line).resolved(model)]):  # type: ignore[attr-defined]
+        other = threading.Thread(target=lambda: out.append(session.edit("zero mlp_out.1").run.logprobs))
+        other.start()
+        other.join(0.2)
+        assert not out
+    other.join(10)
+    assert torch.equal(out[0], Session(model, "w5 w6 w7").edit("zero mlp_out.1").run.logprobs)

@@ -47,6 +47,7 @@ def test_the_report_grows_and_is_whole_after_each_analysis(
     assert main(["demo", "--out", str(out), "--store", str(tmp_path / "store")]) == 0
     assert [page.count('<section id="section-') for page in pages] == [1, 2]
     assert all(page.rstrip().endswith("</html>") for page in pages)
+    assert all("This is the quick demo" in page for page in pages)
     assert sorted(path.name for path in out.iterdir()) == ["logit_lens", "report.html", "voids"]
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "1 of 2 · Logit lens"
@@ -57,6 +58,7 @@ def test_the_report_grows_and_is_whole_after_each_analysis(
 @pytest.mark.usefixtures("quick")
 def test_the_full_demo_takes_its_own_options(tmp_path: Path) -> None:
     assert main(["demo", "--full", "--out", str(tmp_path / "out"), "--store", str(tmp_path / "store")]) == 0
+    assert "This is the quick demo" not in (tmp_path / "out" / "report.html").read_text()
     assert '"top_k": 7' in (tmp_path / "out" / "logit_lens" / "result.json").read_text()
 
 

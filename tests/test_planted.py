@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,9 @@ CASES = (
 """Three seeds of every family, and every task but the larger of A."""
 
 
+@cache
 def case(name: str) -> PlantedTask:
+    """A task that several tests read and none changes."""
     task, seed = name.split("@")
     return build(task, int(seed))
 

@@ -21,6 +21,7 @@ from analyses.concept_depth import ConceptDepth
 from analyses.contextual_decomposition import ContextualDecomposition
 from analyses.depth_use import DepthUse
 from analyses.latent_language import LatentLanguage
+from analyses.layer_programs import LayerPrograms
 from analyses.lenses import Lenses
 from analyses.logit_lens import LogitLens
 from analyses.norm_removal import NormRemoval
@@ -34,6 +35,10 @@ from probes.store import ActivationStore
 
 DEMO_MODEL = ModelSpec("smollm2-135m")
 DEMO_PROMPTS = Path(str(files("analyses").joinpath("data", "demo.jsonl")))
+
+
+THIRD = tuple(range(0, 30, 3))
+"""Every third block of the demo's model."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +58,13 @@ class Step:
 DEMO = (
     Step(LogitLens(), LogitLens(), 4),
     Step(
-        Voids(alpha=(0.8, 0.2), max_new_tokens=8),
+        Voids(alpha=(0.8, 0.2), max_new_tokens=3),
         Voids(alpha=(0.8, 0.2, 0.4, 0.6, 1.0), max_new_tokens=16, readout_positions="all"),
         6,
     ),
-    Step(CommunicationChannels(task="none"), CommunicationChannels(n_prompts=24, laundry_items=(2, 3, 4)), 8),
+    Step(CommunicationChannels(task="none", kinds=("q",)), CommunicationChannels(n_prompts=24, laundry_items=(2, 3, 4)), 8),
     Step(
-        Lenses(task="two_hop", n_prompts=6, fit_texts=10, eval_texts=10),
+        Lenses(task="two_hop", n_prompts=4, fit_texts=8, eval_texts=10, layers=THIRD),
         Lenses(task="two_hop", n_prompts=12, fit_texts=60, eval_texts=12),
         10,
     ),
@@ -74,7 +79,7 @@ DEMO = (
         6,
     ),
     Step(
-        ConceptDepth(sets=("city_country", "sentiment"), limit=60, splits=2, causal_layers=0),
+        ConceptDepth(sets=("city_country", "sentiment"), limit=60, splits=2, causal_layers=0, stride=2),
         ConceptDepth(
             sets=("city_country", "capital_negation", "sentiment"), limit=100, splits=2, causal_layers=1, causal_prompts=8
         ),
@@ -85,11 +90,16 @@ DEMO = (
         BackPatching(task="two_hop", pool=60, n_prompts=8, stride=3),
         12,
     ),
-    Step(NormRemoval(split_paths=False, neurons=0, stride=3), NormRemoval(split_paths=False, neurons=4), 10),
+    Step(NormRemoval(split_paths=False, neurons=0, stride=6), NormRemoval(split_paths=False, neurons=4), 10),
     Step(
         CausalPatching(task="facts", n_pairs=4, heads="none", nulls="none", components=("resid_post",)),
         CausalPatching(task="facts", n_pairs=6, heads="none", nulls="none"),
         10,
+    ),
+    Step(
+        LayerPrograms(n_prompts=4, maps=("pairs",), metric=("answer",), stride=6),
+        LayerPrograms(n_prompts=8, stride=3),
+        8,
     ),
     Step(
         DepthUse(
@@ -104,8 +114,8 @@ DEMO = (
     ),
     Step(
         ContextualDecomposition(
-            task="ioi", n_prompts=2, n_references=4, search_steps=1, shares=(0.02, 0.1, 0.3), random_circuits=0, mlps=False,
-            stride=3,
+            task="ioi", n_prompts=2, n_references=2, search_steps=1, shares=(0.02, 0.1), random_circuits=0, mlps=False,
+            stride=6,
         ),
         ContextualDecomposition(
             task="ioi", n_prompts=2, n_references=6, search_steps=2, shares=(0.02, 0.1, 0.3), random_circuits=4, mlps=False
@@ -114,6 +124,12 @@ DEMO = (
     ),
 )  # fmt: skip
 """What the demo runs, in the order of what each gives a second."""
+
+SIZE = (
+    "This is the quick demo: few prompts, and most analyses look at every second, third or sixth block alone, so that "
+    "intervals are wide and a block between may stand out more. `bathyscope demo --full` looks at more of both."
+)
+"""What the report says of the quick demo."""
 
 
 def demo(
@@ -130,7 +146,7 @@ def demo(
     lines = read_prompts(DEMO_PROMPTS, Voids.prompt_fields)
     activations = ActivationStore(store)
     model = DEMO_MODEL.load(progress=say)
-    report = GrowingReport(path, f"Where in the depth of {model.ref}?")
+    report = GrowingReport(path, f"Where in the depth of {model.ref}?", "" if full else SIZE)
     loaded = time.perf_counter()
     for number, step in enumerate(DEMO, 1):
         analysis = step.analysis(full)

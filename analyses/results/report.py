@@ -93,6 +93,8 @@ class GrowingReport:
 
     path: Path
     title: str
+    note: str = ""
+    """A sentence that a reader must know before all else."""
     _results: list[Reported] = field(default_factory=list)
     _sections: list[dict[str, Any]] = field(default_factory=list)
 
@@ -100,7 +102,7 @@ class GrowingReport:
         """Draw the result and replace the page."""
         self._results.append(result)
         self._sections.append(_section(result))
-        write_whole(self.path, _page(self._results, self._sections, self.title))
+        write_whole(self.path, _page(self._results, self._sections, self.title, self.note))
 
 
 def render(results: Sequence[Reported], title: str | None = None) -> str:
@@ -108,12 +110,12 @@ def render(results: Sequence[Reported], title: str | None = None) -> str:
     return _page(results, [_section(result) for result in results], title)
 
 
-def _page(results: Sequence[Reported], sections: Sequence[Mapping[str, Any]], title: str | None) -> str:
+def _page(results: Sequence[Reported], sections: Sequence[Mapping[str, Any]], title: str | None, note: str = "") -> str:
     titles = titles_of(results)
     one_model = len({_model(result) for result in results}) == 1
     links = [title.replace(f" · {_model(results[0])}", "", 1) if one_model else title for title in titles]
     named = [{**section, "title": t, "link": link} for section, t, link in zip(sections, titles, links, strict=True)]
-    return page("report.html", title=title or heading(results), sections=named, depth=_depth(results))
+    return page("report.html", title=title or heading(results), note=note, sections=named, depth=_depth(results))
 
 
 def _depth(results: Sequence[Reported]) -> dict[str, Any] | None:

@@ -12,11 +12,11 @@ from app.places import runs_root
 from app.saved import saved_runs
 from app.ui.live_cell import CONFIG, draw_attention, draw_cell, draw_everywhere, draw_heads
 from app.ui.live_desk import EXAMPLES, Desk, desk
-from app.ui.live_figures import CHANGED, lens_grid
+from app.ui.live_figures import CHANGED, COLUMN, lens_grid
 from app.ui.live_outcome import draw_outcome
 from app.ui.live_stack import draw_stack
 from app.ui.live_take import PARAMETER, draw_take, watch_text
-from app.ui.theme import mode, restyled
+from app.ui.theme import at_least, mode, restyled
 
 SHOWS = {"after": "After", "before": "Before", "difference": "Difference"}
 TOUR = (
@@ -133,10 +133,12 @@ def _grid(own: Desk, data: dict[str, Any]) -> tuple[int, int]:
                 st.session_state["live:step"], st.session_state["live:position"] = map(int, point["customdata"])
 
     figure = lens_grid(tokens, data["grids"], show, (step, position), [s["text"] for s in data["steps"]])
-    st.plotly_chart(
-        restyled(figure, mode()), key=f"live:grid:{own.at}", on_select=clicked, selection_mode="points", config=CONFIG,
-        alt=f"Lens grid, {SHOWS[show]}: the top token of {len(steps)} blocks at {len(tokens)} positions; the inspector tells one cell.",
-    )  # fmt: skip
+    st.html(at_least("live-grid", COLUMN * len(tokens) + 140))
+    with st.container(key="live-grid"):
+        st.plotly_chart(
+            restyled(figure, mode()), key=f"live:grid:{own.at}", on_select=clicked, selection_mode="points", config=CONFIG,
+            alt=f"Lens grid, {SHOWS[show]}: the top token of {len(steps)} blocks at {len(tokens)} positions; the inspector tells one cell.",
+        )  # fmt: skip
     after = data["grids"]["after"]
     if after["changed"].any():
         reach, moved = int(after["changed"].sum()), int((after["kl"] > CHANGED).sum())

@@ -252,7 +252,12 @@ def test_everything_beside_the_grid_is_drawn_and_counted(store: ActivationStore)
     assert set(result.tables["verification"]["method"]) == {"atp", "atp_star", "eap", "eap_ig"}
     assert result.tables["nodes"]["verified"].sum() == result.tables["edges"]["verified"].sum() == 12
     for name in ("agreement", "faithfulness", "stream_map", "head_map", "curves", "pairs"):
-        assert result.figure(name).data, name
+        figure = result.figure(name)
+        assert figure.data, name
+        # Every figure says on what it was made.
+        directions = {"faithfulness": (), "agreement": ("noising",)}.get(name, ("denoising", "noising"))
+        shown = ("logit_diff", "token corruption", "2 of 2 pairs", *directions)
+        assert all(part in figure.layout.title.text for part in shown), (name, figure.layout.title.text)
 
 
 def test_areas_and_controls_by_hand() -> None:

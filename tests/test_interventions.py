@@ -44,6 +44,14 @@ MORE: list[Analysis] = [
     replace(SMALL["contextual_decomposition"][0], random_circuits=2, shares=(0.2, 1.0), other_preset=True, stride=2),
     replace(SMALL["contextual_decomposition"][0], random_circuits=2, prune=True, granularity="position"),
     replace(SMALL["contextual_decomposition"][0], prune=True, ablation=False),
+    replace(
+        SMALL["layer_programs"][0],
+        maps=("pairs",),
+        search=("random", "exhaustive", "beam", "mcts"),
+        budget=12,
+        splits=2,
+    ),
+    replace(SMALL["layer_programs"][0], stride=2, swap_widths=(1, 2), swap_reach=2, group="mean"),
 ]  # type: ignore[type-var]
 RUNS = [
     *SMALL.values(),

@@ -14,12 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from fake_tokenizer import FakeTokenizer
 from families import FAMILIES, make, prompt
 from tiny import native
 from torch import Tensor
 
 from analyses.cli import main
-from analyses.reading.jacobian import with_halves
+from analyses.reading import jacobian as reading
+from analyses.reading.jacobian import held_out_rows, with_halves
+from analyses.reading.quality import judged_rows
+from analyses.reading.texts import Texts
 from probes.blocks.rerouting import Caller, call_blocks
 from probes.errors import OptionError, PointError, PromptError
 from probes.lens_fits.jacobian import Estimator, text_jacobians, whole_jacobians
@@ -31,6 +35,7 @@ from probes.lenses.jacobian import JacobianLens, merged
 from probes.models import weights_digest
 from probes.models.backends.native import NativeModel
 from probes.progress import Progress
+from probes.store import ActivationStore
 
 CAUSAL = [family for family in FAMILIES if family != "bert"]
 SPLIT = [family for family in CAUSAL if not family.startswith("falcon")]
@@ -218,6 +223,7 @@ import os, signal, sys
 from pathlib import Path
 from test_jacobian_lens import SHORT, TEXTS, fit_jacobian, native
 from probes.progress import Progress
+from probes.store import ActivationStore
 
 class Doomed(Progress):
     done = 0
@@ -288,6 +294,40 @@ def test_halves_say_how_settled_a_lens_is() -> None:
     quality = {(row["measure"], row["layer"]): row["value"] for row in with_halves(fit).card.quality}
     assert 0.5 < quality["split_half_cosine", 0] < 1
     assert quality["relative_error", 1] < quality["relative_error", 0]
+
+
+def test_halves_are_read_side_by_side_on_other_text(store: ActivationStore) -> None:
+    model = native("llama")
+    fit = fit_jacobian(model, TEXTS, SHORT, corpus="x")
+    other = Texts(tuple(tuple(row) for row in prompt(LENGTH, seed=9, rows=3).tolist()), (0, 1, 2), "other")
+    judged = judged_rows(model, other, store, positions=2)
+    quality = {
+        (q["measure"], q["layer"]): q["value"] for q in with_halves(fit, judged, model.unembedding()).card.quality
+    }
+    assert fit.halves is not None
+    first = [
+        logit.read(half.readable(judged.rows(0), 0), model.unembedding(), ids=torch.arange(97))
+        .logprobs.topk(10)
+        .indices
+        for half in fit.halves
+    ]
+    same = [len(set(a.tolist()) & set(b.tolist())) / 10 for a, b in zip(*first, strict=True)]
+    assert quality["split_half_top10", 0] == pytest.approx(sum(same) / len(same))
+    assert quality["split_half_top1", 0] == pytest.approx(float((first[0][:, 0] == first[1][:, 0]).float().mean()))
+    twice = with_halves(replace(fit, halves=(fit.lens, fit.lens)), judged, model.unembedding()).card.quality
+    assert {q["value"] for q in twice if q["measure"].startswith("split_half_top")} == {1.0}
+
+
+def test_sentences_inside_a_fitted_text_are_not_held_out(
+    store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = NativeModel(make("llama"), ref="with words", weights="x", tokenizer=FakeTokenizer())
+    sentences = Texts(((9, 5, 6, 8), (9, 40, 41, 8), (9, 6, 7, 8)), (0, 1, 2), "sentences")
+    monkeypatch.setattr(reading, "shipped_texts", lambda *_: sentences)
+    judged = held_out_rows(model, Texts(((4, 5, 6, 7),), (0,), "packed"), store)
+    assert judged is not None
+    assert judged.groups.tolist() == [1, 1]
+    assert held_out_rows(native("llama"), sentences, store) is None
 
 
 def test_files_keep_readings_to_half_precision(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from analyses.layer_programs import LayerPrograms
 from analyses.layer_programs.alphabet import Alphabet
 from analyses.layer_programs.chance import cross_fitted, family_p, oracle_chance, two_halves
 from analyses.layer_programs.engine import Engine, OpenQuestion
+from analyses.layer_programs.figures import FIGURES
 from analyses.layer_programs.fragility import altered
 from analyses.layer_programs.maps import jump_cells, jump_formula, naive_runs, pair_sizes
 from analyses.layer_programs.outcomes import chosen_menu
@@ -37,6 +38,7 @@ from probes.planted.task import PlantedTask
 from probes.points import Address
 from probes.progress import QUIET
 from probes.prompts import Prompt
+from probes.session import State
 
 CAUSAL = tuple(family for family in FAMILIES if family != "bert")
 
@@ -474,3 +476,19 @@ def test_what_a_program_writes_is_what_greedy_decoding_writes() -> None:
         question = Question(0, text, tuple(answer), frozenset(answer[:1]), (), "a", "all", ())
         engine = Engine(model, [question], ("answer",), Tally(QUIET))
         assert engine.scores([program]).written[0, 0] == expected
+
+
+def test_a_cell_of_the_jump_map_opens_as_a_live_session() -> None:
+    figure = FIGURES["jump_map"]
+    model, prompts = four_blocks()
+    tables = LayerPrograms(maps=("jumps",), metric=("answer",)).run(model, prompts).tables
+    tables["questions"]["text"] = 'it\'s "here"'
+    (marks,) = [
+        trace for trace in figure.drawn(tables).data if trace.mode == "markers" and trace.customdata is not None
+    ]
+    assert len(marks.customdata) == len(jump_cells(4))
+    for name, leave, enter in zip([row[0] for row in marks.customdata], marks.y, marks.x, strict=True):
+        assert figure.live is not None
+        state = State.parse("\n".join(["model tiny", *figure.live(tables, name)]))
+        assert state.text == 'it\'s "here"'
+        assert state.steps[0].edit == BlockPath(jump(4, int(leave), int(enter)))

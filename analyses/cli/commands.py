@@ -17,7 +17,7 @@ from probes.errors import unknown
 
 COMMANDS = {
     "run": ("analyses.cli.commands:analyses_group", "Run an analysis and save its result."),
-    "edit": ("analyses.cli.edit:edit", "Edit a model on one prompt, and compare before and after."),
+    "edit": ("analyses.cli.edit:edit", "Edit a model on one prompt, and compare what it says before and after."),
     "demo": ("analyses.cli.demo:demo", "Run every analysis on the bundled default model and prompts."),
     "app": ("analyses.cli.app:open_app", "Open the dashboard on the saved runs of a folder."),
     "report": ("analyses.cli.report:report", "Write one report of several runs."),

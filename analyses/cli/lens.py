@@ -13,7 +13,7 @@ import typer
 from analyses.cli.console import PLAIN, ConsoleProgress, say
 from analyses.cli.model_flags import with_model
 from analyses.cli.store_flag import StoreDir
-from analyses.reading.jacobian import with_halves
+from analyses.reading.jacobian import held_out_rows, with_halves
 from analyses.reading.quality import quality_rows, read_texts
 from analyses.reading.texts import SENTENCES, Texts, file_texts, packed_texts, shipped_texts, without
 from analyses.reading.tuned import fit_tuned_on
@@ -100,7 +100,7 @@ def fit(
                 for line in cost_lines(fit_cost(model, corpus.sequences, estimator)):
                     say(line)
                 return
-            lens = _fit_jacobian(model, corpus, estimator, out, progress)
+            lens = _fit_jacobian(model, corpus, estimator, out, ActivationStore(store), progress)
         else:
             corpus = file_texts(model, prompts, texts) if prompts else shipped_texts(model, texts, seed)
             fitted, captured = fit_tuned_on(
@@ -116,26 +116,24 @@ def fit(
     say(f"lens: {out}")
 
 
-def _fit_jacobian(model: Model, texts: Texts, estimator: Estimator, out: Path, progress: ConsoleProgress) -> FittedLens:
+def _fit_jacobian(
+    model: Model, texts: Texts, estimator: Estimator, out: Path, store: ActivationStore, progress: ConsoleProgress
+) -> FittedLens:
     """Fit and save a Jacobian lens; its running sums lie beside it until it is whole."""
     running = out.with_name(f"{out.name}.partial")
     for line in cost_lines(fit_cost(model, texts.sequences, estimator)):
         say(line)
+    unembedding = model.unembedding()  # refused before the fit, not after it
     fitted = fit_jacobian(
-        model,
-        texts.sequences,
-        estimator,
-        corpus=texts.name,
-        licence=texts.licence,
-        checkpoint=running,
-        progress=progress,
-    )
+        model, texts.sequences, estimator, corpus=texts.name, licence=texts.licence, checkpoint=running, progress=progress,
+    )  # fmt: skip
+    judged = held_out_rows(model, texts, store, estimator.seed, progress)
     progress.stop()
     if fitted.resumed:
         say(f"went on after {count(fitted.resumed, 'text')} of an interrupted fit")
     if fitted.skipped:
         say(f"{count(fitted.skipped, 'text')} left out: too short, or given twice")
-    lens = save_lens(with_halves(fitted), out)
+    lens = save_lens(with_halves(fitted, judged, unembedding), out)
     running.unlink(missing_ok=True)
     return lens
 

@@ -54,7 +54,7 @@ def map_table(
     n = len(source.sequences)
     if n < 2:
         raise OptionError("target_model needs at least two prompts, some to fit the maps and some to score them")
-    order = np.random.default_rng(seed).permutation(n)
+    order = np.random.default_rng(seed).permutation(n).tolist()
     n_test = min(n - 1, max(1, round(HELD_OUT * n)))
     test, train = sorted(order[:n_test]), sorted(order[n_test:])
     n_target, width = target.model.shape.n_layers, target.model.shape.d_model

@@ -141,12 +141,10 @@ class LayerPrograms(Analysis):
 
     def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
         """Count the programs of the maps on every prompt, and the block-runs that they take."""
-        n, n_layers, planned = len(prompts), model.shape.n_layers, self._planned(model)
-        forwards = {name: n * len(programs) for name, programs in planned.items()}
-        runs = sum(block_runs(programs, n_layers) for programs in planned.values())
-        if "pairs" in self.maps:
-            forwards["blocks run on their neighbour's input"] = n * len(self._pairs(model))
-            runs += 2 * len(self._pairs(model))
+        n, n_layers = len(prompts), model.shape.n_layers
+        forwards = self._mapped(model, n)
+        runs = sum(block_runs(programs, n_layers) for programs in self._planned(model).values())
+        runs += 2 * len(self._pairs(model)) if "pairs" in self.maps else 0
         plan = self._plan(model)
         searched = plan.most(n)
         if searched:
@@ -155,6 +153,13 @@ class LayerPrograms(Analysis):
         if plan.methods:
             detail += f"; and {plan.ledger().budget:,} of each search"
         return Interventions(forwards, exact=not plan.any, detail=detail)
+
+    def _mapped(self, model: Model, questions: int) -> dict[str, int]:
+        """Return how many sequences each map runs."""
+        counts = {name: questions * len(programs) for name, programs in self._planned(model).items()}
+        if "pairs" in self.maps:
+            counts["blocks run on their neighbour's input"] = questions * len(self._pairs(model))
+        return counts
 
     def _planned(self, model: Model) -> dict[str, list[Program]]:
         """Return the programs of each map."""
@@ -197,8 +202,7 @@ class LayerPrograms(Analysis):
         groups = [question.group for question in questions]
         engine = Engine(model, questions, self.metric, tally)
         beside = Engine(model, questions, tuple(dict.fromkeys((*self.metric, "kl"))), tally)
-        planned = self._planned(model)
-        tally.start(len(questions) * sum(map(len, planned.values())), "program")
+        tally.start(sum(self._mapped(model, len(questions)).values()), "program")
         n, tables = model.shape.n_layers, {}
         if "jumps" in self.maps:
             tables["jumps"], tables["best_jump"] = jump_tables(engine, n, self.stride, self.metric, groups, self.seed)

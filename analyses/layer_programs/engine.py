@@ -74,6 +74,8 @@ class Engine:
     questions: Sequence[Question]
     metrics: tuple[Metric, ...]
     tally: Tally
+    shown: bool = True
+    """Whether each program moves the progress; a search, which does not know how many it will run, moves it by its steps."""
     block_runs: int = 0
     """Blocks run so far, those of the plain run not counted."""
     _known: dict[tuple[int, Program], tuple[Readings, int]] = field(default_factory=dict)
@@ -105,7 +107,7 @@ class Engine:
                 continue
             parts, order, runs = self.open(index).run(unknown)
             self.block_runs += runs
-            self.tally.tick(len(unknown))
+            (self.tally.tick if self.shown else self.tally.count)(len(unknown))
             for readings, which in zip(parts, order, strict=True):
                 for entry, program in enumerate(which):
                     self._known[index, unknown[program]] = (readings, entry)

@@ -82,6 +82,7 @@ def jump_map(tables: Tables) -> go.Figure:
             x=ring["enter"], y=ring["leave"], mode="markers", showlegend=False, hoverinfo="skip", row=1, col=col,
             marker={"symbol": "circle-open", "size": 14, "color": "#000000", "line": {"width": 2}},
         )  # fmt: skip
+        _clickable(figure, part, hover_text=says, col=col)
         last = max(x)
         figure.add_scatter(
             x=[0, last], y=[0, last], mode="lines", line={"color": "#8c8c8c", "width": 1, "dash": "dot"}, showlegend=False,
@@ -91,6 +92,22 @@ def jump_map(tables: Tables) -> go.Figure:
         figure.layout.annotations[col - 1].x = (col - 0.61) / len(metrics)
     finish(figure, x="enters block", y="leaves before block", height=520)
     return figure
+
+
+def _clickable(figure: go.Figure, part: pd.DataFrame, hover_text: str, col: int) -> None:
+    """Put a mark that can be clicked on every cell, named by its program: heat maps themselves cannot be selected from."""
+    faint = {"opacity": 0}
+    names = ["program", "mended", "broken", "n", "p_family", "norm_ratio", "mean"]
+    figure.add_scatter(
+        x=part["enter"], y=part["leave"], mode="markers", marker={"size": 11, "symbol": "square", **faint}, selected={"marker": faint},
+        unselected={"marker": faint}, customdata=part[names].to_numpy(), hovertemplate=hover_text, showlegend=False, row=1, col=col,
+    )  # fmt: skip
+
+
+def live_session(tables: Tables, program: str) -> list[str]:
+    """Return the lines of a Live session that runs a program on the first prompt; none where prompts have no text."""
+    texts = tables["questions"]["text"].dropna()
+    return [f"text {str(texts.iloc[0])!r}", f"edit order {program}"] if len(texts) else []
 
 
 def swap_profile(tables: Tables) -> go.Figure:
@@ -113,7 +130,7 @@ def swap_profile(tables: Tables) -> go.Figure:
         )
         _profile(figure, larger, "one in the other's place, the worse way", COLOURS[len(set(near["width"]))])
     finish(figure, x="lower block of the pair", y="nats from the plain prediction", height=420)
-    figure.update_yaxes(type="log")
+    figure.update_yaxes(type="log", dtick=1)
     return figure
 
 
@@ -170,6 +187,7 @@ FIGURES = {
         "The ring is the best cell; what it gains on prompts that did not choose it stands in the notes.",
         jump_map,
         lambda tables: "jumps" in tables,
+        live=live_session,
     ),
     "swap_profile": FigureSpec(
         "May neighbours change places?",

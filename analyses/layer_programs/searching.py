@@ -110,14 +110,23 @@ class Searching:
         if self.plan.methods and len(set(self.board.groups)) < 2:
             raise PromptError("all prompts are of one group, so none can be held out: give groups, or no search")
         splits = [two_halves(self.board.groups, self.board.seed + split) for split in range(self.plan.splits)]
+        progress = self.board.engine.tally.progress
+        self.board.engine.shown = False
+        progress.start(len(self.plan.methods) + 1, "search")
         for method in self.plan.methods:
             self._method(method, splits)
+            progress.advance()
         rows = [universal_row(self.board, searched) for searched in self.searched if searched.ledger.batches]
         everyone = np.zeros(len(self.board.groups), dtype=bool)
         rows += [program_row(self.board, program, "given", -1, everyone) for program in self.plan.given]
         tables = {"programs": pd.DataFrame(rows), "measured": self._measured()}
-        if not self.plan.methods:
-            return tables
+        tables |= self._compared() if self.plan.methods else {}
+        progress.advance()
+        return tables
+
+    def _compared(self) -> dict[str, pd.DataFrame]:
+        """Return the tables that stand beside what a search chose."""
+        tables: dict[str, pd.DataFrame] = {}
         random = next((s.ledger.programs for s in self.searched if s.method == "random"), [])
         some = [searched for searched in self.searched if searched.ledger.batches]
         tables["budget"] = pd.DataFrame([row for searched in some for row in budget_rows(self.board, searched)])
@@ -140,14 +149,12 @@ class Searching:
                 if method == "exhaustive"
                 else random_programs(plan.alphabet, ledger, board.seed)
             )
-            engine.tally.start(len(programs) * len(everyone), f"{method} program")
             engine.run(programs)
             self.tried += [Tried(method, index, programs, programs) for index in everyone]
             self.searched += [Searched(method, split, ledger, train) for split, train in enumerate(splits)]
         elif method == "beam":
             for split, train in enumerate(splits):
                 ledger, rows = plan.ledger(), np.flatnonzero(train).tolist()
-                engine.tally.start(ledger.budget * len(rows) // board.n_layers, "beam program")
                 beam(plan.alphabet, ledger, plan.beam, board.seed + split, gains_on(engine, board.metric, rows))
                 self.searched.append(Searched(method, split, ledger, train))
         else:
@@ -158,7 +165,6 @@ class Searching:
         best: dict[int, Program] = {}
         others = rivals(board.engine.questions)
         right = board.plain_right()
-        board.engine.tally.start(plan.ledger().budget * len(others) // board.n_layers, "tree program")
         for index, rival in enumerate(others):
             programs = self._tree(index, None)
             towards_wrong = programs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64decode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,8 @@ class FigureSpec:
     applies: Callable[[Tables], bool] = field(default=lambda tables: True)
     data: Literal["prompts", "weights", "own"] = "prompts"
     """Drawn from the run's prompts, from weights alone, or from other text, which the caption names."""
+    live: Callable[[Tables, str], Sequence[str]] | None = None
+    """From the name of a mark, the first of its custom data, to the lines of a Live session that follow the model's."""
 
     def drawn(self, tables: Tables) -> go.Figure:
         """The figure of these tables, as every page shows it."""

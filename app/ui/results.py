@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from urllib.parse import quote
 
 import streamlit as st
 
+from analyses.results.card import Tables
 from analyses.results.result import Result
 from analyses.results.theme import SELECTED
 from app.saved import Run
@@ -13,6 +16,7 @@ from app.selection import Selection, current, select
 from app.ui import selector
 from app.ui.figures import Drawing, clicked_layers, data_of, drawn
 from app.ui.keep import begin
+from app.ui.live_take import PARAMETER
 from app.ui.tables import draw_table
 from app.ui.takeaway import figure_downloads, rebuild
 from app.ui.theme import mode, restyled
@@ -103,11 +107,13 @@ def draw_figure(run: Run, result: Result, name: str, key: str) -> None:
         config={"displaylogo": False, "toImageButtonOptions": {"format": "svg", "filename": f"{result.analysis}-{name}"}},
         alt=f"{spec.title}. {spec.caption}",
     )  # fmt: skip
+    if spec.live is not None:
+        _offer_live(run, spec.live, result, widget)
     if said:
         st.caption(f":material/filter_alt: {said}")
     st.markdown(f"**What am I looking at?** {spec.caption}")
     st.caption(f"Method: {result.card.reference}")
-    left, right = st.columns([1, 5])
+    left, right = st.columns([1, 3])
     with left:
         figure_downloads(
             lambda: made_figure(str(run.folder), run.stamp, name, selection, "light", end, result).figure,
@@ -119,6 +125,18 @@ def draw_figure(run: Run, result: Result, name: str, key: str) -> None:
             st.dataframe(
                 data_of(figure), hide_index=True, height=260, key=f"data:{widget}", alt=f"Numbers of {spec.title}"
             )
+
+
+def _offer_live(run: Run, live: Callable[[Tables, str], Sequence[str]], result: Result, widget: str) -> None:
+    """Offer what was clicked as a session of the Live page."""
+    points = (st.session_state.get(widget) or {}).get("selection", {}).get("points", [])
+    names = [str(point["customdata"][0]) for point in map(dict, points) if point.get("customdata")]
+    lines = live(result.tables, names[0]) if names else []
+    if not lines:
+        st.caption(":material/touch_app: Click a cell to open it Live.")
+        return
+    session = "\n".join([f"model {run.model}", *lines])
+    st.link_button(f"Open {names[0]} Live", f"live?{PARAMETER}={quote(session)}", icon=":material/touch_app:")
 
 
 @st.cache_resource(max_entries=32, ttl=1800, show_spinner="Drawing …")

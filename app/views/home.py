@@ -159,7 +159,7 @@ def _figure(profiles: list[Profile], n_layers: int, selection: Selection, marks:
             figure, key="home:depth", on_select=chosen, selection_mode=("points", "box"), config={"displaylogo": False},
             alt=f"One panel for each of {words}; layer 0 at the bottom of {n_layers}. The numbers are in the table below.",
         )  # fmt: skip
-    left, right = st.columns([1, 5])
+    left, right = st.columns([1, 3])
     with left:
         figure_downloads(lambda: depth_figure(panels, n_layers, layers, "light", truth=marks), "depth", "home")
     right.caption(

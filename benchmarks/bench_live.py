@@ -66,8 +66,8 @@ def report(taken: dict[str, list[float]]) -> None:
     for name, seconds in taken.items():
         p95 = sorted(seconds)[min(len(seconds) - 1, round(0.95 * len(seconds)))]
         bound = BOUNDS[name]
-        held = "holds" if p95 <= bound else "missed"
-        print(f"{name:20} {len(seconds):3} {statistics.median(seconds):7.2f}s {p95:7.2f}s {bound:5.1f}s {held}")
+        verdict = "holds" if p95 <= bound else "missed"
+        print(f"{name:20} {len(seconds):3} {statistics.median(seconds):7.2f}s {p95:7.2f}s {bound:5.1f}s {verdict}")
 
 
 def measure(page: Any, repeats: int, taken: dict[str, list[float]]) -> None:

@@ -167,7 +167,7 @@ def test_heads_direct_effects_add_up_to_what_attention_writes(start: str, model:
     places = [Address("attn_out", 1), Address("final_scale")]
     rows = read(model, session.prompt.ids, places)
     column = lens_column(model, int(session.prompt.clean.logprobs.argmax()))
-    expected = float(rows[places[0]][0, -1] @ column / rows[places[1]][0, -1])
+    expected = float((rows[places[0]][0, -1] @ column / rows[places[1]][0, -1]).detach())
     assert float(effects[1].sum()) == pytest.approx(expected, abs=1e-4)
 
 

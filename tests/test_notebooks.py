@@ -23,7 +23,7 @@ from facts import FACTS
 from IPython.core.formatters import DisplayFormatter
 
 from analyses.registry import ANALYSES, every_analysis
-from probes.errors import OptionError
+from probes.errors import OptionError, PromptError
 from probes.models import load_model
 from probes.models.sources.locate import locate
 
@@ -35,6 +35,9 @@ KINDS = {("display_data", None), ("execute_result", None), ("stream", "stdout")}
 """Outputs that are no error and no warning."""
 NEEDS_ANSWERS = {'repetition.figure("probability_right")'}
 """Cells about the prompts that a model answers rightly; a random one answers none, and they say so."""
+
+REFUSED = {"causal_patching": "result = analysis.run("}
+"""Cells at which a model that does not tell the prompts apart is refused; what follows needs a real one."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with the default model's tokenizer, layers and heads, which cells name, and narrow ones."""
     folder, source = tmp_path_factory.mktemp("stand_in"), locate("smollm2-135m").folder
     config = hf.AutoConfig.from_pretrained(source)
-    config.update({"hidden_size": 36, "head_dim": 4, "intermediate_size": 48, "initializer_range": 0.3})
+    config.update({"hidden_size": 36, "head_dim": 4, "intermediate_size": 48, "initializer_range": 1.0})
     torch.manual_seed(0)
     hf.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     hf.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
@@ -92,12 +95,17 @@ def test_every_cell_runs_and_every_figure_names_its_axes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BATHYSCOPE_STORE", str(tmp_path / "store"))
-    monkeypatch.setattr("probes.models.load_model", lambda _: load_model(str(stand_in)))
+    for place in ("probes.load_model", "probes.models.load_model"):
+        monkeypatch.setattr(place, lambda ref: load_model(str(stand_in) if ref == "smollm2-135m" else ref))
     variables: dict[str, Any] = {"__name__": "__main__"}
     for cell in read(name).cells:
         if cell.cell_type == "code" and cell.source in NEEDS_ANSWERS:
             with pytest.raises(OptionError, match="unknown figure"):
                 run_cell(cell.source, variables)
+        elif cell.cell_type == "code" and cell.source.startswith(REFUSED.get(name, "\0")):
+            with pytest.raises(PromptError, match="can be patched"):
+                run_cell(cell.source, variables)
+            return
         elif cell.cell_type == "code" and isinstance(shown := run_cell(cell.source, variables), go.Figure):
             sound(shown.to_plotly_json())
     assert capsys.readouterr().err == ""

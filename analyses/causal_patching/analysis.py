@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -36,6 +37,7 @@ from analyses.interventions import Interventions, Tally
 from analyses.options import option, validate
 from analyses.results.card import FigureSpec, ProfileSpec
 from analyses.results.result import Result
+from probes.blocks.together import resumable, together
 from probes.capture.needs import Need
 from probes.errors import OptionError
 from probes.models.protocol import Model
@@ -234,7 +236,9 @@ class CausalPatching(Analysis):
         run = self._run(model, kept, tally, store, run.noise)
         counts = count_cells(run, self._samples)
         progress.start(sum(counts.values()), "cell patched")
-        cells = pd.concat([table for pair in kept for table in run.cells(pair, ends[pair.index])], ignore_index=True)
+        with resumable(model, repr((self, [(pair.clean, pair.corrupted) for pair in kept]))):
+            tables_of = together(model, [partial(run.cells, pair, ends[pair.index]) for pair in kept])
+        cells = pd.concat([table for of_pair in tables_of for table in of_pair], ignore_index=True)
         tables = {"pairs": pairs_table(pairs, ends, reasons, self.metric), "cells": cells}
         tables["map"] = map_table(cells, tables["pairs"], self.seed)
         tables["window"] = window_table(cells, tables["pairs"], self.metric[0], self.seed)

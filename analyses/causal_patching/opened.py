@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -20,6 +22,7 @@ from analyses.causal_patching.metrics import LogitReader, RowReader
 from analyses.causal_patching.pairs import Direction, Pair
 from analyses.causal_patching.resumed_grid import ResumedGrid
 from probes.blocks.cached_prompt import CachedPrompt
+from probes.blocks.together import together
 from probes.models.protocol import BlockAccess, Model, Write
 from probes.points import Address
 
@@ -96,18 +99,23 @@ class Opener:
         return [reader.read(grids[corrupted].unpatched[None])[0] for corrupted in (False, True)]
 
     def _grids(self, pair: Pair, noise: Tensor | None) -> dict[bool, ResumedGrid | WholeForwards]:
-        make = self._resumed if resumable(self.model) else self._whole
-        return {corrupted: make(pair, corrupted, noise) for corrupted in (False, True)}
+        make: Callable[..., ResumedGrid | WholeForwards] = self._resumed if resumable(self.model) else self._whole
+        runs = together(self.model, [partial(make, pair, corrupted, noise) for corrupted in (False, True)])
+        return dict(zip((False, True), runs, strict=True))
 
     def open(self, pair: Pair, directions: Sequence[Direction], noise: Tensor | None) -> list[OpenedPair]:
         """Run both prompts of a pair, and open one of them for each direction."""
-        grids = self._grids(pair, noise)
+        work: list[Callable[[], Any]] = [
+            partial(self._grids, pair, noise),
+            *(partial(self.values, pair, direction == "noise", noise) for direction in directions),
+        ]
+        grids, *values = together(self.model, work)
         reader = self.reader(pair, grids[False].unpatched)
         ends = [reader.read(grids[corrupted].unpatched[None])[0] for corrupted in (False, True)]
         opened = []
-        for direction in directions:
+        for direction, of_source in zip(directions, values, strict=True):
             from_corrupted = direction == "noise"
-            sources = Sources(self.values(pair, from_corrupted, noise), pair.sources(direction))
+            sources = Sources(of_source, pair.sources(direction))
             grid = grids[not from_corrupted]
             start = first_patched(pair, direction, self.model.shape.causal)
             opened.append(OpenedPair(pair, direction, grid, reader, sources, start, *ends))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from torch import Tensor
 from analyses.causal_patching.cells import EVERYWHERE, READ_LATER, STREAMS, Cell
 from analyses.causal_patching.grid import Sources, writes_of
 from probes.blocks.cached_prompt import CachedPrompt
+from probes.blocks.together import together
 from probes.models.protocol import Read
 from probes.points import Address
 
@@ -31,6 +32,7 @@ class ResumedGrid:
 
     base: CachedPrompt
     """Open from the first position at which something is patched."""
+    _mlps: list[Float[Tensor, "pos d_model"]] = field(default_factory=list)
 
     @property
     def unpatched(self) -> Float[Tensor, " d_model"]:
@@ -46,29 +48,43 @@ class ResumedGrid:
         copied = [(cell, source) for source in sources for cell in cells]
         last = self.unpatched.expand(len(copied), -1).clone()
         rows = self._rows_past_attention(copied)
-        for opened, indices in self._opened(copied):
-            first, hidden = self._entering(opened, [copied[i] for i in indices], [rows.get(i) for i in indices])
-            last[indices] = opened.resume(first, hidden).last
+        if any(cell.component == "mlp_out" and self._added_to_a_row(cell) for cell, _ in copied):
+            # Read before the parts run, which would each read it again.
+            self._mlp_rows  # noqa: B018
+        work = [
+            (indices, partial(self._resumed, position, copied, indices, rows))
+            for position, indices in self._placed(copied)
+        ]
         windowed = [i for i, (cell, _) in enumerate(copied) if len(cell.layers) > 1]
         for begin, source in sorted({(copied[i][0].layers[0], copied[i][1]) for i in windowed}, key=lambda key: key[0]):
             indices = [i for i in windowed if copied[i][0].layers[0] == begin and copied[i][1] is source]
             for some in _parts(indices, len(self.base.tokens) - self.base.start):
                 placed = list(enumerate(copied[i][0] for i in some))
                 writes = writes_of(placed, source, self.base.start, self.base.start)
-                last[some] = self.base.edited(begin, len(some), writes)
+                work.append((some, partial(self.base.edited, begin, len(some), writes)))
+        for (indices, _), end in zip(work, together(self.base.model, [run for _, run in work]), strict=True):
+            last[indices] = end
         return last
 
-    def _opened(self, copied: Sequence[Copied]) -> Iterator[tuple[CachedPrompt, list[int]]]:
-        """Yield the run open at a position, and the cells of single layers there, few enough to run together."""
+    def _resumed(
+        self, position: int, copied: Sequence[Copied], indices: Sequence[int], rows: Mapping[int, Tensor]
+    ) -> Float[Tensor, "source_cell d_model"]:
+        """Return the last rows of cells of single layers at one position."""
+        opened = self.base if position in (EVERYWHERE, self.base.start) else self.base.narrowed(position)
+        first, hidden = self._entering(opened, [copied[i] for i in indices], [rows.get(i) for i in indices])
+        return opened.resume(first, hidden).last
+
+    def _placed(self, copied: Sequence[Copied]) -> Iterator[tuple[int, list[int]]]:
+        """Yield a position and the cells of single layers there, few enough to run together."""
         by_position: dict[int, list[int]] = defaultdict(list)
         for i, (cell, _) in enumerate(copied):
             if len(cell.layers) == 1:
                 by_position[cell.position].append(i)
         for position, indices in sorted(by_position.items()):
-            opened = self.base if position in (EVERYWHERE, self.base.start) else self.base.narrowed(position)
+            start = self.base.start if position == EVERYWHERE else position
             indices.sort(key=lambda i: copied[i][0].layers[0])
-            for part in _parts(indices, len(opened.tokens) - opened.start):
-                yield opened, part
+            for part in _parts(indices, len(self.base.tokens) - start):
+                yield position, part
 
     def _rows_past_attention(self, copied: Sequence[Copied]) -> dict[int, Float[Tensor, " d_model"]]:
         """Return the row that leaves its block under each cell at one position that replaces what attention makes of it.
@@ -82,7 +98,7 @@ class ResumedGrid:
         rows: dict[int, Tensor] = {}
         if by_point:
             alone = self.base.narrowed(self.base.start, self.base.start + 1)
-        for address, indices in by_point.items():
+        for address, indices in sorted(by_point.items(), key=lambda item: item[0].layer or 0):
             layer, at = copied[indices[0]][0].layer, [copied[i][0].position for i in indices]
             given = torch.stack([copied[i][1].given(address, [p])[0] for i, p in zip(indices, at, strict=True)])
             entering = self.base.entering[layer][[position - self.base.start for position in at]][:, None]
@@ -108,7 +124,7 @@ class ResumedGrid:
         added = [i for i, (cell, _) in enumerate(copied) if self._added_to_a_row(cell)]
         inside = sorted(set(range(len(copied))) - set(added) - set(ready))
         alone = None
-        for (layer, one_row, source), placed in _by_block([(i, *copied[i]) for i in inside]).items():
+        for (layer, one_row, source), placed in _by_block([(i, *copied[i]) for i in inside]):
             if one_row and alone is None:
                 alone = opened.narrowed(opened.start, opened.start + 1)
             run = alone if one_row and alone is not None else opened
@@ -134,25 +150,28 @@ class ResumedGrid:
             cell.component == "mlp_out" and self.base.model.anatomy.kind != "post_norm"
         )
 
-    @cached_property
+    @property
     def _mlp_rows(self) -> list[Float[Tensor, "pos d_model"]]:
         """What the MLP of every block adds to the run, from the first patched position on."""
-        rows: dict[int, Tensor] = {}
+        # Not a cached property, whose lock another task would wait for while this one waits for its blocks.
+        if not self._mlps:
+            rows: dict[int, Tensor] = {}
 
-        def keep(layer: int) -> Read:
-            return lambda tensor: rows.__setitem__(layer, tensor[0].clone())
+            def keep(layer: int) -> Read:
+                return lambda tensor: rows.__setitem__(layer, tensor[0].clone())
 
-        n = self.base.model.shape.n_layers
-        self.base.edited(0, 1, {}, {Address("mlp_out", layer): keep(layer) for layer in range(n)})
-        return [rows[layer] for layer in range(n)]
+            n = self.base.model.shape.n_layers
+            self.base.edited(0, 1, {}, {Address("mlp_out", layer): keep(layer) for layer in range(n)})
+            self._mlps[:] = [rows[layer] for layer in range(n)]
+        return self._mlps
 
 
-def _by_block(copied: Sequence[tuple[int, Cell, Sources]]) -> dict[tuple[int, bool, Sources], list[int]]:
-    """Return which cells have to be written inside which block, on their row alone or on all rows from there on."""
+def _by_block(copied: Sequence[tuple[int, Cell, Sources]]) -> list[tuple[tuple[int, bool, Sources], list[int]]]:
+    """Return which cells have to be written inside which block, in order, on their row alone or on all rows from there on."""
     blocks: dict[tuple[int, bool, Sources], list[int]] = defaultdict(list)
     for i, cell, source in copied:
         blocks[cell.layer, cell.position != EVERYWHERE and cell.component not in READ_LATER, source].append(i)
-    return blocks
+    return sorted(blocks.items(), key=lambda item: item[0][0])
 
 
 def _parts(indices: Sequence[int], positions: int) -> Iterator[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ from analyses.causal_patching.opened import OpenedPair, Opener, first_patched, r
 from analyses.causal_patching.pairs import Direction, Pair
 from analyses.causal_patching.patched import GridPlan, cells_table
 from analyses.interventions import Tally
+from probes.blocks.together import together
 from probes.models.protocol import Model
 from probes.points import Address
 
@@ -62,41 +64,68 @@ class Run:
     def ends(self, pair: Pair) -> tuple[Array, Array]:
         """Return the metrics of the clean and of the corrupted run, [metric] each; means over draws of noise."""
         opener = Opener(self.model, self.metrics, frozenset())
-        runs = [opener.ends(pair, noise) for noise in self.noises(pair)]
+        runs = together(self.model, [partial(opener.ends, pair, noise) for noise in self.noises(pair)])
         clean, corrupted = (torch.stack(side).mean(0).numpy() for side in zip(*runs, strict=True))
         return clean, corrupted
 
     def answers_both(self, pair: Pair) -> bool:
         """Return whether the most probable next tokens are the answer of the clean and that of the corrupted prompt."""
         logits = Address("logits")
-        tops = [
-            int(capture_values(self.model, tokens, {logits})[logits][-1].argmax())
-            for tokens in (pair.clean, pair.corrupted)
-        ]
+        prompts = (pair.clean, pair.corrupted)
+        values = together(self.model, [partial(capture_values, self.model, tokens, {logits}) for tokens in prompts])
+        tops = [int(one[logits][-1].argmax()) for one in values]
         return tops[0] in pair.answers and tops[1] in pair.distractors
 
-    def cells(self, pair: Pair, ends: tuple[Array, Array]) -> Iterator[pd.DataFrame]:
-        """Patch every cell of a pair; yield a table for each direction and source."""
-        opener, runs = self.opener(), None
-        for direction in self.directions:
-            cells, zeros = self.plan.run(self.model.shape, pair, direction)
-            partner = null_partner(pair, self.pairs, direction, self.null)
-            others = {"pair": None} if partner is None else {"pair": None, self.null: partner}
-            keys = [self._key(pair, direction, source, other) for source, other in others.items()]
-            kept = [values for key in keys if (values := self.journal.read(key)) is not None]
-            if len(kept) < len(keys):
-                if runs is None:
-                    runs = [opener.open(pair, self.directions, noise) for noise in self.noises(pair)]
-                opened = [o for run in runs for o in run if o.direction == direction]
-                kept = list(self._values(opener, opened, cells, zeros, list(others.values())))
-                for key, values in zip(keys, kept, strict=True):
-                    self.journal.write(key, values)
-            for (source, other), values in zip(others.items(), kept, strict=True):
-                ran = ~zeros if other is not None else np.ones(len(cells), dtype=bool)
-                shown = [cell for cell, shows in zip(cells, ran, strict=True) if shows]
-                yield cells_table(
+    def cells(self, pair: Pair, ends: tuple[Array, Array]) -> list[pd.DataFrame]:
+        """Patch every cell of a pair; return a table for each direction and source."""
+        opener, runs = self.opener(), list[list[OpenedPair]]()
+        kept = {direction: self._kept(pair, direction) for direction in self.directions}
+        if any(values is None for known in kept.values() for values in known.values()):
+            openings = [partial(opener.open, pair, self.directions, noise) for noise in self.noises(pair)]
+            runs = together(self.model, openings)
+        patch = partial(self._tables, pair, ends, opener, runs)
+        tables = together(self.model, [partial(patch, direction, known) for direction, known in kept.items()])
+        return [table for of_direction in tables for table in of_direction]
+
+    def _sources(self, pair: Pair, direction: Direction) -> dict[str, Pair | None]:
+        """Return the pair that each source copies from, None for the pair's own."""
+        partner = null_partner(pair, self.pairs, direction, self.null)
+        return {"pair": None} if partner is None else {"pair": None, self.null: partner}
+
+    def _kept(self, pair: Pair, direction: Direction) -> dict[str, Array | None]:
+        """Return what the journal has of each source."""
+        sources = self._sources(pair, direction).items()
+        return {source: self.journal.read(self._key(pair, direction, source, other)) for source, other in sources}
+
+    def _tables(
+        self,
+        pair: Pair,
+        ends: tuple[Array, Array],
+        opener: Opener,
+        runs: Sequence[Sequence[OpenedPair]],
+        direction: Direction,
+        kept: Mapping[str, Array | None],
+    ) -> list[pd.DataFrame]:
+        """Return the tables of one direction, one for each source."""
+        cells, zeros = self.plan.run(self.model.shape, pair, direction)
+        others = self._sources(pair, direction)
+        if any(values is None for values in kept.values()):
+            opened = [o for run in runs for o in run if o.direction == direction]
+            patched = self._values(opener, opened, cells, zeros, list(others.values()))
+            for (source, other), values in zip(others.items(), patched, strict=True):
+                self.journal.write(self._key(pair, direction, source, other), values)
+            kept = dict(zip(others, patched, strict=True))
+        tables = []
+        for source, values in kept.items():
+            assert values is not None
+            ran = ~zeros if others[source] is not None else np.ones(len(cells), dtype=bool)
+            shown = [cell for cell, shows in zip(cells, ran, strict=True) if shows]
+            tables.append(
+                cells_table(
                     pair, direction, shown, zeros[ran], values[ran], ends, self.metrics, source, self.plan.window
                 )
+            )
+        return tables
 
     def _values(
         self,
@@ -109,20 +138,25 @@ class Run:
         """Return the metrics under each cell, [source, cell, metric], means over draws of noise; None is the pair's own source."""
         running = [cell for cell, zero in zip(cells, zeros, strict=True) if not zero]
         total = np.zeros((len(others), len(cells), len(self.metrics)))
-        for one in opened:
+
+        def patched(one: OpenedPair) -> Array:
             sources = [one.sources if other is None else self._null_sources(opener, other) for other in others]
-            patched = one.patched(running, *sources).numpy()
+            return one.patched(running, *sources).numpy()
+
+        for one, values in zip(opened, together(self.model, [partial(patched, one) for one in opened]), strict=True):
             total += one.base.numpy()
-            total[:, ~zeros] += patched.reshape(len(others), len(running), -1) - one.base.numpy()
+            total[:, ~zeros] += values.reshape(len(others), len(running), -1) - one.base.numpy()
         self.tally.tick(len(running) * len(opened) * len(others))
         return total / len(opened)
 
     def _null_sources(self, opener: Opener, other: Pair) -> Sources:
-        if other.index not in self.clean_values:
+        values = self.clean_values.get(other.index)
+        if values is None:
+            values = opener.values(other, False, None)
             if len(self.clean_values) > 1:
                 self.clean_values.pop(next(iter(self.clean_values)))
-            self.clean_values[other.index] = opener.values(other, False, None)
-        return Sources(self.clean_values[other.index], {p: p for p in range(len(other.clean))})
+            self.clean_values[other.index] = values
+        return Sources(values, {p: p for p in range(len(other.clean))})
 
     def _key(self, pair: Pair, direction: Direction, source: str, other: Pair | None) -> str:
         return repr((

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from analyses.causal_patching.pairs import Pair
 from analyses.causal_patching.running import Run
 from analyses.results.statistics import cluster_bootstrap
+from probes.blocks.together import together
 from probes.errors import PromptError
 from probes.progress import Progress
 
@@ -31,17 +33,22 @@ def gauge(
         answered: also leave out pairs whose prompts the model does not both answer right.
         progress: watches.
     """
-    ends: dict[int, tuple[Array, Array]] = {}
-    reasons: dict[int, str] = {}
-    progress.start(len(run.pairs), "pair gauged")
-    for pair in run.pairs:
-        ends[pair.index] = clean, corrupted = run.ends(pair)
+
+    def one(pair: Pair) -> tuple[tuple[Array, Array], str | None]:
+        clean, corrupted = run.ends(pair)
         gap = float(clean[0] - corrupted[0]) * (-1 if run.metrics[0] == "kl" else 1)
+        reason = None
         if not gap >= min_gap:
-            reasons[pair.index] = f"a gap of {gap:.2f}, below min_gap {min_gap:g}"
+            reason = f"a gap of {gap:.2f}, below min_gap {min_gap:g}"
         elif answered and not run.answers_both(pair):
-            reasons[pair.index] = "the model does not answer both prompts"
+            reason = "the model does not answer both prompts"
         progress.advance()
+        return (clean, corrupted), reason
+
+    progress.start(len(run.pairs), "pair gauged")
+    outcomes = together(run.model, [partial(one, pair) for pair in run.pairs])
+    ends = {pair.index: own for pair, (own, _) in zip(run.pairs, outcomes, strict=True)}
+    reasons = {pair.index: reason for pair, (_, reason) in zip(run.pairs, outcomes, strict=True) if reason}
     return ends, reasons
 
 

@@ -64,7 +64,7 @@ DEMO = (
     ),
     Step(CommunicationChannels(task="none", kinds=("q",)), CommunicationChannels(n_prompts=24, laundry_items=(2, 3, 4)), 8),
     Step(
-        Lenses(task="two_hop", n_prompts=4, fit_texts=8, eval_texts=10, layers=THIRD),
+        Lenses(task="two_hop", n_prompts=4, fit_texts=5, eval_texts=10, layers=THIRD),
         Lenses(task="two_hop", n_prompts=12, fit_texts=60, eval_texts=12),
         10,
     ),

@@ -36,10 +36,8 @@ def pair_heatmap(tables: Tables) -> go.Figure:
             showscale=column == len(kinds), colorbar={"title": "robust z"}, hovertemplate="%{text}<extra></extra>",
             row=1, col=column,
         )  # fmt: skip
-    finish(figure, x="", y="", height=440)
-    # Below the middle one only: on a narrow page the titles of all would run into one another.
-    figure.update_xaxes(title="layer of the writing head", row=1, col=(len(kinds) + 1) // 2)
-    figure.update_yaxes(title="layer of the reading head", row=1, col=1)
+    finish(figure, x="writer's layer", y="", height=440)
+    figure.update_yaxes(title="reader's layer", row=1, col=1)
     figure.update_layout(margin_t=60)
     return figure
 

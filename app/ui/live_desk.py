@@ -67,7 +67,7 @@ class Desk:
         self._look(words, session, (), at)
 
     def _look(self, words: str, session: str, actions: tuple[Action, ...], at: str) -> None:
-        answer = self.asked("view", session, actions, at, lens=st.session_state.get("keep:live:lens", "logit"))
+        answer = self.answer_of("view", session, actions, at, lens=st.session_state.get("keep:live:lens", "logit"))
         if answer is None:
             return
         self.history, self.words = self.history[: self.at + 1][-MOST:], self.words[: self.at + 1][-MOST:]
@@ -75,7 +75,7 @@ class Desk:
         self.words.append(words)
         self.at, self.more = len(self.history) - 1, {}
 
-    def asked(
+    def answer_of(
         self, kind: Kind, session: str, actions: tuple[Action, ...] = (), at: str = "stack", **options: Any
     ) -> Answer | None:
         """Return an answer of the resident process; None where it was refused, which the page then says."""
@@ -94,7 +94,7 @@ class Desk:
         """Return a further answer about the present session, asked for once."""
         name = f"{kind} {sorted(options.items())}"
         if name not in self.more and self.now is not None:
-            answer = self.asked(kind, self.now.session, at=at, **options)
+            answer = self.answer_of(kind, self.now.session, at=at, **options)
             if answer is None:
                 return None
             self.more[name] = answer.data

@@ -15,10 +15,10 @@ RANGES = {"keep": (0.0, 2.0, 0.05), "share": (0.0, 1.5, 0.05)}
 
 def draw_stack(desk: Desk, data: dict[str, Any]) -> None:
     """Draw the stack and the buttons that go back and forth."""
-    undo, redo = st.columns(2)
-    undo.button("Undo", icon=":material/undo:", on_click=desk.go, args=(-1,), disabled=desk.at <= 0, width="stretch",
+    row = st.container(horizontal=True)
+    row.button("Undo", icon=":material/undo:", on_click=desk.go, args=(-1,), disabled=desk.at <= 0,
                 key="live:undo", shortcut="Ctrl+Z")  # fmt: skip
-    redo.button("Redo", icon=":material/redo:", on_click=desk.go, args=(1,), disabled=desk.at >= len(desk.history) - 1, width="stretch",
+    row.button("Redo", icon=":material/redo:", on_click=desk.go, args=(1,), disabled=desk.at >= len(desk.history) - 1,
                 key="live:redo", shortcut="Ctrl+Y")  # fmt: skip
     for index, step in enumerate(data["steps"]):
         _draw_step(desk, index, step, len(data["steps"]))

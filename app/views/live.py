@@ -12,11 +12,11 @@ from app.places import runs_root
 from app.saved import saved_runs
 from app.ui.live_cell import CONFIG, draw_attention, draw_cell, draw_everywhere, draw_heads
 from app.ui.live_desk import EXAMPLES, Desk, desk
-from app.ui.live_figures import CHANGED, lens_grid
+from app.ui.live_figures import CHANGED, COLUMN, lens_grid
 from app.ui.live_outcome import draw_outcome
 from app.ui.live_stack import draw_stack
 from app.ui.live_take import PARAMETER, draw_take, watch_text
-from app.ui.theme import mode, restyled
+from app.ui.theme import at_least, mode, restyled
 
 SHOWS = {"after": "After", "before": "Before", "difference": "Difference"}
 TOUR = (
@@ -63,23 +63,19 @@ def _live() -> None:
 
 
 def _examples(own: Desk) -> None:
-    columns = st.columns(len(EXAMPLES))
-    for column, (name, session) in zip(columns, EXAMPLES.items(), strict=True):
-        column.button(
-            name, key=f"live:example:{name}", on_click=own.open, args=(session, f"example: {name}"), width="stretch"
-        )
+    with st.container(horizontal=True):
+        for name, session in EXAMPLES.items():
+            st.button(name, key=f"live:example:{name}", on_click=own.open, args=(session, f"example: {name}"))
 
 
 def _tour() -> None:
     if st.session_state.get("keep:live:toured"):
         return
     with st.container(border=True, key="live:tour"):
-        columns = st.columns([*[3] * len(TOUR), 1])
-        for number, (column, (title, words)) in enumerate(zip(columns, TOUR, strict=False), 1):
+        columns = st.columns(len(TOUR))
+        for number, (column, (title, words)) in enumerate(zip(columns, TOUR, strict=True), 1):
             column.markdown(f"**{number}. {title}**  \n{words}")
-        columns[-1].button(
-            "Got it", key="live:toured", on_click=partial(st.session_state.__setitem__, "keep:live:toured", True)
-        )
+        st.button("Got it", key="live:toured", on_click=partial(st.session_state.__setitem__, "keep:live:toured", True))
 
 
 def _prompts(own: Desk, data: dict[str, Any]) -> None:
@@ -89,21 +85,21 @@ def _prompts(own: Desk, data: dict[str, Any]) -> None:
         value = st.session_state[key]
         own.act(f"{kind}: {value}", Action(kind, value=value), at="prompt")  # type: ignore[arg-type]
 
-    model_box, text_box, other_box, watch_box = st.columns([2, 4, 4, 2])
     assert own.now is not None
     model = own.now.session.split("\n")[0].partition(" ")[2]
     refs = list(dict.fromkeys([model, "smollm2-135m", *(run.model for run in saved_runs())]))
     fields = (
-        (text_box, "text", "Prompt", data["text"], "What the model reads. Enter runs it."),
-        (other_box, "other", "Other prompt", data["other"] or "", "What edits may copy from; best token by token alike. May be empty."),
-        (watch_box, "watch", "Watch", watch_text(data["watch"]), "Tokens to follow: Paris, Rome, or quoted with their blanks."),
+        (320, "text", "Prompt", data["text"], "What the model reads. Enter runs it."),
+        (320, "other", "Other prompt", data["other"] or "", "What edits may copy from; best token by token alike. May be empty."),
+        (170, "watch", "Watch", watch_text(data["watch"]), "Tokens to follow: Paris, Rome, or quoted with their blanks."),
     )  # fmt: skip
     key = f"live:model:{stamp}"
-    model_box.selectbox("Model", refs, index=0, key=key, accept_new_options=True, on_change=said, args=("model", key),
-                        help="The model that is loaded stands first; another is loaded when chosen.")  # fmt: skip
-    for column, kind, label, value, words in fields:
-        key = f"live:{kind}:{stamp}"
-        column.text_input(label, value=value, key=key, help=words, on_change=said, args=(kind, key))
+    with st.container(horizontal=True):
+        st.selectbox("Model", refs, index=0, key=key, accept_new_options=True, on_change=said, args=("model", key), width=180,
+                     help="The model that is loaded stands first; another is loaded when chosen.")  # fmt: skip
+        for width, kind, label, value, words in fields:
+            key = f"live:{kind}:{stamp}"
+            st.text_input(label, value=value, key=key, help=words, on_change=said, args=(kind, key), width=width)
     own.say_refusal("prompt")
     if data["other"] is not None and len(data["other_tokens"]) != len(data["comparison"]["tokens"]):
         st.caption(f":material/info: {len(data['comparison']['tokens'])} tokens here, {len(data['other_tokens'])} in the other prompt: "
@@ -112,21 +108,23 @@ def _prompts(own: Desk, data: dict[str, Any]) -> None:
 
 def _grid(own: Desk, data: dict[str, Any]) -> tuple[int, int]:
     tokens, steps = data["comparison"]["tokens"], data["grids"]["after"]["steps"]
-    show_box, lens_box, block_box, place_box = st.columns([5, 2, 2, 3], vertical_alignment="bottom")
+    row = st.container(horizontal=True, vertical_alignment="bottom")
     show = (
-        show_box.segmented_control("Grid", list(SHOWS), default="after", format_func=SHOWS.get, key="live:show")
+        row.segmented_control(
+            "Grid", list(SHOWS), default="after", format_func=SHOWS.get, key="live:show", width="content"
+        )
         or "after"
     )
     lenses = ["logit", *(str(path) for path in sorted(runs_root().glob("**/*.lens")))]
-    lens_box.selectbox("Lens", lenses, key="keep:live:lens", accept_new_options=True,
-                       on_change=lambda: own.act("another lens", at="prompt"))  # fmt: skip
+    row.selectbox("Lens", lenses, key="keep:live:lens", accept_new_options=True, width=110,
+                  on_change=lambda: own.act("another lens", at="prompt"))  # fmt: skip
     if st.session_state.get("live:step") not in range(len(steps)):
         st.session_state["live:step"] = len(steps) // 2
     if st.session_state.get("live:position") not in range(len(tokens)):
         st.session_state["live:position"] = len(tokens) - 1
-    step = block_box.selectbox("Block", range(len(steps)), key="live:step", format_func=lambda i: str(steps[i]))
-    position = place_box.selectbox(
-        "Position", range(len(tokens)), key="live:position", format_func=lambda i: f"{i} {tokens[i]}"
+    step = row.selectbox("Block", range(len(steps)), key="live:step", width=90, format_func=lambda i: str(steps[i]))
+    position = row.selectbox(
+        "Position", range(len(tokens)), key="live:position", width=150, format_func=lambda i: f"{i} {tokens[i]}"
     )
 
     def clicked() -> None:
@@ -135,10 +133,12 @@ def _grid(own: Desk, data: dict[str, Any]) -> tuple[int, int]:
                 st.session_state["live:step"], st.session_state["live:position"] = map(int, point["customdata"])
 
     figure = lens_grid(tokens, data["grids"], show, (step, position), [s["text"] for s in data["steps"]])
-    st.plotly_chart(
-        restyled(figure, mode()), key=f"live:grid:{own.at}", on_select=clicked, selection_mode="points", config=CONFIG,
-        alt=f"Lens grid, {SHOWS[show]}: the top token of {len(steps)} blocks at {len(tokens)} positions; the inspector tells one cell.",
-    )  # fmt: skip
+    st.html(at_least("live-grid", COLUMN * len(tokens) + 140))
+    with st.container(key="live-grid"):
+        st.plotly_chart(
+            restyled(figure, mode()), key=f"live:grid:{own.at}", on_select=clicked, selection_mode="points", config=CONFIG,
+            alt=f"Lens grid, {SHOWS[show]}: the top token of {len(steps)} blocks at {len(tokens)} positions; the inspector tells one cell.",
+        )  # fmt: skip
     after = data["grids"]["after"]
     if after["changed"].any():
         reach, moved = int(after["changed"].sum()), int((after["kl"] > CHANGED).sum())

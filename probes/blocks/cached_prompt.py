@@ -44,8 +44,8 @@ class _Pairs:
         self._keys, self._values = Shelved(shelf), Shelved(shelf)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        self._keys.append(keys.clone())
-        self._values.append(values.clone())
+        self._keys.append(keys)
+        self._values.append(values)
 
     def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
         return self._keys[layer], self._values[layer]
@@ -152,8 +152,9 @@ class CachedPrompt:
     def _append(self, leaving: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keep what left a block, and its keys and values, all [1, ...] over the whole prompt."""
         self.entering.append(leaving[0, self.start :].clone())
-        self._prefix.append(keys[:, :, : self.start], values[:, :, : self.start])
-        self._base.append(keys[:, :, self.start :], values[:, :, self.start :])
+        before, after = slice(self.start), slice(self.start, None)
+        self._prefix.append(keys[:, :, before].clone(), values[:, :, before].clone())
+        self._base.append(keys[:, :, after].clone(), values[:, :, after].clone())
 
     @torch.no_grad()
     def _prepare(self) -> None:

@@ -16,7 +16,7 @@ def together(model: Model, tasks: Sequence[Callable[[], T]]) -> list[T]:
 
     Args:
         model: the model that the tasks run.
-        tasks: each by itself; none may use what another one changes.
+        tasks: each by itself; none may use what another one changes, or run the model while it holds a lock.
     """
     return model.together(tasks) if isinstance(model, LayerMajor) else [task() for task in tasks]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 FACTS: dict[str, dict[str, str]] = {
     "depth_bench": {},
     "tour": {
-        "forwards": "[held.done.forwards, again.done.forwards, lens.provenance['counts']['forwards'], voids.provenance['counts']['forwards']]",
+        "forwards": "[first.done.forwards, again.done.forwards, lens.provenance['counts']['forwards'], voids.provenance['counts']['forwards']]",
         "said": "late[late['layer'] == 29].sort_values('prompt')['token'].tolist()",
         "whole": "whole",
         "without": "without.tolist()",
@@ -93,8 +93,8 @@ FACTS: dict[str, dict[str, str]] = {
     "live": {
         "kl": "patched.compare(layers=False).kl",
         "country": "float(difference[8, 3])",
-        "single": "session.edit('patch resid_post.20 @8 from other').compare(layers=False).kl",
-        "swept": "float(effect.kl[20, 8])",
+        "single": "session.edit('patch resid_post.20 @7 from other').compare(layers=False).kl",
+        "swept": "float(effect.kl[20, 7])",
         "unchanged": "session.compare(layers=False).kl",
     },
     "layer_programs": {

@@ -352,7 +352,7 @@ def test_a_text_says_only_what_differs_from_the_defaults(result: Result) -> None
 SPECS = [
     ModelSpec("m"),
     ModelSpec("org/m", revision="main", trust_remote_code=True, backend="nnsight", remote=True, attention="eager"),
-    ModelSpec("./a folder", streamed=True, dtype="bfloat16", device="cuda:1"),
+    ModelSpec("./a folder", streamed=True, stream_memory="4GiB", dtype="bfloat16", device="cuda:1"),
     ModelSpec("-m", device_map="auto", max_memory="0=20GiB,cpu=60GiB", offload="spare disk"),
 ]
 

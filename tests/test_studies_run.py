@@ -355,6 +355,7 @@ def test_ctrl_c_stops_every_worker_and_leaves_a_resumable_study(
 ) -> None:
     model_folder(reference / "big", layers=5)
     text, before = WHOLE + '[[models]]\nref = "big"\n', set(workers_of(os.getpid()))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in its background deaf to it
     when_a_cell_is_done(reference / "stopped", lambda: os.kill(os.getpid(), signal.SIGINT))
     assert batch(reference, text, "--workers", "2", out="stopped", store="stopped-store") == 130
     assert "the same command goes on from there" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from probes.cache_folder import cache_root
+from probes.cache_folder import cache_root, expanded
 from probes.errors import OptionError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
@@ -15,12 +15,12 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
 
 def runs_root() -> Path:
     """The folder of saved runs: `$BATHYSCOPE_RUNS`, or `runs` where the dashboard was started."""
-    return Path(os.environ.get("BATHYSCOPE_RUNS") or "runs").expanduser().absolute()
+    return expanded(os.environ.get("BATHYSCOPE_RUNS") or "runs").absolute()
 
 
 def store_root() -> Path:
     """The activation store's folder, as every command finds it."""
-    return Path(os.environ.get("BATHYSCOPE_STORE") or cache_root() / "store").expanduser().absolute()
+    return expanded(os.environ.get("BATHYSCOPE_STORE") or cache_root() / "store").absolute()
 
 
 def hosts() -> tuple[str, ...]:

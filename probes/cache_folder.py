@@ -1,4 +1,4 @@
-"""Where Bathyscope keeps what can be fetched or computed again."""
+"""Where Bathyscope keeps what can be fetched or computed again, and paths that begin with ~."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from pathlib import Path
 import platformdirs
 
 
+def expanded(path: str | Path) -> Path:
+    """Return a path with `~` and `~user` replaced by that user's home folder; as it is, like a shell, where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def cache_root() -> Path:
     """Return `$BATHYSCOPE_CACHE`, or the user's cache folder; holds `models` and, unless told otherwise, `store`."""
-    return Path(os.environ.get("BATHYSCOPE_CACHE") or platformdirs.user_cache_dir("bathyscope")).expanduser()
+    return expanded(os.environ.get("BATHYSCOPE_CACHE") or platformdirs.user_cache_dir("bathyscope"))

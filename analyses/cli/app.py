@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from analyses.cli.console import say
+from probes.cache_folder import expanded
 from probes.errors import OptionError
 
 LOCAL = "localhost"
@@ -68,10 +69,10 @@ def open_app(
     if runs.is_file():
         raise OptionError(f"--runs {str(runs)!r} is a file: give a folder")
     script, names = main_script(), _names(address, host or [])
-    os.environ["BATHYSCOPE_RUNS"] = str(runs.expanduser().absolute())
+    os.environ["BATHYSCOPE_RUNS"] = str(expanded(runs).absolute())
     os.environ["BATHYSCOPE_HOSTS"] = ",".join(names)
     if store is not None:
-        os.environ["BATHYSCOPE_STORE"] = str(store.expanduser().absolute())
+        os.environ["BATHYSCOPE_STORE"] = str(expanded(store).absolute())
     settings = {**SETTINGS, "server.address": address, "server.port": str(port), "server.headless": str(not browser)}
     shown = f"[{address}]" if ":" in address else address
     say(f"dashboard: http://{shown}:{port}   runs: {os.environ['BATHYSCOPE_RUNS']}   Ctrl-C ends it")

@@ -21,6 +21,7 @@ from analyses.studies.slurm import script
 from analyses.studies.study_file import read_study
 from analyses.studies.study_folder import StudyFolder
 from analyses.studies.study_run import Engine, StudyRun, run_study
+from probes.cache_folder import expanded
 from probes.errors import OptionError
 from probes.html_card import count
 from probes.store import ActivationStore, default_root
@@ -76,7 +77,7 @@ def batch(
 
 
 def _engine(engine: str, store: Path | None, workers: int | None, address: str | None) -> Engine:
-    root = (store or default_root()).expanduser().absolute()
+    root = expanded(store or default_root()).absolute()
     if engine == "ray":
         from analyses.studies.ray_engine import run_ray
 

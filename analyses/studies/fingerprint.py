@@ -10,6 +10,7 @@ from typing import Any
 import xxhash
 
 from analyses.studies.definition import StudyModel
+from probes.cache_folder import expanded
 from probes.models.sources.locate import Located, locate
 from probes.prompts import PromptLine
 
@@ -54,5 +55,5 @@ def weight_bytes(checkpoint: Located) -> int:
 
 def of_named_files(options: Iterable[tuple[str, Any]]) -> dict[str, str]:
     """Return the digests of files and folders that text options name, so that a changed one is another cell."""
-    named = [(name, Path(value).expanduser()) for name, value in options if isinstance(value, str) and value]
+    named = [(name, expanded(value)) for name, value in options if isinstance(value, str) and value]
     return {name: of_path(path) for name, path in named if path.exists()}

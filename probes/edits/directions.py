@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 import xxhash
 from jaxtyping import Float
 from torch import Tensor
 
+from probes.cache_folder import expanded
 from probes.edits.line import Line
 from probes.edits.positions import At, Texts, indices, need_texts
 from probes.edits.values import Source, Values
@@ -146,7 +146,7 @@ class FileDirection:
         from safetensors.torch import load_file
 
         try:
-            tensors = load_file(Path(self.path).expanduser())
+            tensors = load_file(expanded(self.path))
         except (OSError, SafetensorError, ValueError) as error:
             raise OptionError(
                 f"direction file {shown(self.path)} cannot be read ({error}): give a .safetensors file"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from probes.cache_folder import expanded
 from probes.errors import PointError, StoreError, one_line, shown
 from probes.foreign.rows import Imported, Rows, Tokens, checked, key_of, put_all, token_ids
 from probes.points import Address
@@ -45,7 +46,7 @@ def import_datasets(
     Raises:
         StoreError: not a data set, columns that are no points, no token ids, or rows that do not match them.
     """
-    data = _load(Path(path).expanduser())
+    data = _load(expanded(path))
     columns = _columns(data, str(path))
     return put_all(store, model, "datasets", _sequences(data, columns, _ids(data, tokens, str(path)), str(path)))
 

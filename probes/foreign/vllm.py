@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
+from probes.cache_folder import expanded
 from probes.errors import StoreError, one_line, shown
 from probes.foreign.rows import Imported, Rows, Tokens, checked, key_of, put_all, token_ids
 from probes.input_files import kind_of
@@ -33,7 +34,7 @@ def import_vllm(path: str | Path, store: ActivationStore, *, model: str, layers:
     Raises:
         StoreError: no such files, files of another form, or ids that do not match them.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     files = (
         [path] if kind_of(path) == "file" else sorted(path.rglob("*.safetensors")) if kind_of(path) == "folder" else []
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from probes.cache_folder import expanded
 from probes.store.backing import Backing
 from probes.store.layout import encode
 from probes.store.names import Names
@@ -32,7 +33,7 @@ class AppendOnlyWriter:
         Raises:
             StoreError: a root that cannot be used, or a store of a newer protocol.
         """
-        self.root = Path(root).expanduser().absolute()
+        self.root = expanded(root).absolute()
         self.names = Names(self.root)
         self._backing = Backing(self.root)
 

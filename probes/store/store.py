@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
-from probes.cache_folder import cache_root
+from probes.cache_folder import cache_root, expanded
 from probes.errors import StoreError
 from probes.html_card import Fold, card, count, size
 from probes.store import eviction, maintenance
@@ -70,7 +70,7 @@ class ActivationStore:
         """
         if max_bytes is not None and max_bytes <= 0:
             raise StoreError(f"max_bytes {max_bytes} leaves no room; give a positive number of bytes, or None")
-        self.root = (default_root() if root is None else Path(root)).expanduser().absolute()
+        self.root = expanded(default_root() if root is None else root).absolute()
         self.max_bytes = max_bytes
         self._backing = Backing(self.root)
         self.names = Names(self.root)

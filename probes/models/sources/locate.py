@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from probes.cache_folder import expanded
 from probes.errors import SHOWN, ModelError, shown
 from probes.input_files import kind_of
 from probes.models.sources.bundled import BUNDLED, BundledModel
@@ -69,7 +70,7 @@ def locate(
     if is_planted(ref):
         planted, digest = planted_folder(ref)
         return Located(ref, planted, f"sha256:{digest}")
-    path = _path_of(ref)
+    path = expanded(ref)
     kind = kind_of(path)
     if kind == "folder":
         check_folder(path)
@@ -139,13 +140,6 @@ def model_info(ref: str, *, trust_remote_code: bool = False) -> ModelInfo:
     facts = _facts(config)
     described = f"{facts['architecture']}, {facts.get('n_layers', '?')} layers"
     return ModelInfo(ref, kind, described, at_hand=True, path=located.folder, facts=facts)
-
-
-def _path_of(ref: str) -> Path:
-    try:
-        return Path(ref).expanduser()
-    except RuntimeError:  # `~name` of nobody
-        return Path(ref)
 
 
 def _from_hub(ref: str, revision: str | None, offline: bool, trust_remote_code: bool) -> Located:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from probes.edits.edit import Edit, Scope
-from probes.edits.line import spans, times
-from probes.edits.positions import At, Texts, TokenText, at_text, chosen, indices, need_texts
+from probes.edits.line import Line, spans, times
+from probes.edits.positions import At, Texts, TokenText, at_text, chosen, indices, need_texts, read_at
 from probes.errors import OptionError, PointError, unknown
 from probes.models.protocol import Model, Shape, Write
 from probes.points import POINTS, Address
@@ -70,6 +71,20 @@ class PointEdit(Edit):
     def with_values(self, model: Model, texts: Texts | None) -> Edit:
         """Return the edit with its values read."""
         return self
+
+    @classmethod
+    def from_line(cls, verb: str, line: Line) -> Edit:
+        """Return the edit that a line says: where, what, and when it acts while the model writes."""
+        address, heads = line.address()
+        positions = read_at(line)
+        what = cls.read_what(verb, line)
+        scope: Scope = "every_step" if line.takes("every-step") else "prefill"
+        return cls(address=address, positions=positions, heads=heads, scope=scope, **what)
+
+    @classmethod
+    def read_what(cls, verb: str, line: Line) -> dict[str, Any]:
+        """Return the fields that a line says behind the place."""
+        raise NotImplementedError
 
     def detail(self) -> str:
         """Return the part of the text that says what is done."""

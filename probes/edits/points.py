@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from probes.edits.directions import Direction, Place, read_direction
-from probes.edits.edit import Edit, Scope
+from probes.edits.edit import Edit
 from probes.edits.line import Line, times
 from probes.edits.other_prompt import Other
 from probes.edits.point_edit import PointEdit
-from probes.edits.positions import Texts, read_at, read_place
+from probes.edits.positions import Texts, read_place
 from probes.edits.values import Source, Values
 from probes.errors import OptionError
 from probes.models.protocol import Model
@@ -45,16 +45,11 @@ class Replace(PointEdit):
     strength: ClassVar[str | None] = "share"
 
     @classmethod
-    def from_line(cls, verb: str, line: Line) -> Edit:
-        """Return the edit that a line says."""
-        address, heads = line.address()
-        positions = read_at(line)
+    def read_what(cls, verb: str, line: Line) -> dict[str, Any]:
+        """Return the fields that a line says behind the place."""
         line.need("from")
         line.need("other")
-        other = Other(read_place(line) if line.takes("@") else None)
-        return cls(
-            address=address, positions=positions, heads=heads, value=other, share=line.times(), scope=_scope(line)
-        )
+        return {"value": Other(read_place(line) if line.takes("@") else None), "share": line.times()}
 
     def line(self) -> str:
         """Return the edit as one line."""
@@ -101,11 +96,9 @@ class Mean(PointEdit):
     strength: ClassVar[str | None] = "share"
 
     @classmethod
-    def from_line(cls, verb: str, line: Line) -> Edit:
-        """Return the edit that a line says."""
-        address, heads = line.address()
-        positions = read_at(line)
-        return cls(address=address, positions=positions, heads=heads, share=line.times(), scope=_scope(line))
+    def read_what(cls, verb: str, line: Line) -> dict[str, Any]:
+        """Return the fields that a line says behind the place."""
+        return {"share": line.times()}
 
     def line(self) -> str:
         """Return the edit as one line."""
@@ -135,14 +128,9 @@ class Add(PointEdit):
     strength: ClassVar[str | None] = "factor"
 
     @classmethod
-    def from_line(cls, verb: str, line: Line) -> Edit:
-        """Return the edit that a line says."""
-        address, heads = line.address()
-        positions = read_at(line)
-        value = read_direction(line)
-        return cls(
-            address=address, positions=positions, heads=heads, value=value, factor=line.times(), scope=_scope(line)
-        )
+    def read_what(cls, verb: str, line: Line) -> dict[str, Any]:
+        """Return the fields that a line says behind the place."""
+        return {"value": read_direction(line), "factor": line.times()}
 
     def line(self) -> str:
         """Return the edit as one line."""
@@ -181,12 +169,9 @@ class Scale(PointEdit):
     strength: ClassVar[str | None] = "factor"
 
     @classmethod
-    def from_line(cls, verb: str, line: Line) -> Edit:
-        """Return the edit that a line says."""
-        address, heads = line.address()
-        positions = read_at(line)
-        factor = line.factor() if verb == "scale" else 0.0
-        return cls(address=address, positions=positions, heads=heads, factor=factor, scope=_scope(line))
+    def read_what(cls, verb: str, line: Line) -> dict[str, Any]:
+        """Return the fields that a line says behind the place."""
+        return {"factor": line.factor() if verb == "scale" else 0.0}
 
     def line(self) -> str:
         """Return the edit as one line."""
@@ -215,14 +200,9 @@ class ProjectOut(PointEdit):
     strength: ClassVar[str | None] = "keep"
 
     @classmethod
-    def from_line(cls, verb: str, line: Line) -> Edit:
-        """Return the edit that a line says."""
-        address, heads = line.address()
-        positions = read_at(line)
-        value = read_direction(line)
-        return cls(
-            address=address, positions=positions, heads=heads, value=value, keep=line.times(0.0), scope=_scope(line)
-        )
+    def read_what(cls, verb: str, line: Line) -> dict[str, Any]:
+        """Return the fields that a line says behind the place."""
+        return {"value": read_direction(line), "keep": line.times(0.0)}
 
     def line(self) -> str:
         """Return the edit as one line."""
@@ -237,10 +217,6 @@ class ProjectOut(PointEdit):
         rows = self.value.values(model, Place(self.address, self.positions, self.heads), texts).tensor
         where = {"positions": self.positions, "heads": self.heads, "scope": self.scope}
         return project_out(self.address, rows.reshape(-1, rows.shape[-1]), self.keep, **where)
-
-
-def _scope(line: Line) -> Scope:
-    return "every_step" if line.takes("every-step") else "prefill"
 
 
 @dataclass(frozen=True, kw_only=True)

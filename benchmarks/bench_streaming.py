@@ -25,7 +25,7 @@ from process_memory import Memory, kernel
 from streamed_llama import Sizes, write
 
 from analyses.back_patching import BackPatching
-from probes.capture.dry_run import human
+from probes.html_card import size
 from probes.models import load_model
 from probes.models.protocol import Model
 from probes.prompts import Prompt
@@ -142,7 +142,7 @@ def compare(table: pd.DataFrame, other: pd.DataFrame, name: str) -> None:
 
 
 def line(what: str, seconds: float, counted: int, disk: int) -> str:
-    return f"{what:<28}{seconds:8.1f} s  weights read {human(counted):>10}, from disk {human(disk):>10}"
+    return f"{what:<28}{seconds:8.1f} s  weights read {size(counted):>10}, from disk {size(disk):>10}"
 
 
 def report(facts: dict[str, Any], total: int, blocks: int) -> None:
@@ -156,8 +156,8 @@ def report(facts: dict[str, Any], total: int, blocks: int) -> None:
     print(f"share of the time spent waiting for a block: {facts['waiting']:.0%} (loads and grid)")
     memory = facts["memory"]
     print(
-        f"peak resident {human(memory['VmHWM'])} (own {human(memory['RssAnon'])}, mapped files {human(memory['RssFile'])}); "
-        f"activations on disk {human(facts['spilled'])}; identities hold: {facts['holds']}"
+        f"peak resident {size(memory['VmHWM'])} (own {size(memory['RssAnon'])}, mapped files {size(memory['RssFile'])}); "
+        f"activations on disk {size(facts['spilled'])}; identities hold: {facts['holds']}"
     )
 
 
@@ -195,7 +195,7 @@ def main() -> None:
             print(
                 f"accelerate reads {peer_counted / counted:.1f} times the bytes in {peer_seconds / seconds:.1f} times the seconds"
             )
-            print(f"its peak resident memory: {human(peer['memory']['VmHWM'])}")
+            print(f"its peak resident memory: {size(peer['memory']['VmHWM'])}")
         if total < COMPARED_BELOW:
             compare(
                 facts["table"], apart(ordinary, options.threads, folder, sizes, prompts)["table"], "an ordinary load"

@@ -29,12 +29,12 @@ def card(title: str, about: str, facts: Mapping[str, object], folds: Sequence[Fo
     return f"<div style='border:{_EDGE};border-radius:6px;padding:8px 12px;max-width:62em;overflow-x:auto'>{body}</div>"
 
 
-def size(n_bytes: int) -> str:
+def size(n_bytes: float) -> str:
     """Return a number of bytes as people read it, for instance `1.5 MiB`."""
     value, unit = float(n_bytes), 0
     while value >= 1024 and unit < len(_UNITS) - 1:
         value, unit = value / 1024, unit + 1
-    return f"{n_bytes} bytes" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
+    return f"{value:,.{min(unit, 1)}f} {_UNITS[unit]}"
 
 
 def count(n: int, noun: str, many: str = "") -> str:

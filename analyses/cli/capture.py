@@ -12,11 +12,11 @@ from analyses.cli.model_flags import with_model
 from analyses.cli.run import DryRun, PromptFile
 from analyses.cli.store_flag import StoreDir
 from analyses.running.model_spec import ModelSpec
-from probes.capture.dry_run import estimate, human
+from probes.capture.dry_run import estimate
 from probes.capture.needs import Need
 from probes.capture.run import capture as run_capture
 from probes.capture.run import plan_capture
-from probes.html_card import count
+from probes.html_card import count, size
 from probes.points import expand
 from probes.prompts import read_prompts
 from probes.reducers import Reducer
@@ -50,5 +50,5 @@ def capture(
     finally:
         progress.stop()
     say(
-        f"{count(done.forwards, 'forward pass')}, {count(done.plan.rows, 'row')}, {human(done.bytes_written)} written to {activations.root}"
+        f"{count(done.forwards, 'forward pass')}, {count(done.plan.rows, 'row')}, {size(done.bytes_written)} written to {activations.root}"
     )

@@ -18,9 +18,8 @@ from analyses.reading.quality import quality_rows, read_texts
 from analyses.reading.texts import SENTENCES, Texts, file_texts, packed_texts, shipped_texts, without
 from analyses.reading.tuned import fit_tuned_on
 from analyses.running.model_spec import ModelSpec
-from probes.capture.dry_run import human
 from probes.errors import OptionError
-from probes.html_card import aligned, count
+from probes.html_card import aligned, count, size
 from probes.lens_fits.foreign import import_jacobian
 from probes.lens_fits.jacobian import Estimator
 from probes.lens_fits.jacobian_fit import FitCost, fit_cost, fit_jacobian
@@ -142,7 +141,7 @@ def cost_lines(cost: FitCost) -> Iterator[str]:
     """What a Jacobian fit would take, and what would fit into an hour where it is longer."""
     yield (
         f"{count(cost.texts, 'text')}, {count(cost.backwards_per_text, 'batch', 'batches')} of cotangents each: about "
-        f"{cost.texts * cost.flops_per_text / 1e12:.3g} TFLOP, {human(cost.bytes)} of memory"
+        f"{cost.texts * cost.flops_per_text / 1e12:.3g} TFLOP, {size(cost.bytes)} of memory"
     )
     yield f"about {cost.seconds_per_text:.3g} s a text on this machine, {cost.seconds:.3g} s in all"
     if cost.seconds > HOUR:

@@ -10,8 +10,9 @@ from analyses.studies.cells import Cell
 from analyses.studies.run_cells import ModelHolder
 from analyses.studies.scheduling import Unit
 from analyses.studies.shared_captures import CellCaptures, shared_plans
-from probes.capture.dry_run import PROBE_SECONDS, DeviceSpeed, Estimate, estimate, human, measured_speed
+from probes.capture.dry_run import PROBE_SECONDS, DeviceSpeed, Estimate, estimate, measured_speed
 from probes.errors import UserError
+from probes.html_card import size
 from probes.models.protocol import Model
 from probes.store import ActivationStore
 
@@ -78,12 +79,12 @@ def table(units: Sequence[UnitCost], done: int) -> list[str]:
         "",
         f"cells     {len(cells):,} to run, {done:,} already done",
         f"forwards  {forwards:,} shared, in place of {alone:,} cell by cell: {alone - forwards:,} saved",
-        f"captured  {human(sum(one.bytes for one in shared))}, about {seconds:.1f} s of forwards",
+        f"captured  {size(sum(one.bytes for one in shared))}, about {seconds:.1f} s of forwards",
         "Lines are each cell by itself; interventions, generation and fitting come on top.",
     ]
 
 
 def _numbers(cost: Estimate | None) -> list[str]:
     if cost is None:
-        return ["0", human(0), "0.0", human(0)]
-    return [f"{cost.forwards:,}", human(cost.bytes), f"{cost.seconds:.1f}", human(cost.peak_bytes)]
+        return ["0", size(0), "0.0", size(0)]
+    return [f"{cost.forwards:,}", size(cost.bytes), f"{cost.seconds:.1f}", size(cost.peak_bytes)]

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from analyses.studies.scheduling import Unit
-from probes.capture.dry_run import human
-from probes.html_card import count
+from probes.html_card import count, size
 
 HEADROOM = 3
 """Memory asked for, in sizes of the weights on disk, beside a constant for the libraries."""
@@ -29,7 +28,7 @@ def script(units: Sequence[Unit], study: Path, out: Path, store: Path | None, pr
     listed = [f"#   {number}: {unit.label}, {count(len(unit.cells), 'cell')}" for number, unit in enumerate(units)]
     lines = [
         "#!/usr/bin/env bash",
-        f"# {len(units)} tasks, one for each model and prompt set; the largest model has {human(largest)} of weights:",
+        f"# {len(units)} tasks, one for each model and prompt set; the largest model has {size(largest)} of weights:",
         *listed,
         "# Submit with  sbatch THIS  and, for tables and report once all have ended:",
         f"#   sbatch --dependency=afterany:JOB --wrap {shlex.quote(shlex.join(command))}",

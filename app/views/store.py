@@ -8,8 +8,8 @@ import streamlit as st
 from analyses.cli.store import parse_size
 from app.places import store_root
 from app.ui.takeaway import table_downloads
-from probes.capture.dry_run import human
 from probes.errors import UserError
+from probes.html_card import size
 from probes.store import ActivationStore
 
 
@@ -33,13 +33,13 @@ def draw() -> None:
 
 def _contents(table: pd.DataFrame, stored_bytes: int) -> None:
     left, middle, right = st.columns(3)
-    left.metric("Held", human(stored_bytes))
+    left.metric("Held", size(stored_bytes))
     middle.metric("Shards", int(table["shards"].sum()))
     right.metric("Models and settings", len(table))
     if not len(table):
         st.info("The store is empty: the first run fills it.", icon=":material/water:")
         return
-    shown = table.assign(size=[human(b) for b in table["bytes"]], weights=table["weights"].str[:12])
+    shown = table.assign(size=[size(b) for b in table["bytes"]], weights=table["weights"].str[:12])
     words = "What the store holds, one line per model and setting"
     st.dataframe(shown.drop(columns="bytes"), hide_index=True, key="store:ls", alt=words)
     table_downloads(table, "store", "store")
@@ -50,9 +50,9 @@ def _verify(store: ActivationStore, stored_bytes: int) -> None:
     words = "Reads every byte against its checksum."
     if not st.button("Verify every shard", key="store:verify", icon=":material/verified:", help=words):
         return
-    with st.spinner(f"Reading {human(stored_bytes)} …"):
+    with st.spinner(f"Reading {size(stored_bytes)} …"):
         report = store.verify()
-    said = f"{report.checked:,} shards ({human(report.bytes)}) checked, {len(report.damaged)} damaged."
+    said = f"{report.checked:,} shards ({size(report.bytes)}) checked, {len(report.damaged)} damaged."
     if report.damaged:
         names = ", ".join(report.damaged)
         st.error(f"{said} Set aside, to be captured again: {names}", icon=":material/heart_broken:")
@@ -63,16 +63,16 @@ def _verify(store: ActivationStore, stored_bytes: int) -> None:
 def _evict(store: ActivationStore) -> None:
     st.subheader("Make room", anchor=False)
     words = "Such as 20GB or 512MiB; least recently used shards go first."
-    size = st.text_input("Keep at most", "20GB", key="store:size", help=words)
+    limit = st.text_input("Keep at most", "20GB", key="store:size", help=words)
     sure = st.checkbox("Evict what is above that size. A run that is reading keeps its shards.", key="store:sure")
     if not st.button("Evict", disabled=not sure, key="store:evict", icon=":material/delete_sweep:"):
         return
     try:
-        report = store.gc(parse_size(size))
+        report = store.gc(parse_size(limit))
     except UserError as error:
         st.error(str(error), icon=":material/block:")
         return
-    freed, left = human(report.bytes_freed), human(report.bytes_held)
+    freed, left = size(report.bytes_freed), size(report.bytes_held)
     st.success(f"{len(report.evicted):,} shards evicted, {freed} freed, {left} held now.")
 
 

@@ -10,7 +10,7 @@ import torch
 
 from probes.capture.forward import PACKET_BYTES, axis_sizes, batch_tokens_of, row_size
 from probes.capture.needs import CapturePlan
-from probes.html_card import count
+from probes.html_card import count, size
 from probes.models.protocol import LayerMajor, Model, Shape
 
 PROBE_SECONDS = 2.0
@@ -45,20 +45,11 @@ class Estimate:
         return [
             *measured,
             f"forwards           {count(self.forwards, 'prompt')}, {count(self.tokens, 'token')}",
-            f"rows to capture    {self.rows:,} ({human(self.bytes)})",
+            f"rows to capture    {self.rows:,} ({size(self.bytes)})",
             f"already held       {self.stored:,} (prompt, feature) pairs",
             f"estimated time     {self.seconds:.1f} s",
-            f"estimated memory   {human(self.peak_bytes)} at the peak",
+            f"estimated memory   {size(self.peak_bytes)} at the peak",
         ]
-
-
-def human(size: float) -> str:
-    """Return a size in bytes as text with a unit."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
-        size /= 1024
-    return f"{size:,.1f} TiB"
 
 
 def block_parameters(shape: Shape) -> int:

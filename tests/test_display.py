@@ -154,11 +154,11 @@ def test_the_cells_of_a_table_stand_below_their_heads() -> None:
     ("n", "text"),
     [
         (0, "0 bytes"),
-        (1023, "1023 bytes"),
+        (1023, "1,023 bytes"),
         (1024, "1.0 KiB"),
         (1536 * 1024, "1.5 MiB"),
         (2**30, "1.0 GiB"),
-        (5 * 2**50, "5120.0 TiB"),
+        (5 * 2**50, "5,120.0 TiB"),
     ],
 )
 def test_sizes_read_as_people_say_them(n: int, text: str) -> None:

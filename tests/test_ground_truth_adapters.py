@@ -313,8 +313,8 @@ def test_causal_patching_names_the_part_that_brings_half_of_the_gap_first() -> N
     assert sufficient.decision == "none"
 
 
-def test_every_analysis_but_one_takes_part() -> None:
-    assert set(ANALYSES) - set(ADAPTED) == {"layer_programs"}, "what answers no question is named here"
+def test_every_analysis_but_two_takes_part() -> None:
+    assert set(ANALYSES) - set(ADAPTED) == {"layer_programs", "passage_use"}, "what answers no question is named here"
     assert set(ADAPTED) < set(ANALYSES)
     assert {adapter_of(name).analysis for name in ADAPTED} == set(ADAPTED)
     with pytest.raises(OptionError, match="adapter"):

@@ -50,12 +50,12 @@ def test_half_of_the_area_is_where_the_changes_halve() -> None:
 
 def columns(cosine: np.ndarray, kl: np.ndarray, overlap: np.ndarray) -> dict[str, PerPrompt]:
     """Curves [prompt, layer] as they are measured."""
-    made = {}
+    measured = {}
     for name, values in {**dict.fromkeys(COSINES, cosine), "lens_kl": kl, "lens_overlap": overlap}.items():
-        made[name] = PerPrompt(*values.shape)
+        measured[name] = PerPrompt(*values.shape)
         for layer in range(values.shape[1]):
-            made[name].add(layer, range(len(values)), torch.from_numpy(values[:, layer]))
-    return made
+            measured[name].add(layer, range(len(values)), torch.from_numpy(values[:, layer]))
+    return measured
 
 
 def curves(n_prompts: int = 8, noise: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -106,12 +106,12 @@ class Generation:
         for index in range(len(self.prompts)):
             for one in self._compare(index):
                 written.append(one)
-            if self._held() > KEPT_BYTES or len(self._open) >= TEXTS:
+            if self._open_bytes() > KEPT_BYTES or len(self._open) >= TEXTS:
                 self._write()
         self._write()
         return written
 
-    def _held(self) -> int:
+    def _open_bytes(self) -> int:
         return sum(side.nbytes for one in self._open for pair in one.changed for side in pair)
 
     @torch.no_grad()

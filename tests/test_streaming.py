@@ -451,7 +451,9 @@ class TestGguf:
     @pytest.fixture(params=["F32", "F16", "Q8_0", "Q5_1", "Q4_0"])
     def path(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         kind = gguf.GGMLQuantizationType[request.param]
-        return llama_gguf(tmp_path / "tiny.gguf", model=make("llama", num_key_value_heads=2, intermediate_size=64), kind=kind)
+        return llama_gguf(
+            tmp_path / "tiny.gguf", model=make("llama", num_key_value_heads=2, intermediate_size=64), kind=kind
+        )
 
     def test_rows_and_keys_are_those_of_the_converted_folder(self, path: Path, store: ActivationStore) -> None:
         plain, streamed = both(str(path))

@@ -96,12 +96,15 @@ class _Scaled(torch.autograd.Function):
 
 def scaled(x: Tensor, factor: float) -> Tensor:
     """Return `x` itself, its gradient multiplied by `factor`; 0 passes none."""
-    return _Scaled.apply(x, factor) if factor else x.detach()
+    if not factor:
+        return x.detach()
+    out: Tensor = _Scaled.apply(x, factor)  # type: ignore[no-untyped-call]
+    return out
 
 
 def instead(value: Tensor, surrogate: Tensor) -> Tensor:
     """Return `value`, to the bit, with the gradient of `surrogate`, of the same shape."""
-    out: Tensor = _Instead.apply(value.detach(), surrogate.to(value.dtype))
+    out: Tensor = _Instead.apply(value.detach(), surrogate.to(value.dtype))  # type: ignore[no-untyped-call]
     return out
 
 

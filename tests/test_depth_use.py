@@ -61,6 +61,7 @@ CONTRACT = {
     "proxies": "layer delta_ce_block delta_ce_attn delta_ce_mlp jsd_block similarity_block lim zd lens_kl parallel_error_2 "
     "delta_ce_int8 delta_ce_int4 delta_ce_frozen_norm relative_norm_block cosine_block skip_effect_block",
     "agreement": "proxy_a proxy_b spearman ci_low ci_high",
+    "effective_depth": "definition threshold layer ratio ci_low ci_high defined_share",
 }
 
 
@@ -89,6 +90,8 @@ def test_the_figures_draw_from_the_tables_alone(result: Result, tmp_path: object
         "readouts",
         "masks",
         "kv_subspaces",
+        "generation",
+        "generation_answers",
     }
     for name in loaded.figures:
         assert loaded.figure(name).data

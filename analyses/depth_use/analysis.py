@@ -19,10 +19,12 @@ from analyses.depth_use.profiles import PROFILES
 from analyses.depth_use.settings import Settings
 from analyses.depth_use.stream_settings import StreamSettings
 from analyses.depth_use.tokens import check_answer_from
+from analyses.generation import Decoding, respond
 from analyses.interventions import Interventions
 from analyses.options import option, validate
 from analyses.results.card import FigureSpec, ProfileSpec
 from analyses.results.result import Result
+from analyses.scoring import check_answer, check_choices
 from analyses.tokens import token_text
 from probes.capture.activations import Activations
 from probes.capture.needs import Need
@@ -69,6 +71,8 @@ class DepthUse(StreamSettings, Settings, Analysis):
         "group": Field(
             "Names the lines whose streams are compared with those of other groups: a text or an int.", check_group
         ),
+        "answer": Field("The right answer, as text, for the accuracy without each block.", check_answer),
+        "choices": Field('Texts among which the answer is looked for: ["Paris", "Rome"].', check_choices),
         "label": Field("Class of the line, 0 or 1, for the probe among the proxies.", check_label),
     }
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
@@ -76,13 +80,19 @@ class DepthUse(StreamSettings, Settings, Analysis):
 
     def __post_init__(self) -> None:
         validate(self)
-        for name in ("parts", "bits", "windows", "layers"):  # each is measured once, however often it is named
+        for name in (
+            "parts",
+            "generate_parts",
+            "bits",
+            "windows",
+            "layers",
+        ):  # each is measured once, however often it is named
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
 
     def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
-        """Count the restarts of blocks left out, rounded, frozen, run side by side, erased and differentiated."""
+        """Count the restarts of blocks left out, rounded, frozen, run side by side, erased, differentiated and written without."""
         _check_model(model)
-        return Interventions(forwards(model, prompts, self))
+        return Interventions(forwards(model, prompts, self), exact=not self.generate_prompts)
 
     def needs(self, model: Model) -> list[Need]:
         """Ask for rows of the stream entering and leaving every block, and of what attention adds."""
@@ -93,8 +103,8 @@ class DepthUse(StreamSettings, Settings, Analysis):
         self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
     ) -> Result:
         """Return the tables `proxies`, `proxy_intervals`, `agreement`, `contributions`, `skip_effect`, `output_effect`, `depth_score`,
-        `windows`, and where asked for `erasure`, `attribution`, `greedy`, `drop_curve`, `linear_maps`,
-        those of `analyses.depth_use.comparisons`: with groups of prompts, and of keys and values.
+        `windows`, `effective_depth`, and where asked for `erasure`, `attribution`, `greedy`, `drop_curve`, `linear_maps`,
+        `generation` and `generation_layers`, and those of `analyses.depth_use.comparisons`: with groups of prompts, and of keys and values.
 
         Raises:
             PointError: the model is not causal, its blocks do not add to the stream, or its backend keeps them to itself.
@@ -109,7 +119,11 @@ class DepthUse(StreamSettings, Settings, Analysis):
         sequences = [prompt.tokens for prompt in collected]
         check_kv(model, sequences, self.kv_rank, layers, self.first_token)
         activations = capture(model, sequences, self.needs(model), store, progress=progress)
-        tables, notes, done = measure_blocks(activations, collected, self, progress)
+        responses: list[tuple[int, ...]] = []
+        if self.generate_prompts:
+            writing = Decoding(self.generate_tokens)
+            responses = respond(model, sequences[: self.generate_prompts], writing, store, progress=progress)[0]
+        tables, notes, done = measure_blocks(activations, collected, responses, self, progress)
         groups = [str(prompt.fields.get("group", "")) for prompt in collected]
         tables |= compared(activations, groups, self, layers, self.first_token, self.seed)
         if self.target_model:

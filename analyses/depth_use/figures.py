@@ -6,6 +6,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from analyses.depth_use.figures_effective_depth import EFFECTIVE_DEPTH_FIGURES
+from analyses.depth_use.figures_generation import GENERATION_FIGURES
 from analyses.depth_use.figures_proxies import PROXY_FIGURES
 from analyses.depth_use.figures_streams import STREAM_FIGURES
 from analyses.results.card import FigureSpec, Tables
@@ -180,6 +182,8 @@ def linear_maps(tables: Tables) -> go.Figure:
 
 FIGURES = {
     **PROXY_FIGURES,
+    **EFFECTIVE_DEPTH_FIGURES,
+    **GENERATION_FIGURES,
     "contributions": FigureSpec(
         "What each block adds to the stream",
         "Left: the length of what a whole block, its attention and its MLP add, relative to the stream they add to (logarithmic). Right: the "

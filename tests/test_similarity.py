@@ -147,6 +147,7 @@ class TestControls:
         assert dealt is not None
         assert (dealt[0].sum(1) == 3).all()
         assert (dealt[0] + dealt[1] == in_a + in_b).all()
+        assert np.isin(dealt, (0, 1)).all(), "a text of neither group stays out"
         assert (redrawn(in_a, 0)[:, in_a == 0] == 0).all()
         assert (redrawn(in_a, 0).sum(1) == 3).all()
 
@@ -216,6 +217,10 @@ class TestMasks:
         ]
         loud = torch.tensor([0.0, 1.0, 1.0, 100.0])
         assert kept_weights(weight, loud, 0.5).tolist() == [[False, True, False, True], [False, False, True, True]]
+
+    def test_inputs_count_by_their_root_mean_square(self) -> None:
+        assert kept_weights(torch.tensor([[3.0, 1.4]]), torch.tensor([1.0, 4.0]), 0.5).tolist() == [[True, False]]
+        assert kept_weights(torch.tensor([[3.0, 1.6]]), torch.tensor([1.0, 4.0]), 0.5).tolist() == [[False, True]]
 
     def test_the_order_of_features_means_nothing(self) -> None:
         generator = torch.Generator().manual_seed(1)

@@ -9,13 +9,15 @@ from typing import ClassVar
 import pandas as pd
 
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
-from analyses.depth_use.alignment import alignment_table
+from analyses.depth_use.comparisons import compared
 from analyses.depth_use.figures import FIGURES
 from analyses.depth_use.forwards import forwards
+from analyses.depth_use.kv_subspaces import check_kv
 from analyses.depth_use.maps import check_pair, map_table
 from analyses.depth_use.measurements import measure_blocks
 from analyses.depth_use.profiles import PROFILES
 from analyses.depth_use.settings import Settings
+from analyses.depth_use.stream_settings import StreamSettings
 from analyses.depth_use.tokens import check_answer_from
 from analyses.generation import Decoding, respond
 from analyses.interventions import Interventions
@@ -46,7 +48,7 @@ def check_label(value: object) -> str | None:
 
 
 @dataclass(frozen=True)
-class DepthUse(Settings, Analysis):
+class DepthUse(StreamSettings, Settings, Analysis):
     """How a model uses its depth (Csordás, Manning, Potts 2025, arXiv 2505.13898), beside the proxies of layer importance."""
 
     target_model: str = option(
@@ -95,26 +97,28 @@ class DepthUse(Settings, Analysis):
 
     def needs(self, model: Model) -> list[Need]:
         """Ask for rows of the stream entering and leaving every block, and of what attention adds."""
-        return [Need(("resid_pre.0", "resid_post.*", "attn_out.*"))]
+        blocks = Need(("resid_pre.0", "resid_post.*", "attn_out.*"))
+        return [blocks, *self.stream_needs(model, self.first_token)]
 
     def run(
         self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
     ) -> Result:
         """Return the tables `proxies`, `proxy_intervals`, `agreement`, `contributions`, `skip_effect`, `output_effect`, `depth_score`,
         `windows`, `effective_depth`, and where asked for `erasure`, `attribution`, `greedy`, `drop_curve`, `bits_frontier`, `linear_maps`,
-        `generation` and `generation_layers`, and with groups of prompts `alignment`.
+        `generation` and `generation_layers`, and those of `analyses.depth_use.comparisons`: with groups of prompts, and of keys and values.
 
         Raises:
             PointError: the model is not causal, its blocks do not add to the stream, or its backend keeps them to itself.
-            PromptError: no prompt has a next token to predict.
-            OptionError: a layer that the model does not have.
+            PromptError: no prompt has a next token to predict, or there are too few tokens for subspaces of keys.
+            OptionError: a layer that the model does not have, or subspaces of keys that are too large.
         """
         clock, store = Clock(), store or ActivationStore()
         _check_model(model)
-        self.swept(model.shape.n_layers)
+        layers = self.swept(model.shape.n_layers)
         collected = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
         _check_prompts(collected)
         sequences = [prompt.tokens for prompt in collected]
+        check_kv(model, sequences, self.kv_rank, layers, self.first_token)
         activations = capture(model, sequences, self.needs(model), store, progress=progress)
         responses: list[tuple[int, ...]] = []
         if self.generate_prompts:
@@ -122,8 +126,7 @@ class DepthUse(Settings, Analysis):
             responses = respond(model, sequences[: self.generate_prompts], writing, store, progress=progress)[0]
         tables, notes, done = measure_blocks(activations, collected, responses, self, progress)
         groups = [str(prompt.fields.get("group", "")) for prompt in collected]
-        if len(set(groups) - {""}) > 1:
-            tables["alignment"] = alignment_table(activations, groups, self.first_token, self.seed)
+        tables |= compared(activations, groups, self, layers, self.first_token, self.seed)
         if self.target_model:
             tables["linear_maps"] = self._maps(activations, store, progress)
         for name in ("erasure", "attribution"):

@@ -123,7 +123,7 @@ class CachedPrompt:
     @torch.no_grad()
     def _collect(self, writes: Mapping[Address, Write]) -> None:
         """Run the whole prompt once, and keep what the suffix needs."""
-        ids, nothing = self._ids(self.tokens), _cache_of(0, self.model.shape.n_layers)
+        ids, nothing = self._ids(self.tokens), cache_of(0, self.model.shape.n_layers)
 
         def keep(hidden: Tensor, call: Caller) -> None:
             run, done = self.model.saved_run(ids, hidden), 0
@@ -161,7 +161,7 @@ class CachedPrompt:
     @torch.no_grad()
     def _prepare(self) -> None:
         """Have the model prepare its blocks' arguments for the suffix; no block runs."""
-        self._cache = _cache_of(self.start, self.model.shape.n_layers)
+        self._cache = cache_of(self.start, self.model.shape.n_layers)
         suffix = self._ids(self.tokens[self.start :])
         arguments = {"past_key_values": self._cache, "use_cache": True}
         self._call: Caller = call_blocks(self.model, suffix, lambda _, call: call, **arguments)
@@ -351,7 +351,7 @@ class CachedPrompt:
         return [[int(t) for t in row] for row in torch.cat(written, dim=1).cpu()]
 
 
-def _cache_of(length: int, n_layers: int) -> Any:
+def cache_of(length: int, n_layers: int) -> Any:
     """A key-value cache that says it holds `length` positions; for a model that only asks how many there are."""
     from transformers import DynamicCache
 

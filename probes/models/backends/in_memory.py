@@ -315,10 +315,18 @@ def _shape(anatomy: Anatomy, causal: bool, d_mlp: int | None) -> Shape:
     )
 
 
+def _parts(module: nn.Module) -> list[nn.Module]:
+    """Return a module and all inside it, some perhaps twice: `modules()` would take longer than a small block."""
+    parts = [module]
+    for part in parts:
+        parts += [child for child in part._modules.values() if child is not None]
+    return parts
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put a module in evaluation mode inside the context; every submodule has its own training flag back afterwards."""
-    training = [m for m in module.modules() if m.training]
+    training = [m for m in _parts(module) if m.training]
     for m in training:
         m.training = False
     try:

@@ -243,3 +243,20 @@ def test_live_work_does_not_run_inside_a_job_s_alteration(model: Model) -> None:
         assert not out
     other.join(10)
     assert torch.equal(out[0], Session(model, "w5 w6 w7").edit("zero mlp_out.1").run.logprobs)
+
+
+def test_the_outline_is_the_border_of_the_region() -> None:
+    import numpy as np
+    import plotly.graph_objects as go
+
+    from app.ui.live_figures import _outline
+
+    figure = go.Figure()
+    _outline(figure, np.array([[False, True, True], [False, True, False]]))
+    (shape,) = figure.layout.shapes
+    edges = {
+        frozenset(tuple(float(number) for number in end.split(",")) for end in line.split("L"))
+        for line in shape.path.split("M")[1:]
+    }
+    corners = [(0.5, -0.5), (1.5, -0.5), (2.5, -0.5), (2.5, 0.5), (1.5, 0.5), (1.5, 1.5), (0.5, 1.5), (0.5, 0.5)]
+    assert edges == {frozenset(pair) for pair in zip(corners, corners[1:] + corners[:1], strict=True)}

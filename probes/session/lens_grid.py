@@ -89,14 +89,13 @@ def read_grid(
     if reference and bool(compared.any()):
         streams, same = reference[0].streams[1:].float(), partner[step[compared]]
         if reference_logits is None:
-            kinds, counts = same.unique_consecutive(return_counts=True)
-            parts = streams[same, position[compared]].split(counts.tolist())
-            places = zip(parts, kinds.tolist(), strict=True)
+            moved = [s for s in range(steps) if partner[s] >= 0 and changed[s].any()]
+            places = [(streams[partner[s]][changed[s]], int(partner[s])) for s in moved]
         else:
             # Whole steps of what is known, so that nothing is copied.
             known = reference_logits[same.min() : same.max() + 1].flatten(0, 1)
             row_of = ((partner[step] - same.min()) * positions + position).clamp_min(0)
-            places = ((streams[s], s) for s in range(int(same.min()), int(same.max()) + 1))
+            places = [(streams[s], s) for s in range(int(same.min()), int(same.max()) + 1)]
         before = torch.cat([lens.readable(part, max(reference[0].steps[s])) for part, s in places])
     read = logit.read(
         stream, model.unembedding(), ids=torch.tensor(list(ids), dtype=torch.long), top_k=TOP, reference=before,

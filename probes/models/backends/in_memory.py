@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from probes.anatomy import Anatomy, anatomy_of
 from probes.anatomy.views import Divisor
+from probes.blocks.decoding import end_tokens
 from probes.errors import ModelError, OptionError, PointError, PromptError
 from probes.hooks.attention_probabilities import Attended, Watch, watched
 from probes.hooks.forward_hooks import ForwardHooks, Stop, tensor_of
@@ -199,7 +200,7 @@ class LocalModel(Displayed, Model):
         step = torch.tensor([list(tokens)], dtype=torch.long)
         self._admit_tokens(step, step.shape[1] + max_new_tokens)
         generator = torch.Generator().manual_seed(seed)
-        ends, written, cache = self._ends(), list[int](), None
+        ends, written, cache = end_tokens(self.module), list[int](), None
         with self._lock, evaluating(self.module):
             while len(written) < max_new_tokens:
                 edits = writes() if writes else {}
@@ -287,13 +288,6 @@ class LocalModel(Displayed, Model):
     def _evidence(self, guess: Anatomy, tokens: Tensor) -> Evidence:
         attended = {} if guess.patterns else self._attended(guess, tokens)
         return evidence_of(guess, self._logits, attended, tokens)
-
-    def _ends(self) -> set[int]:
-        for holder in (getattr(self.module, "generation_config", None), self._config):
-            ids = getattr(holder, "eos_token_id", None)
-            if ids is not None:
-                return {ids} if isinstance(ids, int) else set(ids)
-        return set()
 
 
 def _report(hooks: ForwardHooks, address: Address) -> Watch:

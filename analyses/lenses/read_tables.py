@@ -17,6 +17,7 @@ from probes.reducers import ROWS
 CHUNK = 8
 """Prompts read at once."""
 
+
 def read_of(
     activations: Activations,
     prompts: Sequence[Prompt],
@@ -28,7 +29,10 @@ def read_of(
     """Return the tables `top` and `read` of prompts' positions from `first_position` on, some prompts at a time, one lens after the other."""
     places = [range(len(prompt.tokens))[first_position:] for prompt in prompts]
     stream = {
-        layer: [rows[place.start :] for rows, place in zip(activations.get(Address("resid_post", layer), ROWS), places, strict=True)]
+        layer: [
+            rows[place.start :]
+            for rows, place in zip(activations.get(Address("resid_post", layer), ROWS), places, strict=True)
+        ]
         for layer in layers
     }
     tops, reads = [], []

@@ -88,6 +88,8 @@ class Resumed:
     """Per row, the first block that ran anew."""
     suffix: tuple[tuple[Tensor, Tensor], ...] = ()
     """Per layer, the rows' keys and values in the suffix; empty unless they were to be kept."""
+    leaving: Float[Tensor, "row pos d_model"] | None = None
+    """What leaves the last block at every position of the suffix; None unless keys and values were to be kept."""
 
 
 class CachedPrompt:
@@ -251,9 +253,13 @@ class CachedPrompt:
                     suffix.append(self._suffix(layer, active, order, cache))
                 if run and self.model.ends_group(layer):
                     run.save(layer + 1, {"rows": stream}, instead=True)
+        if keep:
+            leaving = torch.empty_like(stream)
+            leaving[order] = stream
+            return Resumed(leaving[:, -1], tuple(first_block), tuple(suffix), leaving)
         last = torch.empty_like(stream[:, -1])
         last[order] = stream[:, -1]
-        return Resumed(last, tuple(first_block), tuple(suffix))
+        return Resumed(last, tuple(first_block))
 
     def _resume_rows(self, first_block: Sequence[int], hidden: Tensor, rows: Sequence[int]) -> Tensor:
         return self.resume(first_block, hidden[list(rows)]).last

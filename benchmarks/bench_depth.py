@@ -3,6 +3,7 @@
     bathyscope bench depth [--quick] [--tier compiled,noised,trained] [--tasks A2,C1] [--methods voids] [--seeds dev] [--peers DIR] [--out DIR]
     bathyscope bench depth export DIR        tasks as files for other tools, without their truth
     bathyscope bench depth score DIR         the answers*.json that other tools left there
+    bathyscope bench depth certify           certifies every task anew and writes the certificates that are shipped
 
 Prints a digest of all answers, equal in two runs on one machine. `--write` puts the results between the markers
 of README.md and docs/depth_bench.md.
@@ -115,7 +116,7 @@ def score_folder(folder: str) -> None:
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", nargs="?", choices=("run", "export", "score"), default="run")
+    parser.add_argument("action", nargs="?", choices=("run", "export", "score", "certify"), default="run")
     parser.add_argument("folder", nargs="?", help="of export and score")
     parser.add_argument("--quick", action="store_true", help="11 tasks, within a minute")
     parser.add_argument("--tier", default=",".join(TIERS))
@@ -127,11 +128,16 @@ def main() -> None:
     parser.add_argument("--out", help="folder for answers, tables and a report")
     parser.add_argument("--write", action="store_true", help="put the results into README.md and docs/depth_bench.md")
     options = parser.parse_args()
-    if options.action != "run" and not options.folder:
+    if options.action in ("export", "score") and not options.folder:
         raise OptionError(f"{options.action} needs a folder: bathyscope bench depth {options.action} DIR")
     if options.action == "export":
         tasks = [planted.task(job.task, seed=job.seed) for job in jobs_of(options)]
         print(export(tasks, options.folder))
+    elif options.action == "certify":
+        from probes.planted.certify.certificate import ship
+        from probes.planted.registry import build
+
+        print(ship(build(task) for task in planted.tasks()))
     elif options.action == "score":
         score_folder(options.folder)
     else:

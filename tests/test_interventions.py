@@ -51,6 +51,7 @@ MORE: list[Analysis] = [
         budget=12,
         splits=2,
     ),
+    replace(SMALL["layer_programs"][0], maps=("skips",), stride=2),
     replace(SMALL["layer_programs"][0], stride=2, swap_widths=(1, 2), swap_reach=2, group="mean"),
 ]  # type: ignore[type-var]
 RUNS = [

@@ -24,7 +24,7 @@ from analyses.contextual_decomposition.scores import PreparedCase
 from analyses.contextual_decomposition.token_relevance import pointing_table, span_of
 from analyses.results.result import Result
 from probes.decomposition import head
-from probes.errors import OptionError
+from probes.errors import OptionError, PromptError
 from probes.models.backends.native import NativeModel
 from probes.models.protocol import Model
 from probes.progress import QUIET
@@ -265,12 +265,12 @@ def test_pointing_by_hand() -> None:
         [(p, at, "lrp", value) for p, row in scores.items() for at, value in enumerate(row)],
         columns=["prompt", "position", "method", "score"],
     )
-    table = pointing_table(cases, [None, None, None], tokens).set_index("first_token")
+    table = pointing_table(cases, tokens).set_index("first_token")
     assert table.loc[True, ["rate", "chance", "n"]].tolist() == [0.5, 0.5, 2]
     assert table.loc[False, ["rate", "chance", "n"]].tolist() == pytest.approx([1, 2 / 3, 2])
     assert 0 < table.loc[True, "low"] < 0.5 < table.loc[True, "high"] < 1
-    assert span_of(cases[0], [2]) == ("given", frozenset({2}))
-    given = pointing_table(cases, [[0], None, None], tokens).query("span == 'given' and first_token")
+    assert span_of(replace(cases[0], span=(2,))) == ("given", frozenset({2}))
+    given = pointing_table([replace(cases[0], span=(0,)), *cases[1:]], tokens).query("span == 'given' and first_token")
     assert given["rate"].item() == 1
 
 
@@ -279,3 +279,9 @@ def test_the_span_of_a_prompt_may_be_given() -> None:
     table = replace(SMALL, mode="zero", mlps=False).run(native("llama"), own).tables["pointing"]
     assert set(table["span"]) == {"given"}
     assert table["chance"].tolist()[:1] == [0.25]
+
+
+def test_a_span_outside_its_prompt_is_refused() -> None:
+    own = [Prompt(p.tokens, None, {**p.fields, "span": [4]}) for p in prompts(2)]
+    with pytest.raises(PromptError, match="position 4 is outside its 4 tokens"):
+        replace(SMALL, mode="zero").run(native("llama"), own)

@@ -210,6 +210,10 @@ def test_curves_by_hand_where_every_node_adds_its_own_part() -> None:
     value = [1 - gone[round(4 * share)] / 10 for share in SHARES]
     own = curves.query("method == 'best' and order == 'morf'")["value"]
     assert np.allclose(own, value)
+    last = {0: 0.0, 1: 1.0, 2: 3.0, 3: 6.0, 4: 10.0}
+    least = curves.query("method == 'best' and order == 'lerf'")["value"]
+    assert np.allclose(least, [1 - last[round(4 * share)] / 10 for share in SHARES])
+    assert rows.loc["best", "abpc"] == pytest.approx(np.trapezoid(least, SHARES) - np.trapezoid(value, SHARES))
     assert rows.loc["best", "abpc"] == pytest.approx(-rows.loc["worst", "abpc"])
     assert rows.loc["best", "comprehensiveness"] == pytest.approx(1 - np.trapezoid(value, SHARES))
     gap = rows.loc["best", "comprehensiveness"] - rows.loc["best", "sufficiency"]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from families import FAMILIES, make, shared
+from families import FAMILIES, make
+from tiny import native
 from torch import Tensor
 
 from analyses.causal_patching import CausalPatching
@@ -21,10 +22,6 @@ from probes.store import ActivationStore
 
 CAUSAL = tuple(family for family in FAMILIES if family != "bert")
 CLEAN, CORRUPTED = (5, 6, 7, 8, 9, 10), (5, 6, 17, 8, 19, 10)
-
-
-def native(family: str) -> NativeModel:
-    return NativeModel(shared(family), ref=f"tiny-{family}", weights=family)
 
 
 def logits(model: NativeModel, tokens: tuple[int, ...], **run: object) -> Tensor:

@@ -54,7 +54,7 @@ def score_choices(
         return {}
     if model.tokenizer is None:
         raise PromptError(f"choices need a tokenizer, and {model.ref} has none: leave out the field")
-    written = {i: _written(model, i, p) for i, p in with_choices.items()}
+    written = {i: choice_answers(model, i, p) for i, p in with_choices.items()}
     unembedding = model.unembedding()
     verdicts: list[tuple[float, str, str, bool, bool]] = []
     for (alpha, i, variant), row in rows.items():
@@ -78,8 +78,12 @@ def parse_choice(response: str, choices: Sequence[str]) -> str | None:
     return min(named)[2] if named else None
 
 
-def _written(model: Model, index: int, prompt: Prompt) -> list[Answer]:
-    """The choices as they continue the prompt."""
+def choice_answers(model: Model, index: int, prompt: Prompt) -> list[Answer]:
+    """The choices as they continue the prompt.
+
+    Raises:
+        PromptError: an answer that is not among its choices, or choices that start with the same token.
+    """
     choices, answer = prompt.fields["choices"], prompt.fields["answer"]
     if answer not in choices:
         raise PromptError(f"prompt {index}: answer {answer!r} is not among its choices {choices}")

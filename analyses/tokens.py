@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 from probes.models.protocol import Model
@@ -88,6 +88,22 @@ def tokens_text(model: Model, tokens: Sequence[int]) -> str:
 def token_text(model: Model, token: int) -> str:
     r"""One token as text with its leading space; bytes that are no whole character read `\xe2\x96`."""
     return tokens_text(model, [token])
+
+
+def character_ends(model: Model, tokens: Sequence[int]) -> list[int]:
+    """Return how many characters of the text the tokens up to each one stand for, special tokens left out."""
+    decode = partial(model.tokenizer.decode, skip_special_tokens=True)
+    return [len(str(decode(list(tokens[: n + 1])))) for n in range(len(tokens))]
+
+
+def token_at(ends: Sequence[int], place: int) -> int:
+    """Return the token in which the character before a place lies.
+
+    Args:
+        ends: as `character_ends` gives them.
+        place: how many characters of the text stand before it.
+    """
+    return next((i for i, end in enumerate(ends) if end >= place), len(ends) - 1)
 
 
 def joined(texts: Iterable[str]) -> str:

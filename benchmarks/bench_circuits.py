@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from analyses.causal_patching import CausalPatching
 from analyses.causal_patching.ablation import AblationKind
-from analyses.causal_patching.circuit_tables import CircuitPlan, circuit_tables
+from analyses.causal_patching.circuit_plan import CircuitPlan
+from analyses.causal_patching.circuit_tables import circuit_tables
 from analyses.causal_patching.edge_tables import edge_tables
 from analyses.causal_patching.levels import level_of, supports
 from analyses.causal_patching.running import Run
@@ -81,10 +82,10 @@ def tables_of(
     tables: dict[str, list[pd.DataFrame]] = {"faithfulness": [], "circuit_area": []}
     plans: list[tuple[CircuitPlan, Mapping[str, Array]]] = []
     for kind in ablations:
-        plan = CircuitPlan("nodes", (), CausalPatching().sizes, kind, n_random, 5, "gauss", seed)
+        plan = CircuitPlan("nodes", (), CausalPatching().sizes, kind, n_random, 0, 5, "gauss", seed)
         plans += [(plan, scores), (replace(plan, level="edges", methods=EDGES), {})]
     for one, further in plans:
-        for name, table in zip(tables, circuit_tables(run, one, QUIET, further), strict=True):
+        for name, table in circuit_tables(run, one, QUIET, further).items():
             tables[name].append(table)
         started = _said(f"circuits of {one.level}, {one.ablation}", started)
     rows = [edge_tables(run, method, 5, "gauss", verify, seed, QUIET)[1] for method in EDGES]

@@ -13,9 +13,11 @@ from probes.errors import PointError, unknown
 Positions = str | tuple[int, ...]
 """`all`, `last`, `after_first`, or positions (negative from the end)."""
 
-KINDS = ("rows", "int8", "mean", "norm", "moments", "project", "lens_ids", "lens_top")
-NAMED = ("rows", "int8", "mean", "norm", "moments")
+KINDS = ("rows", "int8", "mean", "mean_square", "norm", "moments", "project", "lens_ids", "lens_top")
+NAMED = ("rows", "int8", "mean", "mean_square", "norm", "moments")
 """Kinds that a command line names without an argument."""
+POOLED = ("mean", "mean_square")
+"""Kinds that keep one row of a whole sequence."""
 TAIL = 8
 """Bytes behind the codes of an int8 row: its scale and its error, float32 each."""
 
@@ -25,7 +27,7 @@ class Reducer:
     """What is kept of a captured tensor [pos, ...]; everything but `rows` and `int8` is float32.
 
     `rows` keeps the rows as captured; `int8` as codes with a scale and an error each [pos, width + 8], which
-    `probes.kernels.unpacked` reads; `mean` their average over the positions; `norm` the L2 norm of each row [pos];
+    `probes.kernels.unpacked` reads; `mean` their average over the positions, `mean_square` that of their squares; `norm` the L2 norm of each row [pos];
     `moments` mean, variance and max|x| [pos, 3]; `project` coordinates on a basis [pos, k]; `lens_ids` log-probabilities
     of given tokens through the final norm and unembedding [pos, n_ids]; `lens_top` the most probable tokens
     [pos, k, 2] as (log-probability, token id).
@@ -70,7 +72,7 @@ class Reducer:
 
     @classmethod
     def parse(cls, text: str) -> Reducer:
-        """Return the reducer named on a command line: rows, int8, last, mean, norm, moments, at:0,-1 or lens:10."""
+        """Return the reducer named on a command line: rows, int8, last, mean, mean_square, norm, moments, at:0,-1 or lens:10."""
         name, _, detail = text.partition(":")
         try:
             if name == "at":
@@ -87,7 +89,7 @@ class Reducer:
 
     def count(self, length: int) -> int:
         """Return how many rows are kept of a sequence of `length` tokens."""
-        if self.kind == "mean":
+        if self.kind in POOLED:
             return 1
         if isinstance(self.positions, str):
             return {"all": length, "last": 1, "after_first": max(1, length - 1)}[self.positions]
@@ -96,7 +98,7 @@ class Reducer:
     @property
     def per_position(self) -> bool:
         """Whether it keeps one row per token, each from that token's own tensor."""
-        return self.positions == "all" and self.kind != "mean"
+        return self.positions == "all" and self.kind not in POOLED
 
 
 ROWS = Reducer()

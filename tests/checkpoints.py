@@ -42,9 +42,15 @@ def llama_folder(folder: Path, *, tied: bool = True) -> Path:
     return folder
 
 
-def llama_gguf(path: Path, *, tied: bool = True) -> Path:
-    """The tiny Llama as a float32 GGUF file without tokenizer."""
-    model = tiny_llama(tied=tied)
+def llama_gguf(
+    path: Path,
+    *,
+    tied: bool = True,
+    model: LlamaForCausalLM | None = None,
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+) -> Path:
+    """The tiny Llama, or another, as a GGUF file without tokenizer; matrices are quantised as `kind` says."""
+    model = tiny_llama(tied=tied) if model is None else model
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
@@ -61,7 +67,11 @@ def llama_gguf(path: Path, *, tied: bool = True) -> Path:
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     for name, target in _gguf_names(config.num_hidden_layers, tied).items():
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        writer.add_tensor(target, _interleave(weights[name], heads) if heads else weights[name])
+        weight = _interleave(weights[name], heads) if heads else weights[name]
+        if weight.ndim == 1:
+            writer.add_tensor(target, weight)
+        else:
+            writer.add_tensor(target, gguf.quants.quantize(weight, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

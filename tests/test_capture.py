@@ -30,6 +30,7 @@ REDUCERS = [
     Reducer(positions=(0, -1)),
     Reducer("mean"),
     Reducer("mean", "after_first"),
+    Reducer("mean_square", "after_first"),
     Reducer(positions="after_first"),
     NORM,
     Reducer("norm", "last"),
@@ -121,6 +122,7 @@ def test_reducers_by_hand() -> None:
     index = torch.arange(3)
     assert reduce_rows(rows, index, [3], NORM).tolist() == pytest.approx([5.0, 0.0, 2**0.5])
     assert reduce_rows(rows, index, [2, 1], Reducer("mean")).tolist() == [[1.5, 2.0], [1.0, -1.0]]
+    assert reduce_rows(rows, index, [2, 1], Reducer("mean_square")).tolist() == [[4.5, 8.0], [1.0, 1.0]]
     assert reduce_rows(rows, index, [3], Reducer("moments")).tolist() == [
         [3.5, 0.25, 4.0],
         [0.0, 0.0, 0.0],

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from analyses.causal_patching import CausalPatching
 from analyses.causal_patching.ablation import ablated
+from analyses.causal_patching.circuit_checks import Checks
+from analyses.causal_patching.circuit_plan import TAKEN_WITH
+from analyses.causal_patching.circuit_tables import shuffled_pairs
 from analyses.causal_patching.edge_circuits import edge_weights
 from analyses.causal_patching.edge_tables import OpenedEdges
 from analyses.causal_patching.graph import receivers_of, senders_of
-from analyses.causal_patching.levels import EdgeLevel, NodeLevel, level_of, supports
+from analyses.causal_patching.levels import EdgeLevel, NodeLevel, circuit_metrics, level_of, supports
 from analyses.causal_patching.pairs import Pair, pair_of, resolved
 from analyses.causal_patching.running import Run
 from analyses.interventions import Tally
@@ -129,9 +132,67 @@ def test_edges_are_ordered_tried_and_drawn(store: ActivationStore) -> None:
     analysis = CausalPatching(min_gap=0, min_pairs=1, nulls="none", components=("mlp_out",), **options)  # type: ignore[arg-type]
     result = analysis.run(model, lines, store=store)
     table = result.tables["faithfulness"]
-    assert table[table["share"] == 1]["f"].tolist() == pytest.approx([1.0] * 8, abs=1e-3)
-    assert set(table["method"]) == {"eap", "eap_ig"}
+    assert table[table["share"] == 1]["f"].to_numpy() == pytest.approx(1, abs=1e-3)
+    assert set(table["method"]) == {"eap", "eap_ig", "eap_shuffled", "eap_ig_shuffled"}
     assert set(result.tables["circuit_area"]["level"]) == {"edges"}
     assert result.figure("faithfulness").data
     with pytest.raises(OptionError, match="'atp' does not order edges: legal are eap, eap_ig"):
         CausalPatching(circuit="edges", circuit_methods=("atp",))
+
+
+def test_the_whole_is_complete_and_every_item_that_matters_is_needed() -> None:
+    """Subsets leave the whole as they leave the whole; an item's need is the largest fall of what is left, by hand."""
+    run, _ = opened("llama")
+    level = level_of(run, "nodes", 5, "gauss")
+    every = np.arange(len(level.layers))
+    checks = Checks.of(level, every, 6, np.random.default_rng(0))
+    assert all(0.1 * len(every) - 1 <= len(subset) <= 0.9 * len(every) + 1 for subset in checks.subsets["circuit"])
+    values = circuit_metrics(run, level, checks.circuits, "counterfactual", QUIET)
+    ends = circuit_metrics(run, level, [every, every[:0]], "counterfactual", QUIET)
+    row = checks.row(values, ends[:, 0], ends[:, 1], 0)
+    assert row["incompleteness"] == pytest.approx(0, abs=1e-5)
+    exact, span = supports(run, level, "exact", QUIET)[0], float(ends[0, 0] - ends[0, 1])
+    needs = [exact[checks.tried] / span]
+    for subset in checks.subsets["circuit"][:TAKEN_WITH]:
+        left = np.setdiff1d(every, subset)
+        circuits = [left, *(np.setdiff1d(left, [item]) for item in checks.tried)]
+        alone = circuit_metrics(run, level, circuits, "counterfactual", QUIET)[0]
+        needs.append((alone[0] - alone[1:]) / span)
+    need = np.max(needs, axis=0)
+    assert row["need_median"] == pytest.approx(float(np.median(need)), abs=1e-4)
+    assert row["need_least"] == pytest.approx(float(need.min()), abs=1e-4)
+
+
+def test_shuffled_pairs_keep_their_clean_prompts_and_never_their_own_corruption() -> None:
+    model = native("llama")
+    lines = [pair_line(model, (5, 6, 7 + i, 8), (5, 6, 17 + i, 8)) for i in range(3)]
+    lines.append(pair_line(model, (5, 6, 9, 4, 8), (5, 6, 19, 4, 8)))
+    pairs = [pair_of(i, prompt, False) for i, prompt in enumerate(resolved(model, lines, ["a"] * 4, False))]
+    analysis = CausalPatching(min_gap=0, min_pairs=1, nulls="none")
+    mixed = shuffled_pairs(analysis._run(model, pairs[:3], Tally(QUIET), None))
+    assert mixed is not None
+    assert [pair.clean for pair in mixed.pairs] == [pair.clean for pair in pairs[:3]]
+    assert [pair.corrupted for pair in mixed.pairs] == [pairs[i].corrupted for i in (1, 2, 0)]
+    assert shuffled_pairs(analysis._run(model, pairs, Tally(QUIET), None)) is None
+
+
+def test_a_circuit_is_checked_where_one_is_faithful(store: ActivationStore) -> None:
+    model = native("llama")
+    lines = [pair_line(model, (5, 6, 7 + i, 8), (5, 6, 17 + i, 8)) for i in range(4)]
+    options = {
+        "circuit": "nodes",
+        "circuit_methods": ("exact", "atp"),
+        "n_random": 1,
+        "n_subsets": 3,
+        "sizes": (0.2, 0.5),
+    }
+    analysis = CausalPatching(min_gap=0, min_pairs=1, nulls="none", components=("mlp_out",), **options)  # type: ignore[arg-type]
+    result = analysis.run(model, lines, store=store)
+    assert set(result.tables["faithfulness"]["method"]) == {"exact", "atp", "atp_shuffled"}
+    checks = result.tables["circuit_checks"]
+    faithful = result.tables["faithfulness"].query("split == 'held_out' and ordered_by == 'score' and f >= 0.8")
+    assert set(checks["method"]) == set(faithful["method"]) - {"atp_shuffled"}
+    assert (checks["f"] >= 0.8).all()
+    said = " ".join(result.notes)
+    assert all(f"{method}: the smallest circuit" in said for method in checks["method"])
+    assert result.figure("faithfulness").data

@@ -74,7 +74,9 @@ def test_the_tables_hold_the_contract_and_a_saved_result_redraws(run: Result, tm
     for name, columns in CONTRACT.items():
         assert set(columns) <= set(run.tables[name].columns), name
     loaded = Result.load(run.save(tmp_path / "saved"))
-    assert set(loaded.figures) == {"heads", "agreement", "scatter", "circuit", "faithfulness", "words"}
+    assert set(loaded.figures) == {
+        *("heads", "agreement", "scatter", "circuit", "faithfulness", "words", "tokens", "routed")
+    }
     assert all(loaded.figure(name).data for name in loaded.figures)
     heads = run.tables["relevance"].query("kind == 'head'")
     assert len(heads) == 3 * 3 * 4

@@ -9,7 +9,7 @@ from torch import Tensor
 from analyses.contextual_decomposition.ablation import Ablation, without
 from analyses.contextual_decomposition.cases import Case, baseline_of
 from analyses.contextual_decomposition.circuit import Search, search
-from analyses.contextual_decomposition.effects import attribution_patching
+from analyses.contextual_decomposition.gradient_scores import metric_of
 from analyses.contextual_decomposition.prepared_cases import links_by_walking
 from analyses.contextual_decomposition.scores import PreparedCase, Reading, position_sources, to_metric, to_nodes
 from benchmarks.depthbench.models import induction
@@ -17,6 +17,7 @@ from probes.decomposition import PRESETS, Decomposer, head
 from probes.models.backends.native import NativeModel
 from probes.planted.trained_prompts import REPEATED_VOCAB, repeated
 from probes.points import Address
+from probes.relevance import relevance_of
 
 HEADS = [head(layer, h) for layer in range(2) for h in range(2)]
 
@@ -106,7 +107,8 @@ def test_attribution_patching_is_the_first_order_effect(trained: NativeModel) ->
     trained.run(torch.tensor([case.tokens]), reads)
     own = torch.stack([z[layer] for layer in range(2)])
     near = type(baseline)(own + 0.01 * (baseline.z - own), baseline.mlp_out, baseline.stream)
-    attribution = attribution_patching(trained, case, near).sum(1)
+    read = relevance_of(trained, torch.tensor([case.tokens]), metric_of(trained, case), "gradient")
+    attribution = read.layers("z", near.z)[0].sum(1)
     effects = without(Ablation(trained, case, near), HEADS).reshape(2, 2).float()
     assert float(effects.abs().max()) > 1e-3
     assert torch.allclose(attribution, effects, atol=0.1 * float(effects.abs().max()))

@@ -11,8 +11,10 @@ from tiny import native
 from torch import Tensor
 
 from analyses.contextual_decomposition import ContextualDecomposition
+from analyses.contextual_decomposition.ablation import Ablation
 from analyses.contextual_decomposition.cases import Case, baseline_of
-from analyses.contextual_decomposition.mlp_effects import mlp_ablation, mlp_attribution
+from analyses.contextual_decomposition.gradient_scores import metric_of
+from analyses.contextual_decomposition.node_effects import mlp_ablation, stream_ablation
 from analyses.contextual_decomposition.unseen import unseen, unseen_note
 from analyses.ground_truth.contestants import runs_of
 from probes import from_hf
@@ -22,6 +24,7 @@ from probes.models.protocol import Model
 from probes.planted.registry import build
 from probes.points import Address
 from probes.prompts import Prompt
+from probes.relevance import relevance_of
 
 ROWS = [[5, 6, 7, 8], [9, 4, 3, 8], [2, 11, 7, 10]]
 
@@ -41,14 +44,14 @@ def near(model: Model, case: Case, step: float) -> Baseline:
     return replace(baseline_of(model, case.references), mlp_out=moved)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen2", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "gpt_neox", "gemma2", "opt_post_norm"])
 def test_attribution_is_the_first_order_effect(family: str) -> None:
     model = native(family)
     case, _ = case_on(model)
     baseline = near(model, case, 1e-3)
-    attribution = mlp_attribution(model, case, baseline)
-    assert attribution is not None
-    effect = mlp_ablation(model, case, baseline, range(model.shape.n_layers))
+    read = relevance_of(model, torch.tensor([case.tokens]), metric_of(model, case), "gradient")
+    attribution = read.layers("mlp_out", baseline.mlp_out)[0].sum(1)
+    effect = mlp_ablation(Ablation(model, case, baseline), range(model.shape.n_layers))
     assert attribution.double().tolist() == pytest.approx(effect.tolist(), rel=0.05, abs=2e-5)
 
 
@@ -72,13 +75,24 @@ def test_ablation_equals_a_plain_hook() -> None:
     n_layers = model.shape.n_layers
     expected = [metric(None) - metric(layer) for layer in range(n_layers)]
     assert max(map(abs, expected)) > 1e-3
-    assert mlp_ablation(model, case, baseline, range(n_layers)).tolist() == pytest.approx(expected, abs=1e-5)
+    assert mlp_ablation(Ablation(model, case, baseline), range(n_layers)).tolist() == pytest.approx(expected, abs=1e-5)
+    plain = Ablation(model, case, baseline)
+    plain.cached = None
+    assert mlp_ablation(plain, range(n_layers)).tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_model_that_normalises_each_sum_has_no_attribution_of_mlps() -> None:
-    model = native("opt_post_norm")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_stream_position_is_ablated_alone(family: str) -> None:
+    model = native(family)
     case, baseline = case_on(model)
-    assert mlp_attribution(model, case, baseline) is None
+    restarted, plain = Ablation(model, case, baseline), Ablation(model, case, baseline)
+    plain.cached = None
+    effects = stream_ablation(restarted, (0, 1))
+    assert torch.allclose(effects, stream_ablation(plain, (0, 1)), atol=1e-5)
+    assert float(effects.abs().min(0).values.max()) > 1e-3
+    late = stream_ablation(Ablation(model, case, baseline, start=2), (0, 1))
+    assert late[:, :2].abs().sum() == 0
+    assert torch.allclose(late[:, 2:], effects[:, 2:], atol=1e-5)
 
 
 def test_the_table_of_mlps_and_its_forwards() -> None:

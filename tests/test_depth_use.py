@@ -14,12 +14,12 @@ from families import make
 from tiny import PROMPTS, native
 
 from analyses.depth_use import DepthUse
-from analyses.depth_use.alignment import alignment_table
 from analyses.depth_use.greedy import orders
 from analyses.depth_use.proxies import agreement_table, null_correlations, proxy_tables, ranked
 from analyses.results.per_prompt import PerPrompt, interval, resampled
 from analyses.results.result import Result
 from analyses.results.statistics import quantiles
+from analyses.similarity.alignment import alignment_table
 from probes.capture.needs import Need
 from probes.capture.run import capture
 from probes.edits import logits, read, skip
@@ -61,6 +61,7 @@ CONTRACT = {
     "proxies": "layer delta_ce_block delta_ce_attn delta_ce_mlp jsd_block similarity_block lim zd lens_kl parallel_error_2 "
     "delta_ce_int8 delta_ce_int4 delta_ce_frozen_norm relative_norm_block cosine_block skip_effect_block",
     "agreement": "proxy_a proxy_b spearman ci_low ci_high",
+    "effective_depth": "definition threshold layer ratio ci_low ci_high defined_share",
 }
 
 
@@ -82,7 +83,16 @@ def test_every_layer_has_every_proxy(result: Result) -> None:
 
 def test_the_figures_draw_from_the_tables_alone(result: Result, tmp_path: object) -> None:
     loaded = Result.load(result.save(f"{tmp_path}/saved"))
-    assert set(loaded.figures) == set(DepthUse.figures) - {"alignment"}
+    assert set(loaded.figures) == set(DepthUse.figures) - {
+        "alignment",
+        "alignment_points",
+        "steps",
+        "readouts",
+        "masks",
+        "kv_subspaces",
+        "generation",
+        "generation_answers",
+    }
     for name in loaded.figures:
         assert loaded.figure(name).data
 

@@ -171,6 +171,7 @@ NEEDS = [
     Need("resid_post.*", Reducer("norm")),
     Need("resid_post.*", Reducer("moments", "last")),
     Need("resid_post.*", Reducer("mean")),
+    Need("resid_post.*", Reducer("mean_square")),
     Need("resid_post.*", Reducer("project", basis=BASIS)),
     Need("resid_post.*", Reducer("lens_ids", "last", ids=(3, 50))),
     Need("resid_post.*", Reducer("lens_top", top_k=4)),

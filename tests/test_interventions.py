@@ -60,6 +60,7 @@ RUNS = [
     (DepthUse(**DEPTH, greedy_steps=3, greedy_distance="angular", skip_rule="everywhere", first_token=True), LONG),
     (DepthUse(**DEPTH, stride=2, split_positions=2, erasure_prompts=1, gradient_prompts=2), [(5, 6, 7), *LONG]),
     (DepthUse(**DEPTH, layers=(1,), drop_blocks=0, greedy_steps=9), LONG),
+    (DepthUse(**DEPTH, layers=(1,), generate_prompts=2, generate_tokens=3, generate_parts=("attn", "mlp")), LONG),
 ]
 
 

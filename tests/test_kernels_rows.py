@@ -174,6 +174,7 @@ REDUCERS = [
     Reducer("norm"),
     Reducer("moments"),
     Reducer("mean"),
+    Reducer("mean_square"),
     Reducer("project", basis=rand(2, 12, seed=3)),
 ]
 

@@ -14,9 +14,9 @@ from analyses.latent_language import LatentLanguage
 from analyses.latent_language.ids import Rule
 from analyses.latent_language.items import culture_items, unequal_length
 from analyses.latent_language.layer_writing import beam
-from analyses.latent_language.similarity import compare
 from analyses.latent_language.swap import Directions, swap
 from analyses.reading.texts import parallel_sentences
+from analyses.similarity.translations import compare
 from analyses.word_lists import shipped_questions, shipped_words
 from probes.lenses import logit as lens
 from probes.models import Model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from analyses.interventions import Tally
 from analyses.layer_programs import LayerPrograms
 from analyses.layer_programs.alphabet import Alphabet
 from analyses.layer_programs.chance import cross_fitted, family_p, oracle_chance, two_halves
-from analyses.layer_programs.engine import Engine, OpenQuestion
+from analyses.layer_programs.engine import Engine, OpenQuestions
 from analyses.layer_programs.figures import FIGURES
 from analyses.layer_programs.fragility import altered
 from analyses.layer_programs.maps import jump_cells, jump_formula, naive_runs, pair_sizes
@@ -170,23 +171,58 @@ def test_block_runs_are_the_formulas(n: int) -> None:
 
 def test_what_is_counted_is_what_runs() -> None:
     model = native(shared("llama"))
-    questions = questions_of(model, [Prompt((5, 6, 7), None, {}), Prompt((8, 9, 5, 4), None, {})], "all", 4, 0)
+    texts = ((5, 6, 7), (8, 9, 5, 4), (5, 6, 4, 3))
+    questions = questions_of(model, [Prompt(tokens, None, {}) for tokens in texts], "all", 4, 0)
     engine = Engine(model, questions, ("loss",), Tally(QUIET))
     calls = []
-    inner = OpenQuestion.through
+    inner = OpenQuestions.through
 
-    def counted(self: OpenQuestion, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        calls.append(len(hidden))
+    def counted(self: OpenQuestions, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        calls.append(hidden.shape[:2])
         return inner(self, layer, hidden)
 
     programs = [jump(3, *cell) for cell in jump_cells(3)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OpenQuestion, "through", counted)
+        patch.setattr(OpenQuestions, "through", counted)
         engine.scores(programs)
-        assert sum(calls) == engine.block_runs == 2 * jump_formula(3)
-        assert engine.tally.forwards == 2 * len(programs)
+        assert 3 * sum(rows for rows, _ in calls) == engine.block_runs == 3 * jump_formula(3)
+        # Two of the eleven tokens are a beginning that two texts share.
+        assert sum(rows * nodes for rows, nodes in calls) == engine.block_tokens == 9 * jump_formula(3)
+        assert engine.tally.forwards == 3 * len(programs)
         engine.scores(programs)
-    assert engine.block_runs == 2 * jump_formula(3)
+    assert engine.block_runs == 3 * jump_formula(3)
+
+
+def test_questions_that_are_open_together_read_what_each_reads_alone() -> None:
+    model = native(shared("llama"))
+    texts = ((5, 6, 7, 2), (5, 6, 7), (8, 9, 5, 4), (5, 6, 4, 3))
+    fields = ({"answer_tokens": [8]}, {"answer_tokens": [3, 4]}, {"answer_tokens": [9], "group": "a"}, {})
+    prompts = [Prompt(*each) for each in zip(texts, [None] * 4, fields, strict=True)]
+    programs = [jump(3, *cell) for cell in jump_cells(3)]
+    metrics = ("answer", "first_token", "correct", "loss", "kl")
+    for scope in ("all", "last"):
+        questions = [replace(each, answer=(2, 7) if scope == "all" else each.answer) if not each.firsts else each
+                     for each in questions_of(model, prompts, scope, 4, 0)]  # fmt: skip
+        read = metrics if scope == "all" else metrics[:3]
+        together = Engine(model, questions, read, Tally(QUIET)).scores(programs)
+        for row, question in enumerate(questions):
+            alone = Engine(model, [question], read, Tally(QUIET)).scores(programs)
+            for name in read:
+                np.testing.assert_allclose(together.change[name][row], alone.change[name][0], atol=2e-5)
+            np.testing.assert_array_equal(together.said[row], alone.said[0])
+            np.testing.assert_array_equal(together.written[row], alone.written[0])
+            np.testing.assert_allclose(together.norm_ratio[row], alone.norm_ratio[0], rtol=1e-5)
+
+
+def test_no_more_is_open_at_once_than_memory_is_kept_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = native(shared("llama"))
+    texts = ((5, 6, 7, 2), (8, 9, 5, 4), (5, 6, 4, 3), (5, 6, 7))
+    questions = questions_of(model, [Prompt(tokens, None, {}) for tokens in texts], "all", 4, 0)
+    engine = Engine(model, questions, ("loss",), Tally(QUIET))
+    assert engine.together(range(4)) == [[2, 3, 0, 1]]
+    monkeypatch.setattr("analyses.layer_programs.engine.TREE_TOKENS", 6)
+    assert engine.together(range(4)) == [[2, 3, 0], [1]]
+    assert [engine.open(some).tree.nodes for some in engine.together(range(4))] == [6, 4]
 
 
 def test_blocks_that_add_nothing_make_every_program_the_plain_run() -> None:

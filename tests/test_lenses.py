@@ -23,7 +23,6 @@ from analyses.lenses import analysis as lenses_analysis
 from analyses.lenses.band import band_table, curves, effective_dimension, excess_kurtosis, longest_run, workspace
 from analyses.lenses.items import Watched, check_places, check_watch
 from analyses.lenses.patched import lift_table, matched, patchscopes_of, target_of
-from analyses.lenses.similarity import jensen_shannon
 from analyses.lenses.watched import pass_at_k, watched_tables
 from analyses.reading.quality import quality_rows, read_texts, solid_layers
 from analyses.reading.texts import Texts
@@ -330,11 +329,6 @@ class TestQuality:
         assert solid_layers([own, plain, {**near, "ci_low": 2.1}], "t") == [0]
         assert solid_layers([own, plain, near], "t") == []
         assert solid_layers([own, plain], "t") == []
-
-    def test_the_divergence_of_jensen_and_shannon(self) -> None:
-        a, b = torch.tensor([[1.0, 1e-30]]).log(), torch.tensor([[1e-30, 1.0]]).log()
-        assert jensen_shannon(a, b).item() == pytest.approx(np.log(2), rel=1e-5)
-        assert jensen_shannon(a, a).item() == pytest.approx(0, abs=1e-6)
 
 
 class TestWatched:

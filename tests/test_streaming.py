@@ -9,8 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import checkpoints
+import gguf
 import pytest
 import torch
+from checkpoints import llama_gguf
 from conformance import addresses, close, read
 from families import FAMILIES, make, prompt
 from safetensors.torch import load_file, save_file
@@ -31,6 +34,8 @@ from probes.errors import ModelError, OptionError, PointError, PromptError
 from probes.models import load_model, weights_digest
 from probes.models.backends.streamed import StreamedModel
 from probes.models.protocol import Forward, LayerMajor, Model
+from probes.models.sources.gguf import read_gguf
+from probes.models.sources.locate import locate
 from probes.points import POINTS, Address
 from probes.reducers import Reducer
 from probes.shelf import Shelf
@@ -438,3 +443,51 @@ def test_streaming_the_default_model_gives_the_same_rows(real: Model, tmp_path: 
     last = Reducer(positions="last")
     close(rows.packed("logits", last), ordinary.packed("logits", last))
     assert streamed.faithfulness.holds
+
+
+class TestGguf:
+    """Weights that stay quantised in their file, each dequantised when its block passes."""
+
+    @pytest.fixture(params=["F32", "F16", "Q8_0", "Q5_1", "Q4_0"])
+    def path(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+        kind = gguf.GGMLQuantizationType[request.param]
+        return llama_gguf(
+            tmp_path / "tiny.gguf", model=make("llama", num_key_value_heads=2, intermediate_size=64), kind=kind
+        )
+
+    def test_rows_and_keys_are_those_of_the_converted_folder(self, path: Path, store: ActivationStore) -> None:
+        plain, streamed = both(str(path))
+        assert streamed.context == plain.context
+        needs = [Need("resid_post.*")]
+        rows = capture(streamed, PROMPTS, needs, store)
+        assert capture(plain, PROMPTS, needs, store).done.forwards == 0
+        for address in (Address("resid_post", 0), Address("resid_post", 2)):
+            own = capture(plain, PROMPTS, needs, ActivationStore(path.parent / "other"))
+            close(rows.packed(address), own.packed(address))
+
+    def test_a_pass_reads_quantised_bytes_and_writes_none(self, path: Path) -> None:
+        streamed = load_model(str(path), device="cpu", streamed=True)
+        assert isinstance(streamed, StreamedModel)
+        assert not list(locate(str(path), keep_quantised=True).folder.glob("*.safetensors"))
+        ledger = streamed.blocks.ledger
+        ledger.bytes = 0
+        streamed.run(prompt(), {Address("resid_post", 2): lambda _: None})
+        reader = read_gguf(path)
+        blocks = sum(int(t.n_bytes) for t in reader.tensors if t.name.startswith("blk.") and len(t.shape) > 1)
+        assert ledger.bytes == blocks
+
+    def test_a_file_that_changed_has_rows_of_its_own(self, path: Path) -> None:
+        before = load_model(str(path), device="cpu", streamed=True).context
+        llama_gguf(path, model=make("llama", seed=5, num_key_value_heads=2, intermediate_size=64))
+        assert load_model(str(path), device="cpu", streamed=True).context != before
+
+    def test_a_missing_weight_and_a_cut_file_are_named(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path.write_bytes(path.read_bytes()[:-40])
+        with pytest.raises(ModelError, match="truncated"):
+            load_model(str(path), device="cpu", streamed=True)
+        names = checkpoints._gguf_names(3, True)
+        del names["model.layers.1.mlp.down_proj.weight"]
+        monkeypatch.setattr(checkpoints, "_gguf_names", lambda *_: names)
+        llama_gguf(path, model=make("llama", num_key_value_heads=2, intermediate_size=64))
+        with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj"):
+            load_model(str(path), device="cpu", streamed=True)

@@ -14,7 +14,7 @@ from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.causal_patching import costs
 from analyses.causal_patching.ablation import AblationKind
 from analyses.causal_patching.cells import Component, check_components
-from analyses.causal_patching.circuit_tables import SHARES, CircuitPlan
+from analyses.causal_patching.circuit_plan import SHARES, CircuitPlan
 from analyses.causal_patching.corruption import Noise, SigmaOver, element_deviation
 from analyses.causal_patching.decision import window_table
 from analyses.causal_patching.edges import Rule
@@ -121,6 +121,11 @@ class CausalPatching(Analysis):
     )
     sizes: tuple[float, ...] = option(SHARES, "circuit: sizes, as shares of all nodes or edges.", low=0, high=1)
     n_random: int = option(20, "circuit: random circuits of each size, and as many of each layer's.", low=0)
+    n_subsets: int = option(
+        32,
+        "circuit: subsets taken out of the smallest faithful one, to see if it is complete and minimal; 0 for none.",
+        low=0,
+    )
     seed: int = option(0, "Seed of generated pairs, noise, signs and intervals.")
 
     name: ClassVar[str] = "causal_patching"
@@ -167,7 +172,15 @@ class CausalPatching(Analysis):
         if self.circuit != "none":
             ordering = self.circuit_methods or DEFAULT_METHODS[self.circuit]
             circuits = CircuitPlan(
-                self.circuit, ordering, self.sizes, self.ablation, self.n_random, self.ig_steps, self.ig_rule, self.seed
+                self.circuit,
+                ordering,
+                self.sizes,
+                self.ablation,
+                self.n_random,
+                self.n_subsets,
+                self.ig_steps,
+                self.ig_rule,
+                self.seed,
             )
         methods = tuple(method for method in self.attribution if method != "none")
         return EstimatePlan(
@@ -215,7 +228,7 @@ class CausalPatching(Analysis):
         progress: Progress = QUIET,
     ) -> Result:
         """Return the tables `pairs`, `cells`, `map` and `window`; by option `nodes`, `edges`, `verification`, `paths`,
-        `faithfulness` and `circuit_area`.
+        `faithfulness`, `circuit_area` and `circuit_checks`.
 
         Raises:
             OptionError: a component or layer that the model does not have.

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analyses.causal_patching.ablation import AblationKind
-from analyses.causal_patching.edges import Rule
+from analyses.causal_patching.circuit_checks import checks_table, tried_pairs
+from analyses.causal_patching.circuit_plan import SHUFFLED, CircuitPlan
 from analyses.causal_patching.levels import Indices, Level, circuit_metrics, level_of, supports
 from analyses.causal_patching.running import Run
 from analyses.causal_patching.verification import agreement
@@ -29,32 +29,10 @@ from analyses.results.statistics import percentiles
 from probes.progress import Progress
 
 Array = NDArray[np.float64]
-SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""Sizes of circuits as shares of all items (Mueller et al. 2025, "MIB", arXiv 2504.13151)."""
 OrderedBy = Literal["score", "size"]
 """Items that support the answer most come first, or those that matter most either way."""
 AREAS: Mapping[str, OrderedBy] = {"cpr": "score", "cmd": "size", "cpr_log": "score", "cmd_log": "size"}
 """Which order each area is of: the share kept is best with support first, the distance from 1 with size first."""
-
-
-@dataclass(frozen=True)
-class CircuitPlan:
-    """Which circuits are tried."""
-
-    level: str
-    methods: tuple[str, ...]
-    shares: tuple[float, ...]
-    ablation: AblationKind
-    n_random: int
-    steps: int
-    rule: Rule
-    seed: int
-
-    @property
-    def circuits(self) -> int:
-        """How many circuits are tried at most on a pair."""
-        each = len(self.methods) * (4 + self.n_random) + self.n_random
-        return 2 + len(self.shares) * each
 
 
 @dataclass(frozen=True)
@@ -89,11 +67,12 @@ class Circuits:
 
 def circuit_tables(
     run: Run, plan: CircuitPlan, progress: Progress, further: Mapping[str, Array] | None = None
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the tables `faithfulness` and `circuit_area`, of circuits ordered on one half of the pairs and tried on the other.
+) -> dict[str, pd.DataFrame]:
+    """Return the tables `faithfulness` and `circuit_area`, of circuits ordered on one half of the pairs and tried on the other,
+    and `circuit_checks` where subsets are drawn.
 
     Rows of split `in_sample` order and try on all pairs. Random circuits have the same size, or the same size in every layer
-    (the harder control).
+    (the harder control). A method that ends in `SHUFFLED` ordered items on pairs whose corrupted prompt is another pair's.
 
     Args:
         run: the pairs.
@@ -103,6 +82,9 @@ def circuit_tables(
     """
     level = level_of(run, plan.level, plan.steps, plan.rule)
     scores = {method: supports(run, level, method, progress) for method in plan.methods} | dict(further or {})
+    mixed = shuffled_pairs(run)
+    if mixed is not None:
+        scores |= {method + SHUFFLED: supports(mixed, level, method, progress) for method in plan.shuffled}
     n = len(run.pairs)
     halves = {"held_out": np.arange(n) % 2 == 0} if n > 1 else {}
     halves["in_sample"] = np.ones(n, dtype=bool)
@@ -113,7 +95,7 @@ def circuit_tables(
     table, area = [], []
     for method, support in scores.items():
         for split, ordering in halves.items():
-            tried = _tried(split, ordering)
+            tried = tried_pairs(split, ordering)
             curves = _Curves(circuits, values[tried], method, split, sizes, np.array(sizes) / n_items, plan.seed)
             named: dict[str, object] = {"method": method, "level": plan.level, "ablation": plan.ablation}
             table += [named | row for row in curves.rows()]
@@ -124,11 +106,36 @@ def circuit_tables(
                 else {}
             )
             area.append(named | curves.areas() | rank)
-    return pd.DataFrame(table), pd.DataFrame(area)
+    tables = {"faithfulness": pd.DataFrame(table), "circuit_area": pd.DataFrame(area)}
+    if plan.n_subsets:
+        own = {method: values for method, values in scores.items() if not method.endswith(SHUFFLED)}
+        split, ordering = next(iter(halves.items()))
+        tables["circuit_checks"] = checks_table(
+            run, level, plan, own, tables["faithfulness"], ordering, split, values, progress
+        )
+    return tables
 
 
-def _tried(split: str, ordering: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    return ~ordering if split == "held_out" else ordering
+def shuffled_pairs(run: Run) -> Run | None:
+    """Return the run with every pair's corrupted prompt taken from the next pair that can lend it; None where some pair has none.
+
+    Only prompts of one length whose positions correspond one by one can be exchanged.
+    """
+    pairs = []
+    for place, pair in enumerate(run.pairs):
+        others = [*run.pairs[place + 1 :], *run.pairs[:place]]
+        lends = (
+            other
+            for other in others
+            if not (pair.aligned or other.aligned)
+            and len(other.corrupted) == len(pair.clean)
+            and other.corrupted not in (pair.clean, pair.corrupted)
+        )
+        lender = next(lends, None)
+        if lender is None:
+            return None
+        pairs.append(replace(pair, corrupted=lender.corrupted))
+    return replace(run, pairs=pairs)
 
 
 def _planned(
@@ -145,7 +152,7 @@ def _planned(
     circuits.add(Tried("full", "", "", n_items), np.arange(n_items), every)
     circuits.add(Tried("empty", "", "", 0), np.arange(0), every)
     drawn_for = next(iter(halves))
-    tried_on = _tried(drawn_for, halves[drawn_for])
+    tried_on = tried_pairs(drawn_for, halves[drawn_for])
     for method, support in scores.items():
         for split, ordering in halves.items():
             means = support[ordering].mean(0)
@@ -153,8 +160,9 @@ def _planned(
                 order = np.argsort(-values, kind="stable")
                 for size in sizes:
                     own = order[:size]
-                    circuits.add(Tried(method, split, ordered_by, size), own, _tried(split, ordering))
-                    for _ in range(plan.n_random if (split, ordered_by) == (drawn_for, "score") else 0):
+                    circuits.add(Tried(method, split, ordered_by, size), own, tried_pairs(split, ordering))
+                    draws = (split, ordered_by) == (drawn_for, "score") and not method.endswith(SHUFFLED)
+                    for _ in range(plan.n_random if draws else 0):
                         kind = Tried(method, split, "random_per_layer", size)
                         circuits.add(kind, draw_per_layer(rng, level.layers, own), tried_on)
     for size in sizes:

@@ -9,7 +9,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analyses.causal_patching.circuit_tables import CircuitPlan, circuit_tables
+from analyses.causal_patching.circuit_checks import FAITHFUL, LARGEST
+from analyses.causal_patching.circuit_plan import SHUFFLED, CircuitPlan
+from analyses.causal_patching.circuit_tables import circuit_tables
 from analyses.causal_patching.edge_tables import edge_tables, parallel_blocks, paths_table
 from analyses.causal_patching.edges import Rule
 from analyses.causal_patching.graph import count_edges, parse_edges
@@ -110,8 +112,8 @@ def estimates(run: Run, plan: EstimatePlan, ends: Ends, progress: Progress) -> t
         gaps = np.array([ends[pair.index][0][0] - ends[pair.index][1][0] for pair in run.pairs])
         tables["paths"] = paths_table(run, named, plan.through, gaps, plan.seed, progress)
     if plan.circuits is not None:
-        tables["faithfulness"], tables["circuit_area"] = circuit_tables(run, plan.circuits, progress)
-    return tables, _notes(run, plan, rows)
+        tables |= circuit_tables(run, plan.circuits, progress)
+    return tables, _notes(run, plan, rows) + _checked(tables)
 
 
 def _notes(run: Run, plan: EstimatePlan, rows: Sequence[Mapping[str, object]]) -> list[str]:
@@ -134,5 +136,33 @@ def _notes(run: Run, plan: EstimatePlan, rows: Sequence[Mapping[str, object]]) -
         said.append(
             f"Circuits are of {SAID[plan.circuits.level]} at all positions; everything else is {BASELINES[plan.circuits.ablation]}. "
             "Order was found on every second pair and tried on the others (held_out); in_sample uses all pairs for both."
+        )
+    return said
+
+
+def _checked(tables: Tables) -> list[str]:
+    if "circuit_checks" not in tables:
+        return []
+    said = []
+    for _, row in tables["circuit_checks"].iterrows():
+        own, random = (
+            f"{row[f'{of}incompleteness']:.2f}"
+            + (
+                f" [{row[f'{of}incompleteness_low']:.2f}, {row[f'{of}incompleteness_high']:.2f}]"
+                if np.isfinite(row[f"{of}incompleteness_low"])
+                else ""
+            )
+            for of in ("", "random_")
+        )
+        said.append(
+            f"{row['method']}: the smallest circuit tried that keeps {FAITHFUL:.0%} has {row['n_items']:,} items. With subsets of it "
+            f"taken out it is {own} of the span away from the whole model without them; a random circuit with as many items in "
+            f"every layer is {random} away. Of {row['n_tried']} of its items {row['share_never_needed']:.0%} were never needed."
+        )
+    kept = set(tables["circuit_checks"]["method"])
+    missing = [m for m in tables["faithfulness"]["method"].unique() if m not in kept and not m.endswith(SHUFFLED)]
+    if missing:
+        said.append(
+            f"No circuit of at most {LARGEST:.0%} of all items keeps {FAITHFUL:.0%} by {', '.join(missing)}: none is checked."
         )
     return said

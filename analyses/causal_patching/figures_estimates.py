@@ -6,6 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.causal_patching.captions import captioned
+from analyses.causal_patching.circuit_plan import SHUFFLED
 from analyses.results.card import FigureSpec, Tables
 from analyses.results.theme import COLOURS, band, finish
 
@@ -13,6 +14,11 @@ METHODS = {
     "atp": "attribution patching", "atp_star": "AtP*, sizes", "eap": "edge attribution", "eap_ig": "edge attribution, integrated",
     "exact": "exact effect of each node", "mean": "mean ablation of each node",
 }  # fmt: skip
+
+
+def _name(method: str) -> str:
+    plain = method.removesuffix(SHUFFLED)
+    return METHODS[plain] + (", on shuffled pairs" if plain != method else "")
 
 
 def _scored(tables: Tables) -> pd.DataFrame:
@@ -51,7 +57,7 @@ def kept_by_circuits(tables: Tables) -> go.Figure:
         part = part.sort_values("share")
         band(figure, part["share"], part["ci_low"], part["ci_high"], colour)
         figure.add_scatter(
-            x=part["share"], y=part["f"], mode="lines+markers", name=METHODS[str(method)], line={"color": colour}
+            x=part["share"], y=part["f"], mode="lines+markers", name=_name(str(method)), line={"color": colour}
         )
     random = table[table["split"] == split].drop_duplicates("share").sort_values("share")
     band(figure, random["share"], random["random_low"], random["random_high"], "#888888")

@@ -10,6 +10,7 @@ from analyses.answers import as_merged, continuation, encode, single
 from analyses.causal_patching.pairs import WHERE
 from analyses.tasks import docstring, facts, greater_than, ioi, two_hop
 from analyses.tasks.item import TextPair
+from analyses.tokens import character_ends, token_at
 from probes.errors import OptionError, PromptError
 from probes.models.protocol import Model
 from probes.prompts import Prompt, tokenize
@@ -71,7 +72,7 @@ MAKERS: dict[str, Callable[..., list[TextPair]]] = {
 
 def _prompt(model: Model, task: str, index: int, pair: TextPair, noise: bool) -> Prompt:
     clean, other = tokenize([pair.clean, pair.clean if noise else pair.corrupted], model)
-    ends = _ends(model, clean)
+    ends = character_ends(model, clean.tokens)
     answers, distractors = (
         list(dict.fromkeys(continuation(model.tokenizer, context, text)[0] for text in texts))
         for context, texts in ((pair.clean, pair.answers), (pair.clean, pair.distractors))
@@ -79,22 +80,11 @@ def _prompt(model: Model, task: str, index: int, pair: TextPair, noise: bool) ->
     fields: dict[str, Any] = {
         WHERE: f"{task} pair {index}", "corrupted": other.text or "", "corrupted_tokens": list(other.tokens),
         "answer_tokens": answers, "distractor_tokens": distractors,
-        "named_positions": {role: _token_at(ends, place) for role, place in pair.roles.items()},
+        "named_positions": {role: token_at(ends, place) for role, place in pair.roles.items()},
         "group": pair.group or f"pair {index}",
     }  # fmt: skip
     if pair.references:
         fields["reference_tokens"] = [list(other.tokens) for other in tokenize(list(pair.references), model)]
     if noise and pair.subject is not None:
-        fields["span"] = [_token_at(ends, pair.subject[0] + 1), _token_at(ends, pair.subject[1]) + 1]
+        fields["span"] = [token_at(ends, pair.subject[0] + 1), token_at(ends, pair.subject[1]) + 1]
     return Prompt(clean.tokens, clean.text, fields)
-
-
-def _ends(model: Model, prompt: Prompt) -> list[int]:
-    """Return how many characters of the text the tokens up to each one stand for."""
-    decode = partial(model.tokenizer.decode, skip_special_tokens=True)
-    return [len(str(decode(list(prompt.tokens[: n + 1])))) for n in range(len(prompt.tokens))]
-
-
-def _token_at(ends: list[int], place: int) -> int:
-    """Return the token in which the character before a place lies."""
-    return next((i for i, end in enumerate(ends) if end >= place), len(ends) - 1)

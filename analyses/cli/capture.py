@@ -28,7 +28,9 @@ def capture(
     spec: ModelSpec,
     prompts: PromptFile,
     points: Annotated[str, typer.Option(help="What to capture: patterns such as 'resid_post.*,z.0-3,final_norm'.")],
-    reduce: Annotated[str, typer.Option(help="rows, int8, last, mean, norm, moments, at:0,-1 or lens:10.")] = "rows",
+    reduce: Annotated[
+        str, typer.Option(help="rows, int8, last, mean, mean_square, norm, moments, at:0,-1 or lens:10.")
+    ] = "rows",
     store: StoreDir = None,
     dry_run: DryRun = False,
 ) -> None:

@@ -53,6 +53,15 @@ class Ablation:
         values = torch.cat([self._plainly(part) if self.cached is None else self._shared(part) for part in parts])
         return values[row]
 
+    def whole(self) -> Float[Tensor, ""]:
+        """Return the metric of the prompt as it is, of a model whose blocks can be run by themselves."""
+        assert self.cached is not None
+        return self.read(self.cached.entering[-1][-1:])[0]
+
+    def read(self, last: Float[Tensor, "row d_model"]) -> Float[Tensor, " row"]:
+        """Return the metric of what leaves the last block at the last position."""
+        return self.case.metric(self._logits(last)).double().cpu()
+
     def _at_once(self, positions: int) -> int:
         return max(1, positions // (len(self.case.tokens) - self.start))
 
@@ -75,7 +84,7 @@ class Ablation:
             masks = branches[moving, 1:].bool().unflatten(1, keep.shape[2:])
             streams = self._pass(layer, [entering[int(i)] for i in branches[moving, 0]], masks)
         ends = torch.stack([stream[-1] for stream in (cached.entering[-1], *streams)])
-        return self.case.metric(self._logits(ends)).double().cpu()[branch]
+        return self.read(ends)[branch]
 
     def _pass(self, layer: int, entering: Sequence[Tensor], keep: Tensor) -> list[Tensor]:
         """Return what leaves a block, [pos, d_model], for each stream that enters it."""

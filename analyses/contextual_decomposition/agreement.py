@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from analyses.contextual_decomposition.methods import NAMES
-from analyses.results.statistics import MIN_CLUSTERS, RESAMPLES, draw_groups, percentiles
+from analyses.results.statistics import MIN_CLUSTERS, RESAMPLES, cluster_bootstrap, draw_groups, percentiles
 
 Array = NDArray[np.float64]
 TOP = 10
@@ -21,6 +21,18 @@ STATISTICS = {
     "pearson_without_top10": f"Pearson correlation without the {TOP} heads of largest effect",
 }
 """Column of the table, and its name in words."""
+SHARE = 0.05
+"""Part of the nodes that count as those of largest effect, and as the first that a method names."""
+RANKING = {
+    "sign_agreement": "agreement in sign where the effect is told from zero",
+    "precision_at_k": f"share of the first {SHARE:.0%} of nodes that are of the {SHARE:.0%} of largest effect",
+    "auroc": f"AUROC for the {SHARE:.0%} of nodes of largest effect",
+}
+"""Further columns, and their names in words."""
+ORDERS = 20
+"""Random orders of a control."""
+KINDS = {"heads": "heads", "mlps": "MLPs", "streams": "stream positions"}
+"""Kinds of nodes, in words."""
 
 
 def correlation(a: Array, b: Array) -> Array:
@@ -45,20 +57,47 @@ def _statistics(scores: Array, effects: Array, rest: NDArray[np.intp]) -> Array:
     )
 
 
-def agreement_tables(scores: Mapping[str, Array], effects: Array, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Compare each method's mean scores with mean effects over heads.
+def _ranking(scores: Array, effects: Array, clear: NDArray[np.bool_]) -> Array:
+    """Return `RANKING` in the last axis, of mean scores and effects [..., node]; `clear` says whose effect has a sign."""
+    n = effects.shape[-1]
+    k = max(1, round(SHARE * n))
+    sizes, named = np.abs(effects), np.abs(scores)
+    largest, first = (np.argsort(np.argsort(-x, axis=-1, kind="stable"), axis=-1) < k for x in (sizes, named))
+    ranks = rankdata(named, axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        area = ((ranks * largest).sum(-1) - k * (k + 1) / 2) / (k * (n - k))
+        same = np.where(np.sign(scores) == np.sign(effects), clear, False).sum(-1) / clear.sum()
+    silent = np.ptp(scores, -1) == 0
+    hit = (largest & first).sum(-1) / k
+    return np.stack((same, *(np.where(silent | (k == n), np.nan, x) for x in (hit, area))), axis=-1)
+
+
+def agreement_tables(
+    scores: Mapping[str, Array],
+    effects: Array,
+    seed: int,
+    controls: Mapping[str, Array] | None = None,
+    kind: str = "heads",
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Compare each method's mean scores with mean effects over nodes of a kind.
 
     The first table has columns method, for each of `STATISTICS` its value, `_low` and `_high`, then slope, n_heads,
-    n_prompts. `slope` is how much effect goes with one unit of score. The second has method, statistic, difference,
-    ci_low, ci_high: the decomposition's statistic less that of each other method. Intervals resample prompts, the same
-    for every method, and there are none below `MIN_CLUSTERS` prompts.
+    n_prompts, kind, n_nodes, and for each of `RANKING` its value and bounds. `slope` is how much effect goes with one unit
+    of score. The second has method, statistic, difference, ci_low, ci_high, base, kind: the statistic of `base`, the
+    decomposition or RelP, less that of another method. Intervals resample prompts, the same for every method, and there
+    are none below `MIN_CLUSTERS` prompts; the bounds of `random` are those of `ORDERS` random orders.
 
     Args:
-        scores: per method [prompt, head]; `cdt` is the decomposition's.
-        effects: the fall of the metric on ablating each head [prompt, head].
+        scores: per method [prompt, node]; `cdt` is the decomposition's.
+        effects: the fall of the metric on ablating each node [prompt, node].
+        seed: of the draws.
+        controls: scores that know nothing of the metric, [prompt, node]; with them, `random` is added.
+        kind: what the nodes are.
     """
-    n = len(effects)
+    n, controls = len(effects), controls or {}
     rest = np.sort(np.argsort(-np.abs(effects.mean(0)), kind="stable")[TOP:])
+    told = cluster_bootstrap(effects, np.arange(n), seed=seed)
+    clear = (told.low > 0) | (told.high < 0)
     draws = draw_groups(n, seed, RESAMPLES if n >= MIN_CLUSTERS else 1)
     shares = np.eye(n)[draws].mean(1)
 
@@ -66,59 +105,80 @@ def agreement_tables(scores: Mapping[str, Array], effects: Array, seed: int) -> 
         # Unlike a matrix product, this adds every head's values in one order, so that equal heads stay equal.
         return np.asarray(np.einsum("dp,ph->dh", shares, values))
 
-    spread = {method: _statistics(drawn(values), drawn(effects), rest) for method, values in scores.items()}
-    own = {method: _statistics(values.mean(0), effects.mean(0), rest) for method, values in scores.items()}
+    def statistics(a: Array, b: Array) -> Array:
+        return np.concatenate((_statistics(a, b, rest), _ranking(a, b, clear)), axis=-1)
+
+    moved, every = drawn(effects), {**scores, **controls}
+    spread = {method: statistics(drawn(values), moved) for method, values in every.items()}
+    own = {method: statistics(values.mean(0), effects.mean(0)) for method, values in every.items()}
+    slopes = {method: _slope(values.mean(0), effects.mean(0)) for method, values in every.items()}
+    if controls:
+        orders = np.random.default_rng(seed).random((ORDERS, effects.shape[1]))
+        spread["random"] = statistics(orders, np.broadcast_to(effects.mean(0), orders.shape))
+        own["random"], slopes["random"] = spread["random"].mean(0), float("nan")
     rows = []
-    for method, values in scores.items():
-        low, high = percentiles(spread[method], n)
-        a, b = values.mean(0), effects.mean(0)
-        slope = float(np.polyfit(a, b, 1)[0]) if a.std() else float("nan")
-        triples = np.stack((own[method], low, high), axis=1).ravel()
-        rows.append((method, *triples, slope, len(a), n))
-    columns = [name + end for name in STATISTICS for end in ("", "_low", "_high")]
-    table = pd.DataFrame(rows, columns=["method", *columns, "slope", "n_heads", "n_prompts"])
-    return table, _differences(own, spread, n)
+    for method, values in own.items():
+        triples = np.stack((values, *percentiles(spread[method], n)), axis=1)
+        first, more = triples[: len(STATISTICS)].ravel(), triples[len(STATISTICS) :].ravel()
+        rows.append((method, *first, slopes[method], effects.shape[1], n, kind, effects.shape[1], *more))
+    bounds = [[name + end for name in names for end in ("", "_low", "_high")] for names in (STATISTICS, RANKING)]
+    columns = ["method", *bounds[0], "slope", "n_heads", "n_prompts", "kind", "n_nodes", *bounds[1]]
+    gaps = [_differences(base, own, spread, scores, n) for base in ("cdt", "relp")]
+    return pd.DataFrame(rows, columns=columns), pd.concat(gaps, ignore_index=True).assign(kind=kind)
 
 
-def _differences(own: Mapping[str, Array], spread: Mapping[str, Array], n: int) -> pd.DataFrame:
+def _slope(scores: Array, effects: Array) -> float:
+    return float(np.polyfit(scores, effects, 1)[0]) if scores.std() else float("nan")
+
+
+def _differences(
+    base: str, own: Mapping[str, Array], spread: Mapping[str, Array], scores: Mapping[str, Array], n: int
+) -> pd.DataFrame:
+    """Return the statistics of a method less those of the others; RelP's less attribution patching's alone."""
     rows = []
-    for method in own:
-        if method == "cdt" or "cdt" not in own:
+    for method in scores if base in scores else ():
+        if method == base or (base == "relp" and method != "attribution"):
             continue
-        low, high = percentiles(spread["cdt"] - spread[method], n)
-        gaps = own["cdt"] - own[method]
-        rows += [(method, name, gaps[i], low[i], high[i]) for i, name in enumerate(STATISTICS)]
-    return pd.DataFrame(rows, columns=["method", "statistic", "difference", "ci_low", "ci_high"])
+        low, high = percentiles(spread[base] - spread[method], n)
+        gaps = own[base] - own[method]
+        rows += [(method, name, gaps[i], low[i], high[i], base) for i, name in enumerate(STATISTICS)]
+    return pd.DataFrame(rows, columns=["method", "statistic", "difference", "ci_low", "ci_high", "base"])
 
 
 def agreement_notes(table: pd.DataFrame, differences: pd.DataFrame) -> list[str]:
-    """Say in words whether the decomposition and attribution patching differ, by the intervals of their differences."""
+    """Say in words whether the decomposition, or RelP, and attribution patching differ, by the intervals of their differences."""
     n = int(table["n_prompts"].iloc[0])
     if n < MIN_CLUSTERS:
         return [
             f"{n} prompts support no interval (at least {MIN_CLUSTERS} do), so nothing is said of which method agrees "
             "better with ablation."
         ]
-    rows = table.set_index("method")
-    rival = differences[differences["method"] == "attribution"].set_index("statistic")
-    if rival.empty:
-        return []
-    gaps: dict[str, dict[str, float]] = rival[["difference", "ci_low", "ci_high"]].to_dict("index")  # type: ignore[assignment]
-    said = [_sentence(name, rows, gaps[name]) for name in STATISTICS if np.isfinite(gaps[name]["difference"])]
-    if not said:
-        return [
-            "Agreement with mean ablation cannot be said: a method scores all heads alike, or ablating any costs the same."
-        ]
+    rivals = differences[differences["method"] == "attribution"]
     return [
-        f"Agreement with mean ablation over {int(rows['n_heads'].iloc[0])} heads and {n} prompts, "
-        f"{NAMES['cdt']} beside {NAMES['attribution']}: {'; '.join(said)}."
+        _note(str(kind), str(base), table[table["kind"] == kind].set_index("method"), gaps.set_index("statistic"))
+        for (kind, base), gaps in rivals.groupby(["kind", "base"], sort=False)
     ]
 
 
-def _sentence(name: str, rows: pd.DataFrame, gap: Mapping[str, float]) -> str:
+def _note(kind: str, base: str, rows: pd.DataFrame, rival: pd.DataFrame) -> str:
+    gaps: dict[str, dict[str, float]] = rival[["difference", "ci_low", "ci_high"]].to_dict("index")  # type: ignore[assignment]
+    known = [name for name in STATISTICS if np.isfinite(gaps[name]["difference"])]
+    said = [_sentence(name, base, rows, gaps[name]).replace("heads", KINDS[kind]) for name in known]
+    if not said:
+        return (
+            f"Agreement with mean ablation over {KINDS[kind]} cannot be said: a method scores all alike, or ablating any "
+            "costs the same."
+        )
+    return (
+        f"Agreement with mean ablation over {int(rows['n_nodes'].iloc[0])} {KINDS[kind]} and {int(rows['n_prompts'].iloc[0])} "
+        f"prompts, {NAMES[base]} beside {NAMES['attribution']}: {'; '.join(said)}."
+    )
+
+
+def _sentence(name: str, base: str, rows: pd.DataFrame, gap: Mapping[str, float]) -> str:
     value: Callable[[str], str] = lambda m: f"{float(str(rows.loc[m, name])):.2f}"  # noqa: E731
     verdict = "lower" if gap["ci_high"] < 0 else "higher" if gap["ci_low"] > 0 else "not told apart"
     return (
-        f"{STATISTICS[name]} {value('cdt')} against {value('attribution')}, {verdict} "
+        f"{STATISTICS[name]} {value(base)} against {value('attribution')}, {verdict} "
         f"(difference {gap['difference']:+.2f} [{gap['ci_low']:+.2f}, {gap['ci_high']:+.2f}])"
     )

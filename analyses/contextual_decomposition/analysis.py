@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -13,17 +14,22 @@ from torch import Tensor
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.circuits import sizes_of
 from analyses.contextual_decomposition import costs
-from analyses.contextual_decomposition.agreement import agreement_notes, agreement_tables
 from analyses.contextual_decomposition.cases import Case, case_of, generated_questions, given_cases
 from analyses.contextual_decomposition.circuit import Search
-from analyses.contextual_decomposition.faithfulness import faithfulness_table
+from analyses.contextual_decomposition.comparison import (
+    Comparison,
+    agree_on,
+    circuit_tables,
+    compare_heads,
+    heads_compared,
+    removed,
+)
 from analyses.contextual_decomposition.figures import FIGURES, PROFILES
-from analyses.contextual_decomposition.mlp_effects import mlps_table
+from analyses.contextual_decomposition.gradient_scores import GradientScores, Plan, read_scores
+from analyses.contextual_decomposition.node_comparison import compared_mlps, compared_streams
 from analyses.contextual_decomposition.prepared_cases import (
-    Array,
     PreparedCases,
     Scored,
-    by_magnitude,
     cases_table,
     find_circuit,
     links_by_walking,
@@ -33,7 +39,14 @@ from analyses.contextual_decomposition.prepared_cases import (
     scored_positions,
 )
 from analyses.contextual_decomposition.scores import Reading
-from analyses.contextual_decomposition.tables import circuit_table, edges_table, heads_table, relevance_table
+from analyses.contextual_decomposition.tables import circuit_table, edges_table, relevance_table
+from analyses.contextual_decomposition.token_relevance import (
+    leak_notes,
+    leak_table,
+    pointing_table,
+    routed_table,
+    token_table,
+)
 from analyses.contextual_decomposition.unseen import unseen_note
 from analyses.contextual_decomposition.word_relevance import words_table
 from analyses.interventions import Interventions
@@ -43,10 +56,11 @@ from analyses.results.result import Result
 from analyses.tokens import tokens_text
 from probes.capture.needs import Need
 from probes.decomposition import PRESETS, Node, Rules, Source
-from probes.errors import PromptError
+from probes.errors import OptionError, PromptError
 from probes.models.protocol import Model
 from probes.progress import QUIET, Progress
 from probes.prompts import Field, Prompt, check_ids, read_prompts
+from probes.relevance import exceptions
 from probes.store import ActivationStore
 
 _SWITCHES = {
@@ -105,6 +119,17 @@ class ContextualDecomposition(Analysis):
     target_score: Literal["dot", "ratio"] = option("dot", "Along the target's own change, or a ratio of magnitudes.")
     layer_normalise: bool = option(False, "Rank scores divided by their layer's sum of magnitudes.")
     prune: bool = option(False, "Delete nodes from the circuit while that raises the metric.")
+    methods: tuple[Literal["cdt", "attribution", "relp", "lrp", "ig", "direct"], ...] = option(
+        ("cdt", "attribution", "relp", "lrp", "direct"),
+        "Methods compared. relp and lrp: one backward pass under changed rules, from the baseline or from zero; ig: eight "
+        "plain ones on the way from the references to the prompt.",
+    )
+    rule: Literal["attnlrp", "cp", "gradient"] = option(
+        "attnlrp",
+        "Backward rules of relp and lrp. cp holds attention patterns constant, so what acts through queries and keys alone "
+        "has none; agreement shows both. gradient changes nothing.",
+    )
+    dynamic_lrp: bool = option(False, "Also relevance of tokens by DynamicLRP's rules, sums shared out by magnitude.")
     ablation: bool = option(True, "Measure the mean ablation of every head, and how scores agree with it.")
     other_preset: bool = option(False, "Also score heads by the other preset, to see how each agrees with ablation.")
     shares: tuple[float, ...] = option(
@@ -112,6 +137,13 @@ class ContextualDecomposition(Analysis):
     )
     random_circuits: int = option(10, "Random circuits of each size; 0 leaves faithfulness out.", low=0)
     mlps: bool = option(True, "Also score MLPs.")
+    streams: bool = option(
+        False,
+        "Also score positions of the streams between blocks, and ablate each: about the cost of the heads' ablation.",
+    )
+    removal: tuple[Literal["heads", "tokens"], ...] = option(
+        (), "Take heads or tokens away by each method's order, most and least relevant first, beside random orders."
+    )
     words: Literal["none", "token", "head"] = option(
         "token", "Also score words, by their rows of the first stream or by the heads of block 0 there."
     )
@@ -130,6 +162,10 @@ class ContextualDecomposition(Analysis):
         "positions": Field(
             "Positions at which heads are scored by themselves; all where it is left out: [0, -1].", check_positions
         ),
+        "span": Field(
+            "Positions that the most relevant token should be among; those of an answer's token where it is left out: [3, 4].",
+            check_positions,
+        ),
     }
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
     profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
@@ -137,6 +173,10 @@ class ContextualDecomposition(Analysis):
 
     def __post_init__(self) -> None:
         validate(self)
+        if "cdt" not in self.methods:
+            raise OptionError(
+                f"methods {', '.join(self.methods) or 'none'}: cdt must be among them, for the search and the words use its scores"
+            )
 
     @property
     def makes_prompts(self) -> bool:
@@ -154,11 +194,26 @@ class ContextualDecomposition(Analysis):
         heads = len(self.nodes(model))
         return costs.interventions(
             self._lengths(model, prompts), heads, one_form=self.granularity == "position", ablation=self.ablation,
-            methods=costs.n_methods(model) + self.other_preset + self.ablation,
+            methods=len(self._ordering(model)), token_methods=len(self._plan.token_methods),
             sizes=sizes_of(self.shares, heads), random_circuits=self.random_circuits,
             searched=self.top * (self.search_steps + 1) if self.search_steps else 0, prune=self.prune,
             mlps=len({node.layer for node in self.nodes(model)}) if self.mlps else 0,
+            streams=len(self._stream_layers(model)), removal=self.removal,
         )  # fmt: skip
+
+    @property
+    def _plan(self) -> Plan:
+        return Plan(self.methods, self.rule, self.dynamic_lrp)
+
+    def _ordering(self, model: Model) -> list[str]:
+        """Return the methods whose order of heads makes circuits; RelP and LRP by the chosen rule alone."""
+        names: list[str] = [name for name in self.methods if name != "direct" or costs.has_direct(model)]
+        names += [f"cdt_{next(p for p in PRESETS if p != self.preset)}"] if self.other_preset else []
+        return [*dict.fromkeys(names), *(["ablation"] if self.ablation else [])]
+
+    def _stream_layers(self, model: Model) -> list[int]:
+        """Return the blocks whose leaving stream is scored; the last one's is read at the end alone."""
+        return sorted({n.layer for n in self.nodes(model)} - {model.shape.n_layers - 1}) if self.streams else []
 
     def nodes(self, model: Model) -> list[Node]:
         """Return the heads that are scored and ablated.
@@ -189,8 +244,9 @@ class ContextualDecomposition(Analysis):
         store: ActivationStore | None = None,
         progress: Progress = QUIET,
     ) -> Result:
-        """Return the tables `cases`, `relevance`, `heads`, and by option `mlps`, `agreement` with `agreement_differences`, `edges`, `circuit`,
-        `faithfulness`, `words`.
+        """Return the tables `cases`, `relevance`, `heads`, `token_relevance`, `leak`, `routed`, `pointing`, and by option `mlps`,
+        `streams`, `agreement` with `agreement_differences`, `edges`, `circuit`, `faithfulness` with `areas`, `curves` with
+        `abpc`, `words`.
 
         Raises:
             OptionError: a layer or head that the model does not have.
@@ -203,35 +259,51 @@ class ContextualDecomposition(Analysis):
         prepared = prepare_cases(model, cases, heads, self._joint, progress)
         reading = Reading(self.target_at, self.target_score)
         pairs = self.search_steps > 0 and self.granularity == "head"
+        started = time.perf_counter()
         own, links = prepared.swept(_each(heads), self.rules, reading if pairs else None, progress, "prompt scored")
+        took = time.perf_counter() - started
         scored = [Scored(heads, own, list(range(len(cases))))]
         if self.granularity == "position":
             scored.append(scored_positions(prepared, self.rules, progress))
             notes.append(_form_note(prepared, scored[-1]))
         tables = {"cases": cases_table(prepared, [_text(model, prompt) for prompt in questions])}
         notes += [*_span_notes(tables["cases"]), *self._notes(model, heads)]
-        scores = {"cdt": own}
-        tables |= self._compared(prepared, scores, notes, progress)
-        relevance, ablated_mlps = list(scored), 0
+        gradients = read_scores(model, prepared.cases, self._plan, progress)
+        other = next(name for name in PRESETS if name != self.preset) if self.other_preset else None
+        comparison = compare_heads(
+            prepared, (own, took), gradients, self.methods, None if other is None else (other, PRESETS[other]), progress
+        )
+        tables["heads"] = heads_compared(prepared, comparison, self.ablation, self.seed, progress)
+        relevance, changed = list(scored), 0
         if self.mlps:
             layers = sorted({node.layer for node in heads})
             relevance.append(scored_mlps(prepared, layers, self.rules, progress))
-            tables["mlps"], ablated_mlps = mlps_table(
-                prepared, layers, relevance[-1].scores, self.ablation, self.seed, progress
-            )
+            mlps = compared_mlps(prepared, layers, relevance[-1].scores, gradients, self.ablation, progress)
+            agree_on(comparison, mlps, self.seed, "mlps")
+            tables["mlps"], changed = mlps.table(self.seed), mlps.forwards
+        if below := self._stream_layers(model):
+            streams, used = compared_streams(prepared, below, gradients, self.ablation, progress)
+            agree_on(comparison, streams, self.seed, "streams")
+            tables["streams"], changed = streams.table(self.seed), changed + streams.forwards
+            if len(used) < len(cases):
+                notes.append(f"Stream positions use the {len(used)} of {len(cases)} prompts of one form and length.")
+        agreed, said = comparison.agreement()
+        tables, notes = tables | agreed, notes + said
         tables["relevance"] = pd.concat(
             [relevance_table(s.nodes, s.scores, [cases[i].index for i in s.prompts]) for s in relevance],
             ignore_index=True,
         )
         gated = any(getattr(block.mlp, "gate", None) is not None for block in prepared.decomposer.operations.blocks)
         notes += unseen_note(tables, frozen_gate=gated and self.rules.gate == "frozen")
-        tables |= self._circuits(prepared, scored[-1], links, scores, progress)
+        tables |= self._circuits(prepared, scored[-1], links, comparison, progress)
+        tables |= self._of_tokens(model, questions, prepared, gradients, notes)
+        tables |= removed(prepared, comparison, self._ordering(model), self.removal, self.seed, progress)
         if self.words != "none":
             tables["words"] = words_table(
                 model, prepared.decomposer, prepared.cases, self.rules, self.words, self.mode, progress
             )
         counts = {"forwards": prepared.forwards, "decomposed": len(cases) * len(heads)}
-        changed = sum(ablation.forwards for ablation in prepared.ablations) + ablated_mlps
+        changed += sum(ablation.forwards for ablation in prepared.ablations)
         return make_result(self, model, questions, tables, None, clock, notes, counts, changed)
 
     def _notes(self, model: Model, heads: Sequence[Node]) -> list[str]:
@@ -284,34 +356,35 @@ class ContextualDecomposition(Analysis):
         cases, notes = given_cases(model, questions, references, self.mode)
         return questions, cases, notes
 
-    def _compared(
-        self, prepared: PreparedCases, scores: dict[str, Array], notes: list[str], progress: Progress
+    def _of_tokens(
+        self,
+        model: Model,
+        questions: Sequence[Prompt],
+        prepared: PreparedCases,
+        gradients: GradientScores,
+        notes: list[str],
     ) -> dict[str, pd.DataFrame]:
-        """Return the tables of heads and of agreement, and enter the other methods' scores into `scores`."""
-        scores["attribution"] = prepared.attributions(progress)
-        direct = prepared.direct()
-        if direct is not None:
-            scores["direct"] = direct
-        if self.other_preset:
-            other = next(name for name in PRESETS if name != self.preset)
-            scores[f"cdt_{other}"] = prepared.scores(
-                _each(prepared.heads), PRESETS[other], progress, f"prompt scored by {other} rules"
-            )
-        if not self.ablation:
-            return {"heads": heads_table(prepared.heads, scores, self.seed)}
-        effects = prepared.effects(progress)
-        agreement, differences = agreement_tables(scores, effects, self.seed)
-        notes += agreement_notes(agreement, differences)
-        scores["ablation"] = effects
-        heads = heads_table(prepared.heads, scores, self.seed)
-        return {"heads": heads, "agreement": agreement, "agreement_differences": differences}
+        """Return the tables that backward passes give of tokens and layers, and add what is said of them."""
+        if not gradients.nodes:
+            return {}
+        cases = [one.case for one in prepared.cases]
+        tables = {"token_relevance": token_table(model, cases, gradients, self._plan)}
+        spans = [_inside(questions[case.index].fields.get("span"), len(case.tokens)) for case in cases]
+        pointing = pointing_table(cases, spans, tables["token_relevance"])
+        tables |= {} if pointing.empty else {"pointing": pointing}
+        if gradients.leaks:
+            tables["leak"] = leak_table(cases, gradients)
+            notes += [*leak_notes(gradients), *exceptions(model)]
+        if gradients.routed and prepared.decomposer.operations.kind != "post_norm":
+            tables["routed"] = routed_table(gradients, self.rule, self.seed)
+        return tables
 
     def _circuits(
         self,
         prepared: PreparedCases,
         scored: Scored,
         pairs: Tensor | None,
-        scores: dict[str, Array],
+        comparison: Comparison,
         progress: Progress,
     ) -> dict[str, pd.DataFrame]:
         tables: dict[str, pd.DataFrame] = {}
@@ -328,17 +401,19 @@ class ContextualDecomposition(Analysis):
             tables["edges"] = edges_table(edges, prepared.model.shape.n_layers)
             tables["circuit"] = circuit_table(circuit, kept, edges)
         if self.random_circuits:
-            orders = {name: by_magnitude(prepared.heads, values) for name, values in scores.items()}
-            rows = scored.prompts
-            tables["faithfulness"] = faithfulness_table(
-                [prepared.ablations[i] for i in rows], prepared.full[rows], prepared.empty[rows], orders, kept, self.shares,
-                self.random_circuits, self.seed, progress,
-            )  # fmt: skip
+            methods = self._ordering(prepared.model)
+            tables |= circuit_tables(
+                prepared, scored, comparison, methods, kept, self.shares, self.random_circuits, self.seed, progress
+            )
         return tables
 
 
 def _each(nodes: Sequence[Node]) -> list[Source]:
     return [(node,) for node in nodes]
+
+
+def _inside(span: Sequence[int] | None, n: int) -> list[int] | None:
+    return None if span is None else [at % n for at in span if -n <= at < n]
 
 
 def _text(model: Model, prompt: Prompt) -> str:

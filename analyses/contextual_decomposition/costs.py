@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from analyses.contextual_decomposition.removal import RANDOM_ORDERS, inner_sizes
 from analyses.interventions import Interventions, swept
 from probes.blocks.rerouting import module_of
 from probes.decomposition import Node, head
@@ -48,6 +49,9 @@ def interventions(
     searched: int,
     prune: bool,
     mlps: int = 0,
+    streams: int = 0,
+    token_methods: int = 0,
+    removal: Sequence[str] = (),
 ) -> Interventions:
     """Count the forwards of a run over cases of given groups and lengths, before it is done.
 
@@ -62,6 +66,9 @@ def interventions(
         random_circuits: random circuits of each size; 0 runs no circuits at all.
         searched: the most nodes that the search can find; 0 without a search.
         mlps: how many MLPs are ablated, where heads are.
+        streams: of how many blocks each position of the leaving stream is ablated, where heads are.
+        token_methods: orders of tokens that are taken away.
+        removal: what is taken away, heads or tokens.
     """
     used = max(Counter(cases).values(), default=0) if one_form else len(cases)
     circuits = sum(size < heads for size in sizes) * (methods + random_circuits) if random_circuits else 0
@@ -70,13 +77,33 @@ def interventions(
     counts = {
         "head ablations": heads * len(cases) if ablation else 0,
         "MLP ablations": mlps * len(cases) if ablation else 0,
+        "stream ablations": streams * _one_form(cases) if ablation else 0,
+        "removals": _removals(cases, heads, methods, token_methods, removal),
         "circuits": circuits * used + len(cases),
         "pruned circuits": (1 + searched * (searched + 1) // 2) * used if searched and prune else 0,
     }
     return Interventions(counts, exact=not searched or not (prune or random_circuits))
 
 
-def n_methods(model: Model) -> int:
-    """How many cheap methods order this model's heads: the decomposition, attribution patching and direct attribution."""
+def _one_form(cases: Sequence[tuple[str, int]]) -> int:
+    """Positions of all cases of the commonest group and length."""
+    if not cases:
+        return 0
+    (_, length), n = Counter(cases).most_common(1)[0]
+    return length * n
+
+
+def _removals(
+    cases: Sequence[tuple[str, int]], heads: int, methods: int, token_methods: int, removal: Sequence[str]
+) -> int:
+    sets = 2 * (methods + RANDOM_ORDERS) * inner_sizes(heads) * len(cases) if "heads" in removal else 0
+    if "tokens" in removal and token_methods:
+        # Besides, all tokens of each prompt are taken away once.
+        sets += sum(2 * (token_methods + RANDOM_ORDERS) * inner_sizes(length) + 1 for _, length in cases)
+    return sets
+
+
+def has_direct(model: Model) -> bool:
+    """Tell whether what a head adds reaches the end unchanged, so that there is direct attribution."""
     with module_of(model) as (_, anatomy):
-        return 3 if anatomy.kind != "post_norm" else 2
+        return anatomy.kind != "post_norm"

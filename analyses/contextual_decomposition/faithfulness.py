@@ -12,8 +12,17 @@ from jaxtyping import Bool
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyses.circuits import draw_items, interval, normalised, random_columns, sizes_of
+from analyses.circuits import (
+    areas,
+    draw_items,
+    interval,
+    normalised,
+    random_columns,
+    resampled_faithfulness,
+    sizes_of,
+)  # fmt: skip
 from analyses.contextual_decomposition.ablation import Ablation
+from analyses.results.statistics import percentiles
 from probes.decomposition import Node
 from probes.progress import QUIET, Progress
 
@@ -49,7 +58,7 @@ def metrics(ablations: Sequence[Ablation], circuits: Sequence[Keep], progress: P
     return np.stack(out)
 
 
-def faithfulness_table(
+def faithfulness_tables(
     ablations: Sequence[Ablation],
     full: Array,
     empty: Array,
@@ -59,8 +68,13 @@ def faithfulness_table(
     n_random: int,
     seed: int,
     progress: Progress = QUIET,
-) -> pd.DataFrame:
-    """Return columns method, size, faithfulness, ci_low, ci_high, random_mean, random_low, random_high, random_share_beaten, n_random.
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return columns method, size, faithfulness, ci_low, ci_high, random_mean, random_low, random_high, random_share_beaten, n_random,
+    and the areas under each method's curve.
+
+    The second table has columns method, unit, cpr, cpr_low, cpr_high, cmd, cmd_low, cmd_high, random_cpr, random_cmd,
+    n_random: areas under f and |1 - f| over the logarithm of the share of heads kept, from the smallest size to all
+    heads, divided by the logarithm's span (Mueller et al. 2025, MIB).
 
     Intervals resample prompts; the random bounds are the 5 and 95 % points over random circuits. There are none below
     `MIN_CLUSTERS` of either.
@@ -92,7 +106,43 @@ def faithfulness_table(
         *("method", "size", "faithfulness", "ci_low", "ci_high", "random_mean", "random_low", "random_high"),
         *("random_share_beaten", "n_random"),
     ]
-    return pd.DataFrame(rows, columns=columns)
+    areas_table = _areas_table(orders, plans, chosen, full, empty, randoms, len(heads), seed)
+    return pd.DataFrame(rows, columns=columns), areas_table
+
+
+def _areas_table(
+    orders: Mapping[str, Sequence[Node]],
+    plans: Sequence[tuple[str, int, Sequence[Node]]],
+    values: Array,
+    full: Array,
+    empty: Array,
+    randoms: Mapping[int, Array],
+    n_heads: int,
+    seed: int,
+) -> pd.DataFrame:
+    """Return the areas under each method's curve; the whole model, whose f is 1, ends it."""
+    draws = resampled_faithfulness(values, full, empty, seed)
+    own, rows = normalised(values, full, empty), []
+    for method in orders:
+        at = [i for i, (name, *_) in enumerate(plans) if name == method and plans[i][1] < n_heads]
+        if not at:
+            continue
+        sizes = [plans[i][1] for i in at]
+        shares = np.array([*sizes, n_heads]) / n_heads
+
+        def ended(curve: Array) -> Array:
+            return np.concatenate((curve, np.ones((*curve.shape[:-1], 1))), axis=-1)
+
+        whole, spread = areas(shares, ended(own[at])), areas(shares, ended(draws[:, at]))
+        chance = areas(shares, ended(np.stack([randoms[size] for size in sizes], axis=-1)))
+        row: list[object] = [method, "heads"]
+        for name in ("cpr_log", "cmd_log"):
+            row += [float(getattr(whole, name)), *map(float, percentiles(getattr(spread, name), len(values)))]
+        rows.append(
+            (*row, float(chance.cpr_log.mean()), float(chance.cmd_log.mean()), len(next(iter(randoms.values()))))
+        )
+    columns = [name + end for name in ("cpr", "cmd") for end in ("", "_low", "_high")]
+    return pd.DataFrame(rows, columns=["method", "unit", *columns, "random_cpr", "random_cmd", "n_random"])
 
 
 def _by_size(values: Array, drawn: Mapping[int, Sequence[object]], full: Array, empty: Array) -> dict[int, Array]:

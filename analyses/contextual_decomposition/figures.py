@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analyses.contextual_decomposition.agreement import STATISTICS, TOP
+from analyses.contextual_decomposition.agreement import KINDS, STATISTICS, TOP
 from analyses.contextual_decomposition.figures_circuit import circuit, faithfulness
+from analyses.contextual_decomposition.figures_relevance import curves, has_curves, routed, tokens
 from analyses.contextual_decomposition.methods import COLOUR, NAMES
 from analyses.contextual_decomposition.tables import layer_profile
 from analyses.results.card import FigureSpec, ProfileSpec, Tables
@@ -75,56 +78,73 @@ def position_maps(tables: Tables) -> go.Figure:
     return figure
 
 
+COLUMNS = 4
+"""Panels side by side."""
+
+
 def scatter(tables: Tables) -> go.Figure:
     """Draw each head's score against the measured effect, a panel a method."""
     heads = tables["heads"]
     methods = [name for name in NAMES if name != "ablation" and (name in heads or name == "cdt")]
-    agreement = tables["agreement"].set_index("method")
+    agreement = tables["agreement"].query("kind == 'heads'").set_index("method")
     correlations = agreement["pearson"].reindex(methods).tolist()
     titles = [f"{NAMES[method]}: Pearson {r:.2f}" for method, r in zip(methods, correlations, strict=True)]
-    figure = make_subplots(rows=1, cols=len(methods), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.05)
+    width, lines = min(COLUMNS, len(methods)), -(-len(methods) // COLUMNS)
+    figure = make_subplots(
+        rows=lines,
+        cols=width,
+        subplot_titles=titles,
+        shared_yaxes=True,
+        horizontal_spacing=0.05,
+        vertical_spacing=0.28 / lines,
+    )
     labels = [f"{int(layer)}.{int(head)}" for layer, head in heads[["layer", "head"]].to_numpy()]
-    for column, method in enumerate(methods, 1):
-        x = heads["score" if method == "cdt" else method]
+    span = [float(heads["ablation"].min()), float(heads["ablation"].max())]
+    for number, method in enumerate(methods):
+        place = {"row": 1 + number // width, "col": 1 + number % width}
         figure.add_scatter(
-            x=x, y=heads["ablation"], mode="markers", text=labels, showlegend=False,
-            marker={"size": 6, "color": COLOUR[method], "opacity": 0.65},
-            hovertemplate="head %{text}: score %{x:.3f}, effect %{y:.3f}<extra></extra>", row=1, col=column,
+            x=heads["score" if method == "cdt" else method], y=heads["ablation"], mode="markers", text=labels,
+            showlegend=False, marker={"size": 6, "color": COLOUR[method], "opacity": 0.65},
+            hovertemplate="head %{text}: score %{x:.3f}, effect %{y:.3f}<extra></extra>", **place,
         )  # fmt: skip
-        span = [float(heads["ablation"].min()), float(heads["ablation"].max())]
         figure.add_scatter(
             x=span, y=span, mode="lines", line={"color": "#888", "dash": "dot", "width": 1}, showlegend=False,
-            hoverinfo="skip", row=1, col=column,
+            hoverinfo="skip", **place,
         )  # fmt: skip
-    finish(figure, x="score (logits)", y="", height=430)
+    finish(figure, x="", y="", height=130 + 300 * lines)
     figure.update_layout(margin_t=80)
-    figure.update_yaxes(title="fall of the metric on ablation (logits)", row=1, col=1)
+    for column in range(1, width + 1):
+        figure.update_xaxes(title="score (logits)", row=lines, col=column)
+    for line in range(1, lines + 1):
+        figure.update_yaxes(title="fall of the metric on ablation", row=line, col=1)
     return figure
 
 
 def agreement(tables: Tables) -> go.Figure:
-    """Draw three correlations of each method's scores with measured effects, with their intervals."""
+    """Draw three correlations of each method's scores with measured effects, with their intervals, a row a kind of nodes."""
     table = tables["agreement"].iloc[::-1]
-    names = [NAMES[m] for m in table["method"]]
+    kinds = [kind for kind in KINDS if kind in set(table["kind"])]
     shown = [name for name in STATISTICS if table[name].notna().any()]
+    counts = [int((table["kind"] == kind).sum()) for kind in kinds]
     figure = make_subplots(
-        rows=1,
-        cols=len(shown) or 1,
-        subplot_titles=[PANELS[name] for name in shown],
-        shared_yaxes=True,
-        horizontal_spacing=0.05,
-    )
-    for column, name in enumerate(shown, 1):
+        rows=len(kinds), cols=len(shown) or 1, subplot_titles=[PANELS[name] for name in shown], shared_yaxes=True,
+        horizontal_spacing=0.05, vertical_spacing=0.22 / max(2, len(kinds)), row_titles=[KINDS[kind] for kind in kinds],
+        row_heights=counts,
+    )  # fmt: skip
+    for (line, kind), (column, name) in product(enumerate(kinds, 1), enumerate(shown, 1)):
+        rows = table[table["kind"] == kind]
         figure.add_scatter(
-            x=table[name], y=names, mode="markers", showlegend=False,
-            marker={"size": 11, "color": [COLOUR[m] for m in table["method"]]},
-            error_x=whiskers(table[name], table[f"{name}_low"], table[f"{name}_high"], 4),
-            hovertemplate="%{y}: %{x:.3f}<extra>" + PANELS[name] + "</extra>", row=1, col=column,
+            x=rows[name], y=[NAMES[m] for m in rows["method"]], mode="markers", showlegend=False,
+            marker={"size": 10, "color": [COLOUR[m] for m in rows["method"]]},
+            error_x=whiskers(rows[name], rows[f"{name}_low"], rows[f"{name}_high"], 4),
+            hovertemplate="%{y}: %{x:.3f}<extra>" + f"{PANELS[name]}, {KINDS[kind]}" + "</extra>", row=line, col=column,
         )  # fmt: skip
-    finish(figure, x="correlation with mean ablation", y="", height=200 + 45 * len(table))
+    finish(figure, x="", y="", height=190 + 34 * sum(counts))
     figure.update_layout(margin_t=80)
     ends = table[[name + end for name in shown for end in ("", "_low", "_high")]].to_numpy(dtype=float)
     figure.update_xaxes(range=[min(0.0, np.nanmin(ends, initial=0.0)) - 0.05, 1.02])
+    for column in range(1, len(shown) + 1):
+        figure.update_xaxes(title="correlation with mean ablation", row=len(kinds), col=column)
     return figure
 
 
@@ -176,13 +196,15 @@ FIGURES = {
     ),
     "agreement": FigureSpec(
         "How well each method foretells ablation",
-        "Correlation over heads between a method's score and the measured effect of mean ablation, of means over prompts; "
+        "Correlation over heads, MLPs or stream positions between a method's score and the measured effect of mean ablation, of "
+        "means over prompts; in grey scores that know nothing of the answer; "
         "95 % intervals resample prompts, and there are none below six. When to believe which: Pearson's (left) is made by "
-        "the few heads of largest effect; ranks (middle) count every head alike; on the right are the heads that remain "
+        "the few nodes of largest effect; ranks (middle) count every node alike; on the right are the nodes that remain "
         "without the ten of largest effect. A method that is high on the left alone names the strongest heads and says "
-        "little of the others' order; one that is high in all three can be used for every head. Table "
-        "agreement_differences holds the paired differences between CD-T and each other method, with their intervals. "
-        "Attribution patching costs one backward pass a prompt, ablation one forward a head.",
+        "little of the others' order; one that is high in all three can be used for every node. Table "
+        "agreement_differences holds the paired differences between CD-T and each other method, and between RelP and attribution "
+        "patching, with their intervals. Attribution patching, RelP and LRP cost one backward pass a prompt each, ablation one "
+        "forward a node.",
         agreement,
         lambda tables: "agreement" in tables,
     ),
@@ -208,6 +230,30 @@ FIGURES = {
         "together work against the answer.",
         faithfulness,
         lambda tables: "faithfulness" in tables,
+    ),
+    "curves": FigureSpec(
+        "What is left as the most, or the least, relevant is taken away",
+        "The metric as heads go to their means, or tokens to the references' mean row, in each method's order: full lines take "
+        "the most relevant first, dashed ones the least. A method that knows what matters has its two lines far apart; the area "
+        "between them is `abpc` in table abpc, beside that of random orders. The grey band spans 95 % of random orders.",
+        curves,
+        has_curves,
+    ),
+    "tokens": FigureSpec(
+        "Which tokens the answer comes from",
+        "Relevance of each token's row of the first stream, from one backward pass: blue towards the answer, red against it. "
+        "Beneath each prompt: its metric is the sum of what reaches the tokens, the biases, and what ends in the patterns of "
+        "attention (softmax). A large last part means that attention chose, and by a wide margin. Colours saturate at the "
+        "largest size after position 0.",
+        tokens,
+        lambda tables: "token_relevance" in tables and not tables["token_relevance"].empty,
+    ),
+    "routed": FigureSpec(
+        "Relevance that passes each layer's attention and MLP",
+        "Relevance of what attention and MLP add, by the chosen rule; mean over prompts with 95 % intervals (none below six). "
+        "One share of relevance can pass several blocks, so layers overlap: the bars do not add up to the metric.",
+        routed,
+        lambda tables: "routed" in tables,
     ),
     "words": FigureSpec(
         "Which words the answer comes from",

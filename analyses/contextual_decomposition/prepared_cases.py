@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from analyses.contextual_decomposition.ablation import Ablation, shared_start, without
 from analyses.contextual_decomposition.cases import Case, baseline_of
 from analyses.contextual_decomposition.circuit import Edge, Links, Search, pruned, search
-from analyses.contextual_decomposition.effects import attribution_patching, direct_attribution
+from analyses.contextual_decomposition.direct_attribution import direct_attribution
 from analyses.contextual_decomposition.faithfulness import Keep, metrics
 from analyses.contextual_decomposition.scores import (
     PreparedCase,
@@ -78,15 +78,6 @@ class PreparedCases:
             out.append(without(ablation, self.heads).numpy())
             progress.advance()
         return np.stack(out)
-
-    def attributions(self, progress: Progress) -> Array:
-        """Return attribution patching of each head [prompt, head]."""
-        progress.start(len(self.cases), "prompt attributed")
-        parts = []
-        for one in self.cases:
-            parts.append(self._chosen(attribution_patching(self.model, one.case, one.baseline).sum(1)))
-            progress.advance()
-        return np.stack(parts)
 
     def direct(self) -> Array | None:
         """Return the direct logit attribution of each head [prompt, head]; None where the model has none."""

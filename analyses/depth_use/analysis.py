@@ -9,18 +9,22 @@ from typing import ClassVar
 import pandas as pd
 
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
-from analyses.depth_use.alignment import alignment_table
+from analyses.depth_use.comparisons import compared
 from analyses.depth_use.figures import FIGURES
 from analyses.depth_use.forwards import forwards
+from analyses.depth_use.kv_subspaces import check_kv
 from analyses.depth_use.maps import check_pair, map_table
 from analyses.depth_use.measurements import measure_blocks
 from analyses.depth_use.profiles import PROFILES
 from analyses.depth_use.settings import Settings
+from analyses.depth_use.stream_settings import StreamSettings
 from analyses.depth_use.tokens import check_answer_from
+from analyses.generation import Decoding, respond
 from analyses.interventions import Interventions
 from analyses.options import option, validate
 from analyses.results.card import FigureSpec, ProfileSpec
 from analyses.results.result import Result
+from analyses.scoring import check_answer, check_choices
 from analyses.tokens import token_text
 from probes.capture.activations import Activations
 from probes.capture.needs import Need
@@ -44,7 +48,7 @@ def check_label(value: object) -> str | None:
 
 
 @dataclass(frozen=True)
-class DepthUse(Settings, Analysis):
+class DepthUse(StreamSettings, Settings, Analysis):
     """How a model uses its depth (Csordás, Manning, Potts 2025, arXiv 2505.13898), beside the proxies of layer importance."""
 
     target_model: str = option(
@@ -67,6 +71,8 @@ class DepthUse(Settings, Analysis):
         "group": Field(
             "Names the lines whose streams are compared with those of other groups: a text or an int.", check_group
         ),
+        "answer": Field("The right answer, as text, for the accuracy without each block.", check_answer),
+        "choices": Field('Texts among which the answer is looked for: ["Paris", "Rome"].', check_choices),
         "label": Field("Class of the line, 0 or 1, for the probe among the proxies.", check_label),
     }
     figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
@@ -74,41 +80,52 @@ class DepthUse(Settings, Analysis):
 
     def __post_init__(self) -> None:
         validate(self)
-        for name in ("parts", "bits", "windows", "layers"):  # each is measured once, however often it is named
+        for name in (
+            "parts",
+            "generate_parts",
+            "bits",
+            "windows",
+            "layers",
+        ):  # each is measured once, however often it is named
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
 
     def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
-        """Count the restarts of blocks left out, rounded, frozen, run side by side, erased and differentiated."""
+        """Count the restarts of blocks left out, rounded, frozen, run side by side, erased, differentiated and written without."""
         _check_model(model)
-        return Interventions(forwards(model, prompts, self))
+        return Interventions(forwards(model, prompts, self), exact=not self.generate_prompts)
 
     def needs(self, model: Model) -> list[Need]:
         """Ask for rows of the stream entering and leaving every block, and of what attention adds."""
-        return [Need(("resid_pre.0", "resid_post.*", "attn_out.*"))]
+        blocks = Need(("resid_pre.0", "resid_post.*", "attn_out.*"))
+        return [blocks, *self.stream_needs(model, self.first_token)]
 
     def run(
         self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
     ) -> Result:
         """Return the tables `proxies`, `proxy_intervals`, `agreement`, `contributions`, `skip_effect`, `output_effect`, `depth_score`,
-        `windows`, and where asked for `erasure`, `attribution`, `greedy`, `drop_curve`, `linear_maps`,
-        and with groups of prompts `alignment`.
+        `windows`, `effective_depth`, and where asked for `erasure`, `attribution`, `greedy`, `drop_curve`, `linear_maps`,
+        `generation` and `generation_layers`, and those of `analyses.depth_use.comparisons`: with groups of prompts, and of keys and values.
 
         Raises:
             PointError: the model is not causal, its blocks do not add to the stream, or its backend keeps them to itself.
-            PromptError: no prompt has a next token to predict.
-            OptionError: a layer that the model does not have.
+            PromptError: no prompt has a next token to predict, or there are too few tokens for subspaces of keys.
+            OptionError: a layer that the model does not have, or subspaces of keys that are too large.
         """
         clock, store = Clock(), store or ActivationStore()
         _check_model(model)
-        self.swept(model.shape.n_layers)
+        layers = self.swept(model.shape.n_layers)
         collected = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
         _check_prompts(collected)
         sequences = [prompt.tokens for prompt in collected]
+        check_kv(model, sequences, self.kv_rank, layers, self.first_token)
         activations = capture(model, sequences, self.needs(model), store, progress=progress)
-        tables, notes, done = measure_blocks(activations, collected, self, progress)
+        responses: list[tuple[int, ...]] = []
+        if self.generate_prompts:
+            writing = Decoding(self.generate_tokens)
+            responses = respond(model, sequences[: self.generate_prompts], writing, store, progress=progress)[0]
+        tables, notes, done = measure_blocks(activations, collected, responses, self, progress)
         groups = [str(prompt.fields.get("group", "")) for prompt in collected]
-        if len(set(groups) - {""}) > 1:
-            tables["alignment"] = alignment_table(activations, groups, self.first_token, self.seed)
+        tables |= compared(activations, groups, self, layers, self.first_token, self.seed)
         if self.target_model:
             tables["linear_maps"] = self._maps(activations, store, progress)
         for name in ("erasure", "attribution"):

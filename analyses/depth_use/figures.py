@@ -1,4 +1,4 @@
-"""Figures of depth use: contributions, skips, tokens and maps; the proxies have a file of their own."""
+"""Figures of depth use: contributions, skips, tokens and maps; proxies, and comparisons of groups and layers, have files of their own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from analyses.depth_use.figures_effective_depth import EFFECTIVE_DEPTH_FIGURES
+from analyses.depth_use.figures_generation import GENERATION_FIGURES
 from analyses.depth_use.figures_proxies import PROXY_FIGURES
+from analyses.depth_use.figures_streams import STREAM_FIGURES
 from analyses.results.card import FigureSpec, Tables
 from analyses.results.theme import COLOURS, SCALE, finish, menu, token_label, whiskers
 
@@ -162,32 +165,6 @@ def _token_map(table: pd.DataFrame, value: str, title: str, scale: str, **limits
     return figure
 
 
-def alignment(tables: Tables) -> go.Figure:
-    """Cosines between groups by layer, beside random regroupings."""
-    table = tables["alignment"]
-    figure = make_subplots(
-        rows=1, cols=2, shared_yaxes=True, subplot_titles=("mean streams", "pairs of tokens, common mean subtracted")
-    )
-    panels = ((1, "mean_cosine", False), (2, "pair_cosine", True))
-    for colour, ((a, b), pair) in zip(COLOURS, table.groupby(["group_a", "group_b"], sort=False), strict=False):
-        for column, value, centred in panels:
-            rows = pair[pair["centred"] == centred]
-            for edge in ("_low", "_high"):
-                figure.add_scatter(
-                    x=rows[value + edge], y=rows["layer"], mode="lines", line={"color": colour, "width": 1, "dash": "dot"},
-                    name=f"{a} and {b}, 95 % of random regroupings", legendgroup=f"{a}{b}control", hoverinfo="skip",
-                    showlegend=column == 1 and edge == "_low", row=1, col=column,
-                )  # fmt: skip
-            figure.add_scatter(
-                x=rows[value], y=rows["layer"], name=f"{a} and {b}", mode="lines+markers", line={"color": colour},
-                marker={"size": 5}, legendgroup=f"{a}{b}", showlegend=column == 1, row=1, col=column,
-            )  # fmt: skip
-    finish(figure, x="cosine", y="layer", height=560)
-    figure.update_yaxes(title="", row=1, col=2)
-    figure.update_layout(legend={"y": 1.06}, margin={"t": 100})
-    return figure
-
-
 def linear_maps(tables: Tables) -> go.Figure:
     """Source layer by target layer: error of the best affine map, and the best source of each target."""
     table = tables["linear_maps"]
@@ -205,6 +182,8 @@ def linear_maps(tables: Tables) -> go.Figure:
 
 FIGURES = {
     **PROXY_FIGURES,
+    **EFFECTIVE_DEPTH_FIGURES,
+    **GENERATION_FIGURES,
     "contributions": FigureSpec(
         "What each block adds to the stream",
         "Left: the length of what a whole block, its attention and its MLP add, relative to the stream they add to (logarithmic). Right: the "
@@ -247,14 +226,7 @@ FIGURES = {
         attributed_tokens,
         lambda tables: "attribution" in tables,
     ),
-    "alignment": FigureSpec(
-        "How alike the groups' streams are",
-        "Left: the cosine between the mean streams of two groups of prompts, by layer. Right: the mean cosine of one group's tokens with the other's, after subtracting the mean "
-        "over all tokens, because streams share a large common direction. Dotted lines enclose 95 % of what prompts dealt to the groups at random give: a curve left of them "
-        "means that the groups lie in different places.",
-        alignment,
-        lambda tables: "alignment" in tables,
-    ),
+    **STREAM_FIGURES,
     "linear_maps": FigureSpec(
         "Layers of one model predicted from another's",
         "The relative error, on held-out prompts, of the best affine map from each source layer's stream to each target layer's. White dots mark the source "

@@ -36,6 +36,15 @@ _NAMES = {
     "probe_accuracy": "probe accuracy",
     "lens_kl": "lens KL",
     "lens_overlap": "lens overlap",
+    **{
+        f"{name}_{part}": f"{shown} without {what}"
+        for name, shown in (
+            ("diverged", "texts changed"),
+            ("text_lost", "tokens changed"),
+            ("accuracy_drop", "accuracy lost"),
+        )
+        for part, what in (("block", "the block"), ("attn", "its attention"), ("mlp", "its MLP"))
+    },
     "layer_index": "depth alone (control)",
 }
 

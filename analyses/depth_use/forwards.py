@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from analyses.depth_use.contributions import PARTS
+from analyses.depth_use.generation import steps
 from analyses.depth_use.greedy import N_ORDERS
 from analyses.depth_use.settings import Settings
 from analyses.depth_use.skips import positions_of
@@ -26,6 +27,7 @@ def forwards(model: Model, prompts: Sequence[Prompt], settings: Settings) -> For
         **skipped(model, prompts, settings),
         **removed(model, prompts, settings),
         **per_token(model, prompts, settings),
+        **steps(len(prompts[: settings.generate_prompts]), settings, model.shape.n_layers),
     }
 
 

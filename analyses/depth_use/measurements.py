@@ -12,7 +12,10 @@ import torch
 
 from analyses.depth_use.ablations import ChunkAblations
 from analyses.depth_use.contributions import PARTS, Contributions
+from analyses.depth_use.effective_depth import effective_depth_note, effective_depths
 from analyses.depth_use.forwards import measured, per_token, removed, skipped
+from analyses.depth_use.generation import Generation, Tokens, steps
+from analyses.depth_use.generation_tables import PROXIES, enter_proxies, generation_table, layer_table
 from analyses.depth_use.greedy import (
     REMEASURED,
     SUBLAYERS,
@@ -40,7 +43,7 @@ from analyses.depth_use.tokens import StreamMeans, erasure, integrated_gradients
 from analyses.depth_use.weights import NormScales, z_share_of
 from analyses.results.per_prompt import PerPrompt, interval
 from probes.blocks.batch import Blocks, Chunk, Part, on_blocks
-from probes.blocks.rerouting import module_of
+from probes.blocks.rerouting import block_access, module_of
 from probes.capture.activations import Activations
 from probes.capture.padded import chunks
 from probes.linear.probing import probe_layers
@@ -54,12 +57,20 @@ LAST = Reducer(positions="last")
 
 
 def measure_blocks(
-    activations: Activations, prompts: Sequence[Prompt], settings: Settings, progress: Progress
+    activations: Activations,
+    prompts: Sequence[Prompt],
+    responses: Sequence[Tokens],
+    settings: Settings,
+    progress: Progress,
 ) -> tuple[Tables, list[str], int]:
-    """Return all tables but the linear maps, notes for the reader, and how many forwards were run with something changed."""
+    """Return all tables but the linear maps, notes for the reader, and how many forwards were run with something changed.
+
+    Args:
+        responses: what the plain model writes after the first prompts.
+    """
     run = _Run(activations, prompts, settings, progress)
-    tables: Tables = {}
     run.measure()
+    tables = run.generation_tables(responses)
     tables |= run.proxy_tables()
     tables["contributions"] = run.contributions.table(settings.seed)
     run.skips()
@@ -86,6 +97,9 @@ class _Run:
         names += [
             f"{k}_{w}" for w in settings.windows for k in ("parallel_error", "parallel_cosine", "delta_ce_parallel")
         ]
+        if settings.generate_prompts:
+            answered = any("answer" in prompt.fields for prompt in prompts[: settings.generate_prompts])
+            names += [f"{name}_{part}" for name in PROXIES[: 2 + answered] for part in settings.generate_parts]
         self.columns = {name: PerPrompt(n, self.n_layers) for name in names}
         self.effects: dict[tuple[Variant, Part], Effects] = {
             (variant, part): Effects.empty(n, self.n_layers) for variant in get_args(Variant) for part in settings.parts
@@ -136,6 +150,19 @@ class _Run:
         ablations.windows(self.columns, self.settings.windows, self.layers, self._tick)
         ablations.read(self.columns, self.layers)
 
+    def generation_tables(self, responses: Sequence[Tokens]) -> Tables:
+        """Return the tables `generation` and `generation_layers`, where there are responses, and enter their proxies."""
+        if not responses:
+            return {}
+        most, before = sum(steps(len(responses), self.settings, self.n_layers).values()), self.forwards
+        self.progress.start(most, "step of writing")
+        chosen = self.prompts[: len(responses)]
+        texts = Generation(block_access(self.model), chosen, responses, self.settings, self._tick).texts()
+        self.progress.advance(most - (self.forwards - before))  # what ended early
+        generation = generation_table(texts, self.model.tokenizer)
+        enter_proxies(self.columns, generation)
+        return {"generation": generation, "generation_layers": layer_table(texts, generation, self.settings.seed)}
+
     def skips(self) -> None:
         """Measure future and local skip effects, on the first prompts that are long enough."""
         chosen = self.settings.split_prompts(self.prompts)
@@ -170,7 +197,7 @@ class _Run:
             local_effects(self.effects["local", part], blocks, chunk, part, at, where, self.layers, self._tick)
 
     def proxy_tables(self) -> Tables:
-        """Return the tables `proxies`, `proxy_intervals`, `agreement`, `windows`, `loss`."""
+        """Return the tables `proxies`, `proxy_intervals`, `agreement`, `windows`, `effective_depth`, `loss`."""
         measured = {
             name: c for name, c in self.columns.items() if name.rpartition("_")[0] not in ("angular", "euclidean")
         }
@@ -185,6 +212,8 @@ class _Run:
         control = {"zd": self.zd, "layer_index": np.arange(self.n_layers, dtype=np.float64)}
         tables["agreement"] = agreement_table(measured, control, self.settings.seed)
         tables["windows"] = self._windows()
+        tables["effective_depth"] = effective_depths(self.columns, self.settings.seed)
+        self.notes.append(effective_depth_note(tables["effective_depth"]))
         mean, low, high = interval(self.loss, self.settings.seed)
         tables["loss"] = pd.DataFrame(
             {"loss": mean, "ci_low": low, "ci_high": high, "tokens": self.loss.counts.sum().item()}

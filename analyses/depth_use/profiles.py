@@ -39,6 +39,12 @@ PROFILES = {
         "nats per token",
         "Rise of the next-token loss when this block's normalisation divides by its average instead of each token's own norm.",
     ),
+    "generation": _profile(
+        "text_lost_block",
+        "Text changed without the block",
+        "share of tokens",
+        "Share of the tokens of the model's own greedy text that are others when it writes without this block.",
+    ),
     "contribution": _profile(
         "relative_norm_block",
         "Size of the contribution",

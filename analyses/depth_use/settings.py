@@ -50,6 +50,10 @@ class Settings:
         (), "Layers that are left out, rounded, frozen or erased, or begin a window; none: every stride-th.", low=0
     )
     stride: int = option(1, "Every how many layers one is left out, where layers names none.", low=1)
+    generate_prompts: int = option(0, "Prompts continued greedily without each block; 0 leaves it out.", low=0)
+    generate_tokens: int = option(64, "Tokens of each continuation.", low=2, high=4096)
+    generate_stride: int = option(1, "Every how many of the swept layers one is left out while writing.", low=1)
+    generate_parts: tuple[Part, ...] = option(("block",), "What of a block is left out while writing.")
     first_token: bool = option(
         False, "Whether a prompt's first token, whose norm is massive, counts in the statistics."
     )
@@ -58,6 +62,11 @@ class Settings:
     def swept(self, n_layers: int) -> list[int]:
         """Return the layers that are left out, rounded, frozen, erased or begin a window."""
         return swept(n_layers, self.layers, self.stride)
+
+    def generated(self, n_layers: int) -> list[tuple[Part, int]]:
+        """Return the parts that are left out while writing."""
+        layers = self.swept(n_layers)[:: self.generate_stride]
+        return [(part, layer) for part in self.generate_parts for layer in layers]
 
     def split_prompts(self, prompts: Sequence[Prompt]) -> list[int]:
         """Return the first prompts that are long enough to be split."""

@@ -213,5 +213,7 @@ class LayerPrograms(Analysis):
         if plan.any:
             tables |= Searching(Board(engine, self.metric[0], groups, n, self.seed), plan).tables()
         tables["questions"] = question_table(collected, questions, engine)
-        counts = {"block_runs": engine.block_runs + beside.block_runs}
+        counts = {
+            "block_runs": engine.block_runs + beside.block_runs, "block_tokens": engine.block_tokens + beside.block_tokens,
+        }  # fmt: skip
         return make_result(self, model, collected, tables, None, clock, run_notes(tables), counts, tally.forwards)

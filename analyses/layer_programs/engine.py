@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from analyses.interventions import Tally
 from analyses.layer_programs.questions import Question
 from analyses.layer_programs.reading import LOWER_IS_BETTER, Array, Metric, Reader, Readings
-from probes.blocks.cached_prompt import CachedPrompt
+from probes.blocks.prompt_tree import PromptTree
 from probes.edits.program_runs import run_programs
 from probes.edits.programs import Program
 from probes.models.protocol import Model
@@ -39,31 +39,30 @@ class Scores:
         return np.where(np.isfinite(change), change, worst - 1.0)
 
 
-class OpenQuestion:
-    """One question, run plainly once, on which programs are run."""
+TREE_TOKENS = 1024
+"""Positions of the questions that are open at once, those that they share counted once, at most; bounds memory."""
 
-    def __init__(self, model: Model, question: Question, metrics: tuple[Metric, ...]) -> None:
-        self.question = question
-        self._prompt = CachedPrompt(model, question.forced, question.start)
-        self.entering: Sequence[Tensor] = self._prompt.entering
-        """The plain stream [pos, d_model] before each block and behind the last."""
-        self.reader = Reader(model, question, metrics, self.entering[-1])
-        self.plain: Readings = self.reader.read(self.entering[-1][None])
 
-    @torch.no_grad()
+class OpenQuestions:
+    """Questions run plainly once, on which programs are run together: what their texts share from the start runs once."""
+
+    def __init__(self, model: Model, questions: Sequence[Question], metrics: tuple[Metric, ...]) -> None:
+        self.questions = questions
+        self.tree = PromptTree(model, [each.forced for each in questions], [each.start for each in questions])
+        self.entering = self.tree.entering
+        """The plain stream [node, d_model] before each block and behind the last."""
+        self.reader = Reader(model, questions, metrics, self.tree.paths, self.entering[-1])
+        self.plain: list[Readings] = self.reader.read(self.entering[-1][None])
+
     def through(self, layer: int, hidden: Tensor) -> Tensor:
-        """Return what leaves a block [row, pos, d_model]."""
-        return self._prompt.through(layer, hidden, {})
+        """Return what leaves a block [row, node, d_model]."""
+        return self.tree.through(layer, hidden)
 
     @torch.no_grad()
-    def run(self, programs: Sequence[Program]) -> tuple[list[Readings], list[list[int]], int]:
-        """Return (what the programs of each part end in, which programs each part holds, the block-runs taken)."""
-        readings, order, runs = [], [], 0
-        for part, final, taken in run_programs(programs, self.entering, self.through):
-            readings.append(self.reader.read(final))
-            order.append(part)
-            runs += taken
-        return readings, order, runs
+    def run(self, programs: Sequence[Program]) -> Iterator[tuple[list[int], list[Readings], int]]:
+        """Yield, part by part, (which programs it holds, what they end in for each question, the block-runs of a question)."""
+        for part, final, runs in run_programs(programs, self.entering, self.through, self.tree.width):
+            yield part, self.reader.read(final), runs
 
 
 @dataclass(eq=False)
@@ -77,58 +76,85 @@ class Engine:
     shown: bool = True
     """Whether each program moves the progress; a search, which does not know how many it will run, moves it by its steps."""
     block_runs: int = 0
-    """Blocks run so far, those of the plain run not counted."""
-    _known: dict[tuple[int, Program], tuple[Readings, int]] = field(default_factory=dict)
-    """By question and program: what it ended in, and at which entry of it."""
+    """Blocks run so far on a question, over all questions; those of the plain run not counted."""
+    block_tokens: int = 0
+    """Positions that blocks ran on, those that questions share counted once."""
+    _known: dict[tuple[int, Program], tuple[Readings, int, Readings]] = field(default_factory=dict)
+    """By question and program: what it ended in, at which entry of it, and the plain run beside it."""
     _plain: dict[int, Readings] = field(default_factory=dict)
-    _last: dict[int, OpenQuestion] = field(default_factory=dict)
-    """The question opened last, which a search of one question comes back to."""
+    _last: dict[tuple[int, ...], OpenQuestions] = field(default_factory=dict)
+    """The questions opened last, which a search comes back to."""
 
-    def open(self, index: int) -> OpenQuestion:
-        """Return a question with its plain run."""
-        if index not in self._last:
-            self._last = {index: OpenQuestion(self.model, self.questions[index], self.metrics)}
-            self._plain[index] = self._last[index].plain
-        return self._last[index]
+    def open(self, indices: Sequence[int]) -> OpenQuestions:
+        """Return some questions with their plain runs."""
+        key = tuple(indices)
+        if key not in self._last:
+            self._last = {key: OpenQuestions(self.model, [self.questions[index] for index in key], self.metrics)}
+            self._plain |= dict(zip(key, self._last[key].plain, strict=True))
+        return self._last[key]
+
+    def together(self, indices: Iterable[int]) -> list[list[int]]:
+        """Return questions in sets that are open at once; those that begin alike are in one."""
+        sets: list[list[int]] = []
+        tokens, last = 0, tuple[int, ...]()
+        for index in sorted(indices, key=lambda index: self.questions[index].forced):
+            question = self.questions[index]
+            same = next((i for i, (a, b) in enumerate(zip(question.forced, last, strict=False)) if a != b), len(last))
+            new = len(question.forced) - max(question.start, min(same, len(question.forced)))
+            if not sets or tokens + new > TREE_TOKENS:
+                sets.append([])
+                tokens, new = 0, len(question.forced) - question.start
+            sets[-1].append(index)
+            tokens, last = tokens + new, question.forced
+        return sets
 
     def plain(self) -> list[Readings]:
         """Return what the plain run of every question ends in."""
-        for index in range(len(self.questions)):
-            if index not in self._plain:
-                self.open(index)
+        for some in self.together(index for index in range(len(self.questions)) if index not in self._plain):
+            self.open(some)
         return [self._plain[index] for index in range(len(self.questions))]
 
     def run(self, programs: Iterable[Program], only: Iterable[int] | None = None) -> None:
         """Run the programs that are not known yet, on all questions or on those of `only`."""
         unique = list(dict.fromkeys(programs))
+        alike: dict[tuple[Program, ...], list[int]] = {}
         for index in range(len(self.questions)) if only is None else only:
-            unknown = [program for program in unique if (index, program) not in self._known]
-            if not unknown:
-                continue
-            parts, order, runs = self.open(index).run(unknown)
-            self.block_runs += runs
-            (self.tally.tick if self.shown else self.tally.count)(len(unknown))
-            for readings, which in zip(parts, order, strict=True):
-                for entry, program in enumerate(which):
-                    self._known[index, unknown[program]] = (readings, entry)
+            unknown = tuple(program for program in unique if (index, program) not in self._known)
+            alike.setdefault(unknown, []).append(index)
+        for unknown, indices in alike.items():
+            for some in self.together(indices) if unknown else ():
+                self._run(unknown, some)
+
+    def _run(self, programs: Sequence[Program], some: Sequence[int]) -> None:
+        opened = self.open(some)
+        for part, readings, runs in opened.run(programs):
+            self.count(runs, some)
+            (self.tally.tick if self.shown else self.tally.count)(len(part) * len(some))
+            for index, of_question, plain in zip(some, readings, opened.plain, strict=True):
+                for entry, program in enumerate(part):
+                    self._known[index, programs[program]] = (of_question, entry, plain)
+
+    def count(self, runs: int, some: Sequence[int]) -> None:
+        """Count blocks that ran on each of some questions that are open together."""
+        self.block_runs += runs * len(some)
+        self.block_tokens += runs * self.open(some).tree.nodes
 
     def scores(self, programs: Sequence[Program], only: Sequence[int] | None = None) -> Scores:
         """Return what the programs end in, running what is not known yet; rows are the questions of `only`, or all."""
         rows = list(range(len(self.questions)) if only is None else only)
         self.run(programs, rows)
         known = [[self._known[index, program] for program in programs] for index in rows]
-        plain = [self._plain[index] for index in rows]
-        names = plain[0].values if plain else {}
+        names: set[Metric] = {*self.metrics, "correct"}
         change = {
-            name: np.array([[r.values[name][at] - base.values[name][0] for r, at in row] for row, base in zip(known, plain, strict=True)])
+            name: np.array([[r.values[name][at] - plain.values[name][0] for r, at, plain in row] for row in known])
             for name in names
         }  # fmt: skip
         shape = (len(rows), len(programs))
         return Scores(
             {name: values.reshape(shape) for name, values in change.items()},
-            np.array([[r.values["correct"][at] > 0 for r, at in row] for row in known], dtype=bool).reshape(shape),
-            np.array([[r.said[at] for r, at in row] for row in known], dtype=np.int64).reshape(shape),
-            np.array([[r.confidence[at] for r, at in row] for row in known]).reshape(shape),
-            np.array([[r.written[at] for r, at in row] for row in known], dtype=bool).reshape(shape),
-            np.array([[r.norm[at] / base.norm[0] for r, at in row] for row, base in zip(known, plain, strict=True)]).reshape(shape),
+            np.array([[r.values["correct"][at] > 0 for r, at, _ in row] for row in known], dtype=bool).reshape(shape),
+            np.array([[r.said[at] for r, at, _ in row] for row in known], dtype=np.int64).reshape(shape),
+            np.array([[r.confidence[at] for r, at, _ in row] for row in known]).reshape(shape),
+            np.array([[r.written[at] for r, at, _ in row] for row in known], dtype=bool).reshape(shape),
+            np.array([[r.norm[at] / plain.norm[0] for r, at, plain in row] for row in known]).reshape(shape),
         )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from analyses.layer_programs.chance import cross_fitted, family_p, grouped_interval
-from analyses.layer_programs.engine import Engine, OpenQuestion, Scores
+from analyses.layer_programs.engine import Engine, OpenQuestions, Scores
 from analyses.layer_programs.reading import Array, Metric
 from probes.edits.programs import Program, interchange, jump, replacement, side_by_side
 
@@ -150,16 +150,17 @@ def pair_table(
     """
     scores = engine.scores(pair_programs(n_layers, layers, mean))
     delta = grouped_interval(scores.change[metric], groups, seed)
-    norms: list[list[dict[bool, Array]]] = []
-    for index in range(len(engine.questions)):
-        question = engine.open(index)
-        norms.append([_anatomy(question, i) for i in layers])
-        engine.block_runs += 2 * len(layers)
-        engine.tally.tick(len(layers))
+    norms: list[list[dict[bool, Array]]] = [[] for _ in layers]
+    for some in engine.together(range(len(engine.questions))):
+        opened = engine.open(some)
+        for at, i in enumerate(layers):
+            norms[at] += _anatomy(opened, i)
+            engine.count(2, some)
+            engine.tally.tick(len(some))
     rows = []
     for at, i in enumerate(layers):
         for first_token in (False, True):
-            each = np.concatenate([of_question[at][first_token] for of_question in norms])
+            each = np.concatenate([sizes[first_token] for sizes in norms[at]])
             sizes = dict(zip(SIZES, each.mean(0), strict=True))
             medians = {f"{name}_median": value for name, value in zip(SIZES, np.median(each, axis=0), strict=True)}
             rows.append({"layer": i, "first_token": first_token, "positions": len(each), **sizes, **medians})
@@ -171,14 +172,16 @@ def pair_table(
 
 
 @torch.no_grad()
-def _anatomy(question: OpenQuestion, i: int) -> dict[bool, Array]:
-    """Return sizes [position, size] of a pair's contributions, without and with the first position."""
-    h, after_i, after_both = (question.entering[layer][None] for layer in (i, i + 1, i + 2))
-    leaving_j = question.through(i + 1, h)
-    sizes = pair_sizes(h, after_i, after_both, leaving_j, question.through(i, leaving_j))[0]
-    n = len(question.question.tokens) - question.question.start
-    own = sizes[:n].double().cpu().numpy()
-    return {False: own[1:] if n > 1 and question.question.start == 0 else own, True: own}
+def _anatomy(opened: OpenQuestions, i: int) -> list[dict[bool, Array]]:
+    """Return, for each question, sizes [position, size] of a pair's contributions, without and with the first position."""
+    h, after_i, after_both = (opened.entering[layer][None] for layer in (i, i + 1, i + 2))
+    leaving_j = opened.through(i + 1, h)
+    sizes = pair_sizes(h, after_i, after_both, leaving_j, opened.through(i, leaving_j))[0].double().cpu().numpy()
+    of_questions = []
+    for question, path in zip(opened.questions, opened.tree.paths, strict=True):
+        own = sizes[path[: len(question.tokens) - question.start]]
+        of_questions.append({False: own[1:] if len(own) > 1 and question.start == 0 else own, True: own})
+    return of_questions
 
 
 def pair_sizes(h: Tensor, after_i: Tensor, after_both: Tensor, after_j: Tensor, after_reversed: Tensor) -> Tensor:

@@ -14,6 +14,9 @@ from probes.points import Address
 from probes.prompts import Prompt
 from probes.reducers import ROWS
 
+CHUNK = 8
+"""Prompts read at once."""
+
 
 def read_of(
     activations: Activations,
@@ -23,15 +26,23 @@ def read_of(
     first_position: int,
     top_k: int,
 ) -> dict[str, pd.DataFrame]:
-    """Return the tables `top` and `read` of prompts' positions from `first_position` on, one lens after the other."""
+    """Return the tables `top` and `read` of prompts' positions from `first_position` on, some prompts at a time, one lens after the other."""
+    places = [range(len(prompt.tokens))[first_position:] for prompt in prompts]
+    stream = {
+        layer: [
+            rows[place.start :]
+            for rows, place in zip(activations.get(Address("resid_post", layer), ROWS), places, strict=True)
+        ]
+        for layer in layers
+    }
     tops, reads = [], []
-    for first, prompt in enumerate(prompts):
-        places = range(len(prompt.tokens))[first_position:]
-        where = positions_table(activations.model, prompts, first, [places])
-        rows = {layer: activations.get(Address("resid_post", layer), ROWS)[first][places.start :] for layer in layers}
+    for first in range(0, len(prompts), CHUNK):
+        chunk = slice(first, first + CHUNK)
+        where = positions_table(activations.model, prompts, first, places[chunk])
+        rows = {layer: torch.cat(own[chunk]).float() for layer, own in stream.items()}
         for name, lens in lenses.items():
-            readable = torch.cat([lens.readable(rows[layer].float(), layer).float() for layer in layers])
-            top, read = read_tables(activations.model, readable, rows[layers[-1]].float(), where, top_k, layers)
+            readable = torch.cat([lens.readable(rows[layer], layer).float() for layer in layers])
+            top, read = read_tables(activations.model, readable, rows[layers[-1]], where, top_k, layers)
             tops.append(top.assign(lens=name))
             reads.append(read.assign(lens=name))
     return {"top": pd.concat(tops, ignore_index=True), "read": pd.concat(reads, ignore_index=True)}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from analyses.reading.quality import TOP, JudgedRows
+from analyses.similarity.divergence import jensen_shannon
 from probes.lenses import logit
 from probes.lenses.protocol import Lens
 from probes.models.protocol import Model
@@ -38,12 +39,6 @@ def similarity(model: Model, judged: JudgedRows, lenses: Mapping[str, Lens], lay
             for a, b in combinations(read, 2)
         ]  # fmt: skip
     return pd.DataFrame(parts)
-
-
-def jensen_shannon(a: Tensor, b: Tensor) -> Tensor:
-    """Return the Jensen-Shannon divergence of rows of log-probabilities, in nats; between 0 and log 2."""
-    middle = torch.logaddexp(a, b) - torch.log(torch.tensor(2.0))
-    return ((a.exp() * (a - middle)).sum(-1) + (b.exp() * (b - middle)).sum(-1)).clamp_min(0) / 2
 
 
 def _shared(a: Tensor, b: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from analyses.results.statistics import cluster_bootstrap
+from analyses.similarity.divergence import jensen_shannon
 
 BINS = 10
 """Bins of equal width for the calibration error."""
@@ -68,13 +68,6 @@ def _read(logprobs: Tensor, targets: Tensor) -> list[Tensor]:
         best.values.exp(),
         (best.indices == targets).float(),
     ]
-
-
-def jensen_shannon(a: Float[Tensor, "*rest d_vocab"], b: Float[Tensor, "*rest d_vocab"]) -> Float[Tensor, "*rest"]:
-    """Return the Jensen-Shannon divergence of two log-distributions, nats."""
-    middle = torch.logaddexp(a, b) - torch.log(torch.tensor(2.0))
-    divergence = [(x.exp() * (x - middle)).nan_to_num(0.0).sum(-1) for x in (a, b)]
-    return ((divergence[0] + divergence[1]) / 2).clamp_min(0)
 
 
 def calibration_error(confidence: Array, correct: Array, bins: int = BINS) -> float:

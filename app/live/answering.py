@@ -76,6 +76,8 @@ def opened(state: State) -> Session:
         raise OptionError(f"a prompt of {len(session.prompt.tokens)} tokens is too long for a live grid: shorten it")
     _KEPT[key] = session.kept
     _KEPT.move_to_end(key)
+    for other in list(_KEPT.values())[:-1]:
+        other.logits = None
     while len(_KEPT) > SESSIONS:
         _KEPT.popitem(last=False)
     return session

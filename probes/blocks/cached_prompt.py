@@ -88,6 +88,8 @@ class Resumed:
     """Per row, the first block that ran anew."""
     suffix: tuple[tuple[Tensor, Tensor], ...] = ()
     """Per layer, the rows' keys and values in the suffix; empty unless they were to be kept."""
+    leaving: Float[Tensor, "row pos d_model"] | None = None
+    """What leaves the last block at every position of the suffix; None unless keys and values were to be kept."""
 
 
 class CachedPrompt:
@@ -121,7 +123,7 @@ class CachedPrompt:
     @torch.no_grad()
     def _collect(self, writes: Mapping[Address, Write]) -> None:
         """Run the whole prompt once, and keep what the suffix needs."""
-        ids, nothing = self._ids(self.tokens), _cache_of(0, self.model.shape.n_layers)
+        ids, nothing = self._ids(self.tokens), cache_of(0, self.model.shape.n_layers)
 
         def keep(hidden: Tensor, call: Caller) -> None:
             run, done = self.model.saved_run(ids, hidden), 0
@@ -159,7 +161,7 @@ class CachedPrompt:
     @torch.no_grad()
     def _prepare(self) -> None:
         """Have the model prepare its blocks' arguments for the suffix; no block runs."""
-        self._cache = _cache_of(self.start, self.model.shape.n_layers)
+        self._cache = cache_of(self.start, self.model.shape.n_layers)
         suffix = self._ids(self.tokens[self.start :])
         arguments = {"past_key_values": self._cache, "use_cache": True}
         self._call: Caller = call_blocks(self.model, suffix, lambda _, call: call, **arguments)
@@ -251,9 +253,13 @@ class CachedPrompt:
                     suffix.append(self._suffix(layer, active, order, cache))
                 if run and self.model.ends_group(layer):
                     run.save(layer + 1, {"rows": stream}, instead=True)
+        if keep:
+            leaving = torch.empty_like(stream)
+            leaving[order] = stream
+            return Resumed(leaving[:, -1], tuple(first_block), tuple(suffix), leaving)
         last = torch.empty_like(stream[:, -1])
         last[order] = stream[:, -1]
-        return Resumed(last, tuple(first_block), tuple(suffix))
+        return Resumed(last, tuple(first_block))
 
     def _resume_rows(self, first_block: Sequence[int], hidden: Tensor, rows: Sequence[int]) -> Tensor:
         return self.resume(first_block, hidden[list(rows)]).last
@@ -345,7 +351,7 @@ class CachedPrompt:
         return [[int(t) for t in row] for row in torch.cat(written, dim=1).cpu()]
 
 
-def _cache_of(length: int, n_layers: int) -> Any:
+def cache_of(length: int, n_layers: int) -> Any:
     """A key-value cache that says it holds `length` positions; for a model that only asks how many there are."""
     from transformers import DynamicCache
 

@@ -39,7 +39,7 @@ class Feature:
         dims = POINTS[self.address.point].dims
         if self.address.point == "pattern":
             return width["head"] * rows * length
-        per_row = {"rows": 0, "int8": 0, "mean": 0, "norm": 1, "moments": 3}.get(self.reducer.kind)
+        per_row = {"rows": 0, "int8": 0, "mean": 0, "mean_square": 0, "norm": 1, "moments": 3}.get(self.reducer.kind)
         if per_row is None:
             basis = self.reducer.basis
             per_row = len(self.reducer.ids) + 2 * self.reducer.top_k + (0 if basis is None else basis.shape[0])

@@ -90,7 +90,10 @@ def parts(programs: Sequence[Program], positions: int) -> list[list[int]]:
 
 
 def run_programs(
-    programs: Sequence[Program], entering: Sequence[Float[Tensor, "pos d_model"]], run: RunBlock
+    programs: Sequence[Program],
+    entering: Sequence[Float[Tensor, "pos d_model"]],
+    run: RunBlock,
+    width: int | None = None,
 ) -> Iterator[tuple[list[int], Float[Tensor, "row pos d_model"], int]]:
     """Run programs of one prompt; yield, part by part, (indices of programs, what leaves their last step, block-runs).
 
@@ -98,17 +101,19 @@ def run_programs(
         programs: what is run.
         entering: the plain stream before every block, and behind the last; beginnings in the plain order are taken from it.
         run: runs one block.
+        width: positions of a row that run through a block in one call; all of them unless given.
     """
+    rows = max(1, ROW_TOKENS // (width or len(entering[0])))
     for part in parts(programs, len(entering[0])):
-        last, runs = _run_part([programs[index] for index in part], entering, run)
+        last, runs = _run_part([programs[index] for index in part], entering, run, rows)
         yield part, last, runs
 
 
-def _run_part(programs: Sequence[Program], entering: Sequence[Tensor], run: RunBlock) -> tuple[Tensor, int]:
-    """Run the lowest block that any row waits for, so that rows which left the plain order elsewhere join in."""
+def _run_part(programs: Sequence[Program], entering: Sequence[Tensor], run: RunBlock, rows: int) -> tuple[Tensor, int]:
+    """Run the lowest block that any row waits for, at most `rows` at once, so that rows which left the plain order elsewhere join in."""
     results: dict[int, Tensor] = {}
     waiting: dict[Key, list[tuple[Tensor, _Beginning]]] = {}
-    runs, rows = 0, max(1, ROW_TOKENS // len(entering[0]))
+    runs = 0
 
     def reach(node: _Beginning, stream: Tensor) -> None:
         results.update(dict.fromkeys(node.ends, stream))

@@ -13,7 +13,7 @@ from probes.kernels.outputs import RowOutputs, check
 from probes.lenses import logit
 from probes.lenses.protocol import LensRead
 from probes.models.protocol import Unembedding
-from probes.reducers import Reducer
+from probes.reducers import POOLED, Reducer
 
 
 def reduce_rows(
@@ -35,8 +35,9 @@ def reduce_rows(
     rows = tensor.index_select(0, index.to(tensor.device))
     if reducer.kind == "rows":
         return rows
-    if reducer.kind == "mean":
-        return torch.stack([part.float().mean(dim=0) for part in torch.split(rows, list(counts))])
+    if reducer.kind in POOLED:
+        values = rows.float().square() if reducer.kind == "mean_square" else rows.float()
+        return torch.stack([part.mean(dim=0) for part in torch.split(values, list(counts))])
     if reducer.kind in ("lens_ids", "lens_top"):
         if unembedding is None:
             raise ValueError("lens reducers need an unembedding")

@@ -13,7 +13,7 @@ from probes.kernels.int8_codes import Codes
 from probes.kernels.outputs import RowOutputs, reduced_shape
 from probes.kernels.torch_operators import capture_rows, lens_rows, sequence_means
 from probes.models.protocol import Unembedding
-from probes.reducers import Reducer
+from probes.reducers import POOLED, Reducer
 
 
 def reduce_rows(
@@ -33,9 +33,12 @@ def reduce_rows(
         if unembedding is None:
             raise ValueError("lens reducers need an unembedding")
         return out.copy_(read_lens(gathered(tensor, index), reducer, unembedding()))
-    if reducer.kind == "mean":
+    if reducer.kind in POOLED:
         starts = torch.tensor([0, *accumulate(counts)]).to(tensor.device, non_blocking=True)
-        sequence_means(tensor.flatten(1), index, starts, out.view(len(counts), -1))
+        rows = tensor.flatten(1)
+        if reducer.kind == "mean_square":
+            rows, index = gathered(rows, index).float().square(), torch.arange(len(index), device=tensor.device)
+        sequence_means(rows, index, starts, out.view(len(counts), -1))
     elif reducer.basis is not None:
         basis = reducer.basis.to(tensor.device, torch.float32).contiguous()
         capture_rows(tensor, index, RowOutputs(coordinates=out), basis=basis)

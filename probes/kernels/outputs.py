@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from probes.reducers import TAIL, Reducer
+from probes.reducers import POOLED, TAIL, Reducer
 
 STORAGE = (torch.bfloat16, torch.float16, torch.float32, torch.int8)
 """Types that rows can be packed into; int8 with a scale and an error per row."""
@@ -49,7 +49,7 @@ def reduced_shape(
     """Return shape and dtype of n chosen rows of a tensor of `shape` [rows, ...] after a reducer."""
     if reducer.kind == "rows":
         return (n, *shape[1:]), dtype
-    if reducer.kind == "mean":
+    if reducer.kind in POOLED:
         return (len(counts), *shape[1:]), torch.float32
     if reducer.kind == "int8":
         return (n, math.prod(shape[1:]) + TAIL), torch.int8

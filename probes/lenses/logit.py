@@ -72,6 +72,13 @@ def logprobs_of(rows: Float[Tensor, "row d_model"], unembedding: Unembedding) ->
 
 
 @torch.inference_mode()
+def all_logits(rows: Float[Tensor, "row d_model"], unembedding: Unembedding) -> Float[Tensor, "row d_vocab"]:
+    """Return the logit of every token, for few rows: memory grows with rows times tokens."""
+    hidden = normalized(rows, unembedding)
+    return _logits(hidden, unembedding.weight.float(), unembedding.bias, unembedding.softcap)
+
+
+@torch.inference_mode()
 def read(
     rows: Float[Tensor, "row d_model"],
     unembedding: Unembedding,
@@ -80,6 +87,7 @@ def read(
     top_k: int = 0,
     reference: Float[Tensor, "reference d_model"] | None = None,
     reference_of: Int[Tensor, " row"] | None = None,
+    reference_logits: Float[Tensor, "reference d_vocab"] | None = None,
     ranks: bool = False,
     tile: int = VOCAB_TILE,
 ) -> LensRead:
@@ -90,6 +98,7 @@ def read(
         top_k: how many of the most probable tokens to return.
         reference: residual rows [r, d_model] to which each row's distribution is compared.
         reference_of: [n], which reference each row is compared to; row i to reference i when left out.
+        reference_logits: logits of the reference rows where they are known, as `all_logits` gives them.
         ranks: also count the tokens whose logit is larger than that of each of `ids`.
         tile: vocabulary tile, in tokens; changes memory, not the result.
     """
@@ -103,7 +112,8 @@ def read(
         for first in range(0, len(reference), ROW_TILE):
             block = torch.nonzero((target >= first) & (target < first + ROW_TILE))[:, 0]
             expected = normalized(reference[first : first + ROW_TILE], unembedding)
-            _read_block(rows, block, unembedding, sums, _Reference(expected, target[block] - first), tile)
+            known = None if reference_logits is None else reference_logits[first : first + ROW_TILE]
+            _read_block(rows, block, unembedding, sums, _Reference(expected, target[block] - first, known), tile)
     kl = sums.kl if reference is not None else sums.kl[:0]
     top, chosen = sums.logprobs(sums.top_logits), sums.logprobs(sums.chosen)
     return LensRead(sums.log_z, sums.entropy_bits, chosen, top, sums.top_ids, kl, sums.ranks)
@@ -130,10 +140,21 @@ def _tiles(unembedding: Unembedding, tile: int) -> Iterator[tuple[int, Tensor, T
 class _Reference:
     """A block of normalised reference rows, and which of them each row of the block is compared to."""
 
-    def __init__(self, hidden: Tensor, of: Tensor) -> None:
-        self.hidden, self.of = hidden, of.to(hidden.device)
+    def __init__(self, hidden: Tensor, of: Tensor, known: Tensor | None = None) -> None:
+        self.hidden, self.of, self.known = hidden, of.to(hidden.device), known
+        self.in_order = torch.equal(of, torch.arange(len(hidden)))
         self.high = torch.full((len(hidden),), -torch.inf, device=hidden.device)
         self.mass = torch.zeros(len(hidden), device=hidden.device)
+
+    def logits(self, start: int, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+        """Return the references' logits of the tokens from `start`."""
+        if self.known is None:
+            return _logits(self.hidden, weight, bias, softcap)
+        return self.known[:, start : start + len(weight)]
+
+    def of_rows(self, part: slice, values: Tensor) -> Tensor:
+        """Return the references' values for some rows of the block."""
+        return values[part] if self.in_order else values[self.of[part]]
 
     def weights(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Bring the running mass up to date; returns exp(logits - running maximum), and the factor by which earlier sums shrink."""
@@ -178,32 +199,39 @@ class _Sums:
         return ((self.mass.log() - self.above / self.mass) / LOG2).clamp_min(0)
 
     def add(self, rows: Tensor, logits: Tensor, start: int) -> None:
-        """Take in the logits [rows, tile] of the tokens from `start`."""
-        self._add_tokens(rows, logits, start)
+        """Take in the logits [rows, tile] of the tokens from `start`, which are used up."""
+        best = self._add_tokens(rows, logits, start)
         before, mass = self.high[rows], self.mass[rows]
-        high = torch.maximum(before, logits.amax(dim=-1))
+        high = torch.maximum(before, best)
         shrink = (before - high).exp()
         lower = torch.where(mass > 0, before - high, 0)
-        logits = logits - high[:, None]
+        logits.sub_(high[:, None])
         weights = logits.exp()
         above = (self.above[rows] + lower * mass) * shrink
         self.above[rows] = above + torch.linalg.vecdot(weights, logits)
         self.mass[rows] = mass * shrink + weights.sum(dim=-1)
         self.high[rows] = high
 
-    def _add_tokens(self, rows: Tensor, logits: Tensor, start: int) -> None:
+    def _add_tokens(self, rows: Tensor, logits: Tensor, start: int) -> Tensor:
+        """Take in the top tokens, those asked for and ranks; return the largest logit of each row."""
         width = logits.shape[1]
         top_k = self.top_ids.shape[1]
+        largest = None
         if top_k:
             values, places = logits.topk(min(top_k, width), dim=-1)
+            largest = values[:, 0]
             best, order = torch.cat([self.top_logits[rows], values], dim=-1).topk(top_k, dim=-1)
             self.top_logits[rows] = best
             self.top_ids[rows] = torch.cat([self.top_ids[rows], places + start], dim=-1).gather(1, order)
         if len(self.ranks):
+            # Ones and zeros as floats are counted several times faster than truth values, and as exactly in one tile.
+            larger = torch.empty_like(logits)
             for column in range(self.ranks.shape[1]):
-                self.ranks[rows, column] += (logits > self.chosen[rows, column][:, None]).sum(dim=-1)
+                torch.gt(logits, self.chosen[rows, column][:, None], out=larger)
+                self.ranks[rows, column] += larger.sum(dim=-1).long()
         else:
             self.choose(rows, logits, start)
+        return logits.amax(dim=-1) if largest is None else largest
 
     def has_ids(self, rows: Tensor, start: int, width: int) -> bool:
         """Whether any token asked for, of these rows, lies in a tile."""
@@ -243,15 +271,14 @@ def _read_block(
     for start, weight, bias in _tiles(unembedding, tile):
         expected = weights = shrink = None
         if against is not None:
-            expected = _logits(against.hidden, weight, bias, unembedding.softcap)
+            expected = against.logits(start, weight, bias, unembedding.softcap)
             weights, shrink = against.weights(expected)
         for first in range(0, len(block), ROW_TILE):
             part = slice(first, first + ROW_TILE)
             logits = _logits(hidden[part], weight, bias, unembedding.softcap)
             if against is not None and expected is not None and weights is not None and shrink is not None:
-                of = against.of[part]
-                change = torch.linalg.vecdot(weights[of], expected[of] - logits)
-                difference[part] = difference[part] * shrink[of] + change
+                change = torch.linalg.vecdot(against.of_rows(part, weights), against.of_rows(part, expected) - logits)
+                difference[part] = difference[part] * against.of_rows(part, shrink) + change
             sums.add(block[part], logits, start)
     if against is not None:
         mean = difference / against.mass[against.of]

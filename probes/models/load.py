@@ -74,7 +74,10 @@ def load_model(
     if stream_memory is not None and not streamed:
         raise OptionError("stream_memory says what a streamed model keeps in memory: load it streamed, or leave it out")
     check_precision(ref, dtype)
-    located = locate(ref, revision=revision, offline=offline, trust_remote_code=trust_remote_code, progress=progress)
+    located = locate(
+        ref, revision=revision, offline=offline, trust_remote_code=trust_remote_code, progress=progress,
+        keep_quantised=streamed,
+    )  # fmt: skip
     config = read_config(located.folder, trust_remote_code=trust_remote_code)
     if streamed:
         from probes.models.backends.meta_load import load_streamed

@@ -17,6 +17,8 @@ from probes.session.open_prompt import Run
 
 TOP = 5
 """Tokens kept of each cell."""
+MOST_LOGITS = 100_000_000
+"""Logits of a clean run that are kept: 400 MB in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +45,12 @@ class LensGrid:
 
 @torch.no_grad()
 def read_grid(
-    model: Model, run: Run, ids: Sequence[int], lens: Lens, reference: tuple[Run, LensGrid] | None = None
+    model: Model,
+    run: Run,
+    ids: Sequence[int],
+    lens: Lens,
+    reference: tuple[Run, LensGrid] | None = None,
+    reference_logits: Float[Tensor, "step pos d_vocab"] | None = None,
 ) -> LensGrid:
     """Read a run through a lens.
 
@@ -53,6 +60,7 @@ def read_grid(
         ids: tokens that are watched.
         lens: how rows are read.
         reference: a run to compare with, and its grid; cells that are the same are taken from it.
+        reference_logits: what the lens reads in it, where that is known; see `grid_logits`.
     """
     rows = run.streams[1:]
     steps, positions = rows.shape[:2]
@@ -75,17 +83,20 @@ def read_grid(
         [lens.readable(rows[s][changed[s]].float(), max(run.steps[s])) for s in range(steps) if changed[s].any()]
     )
     compared = (partner[step] >= 0) if reference else torch.zeros(len(step), dtype=torch.bool)
-    before = None
+    before = known = None
     if reference and bool(compared.any()):
-        before = torch.cat([
-            lens.readable(reference[0].streams[1:][partner[s]][changed[s]].float(), max(run.steps[s]))
-            for s in range(steps) if changed[s].any() and partner[s] >= 0
-        ])  # fmt: skip
+        cells = [
+            (partner[s], changed[s], max(run.steps[s])) for s in range(steps) if changed[s].any() and partner[s] >= 0
+        ]
+        streams = reference[0].streams[1:]
+        before = torch.cat([lens.readable(streams[same][where].float(), block) for same, where, block in cells])
+        if reference_logits is not None:
+            known = torch.cat([reference_logits[same][where] for same, where, _ in cells])
     # A step that the reference does not have is compared with its first row, and that number left out.
     row_of = compared.cumsum(0).sub(1).clamp_min(0)
     read = logit.read(
         stream, model.unembedding(), ids=torch.tensor(list(ids), dtype=torch.long), top_k=TOP, reference=before,
-        reference_of=None if before is None else row_of, ranks=bool(ids),
+        reference_of=None if before is None else row_of, reference_logits=known, ranks=bool(ids),
     )  # fmt: skip
     grid.top_ids[step, position], grid.top_logprobs[step, position] = read.top_ids.cpu(), read.top_logprobs.cpu()
     grid.entropy_bits[step, position] = read.entropy_bits.cpu()
@@ -95,6 +106,15 @@ def read_grid(
     if before is not None:
         grid.kl[step[compared], position[compared]] = read.kl.cpu()[compared]
     return grid
+
+
+def grid_logits(model: Model, run: Run, lens: Lens) -> Float[Tensor, "step pos d_vocab"] | None:
+    """Return what a lens reads at every place of a run, to compare with; None where that is more than `MOST_LOGITS`."""
+    rows, unembedding = run.streams[1:], model.unembedding()
+    if rows.shape[0] * rows.shape[1] * unembedding.weight.shape[0] > MOST_LOGITS:
+        return None
+    readable = torch.cat([lens.readable(r.float(), max(step)) for r, step in zip(rows, run.steps, strict=True)])
+    return logit.all_logits(readable, unembedding).view(*rows.shape[:2], -1)
 
 
 def _empty(steps: tuple[Step, ...], positions: int, tokens: int, changed: Tensor) -> LensGrid:

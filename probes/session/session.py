@@ -18,7 +18,7 @@ from probes.models.protocol import Model
 from probes.prompts import token_ids
 from probes.session.comparison import Comparison, LayerRow, Outcome, TokenProbability
 from probes.session.everywhere import EffectMap, sweep
-from probes.session.lens_grid import TOP, LensGrid, read_grid
+from probes.session.lens_grid import TOP, LensGrid, grid_logits, read_grid
 from probes.session.open_prompt import OpenPrompt, Run
 from probes.session.state import PromptText, State, Step, as_prompt
 
@@ -30,7 +30,15 @@ class Kept:
         own, *rest = token_ids([prompt for prompt in (text, other) if prompt is not None], model)
         self.prompt = OpenPrompt(model, own, rest[0] if rest else None)
         self.grids: dict[tuple[object, ...], LensGrid] = {}
-        self.others: dict[PromptText, OpenPrompt] = {}
+        self.logits: tuple[object, Tensor | None] | None = None
+        """What a lens reads in the clean run, and which lens."""
+
+    def clean_logits(self, lens: Lens) -> Tensor | None:
+        """Return what a lens reads at every place of the clean run; None where that is too much to keep."""
+        key = (lens.card.kind, lens.card.tensors)
+        if self.logits is None or self.logits[0] != key:
+            self.logits = key, grid_logits(self.prompt.model, self.prompt.clean, lens)
+        return self.logits[1]
 
 
 @dataclass(frozen=True)
@@ -169,7 +177,8 @@ class Session:
         grids = self.kept.grids
         if key not in grids:
             reference = None if clean is None else (self.prompt.clean, clean)
-            grids[key] = read_grid(self.model, self.prompt.run(edits), self.watched_ids, lens, reference)
+            known = None if clean is None else self.kept.clean_logits(lens)
+            grids[key] = read_grid(self.model, self.prompt.run(edits), self.watched_ids, lens, reference, known)
             while len(grids) > 24:
                 grids.pop(next(iter(grids)))
         return grids[key]

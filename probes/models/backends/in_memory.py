@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from probes.anatomy import Anatomy, anatomy_of
 from probes.anatomy.views import Divisor
+from probes.blocks.decoding import end_tokens
 from probes.errors import ModelError, OptionError, PointError, PromptError
 from probes.hooks.attention_probabilities import Attended, Watch, watched
 from probes.hooks.forward_hooks import ForwardHooks, Stop, tensor_of
@@ -199,7 +200,7 @@ class LocalModel(Displayed, Model):
         step = torch.tensor([list(tokens)], dtype=torch.long)
         self._admit_tokens(step, step.shape[1] + max_new_tokens)
         generator = torch.Generator().manual_seed(seed)
-        ends, written, cache = self._ends(), list[int](), None
+        ends, written, cache = end_tokens(self.module), list[int](), None
         with self._lock, evaluating(self.module):
             while len(written) < max_new_tokens:
                 edits = writes() if writes else {}
@@ -288,13 +289,6 @@ class LocalModel(Displayed, Model):
         attended = {} if guess.patterns else self._attended(guess, tokens)
         return evidence_of(guess, self._logits, attended, tokens)
 
-    def _ends(self) -> set[int]:
-        for holder in (getattr(self.module, "generation_config", None), self._config):
-            ids = getattr(holder, "eos_token_id", None)
-            if ids is not None:
-                return {ids} if isinstance(ids, int) else set(ids)
-        return set()
-
 
 def _report(hooks: ForwardHooks, address: Address) -> Watch:
     def watch(attended: Attended) -> None:
@@ -321,10 +315,18 @@ def _shape(anatomy: Anatomy, causal: bool, d_mlp: int | None) -> Shape:
     )
 
 
+def _parts(module: nn.Module) -> list[nn.Module]:
+    """Return a module and all inside it, some perhaps twice: `modules()` would take longer than a small block."""
+    parts = [module]
+    for part in parts:
+        parts += [child for child in part._modules.values() if child is not None]
+    return parts
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put a module in evaluation mode inside the context; every submodule has its own training flag back afterwards."""
-    training = [m for m in module.modules() if m.training]
+    training = [m for m in _parts(module) if m.training]
     for m in training:
         m.training = False
     try:

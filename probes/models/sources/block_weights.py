@@ -1,9 +1,8 @@
-"""The weights of a checkpoint folder read block by block, under the names the model itself has for them."""
+"""The weights of a checkpoint read block by block, under the names the model itself has for them."""
 
 from __future__ import annotations
 
 import copy
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,13 +13,11 @@ from typing import Any
 
 import torch
 import xxhash
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from probes.errors import ModelError
+from probes.models.sources.checkpoint_tensors import CheckpointTensors
 from probes.models.sources.digest import byte_parts
-
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -47,20 +44,23 @@ class Ledger:
 
 
 class BlockWeights:
-    """The block parameters of a model without them, in its folder; mapped while they are copied, then let go.
+    """The block parameters of a model without them, in its checkpoint.
 
     Args:
+        tensors: the checkpoint.
         module: a model whose block parameters are on the meta device.
         blocks: dotted path of each block.
 
     Raises:
-        ModelError: a folder in which a block's weight cannot be found.
+        ModelError: a checkpoint in which a block's weight cannot be found.
     """
 
-    def __init__(self, folder: Path, module: nn.Module, blocks: Sequence[str], device: torch.device) -> None:
+    def __init__(
+        self, tensors: CheckpointTensors, module: nn.Module, blocks: Sequence[str], device: torch.device
+    ) -> None:
         self.module, self.paths, self.device = module, tuple(blocks), device
         self.ledger = Ledger()
-        self._files = _files(folder)
+        self._checkpoint = tensors
         self._empty: dict[str, Tensor] = {
             name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if tensor.is_meta
         }
@@ -72,7 +72,7 @@ class BlockWeights:
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that blocks are read from."""
-        return tuple(sorted(set(self._files.values())))
+        return self._checkpoint.files
 
     def read(self, layer: int) -> dict[str, Tensor]:
         """Read the parameters of block `layer` by their full name, on the device, in the model's dtype.
@@ -119,14 +119,10 @@ class BlockWeights:
     def canary_rows(self) -> str:
         """Return a hash of one row of every weight that stays on disk."""
         state = xxhash.xxh3_128()
-        sources = [source for group in self._groups.values() for source, _ in group.sources]
-        for file_path in self.files:
-            with safe_open(file_path, framework="pt", device="cpu") as file:
-                for source in (source for source in sources if self._files[source] == file_path):
-                    row = _row(file.get_slice(source), xxhash.xxh3_64_intdigest(source.encode()))
-                    self.ledger.bytes += row.nbytes
-                    for part in byte_parts(row):
-                        state.update(part)
+        for row in self._checkpoint.rows([source for group in self._groups.values() for source, _ in group.sources]):
+            self.ledger.bytes += row.nbytes
+            for part in byte_parts(row):
+                state.update(part)
         return str(state.hexdigest())
 
     @contextmanager
@@ -176,7 +172,7 @@ class BlockWeights:
         converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
         names = self.module.state_dict()
         groups: dict[str, list[tuple[str, str | None]]] = {}
-        for source in sorted(self._files, key=dot_natural_key):
+        for source in sorted(self._checkpoint.names, key=dot_natural_key):
             rename = partial(rename_source_key, base_model_prefix=self.module.base_model_prefix, meta_state_dict=names)
             target, pattern = rename(source, renamings, converters)
             if target not in names and source in names:
@@ -203,27 +199,9 @@ class BlockWeights:
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
     def _tensor(self, source: str, dtype: torch.dtype | None) -> Tensor:
-        """A tensor of the checkpoint, copied out of the mapped file, which is closed with its last view."""
-        with safe_open(self._files[source], framework="pt", device="cpu") as file:
-            mapped = file.get_tensor(source)
-        self.ledger.bytes += mapped.nbytes
-        return mapped.to(device=self.device, dtype=dtype or mapped.dtype, copy=True)
-
-
-def _row(weight: Any, number: int) -> Tensor:
-    """The row of a stored weight that a number leads to."""
-    shape = weight.get_shape()
-    row: Tensor = weight[tuple(slice(number % n, number % n + 1) for n in shape[:-1])] if shape else weight[...]
-    return row
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Every tensor name of the folder's checkpoint with the file that holds it."""
-    if (folder / _INDEX).is_file() and not (folder / _SINGLE).is_file():
-        file_names: dict[str, str] = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-        return {name: folder / file for name, file in file_names.items()}
-    with safe_open(folder / _SINGLE, framework="pt", device="cpu") as file:
-        return dict.fromkeys(file.keys(), folder / _SINGLE)
+        stored, n_bytes = self._checkpoint.read(source)
+        self.ledger.bytes += n_bytes
+        return stored.to(device=self.device, dtype=dtype or stored.dtype, copy=True)
 
 
 def _conversions(module: nn.Module) -> list[Any]:

@@ -108,6 +108,28 @@ def load_module(folder: Path, config: Any, how: Loading) -> nn.Module:
     return loaded
 
 
+def empty_module(folder: Path, config: Any, how: Loading) -> nn.Module:
+    """Return the model of a folder without weights, on the meta device, in evaluation mode.
+
+    Raises:
+        ModelError: a configuration that no model can be made of.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    dtype = torch.float32 if how.dtype == "auto" else getattr(torch, how.dtype)
+    known = model_class(config)
+    try:
+        with silence_loggers(), torch.device("meta"):
+            module = known._from_config(config, dtype=dtype, attn_implementation=attention_for(known, how.attention))
+        module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # As for a configuration.
+        raise ModelError(f"cannot make the model of {folder}: {one_line(error)}") from error
+    empty: nn.Module = module.eval()
+    undo_large_eps(empty)
+    return empty
+
+
 def attention_for(known: Any, attention: str) -> str:
     """Return `attention`, or `eager` where that is the default and the class has no fused attention (Gemma 2, GPT-J, BLOOM)."""
     return "eager" if attention == "sdpa" and not getattr(known, "_supports_sdpa", True) else attention

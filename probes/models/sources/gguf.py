@@ -1,8 +1,10 @@
-"""GGUF files: checked by name before use, converted once to a safetensors folder."""
+"""GGUF files: checked by name before use, converted once to a safetensors folder, or to one without weights."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,28 @@ def gguf_folder(path: Path) -> Path:
     return install(source, build, n_bytes=n_bytes)
 
 
+def gguf_outline(path: Path) -> Path:
+    """Return a folder with the configuration and tokenizer of a GGUF file and no weights, which stay in the file.
+
+    Raises:
+        ModelError: as `gguf_folder`.
+    """
+    has_tokenizer = "tokenizer.ggml.model" in check_gguf(path)
+    n_bytes = min(int(tensor.data_offset) for tensor in read_gguf(path).tensors)
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(n_bytes)).hexdigest()
+
+    def build(work: Path, folder: Path) -> None:
+        alone = work / "model.gguf"
+        alone.symlink_to(path.resolve())
+        with _conversion(alone):
+            _outline(alone, folder)
+            if has_tokenizer:
+                _convert_tokenizer(alone, folder)
+
+    return install(Source(f"gguf-outline-{digest[:16]}", digest, path.name), build, n_bytes=2 * n_bytes)
+
+
 def convert_gguf(path: Path, folder: Path) -> None:
     """Write weights (float32), configuration, generation settings and tokenizer of a GGUF file into `folder`.
 
@@ -59,11 +83,17 @@ def convert_gguf(path: Path, folder: Path) -> None:
         ModelError: as `gguf_folder`.
     """
     has_tokenizer = "tokenizer.ggml.model" in check_gguf(path)
+    with _conversion(path):
+        _convert(path, folder)
+        if has_tokenizer:
+            _convert_tokenizer(path, folder)
+
+
+@contextmanager
+def _conversion(path: Path) -> Iterator[None]:
     try:
         with silence_loggers():
-            _convert(path, folder)
-            if has_tokenizer:
-                _convert_tokenizer(path, folder)
+            yield
     except OSError as error:
         if error.errno is not None:
             raise
@@ -76,6 +106,18 @@ def convert_gguf(path: Path, folder: Path) -> None:
 
 def check_gguf(path: Path) -> frozenset[str]:
     """Return the names of a GGUF file's metadata fields, after reading the header and the extent of every tensor.
+
+    Raises:
+        ModelError: as `read_gguf`, or sizes that its tensors cannot have.
+    """
+    reader = read_gguf(path)
+    shapes = {tensor.name: tuple(int(n) for n in tensor.shape) for tensor in reader.tensors}
+    check_sizes(_sizes(reader, path), shapes, str(path))
+    return frozenset(reader.fields)
+
+
+def read_gguf(path: Path) -> Any:
+    """Return the fields and tensors of a GGUF file, as the gguf package's reader holds them, mapped.
 
     Raises:
         ModelError: not a GGUF file, cut short, without an architecture or without tensors.
@@ -95,9 +137,7 @@ def check_gguf(path: Path) -> frozenset[str]:
         raise ModelError(f"{path} is a truncated GGUF file: tensor {cut[0]!r} ends after byte {size}; fetch it again")
     if not reader.tensors or "general.architecture" not in reader.fields:
         raise ModelError(f"{path} is a GGUF file without tensors or architecture; it is not a language model")
-    shapes = {tensor.name: tuple(int(n) for n in tensor.shape) for tensor in reader.tensors}
-    check_sizes(_sizes(reader, path), shapes, str(path))
-    return frozenset(reader.fields)
+    return reader
 
 
 def _reader(path: Path) -> Any:
@@ -167,3 +207,16 @@ def _convert_tokenizer(path: Path, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True).save_pretrained(folder)
+
+
+def _outline(path: Path, folder: Path) -> None:
+    """Write what `_convert` writes beside the weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    module.config.architectures = [type(module).__name__]
+    module.config.save_pretrained(folder)
+    module.generation_config.save_pretrained(folder)

@@ -13,7 +13,7 @@ from probes.errors import SHOWN, ModelError, shown
 from probes.input_files import kind_of
 from probes.models.sources.bundled import BUNDLED, BundledModel
 from probes.models.sources.fetch import Download, Progress, fetch_bundled
-from probes.models.sources.gguf import gguf_folder
+from probes.models.sources.gguf import gguf_folder, gguf_outline
 from probes.models.sources.hub import HubMissing, HubUnreachable, cached_models, hub_folder, is_hub_id
 from probes.models.sources.model_cache import installed
 from probes.models.sources.model_folder import check_folder, read_config
@@ -28,6 +28,8 @@ class Located:
     folder: Path
     revision: str | None = None
     """The hub commit, or the sha256 a bundled model is pinned by or a planted one has."""
+    weights: Path | None = None
+    """The file that the weights are read from; None where the folder holds them."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,11 @@ def locate(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     download: Download | None = None,
+    keep_quantised: bool = False,
 ) -> Located:
     """Return the local folder of a reference; a bundled model is fetched, a GGUF file converted, a planted one built on first use.
+
+    With `keep_quantised` the weights of a GGUF file stay where they are, and its folder holds the rest.
 
     Raises:
         ModelError: nothing of that name, or a source that cannot be used; the message says what is at hand.
@@ -76,7 +81,7 @@ def locate(
         check_folder(path)
         return Located(ref, path)
     if kind == "file" and path.suffix.lower() == ".gguf":
-        return Located(ref, gguf_folder(path))
+        return Located(ref, gguf_outline(path), weights=path) if keep_quantised else Located(ref, gguf_folder(path))
     if kind != "nothing":
         raise ModelError(f"{shown(ref)} is a {kind} but not a .gguf file; a model is {_legal()}")
     if not is_hub_id(ref) or path.suffix.lower() == ".gguf":

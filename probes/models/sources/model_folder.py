@@ -65,4 +65,6 @@ def _check_config(folder: Path) -> None:
     classes = raw.get("architectures")
     if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
         raise ModelError(f"{path}: architectures is {shown(classes)}; legal is a list of class names, or null")
-    check_sizes(raw, tensor_shapes(folder), str(path))
+    # A folder without weights is that of a GGUF file, whose sizes were compared with its own tensors.
+    if shapes := tensor_shapes(folder):
+        check_sizes(raw, shapes, str(path))

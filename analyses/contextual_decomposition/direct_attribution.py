@@ -1,4 +1,4 @@
-"""Cheap estimates of what heads do to the metric: attribution patching and direct logit attribution."""
+"""Direct logit attribution of heads."""
 
 from __future__ import annotations
 
@@ -9,24 +9,6 @@ from torch import Tensor
 from analyses.contextual_decomposition.cases import Case
 from probes.decomposition import Baseline, Decomposer, Rules, rules
 from probes.decomposition.walk import Prepared
-from probes.gradients import values_and_gradients
-from probes.models.protocol import Model
-from probes.points import Address
-
-
-def attribution_patching(model: Model, case: Case, baseline: Baseline | None) -> Float[Tensor, "layer pos head"]:
-    """Return the gradient of the metric times (z - baseline), its first-order change on ablating each node.
-
-    Attribution patching (Nanda 2023; Syed, Rager, Conmy 2023) at nodes; one forward and one backward.
-    """
-    ids = torch.tensor(case.ids, device=model.device)
-    addresses = [Address("z", layer) for layer in range(model.shape.n_layers)]
-    values, gradients = values_and_gradients(
-        model, torch.tensor([case.tokens]), addresses, lambda logits: case.metric(logits[:, ids])
-    )
-    z, gradient = (torch.stack([of[address][0].float() for address in addresses]) for of in (values, gradients))
-    change = z if baseline is None else z - baseline.z.to(z)
-    return (change * gradient).sum(-1).cpu()
 
 
 @torch.no_grad()

@@ -1,0 +1,143 @@
+"""What is measured of each prompt at each layer, at the position that predicts the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from analyses.passage_use.attention import masked_divergence, passage_mass, row_divergence
+from analyses.passage_use.items import Item
+from analyses.similarity.divergence import jensen_shannon
+from probes import edits
+from probes.blocks.cached_prompt import CachedPrompt
+from probes.capture.activations import Activations
+from probes.edits import KnockOut
+from probes.lenses import logit
+from probes.models.protocol import Model
+from probes.models.unembedding import logits_of
+from probes.points import Address
+from probes.reducers import Reducer
+
+LAST = Reducer(positions="last")
+Tick = Callable[[int], None]
+
+
+class LastRows:
+    """What was captured at the last position of every prompt that is read."""
+
+    def __init__(self, activations: Activations) -> None:
+        self.model, self._activations = activations.model, activations
+        self.n_layers = self.model.shape.n_layers
+        self.patterns = self.model.refusal(Address("pattern", 0)) is None
+
+    def at(self, point: str, layer: int) -> Float[Tensor, "prompt d_model"]:
+        """Return a point's rows of all prompts."""
+        return torch.cat(self._activations.get(Address(point, layer), LAST)).float()
+
+    def pattern(self, layer: int) -> list[Float[Tensor, "head key"]]:
+        """Return the attention of each prompt's last position."""
+        return [rows[:, 0].float() for rows in self._activations.get(Address("pattern", layer), LAST)]
+
+    def read(self, point: str, layer: int, prompts: Sequence[int]) -> Float[Tensor, "prompt d_vocab"]:
+        """Return the log-probabilities that some prompts' rows have through the final norm and unembedding."""
+        return logit.all_logprobs(self.at(point, layer)[list(prompts)], self.model.unembedding()).cpu()
+
+
+def layer_table(
+    rows: LastRows, items: Sequence[Item], losses: Mapping[tuple[int, int], float], tick: Tick
+) -> pd.DataFrame:
+    """Return every measure of every prompt at every layer.
+
+    Args:
+        losses: the knock-out losses by (prompt, layer).
+        tick: told of every forward.
+
+    Returns:
+        Columns prompt, layer, sim_hidden, sim_neutral, sim_noise (cosine of what the MLP adds with the passage and without it, with
+        neutral text of its length, and with noise in its place; NaN where the MLP adds nothing), mass (mean over heads of
+        the attention to the passage), diff_attn (of attention rows with and without the passage's scores, nats),
+        diff_attn_propagated (the same between two runs, in the second of which nothing after the passage sees it in any block),
+        iks (Jensen-Shannon divergence of the read-outs before and after the MLP, nats), knock_out_loss (nats; NaN at layers
+        that were not swept).
+    """
+    full = [item.passage for item in items]
+    propagated = _propagated(rows, items, tick) if rows.patterns else {}
+    records = []
+    for layer in range(rows.n_layers):
+        mlp = rows.at("mlp_out", layer)
+        change = jensen_shannon(rows.read("resid_mid", layer, full), rows.read("resid_post", layer, full))
+        pattern = rows.pattern(layer) if rows.patterns else []
+        for k, item in enumerate(items):
+            mass = passage_mass(pattern[item.passage], item.span) if pattern else torch.tensor([torch.nan])
+            records.append(
+                {
+                    "prompt": item.prompt, "layer": layer, "sim_hidden": cosine(mlp[item.passage], mlp[item.without]),
+                    "sim_neutral": np.nan if item.neutral is None else cosine(mlp[item.passage], mlp[item.neutral]),
+                    "sim_noise": np.mean([cosine(mlp[item.passage], mlp[i]) for i in item.noise]) if item.noise else np.nan,
+                    "mass": float(mass.mean()), "diff_attn": float(masked_divergence(mass).mean()),
+                    "diff_attn_propagated": propagated.get((item.prompt, layer), np.nan), "iks": float(change[k]),
+                    "knock_out_loss": losses.get((item.prompt, layer), np.nan),
+                }
+            )  # fmt: skip
+    return pd.DataFrame(records)
+
+
+def cosine(a: Float[Tensor, " width"], b: Float[Tensor, " width"]) -> float:
+    """Return the cosine of two rows; NaN where one is zero, which has no direction."""
+    lengths = float(a.norm()) * float(b.norm())
+    return float(a.double() @ b.double()) / lengths if lengths > 0 else float("nan")
+
+
+def _propagated(rows: LastRows, items: Sequence[Item], tick: Tick) -> dict[tuple[int, int], float]:
+    n_layers, divergences = rows.n_layers, {}
+    plain = [rows.pattern(layer) for layer in range(n_layers)]
+    for item in items:
+        cut = _cut(range(n_layers), item, item.tokens)
+        addresses = [Address("pattern", layer) for layer in range(n_layers)]
+        blind = edits.read(rows.model, torch.tensor([item.tokens]), addresses, [cut] if cut else [])
+        tick(1)
+        for layer, address in enumerate(addresses):
+            row = blind[address][0, :, -1].float().cpu()
+            divergences[item.prompt, layer] = float(row_divergence(plain[layer][item.passage], row).mean())
+    return divergences
+
+
+def _cut(layers: Sequence[int], item: Item, tokens: Sequence[int]) -> KnockOut | None:
+    """Return the edit under which nothing behind the passage sees it in some blocks; None for an empty passage."""
+    keys = tuple(range(*item.span))
+    return KnockOut(tuple(layers), queries=tuple(range(item.span[1], len(tokens))), keys=keys) if keys else None
+
+
+@torch.no_grad()
+def knock_out_losses(
+    model: Model, item: Item, layers: Sequence[int], window: int, tick: Tick
+) -> dict[tuple[int, int], float]:
+    """Return how much the answer's log-probability falls where nothing behind the passage sees it in a window around each layer, nats.
+
+    The prompt is run once; each cut resumes behind the passage at the window's first block.
+    """
+    n_layers, unembedding = model.shape.n_layers, model.unembedding()
+    prompt = CachedPrompt(model, item.tokens, item.span[1])
+    tick(1)
+    keys = tuple(range(*item.span))
+
+    def answer(last: Tensor) -> float:
+        return float(logits_of(unembedding, last).float().log_softmax(-1)[0, item.answer])
+
+    plain = answer(prompt.entering[n_layers][-1:])
+    losses = {}
+    for layer in layers:
+        blocks = tuple(range(max(0, layer - window), min(n_layers, layer + window + 1)))
+        if not keys:
+            losses[item.prompt, layer] = 0.0
+            continue
+        # Where only the suffix runs, `all` names the queries that there are.
+        writes = KnockOut(blocks, "all", keys).writes(model.shape, [len(item.tokens)])
+        losses[item.prompt, layer] = plain - answer(prompt.edited(blocks[0], 1, writes))
+        tick(1)
+    return losses

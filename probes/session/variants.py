@@ -1,0 +1,208 @@
+"""One edit at many places: the next token's log-probabilities under each, blocks and positions shared as far as they can be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from probes.edits import Edit, KnockOut, PointEdit, composed, resolve, writes_of
+from probes.edits.positions import chosen
+from probes.models.protocol import Write
+from probes.points import Address
+from probes.session.open_prompt import OpenPrompt, altered_blocks, program_of
+
+ROW_POSITIONS = 8192
+"""Rows times positions that run at once, which bounds memory."""
+READ_ROWS = 128
+"""Rows that are read through the unembedding at once."""
+LATER = ("k", "v", "attn_in", "resid_pre")
+"""Points that later positions read in the same block, so that more than one row of it changes."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The edit at one place."""
+
+    layer: int
+    column: int
+    edit: Edit
+    ready: Edit | None = None
+    """The edit with its values read."""
+
+
+Rows = Iterator[tuple[Sequence[Variant], Float[Tensor, "variant d_vocab"]]]
+"""Variants and the next token's log-probabilities under each."""
+
+
+@torch.no_grad()
+def logprobs_of(prompt: OpenPrompt, variants: Sequence[Variant], before: Sequence[Edit], after: Sequence[Edit]) -> Rows:
+    """Give the next token's log-probabilities under each variant, some variants at a time.
+
+    Args:
+        prompt: the prompt.
+        variants: one edit at several places.
+        before: edits that act before it.
+        after: edits that act after it.
+    """
+    if not prompt.resumable or not all(isinstance(v.edit, PointEdit | KnockOut) for v in variants):
+        for variant in variants:
+            yield [variant], prompt.run([*before, variant.edit, *after]).logprobs[None]
+    elif not before and not after and all(_one_position(v.edit) for v in variants):
+        yield from _alone(prompt, variants)
+    else:
+        yield from _among_others(prompt, variants, before, after)
+
+
+def _one_position(edit: Edit) -> bool:
+    return isinstance(edit, PointEdit) and isinstance(edit.positions, tuple) and len(edit.positions) == 1
+
+
+def _by_layer(variants: Sequence[Variant]) -> dict[int, list[Variant]]:
+    layers: dict[int, list[Variant]] = {}
+    for variant in variants:
+        layers.setdefault(variant.layer, []).append(variant)
+    return layers
+
+
+def _among_others(
+    prompt: OpenPrompt, variants: Sequence[Variant], before: Sequence[Edit], after: Sequence[Edit]
+) -> Rows:
+    """Run the variants of a layer as a batch from its block on, the other edits in every row."""
+    rest = prompt.run([*before, *after])
+    earlier, later = ([*resolve(prompt.model, part, prompt.texts)] for part in (before, after))
+    ready = resolve(prompt.model, [*before, *after], prompt.texts)
+    program = program_of(ready, prompt.model.shape.n_layers)
+    width = max(1, ROW_POSITIONS // len(prompt.tokens))
+    with altered_blocks(prompt.model, ready):
+        for layer, own in _by_layer(variants).items():
+            start = next((i for i, step in enumerate(program.steps) if layer in step), len(program.steps))
+            for first in range(0, len(own), width):
+                part = own[first : first + width]
+                writes = composed(
+                    [writes_of(prompt.model, earlier), _by_row(prompt, part), writes_of(prompt.model, later)]
+                )
+                hidden = rest.streams[start][None].expand(len(part), -1, -1)
+                for step in program.steps[start:]:
+                    hidden = prompt.step(step, program, hidden, writes)
+                yield part, prompt.logprobs(hidden, writes).reshape(len(part), -1)
+
+
+def _alone(prompt: OpenPrompt, variants: Sequence[Variant]) -> Rows:
+    """Run each variant from its own block and position on, where no other edit acts.
+
+    Nothing runs for a variant that leaves its block's output as it was, to the last bit.
+    """
+    base = prompt.base
+    assert base is not None
+    changed: dict[int, list[tuple[Variant, Tensor]]] = {}
+    same: list[Variant] = []
+    for layer, own in _by_layer(variants).items():
+        plain = base.entering[layer + 1]
+        for variant, leaving in zip(own, _leaving(prompt, layer, own), strict=True):
+            position = _position(prompt, variant)
+            if torch.equal(leaving[position:], plain[position:]):
+                same.append(variant)
+            else:
+                changed.setdefault(position, []).append((variant, leaving[position:].clone()))
+    if same:
+        yield same, prompt.clean.logprobs.expand(len(same), -1)
+    waiting: list[Variant] = []
+    ends: list[Tensor] = []
+    for position, some in sorted(changed.items()):
+        opened = base if position == 0 else base.narrowed(position)
+        hidden = torch.stack([leaving for _, leaving in some])
+        ends.append(opened.resume([variant.layer + 1 for variant, _ in some], hidden).last)
+        waiting += [variant for variant, _ in some]
+    last = torch.cat(ends) if ends else torch.empty(0)
+    for first in range(0, len(waiting), READ_ROWS):
+        part = waiting[first : first + READ_ROWS]
+        yield part, prompt.logprobs(last[first : first + READ_ROWS, None], {}).reshape(len(part), -1)
+
+
+def _position(prompt: OpenPrompt, variant: Variant) -> int:
+    assert isinstance(variant.edit, PointEdit)
+    return int(chosen(len(prompt.tokens), variant.edit.positions)[0])
+
+
+def _leaving(prompt: OpenPrompt, layer: int, variants: Sequence[Variant]) -> Iterator[Float[Tensor, "pos d_model"]]:
+    """Give what leaves a block under each of its variants, one position each."""
+    base = prompt.base
+    assert base is not None
+    edit = variants[0].edit
+    assert isinstance(edit, PointEdit)
+    entering, plain = base.entering[layer][None], base.entering[layer + 1]
+    if edit.address.point in LATER:
+        yield from prompt.through(layer, entering.expand(len(variants), -1, -1), _by_row(prompt, variants))
+        return
+    # The edit of one position changes no other position's row, so that one run of the block serves all.
+    leaving = prompt.through(layer, entering, _each_position(prompt, variants))[0]
+    for variant in variants:
+        at = _position(prompt, variant)
+        yield torch.cat((plain[:at], leaving[at : at + 1], plain[at + 1 :]))
+
+
+def _each_position(prompt: OpenPrompt, variants: Sequence[Variant]) -> dict[Address, Write]:
+    """Return the write that makes each variant's change at its own position; each sees the rows as they were."""
+    shape = prompt.model.shape
+    places = [(_position(prompt, v), v.ready.writes(shape)) for v in variants if v.ready is not None]
+
+    def write(tensor: Tensor) -> Tensor:
+        out = tensor.clone()
+        for at, writes in places:
+            for change in writes.values():
+                out[:, at] = change(tensor)[:, at]
+        return out
+
+    return dict.fromkeys((address for _, writes in places for address in writes), write)
+
+
+def _by_row(prompt: OpenPrompt, variants: Sequence[Variant]) -> dict[Address, Write]:
+    """Return the writes that put each variant into its row of a batch."""
+    rows: dict[Address, list[tuple[int, Edit]]] = {}
+    for row, variant in enumerate(variants):
+        edit = variant.ready
+        assert edit is not None
+        for address in edit.writes(prompt.model.shape):
+            rows.setdefault(address, []).append((row, edit))
+    if any(address.point == "pattern" for address in rows):
+        shape = prompt.model.shape
+        blocked = {
+            address: [(row, edit.writes(shape)[address]) for row, edit in placed] for address, placed in rows.items()
+        }
+        return {address: BlockedRows(tuple(placed)) for address, placed in blocked.items()}
+
+    def write(address: Address) -> Write:
+        def put(tensor: Tensor) -> Tensor:
+            out = tensor.clone()
+            for row, edit in rows[address]:
+                out[row : row + 1] = edit.writes(prompt.model.shape)[address](tensor[row : row + 1])
+            return out
+
+        return put
+
+    return {address: write(address) for address in rows}
+
+
+@dataclass(frozen=True)
+class BlockedRows:
+    """A write of attention probabilities with other forbidden keys in each row of the batch."""
+
+    rows: tuple[tuple[int, Write], ...]
+
+    def mask(self, batch: int, n_heads: int, n_queries: int, n_keys: int) -> Bool[Tensor, "batch head query key"]:
+        """Return where attention is forbidden."""
+        out = torch.zeros(batch, n_heads, n_queries, n_keys, dtype=torch.bool)
+        for row, write in self.rows:
+            out[row] = write.mask(1, n_heads, n_queries, n_keys)[0]  # type: ignore[attr-defined]
+        return out
+
+    def __call__(self, pattern: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
+        """Return the probabilities without the forbidden keys."""
+        out = pattern.clone()
+        for row, write in self.rows:
+            out[row : row + 1] = write(pattern[row : row + 1])
+        return out

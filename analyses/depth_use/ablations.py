@@ -107,7 +107,9 @@ class ChunkAblations:
             self._enter(columns["lens_kl"], layer, lens.kl)
             self._enter(columns["lens_overlap"], layer, lens.overlap)
 
-    def windows(self, columns: Columns, widths: Sequence[int], starts: Sequence[int], pairs: bool, tick: Tick) -> None:
+    def windows(
+        self, columns: Columns, widths: Sequence[int], starts: Sequence[int], tick: Tick, pairs: bool = False
+    ) -> None:
         """Run the blocks of each window side by side on the stream that enters it, and add their contributions.
 
         Args:

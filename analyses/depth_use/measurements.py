@@ -150,7 +150,7 @@ class _Run:
             ablations.skips(current, left_out_at(ablations.chunk, self.settings.skip_rule), self.layers, self._tick)
         ablations.coarser(self.columns, self.settings.bits, self.layers, self._tick)
         ablations.frozen(self.columns, self.scales, self.layers, self._tick)
-        ablations.windows(self.columns, self.settings.windows, self.layers, self.settings.window_pairs, self._tick)
+        ablations.windows(self.columns, self.settings.windows, self.layers, self._tick, self.settings.window_pairs)
         ablations.read(self.columns, self.layers)
 
     def generation_tables(self, responses: Sequence[Tokens]) -> Tables:

@@ -16,7 +16,6 @@ from analyses.circuits import resampled_faithfulness
 from analyses.contextual_decomposition.ablation import POSITIONS, Ablation
 from analyses.contextual_decomposition.prepared_cases import PreparedCases
 from analyses.results.statistics import percentiles
-from probes.models.protocol import Write
 from probes.points import Address
 from probes.progress import Progress
 
@@ -156,27 +155,14 @@ def token_unit(prepared: PreparedCases) -> Unit:
 @torch.no_grad()
 def token_metric(ablation: Ablation, removed: Bool[Tensor, "row pos"]) -> Float[Tensor, " row"]:
     """Return the metric without the rows of some tokens; each set of them is one forward."""
-    case = ablation.case
     ablation.forwards += len(removed)
     distinct, row = torch.unique(removed, dim=0, return_inverse=True)
     values: list[Tensor] = []
-    for part in distinct.split(max(1, POSITIONS // len(case.tokens))):
+    for part in distinct.split(max(1, POSITIONS // len(ablation.case.tokens))):
 
         def write(stream: Tensor, part: Tensor = part) -> Tensor:
             base = torch.zeros_like(stream[0]) if ablation.baseline is None else ablation.baseline.stream[0].to(stream)
             return torch.where(part.to(stream.device)[..., None], base, stream)
 
-        values.append(_metric_under(ablation, len(part), {Address("resid_pre", 0): write}))
+        values.append(ablation.under(len(part), {Address("resid_pre", 0): write}))
     return torch.cat(values)[row]
-
-
-def _metric_under(ablation: Ablation, rows: int, writes: Mapping[Address, Write]) -> Float[Tensor, " row"]:
-    """Return the metric of copies of the prompt under writes, from what leaves the last block where that can be read."""
-    case, model, out = ablation.case, ablation.model, list[Tensor]()
-    tokens = torch.tensor([case.tokens]).expand(rows, -1)
-    if ablation.cached is None:
-        model.run(tokens, {Address("logits"): lambda t: out.append(t[:, -1, list(case.ids)].float().clone())}, writes)
-        return case.metric(out[0]).double().cpu()
-    # The logits of every position and token are a good part of a small model's forward.
-    model.run(tokens, {Address("resid_post", model.shape.n_layers - 1): lambda t: out.append(t[:, -1].clone())}, writes)
-    return ablation.read(out[0])

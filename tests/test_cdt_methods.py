@@ -274,7 +274,8 @@ def test_pointing_by_hand() -> None:
     assert table.loc[False, ["rate", "chance", "n"]].tolist() == pytest.approx([1, 2 / 3, 2])
     assert 0 < table.loc[True, "low"] < 0.5 < table.loc[True, "high"] < 1
     assert span_of(replace(cases[0], span=(2,))) == ("given", frozenset({2}))
-    given = pointing_table([replace(cases[0], span=(0,)), *cases[1:]], tokens).query("span == 'given' and first_token")
+    given = pointing_table([replace(cases[0], span=(0,)), *cases[1:]], tokens).query("span == 'given'")
+    assert given["first_token"].tolist() == [True]  # without position 0 nothing is left of that span
     assert given["rate"].item() == 1
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -62,6 +62,19 @@ class Ablation:
         """Return the metric of what leaves the last block at the last position."""
         return self.case.metric(self._logits(last)).double().cpu()
 
+    @torch.no_grad()
+    def under(self, rows: int, writes: Mapping[Address, Write]) -> Float[Tensor, " row"]:
+        """Return the metric of copies of the prompt, run whole under writes."""
+        out, tokens = list[Tensor](), torch.tensor([self.case.tokens]).expand(rows, -1)
+        if self.cached is None:
+            ids = list(self.case.ids)
+            self.model.run(tokens, {Address("logits"): lambda t: out.append(t[:, -1, ids].float().clone())}, writes)
+            return self.case.metric(out[0]).double().cpu()
+        # The logits of every position and token are a good part of a small model's forward.
+        end = Address("resid_post", self.model.shape.n_layers - 1)
+        self.model.run(tokens, {end: lambda t: out.append(t[:, -1].clone())}, writes)
+        return self.read(out[0])
+
     def _at_once(self, positions: int) -> int:
         return max(1, positions // (len(self.case.tokens) - self.start))
 
@@ -99,15 +112,12 @@ class Ablation:
 
     def _plainly(self, keep: Tensor) -> Tensor:
         """Return the metric of each row by a whole forward, for models whose blocks cannot be run by themselves."""
-        logits: list[Tensor] = []
-        ids = torch.tensor(self.case.ids)
+        values = []
         for part in torch.split(keep, self._at_once(POSITIONS)):
             layers = [layer for layer in range(part.shape[1]) if not part[:, layer].all()]
             writes = {Address("z", layer): self._write(layer, part[:, layer]) for layer in layers}
-            tokens = torch.tensor([self.case.tokens]).expand(len(part), -1)
-            reads = {Address("logits"): lambda t: logits.append(t[:, -1, ids.to(t.device)].clone())}
-            self.model.run(tokens, reads, writes)
-        return self.case.metric(torch.cat(logits)).double().cpu()
+            values.append(self.under(len(part), writes))
+        return torch.cat(values)
 
     def _write(self, layer: int, keep: Tensor) -> Write:
         def write(z: Tensor) -> Tensor:

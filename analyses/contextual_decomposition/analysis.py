@@ -136,7 +136,9 @@ class ContextualDecomposition(Analysis):
         "Also score positions of the streams between blocks, and ablate each: about the cost of the heads' ablation.",
     )
     removal: tuple[Literal["heads", "tokens"], ...] = option(
-        (), "Take heads or tokens away by each method's order, most and least relevant first, beside random orders."
+        (),
+        "Take heads or tokens away by each method's order, most and least relevant first, beside 20 random orders: of a prompt "
+        "of 15 tokens about 700 forwards, of heads about 1000 circuits.",
     )
     words: Literal["none", "token", "head"] = option(
         "token", "Also score words, by their rows of the first stream or by the heads of block 0 there."

@@ -66,19 +66,15 @@ def _written(
     ablation: Ablation, point: str, nodes: Sequence[tuple[int, slice]], base: Tensor | None
 ) -> Float[Tensor, " node"]:
     """Measure nodes (layer, positions) by whole forwards, several rows at once; the last row is the prompt as it is."""
-    case, model = ablation.case, ablation.model
     values: list[Tensor] = []
-    for rows in torch.split(torch.arange(len(nodes) + 1), max(1, POSITIONS // len(case.tokens))):
+    for rows in torch.split(torch.arange(len(nodes) + 1), max(1, POSITIONS // len(ablation.case.tokens))):
         writes: dict[Address, Write] = {}
         here = {row: nodes[int(node)] for row, node in enumerate(rows) if node < len(nodes)}
         for layer in {layer for layer, _ in here.values()}:
             writes[Address(point, layer)] = _writer(
                 layer, {r: at for r, (own, at) in here.items() if own == layer}, base
             )
-        logits: list[Tensor] = []
-        reads = {Address("logits"): lambda t, out=logits: out.append(t[:, -1, list(case.ids)].float().clone())}
-        model.run(torch.tensor([case.tokens]).expand(len(rows), -1), reads, writes)
-        values.append(case.metric(logits[0]).double().cpu())
+        values.append(ablation.under(len(rows), writes))
     metric = torch.cat(values)
     return metric[-1] - metric[:-1]
 

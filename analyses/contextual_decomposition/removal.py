@@ -155,18 +155,14 @@ def token_unit(prepared: PreparedCases) -> Unit:
 @torch.no_grad()
 def token_metric(ablation: Ablation, removed: Bool[Tensor, "row pos"]) -> Float[Tensor, " row"]:
     """Return the metric without the rows of some tokens; each set of them is one forward."""
-    case, model = ablation.case, ablation.model
     ablation.forwards += len(removed)
     distinct, row = torch.unique(removed, dim=0, return_inverse=True)
     values: list[Tensor] = []
-    for part in distinct.split(max(1, POSITIONS // len(case.tokens))):
+    for part in distinct.split(max(1, POSITIONS // len(ablation.case.tokens))):
 
         def write(stream: Tensor, part: Tensor = part) -> Tensor:
             base = torch.zeros_like(stream[0]) if ablation.baseline is None else ablation.baseline.stream[0].to(stream)
             return torch.where(part.to(stream.device)[..., None], base, stream)
 
-        logits: list[Tensor] = []
-        reads = {Address("logits"): lambda t, out=logits: out.append(t[:, -1, list(case.ids)].float().clone())}
-        model.run(torch.tensor([case.tokens]).expand(len(part), -1), reads, {Address("resid_pre", 0): write})
-        values.append(case.metric(logits[0]).double().cpu())
+        values.append(ablation.under(len(part), {Address("resid_pre", 0): write}))
     return torch.cat(values)[row]

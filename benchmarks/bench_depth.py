@@ -3,6 +3,7 @@
     bathyscope bench depth [--quick] [--tier compiled,noised,trained] [--tasks A2,C1] [--methods voids] [--seeds dev] [--peers DIR] [--out DIR]
     bathyscope bench depth export DIR        tasks as files for other tools, without their truth
     bathyscope bench depth score DIR         the answers*.json that other tools left there
+    bathyscope bench depth certify           certifies every task anew and writes the certificates that are shipped
 
 Prints a digest of all answers, equal in two runs on one machine. `--write` puts the results between the markers
 of README.md and docs/depth_bench.md.
@@ -14,7 +15,12 @@ import argparse
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import marked
 
 from analyses.ground_truth.answers import name_of
 from analyses.ground_truth.bench import DEV_SEEDS, PROCESSES, Job, Ran, chosen_tasks, run_bench, seed_of_release
@@ -24,7 +30,7 @@ from probes import planted
 from probes.errors import OptionError, unknown
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- depth: begin -->", "<!-- depth: end -->"
+write_between = partial(marked.write_between, "depth")
 TIERS = ("compiled", "noised", "trained")
 
 
@@ -66,15 +72,6 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
         raise OptionError(unknown("method", min(wrong), names()))
     tasks = chosen_tasks(tiers_of(options.tier), split(options.tasks), options.quick)
     return [Job(task, seed, methods) for task in tasks for seed in seeds_of(options.seeds, task)]
-
-
-def write_between(path: Path, text: str) -> None:
-    """Put text between a file's markers."""
-    page = path.read_text(encoding="utf-8")
-    if BEGIN not in page or END not in page:
-        raise OptionError(f"{path.name} has no markers {BEGIN} and {END}: put them where the run's results belong")
-    before, _, rest = page.partition(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -119,7 +116,7 @@ def score_folder(folder: str) -> None:
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", nargs="?", choices=("run", "export", "score"), default="run")
+    parser.add_argument("action", nargs="?", choices=("run", "export", "score", "certify"), default="run")
     parser.add_argument("folder", nargs="?", help="of export and score")
     parser.add_argument("--quick", action="store_true", help="11 tasks, within a minute")
     parser.add_argument("--tier", default=",".join(TIERS))
@@ -131,11 +128,16 @@ def main() -> None:
     parser.add_argument("--out", help="folder for answers, tables and a report")
     parser.add_argument("--write", action="store_true", help="put the results into README.md and docs/depth_bench.md")
     options = parser.parse_args()
-    if options.action != "run" and not options.folder:
+    if options.action in ("export", "score") and not options.folder:
         raise OptionError(f"{options.action} needs a folder: bathyscope bench depth {options.action} DIR")
     if options.action == "export":
         tasks = [planted.task(job.task, seed=job.seed) for job in jobs_of(options)]
         print(export(tasks, options.folder))
+    elif options.action == "certify":
+        from probes.planted.certify.certificate import ship
+        from probes.planted.registry import build
+
+        print(ship(build(task) for task in planted.tasks()))
     elif options.action == "score":
         score_folder(options.folder)
     else:

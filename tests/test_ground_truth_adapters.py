@@ -313,8 +313,50 @@ def test_causal_patching_names_the_part_that_brings_half_of_the_gap_first() -> N
     assert sufficient.decision == "none"
 
 
+def test_keys_share_a_subspace_where_their_overlap_is_above_one_half_by_its_interval() -> None:
+    task = task_of(Question("subspace", frozenset({"1+4"}), candidates=("0+1", "1+4", "2+3")))
+    (run,) = runs_of("depth_use", task)
+    assert run.method == "kv_subspaces"
+    overlaps = pd.DataFrame({
+        "kind": ["k", "k", "k", "v"], "layer_a": [1, 0, 2, 0], "layer_b": [4, 1, 3, 1], "overlap": [0.9, 0.7, 0.1, 1.0],
+        "low": [0.8, 0.4, 0.0, 1.0],
+    })  # fmt: skip
+    tables = {"kv_subspaces": overlaps, "proxies": pd.DataFrame({"layer": [0]})}
+    answer = only(answers_of(result("depth_use", tables), task, run.questions))
+    assert answer.method == "kv_subspaces"
+    assert answer.chosen == {"1+4"}
+    assert answer.scores == {"1+4": 0.9, "0+1": 0.7, "2+3": 0.1}
+
+
+def test_layer_programs_mend_exchange_and_replace() -> None:
+    candidates = ("mlp.1+mlp.3", "1.0+3.2", "mlp.1+mlp.2", "2.0+2.1")
+    mending = Question("mending", frozenset({"3->1"}), candidates=("3->1", "2->2"))
+    order = Question("order", frozenset({"0+1"}), candidates=("0+1", "1+2"))
+    redundant = Question("redundant", frozenset({"mlp.1+mlp.3"}), candidates=candidates)
+    told = pd.DataFrame({"right": [False] * 12})
+    jumps = pd.DataFrame(
+        {"kind": ["repeat", "repeat", "skip"], "leave": [4, 3, 1], "enter": [1, 2, 3], "mended": [12, 5, 12]}
+    )
+    swaps = pd.DataFrame({
+        "protocol": ["interchange", "interchange", "replacement"], "i": [0, 1, 1], "j": [1, 2, 0], "kl": [0.01, 2.0, 3.0],
+        "delta": [0.0, -0.75, -1.0],
+    })  # fmt: skip
+    skips = pd.DataFrame({"i": [1, 1], "j": [3, 2], "excess": [-1.0, -0.1], "excess_high": [-1.0, -0.05]})
+    for question, table, chosen in (
+        (mending, {"jumps": jumps}, {"3->1"}),
+        (order, {"swaps": swaps}, {"0+1"}),
+        (redundant, {"skips": skips}, {"mlp.1+mlp.3", "1.0+3.2"}),
+    ):
+        answer = only(answers_of(result("layer_programs", {**table, "questions": told}), task_of(question)))
+        assert answer.chosen == chosen
+        assert max(answer.scores, key=lambda name: answer.scores[name]) in chosen
+    assert set(answer.scores) == set(candidates) - {"2.0+2.1"}
+    right = result("layer_programs", {"jumps": jumps, "questions": ~told})
+    assert only(answers_of(right, task_of(mending))).decision == "none"
+
+
 def test_every_analysis_but_one_takes_part() -> None:
-    assert set(ANALYSES) - set(ADAPTED) == {"layer_programs"}, "what answers no question is named here"
+    assert set(ANALYSES) - set(ADAPTED) == {"passage_use"}, "what answers no question is named here"
     assert set(ADAPTED) < set(ANALYSES)
     assert {adapter_of(name).analysis for name in ADAPTED} == set(ADAPTED)
     with pytest.raises(OptionError, match="adapter"):

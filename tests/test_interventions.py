@@ -51,6 +51,7 @@ MORE: list[Analysis] = [
         budget=12,
         splits=2,
     ),
+    replace(SMALL["layer_programs"][0], maps=("skips",), stride=2),
     replace(SMALL["layer_programs"][0], stride=2, swap_widths=(1, 2), swap_reach=2, group="mean"),
 ]  # type: ignore[type-var]
 RUNS = [
@@ -61,6 +62,7 @@ RUNS = [
     (DepthUse(**DEPTH, stride=2, split_positions=2, erasure_prompts=1, gradient_prompts=2), [(5, 6, 7), *LONG]),
     (DepthUse(**DEPTH, layers=(1,), drop_blocks=0, greedy_steps=9), LONG),
     (DepthUse(**DEPTH, layers=(1,), generate_prompts=2, generate_tokens=3, generate_parts=("attn", "mlp")), LONG),
+    (DepthUse(**DEPTH, stride=2, window_pairs=True, frontier_points=2, greedy_steps=0), LONG),
 ]
 
 

@@ -21,7 +21,7 @@ from analyses.layer_programs.chance import cross_fitted, family_p, oracle_chance
 from analyses.layer_programs.engine import Engine, OpenQuestions
 from analyses.layer_programs.figures import FIGURES
 from analyses.layer_programs.fragility import altered
-from analyses.layer_programs.maps import jump_cells, jump_formula, naive_runs, pair_sizes
+from analyses.layer_programs.maps import jump_cells, jump_formula, naive_runs, pair_sizes, skip_programs
 from analyses.layer_programs.outcomes import chosen_menu
 from analyses.layer_programs.questions import Question, questions_of
 from analyses.layer_programs.search import Ledger, TreeRules, beam, exhaustive, gains_on, random_programs, tree_search
@@ -163,8 +163,7 @@ def test_block_runs_are_the_formulas(n: int) -> None:
     assert block_runs(near, n) == n * (n + 1) // 2 - 1
     others = [replacement(n, i, j) for i in range(n) for j in range(n) if i != j]
     assert block_runs(others, n) == (n - 1) * n * (n + 1) // 2
-    pairs = [Program.of(k for k in range(n) if k not in (i, j)) for i in range(n) for j in range(i + 1, n)]
-    assert block_runs(pairs + singles, n) - block_runs(singles, n) == n * (n - 1) * (n - 2) // 6
+    assert block_runs(skip_programs(n, range(n)), n) - block_runs(singles, n) == n * (n - 1) * (n - 2) // 6
     assert block_runs([Program.plain(n)], n) == 0
     assert naive_runs(skips + repeats) == sum(a + n - b for a, b in jump_cells(n))
 
@@ -284,6 +283,17 @@ def test_exactly_the_planted_neighbours_do_not_change_places(name: str) -> None:
     swaps = table["swaps"][table["swaps"]["protocol"] == "interchange"]
     free = {f"{i}+{j}" for i, j, delta in zip(swaps["i"], swaps["j"], swaps["delta"], strict=True) if delta == 0}
     assert free == task.record.question("order").truth
+
+
+def test_blocks_that_replace_one_another_cost_nothing_alone_and_everything_together() -> None:
+    model, prompts, task = planted("G1")
+    table = LayerPrograms(maps=("skips",), metric=("correct",)).run(model, prompts).tables["skips"]
+    (pair,) = task.record.question("redundant").truth or ()
+    i, j = sorted(int(node.partition(".")[2]) for node in pair.split("+"))
+    rows = table.set_index(["i", "j"])
+    assert rows.loc[(i, j), ["delta_i", "delta_j"]].tolist() == [0, 0]
+    assert rows.loc[(i, j), "excess"] == rows.loc[(i, j), "delta"] < -0.5
+    assert (rows.drop(index=[(i, j)])["excess"] >= 0).all()
 
 
 @pytest.mark.parametrize("name", ["C1"])

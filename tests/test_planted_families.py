@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from probes.planted.certify.bench import Bench
-from probes.planted.certify.certificate import CHECKS, certify
+from probes.planted.certify.certificate import CHECKS, certify, key_of, shipped
 from probes.planted.families.channels import channel_candidates
 from probes.planted.record import Interval, Question
-from probes.planted.registry import build
+from probes.planted.registry import build, tasks
 from probes.planted.task import PlantedTask
 
 CASES = {
@@ -37,12 +37,20 @@ def test_the_certificate_agrees_with_the_plan(name: str) -> None:
     task = case(name)
     certificate = certify(task)
     assert certificate["refuted"] == []
+    assert certificate == shipped().get(key_of(task), certificate)
     assert {question.kind for question in task.record.questions} <= set(CHECKS)
     examples = task.examples
     assert len(examples) >= 120
     assert {example.split for example in examples} == {"fit", "test"}
     for example in examples:
         assert len(example.partner) == len(example.tokens)
+
+
+def test_every_task_that_the_benchmark_runs_ships_its_certificate() -> None:
+    assert {name.rpartition("-")[0] for name in shipped()} == {f"{name}@0" for name in tasks()}
+    tampered = replace(build("E1"), examples=build("E1").examples[1:])
+    assert key_of(build("E1")) in shipped()
+    assert key_of(tampered) not in shipped()
 
 
 @pytest.mark.parametrize(

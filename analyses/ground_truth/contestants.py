@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from probes.store import ActivationStore
 
 ADAPTED = (
-    "concept_depth", "logit_lens", "lenses", "latent_language", "back_patching", "voids", "depth_use", "causal_patching",
+    "concept_depth", "logit_lens", "lenses", "latent_language", "back_patching", "layer_programs", "voids", "depth_use", "causal_patching",
     "contextual_decomposition", "communication_channels", "norm_removal",
 )  # fmt: skip
 """Analyses that take part; each has a file of its name among the adapters."""

@@ -22,6 +22,8 @@ CANNOT_TELL: Mapping[str, str] = {
     "lenses": "where the answer is written from where a linear map can already make it: its map reads ahead of the read-out",
     "latent_language": "a language that leads from an answer's rival that happens to lead",
     "back_patching": "a jump that mends from noise by the best of all cells, or from few questions: on models with four answers both find one",
+    "layer_programs": "which part of two blocks replaces which of the other, nor parts of one block that replace one another: it leaves out whole "
+    "blocks",
     "voids": "by the paper's step, a block that turns the stream at equal norm from one that does nothing",
     "depth_use": "a block that writes nothing from one that writes where nobody reads, nor by erasure a token's content from its being asked for",
     "causal_patching": "a concept that the answer does not depend on from one that is absent, nor, without its null, the fact from all else that "

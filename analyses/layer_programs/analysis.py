@@ -18,6 +18,8 @@ from analyses.layer_programs.maps import (
     jump_tables,
     pair_programs,
     pair_table,
+    skip_programs,
+    skip_table,
     swap_cells,
     swap_table,
 )
@@ -41,7 +43,7 @@ from probes.progress import QUIET, Progress
 from probes.prompts import Field, Prompt
 from probes.store import ActivationStore
 
-Map = Literal["jumps", "swaps", "pairs"]
+Map = Literal["jumps", "swaps", "pairs", "skips"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class LayerPrograms(Analysis):
     n_prompts: int = option(24, "At most so many two-hop questions are made where no prompts are given.", low=1)
     maps: tuple[Map, ...] = option(
         ("jumps", "swaps", "pairs"),
-        "jumps: every contiguous skip and repeat; swaps: blocks exchanged or run in a neighbour's place; pairs: how two neighbours interact.",
+        "jumps: every contiguous skip and repeat; swaps: blocks exchanged or run in a neighbour's place; pairs: how two neighbours interact; "
+        "skips: every two blocks left out together, beside each alone.",
     )
     metric: tuple[Metric, ...] = option(
         ("answer", "loss"),
@@ -170,10 +173,15 @@ class LayerPrograms(Analysis):
             planned["swaps"] = [swap.program(n) for swap in self._swaps(model)]
         if "pairs" in self.maps:
             planned["pairs"] = pair_programs(n, self._pairs(model), self.group == "mean")
+        if "skips" in self.maps:
+            planned["skips"] = skip_programs(n, self._blocks(model))
         return planned
 
     def _swaps(self, model: Model) -> list[Swap]:
         return swap_cells(model.shape.n_layers, self.swap_widths, self.swap_reach, self.stride)
+
+    def _blocks(self, model: Model) -> list[int]:
+        return list(range(0, model.shape.n_layers, self.stride))
 
     def _pairs(self, model: Model) -> list[int]:
         return list(range(0, model.shape.n_layers - 1, self.stride))
@@ -186,7 +194,7 @@ class LayerPrograms(Analysis):
         store: ActivationStore | None = None,
         progress: Progress = QUIET,
     ) -> Result:
-        """Return the tables `questions` and, as the options say, `jumps`, `swaps` and `pairs`.
+        """Return the tables `questions` and, as the options say, `jumps`, `swaps`, `pairs` and `skips`.
 
         Raises:
             PointError: a model whose blocks cannot be run in another order.
@@ -210,6 +218,8 @@ class LayerPrograms(Analysis):
         if "pairs" in self.maps:
             mean = self.group == "mean"
             tables["pairs"] = pair_table(engine, n, self._pairs(model), mean, self.metric[0], groups, self.seed)
+        if "skips" in self.maps:
+            tables["skips"] = skip_table(engine, n, self._blocks(model), self.metric[0], groups, self.seed)
         if plan.any:
             tables |= Searching(Board(engine, self.metric[0], groups, n, self.seed), plan).tables()
         tables["questions"] = question_table(collected, questions, engine)

@@ -141,6 +141,32 @@ def _profile(figure: go.Figure, rows: pd.DataFrame, name: str, colour: str) -> N
     )
 
 
+def skip_pairs(tables: Tables) -> go.Figure:
+    """Draw, for every two blocks, how far leaving out both is from the sum of leaving out each; harm in red."""
+    table = tables["skips"]
+    metric = table["metric"].iloc[0]
+    certain = (table["excess_low"] > 0) | (table["excess_high"] < 0) | table["excess_low"].isna()
+    limit = max(1e-9, float(np.nanmax(np.abs(table["excess"]))))
+    figure = go.Figure()
+    for rows, colours, bar in (
+        (table, [[0, GREY], [1, GREY]], None),
+        (table[certain], BETTER, {"title": UNITS[metric], "thickness": 12}),
+    ):
+        square = {
+            name: rows.pivot(index="j", columns="i", values=name) for name in ("excess", "delta_i", "delta_j", "delta")
+        }
+        figure.add_heatmap(
+            x=square["excess"].columns, y=square["excess"].index, z=square["excess"],
+            customdata=np.dstack([square[name].to_numpy() for name in ("delta_i", "delta_j", "delta", "excess")]),
+            colorscale=colours, reversescale=metric in LOWER_IS_BETTER, zmin=-limit, zmax=limit, showscale=bar is not None, colorbar=bar,
+            hovertemplate="without %{x} and %{y}: %{customdata[2]:.3g}<br>without %{x} %{customdata[0]:.3g}, without %{y} %{customdata[1]:.3g}"
+            "<br>beyond their sum %{customdata[3]:.3g}<extra></extra>",
+        )  # fmt: skip
+    finish(figure, x="block left out", y="other block left out", height=520)
+    figure.update_yaxes(scaleanchor="x")
+    return figure
+
+
 PARTS = {
     "contribution_i": "the lower block adds", "contribution_j": "the upper block adds", "interaction": "upper changed by lower",
     "interaction_reversed": "lower changed by upper", "commutator": "order matters (difference of the two)",
@@ -204,6 +230,13 @@ FIGURES = {
         "prediction loses when the two run side by side or exchanged, with 95 % intervals over prompts. First tokens are left out above.",
         pair_anatomy,
         lambda tables: "pairs" in tables,
+    ),
+    "skip_pairs": FigureSpec(
+        "Do blocks replace one another?",
+        "What leaving out two blocks does beyond the sum of leaving out each. Two that replace one another cost little alone and much together: red. "
+        "Blue pairs cost less together than their sum, as where one only serves the other. Where the 95 % interval over prompts holds 0, grey.",
+        skip_pairs,
+        lambda tables: "skips" in tables,
     ),
     **SEARCHES,
 }

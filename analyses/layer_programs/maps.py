@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -125,6 +126,39 @@ def swap_table(
             "protocol": [swap.protocol for swap in swaps], "program": [program.text() for program in programs],
             "kl": kl.mean, "kl_low": kl.low, "kl_high": kl.high, "metric": metric, "delta": delta.mean,
             "ci_low": delta.low, "ci_high": delta.high,
+        }
+    )  # fmt: skip
+
+
+def skip_programs(n_layers: int, layers: Sequence[int]) -> list[Program]:
+    """Return the programs without one of `layers`, and then those without two of them."""
+    left_out = [(layer,) for layer in layers] + list(combinations(layers, 2))
+    return [Program.of(block for block in range(n_layers) if block not in out) for out in left_out]
+
+
+def skip_table(
+    engine: Engine, n_layers: int, layers: Sequence[int], metric: Metric, groups: Sequence[str], seed: int
+) -> pd.DataFrame:
+    """Return, for each pair of blocks, what leaving out both changes, and how far that is from the sum of leaving out each.
+
+    Returns:
+        Columns i, j, program, metric, delta_i, delta_j, delta, ci_low, ci_high, excess, excess_low, excess_high, n. Blocks
+        that replace one another have small changes alone and a large excess, in the direction of harm.
+    """
+    programs = skip_programs(n_layers, layers)
+    change = engine.scores(programs).change[metric]
+    n = len(layers)
+    pairs = list(combinations(range(n), 2))
+    first, second = ([pair[end] for pair in pairs] for end in (0, 1))
+    single, both = change[:, :n], change[:, n:]
+    delta = grouped_interval(both, groups, seed)
+    excess = grouped_interval(both - single[:, first] - single[:, second], groups, seed)
+    return pd.DataFrame(
+        {
+            "i": [layers[at] for at in first], "j": [layers[at] for at in second], "program": [each.text() for each in programs[n:]],
+            "metric": metric, "delta_i": single.mean(0)[first], "delta_j": single.mean(0)[second], "delta": delta.mean,
+            "ci_low": delta.low, "ci_high": delta.high, "excess": excess.mean, "excess_low": excess.low,
+            "excess_high": excess.high, "n": len(change),
         }
     )  # fmt: skip
 

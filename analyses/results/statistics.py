@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -43,9 +44,12 @@ def draw_groups(n: int, seed: int, resamples: int = RESAMPLES) -> NDArray[np.int
     return np.random.default_rng(seed).integers(0, n, (resamples, n))
 
 
+@lru_cache(maxsize=2)  # Layer after layer the same draws are wanted.
 def draw_counts(n: int, seed: int, resamples: int = RESAMPLES) -> Array:
-    """Draw n of n groups with replacement; [resamples, n], how often each group is drawn."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+    """Draw n of n groups with replacement; [resamples, n], how often each group is drawn, not to be written to."""
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+    counts.flags.writeable = False
+    return counts
 
 
 def resampled_ratios(sums: ArrayLike, counts: ArrayLike, *, seed: int, resamples: int = RESAMPLES) -> Array:

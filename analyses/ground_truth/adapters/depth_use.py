@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from analyses.depth_use import DepthUse
 from analyses.ground_truth.adapters.adapter import Adapter, Run, examples_of, prompt_to, set_answer
 from analyses.ground_truth.answers import Answer, name_of
-from analyses.ground_truth.spans import span_answer
+from analyses.ground_truth.spans import HALF, span_answer
 from analyses.results.result import Result
 from probes.planted.record import Question
 from probes.planted.task import PlantedTask
@@ -21,15 +22,19 @@ ERASED = 6
 """Prompts of residual erasure; the default of two supports no interval."""
 NEGLIGIBLE = 0.01
 """Share of the largest block's effect below which a block counts as void."""
-REMOVAL, WRITING, ERASURE = "depth_use (removal)", "depth_use (writing)", "residual_erasure"
-"""What its answers are called: by the divergence without a part, by the norm of what it writes, by erasing a token."""
+KEY_PROMPTS = 24
+"""Prompts whose keys are compared: more tokens than keys have features, and enough for a jackknife."""
+KV_RANK = 8
+"""Dimensions of the subspaces of keys that are compared: those of half a head."""
+REMOVAL, WRITING, ERASURE, KEYS = "depth_use (removal)", "depth_use (writing)", "residual_erasure", "kv_subspaces"
+"""What its answers are called: by the divergence without a part, by the norm of what it writes, by erasing a token, by keys over tokens."""
 
 
 def runs(task: PlantedTask, questions: Sequence[Question]) -> list[Run]:
-    """One run for all questions."""
-    if not questions:
-        return []
-    erased = ERASED if any(question.kind == "necessary" for question in questions) else 0
+    """One run for the questions of blocks and tokens, and one for those of subspaces of keys, which take more prompts."""
+    keys = tuple(question for question in questions if question.kind == "subspace")
+    blocks = tuple(question for question in questions if question.kind != "subspace")
+    erased = ERASED if any(question.kind == "necessary" for question in blocks) else 0
     analysis = DepthUse(
         skip_prompts=0,
         erasure_prompts=erased,
@@ -39,16 +44,23 @@ def runs(task: PlantedTask, questions: Sequence[Question]) -> list[Run]:
         bits=(8,),
         windows=(2,),
     )
-    prompts = tuple(prompt_to(task, example, None) for example in examples_of(task, n=PROMPTS))
-    return [Run(analysis, prompts, tuple(questions))]
+    few, many = (tuple(prompt_to(task, e, None) for e in examples_of(task, n=n)) for n in (PROMPTS, KEY_PROMPTS))
+    out = [Run(analysis, few, blocks)] if blocks else []
+    if keys:
+        out.append(Run(replace(analysis, kv_rank=KV_RANK), many, keys, KEYS))
+    return out
 
 
 def read(result: Result, task: PlantedTask, questions: Sequence[Question]) -> list[Answer]:
-    """Parts by the divergence that removing them makes and by how much they write; tokens by what erasing them does."""
+    """Parts by the divergence that removing them makes and by how much they write; tokens by what erasing them does; keys by
+    the overlap of their subspaces over tokens.
+    """
     proxies = result.tables["proxies"].set_index("layer")
     answers = []
     for question in questions:
-        if question.kind == "necessary":
+        if question.kind == "subspace":
+            answers.append(_shared(result.tables["kv_subspaces"], task, question))
+        elif question.kind == "necessary":
             answers.append(_erased(result.tables["erasure"], task, question))
         elif question.kind == "nodes":
             answers += [_ranked(method, proxies, measure, task, question) for method, measure in MEASURES.items()]
@@ -96,7 +108,16 @@ def _erased(table: pd.DataFrame, task: PlantedTask, question: Question) -> Answe
     return span_answer(ERASURE, task, question, changes, first_layer=-1)
 
 
+def _shared(table: pd.DataFrame, task: PlantedTask, question: Question) -> Answer:
+    """Return pairs of blocks by the overlap of their keys, and those that overlap by more than half by their interval."""
+    own = table[table["kind"] == "k"]
+    pairs = own["layer_a"].astype(str) + "+" + own["layer_b"].astype(str)
+    return set_answer(
+        KEYS, task, question, dict(zip(pairs, own["overlap"], strict=True)), frozenset(pairs[own["low"] > HALF])
+    )
+
+
 ADAPTER = Adapter(
-    "depth_use", (REMOVAL, WRITING, ERASURE), ("void", "nodes", "necessary"), runs, read,
+    "depth_use", (REMOVAL, WRITING, ERASURE, KEYS), ("void", "nodes", "necessary", "subspace"), runs, read,
     only=lambda question: question.subset is None and (question.kind != "necessary" or question.concept is None),
 )  # fmt: skip

@@ -1,11 +1,13 @@
-"""The certificate of a task: every truth compared with what exhaustive intervention gives, kept by model digest."""
+"""The certificate of a task: every truth compared with what exhaustive intervention gives, shipped and kept by model digest."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
@@ -47,6 +49,7 @@ CHECKS: Mapping[Kind, Callable[[Bench, Question], Measured]] = {
     "subspace": subspaces.subspace,
 }
 """How each kind of question is certified."""
+SHIPPED = Path(__file__).parents[1] / "data" / "certificates.json"
 
 
 def certify(task: PlantedTask) -> dict[str, Any]:
@@ -67,21 +70,16 @@ def certify(task: PlantedTask) -> dict[str, Any]:
 
 
 def certified(task: PlantedTask) -> PlantedTask:
-    """Return the task with its certificate, computed once and kept in the cache folder.
+    """Return the task with its certificate: the one shipped for exactly this model, prompts and truths, or else one that is
+    computed once and kept in the cache folder.
 
     Where a disguise has changed a truth, its question is dropped, never adjusted.
 
     Raises:
         ModelError: a truth of a model that is not disguised does not follow from what was measured.
     """
-    path = cache_root() / "planted" / f"{task.record.task}@{task.record.seed}-{_key(task)}.json"
-    if path.is_file():
-        certificate = json.loads(path.read_text())
-    else:
-        certificate = certify(task)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            path.write_text(json.dumps(certificate))
+    name = key_of(task)
+    certificate = shipped().get(name) or _kept(task, cache_root() / "planted" / f"{name}.json")
     if task.record.tier == "noised":
         left = tuple(question for question in task.record.questions if question.key not in certificate["refuted"])
         return replace(task, record=replace(task.record, certificate=certificate, questions=left))
@@ -94,9 +92,36 @@ def certified(task: PlantedTask) -> PlantedTask:
     return replace(task, record=replace(task.record, certificate=certificate))
 
 
-def _key(task: PlantedTask) -> str:
+@cache
+def shipped() -> Mapping[str, Any]:
+    """Return the certificates that are part of the package, by `key_of`."""
+    certificates: dict[str, Any] = json.loads(SHIPPED.read_text()) if SHIPPED.is_file() else {}
+    return certificates
+
+
+def ship(tasks: Iterable[PlantedTask]) -> Path:
+    """Certify tasks anew and write what is shipped; return the file."""
+    SHIPPED.write_text(json.dumps({key_of(task): certify(task) for task in tasks}, separators=(",", ":")) + "\n")
+    return SHIPPED
+
+
+def key_of(task: PlantedTask) -> str:
+    """Return a name that changes with the task's weights, prompts, partners, answers or truths."""
     everything = (task.record.to_json(), [(e.tokens, e.answer, e.partner) for e in task.examples])
-    return hashlib.sha256(repr(everything).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr(everything).encode()).hexdigest()[:16]
+    return f"{task.record.task}@{task.record.seed}-{digest}"
+
+
+def _kept(task: PlantedTask, path: Path) -> dict[str, Any]:
+    """Return the certificate of the cache folder, computed where there is none."""
+    if path.is_file():
+        kept: dict[str, Any] = json.loads(path.read_text())
+        return kept
+    certificate = certify(task)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        path.write_text(json.dumps(certificate))
+    return certificate
 
 
 def _rounded(values: Any) -> Any:

@@ -18,7 +18,9 @@ QUICK = [
     ["store", "ls"],
     ["run", "--help"],
     ["run", "no_such_analysis"],
-    ["run", "voids", "--prompts", "no-such-file.jsonl"],
+    ["run", "logit_lens", "--no-such-option", "3"],
+    ["run", "logit_lens", "--model", "no-such-model", "--top-k", "0"],
+    ["run", "voids", "--model", "no-such-model", "--prompts", "no-such-file.jsonl"],
     ["run", "voids", "--model", "no-such-model", "--prompts", "{prompts}"],
     ["report", "no-such-folder"],
 ]

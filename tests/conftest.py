@@ -31,11 +31,21 @@ LONGEST = (
     "test_notebooks",
     "test_studies_ray",
     "test_studies_run",
+    "test_kernels_compiled",
     "test_app_jobs",
+    "test_planted",
     "test_transformer_lens",
+    "test_outside_analysis",
+    "test_nnsight",
     "test_cdt_families",
+    "test_jacobian_lens",
+    "test_lenses",
     "test_interventions",
     "test_native",
+    "test_causal_patching",
+    "test_live_keys",
+    "test_studies_quick",
+    "test_bench_capture_cuda",
 )
 """Files that take half a minute or more. A file is one process's, which makes its fixtures once; these must not come last."""
 

@@ -6,8 +6,6 @@ permutation tests for functional neuroimaging").
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -157,8 +155,3 @@ def _families(table: pd.DataFrame, differences: Array, seed: int) -> tuple[Array
         if known.any():
             q[at[known]] = false_discovery_control(alone[known])
     return p_fwe, q
-
-
-def of_interest(table: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    """Return the map's rows of the first metric, on which figures and windows are drawn."""
-    return table[table["metric"] == metrics[0]]

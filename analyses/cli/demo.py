@@ -106,7 +106,7 @@ DEMO = (
     Step(
         DepthUse(
             parts=("block",), bits=(8,), windows=(2,), skip_prompts=1, erasure_prompts=0, gradient_prompts=0, greedy_steps=0,
-            drop_blocks=0, stride=3,
+            drop_blocks=0, stride=6,
         ),
         DepthUse(
             parts=("block",), bits=(4,), windows=(2,), skip_prompts=4, erasure_prompts=1, gradient_prompts=0, greedy_steps=1,

@@ -18,6 +18,7 @@ from analyses.reading.quality import quality_rows, read_texts
 from analyses.reading.texts import SENTENCES, Texts, file_texts, packed_texts, shipped_texts, without
 from analyses.reading.tuned import fit_tuned_on
 from analyses.running.model_spec import ModelSpec
+from probes.edits.line import spans
 from probes.errors import OptionError
 from probes.html_card import aligned, count, size
 from probes.lens_fits.foreign import import_jacobian
@@ -245,7 +246,7 @@ def described(card: LensCard) -> Iterator[str]:
     facts = {
         "kind": card.kind,
         "model": f"{card.ref} (weights {card.weights})" + (", fitted by another program" if card.foreign else ""),
-        "reads": f"{card.point}, {count(card.n_layers, 'layer')} of width {card.d_model}; maps for {_spans(card.layers)}; to layer {card.target}",
+        "reads": f"{card.point}, {count(card.n_layers, 'layer')} of width {card.d_model}; maps for layers {spans(card.layers)}; to layer {card.target}",
         "text": f"{corpus.name}{f' ({corpus.licence})' if corpus.licence else ''}: {count(corpus.texts, 'text')}, "
         f"{count(corpus.tokens, 'token')}, digest {corpus.digest or 'unknown'}",
         "numbers": f"model in {card.dtype}, sums in {card.accumulation}, seed {card.seed}, Bathyscope {card.package}",
@@ -280,13 +281,6 @@ def _cell(row: Mapping[str, Any]) -> str:
     low, high = row["ci_low"], row["ci_high"]
     known = low is not None and math.isfinite(low)
     return f"{row['value']:.3f}" + (f" [{low:.3f}, {high:.3f}]" if known else "")
-
-
-def _spans(layers: Sequence[int]) -> str:
-    if not layers:
-        return "no layer"
-    whole = list(layers) == list(range(layers[0], layers[-1] + 1))
-    return f"layers {layers[0]} to {layers[-1]}" if whole else f"layers {', '.join(map(str, layers))}"
 
 
 group.command("fit")(fit)

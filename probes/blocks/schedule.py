@@ -8,86 +8,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import copy_context
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
+
+from probes.blocks.strands import Cancelled, ContextMaker, Strand, Task
 
 T = TypeVar("T")
 W = TypeVar("W")
 
-ContextMaker = Callable[[], AbstractContextManager[Any]]
-"""Makes a context anew each time it is entered."""
-
 TASKS = 512
 """Tasks of one sweep, at most; more go one sweep after another."""
-
-
-class _Cancelled(BaseException):
-    """Ends a task whose results nobody waits for any more."""
-
-
-@dataclass(eq=False)
-class _Strand:
-    """One line of work: a task, or the thread that calls from outside."""
-
-    contexts: list[tuple[ContextMaker, ExitStack]] = field(default_factory=list)
-    """What has to be in place while it runs, and only then."""
-    alterations: list[tuple[int, ContextMaker]] = field(default_factory=list)
-    """What has to be in place while a block runs."""
-    inside: int | None = None
-    """The block it has in place."""
-    path: tuple[int, ...] = ()
-    """Where it stands in the work: counts of what was begun before it, the same in every process."""
-    begun: int = 0
-    """Tasks and runs begun by it so far."""
-
-    @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Take what it has in place away inside."""
-        self._leave()
-        yield
-        self._enter()
-
-    @contextmanager
-    def inherited(self) -> Iterator[None]:
-        """Put in place inside what it began with."""
-        self._enter()
-        try:
-            yield
-        finally:
-            self._leave()
-
-    def _enter(self) -> None:
-        for context, entered in self.contexts:
-            entered.enter_context(context())
-
-    def _leave(self) -> None:
-        for _, entered in reversed(self.contexts):
-            entered.close()
-
-
-@dataclass(eq=False)
-class _Task(_Strand):
-    """Ordinary code in a thread of its own, which runs only while it has the turn."""
-
-    work: Callable[[], Any] = lambda: None
-    layer: int | None = None
-    """The block it waits for."""
-    then: int | None = None
-    """The block it will probably want next."""
-    waits_for: Sequence[_Task] = ()
-    result: Any = None
-    error: BaseException | None = None
-    done: bool = False
-    cancelled: bool = False
-    turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    thread: threading.Thread | None = None
-
-    @property
-    def ready(self) -> bool:
-        """Whether it can go on without another block."""
-        return self.layer is None and all(task.done for task in self.waits_for)
 
 
 @dataclass
@@ -119,7 +51,7 @@ class BlockSchedule(Generic[W]):
         self._lock = threading.RLock()
         self._local = threading.local()
         self._back = threading.Semaphore(0)
-        self._tasks: list[_Task] = []
+        self._tasks: list[Task] = []
         self._coming: tuple[int, Future[W]] | None = None
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="block-reader")
         self._in_place: int | None = None
@@ -204,7 +136,7 @@ class BlockSchedule(Generic[W]):
         # A task begins under the same reads, writes and alterations as the code that starts it.
         strand, path = self._strand, self.next_path()
         tasks = [
-            _Task(
+            Task(
                 [(context, ExitStack()) for context, _ in strand.contexts],
                 list(strand.alterations),
                 path=(*path, index),
@@ -239,19 +171,19 @@ class BlockSchedule(Generic[W]):
         strand.begun = before
 
     @property
-    def _task(self) -> _Task | None:
+    def _task(self) -> Task | None:
         return getattr(self._local, "task", None)
 
     @property
-    def _strand(self) -> _Strand:
+    def _strand(self) -> Strand:
         if self._task is not None:
             return self._task
         if not hasattr(self._local, "outside"):
-            self._local.outside = _Strand()
-        outside: _Strand = self._local.outside
+            self._local.outside = Strand()
+        outside: Strand = self._local.outside
         return outside
 
-    def _drive(self, tasks: list[_Task]) -> None:
+    def _drive(self, tasks: list[Task]) -> None:
         self._tasks = list(tasks)
         try:
             while self._tasks:
@@ -294,7 +226,7 @@ class BlockSchedule(Generic[W]):
                 if task.error is not None:
                     raise task.error
 
-    def _run(self, task: _Task) -> None:
+    def _run(self, task: Task) -> None:
         """Give a task the turn until it waits or is done."""
         if task.thread is None:
             modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
@@ -315,12 +247,12 @@ class BlockSchedule(Generic[W]):
                 task.thread.join()
                 self._tasks.remove(task)
 
-    def _main(self, task: _Task, inference: bool, grad: bool) -> None:
+    def _main(self, task: Task, inference: bool, grad: bool) -> None:
         self._local.task = task
         try:
             with torch.inference_mode(inference), torch.set_grad_enabled(grad), task.inherited():
                 task.result = task.work()
-        except _Cancelled:
+        except Cancelled:
             pass
         except BaseException as error:
             task.error = error
@@ -328,11 +260,11 @@ class BlockSchedule(Generic[W]):
             task.done = True
             self._back.release()
 
-    def _pause(self, task: _Task) -> None:
+    def _pause(self, task: Task) -> None:
         self._back.release()
         task.turn.acquire()
         if task.cancelled:
-            raise _Cancelled
+            raise Cancelled
 
     @contextmanager
     def _fetched(self, layer: int, then: int | None) -> Iterator[None]:

@@ -29,7 +29,7 @@ class Dense:
     out: Linear
     activation: Callable[[Tensor], Tensor]
 
-    def units(self, *inputs: Tensor) -> Tensor:
+    def units(self, *inputs: Float[Tensor, "*rest d_mlp"]) -> Float[Tensor, "*rest d_mlp"]:
         """Return the hidden units of (up,) or (gate, up) pre-activations."""
         return self.activation(inputs[0]) * inputs[1] if len(inputs) == 2 else self.activation(inputs[0])
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
@@ -41,7 +42,7 @@ class Parts:
     """[pos, ...]."""
 
     @property
-    def irrelevant(self) -> Tensor:
+    def irrelevant(self) -> Float[Tensor, "source pos *width"]:
         """Return what the total holds beside the relevant part."""
         return self.total - self.relevant
 

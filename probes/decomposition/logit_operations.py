@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from probes.decomposition import rules as rule
@@ -25,12 +26,18 @@ class LogitOperations:
     steps: tuple[Step, ...]
     softcap: float | None
 
-    def capped(self, x: Tensor) -> Tensor:
+    def capped(self, x: Float[Tensor, "*rest ids"]) -> Float[Tensor, "*rest ids"]:
         """Return logits after the softcap."""
         return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
 
-    def relevant(self, rel: Tensor, total: Tensor, ids: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
-        """Return relevant [source, pos, ids] and total [pos, ids] logits of some tokens, for a last residual [source, pos, d_model]."""
+    def relevant(
+        self,
+        rel: Float[Tensor, "source pos d_model"],
+        total: Float[Tensor, "pos d_model"],
+        ids: Int[Tensor, " ids"],
+        rules: Rules,
+    ) -> tuple[Float[Tensor, "source pos ids"], Float[Tensor, "pos ids"]]:
+        """Return relevant and total logits of some tokens, for a last residual."""
         for step in self.steps[:-1]:
             rel, total = _step(step, rel, total, rules)
         unembed = self.steps[-1]
@@ -53,11 +60,13 @@ def _step(step: Step, rel: Tensor, total: Tensor, rules: Rules) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def read_logit_operations(module: nn.Module, seen: Trace, last: Tensor, softcap: float | None) -> LogitOperations:
+def read_logit_operations(
+    module: nn.Module, seen: Trace, last: Float[Tensor, "pos d_model"], softcap: float | None
+) -> LogitOperations:
     """Read the operations after the last block from the modules that ran, and check that they lead to the logits.
 
     Args:
-        last: what leaves the last block [pos, d_model].
+        last: what leaves the last block.
 
     Raises:
         PointError: they are no chain of projections, norms and activations.

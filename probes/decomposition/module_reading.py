@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from probes.decomposition.rules import Linear, Norm
@@ -28,7 +29,7 @@ def working(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def linear_of(module: nn.Module, n_inputs: int, columns: Tensor | None = None) -> Linear:
+def linear_of(module: nn.Module, n_inputs: int, columns: Int[Tensor, " output"] | None = None) -> Linear:
     """Read a projection as x W + b, of some of its outputs where `columns` are given.
 
     Raises:
@@ -45,8 +46,10 @@ def linear_of(module: nn.Module, n_inputs: int, columns: Tensor | None = None) -
     return Linear(weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
-def norm_of(module: nn.Module, x: Tensor, y: Tensor, where: str) -> Norm:
-    """Read a norm from its parameters, told apart by the values it gave: y [pos, ..., width] for inputs x.
+def norm_of(
+    module: nn.Module, x: Float[Tensor, "pos *rest width"], y: Float[Tensor, "pos *rest width"], where: str
+) -> Norm:
+    """Read a norm from its parameters, told apart by the values it gave: y for inputs x.
 
     Raises:
         PointError: neither LayerNorm nor RMSNorm gives these values.
@@ -72,7 +75,12 @@ def _norms(module: nn.Module, x: Tensor) -> Iterator[Norm]:
 
 
 def activation_of(
-    block: nn.Module, config: object, gate: Tensor | None, up: Tensor, out: Tensor, where: str
+    block: nn.Module,
+    config: object,
+    gate: Float[Tensor, "pos d_mlp"] | None,
+    up: Float[Tensor, "pos d_mlp"],
+    out: Float[Tensor, "pos d_mlp"],
+    where: str,
 ) -> Activation:
     """Return the elementwise function of an MLP, told apart by the values: out == act(gate) * up, or act(up) without a gate.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from probes.errors import OptionError, PointError, unknown
@@ -68,8 +69,8 @@ class Baseline:
     stream: Tensor
     """[layer, pos, d_model], what enters each block."""
 
-    def at(self, kind: Kind, layer: int) -> Tensor:
-        """Return the mean of one kind of node at a layer, [pos, ...]."""
+    def at(self, kind: Kind, layer: int) -> Float[Tensor, "pos *width"]:
+        """Return the mean of one kind of node at a layer."""
         return {"head": self.z, "mlp": self.mlp_out, "token": self.stream}[kind][layer]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_type_hints
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from probes.errors import OptionError, unknown
@@ -93,7 +93,9 @@ class Norm:
         x = x - x.mean(-1, keepdim=True) if self.centred else x
         return (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
 
-    def divided(self, x: Tensor, scale: Tensor) -> Tensor:
+    def divided(
+        self, x: Float[Tensor, "*rest width"], scale: Float[Tensor, "*total 1"]
+    ) -> Float[Tensor, "*rest width"]:
         """Return `x` after a fixed divisor and the gain, without the bias: linear in x."""
         x = x - x.mean(-1, keepdim=True) if self.centred else x
         return x / scale if self.gain is None else x / scale * self.gain
@@ -104,7 +106,7 @@ class Norm:
         return out if self.bias is None else out + self.bias
 
 
-def share(rel: Tensor, total: Tensor) -> Tensor:
+def share(rel: Float[Tensor, "*rest width"], total: Float[Tensor, "*total width"]) -> Float[Tensor, "*rest width"]:
     """Return |rel| / (|rel| + |irr|) with irr = total - rel, elementwise; 0 where both are 0."""
     both = (total - rel).abs_()
     # What rounding leaves of a part that is zero must not attract a bias.
@@ -114,7 +116,9 @@ def share(rel: Tensor, total: Tensor) -> Tensor:
     return part.div_(both.clamp_min_(torch.finfo(both.dtype).tiny))
 
 
-def linear(rel: Tensor, linear: Linear, total_in: Tensor, rules: Rules) -> Tensor:
+def linear(
+    rel: Float[Tensor, "*rest input"], linear: Linear, total_in: Float[Tensor, "*total input"], rules: Rules
+) -> Float[Tensor, "*rest output"]:
     """Return the relevant part of x W + b."""
     out = rel @ linear.weight
     if linear.bias is None or rules.bias == "irrelevant":
@@ -122,7 +126,9 @@ def linear(rel: Tensor, linear: Linear, total_in: Tensor, rules: Rules) -> Tenso
     return share(out, total_in @ linear.weight).mul_(linear.bias).add_(out)
 
 
-def norm(rel: Tensor, norm: Norm, total_in: Tensor, rules: Rules) -> Tensor:
+def norm(
+    rel: Float[Tensor, "*rest width"], norm: Norm, total_in: Float[Tensor, "*total width"], rules: Rules
+) -> Float[Tensor, "*rest width"]:
     """Return the relevant part of a norm, whose divisor comes from the total."""
     out = norm.divided(rel, norm.scale(total_in))
     if norm.bias is None or rules.bias == "irrelevant":
@@ -131,8 +137,12 @@ def norm(rel: Tensor, norm: Norm, total_in: Tensor, rules: Rules) -> Tensor:
 
 
 def function(
-    f: Callable[..., Tensor], rels: tuple[Tensor, ...], totals: tuple[Tensor, ...], rules: Rules, out: Tensor
-) -> Tensor:
+    f: Callable[..., Tensor],
+    rels: tuple[Tensor, ...],
+    totals: tuple[Tensor, ...],
+    rules: Rules,
+    out: Float[Tensor, "*total width"],
+) -> Float[Tensor, "*rest width"]:
     """Return the relevant part of f(*totals), which is `out`, for a function of one or more inputs."""
     without = out - f(*(total - rel for rel, total in zip(rels, totals, strict=True)))
     if rules.activation == "cd":
@@ -141,7 +151,9 @@ def function(
     return without.add_(alone).div_(2)
 
 
-def dominate(rel: Tensor, total: Tensor, rules: Rules) -> Tensor:
+def dominate(
+    rel: Float[Tensor, "*rest width"], total: Float[Tensor, "*total width"], rules: Rules
+) -> Float[Tensor, "*rest width"]:
     """Return the relevant part after the normalise step: of two parts of opposite sign, the larger takes the whole sum."""
     if rules.normalise == "off":
         return rel
@@ -160,14 +172,18 @@ class Scoring:
     sinks: Tensor | None = None
     """[head], a score that takes probability and gives nothing."""
 
-    def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Return scaled products [..., head, query, key] of queries [..., query, head, d_head] and keys [..., key, kv_head, d_head]."""
+    def scores(
+        self, queries: Float[Tensor, "*rest query head d_head"], keys: Float[Tensor, "*more key kv_head d_head"]
+    ) -> Float[Tensor, "*out head query key"]:
+        """Return the scaled products of queries and keys."""
         q, k = queries.transpose(-3, -2), keys.transpose(-3, -2)
         k = k.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3)
         return q @ k.transpose(-1, -2) * self.scale
 
-    def probabilities(self, scores: Tensor, at: slice | Tensor = slice(None)) -> Tensor:
-        """Return the pattern [..., head, query, key] of scores whose queries stand at positions `at`."""
+    def probabilities(
+        self, scores: Float[Tensor, "*rest head query key"], at: slice | Int[Tensor, " query"] = slice(None)
+    ) -> Float[Tensor, "*rest head query key"]:
+        """Return the pattern of scores whose queries stand at positions `at`."""
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         scores = scores + self.bias[:, at]
@@ -186,7 +202,7 @@ class Attending:
     value: Tensor
 
 
-def own_pattern(scoring: Scoring, rel: Attending, at: Tensor) -> Tensor:
+def own_pattern(scoring: Scoring, rel: Attending, at: Int[Tensor, " query"]) -> Float[Tensor, "*rest head query key"]:
     """Return the pattern of the relevant queries and keys alone, over the keys that are given: the last positions.
 
     Earlier keys have no relevant part, but a score of 0, so they take their share of the probability.
@@ -196,14 +212,19 @@ def own_pattern(scoring: Scoring, rel: Attending, at: Tensor) -> Tensor:
     return scoring.probabilities(torch.nn.functional.pad(scores, (missing, 0)), at)[..., missing:]
 
 
-def attention(scoring: Scoring, pattern: Tensor, rel: Attending, total: Attending, at: Tensor) -> Tensor:
+def attention(
+    scoring: Scoring,
+    pattern: Float[Tensor, "head query key"],
+    rel: Attending,
+    total: Attending,
+    at: Int[Tensor, " query"],
+) -> Float[Tensor, "source query head d_head"]:
     """Return the relevant part of attention as one function f of queries, keys and values: f(total) - f(irrelevant).
 
     Args:
-        pattern: the model's own [head, query, key] at the queries.
+        pattern: the model's own at the queries.
         rel: the relevant part, of queries at positions `at` and of keys and values at the last positions.
         total: the model's own, at every position.
-        at: [query].
     """
     missing = len(total.key) - rel.key.shape[1]
     key, value = (torch.nn.functional.pad(t, (0, 0, 0, 0, missing, 0)) for t in (rel.key, rel.value))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
@@ -41,8 +42,8 @@ class Trace:
     logits: Tensor
     """[pos, d_vocab]."""
 
-    def get(self, component: str, side: str, layer: int) -> Tensor:
-        """Return a total [pos, ...]; side is `in` or `out`.
+    def get(self, component: str, side: str, layer: int) -> Float[Tensor, "pos *width"]:
+        """Return a total; side is `in` or `out`.
 
         Raises:
             PointError: the module did not run.

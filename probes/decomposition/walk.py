@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from probes.decomposition import rules as rule
@@ -76,8 +77,8 @@ class Walk:
         self.starts = [first_layer(source) if restart else 0 for source in batch]
 
     @torch.no_grad()
-    def run(self) -> Tensor:
-        """Carry the relevant part to the last address; returns what it is there, [source, pos, d_model]."""
+    def run(self) -> Float[Tensor, "source pos d_model"]:
+        """Carry the relevant part to the last address; returns what it is there."""
         self.at = self.at.to(self.total("block", "in", 0).device)
         stream = self.total("block", "in", 0)
         rel = stream.new_zeros(0, *stream.shape)
@@ -90,7 +91,7 @@ class Walk:
         """Return how many sources, the first of the batch, have begun in `layer` or before."""
         return bisect_right(self.starts, layer)
 
-    def total(self, component: str, side: str, layer: int) -> Tensor:
+    def total(self, component: str, side: str, layer: int) -> Float[Tensor, "pos *width"]:
         """Return the model's own activation at the positions the walk is at."""
         whole = self.prompt.trace.get(component, side, layer)
         return whole if len(self.at) == self.n else whole[self.at]
@@ -271,8 +272,13 @@ class Walk:
         return rule.function(mlp.units, rels, totals, self.rules, self.total("mlp.out", "in", layer))
 
 
-def head_normed(states: Tensor, norm: Norm, total: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Apply a norm of queries or keys to states [..., pos, head, d_head], given totals [pos, head * d_head]."""
+def head_normed(
+    states: Float[Tensor, "*rest pos head d_head"],
+    norm: Norm,
+    total: Float[Tensor, "pos columns"],
+    apply: Callable[[Tensor, Tensor], Tensor],
+) -> Float[Tensor, "*rest pos head d_head"]:
+    """Apply a norm of queries or keys to states, given totals."""
     width = states.shape[-1] if norm.gain is None else norm.gain.shape[-1]
     if width == states.shape[-1]:
         return apply(states, rule.by_heads(total, width))

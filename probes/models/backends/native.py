@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from probes.blocks.rerouting import block_outputs
-from probes.blocks.schedule import ContextMaker
+from probes.blocks.strands import ContextMaker
 from probes.cache_folder import cache_root
 from probes.hooks.forward_hooks import ForwardHooks
 from probes.models.backends.in_memory import LocalModel, evaluating

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from probes.anatomy import Anatomy
 from probes.blocks.journal import Checkpoint, Journal, key_of
 from probes.blocks.rerouting import in_order, rerouted
-from probes.blocks.schedule import BlockSchedule, ContextMaker
+from probes.blocks.schedule import BlockSchedule
 from probes.blocks.single_block import SingleBlockRunner, of_stage, stage_of, steps
+from probes.blocks.strands import ContextMaker
 from probes.cache_folder import cache_root
 from probes.errors import ModelError, PointError
 from probes.hooks.forward_hooks import Stop

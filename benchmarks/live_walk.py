@@ -48,7 +48,9 @@ class Walk:
 
     def press(self, label: str, last: bool = False, refused: bool = False) -> None:
         """Press a button by its label."""
-        buttons = self.page.get_by_role("button", name=label, exact=True)
+        # A shortcut is part of its button's name.
+        exact = label not in ("Undo", "Redo")
+        buttons = self.page.get_by_role("button", name=label, exact=exact)
         self.do(label, lambda: (buttons.last if last else buttons.first).click(), refused)
 
     def tool(self, label: str) -> None:

@@ -104,7 +104,8 @@ def measure(page: Any, repeats: int, taken: dict[str, list[float]]) -> None:
         )
         taken.setdefault("slider", []).append(timed(page, lambda: slide(page)))
         timed(page, lambda: page.get_by_role("button", name="Clear the stack").click())
-    fill(page, "Add an edit", "patch resid_post.8 @3 from other")
+    # A patch from a prompt that begins alike would skip the cells before the difference, most of the work: zeros skip none.
+    fill(page, "Add an edit", "zero mlp_out.8 @3")
     settled(page)
     page.get_by_text("Everywhere", exact=True).first.click()
     settled(page)

@@ -170,7 +170,8 @@ def test_both_prompts_stand_side_by_side_and_a_cell_of_the_other_is_patched_here
     at.selectbox(key="live:other-position").set_value(0).run()
     press(at, "Patch it into block 1, position 2")
     assert [step["text"] for step in desk(at).now.data["steps"]] == ["patch resid_post.1 @2 from other@0"]  # type: ignore[union-attr]
-    at.text_input(key=next(t.key for t in at.text_input if t.label == "Other prompt")).set_value("").run()
+    press(at, "Clear the stack")
+    next(t for t in at.text_input if t.label == "Other prompt").set_value("").run()
     assert any("Write another prompt" in caption.value for caption in fine(at).caption)
 
 

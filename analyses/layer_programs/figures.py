@@ -77,7 +77,7 @@ def jump_map(tables: Tables) -> go.Figure:
             x=x, y=y, z=np.arcsinh(mean.mask(chance).to_numpy() / unit), customdata=hover, colorscale=BETTER, reversescale=worse, zmin=-limit,
             zmax=limit, colorbar=bar, hovertemplate=says, row=1, col=col,
         )  # fmt: skip
-        ring = best[best["metric"] == metric]
+        ring = best[(best["metric"] == metric) & ~(best["p_family"] > SIGNIFICANT)]
         figure.add_scatter(
             x=ring["enter"], y=ring["leave"], mode="markers", showlegend=False, hoverinfo="skip", row=1, col=col,
             marker={"symbol": "circle-open", "size": 14, "color": "#000000", "line": {"width": 2}},
@@ -91,6 +91,9 @@ def jump_map(tables: Tables) -> go.Figure:
         figure.update_xaxes(domain=[(col - 1) / len(metrics), (col - 0.22) / len(metrics)], row=1, col=col)
         figure.layout.annotations[col - 1].x = (col - 0.61) / len(metrics)
     finish(figure, x="enters block", y="leaves before block", height=520)
+    # Colour bars stand where the titles of further panels would.
+    for col in range(2, len(metrics) + 1):
+        figure.update_yaxes(title="", row=1, col=col)
     return figure
 
 
@@ -130,7 +133,7 @@ def swap_profile(tables: Tables) -> go.Figure:
         )
         _profile(figure, larger, "one in the other's place, the worse way", COLOURS[len(set(near["width"]))])
     finish(figure, x="lower block of the pair", y="nats from the plain prediction", height=420)
-    figure.update_yaxes(type="log", dtick=1)
+    figure.update_yaxes(type="log", dtick=1, exponentformat="power")
     return figure
 
 
@@ -163,7 +166,8 @@ def skip_pairs(tables: Tables) -> go.Figure:
             "<br>beyond their sum %{customdata[3]:.3g}<extra></extra>",
         )  # fmt: skip
     finish(figure, x="block left out", y="other block left out", height=520)
-    figure.update_yaxes(scaleanchor="x")
+    figure.update_yaxes(scaleanchor="x", constrain="domain")
+    figure.update_xaxes(constrain="domain")
     return figure
 
 
@@ -210,7 +214,7 @@ FIGURES = {
         "Each cell is one program: blocks run in order up to the row, then from the column on. Above the diagonal blocks run twice, below it they "
         "are left out; the diagonal is the model itself. Blue is better than plain, red worse, on a scale that grows with the "
         "logarithm. Grey cells may be chance: with this many cells, one as far from 0 turns up in more than 5 % of draws of the prompts' signs. "
-        "The ring is the best cell; what it gains on prompts that did not choose it stands in the notes.",
+        "The ring is the best cell, where it is none of these; what it gains on prompts that did not choose it stands in the notes.",
         jump_map,
         lambda tables: "jumps" in tables,
         live=live_session,

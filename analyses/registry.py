@@ -23,6 +23,7 @@ SHIPPED: Mapping[str, tuple[str, str]] = {
     "norm_removal": ("analyses.norm_removal:NormRemoval", "Norm removal: what norms do, and a model without them"),
     "contextual_decomposition": ("analyses.contextual_decomposition:ContextualDecomposition", "Contextual decomposition: heads, words and circuits"),
     "causal_patching": ("analyses.causal_patching:CausalPatching", "Causal patching: where a change decides the answer"),
+    "passage_use": ("analyses.passage_use:PassageUse", "Passage use: where a passage enters the answer"),
     "layer_programs": ("analyses.layer_programs:LayerPrograms", "Layer programs: skip, repeat, swap, loop"),
 }  # fmt: skip
 """Name to the dotted path of the class and its title. To add an analysis here, add its line."""

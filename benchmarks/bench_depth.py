@@ -15,7 +15,12 @@ import argparse
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import marked
 
 from analyses.ground_truth.answers import name_of
 from analyses.ground_truth.bench import DEV_SEEDS, PROCESSES, Job, Ran, chosen_tasks, run_bench, seed_of_release
@@ -25,7 +30,7 @@ from probes import planted
 from probes.errors import OptionError, unknown
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- depth: begin -->", "<!-- depth: end -->"
+write_between = partial(marked.write_between, "depth")
 TIERS = ("compiled", "noised", "trained")
 
 
@@ -67,15 +72,6 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
         raise OptionError(unknown("method", min(wrong), names()))
     tasks = chosen_tasks(tiers_of(options.tier), split(options.tasks), options.quick)
     return [Job(task, seed, methods) for task in tasks for seed in seeds_of(options.seeds, task)]
-
-
-def write_between(path: Path, text: str) -> None:
-    """Put text between a file's markers."""
-    page = path.read_text(encoding="utf-8")
-    if BEGIN not in page or END not in page:
-        raise OptionError(f"{path.name} has no markers {BEGIN} and {END}: put them where the run's results belong")
-    before, _, rest = page.partition(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
     bathyscope bench live                       with and without a batch job beside it
     bathyscope bench live --repeats 5 --quick   without the job
+    bathyscope bench live --write               also put the table into README.md
 
 Every time is from the press of a key or button to the page that shows its answer. The bounds are those of a quiet machine of two
 cores, with smollm2-135m and a prompt of 20 tokens.
@@ -16,16 +17,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parent)]
 
 from app_server import chromium, serve
+from marked import write_between
 
 VIEW = {"width": 1440, "height": 1200}
-PROMPT = "In the year 1889 the tower that Gustave Eiffel had built was opened to the people of"
-OTHER = "In the year 1889 the bridge that Gustave Eiffel had built was opened to the people of"
+PROMPT = "When the sun had gone down behind the hills, the old man closed the gate and then went"
+OTHER = "When the sun had gone down behind the hills, the young man closed the gate and then went a"
 BOUNDS = {
     "open": 6.0, "prompt": 1.0, "inspector": 0.3, "edit": 0.7, "slider": 0.4, "everywhere": 4.0, "edit beside a job": 2.5,
 }  # fmt: skip
@@ -40,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=12, help="Times each thing is done.")
     parser.add_argument("--quick", action="store_true", help="Without the batch job.")
+    parser.add_argument("--write", action="store_true", help="Also put the table between the markers of README.md.")
     given = parser.parse_args()
     taken: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name, chromium() as browser:
@@ -58,13 +62,31 @@ def main() -> None:
             if not given.quick:
                 beside_a_job(page, folder, given.repeats, taken)
     report(taken)
+    if given.write:
+        write_between("live", Path(__file__).parents[1] / "README.md", markdown(taken, given.repeats))
+
+
+def p95_of(seconds: list[float]) -> float:
+    """Return the 95th percentile, a value that was measured."""
+    return sorted(seconds)[min(len(seconds) - 1, round(0.95 * len(seconds)))]
+
+
+def markdown(taken: dict[str, list[float]], repeats: int) -> str:
+    """Return the table as Markdown, with the command that makes it."""
+    rows = [
+        f"| {name} | {len(seconds)} | {statistics.median(seconds):.2f} s | {p95_of(seconds):.2f} s | {BOUNDS[name]:g} s |"
+        for name, seconds in taken.items()
+    ]
+    head = ["| what | times | median | 95th percentile | bound |", "|---|---|---|---|---|"]
+    words = f"`bathyscope bench live --repeats {repeats}`, {date.today():%Y-%m-%d}: from the key or button to the answered page, headless Chromium."
+    return "\n".join([words, "", *head, *rows])
 
 
 def report(taken: dict[str, list[float]]) -> None:
     """Print the table, and whether each bound holds."""
     print(f"{'what':20} {'n':>3} {'median':>8} {'p95':>8} {'bound':>6}")
     for name, seconds in taken.items():
-        p95 = sorted(seconds)[min(len(seconds) - 1, round(0.95 * len(seconds)))]
+        p95 = p95_of(seconds)
         bound = BOUNDS[name]
         verdict = "holds" if p95 <= bound else "missed"
         print(f"{name:20} {len(seconds):3} {statistics.median(seconds):7.2f}s {p95:7.2f}s {bound:5.1f}s {verdict}")

@@ -33,6 +33,7 @@ DRAWN = {
     "norm_removal": "freeze_effect",
     "contextual_decomposition": "heads",
     "causal_patching": "curves",
+    "passage_use": "curves",
     "layer_programs": "jump_map",
 }
 """The figure of each analysis that the gallery shows."""

@@ -97,6 +97,15 @@ FACTS: dict[str, dict[str, str]] = {
         "swept": "float(effect.kl[20, 7])",
         "unchanged": "session.compare(layers=False).kl",
     },
+    "passage_use": {
+        "correct": "result.tables['prompts'][['correct', 'correct_without']].mean().tolist()",
+        "used": "loss.index[loss['low'] > 0].tolist()",
+        "most": "int(loss['mean'].idxmax())",
+        "looked": "int(mass.idxmax())",
+        "drop": "means.loc['sim_drop', 'low'].gt(0).sum()",
+        "gain": "fusion['gain'].to_dict()",
+        "above": "fusion['gain_high'].to_dict()",
+    },
     "layer_programs": {
         "planned": "analysis.interventions(model, [None] * 8).total",
         "ran": "result.provenance['counts']['intervention_forwards']",

@@ -14,6 +14,7 @@ from analyses.layer_programs import LayerPrograms
 from analyses.lenses import Lenses
 from analyses.logit_lens import LogitLens
 from analyses.norm_removal import NormRemoval
+from analyses.passage_use import PassageUse
 from analyses.voids import Voids
 from probes.prompts import Prompt
 
@@ -53,6 +54,13 @@ SMALL: dict[str, tuple[Analysis, list[Prompt]]] = {
         [
             line((92, 73, 76), corrupted_tokens=[92, 39, 76], answer_tokens=[5], distractor_tokens=[21]),
             line((91, 33, 38), corrupted_tokens=[91, 11, 38], answer_tokens=[30], distractor_tokens=[63]),
+        ],
+    ),
+    "passage_use": (
+        PassageUse(),
+        [
+            line((5, 6, 7, 8), passage=[1, 3], answer_tokens=[8], neutral=[4]),
+            line((9, 5, 6, 7, 4), passage=[2, 4], answer_tokens=[4], noise=[[3, 3]]),
         ],
     ),
     "layer_programs": (

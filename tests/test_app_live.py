@@ -157,6 +157,34 @@ def test_every_tool_is_drawn_and_says_what_python_says(start: str, model: Model)
     assert desk(at).known("written", new_tokens=20) is not None
 
 
+def test_both_prompts_stand_side_by_side_and_a_cell_of_the_other_is_patched_here(start: str, model: Model) -> None:
+    at = page()
+    press(at, "Clear the stack")
+    tool(at, "Both prompts")
+    answer = desk(at).known("other", lens="logit")
+    assert answer is not None
+    assert answer["tokens"] == ["w8", "w6", "w7"]
+    alone = Session(model, "w8 w6 w7").grid(before=True)
+    assert answer["grid"]["top_logprobs"] == pytest.approx(alone.top_logprobs.numpy(), abs=1e-6)
+    at.session_state["live:step"], at.session_state["live:position"] = 1, 2
+    at.selectbox(key="live:other-position").set_value(0).run()
+    press(at, "Patch it into block 1, position 2")
+    assert [step["text"] for step in desk(at).now.data["steps"]] == ["patch resid_post.1 @2 from other@0"]  # type: ignore[union-attr]
+    at.text_input(key=next(t.key for t in at.text_input if t.label == "Other prompt")).set_value("").run()
+    assert any("Write another prompt" in caption.value for caption in fine(at).caption)
+
+
+def test_history_compares_whole_grids_and_depth_says_what_is_saved(start: str) -> None:
+    at = page()
+    at.text_input(key="live:line").set_value("skip 1").run()
+    tool(at, "History")
+    before = len(at.get("plotly_chart"))
+    at.session_state["live:compare:what"] = "Whole grids"
+    assert len(fine(at.run()).get("plotly_chart")) == before + 2
+    tool(at, "Depth")
+    assert any("No saved run" in caption.value for caption in at.caption)
+
+
 def test_heads_direct_effects_add_up_to_what_attention_writes(start: str, model: Model) -> None:
     from probes.edits import read
     from probes.edits.directions import lens_column
@@ -243,3 +271,20 @@ def test_live_work_does_not_run_inside_a_job_s_alteration(model: Model) -> None:
         assert not out
     other.join(10)
     assert torch.equal(out[0], Session(model, "w5 w6 w7").edit("zero mlp_out.1").run.logprobs)
+
+
+def test_the_outline_is_the_border_of_the_region() -> None:
+    import numpy as np
+    import plotly.graph_objects as go
+
+    from app.ui.live_figures import _outline
+
+    figure = go.Figure()
+    _outline(figure, np.array([[False, True, True], [False, True, False]]))
+    (shape,) = figure.layout.shapes
+    edges = {
+        frozenset(tuple(float(number) for number in end.split(",")) for end in line.split("L"))
+        for line in shape.path.split("M")[1:]
+    }
+    corners = [(0.5, -0.5), (1.5, -0.5), (2.5, -0.5), (2.5, 0.5), (1.5, 0.5), (1.5, 1.5), (0.5, 1.5), (0.5, 0.5)]
+    assert edges == {frozenset(pair) for pair in zip(corners, corners[1:] + corners[:1], strict=True)}

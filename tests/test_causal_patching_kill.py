@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
+from forked import forked
 from test_causal_patching import native, pair_line
 
 from analyses.causal_patching import CausalPatching
@@ -15,22 +15,6 @@ from probes.prompts import Prompt
 from probes.store import ActivationStore
 
 WRITTEN = 3
-CHILD = f"""
-import os, signal, sys
-from test_causal_patching_kill import analysis, pairs
-from test_causal_patching import native
-from probes.store import ActivationStore
-replace, written = os.replace, []
-def replacing(draft, path):
-    if "causal_patching" not in str(path):
-        return replace(draft, path)
-    if len(written) == {WRITTEN}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    written.append(path)
-    replace(draft, path)
-os.replace = replacing
-analysis().run(native("llama"), pairs(), store=ActivationStore(sys.argv[1]))
-"""
 
 
 def analysis() -> CausalPatching:
@@ -41,11 +25,23 @@ def pairs() -> list[Prompt]:
     return [pair_line(native("llama"), (5, 6, 7 + i, 8), (5, 6, 17 + i, 8)) for i in range(3)]
 
 
+def killed_while_writing(store: Path) -> None:
+    """Runs until the file after the first `WRITTEN` is about to take its place."""
+    replace, written = os.replace, list[Path]()
+
+    def replacing(draft: Path, path: Path) -> None:
+        if "causal_patching" in str(path):
+            if len(written) == WRITTEN:
+                os.kill(os.getpid(), signal.SIGKILL)
+            written.append(path)
+        replace(draft, path)
+
+    os.replace = replacing  # type: ignore[assignment]
+    analysis().run(native("llama"), pairs(), store=ActivationStore(store))
+
+
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
-    killed = subprocess.run(
-        [sys.executable, "-c", CHILD, str(tmp_path / "store")], cwd=Path(__file__).parent, check=False
-    )
-    assert killed.returncode == -signal.SIGKILL
+    assert forked(lambda: killed_while_writing(tmp_path / "store")) == -signal.SIGKILL
     kept = list((tmp_path / "store" / "causal_patching").rglob("*.npy"))
     assert len(kept) == WRITTEN
     model = native("llama")

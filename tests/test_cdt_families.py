@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from itertools import product
+from itertools import combinations, product
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -22,12 +23,15 @@ from probes.points import Address
 EXACT = 1e-10
 TOKENS = prompt()[0].tolist()
 IDS = [5, 6]
-GRID = [
-    Rules(*options)
-    for options in product(
-        ("shared", "irrelevant"), ("on", "off"), ("joint", "frozen", "function"), ("cd", "shapley"), ("joint", "frozen")
-    )
+MIXED = [
+    Rules("shared", "on", "joint", "cd"),
+    Rules("irrelevant", "off", "joint", "shapley"),
+    Rules("shared", "off", "frozen", "cd"),
+    Rules("irrelevant", "on", "frozen", "shapley"),
+    Rules("shared", "off", "function", "shapley"),
+    Rules("irrelevant", "on", "function", "cd"),
 ]
+"""Every pair of settings of two rules."""
 SOME = [
     PRESETS["paper"],
     PRESETS["faithful"],
@@ -35,8 +39,17 @@ SOME = [
     Rules(bias="shared", normalise="on", attention="function", activation="shapley", gate="joint"),
 ]
 CASES = [(family, rules) for family in FAMILIES for rules in SOME]
-CASES += [("gpt2", rules) for rules in GRID if rules not in SOME and rules.gate == "joint"]
-CASES += [("gemma3", rules) for rules in GRID if rules not in SOME and rules.gate == "frozen"]
+CROSSED = [("gpt2", rules) for rules in MIXED]
+CROSSED += [("gemma3", replace(rules, gate=gate)) for rules in MIXED for gate in ("joint", "frozen")]  # type: ignore[arg-type]
+CASES += [case for case in CROSSED if case not in CASES]
+PRESET_CASES = [case for case in CASES if case[1] in PRESETS.values() or case in CROSSED]
+
+
+def test_every_pair_of_settings_is_tried() -> None:
+    for one, other in combinations(("bias", "normalise", "attention", "activation"), 2):
+        tried = {(getattr(rules, one), getattr(rules, other)) for rules in MIXED}
+        legal = [get_args(get_type_hints(Rules)[name]) for name in (one, other)]
+        assert tried == set(product(*legal))
 
 
 def label(value: object) -> str:
@@ -105,7 +118,7 @@ def test_with_every_token_relevant_nothing_is_left_and_with_none_nothing_appears
     assert all(largest(parts.relevant) == 0 for parts in nothing.values())
 
 
-@pytest.mark.parametrize(("family", "rules"), CASES, ids=label)
+@pytest.mark.parametrize(("family", "rules"), PRESET_CASES, ids=label)
 def test_restart_batch_and_causality(family: str, rules: Rules) -> None:
     model = opened(family).model
     sources = [

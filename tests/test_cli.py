@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shlex
 import sys
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,7 +17,9 @@ from analyses.base import Analysis
 from analyses.cli import main
 from analyses.cli.commands import COMMANDS
 from analyses.cli.console import ConsoleProgress
-from analyses.registry import every_analysis, titles
+from analyses.cli.outline import _Names, options_of
+from analyses.options import types_of
+from analyses.registry import SHIPPED, every_analysis, get_analysis, titles
 from analyses.results.result import Result
 from analyses.running.reproduce import command, python
 from probes.models import BACKENDS
@@ -297,6 +301,25 @@ def test_models_commands(llama_folder: Path, capsys: pytest.CaptureFixture[str])
     assert facts["architecture"] == "LlamaForCausalLM"
     assert facts["n_layers"] == "3"
     assert facts["path"] == str(llama_folder)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_an_outline_has_the_options_of_its_analysis(name: str) -> None:
+    outline, analysis = options_of(name), get_analysis(name)
+    assert outline is not analysis, "the analysis spells an option in a way that its source alone does not tell"
+    assert (outline.name, outline.title) == (name, analysis.title)
+    assert types_of(outline) == types_of(analysis)
+    for one, other in zip(fields(outline), fields(analysis), strict=True):
+        assert (one.name, one.default, one.metadata) == (other.name, other.default, other.metadata)
+
+
+@pytest.mark.parametrize("body", ["(made()):\n  pass", ":\n  top: int = 3", ":\n  top: Kind = option(3, '')"])
+def test_an_analysis_whose_options_its_source_does_not_spell_is_imported(
+    body: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = _Names(ast.parse(f"from analyses.options import option\n@dataclass\nclass LogitLens{body}"))
+    monkeypatch.setattr("analyses.cli.outline._source", lambda _: names)
+    assert options_of("logit_lens") is get_analysis("logit_lens")
 
 
 def test_lists_say_what_the_commands_say_of_themselves(capsys: pytest.CaptureFixture[str]) -> None:

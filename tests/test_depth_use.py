@@ -85,6 +85,7 @@ def test_the_figures_draw_from_the_tables_alone(result: Result, tmp_path: object
     loaded = Result.load(result.save(f"{tmp_path}/saved"))
     assert set(loaded.figures) == set(DepthUse.figures) - {
         "alignment",
+        "bits_frontier",
         "alignment_points",
         "steps",
         "readouts",

@@ -50,11 +50,30 @@ def test_importing_a_package_imports_nothing_heavy(package: str) -> None:
     assert python(code).strip() == "[]"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["app", "--help"], ["run", "viods"], ["--version"]])
-def test_lists_of_commands_import_nothing_heavy(words: list[str]) -> None:
+REFUSED_AT_ONCE = [
+    "--bad-option 3",
+    "--top-k x",
+    "--top-k 0 --model x",
+    "--positions none",
+    "--model x --prompts nowhere",
+]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--help",
+        "run --help",
+        "app --help",
+        "run viods",
+        "--version",
+        *(f"run logit_lens {words}" for words in REFUSED_AT_ONCE),
+    ],
+)
+def test_lists_of_commands_and_refusals_import_nothing_heavy(words: str) -> None:
     code = (
         "import contextlib, io, sys\nfrom analyses.cli import main\n"
-        f"with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()): main({words})\n"
+        f"with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()): main({words.split()})\n"
         f"print([name for name in {HEAVY} if name in sys.modules])"
     )
     assert python(code).strip() == "[]"

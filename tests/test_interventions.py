@@ -62,28 +62,30 @@ RUNS = [
     (DepthUse(**DEPTH, stride=2, split_positions=2, erasure_prompts=1, gradient_prompts=2), [(5, 6, 7), *LONG]),
     (DepthUse(**DEPTH, layers=(1,), drop_blocks=0, greedy_steps=9), LONG),
     (DepthUse(**DEPTH, layers=(1,), generate_prompts=2, generate_tokens=3, generate_parts=("attn", "mlp")), LONG),
+    (DepthUse(**DEPTH, stride=2, window_pairs=True, frontier_points=2, greedy_steps=0), LONG),
 ]
 
 
+class Phases(Progress):
+    """Remembers each phase's total and what was reported of it."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[Any]] = []
+
+    def start(self, total: int, what: str) -> None:
+        self.seen.append([what, total, 0])
+
+    def advance(self, done: int = 1) -> None:
+        self.seen[-1][2] += done
+
+
 @pytest.mark.parametrize(("analysis", "prompts"), RUNS, ids=lambda value: getattr(value, "name", ""))
-def test_an_analysis_says_how_many_forwards_it_changes(
-    analysis: Analysis, prompts: list[Any], store: ActivationStore
-) -> None:
+def test_an_analysis_says_what_its_run_will_do(analysis: Analysis, prompts: list[Any], store: ActivationStore) -> None:
     check(analysis, native(), prompts, store)
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_an_analysis_says_whether_it_reads_the_store(name: str, store: ActivationStore) -> None:
-    analysis, prompts = SMALL[name]
-    result = analysis.run(native(), prompts, store=store)
-    reads = analysis.reads == "store"
-    assert bool(analysis.needs(native())) == reads
-    assert any(store.root.rglob("*.safetensors")) == reads
-    assert sum("Nothing was read from the activation store" in note for note in result.notes) == (not reads)
-
-
-def check(analysis: Analysis, model: Model, prompts: list[Any], store: ActivationStore) -> None:
-    """What is foretold is what is run."""
+def check(analysis: Analysis, model: Model, prompts: list[Any], store: ActivationStore) -> list[str]:
+    """What is foretold is what is run: changed forwards, the total of each phase, use of the store. Returns the phases."""
     collected = analysis.collect(model, prompts)
     planned = plan_capture(model, [prompt.tokens for prompt in collected], analysis.needs(model), store).forwards
     passed: list[int] = []
@@ -95,13 +97,19 @@ def check(analysis: Analysis, model: Model, prompts: list[Any], store: Activatio
         passed.extend([len(hidden)] if block is last else [])
         return plain(block, hidden, *args, **kwargs)
 
-    foretold = analysis.interventions(model, collected)
+    foretold, progress = analysis.interventions(model, collected), Phases()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(last), "forward", forward)
-        result = analysis.run(model, prompts, store=store)
+        result = analysis.run(model, prompts, store=store, progress=progress)
     done = result.provenance["counts"]["intervention_forwards"]
     assert done == foretold.total if foretold.exact else 0 < done <= foretold.total
     assert (sum(passed) > planned) == (done > 0)
+    assert [total for _, total, _ in progress.seen] == [ended for _, _, ended in progress.seen], progress.seen
+    reads = analysis.reads == "store"
+    assert bool(analysis.needs(model)) == reads
+    assert any(store.root.rglob("*.safetensors")) == reads
+    assert sum("Nothing was read from the activation store" in note for note in result.notes) == (not reads)
+    return [what for what, _, _ in progress.seen]
 
 
 @pytest.mark.parametrize("name", ["logit_lens", "contextual_decomposition"])
@@ -127,7 +135,9 @@ TASK = {"n_prompts": 3, "random_directions": 4, "laundry_items": (2, 3), "laundr
     "options", [{}, {"stride": 3, "edit_pairs": 1}, {"heads": ("0.1", "1.0"), "laundry_prompts": 0}]
 )
 def test_a_task_says_how_many_forwards_its_edits_take(options: dict[str, Any], store: ActivationStore) -> None:
-    check(CommunicationChannels(**{**TASK, **options}), worded(), [], store)
+    phases = check(CommunicationChannels(**{**TASK, **options}), worded(), [], store)
+    listed = ["steered list"] if options.get("laundry_prompts", 1) else []
+    assert phases == ["prompt", "edited channel", *listed]
 
 
 def test_edits_of_chosen_heads_and_components_alone(store: ActivationStore) -> None:
@@ -143,33 +153,6 @@ def test_edits_of_chosen_heads_and_components_alone(store: ActivationStore) -> N
 def test_a_head_that_cannot_write_is_refused(heads: tuple[str, ...], store: ActivationStore) -> None:
     with pytest.raises(OptionError, match="option heads"):
         CommunicationChannels(**TASK, heads=heads).run(worded(), store=store)
-
-
-class Phases(Progress):
-    """Remembers each phase's total and what was reported of it."""
-
-    def __init__(self) -> None:
-        self.seen: list[list[Any]] = []
-
-    def start(self, total: int, what: str) -> None:
-        self.seen.append([what, total, 0])
-
-    def advance(self, done: int = 1) -> None:
-        self.seen[-1][2] += done
-
-
-@pytest.mark.parametrize(("analysis", "prompts"), RUNS, ids=lambda value: getattr(value, "name", ""))
-def test_every_phase_ends_at_its_total(analysis: Analysis, prompts: list[Any], store: ActivationStore) -> None:
-    progress = Phases()
-    analysis.run(native(), prompts, store=store, progress=progress)
-    assert [total for _, total, _ in progress.seen] == [done for _, _, done in progress.seen], progress.seen
-
-
-def test_every_phase_of_a_task_ends_at_its_total(store: ActivationStore) -> None:
-    progress = Phases()
-    CommunicationChannels(**TASK).run(worded(), store=store, progress=progress)
-    assert [what for what, _, _ in progress.seen] == ["prompt", "edited channel", "steered list"]
-    assert [total for _, total, _ in progress.seen] == [done for _, _, done in progress.seen]
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from analyses.reading import jacobian as reading
 from analyses.reading.jacobian import held_out_rows, with_halves
 from analyses.reading.quality import judged_rows
 from analyses.reading.texts import Texts
+from analyses.studies.local_engine import FORKSERVER, PRELOADED
 from probes.blocks.rerouting import Caller, call_blocks
 from probes.errors import OptionError, PointError, PromptError
 from probes.lens_fits.jacobian import Estimator, text_jacobians, whole_jacobians
@@ -218,28 +218,27 @@ def test_matrices_that_are_not_the_derivative_are_not_used() -> None:
     assert mlp.maps(torch.randn(1, 3, D_MODEL)) is None
 
 
-CHILD = """
-import os, signal, sys
-from pathlib import Path
-from test_jacobian_lens import SHORT, TEXTS, fit_jacobian, native
-from probes.progress import Progress
-from probes.store import ActivationStore
-
 class Doomed(Progress):
+    """Kills its process at the fourth text."""
+
     done = 0
 
-    def advance(self, done=1):
+    def advance(self, done: int = 1) -> None:
         self.done += 1
         if self.done == 4:
             os.kill(os.getpid(), signal.SIGKILL)
 
-fit_jacobian(native("llama"), TEXTS, SHORT, corpus="x", checkpoint=Path(sys.argv[1]), save_seconds=0, progress=Doomed())
-"""
+
+def doomed_fit(checkpoint: Path) -> None:
+    fit_jacobian(native("llama"), TEXTS, SHORT, corpus="x", checkpoint=checkpoint, save_seconds=0, progress=Doomed())
 
 
 def test_sigkill_loses_no_more_than_the_text_at_hand(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", CHILD, str(tmp_path / "J.partial")]
-    assert subprocess.run(command, cwd=Path(__file__).parent).returncode == -signal.SIGKILL
+    FORKSERVER.set_forkserver_preload(list(PRELOADED))
+    process = FORKSERVER.Process(target=doomed_fit, args=(tmp_path / "J.partial",))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     model = native("llama")
     resumed = fit_jacobian(model, TEXTS, SHORT, corpus="x", checkpoint=tmp_path / "J.partial")
     assert resumed.resumed == 3

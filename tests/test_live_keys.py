@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from changes import CHANGES, attention, mlp, with_buffer
 from families import FAMILIES, make
+from forked import forked
 from tiny import PROMPTS
 from torch import Tensor, nn
 
@@ -254,31 +254,25 @@ def test_pruning_and_epsilon_of_two_runs_meet_under_one_key() -> None:
         assert len(keys) == 1, change
 
 
-_CHILD = """
-import sys, torch
-from probes.capture.run import capture
-from probes.models import load_model
-from probes.capture.needs import (Need)
-from probes.store import ActivationStore
-model = load_model(sys.argv[1])
-if sys.argv[3] == "weight":
-    with torch.no_grad():
-        model.module.model.layers[1].mlp.up_proj.weight.mul_(1.5)
-else:
-    model.module.model.layers[1].register_forward_hook(lambda _, __, out: out * 1.5)
-capture(model, [(5, 6, 7)], [Need("resid_post.2")], ActivationStore(sys.argv[2]))
-"""
+def capture_changed(folder: Path, root: Path, change: str) -> None:
+    model = load_model(str(folder), device="cpu")
+    block = model.module.model.layers[1]
+    if change == "weight":
+        with torch.no_grad():
+            block.mlp.up_proj.weight.mul_(1.5)
+    else:
+        block.register_forward_hook(lambda _, __, out: out * 1.5)
+    try:
+        capture(model, [(5, 6, 7)], [Need("resid_post.2")], ActivationStore(root))
+    except ModelError:
+        os._exit(2)
 
 
 @pytest.mark.parametrize("change", ["weight", "hook"])
 def test_another_process_leaves_no_rows_of_a_changed_model(change: str, llama_folder: Path, tmp_path: Path) -> None:
     root = tmp_path / "store"
-    child = subprocess.run(
-        [sys.executable, "-c", _CHILD, str(llama_folder), str(root), change], capture_output=True, text=True
-    )
-    assert (child.returncode == 0) is (change == "weight"), child.stderr
-    assert child.returncode == 0 or "ModelError" in child.stderr
-    model = load_model(str(llama_folder))
+    assert forked(lambda: capture_changed(llama_folder, root, change)) == (0 if change == "weight" else 2)
+    model = load_model(str(llama_folder), device="cpu")
     assert plan_capture(model, [(5, 6, 7)], [Need("resid_post.2")], ActivationStore(root)).forwards == 1
 
 

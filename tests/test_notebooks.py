@@ -341,6 +341,19 @@ def test_causal_patching() -> None:
     assert 0 < done["ran"] <= done["planned"]
 
 
+def test_passage_use() -> None:
+    done = kept("passage_use").facts
+    with_passage, without = done["correct"]
+    assert with_passage > 0.7 > 0.3 > without
+    assert 20 < done["most"] < 27
+    assert done["most"] in done["used"]
+    assert len(done["used"]) <= 5
+    assert done["looked"] != done["most"]
+    assert done["drop"] <= 2
+    assert done["above"]["fused"] < done["gain"]["temperature"]
+    assert done["gain"]["temperature"] > 0
+
+
 def test_layer_programs() -> None:
     done = kept("layer_programs").facts
     assert done["planned"] == done["ran"]

@@ -123,7 +123,7 @@ class TestPlanted:
         ).all()
 
     def test_words_follow_intervals(self, result: Result) -> None:
-        assert any(f"around block {COPY}" in note for note in result.notes)
+        assert any(f"around block {COPY} (windows of 1)" in note for note in result.notes)
         assert any(note.startswith("Fusion (ours, after LFD)") for note in result.notes)
 
     def test_figures_draw_from_the_tables(self, result: Result) -> None:

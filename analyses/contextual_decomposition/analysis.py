@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import pandas as pd
 from torch import Tensor
 
 from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
 from analyses.circuits import sizes_of
 from analyses.contextual_decomposition import costs
-from analyses.contextual_decomposition.cases import Case, case_of, generated_questions, given_cases
+from analyses.contextual_decomposition.cases import Case, generated_cases, generated_questions, given_cases
 from analyses.contextual_decomposition.circuit import Search
 from analyses.contextual_decomposition.comparison import (
     Comparison,
@@ -25,8 +24,9 @@ from analyses.contextual_decomposition.comparison import (
     removed,
 )
 from analyses.contextual_decomposition.figures import FIGURES, PROFILES
-from analyses.contextual_decomposition.gradient_scores import GradientScores, Plan, read_scores
+from analyses.contextual_decomposition.gradient_scores import Plan, read_scores
 from analyses.contextual_decomposition.node_comparison import compared_mlps, compared_streams
+from analyses.contextual_decomposition.notes import PAPER, coverage_note, form_note, span_notes
 from analyses.contextual_decomposition.prepared_cases import (
     PreparedCases,
     Scored,
@@ -40,13 +40,7 @@ from analyses.contextual_decomposition.prepared_cases import (
 )
 from analyses.contextual_decomposition.scores import Reading
 from analyses.contextual_decomposition.tables import circuit_table, edges_table, relevance_table
-from analyses.contextual_decomposition.token_relevance import (
-    leak_notes,
-    leak_table,
-    pointing_table,
-    routed_table,
-    token_table,
-)
+from analyses.contextual_decomposition.token_relevance import leak_notes, token_tables
 from analyses.contextual_decomposition.unseen import unseen_note
 from analyses.contextual_decomposition.word_relevance import words_table
 from analyses.interventions import Interventions
@@ -56,7 +50,7 @@ from analyses.results.result import Result
 from analyses.tokens import tokens_text
 from probes.capture.needs import Need
 from probes.decomposition import PRESETS, Node, Rules, Source
-from probes.errors import OptionError, PromptError
+from probes.errors import OptionError
 from probes.models.protocol import Model
 from probes.progress import QUIET, Progress
 from probes.prompts import Field, Prompt, check_ids, read_prompts
@@ -265,9 +259,11 @@ class ContextualDecomposition(Analysis):
         scored = [Scored(heads, own, list(range(len(cases))))]
         if self.granularity == "position":
             scored.append(scored_positions(prepared, self.rules, progress))
-            notes.append(_form_note(prepared, scored[-1]))
+            notes.append(form_note(prepared, scored[-1]))
         tables = {"cases": cases_table(prepared, [_text(model, prompt) for prompt in questions])}
-        notes += [*_span_notes(tables["cases"]), *self._notes(model, heads)]
+        notes += [*span_notes(tables["cases"]), *coverage_note(model, len(heads))]
+        if "paper" in (self.preset, *(PRESETS if self.other_preset else ())):
+            notes.append(PAPER)
         gradients = read_scores(model, prepared.cases, self._plan, progress)
         other = next(name for name in PRESETS if name != self.preset) if self.other_preset else None
         comparison = compare_heads(
@@ -296,7 +292,9 @@ class ContextualDecomposition(Analysis):
         gated = any(getattr(block.mlp, "gate", None) is not None for block in prepared.decomposer.operations.blocks)
         notes += unseen_note(tables, frozen_gate=gated and self.rules.gate == "frozen")
         tables |= self._circuits(prepared, scored[-1], links, comparison, progress)
-        tables |= self._of_tokens(model, questions, prepared, gradients, notes)
+        layered = prepared.decomposer.operations.kind != "post_norm"
+        tables |= token_tables(model, [one.case for one in prepared.cases], gradients, self._plan, layered, self.seed)
+        notes += [*leak_notes(gradients), *(exceptions(model) if gradients.leaks else ())]
         tables |= removed(prepared, comparison, self._ordering(model), self.removal, self.seed, progress)
         if self.words != "none":
             tables["words"] = words_table(
@@ -305,21 +303,6 @@ class ContextualDecomposition(Analysis):
         counts = {"forwards": prepared.forwards, "decomposed": len(cases) * len(heads)}
         changed += sum(ablation.forwards for ablation in prepared.ablations)
         return make_result(self, model, questions, tables, None, clock, notes, counts, changed)
-
-    def _notes(self, model: Model, heads: Sequence[Node]) -> list[str]:
-        notes = []
-        if "paper" in (self.preset, *(PRESETS if self.other_preset else ())):
-            notes.append(
-                "The paper's rules keep the model's own epsilons: the released code puts 1e-8 in place of each norm's, so "
-                "that its parts sum to the logits of another model; here they sum to this one's."
-            )
-        every = model.shape.n_layers * model.shape.n_heads
-        if len(heads) < every:
-            notes.append(
-                f"{len(heads)} of {every} heads were scored and ablated; in every circuit the others stay as they are, and "
-                "shares and agreement are over those heads alone."
-            )
-        return notes
 
     @property
     def _joint(self) -> bool:
@@ -334,19 +317,8 @@ class ContextualDecomposition(Analysis):
 
     def _cases(self, model: Model, prompts: PromptsLike) -> tuple[list[Prompt], list[Case], list[str]]:
         if self.makes_prompts:
-            pairs = generated_questions(model, self.task, self.n_prompts, self.n_references, self.seed)
-            cases, dropped = [], 0
-            for index, (prompt, item) in enumerate(pairs):
-                try:
-                    cases.append(case_of(model, index, prompt, item))
-                except PromptError as error:
-                    dropped, reason = dropped + 1, str(error)
-            if not cases:
-                raise PromptError(f"task {self.task!r} gives no usable question on {model.ref}; {reason}")
-            notes = [f"{dropped} generated questions were left out; the last: {reason}."] if dropped else []
-            if self.mode == "zero":
-                cases = [replace(case, references=()) for case in cases]
-            return [prompt for prompt, _ in pairs], cases, notes
+            size = self.n_prompts, self.n_references
+            return generated_cases(model, self.task, *size, self.seed, zero=self.mode == "zero")
         questions = as_prompts(prompts, model, self.prompt_fields)
         references = (
             as_prompts(read_prompts(self.reference_prompts, self.prompt_fields), model, self.prompt_fields)
@@ -355,29 +327,6 @@ class ContextualDecomposition(Analysis):
         )
         cases, notes = given_cases(model, questions, references, self.mode)
         return questions, cases, notes
-
-    def _of_tokens(
-        self,
-        model: Model,
-        questions: Sequence[Prompt],
-        prepared: PreparedCases,
-        gradients: GradientScores,
-        notes: list[str],
-    ) -> dict[str, pd.DataFrame]:
-        """Return the tables that backward passes give of tokens and layers, and add what is said of them."""
-        if not gradients.nodes:
-            return {}
-        cases = [one.case for one in prepared.cases]
-        tables = {"token_relevance": token_table(model, cases, gradients, self._plan)}
-        spans = [_inside(questions[case.index].fields.get("span"), len(case.tokens)) for case in cases]
-        pointing = pointing_table(cases, spans, tables["token_relevance"])
-        tables |= {} if pointing.empty else {"pointing": pointing}
-        if gradients.leaks:
-            tables["leak"] = leak_table(cases, gradients)
-            notes += [*leak_notes(gradients), *exceptions(model)]
-        if gradients.routed and prepared.decomposer.operations.kind != "post_norm":
-            tables["routed"] = routed_table(gradients, self.rule, self.seed)
-        return tables
 
     def _circuits(
         self,
@@ -412,29 +361,7 @@ def _each(nodes: Sequence[Node]) -> list[Source]:
     return [(node,) for node in nodes]
 
 
-def _inside(span: Sequence[int] | None, n: int) -> list[int] | None:
-    return None if span is None else [at % n for at in span if -n <= at < n]
-
-
 def _text(model: Model, prompt: Prompt) -> str:
     if prompt.text is not None:
         return prompt.text
     return " ".join(map(str, prompt.tokens)) if model.tokenizer is None else tokens_text(model, prompt.tokens)
-
-
-def _form_note(prepared: PreparedCases, scored: Scored) -> str:
-    return (
-        f"Positions mean the same only in prompts of one form and length: heads at single positions, the circuit and its "
-        f"faithfulness use {len(scored.prompts)} of {len(prepared.cases)} prompts."
-    )
-
-
-def _span_notes(cases: pd.DataFrame) -> list[str]:
-    span = float(np.mean(cases["metric"] - cases["metric_ablated"]))
-    size = float(np.mean(np.abs(cases["metric"])))
-    if abs(span) < 0.1 * size or span < 0:
-        return [
-            f"Ablating every head moves the metric from {cases['metric'].mean():.2f} to {cases['metric_ablated'].mean():.2f} "
-            "on average: with so small or negative a span, faithfulness says little."
-        ]
-    return []

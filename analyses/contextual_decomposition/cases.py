@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -43,6 +43,8 @@ class Case:
     """Positions whose nodes may be sources."""
     group: str
     """Cases of one group share their references."""
+    span: tuple[int, ...] = ()
+    """Positions that the most relevant token should be among; empty: those that hold an answer's token."""
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -90,6 +92,28 @@ def case_of(model: Model, index: int, prompt: Prompt, item: Item) -> Case:
     return Case(index, prompt.tokens, answers, distractors, references, tuple(range(len(prompt.tokens))), item.group)
 
 
+def generated_cases(
+    model: Model, task: str, n: int, references: int, seed: int, zero: bool
+) -> tuple[list[Prompt], list[Case], list[str]]:
+    """Return the generated questions, the cases of those that can be used, and notes on what was left out.
+
+    Raises:
+        PromptError: no question can be used.
+    """
+    pairs = generated_questions(model, task, n, references, seed)
+    cases, dropped, reason = [], 0, ""
+    for index, (prompt, item) in enumerate(pairs):
+        try:
+            cases.append(case_of(model, index, prompt, item))
+        except PromptError as error:
+            dropped, reason = dropped + 1, str(error)
+    if not cases:
+        raise PromptError(f"task {task!r} gives no usable question on {model.ref}; {reason}")
+    notes = [f"{dropped} generated questions were left out; the last: {reason}."] if dropped else []
+    cases = [replace(case, references=()) for case in cases] if zero else cases
+    return [prompt for prompt, _ in pairs], cases, notes
+
+
 def given_cases(
     model: Model, prompts: Sequence[Prompt], references: Sequence[Prompt], mode: str
 ) -> tuple[list[Case], list[str]]:
@@ -118,8 +142,9 @@ def given_cases(
             )
         n = len(prompt.tokens)
         positions = tuple(_inside(index, p, n) for p in prompt.fields.get("positions", range(n)))
-        group = f"length {n}"
-        cases.append(Case(index, prompt.tokens, answers, distractors, same if mode == "mean" else (), positions, group))
+        span = tuple(_inside(index, p, n) for p in prompt.fields.get("span", ()))
+        kept = same if mode == "mean" else ()
+        cases.append(Case(index, prompt.tokens, answers, distractors, kept, positions, f"length {n}", span))
     notes = []
     if filled:
         notes.append(f"{filled} prompts name no distractor_tokens: the model's likeliest other token stands for them.")

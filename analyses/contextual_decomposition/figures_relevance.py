@@ -40,7 +40,7 @@ def tokens(tables: Tables) -> go.Figure:
         later = kept.loc[kept["position"] > 0, "score"].abs()
         top = float(later.max()) if len(later) and later.max() > 0 else 1.0
         figure.add_heatmap(
-            z=z, x=list(range(width)), y=[_row(tables, prompt, method) for prompt in prompts], text=text,
+            z=z, x=list(range(width)), y=[_row(tables, prompt, _rule(methods, method)) for prompt in prompts], text=text,
             texttemplate="%{text}", hovertext=hover, hovertemplate="%{hovertext}<extra></extra>", colorscale=DIVERGING,
             zmid=0, zmin=-top, zmax=top, xgap=1, ygap=3, colorbar={"title": "logits"}, visible=number == 0,
         )  # fmt: skip
@@ -52,17 +52,21 @@ def tokens(tables: Tables) -> go.Figure:
     return figure
 
 
-def _row(tables: Tables, prompt: int, method: str) -> str:
-    """A prompt's label: its metric, and what of it leaks under the method's rule."""
-    leak = tables.get("leak")
-    if leak is None or method not in ("lrp", "dynamic", "lrp_cp", "lrp_attnlrp"):
+def _row(tables: Tables, prompt: int, rule: str | None) -> str:
+    """A prompt's label: its metric, and where it goes under a rule."""
+    if rule is None or "leak" not in tables:
         return f"prompt {prompt}"
-    rules = list(dict.fromkeys(leak["rule"]))
-    named = {"dynamic": "dynamic", "lrp_cp": "cp", "lrp_attnlrp": "attnlrp"}.get(method)
-    own = leak[(leak["prompt"] == prompt) & (leak["rule"] == (named or rules[0]))]
-    sums = own.groupby("kind")["amount"].sum()
-    parts = ", ".join(f"{kind} {sums[kind]:+.2f}" for kind in ("tokens", "bias", "softmax") if kind in sums)
+    sums = tables["leak"].query("prompt == @prompt and rule == @rule").groupby("kind")["amount"].sum()
+    parts = ", ".join(f"{kind} {sums[kind]:+.2f}" for kind in ("tokens", "bias", "softmax"))
     return f"prompt {prompt}<br><sub>{sums['metric']:+.2f} = {parts}</sub>"
+
+
+def _rule(methods: list[str], method: str) -> str | None:
+    """The rule whose account a method of tokens has: one with zero as its baseline."""
+    if method in ("dynamic", "lrp_cp", "lrp_attnlrp"):
+        return method.removeprefix("lrp_")
+    others = [rule for rule in ("attnlrp", "cp") if f"lrp_{rule}" not in methods]
+    return others[0] if method == "lrp" and others else None
 
 
 def routed(tables: Tables) -> go.Figure:

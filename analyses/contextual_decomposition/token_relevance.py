@@ -14,6 +14,23 @@ from analyses.tokens import token_text
 from probes.models.protocol import Model
 
 
+def token_tables(
+    model: Model, cases: Sequence[Case], scores: GradientScores, plan: Plan, layered: bool, seed: int
+) -> dict[str, pd.DataFrame]:
+    """Return the tables `token_relevance`, `pointing`, `leak` and `routed`, those for which something was read.
+
+    Args:
+        layered: whether what a layer adds is a share of its stream, so that layers can be compared.
+    """
+    if not scores.nodes:
+        return {}
+    tables = {"token_relevance": token_table(model, cases, scores, plan)}
+    pointing = pointing_table(cases, tables["token_relevance"])
+    tables |= {} if pointing.empty else {"pointing": pointing}
+    tables |= {"leak": leak_table(cases, scores)} if scores.leaks else {}
+    return tables | ({"routed": routed_table(scores, plan.rule, seed)} if scores.routed and layered else {})
+
+
 def token_table(model: Model, cases: Sequence[Case], scores: GradientScores, plan: Plan) -> pd.DataFrame:
     """Return columns prompt, position, method, score, text; prompts whose account misses under a rule are left out there."""
     missed = account_misses(scores)
@@ -92,20 +109,20 @@ def leak_notes(scores: GradientScores) -> list[str]:
     return said
 
 
-def span_of(case: Case, given: Sequence[int] | None) -> tuple[str, frozenset[int]]:
+def span_of(case: Case) -> tuple[str, frozenset[int]]:
     """Return the name of a prompt's span and its positions: those given, or those that hold an answer token."""
-    if given:
-        return "given", frozenset(given)
+    if case.span:
+        return "given", frozenset(case.span)
     return "answer", frozenset(at for at, token in enumerate(case.tokens) if token in case.answers)
 
 
-def pointing_table(cases: Sequence[Case], spans: Sequence[Sequence[int] | None], tokens: pd.DataFrame) -> pd.DataFrame:
+def pointing_table(cases: Sequence[Case], tokens: pd.DataFrame) -> pd.DataFrame:
     """Return columns method, span, first_token, rate, low, high, chance, n: how often the most relevant token lies in its span.
 
     `chance` is the mean share of a prompt's positions that are in its span; `first_token` says whether position 0 counts.
     Bounds are Wilson's. Prompts without a span are left out.
     """
-    by_prompt = {case.index: span_of(case, given) for case, given in zip(cases, spans, strict=True)}
+    by_prompt = {case.index: span_of(case) for case in cases}
     rows = []
     for method, own in tokens.groupby("method", sort=False):
         for first in (True, False):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -106,25 +107,61 @@ class ChunkAblations:
             self._enter(columns["lens_kl"], layer, lens.kl)
             self._enter(columns["lens_overlap"], layer, lens.overlap)
 
-    def windows(self, columns: Columns, widths: Sequence[int], starts: Sequence[int], tick: Tick) -> None:
-        """Run the blocks of each window side by side on the stream that enters it, and add their contributions."""
+    def windows(self, columns: Columns, widths: Sequence[int], starts: Sequence[int], pairs: bool, tick: Tick) -> None:
+        """Run the blocks of each window side by side on the stream that enters it, and add their contributions.
+
+        Args:
+            pairs: whether the second-order terms are added, too, and entered beside.
+        """
         n_layers = self.chunk.n_layers
         for start in starts if widths else ():
             entering = self.chunk.stream[start]
-            joint = entering
+            joint, apart, second = entering, list[Tensor](), torch.zeros_like(entering)
             for width in range(1, min(max(widths), n_layers - start) + 1):
                 layer = start + width - 1
-                joint = joint + self.blocks.run(entering, layer, stop=layer + 1)[-1] - entering
+                added = self._added(layer, entering)
+                joint = joint + added
+                if pairs:
+                    second = second + second_order(partial(self._added, layer), entering, added, apart)
+                    apart.append(added)
                 if width in widths:
-                    self._window(columns, start, width, joint)
+                    self._window(columns, "parallel", start, width, joint)
+                    tick(self.rows)
+                if pairs and width in widths:
+                    self._window(columns, "second_order", start, width, joint + second)
                     tick(self.rows)
 
-    def _window(self, columns: Columns, start: int, width: int, joint: Tensor) -> None:
+    def _added(self, layer: int, entering: Tensor) -> Tensor:
+        return self.blocks.run(entering, layer, stop=layer + 1)[-1] - entering
+
+    def _window(self, columns: Columns, kind: str, start: int, width: int, joint: Tensor) -> None:
         errors = window_error(self.chunk.stream[start], self.chunk.stream[start + width], joint)
         prompts = self.chunk.prompt_of(self.counted)
         for name, values in zip(("error", "cosine"), errors, strict=True):
-            columns[f"parallel_{name}_{width}"].add(start, prompts, values.cpu()[self.counted])
-        self.enter_loss(columns[f"delta_ce_parallel_{width}"], start, self.blocks.run(joint, start + width)[-1])
+            columns[f"{kind}_{name}_{width}"].add(start, prompts, values.cpu()[self.counted])
+        self.enter_loss(columns[f"delta_ce_{kind}_{width}"], start, self.blocks.run(joint, start + width)[-1])
+
+
+def second_order(
+    run: Callable[[Float[Tensor, "*rest d_model"]], Float[Tensor, "*rest d_model"]],
+    entering: Float[Tensor, "*rest d_model"],
+    added: Float[Tensor, "*rest d_model"],
+    earlier: Sequence[Float[Tensor, "*rest d_model"]],
+) -> Float[Tensor, "*rest d_model"]:
+    """Return the sum over earlier blocks of f(h + f_i(h)) - f(h): what each alone changes in what block f adds.
+
+    With these terms a window of two blocks is exact, and one of linear blocks lacks the products of three and more.
+
+    Args:
+        run: f, what the block adds to a stream.
+        entering: h, what enters the window.
+        added: f(h).
+        earlier: f_i(h) of the blocks before it in the window.
+    """
+    total = torch.zeros_like(entering)
+    for one in earlier:
+        total = total + run(entering + one) - added
+    return total
 
 
 def window_error(

@@ -88,6 +88,7 @@ class DepthUse(StreamSettings, Settings, Analysis):
             "layers",
         ):  # each is measured once, however often it is named
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
+        self.wide_and_narrow  # noqa: B018 - one width is refused at once
 
     def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
         """Count the restarts of blocks left out, rounded, frozen, run side by side, erased, differentiated and written without."""
@@ -103,7 +104,7 @@ class DepthUse(StreamSettings, Settings, Analysis):
         self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
     ) -> Result:
         """Return the tables `proxies`, `proxy_intervals`, `agreement`, `contributions`, `skip_effect`, `output_effect`, `depth_score`,
-        `windows`, `effective_depth`, and where asked for `erasure`, `attribution`, `greedy`, `drop_curve`, `linear_maps`,
+        `windows`, `effective_depth`, and where asked for `erasure`, `attribution`, `greedy`, `drop_curve`, `bits_frontier`, `linear_maps`,
         `generation` and `generation_layers`, and those of `analyses.depth_use.comparisons`: with groups of prompts, and of keys and values.
 
         Raises:

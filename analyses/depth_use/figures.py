@@ -9,6 +9,7 @@ from plotly.subplots import make_subplots
 from analyses.depth_use.figures_effective_depth import EFFECTIVE_DEPTH_FIGURES
 from analyses.depth_use.figures_generation import GENERATION_FIGURES
 from analyses.depth_use.figures_proxies import PROXY_FIGURES
+from analyses.depth_use.figures_removal import REMOVAL_FIGURES
 from analyses.depth_use.figures_streams import STREAM_FIGURES
 from analyses.results.card import FigureSpec, Tables
 from analyses.results.theme import COLOURS, SCALE, finish, menu, token_label, whiskers
@@ -182,6 +183,7 @@ def linear_maps(tables: Tables) -> go.Figure:
 
 FIGURES = {
     **PROXY_FIGURES,
+    **REMOVAL_FIGURES,
     **EFFECTIVE_DEPTH_FIGURES,
     **GENERATION_FIGURES,
     "contributions": FigureSpec(

@@ -6,10 +6,9 @@ import math
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from analyses.results.card import FigureSpec, Tables
-from analyses.results.theme import COLOURS, SCALE, band, finish, whiskers
+from analyses.results.theme import COLOURS, SCALE, finish, whiskers
 
 TARGETS = {
     "delta_ce_block": "loss without the block",
@@ -58,8 +57,9 @@ def label(proxy: str) -> str:
         return f"loss, block at {last.removeprefix('int')} bits"
     if stem == "skip_effect":
         return f"skip effect of {last} on later blocks"
-    kind = {"parallel_error": "error", "parallel_cosine": "cosine", "delta_ce_parallel": "loss"}[stem]
-    return f"{kind}, {last} blocks side by side"
+    second = "second_order" in stem
+    kind = "loss" if stem.startswith("delta_ce") else stem.rpartition("_")[2]
+    return f"{kind}, {last} blocks side by side{' with pairs' if second else ''}"
 
 
 _CHEAP = ("relative_norm", "similarity", "lim", "zd", "cosine", "lens", "probe")
@@ -209,48 +209,6 @@ def measured_loss(tables: Tables) -> go.Figure:
     return figure
 
 
-def removal_curves(tables: Tables) -> go.Figure:
-    """Loss against how many blocks are removed, per order; and what greedy removal takes."""
-    figure = go.Figure()
-    for colour, (name, rows) in zip(COLOURS, tables["drop_curve"].groupby("order", sort=False), strict=False):
-        figure.add_scatter(
-            x=rows["removed"], y=rows["delta_ce"], name=name, mode="lines+markers", line={"color": colour}
-        )
-        band(figure, rows["removed"], rows["ci_low"], rows["ci_high"], colour)
-    if "greedy" in tables:
-        greedy = tables["greedy"]
-        names = [f"{part} {layer}" for part, layer in zip(greedy["part"], greedy["layer"], strict=True)]
-        figure.add_scatter(
-            x=greedy["step"] / 2, y=greedy["delta_ce"], text=names,
-            error_y=whiskers(greedy["delta_ce"], greedy["ci_low"], greedy["ci_high"], 3), mode="markers+text", textposition="bottom center",
-            marker={"color": "black", "symbol": "diamond", "size": 9}, name="greedy, attention or MLP (half a block each)",
-        )  # fmt: skip
-    finish(figure, x="blocks removed", y="rise of the loss (nats per token)", height=520)
-    figure.update_layout(legend={"y": -0.2, "yanchor": "top"})
-    return figure
-
-
-def windows(tables: Tables) -> go.Figure:
-    """How far blocks run side by side are from blocks run in turn."""
-    figure = make_subplots(rows=1, cols=2, shared_yaxes=True, subplot_titles=("error of the step", "rise of the loss"))
-    for colour, (width, rows) in zip(COLOURS, tables["windows"].groupby("width", sort=False), strict=False):
-        for column, name in ((1, "error"), (2, "delta_ce")):
-            figure.add_scatter(
-                x=rows[name], y=rows["start"], name=f"{width} blocks", mode="lines+markers", line={"color": colour},
-                legendgroup=str(width), showlegend=column == 1, marker={"size": 5}, row=1, col=column,
-                error_x=whiskers(rows[name], rows[f"{name}_low"], rows[f"{name}_high"]),
-            )  # fmt: skip
-    finish(figure, x="", y="first block of the window", height=560)
-    figure.update_xaxes(title="relative error", rangemode="tozero", row=1, col=1)
-    top = float(tables["windows"]["delta_ce"].quantile(0.9)) if len(tables["windows"]) else 1.0
-    figure.update_xaxes(
-        title="nats per token (cut at the 90th percentile)", range=[min(0.0, -0.05 * top), 1.2 * top], row=1, col=2
-    )
-    figure.update_yaxes(title="", row=1, col=2)
-    figure.update_layout(legend={"y": 1.06}, margin={"t": 80})
-    return figure
-
-
 PROXY_FIGURES = {
     "proxy_table": FigureSpec(
         "The one table: every proxy beside the measured loss",
@@ -277,19 +235,5 @@ PROXY_FIGURES = {
         "Do the proxies agree with each other?",
         "Spearman rank correlation over layers of every two columns of the table: blue where they order the layers alike, red where they reverse each other. Hover for 95 % intervals over prompts.",
         agreement,
-    ),
-    "removal": FigureSpec(
-        "Removing several blocks in the order of a proxy",
-        "The loss as blocks are removed one after the other, least important first by each measure; `random` is the mean of ten random orders, `deepest first` needs no measurement. Bands and whiskers "
-        "are 95 % intervals over prompts. Diamonds: attention and MLP parts chosen greedily, each labelled. Orders were made and scored on the same prompts.",
-        removal_curves,
-        lambda tables: "drop_curve" in tables,
-    ),
-    "windows": FigureSpec(
-        "Which neighbouring blocks could run side by side",
-        "Blocks of a window all read the stream that enters it and their contributions are added. Left: the error of the step across the window, relative to its length (0: order does not matter). "
-        "Right: the rise of the loss. Whiskers are 95 % intervals over prompts.",
-        windows,
-        lambda tables: len(tables["windows"]) > 0,
     ),
 }

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from analyses.depth_use.bits_frontier import runs
 from analyses.depth_use.contributions import PARTS
 from analyses.depth_use.generation import steps
 from analyses.depth_use.greedy import N_ORDERS
@@ -44,7 +45,7 @@ def measured(model: Model, n: int, settings: Settings) -> Forwards:
         "skips": 0 if everywhere else n * len(settings.parts) * len(layers),
         "rounded blocks": n * len(settings.bits) * len(layers),
         "frozen norms": n * norms,
-        "windows": n * windows,
+        "windows": n * windows * (1 + settings.window_pairs),
     }
 
 
@@ -58,7 +59,7 @@ def skipped(model: Model, prompts: Sequence[Prompt], settings: Settings) -> Forw
 
 
 def removed(model: Model, prompts: Sequence[Prompt], settings: Settings) -> Forwards:
-    """Count the forwards of several parts removed, in the order of a proxy and greedily."""
+    """Count the forwards of several parts removed or rounded, in the order of a proxy and greedily."""
     n_layers = model.shape.n_layers
     places, rounds = 2 * len(settings.swept(n_layers)), settings.greedy_rounds(n_layers)
     known = settings.greedy_distance == "jsd"  # then the removals have told the first round
@@ -67,6 +68,7 @@ def removed(model: Model, prompts: Sequence[Prompt], settings: Settings) -> Forw
     return {
         "removal curves": len(prompts) * N_ORDERS * settings.dropped(n_layers),
         "greedy removals": chosen * (tried + rounds),
+        "widths": len(prompts) * runs(len(settings.swept(n_layers)), settings.frontier_points),
     }
 
 

@@ -85,7 +85,7 @@ class Generation:
     Args:
         model: the model, in memory.
         prompts: the prompts.
-        responses: what the plain model writes after each, greedily.
+        responses: what the plain model writes after each of the first of them, greedily.
         settings: which parts and layers, and how many tokens.
         tick: is told how many forwards were run.
     """
@@ -93,11 +93,11 @@ class Generation:
     def __init__(
         self, model: BlockAccess, prompts: Sequence[Prompt], responses: Sequence[Tokens], settings: Settings, tick: Tick
     ) -> None:
-        self.model, self.prompts, self.responses = model, prompts, responses
+        self.model, self.prompts, self.responses = model, prompts[: len(responses)], responses
         self.settings, self.tick = settings, tick
         self.ends = end_tokens(model.module)
         self.removals: list[Place] = settings.generated(model.shape.n_layers)
-        self._judges = [Judge(model, index, prompt) for index, prompt in enumerate(prompts)]
+        self._judges = [Judge(model, index, prompt) for index, prompt in enumerate(self.prompts)]
         self._open: list[_Open] = []
 
     def texts(self) -> list[Written]:

@@ -51,6 +51,15 @@ def median_survival(at: Array, known: NDArray[np.bool_], weights: Array) -> Arra
     return median
 
 
+def written_tables(
+    texts: Sequence[Written], tokenizer: Any, columns: Mapping[str, PerPrompt], seed: int
+) -> dict[str, pd.DataFrame]:
+    """Return the tables `generation` and `generation_layers`, and enter into `columns` those that are proxies."""
+    generation = generation_table(texts, tokenizer)
+    enter_proxies(columns, generation)
+    return {"generation": generation, "generation_layers": layer_table(texts, generation, seed)}
+
+
 def generation_table(texts: Sequence[Written], tokenizer: Any) -> pd.DataFrame:
     """Return one row per text.
 

@@ -11,11 +11,12 @@ import pandas as pd
 import torch
 
 from analyses.depth_use.ablations import ChunkAblations
+from analyses.depth_use.bits_frontier import frontier
 from analyses.depth_use.contributions import PARTS, Contributions
 from analyses.depth_use.effective_depth import effective_depth_note, effective_depths
 from analyses.depth_use.forwards import measured, per_token, removed, skipped
 from analyses.depth_use.generation import Generation, Tokens, steps
-from analyses.depth_use.generation_tables import PROXIES, enter_proxies, generation_table, layer_table
+from analyses.depth_use.generation_tables import PROXIES, written_tables
 from analyses.depth_use.greedy import (
     REMEASURED,
     SUBLAYERS,
@@ -41,6 +42,7 @@ from analyses.depth_use.skips import (
 )
 from analyses.depth_use.tokens import StreamMeans, erasure, integrated_gradients
 from analyses.depth_use.weights import NormScales, z_share_of
+from analyses.depth_use.windows import window_columns, windows_table
 from analyses.results.per_prompt import PerPrompt, interval
 from probes.blocks.batch import Blocks, Chunk, Part, on_blocks
 from probes.blocks.rerouting import block_access, module_of
@@ -94,9 +96,7 @@ class _Run:
         names += [f"{name}_{part}" for name in ("delta_ce", "jsd") for part in PARTS]
         names += ["lim", "delta_ce_frozen_norm", "lens_kl", "lens_overlap"]
         names += [f"delta_ce_int{n_bits}" for n_bits in settings.bits]
-        names += [
-            f"{k}_{w}" for w in settings.windows for k in ("parallel_error", "parallel_cosine", "delta_ce_parallel")
-        ]
+        names += window_columns(settings)
         if settings.generate_prompts:
             answered = any("answer" in prompt.fields for prompt in prompts[: settings.generate_prompts])
             names += [f"{name}_{part}" for name in PROXIES[: 2 + answered] for part in settings.generate_parts]
@@ -127,6 +127,10 @@ class _Run:
 
         on_blocks(self.model, chunk.tokens, on_these)
 
+    def _each(self, work: Callable[[ChunkAblations], None]) -> None:
+        for chunk in chunks(self.activations, range(len(self.prompts))):
+            self._on(chunk, work)
+
     def measure(self) -> None:
         """Measure what enters the proxies, over all prompts."""
         for chunk in chunks(self.activations, range(len(self.prompts))):
@@ -134,8 +138,7 @@ class _Run:
             self.scales.add(chunk)
             self.means.add(chunk, chunk.counted(self.settings.first_token))
         self.progress.start(sum(measured(self.model, len(self.prompts), self.settings).values()), "changed forward")
-        for chunk in chunks(self.activations, range(len(self.prompts))):
-            self._on(chunk, self._measure)
+        self._each(self._measure)
 
     def _measure(self, ablations: ChunkAblations) -> None:
         current = {part: self.effects["current", part] for part in self.settings.parts}
@@ -147,7 +150,7 @@ class _Run:
             ablations.skips(current, left_out_at(ablations.chunk, self.settings.skip_rule), self.layers, self._tick)
         ablations.coarser(self.columns, self.settings.bits, self.layers, self._tick)
         ablations.frozen(self.columns, self.scales, self.layers, self._tick)
-        ablations.windows(self.columns, self.settings.windows, self.layers, self._tick)
+        ablations.windows(self.columns, self.settings.windows, self.layers, self.settings.window_pairs, self._tick)
         ablations.read(self.columns, self.layers)
 
     def generation_tables(self, responses: Sequence[Tokens]) -> Tables:
@@ -156,12 +159,9 @@ class _Run:
             return {}
         most, before = sum(steps(len(responses), self.settings, self.n_layers).values()), self.forwards
         self.progress.start(most, "step of writing")
-        chosen = self.prompts[: len(responses)]
-        texts = Generation(block_access(self.model), chosen, responses, self.settings, self._tick).texts()
-        self.progress.advance(most - (self.forwards - before))  # what ended early
-        generation = generation_table(texts, self.model.tokenizer)
-        enter_proxies(self.columns, generation)
-        return {"generation": generation, "generation_layers": layer_table(texts, generation, self.settings.seed)}
+        written = Generation(block_access(self.model), self.prompts, responses, self.settings, self._tick).texts()
+        self.progress.advance(most - (self.forwards - before))  # texts that ended early
+        return written_tables(written, self.model.tokenizer, self.columns, self.settings.seed)
 
     def skips(self) -> None:
         """Measure future and local skip effects, on the first prompts that are long enough."""
@@ -211,7 +211,7 @@ class _Run:
         tables = proxy_tables(measured, {"zd": self.zd}, self.settings.seed)
         control = {"zd": self.zd, "layer_index": np.arange(self.n_layers, dtype=np.float64)}
         tables["agreement"] = agreement_table(measured, control, self.settings.seed)
-        tables["windows"] = self._windows()
+        tables["windows"] = windows_table(self.columns, self.settings, self.n_layers)
         tables["effective_depth"] = effective_depths(self.columns, self.settings.seed)
         self.notes.append(effective_depth_note(tables["effective_depth"]))
         mean, low, high = interval(self.loss, self.settings.seed)
@@ -234,18 +234,6 @@ class _Run:
             accuracy.add(layer, [labelled[int(i)] for i in scored.row], torch.from_numpy(scored.correct))
         return {"probe_accuracy": accuracy}
 
-    def _windows(self) -> pd.DataFrame:
-        frames = []
-        for width in self.settings.windows:
-            start = np.array([layer for layer in self.layers if layer + width <= self.n_layers], dtype=np.int64)
-            columns: dict[str, object] = {"start": start, "width": width}
-            for name in ("parallel_error", "parallel_cosine", "delta_ce_parallel"):
-                mean, low, high = interval(self.columns[f"{name}_{width}"], self.settings.seed)
-                short = name.removeprefix("parallel_").removesuffix("_parallel")
-                columns |= {short: mean[start], f"{short}_low": low[start], f"{short}_high": high[start]}
-            frames.append(pd.DataFrame(columns))
-        return pd.concat(frames, ignore_index=True)
-
     def skip_tables(self) -> Tables:
         """Return the tables `skip_effect`, `output_effect`, `depth_score`."""
         seed, measured = self.settings.seed, [(k, e) for k, e in self.effects.items() if not np.isnan(e.mean).all()]
@@ -260,7 +248,7 @@ class _Run:
         return {name: pd.concat(frames, ignore_index=True).assign(rule=rule) for name, frames in tables.items()}
 
     def removal_tables(self, proxies: pd.DataFrame) -> Tables:
-        """Return the tables `greedy` and `drop_curve`, as the options say."""
+        """Return the tables `greedy`, `drop_curve` and `bits_frontier`, as the options say."""
         tables: Tables = {}
         planned = removed(self.model, self.prompts, self.settings)
         if self.settings.drop_blocks:
@@ -268,10 +256,15 @@ class _Run:
             n_drop = self.settings.dropped(self.n_layers)
             columns = {name: PerPrompt(len(self.prompts), n_drop) for name in order}
             self.progress.start(planned["removal curves"], "removal")
-            for chunk in chunks(self.activations, range(len(self.prompts))):
-                self._on(chunk, lambda ablations: drop_blocks(ablations, order, columns, self._tick))
+            self._each(lambda ablations: drop_blocks(ablations, order, columns, self._tick))
             columns[REMEASURED] = self._similarity_again(proxies, n_drop)
             tables["drop_curve"] = drop_table(columns, self.settings.seed)
+        if self.settings.frontier_points:
+            self.progress.start(planned["widths"], "rounded forward")
+            swept = proxies[proxies["layer"].isin(self.layers)]
+            tables["bits_frontier"] = frontier(
+                self.model, swept, self.settings, len(self.prompts), self._each, self._tick
+            )
         if self.settings.greedy_steps:
             self.progress.start(planned["greedy removals"], "greedy removal")
             tables["greedy"] = self._greedy()
@@ -282,8 +275,7 @@ class _Run:
         similarity = dict(zip(proxies["layer"].astype(int), proxies["similarity_block"].astype(float), strict=True))
         order = SimilarityAgain(self.layers, similarity)
         while True:
-            for chunk in chunks(self.activations, range(len(self.prompts))):
-                self._on(chunk, lambda ablations: order.measure(ablations, column, self._tick))
+            self._each(lambda ablations: order.measure(ablations, column, self._tick))
             if len(order.gone) == n_drop:
                 return column
             order.drop()

@@ -9,6 +9,7 @@ from typing import Literal
 from analyses.interventions import swept
 from analyses.options import option
 from probes.blocks.batch import Part
+from probes.errors import OptionError
 from probes.prompts import Prompt
 
 Distance = Literal["jsd", "angular", "euclidean"]
@@ -42,6 +43,12 @@ class Settings:
     gradient_rule: Rule = option("midpoint", "Where in each step the gradient is taken; left is the paper's.")
     bits: tuple[int, ...] = option((8, 4), "Widths to which each block alone is rounded.", low=2, high=16)
     windows: tuple[int, ...] = option((2, 4), "Numbers of neighbouring blocks run side by side.", low=1, high=64)
+    window_pairs: bool = option(
+        False, "Whether windows also add what each pair of their blocks gives beyond the two apart (second order)."
+    )
+    frontier_points: int = option(
+        0, "Steps from all blocks at the widest of bits to all at the narrowest, per order; 0 leaves it out.", low=0
+    )
     greedy_steps: int = option(3, "Parts removed greedily, one after the other; 0 leaves it out.", low=0)
     greedy_distance: Distance = option("jsd", "What the greedy removal keeps small.")
     greedy_prompts: int = option(8, "Prompts on which the greedy removal decides.", low=1)
@@ -75,6 +82,17 @@ class Settings:
     def first(self, n: int, prompts: Sequence[Prompt]) -> list[int]:
         """Return the first `n` prompts that have a token to predict."""
         return [i for i, prompt in enumerate(prompts) if len(prompt.tokens) > 1][:n]
+
+    @property
+    def wide_and_narrow(self) -> tuple[int, int]:
+        """Return the widths between which the frontier lies.
+
+        Raises:
+            OptionError: a frontier of one width.
+        """
+        if self.frontier_points and len(set(self.bits)) < 2:
+            raise OptionError(f"frontier_points needs two widths, and bits is {self.bits}: give two, such as 8,4")
+        return max(self.bits), min(self.bits)
 
     def dropped(self, n_layers: int) -> int:
         """Return how many blocks the removal curves take away; at least one block of the model is left."""

@@ -78,7 +78,7 @@ class PassageUse(Analysis):
         patterns = model.refusal(Address("pattern", 0)) is None
         return Interventions(
             {
-                "prompts to resume": len(whole),
+                "prompts to resume": passages,
                 "knock-outs around a block": passages * len(layers),
                 "knock-outs in all blocks": len(whole) if patterns else 0,
             }

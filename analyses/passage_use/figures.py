@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analyses.results.card import FigureSpec, Tables
-from analyses.results.theme import COLOURS, band, finish, token_label, whiskers
+from analyses.results.theme import COLOURS, MORE, band, finish, token_label, whiskers
 
 NAMES = {
     "iks": "MLP read-out change",
@@ -18,43 +18,43 @@ NAMES = {
     "mass": "attention to the passage",
     "diff_attn": "divergence, scores masked",
     "diff_attn_propagated": "divergence, blind in every block",
-    "knock_out_loss": "loss without a view of the passage",
+    "knock_out_loss": "loss without a view",
 }
 PANELS = (
-    ("loss (nats)", ("knock_out_loss",)),
-    ("attention (share, nats)", ("mass", "diff_attn", "diff_attn_propagated")),
-    ("cosine of MLP output", ("sim_hidden", "sim_neutral", "sim_noise")),
-    ("read-out (nats)", ("iks",)),
+    ("what the answer loses without a view of the passage", "nats", ("knock_out_loss",)),
+    ("attention of the last position", "share, nats", ("mass", "diff_attn", "diff_attn_propagated")),
+    ("what the MLP adds, with and without the passage", "cosine", ("sim_hidden", "sim_neutral", "sim_noise")),
+    ("prediction before and after the MLP", "nats", ("iks",)),
 )
+_COLOURS = dict(zip(("knock_out_loss", "mass", "diff_attn", "diff_attn_propagated", "sim_hidden", "sim_neutral", "iks", "sim_noise"), (*COLOURS[:6], MORE[0], "#8c8c8c"), strict=True))  # fmt: skip
 
 
 def curves(tables: Tables) -> go.Figure:
     """Four kinds of measures over one depth axis."""
     table = tables["means"]
-    figure = make_subplots(rows=len(PANELS), cols=1, shared_xaxes=True, vertical_spacing=0.04)
-    colours = iter(COLOURS)
-    for row, (title, measures) in enumerate(PANELS, 1):
+    figure = make_subplots(
+        rows=len(PANELS),
+        cols=1,
+        shared_xaxes=True,
+        vertical_spacing=0.06,
+        subplot_titles=[title for title, *_ in PANELS],
+    )
+    finish(figure, x="", y="", height=900)
+    for row, (_, unit, measures) in enumerate(PANELS, 1):
         for measure in measures:
-            rows = table[table["measure"] == measure]
+            rows, panel = table[table["measure"] == measure], go.Figure()
             if rows.empty:
                 continue
-            colour = next(colours)
-            panel = go.Figure()
-            band(panel, rows["layer"], rows["low"], rows["high"], colour)
+            band(panel, rows["layer"], rows["low"], rows["high"], _COLOURS[measure])
             for trace in panel.data:
                 figure.add_trace(trace, row=row, col=1)
             figure.add_scatter(
-                x=rows["layer"], y=rows["mean"], name=NAMES[measure], mode="lines+markers", line={"color": colour},
+                x=rows["layer"], y=rows["mean"], name=NAMES[measure], mode="lines+markers", line={"color": _COLOURS[measure]},
                 marker={"size": 4}, row=row, col=1,
             )  # fmt: skip
-        figure.update_yaxes(title=title, row=row, col=1)
-    titles = [figure.layout[f"yaxis{'' if i == 1 else i}"].title.text for i in range(1, len(PANELS) + 1)]
-    finish(figure, x="", y="", height=820)
-    for i, title in enumerate(titles, 1):
-        figure.update_yaxes(title=title, row=i, col=1)
+        figure.update_yaxes(title=unit, row=row, col=1)
     figure.update_xaxes(title="layer", row=len(PANELS), col=1)
-    figure.update_layout(legend={"y": 1.02}, margin={"t": 110})
-    return figure
+    return figure.update_layout(legend={"y": 1.04, "traceorder": "normal"}, margin={"t": 130})
 
 
 def chosen(tables: Tables) -> go.Figure:

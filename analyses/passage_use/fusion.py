@@ -98,12 +98,13 @@ def fusion_note(table: pd.DataFrame) -> str:
     others = rows.drop(index=["none", "fused"])
     gain = f"{fused['gain']:+.2f} nats [{fused['gain_low']:.2f}, {fused['gain_high']:.2f}]"
     beside = ", ".join(f"{str(name).replace('_', ' ')} {row['gain']:+.2f}" for name, row in others.iterrows())
-    verdict = (
-        "more than none and than every control"
-        if fused["gain_low"] > 0 and (fused["gain_low"] > others["gain_high"]).all()
-        else "not told from its controls"
-    )
-    return f"Fusion (ours, after LFD) changes the answer's log-probability by {gain}: {verdict} ({beside})."
+    if fused["gain_low"] > 0 and (fused["gain_low"] > others["gain_high"]).all():
+        verdict = "more than none and than every control"
+    elif fused["gain_high"] < 0:
+        verdict = "less than without it"
+    else:
+        verdict = "not told from none or from a control"
+    return f"Fusion (ours, after LFD) changes the answer's log-probability by {gain}: {verdict} (controls: {beside})."
 
 
 def _best(by_layer: Tensor, answers: Tensor) -> int:

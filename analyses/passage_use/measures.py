@@ -17,14 +17,17 @@ from probes import edits
 from probes.blocks.cached_prompt import CachedPrompt
 from probes.capture.activations import Activations
 from probes.edits import KnockOut
+from probes.edits.attention import BlockedRows
 from probes.lenses import logit
-from probes.models.protocol import Model
+from probes.models.protocol import Model, Write
 from probes.models.unembedding import logits_of
 from probes.points import Address
 from probes.reducers import Reducer
 
 LAST = Reducer(positions="last")
 Tick = Callable[[int], None]
+TOGETHER = 8
+"""Cuts of one prompt that are run together."""
 
 
 class LastRows:
@@ -119,25 +122,29 @@ def knock_out_losses(
 ) -> dict[tuple[int, int], float]:
     """Return how much the answer's log-probability falls where nothing behind the passage sees it in a window around each layer, nats.
 
-    The prompt is run once; each cut resumes behind the passage at the window's first block.
+    The prompt is run once; cuts resume behind the passage, several together, at the lowest block that one of them reaches.
     """
     n_layers, unembedding = model.shape.n_layers, model.unembedding()
+    keys = tuple(range(*item.span))
+    if not keys:
+        return {(item.prompt, layer): 0.0 for layer in layers}
     prompt = CachedPrompt(model, item.tokens, item.span[1])
     tick(1)
-    keys = tuple(range(*item.span))
 
-    def answer(last: Tensor) -> float:
-        return float(logits_of(unembedding, last).float().log_softmax(-1)[0, item.answer])
+    def answer(last: Tensor) -> Tensor:
+        return logits_of(unembedding, last).float().log_softmax(-1)[:, item.answer].cpu()
 
-    plain = answer(prompt.entering[n_layers][-1:])
-    losses = {}
-    for layer in layers:
-        blocks = tuple(range(max(0, layer - window), min(n_layers, layer + window + 1)))
-        if not keys:
-            losses[item.prompt, layer] = 0.0
-            continue
-        # Where only the suffix runs, `all` names the queries that there are.
-        writes = KnockOut(blocks, "all", keys).writes(model.shape, [len(item.tokens)])
-        losses[item.prompt, layer] = plain - answer(prompt.edited(blocks[0], 1, writes))
-        tick(1)
+    plain, losses = answer(prompt.entering[n_layers][-1:]), dict[tuple[int, int], float]()
+    for first in range(0, len(layers), TOGETHER):
+        part = layers[first : first + TOGETHER]
+        blocks = [range(max(0, layer - window), min(n_layers, layer + window + 1)) for layer in part]
+        rows: dict[Address, list[tuple[int, Write]]] = {}
+        for row, own in enumerate(blocks):
+            # Where only what is behind the passage runs, `all` names the queries that there are.
+            for address, write in KnockOut(tuple(own), "all", keys).writes(model.shape, [len(item.tokens)]).items():
+                rows.setdefault(address, []).append((row, write))
+        cuts = {address: BlockedRows(tuple(placed)) for address, placed in rows.items()}
+        blind = answer(prompt.edited(min(own.start for own in blocks), len(part), cuts))
+        losses |= {(item.prompt, layer): float(loss) for layer, loss in zip(part, plain - blind, strict=True)}
+        tick(len(part))
     return losses

@@ -84,10 +84,11 @@ def notes_of(means: pd.DataFrame, window: int) -> list[str]:
         else:
             place = int(sure["mean"].to_numpy().argmax())
             top, row = sure.index[place], sure.iloc[place]
+            near = ", ".join(str(layer) for layer in sure.index[sure["high"] >= row["low"]] if layer != top)
             notes.append(
-                f"Attention to the passage matters most around block {top} (windows of {2 * window + 1}): without it the answer loses "
-                f"{row['mean']:.2f} nats [{row['low']:.2f}, {row['high']:.2f}]; intervals lie above 0 at {len(sure)} of "
-                f"{len(losses)} blocks."
+                f"Without a view of the passage around block {top} (windows of {2 * window + 1}) the answer loses most, {row['mean']:.2f} nats "
+                f"[{row['low']:.2f}, {row['high']:.2f}]; {'not told from it: ' + near if near else 'no other interval reaches it'}. "
+                f"Intervals lie above 0 at {len(sure)} of {len(losses)} blocks, below at {int((losses['high'] < 0).sum())}."
             )
             notes += _mass_note(means, losses)
     elif len(losses):

@@ -54,6 +54,7 @@ class JobQueue:
     def submit(self, request: Request) -> str:
         """Add a job to the line; return its name. The folder of a run is numbered where its name is taken."""
         with self._lock:
+            self.ensure()
             if request.kind == "run":
                 request = replace(request, out=str(self.free(Path(request.out))))
             self._last += 1
@@ -137,6 +138,10 @@ class JobQueue:
     def ensure(self) -> None:
         """Start the worker where none runs."""
         with self._lock:
+            if self._worker is not None and self._worker.poll() is not None:
+                # What ran in it has failed, which only the dead worker tells.
+                for name in self.active():
+                    self.status(name)
             if self._worker is None or self._worker.poll() is not None:
                 Path(socket_of(self.folder)).unlink(missing_ok=True)
                 self._worker = self._start()

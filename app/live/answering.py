@@ -203,10 +203,23 @@ def written(session: Session, new_tokens: int) -> dict[str, Any]:
     return {"before": comparison.before.written, "after": comparison.after.written}
 
 
+def other(session: Session, lens: str = "logit") -> dict[str, Any]:
+    """Return the other prompt's grid, without edits.
+
+    Raises:
+        OptionError: there is no other prompt.
+    """
+    if session.other is None:
+        raise OptionError("there is no other prompt: write one to see its grid")
+    there = opened(replace(session.state, text=session.other, other=None, steps=()))
+    return {"grid": _grid(there, there.grid(before=True, lens=_lens(lens, session.ref))), "tokens": list(there.tokens)}
+
+
 VIEWS: dict[str, Callable[..., dict[str, Any]]] = {
     "view": view,
     "attention": attention,
     "heads": heads,
     "everywhere": everywhere,
     "written": written,
+    "other": other,
 }

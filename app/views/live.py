@@ -10,6 +10,7 @@ import streamlit as st
 from app.live.protocol import Action
 from app.places import runs_root
 from app.saved import saved_runs
+from app.ui.live_beside import chosen_cell, draw_both, draw_depth, draw_history
 from app.ui.live_cell import CONFIG, draw_attention, draw_cell, draw_everywhere, draw_heads
 from app.ui.live_desk import EXAMPLES, Desk, desk
 from app.ui.live_figures import CHANGED, COLUMN, lens_grid
@@ -127,16 +128,11 @@ def _grid(own: Desk, data: dict[str, Any]) -> tuple[int, int]:
         "Position", range(len(tokens)), key="live:position", width=150, format_func=lambda i: f"{i} {tokens[i]}"
     )
 
-    def clicked() -> None:
-        for point in st.session_state[f"live:grid:{own.at}"]["selection"]["points"]:
-            if "customdata" in point:
-                st.session_state["live:step"], st.session_state["live:position"] = map(int, point["customdata"])
-
     figure = lens_grid(tokens, data["grids"], show, (step, position), [s["text"] for s in data["steps"]])
     st.html(at_least("live-grid", COLUMN * len(tokens) + 140))
     with st.container(key="live-grid"):
         st.plotly_chart(
-            restyled(figure, mode()), key=f"live:grid:{own.at}", on_select=clicked, selection_mode="points", config=CONFIG,
+            restyled(figure, mode()), key=f"live:grid:{own.at}", on_select=partial(chosen_cell, f"live:grid:{own.at}", ("live:step", "live:position")), selection_mode="points", config=CONFIG,
             alt=f"Lens grid, {SHOWS[show]}: the top token of {len(steps)} blocks at {len(tokens)} positions; the inspector tells one cell.",
         )  # fmt: skip
     after = data["grids"]["after"]
@@ -149,7 +145,7 @@ def _grid(own: Desk, data: dict[str, Any]) -> tuple[int, int]:
 
 
 def _tools(own: Desk, data: dict[str, Any], step: int, position: int) -> None:
-    names = ["Cell", "Attention", "Heads", "Everywhere", "History", "Take along"]
+    names = ["Cell", "Attention", "Heads", "Everywhere", "Both prompts", "Depth", "History", "Take along"]
     tool = st.segmented_control("Tools", names, default="Cell", key="live:tool", label_visibility="collapsed") or "Cell"
     if tool == "Cell":
         draw_cell(own, data, step, position)
@@ -159,29 +155,11 @@ def _tools(own: Desk, data: dict[str, Any], step: int, position: int) -> None:
         draw_heads(own, data)
     elif tool == "Everywhere":
         draw_everywhere(own, data)
+    elif tool == "Both prompts":
+        draw_both(own, data, step, position, st.session_state.get("keep:live:lens", "logit"))
+    elif tool == "Depth":
+        draw_depth(own, data, step)
     elif tool == "History":
-        _history(own)
+        draw_history(own)
     else:
         draw_take(own, data)
-
-
-def _history(own: Desk) -> None:
-    for index, (answer, words) in enumerate(zip(own.history, own.words, strict=True)):
-        comparison = answer.data["comparison"]
-        top = comparison["after"]["top"][0]
-        what, go = st.columns([8, 1], vertical_alignment="center")
-        mark = ":material/arrow_right:" if index == own.at else ""
-        what.markdown(
-            f"{mark} {index}. {words.replace('[', '(').replace(']', ')')} — KL {comparison['kl']:.3g} nats, then `{top['token']}`"
-        )
-        go.button(
-            "Restore", key=f"live:restore:{index}", on_click=own.go, args=(index - own.at,), disabled=index == own.at
-        )
-    if len(own.history) > 1:
-        left, right = st.columns(2)
-        first = left.selectbox("Compare", range(len(own.history)), key="live:compare:a", index=0)
-        second = right.selectbox("with", range(len(own.history)), key="live:compare:b", index=len(own.history) - 1)
-        for column, index in ((left, first), (right, second)):
-            rows = own.history[index].data["comparison"]["after"]["top"]
-            column.dataframe([{"token": row["token"], "logprob": row["logprob"]} for row in rows], hide_index=True,
-                             alt=f"What the model says after step {index}")  # fmt: skip

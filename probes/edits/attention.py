@@ -112,3 +112,24 @@ class Blocked:
         touched = blocked.any(-1, keepdim=True)
         share = left.sum(-1, keepdim=True) / pattern.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         return torch.where(touched & (share > 0), left / share.clamp_min(torch.finfo(torch.float32).tiny), left)
+
+
+@dataclass(frozen=True)
+class BlockedRows:
+    """A write of attention probabilities with other forbidden keys in each row of the batch."""
+
+    rows: tuple[tuple[int, Write], ...]
+
+    def mask(self, batch: int, n_heads: int, n_queries: int, n_keys: int) -> Bool[Tensor, "batch head query key"]:
+        """Return where attention is forbidden."""
+        out = torch.zeros(batch, n_heads, n_queries, n_keys, dtype=torch.bool)
+        for row, write in self.rows:
+            out[row] = write.mask(1, n_heads, n_queries, n_keys)[0]  # type: ignore[attr-defined]
+        return out
+
+    def __call__(self, pattern: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
+        """Return the probabilities without the forbidden keys."""
+        out = pattern.clone()
+        for row, write in self.rows:
+            out[row : row + 1] = write(pattern[row : row + 1])
+        return out

@@ -77,10 +77,9 @@ def sweep(
     kl, top = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
     watched = torch.full((*shape, len(tokens)), torch.nan)
     p = base.double().exp()
-    entropy = p @ base.double()
     for part, rows in logprobs_of(prompt, variants, before, after):
         place = torch.tensor([(variant.layer, variant.column) for variant in part]).T.unbind()
-        kl[place] = (entropy - rows.double() @ p).clamp_min(0).float().cpu()
+        kl[place] = ((base.double() - rows) @ p).clamp_min(0).float().cpu()
         top[place] = (rows[:, base.argmax()] - base.max()).cpu()
         watched[place] = (rows[:, tokens] - base[tokens]).cpu()
     return EffectMap(str(edit), name, kl, watched, top)

@@ -83,17 +83,20 @@ def read_grid(
         [lens.readable(rows[s][changed[s]].float(), max(run.steps[s])) for s in range(steps) if changed[s].any()]
     )
     compared = (partner[step] >= 0) if reference else torch.zeros(len(step), dtype=torch.bool)
-    before = known = None
-    if reference and bool(compared.any()):
-        cells = [
-            (partner[s], changed[s], max(run.steps[s])) for s in range(steps) if changed[s].any() and partner[s] >= 0
-        ]
-        streams = reference[0].streams[1:]
-        before = torch.cat([lens.readable(streams[same][where].float(), block) for same, where, block in cells])
-        if reference_logits is not None:
-            known = torch.cat([reference_logits[same][where] for same, where, _ in cells])
     # A step that the reference does not have is compared with its first row, and that number left out.
     row_of = compared.cumsum(0).sub(1).clamp_min(0)
+    before = known = None
+    if reference and bool(compared.any()):
+        streams, same = reference[0].streams[1:].float(), partner[step[compared]]
+        if reference_logits is None:
+            moved = [s for s in range(steps) if partner[s] >= 0 and changed[s].any()]
+            places = [(streams[partner[s]][changed[s]], int(partner[s])) for s in moved]
+        else:
+            # Whole steps of what is known, so that nothing is copied.
+            known = reference_logits[same.min() : same.max() + 1].flatten(0, 1)
+            row_of = ((partner[step] - same.min()) * positions + position).clamp_min(0)
+            places = [(streams[s], s) for s in range(int(same.min()), int(same.max()) + 1)]
+        before = torch.cat([lens.readable(part, max(reference[0].steps[s])) for part, s in places])
     read = logit.read(
         stream, model.unembedding(), ids=torch.tensor(list(ids), dtype=torch.long), top_k=TOP, reference=before,
         reference_of=None if before is None else row_of, reference_logits=known, ranks=bool(ids),

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from probes.edits import Edit, KnockOut, PointEdit, composed, resolve, writes_of
+from probes.edits.attention import BlockedRows
 from probes.edits.positions import chosen
 from probes.models.protocol import Write
 from probes.points import Address
@@ -185,24 +186,3 @@ def _by_row(prompt: OpenPrompt, variants: Sequence[Variant]) -> dict[Address, Wr
         return put
 
     return {address: write(address) for address in rows}
-
-
-@dataclass(frozen=True)
-class BlockedRows:
-    """A write of attention probabilities with other forbidden keys in each row of the batch."""
-
-    rows: tuple[tuple[int, Write], ...]
-
-    def mask(self, batch: int, n_heads: int, n_queries: int, n_keys: int) -> Bool[Tensor, "batch head query key"]:
-        """Return where attention is forbidden."""
-        out = torch.zeros(batch, n_heads, n_queries, n_keys, dtype=torch.bool)
-        for row, write in self.rows:
-            out[row] = write.mask(1, n_heads, n_queries, n_keys)[0]  # type: ignore[attr-defined]
-        return out
-
-    def __call__(self, pattern: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
-        """Return the probabilities without the forbidden keys."""
-        out = pattern.clone()
-        for row, write in self.rows:
-            out[row : row + 1] = write(pattern[row : row + 1])
-        return out

@@ -22,6 +22,7 @@ PROMPTS = 6
 """Prompts that are decomposed, the fewest that support an interval, to keep to the benchmark's time."""
 COMPARED = {
     "cdt_paper": "cdt_paper", "attribution": "attribution_patching", "direct": "direct_attribution", "ablation": "mean_ablation",
+    "relp": "relp", "lrp": "lrp", "relp_cp": "relp_cp", "lrp_cp": "lrp_cp",
 }  # fmt: skip
 """Column of the table `heads`, and what answers by it are called."""
 

@@ -1,0 +1,145 @@
+"""What stands beside the lens grid: the other prompt's grid, profiles of saved runs, and earlier steps of the session."""
+
+from __future__ import annotations
+
+import shlex
+from functools import partial
+from typing import Any
+
+import streamlit as st
+
+from analyses.results.depth_axis import Curve, Panel, depth_figure, narrowest
+from analyses.results.theme import colour_of, token_label
+from app import offered
+from app.live.protocol import Action
+from app.saved import profiles_of, saved_runs
+from app.ui.live_desk import Desk
+from app.ui.live_figures import COLUMN, lens_grid
+from app.ui.theme import at_least, mode, restyled
+
+CONFIG = {"displaylogo": False, "displayModeBar": False}
+PANELS = 6
+"""Profiles drawn beside each other."""
+
+
+def chosen_cell(key: str, names: tuple[str, str]) -> None:
+    """Keep the cell that was clicked in a grid under two names of the page's state."""
+    for point in st.session_state[key]["selection"]["points"]:
+        if "customdata" in point:
+            for name, value in zip(names, point["customdata"], strict=True):
+                st.session_state[name] = int(value)
+
+
+def draw_both(desk: Desk, data: dict[str, Any], step: int, position: int, lens: str) -> None:
+    """Draw this prompt's grid and the other's, a cell of each chosen, and the patch from one into the other."""
+    if data["other"] is None:
+        st.caption(
+            "Write another prompt above, best token by token like this one: its grid then stands beside this one."
+        )
+        return
+    answer = desk.look("other", "both", lens=lens)
+    if answer is None:
+        desk.say_refusal("both")
+        return
+    tokens, others = data["comparison"]["tokens"], answer["tokens"]
+    names = "live:other-step", "live:other-position"
+    for name, value, most in zip(names, (step, position), (len(answer["grid"]["steps"]), len(others)), strict=True):
+        if st.session_state.get(name) not in range(most):
+            st.session_state[name] = min(value, most - 1)
+    row = st.container(horizontal=True, vertical_alignment="bottom")
+    source = row.selectbox("Position in the other prompt", range(len(others)), key=names[1], width=230,
+                           format_func=lambda i: f"{i} {token_label(others[i])}")  # fmt: skip
+    block = str(data["grids"]["after"]["steps"][step]).split("|")[0]
+    line = f"patch resid_post.{block} @{position} from other@{source}"
+    row.button(
+        f"Patch it into block {block}, position {position}", icon=":material/content_paste:", key="live:both:patch", help=f"`{line}`",
+        on_click=desk.act, args=(f"added: {line}", Action("add", value=line)), kwargs={"at": "both"},
+    )  # fmt: skip
+    desk.say_refusal("both")
+    cells = (step, position), (st.session_state[names[0]], source)
+    here = {"before": data["grids"]["before"], "after": data["grids"]["before"]}
+    there = {"before": answer["grid"], "after": answer["grid"]}
+    kept = ("live:step", "live:position"), names
+    titles = "This prompt, without edits", "The other prompt"
+    for side, (column, text, grids) in enumerate(zip(st.columns(2), (tokens, others), (here, there), strict=True)):
+        key = f"live:both:{side}:{desk.at}"
+        with column:
+            st.markdown(f"**{titles[side]}**")
+            st.html(at_least(f"live-both-{side}", COLUMN * len(text) + 140))
+            with st.container(key=f"live-both-{side}"):
+                st.plotly_chart(
+                    restyled(lens_grid(text, grids, "before", cells[side], ()), mode()), key=key, on_select=partial(chosen_cell, key, kept[side]),
+                    selection_mode="points", config=CONFIG, alt=f"Lens grid of {titles[side].lower()}",
+                )  # fmt: skip
+    st.caption("Click a cell in each, or choose by the lists, and patch; the grid above shows the result.")
+
+
+def draw_depth(desk: Desk, data: dict[str, Any], step: int) -> None:
+    """Draw the profiles of this model's saved runs on its layers, the chosen block marked."""
+    assert desk.now is not None
+    ref = shlex.split(desk.now.session.split("\n")[0].partition(" ")[2])[0]
+    runs = [run for run in saved_runs() if run.model == ref and run.layers == data["layers"]]
+    newest = list({run.analysis: run for run in reversed(runs)}.values())
+    profiles = [profile for run in newest for profile in profiles_of(run)[:1]][:PANELS]
+    if not profiles:
+        st.caption(
+            f"No saved run of {ref} says anything of single layers. Open an analysis in the side bar and press Run."
+        )
+        return
+    order = list(offered.names())
+    panels = [
+        Panel(p.title, p.unit, (Curve(p.run, colour_of(p.analysis, order), p.table, data["layers"]),)) for p in profiles
+    ]
+    block = int(str(data["grids"]["after"]["steps"][step]).split("|")[0])
+    st.html(at_least("live-depth", narrowest(panels)))
+    with st.container(key="live-depth"):
+        st.plotly_chart(
+            restyled(depth_figure(panels, data["layers"], [block], mode()), mode()), key="live:depth", config=CONFIG,
+            alt=f"Profiles of saved runs by layer, block {block} marked: {', '.join(p.title for p in profiles)}",
+        )  # fmt: skip
+    st.caption(
+        "The newest run of each analysis on this model, its first profile; block "
+        + f"{block} is marked. All are on the page Home."
+    )
+
+
+def draw_history(desk: Desk) -> None:
+    """Draw every step of the session with its outcome, a button that goes back to it, and two of them side by side."""
+    for index, (answer, words) in enumerate(zip(desk.history, desk.words, strict=True)):
+        comparison = answer.data["comparison"]
+        top = comparison["after"]["top"][0]
+        what, go = st.columns([8, 1], vertical_alignment="center")
+        mark = ":material/arrow_right:" if index == desk.at else ""
+        what.markdown(
+            f"{mark} {index}. {words.replace('[', '(').replace(']', ')')} — KL {comparison['kl']:.3g} nats, then `{top['token']}`"
+        )
+        go.button(
+            "Restore", key=f"live:restore:{index}", on_click=desk.go, args=(index - desk.at,), disabled=index == desk.at
+        )
+    if len(desk.history) > 1:
+        _draw_compared(desk)
+
+
+def _draw_compared(desk: Desk) -> None:
+    steps = range(len(desk.history))
+    what = st.segmented_control(
+        "Compare by", ["Final predictions", "Whole grids"], default="Final predictions", key="live:compare:what"
+    )
+    labels = ("Compare", "live:compare:a", 0), ("with", "live:compare:b", len(steps) - 1)
+    for column, (label, key, first) in zip(st.columns(2), labels, strict=True):
+        with column:
+            index = st.selectbox(label, steps, key=key, index=first, format_func=lambda i: f"{i}. {desk.words[i]}")
+            data = desk.history[index].data
+            if what != "Whole grids":
+                rows = data["comparison"]["after"]["top"]
+                st.dataframe([{"token": row["token"], "logprob": row["logprob"]} for row in rows], hide_index=True,
+                             alt=f"What the model says after step {index}")  # fmt: skip
+                continue
+            tokens = data["comparison"]["tokens"]
+            name = key.replace(":", "-")
+            st.html(at_least(name, COLUMN * len(tokens) + 140))
+            with st.container(key=name):
+                st.plotly_chart(
+                    restyled(lens_grid(tokens, data["grids"], "after", None, ()), mode()), key=f"{key}:grid", config=CONFIG,
+                    alt=f"Lens grid after step {index}",
+                )  # fmt: skip

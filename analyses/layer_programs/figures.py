@@ -32,6 +32,15 @@ def _unit(values: np.ndarray) -> float:
     return max(1e-6, float(np.quantile(sizes, 0.1))) if len(sizes) else 1.0
 
 
+def _apart(ticks: np.ndarray, places: np.ndarray, least: float) -> np.ndarray:
+    """Return ticks from the largest down that stand at least so far from one another and from 0."""
+    kept: list[int] = []
+    for at in range(len(ticks) - 1, -1, -1):
+        if places[at] >= least and (not kept or places[kept[-1]] - places[at] >= least):
+            kept.append(at)
+    return ticks[kept[::-1]]
+
+
 def jump_map(tables: Tables) -> go.Figure:
     """Draw leave by enter, a panel for each metric; cells that may be chance in grey, the best one ringed."""
     table, best = tables["jumps"], tables["best_jump"]
@@ -68,6 +77,7 @@ def jump_map(tables: Tables) -> go.Figure:
             col=col,
         )
         ticks = TICKS[(unit <= TICKS) & (np.arcsinh(TICKS / unit) <= limit)]
+        ticks = _apart(ticks, np.arcsinh(ticks / unit), limit / 7)
         ticks = np.concatenate((-ticks[::-1], [0], ticks))
         bar = {
             "title": "change", "len": 0.8, "x": (col - 0.2) / len(metrics), "thickness": 12, "tickvals": np.arcsinh(ticks / unit),
@@ -151,15 +161,16 @@ def skip_pairs(tables: Tables) -> go.Figure:
     certain = (table["excess_low"] > 0) | (table["excess_high"] < 0) | table["excess_low"].isna()
     limit = max(1e-9, float(np.nanmax(np.abs(table["excess"]))))
     figure = go.Figure()
-    for rows, colours, bar in (
-        (table, [[0, GREY], [1, GREY]], None),
-        (table[certain], BETTER, {"title": UNITS[metric], "thickness": 12}),
+    square = {
+        name: table.pivot(index="j", columns="i", values=name) for name in ("excess", "delta_i", "delta_j", "delta")
+    }
+    told = table.assign(excess=table["excess"].where(certain)).pivot(index="j", columns="i", values="excess")
+    for values, colours, bar in (
+        (square["excess"], [[0, GREY], [1, GREY]], None),
+        (told, BETTER, {"title": UNITS[metric], "thickness": 12}),
     ):
-        square = {
-            name: rows.pivot(index="j", columns="i", values=name) for name in ("excess", "delta_i", "delta_j", "delta")
-        }
         figure.add_heatmap(
-            x=square["excess"].columns, y=square["excess"].index, z=square["excess"],
+            x=values.columns, y=values.index, z=values,
             customdata=np.dstack([square[name].to_numpy() for name in ("delta_i", "delta_j", "delta", "excess")]),
             colorscale=colours, reversescale=metric in LOWER_IS_BETTER, zmin=-limit, zmax=limit, showscale=bar is not None, colorbar=bar,
             hovertemplate="without %{x} and %{y}: %{customdata[2]:.3g}<br>without %{x} %{customdata[0]:.3g}, without %{y} %{customdata[1]:.3g}"

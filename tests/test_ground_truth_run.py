@@ -22,6 +22,7 @@ from analyses.results.depth_axis import Curve, Panel, depth_figure
 from app.ui.truth import in_words, mark_of, true_marks
 from probes import from_hf
 from probes.errors import OptionError
+from probes.planted.certify.certificate import CHECKS
 from probes.planted.record import Interval, Question
 from probes.planted.registry import build, tasks
 
@@ -138,7 +139,8 @@ def test_flags_that_mean_nothing_are_refused(flags: tuple[str, ...], said: str) 
 
 
 def test_quick_tasks_exist_and_test_seeds_follow_from_the_release() -> None:
-    assert {name[0] for name in QUICK} == {name[0] for name in tasks("compiled")} - {"B", "G", "M", "O"}
+    assert {name[0] for name in QUICK} == {name[0] for name in tasks("compiled")} - {"A", "B", "I", "L"}
+    assert {question.kind for name in QUICK for question in build(name).record.questions} == set(CHECKS)
     assert chosen_tasks(("compiled", "noised", "trained"), (), quick=True) == sorted(QUICK)
     assert seed_of_release("v1", "A1") != seed_of_release("v2", "A1")
     assert 0 <= seed_of_release("v1", "A1") < 2**31

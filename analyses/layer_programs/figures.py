@@ -32,6 +32,15 @@ def _unit(values: np.ndarray) -> float:
     return max(1e-6, float(np.quantile(sizes, 0.1))) if len(sizes) else 1.0
 
 
+def _apart(ticks: np.ndarray, places: np.ndarray, least: float) -> np.ndarray:
+    """Return ticks from the largest down that stand at least so far from one another and from 0."""
+    kept: list[int] = []
+    for at in range(len(ticks) - 1, -1, -1):
+        if places[at] >= least and (not kept or places[kept[-1]] - places[at] >= least):
+            kept.append(at)
+    return ticks[kept[::-1]]
+
+
 def jump_map(tables: Tables) -> go.Figure:
     """Draw leave by enter, a panel for each metric; cells that may be chance in grey, the best one ringed."""
     table, best = tables["jumps"], tables["best_jump"]
@@ -68,6 +77,7 @@ def jump_map(tables: Tables) -> go.Figure:
             col=col,
         )
         ticks = TICKS[(unit <= TICKS) & (np.arcsinh(TICKS / unit) <= limit)]
+        ticks = _apart(ticks, np.arcsinh(ticks / unit), limit / 7)
         ticks = np.concatenate((-ticks[::-1], [0], ticks))
         bar = {
             "title": "change", "len": 0.8, "x": (col - 0.2) / len(metrics), "thickness": 12, "tickvals": np.arcsinh(ticks / unit),
@@ -77,7 +87,7 @@ def jump_map(tables: Tables) -> go.Figure:
             x=x, y=y, z=np.arcsinh(mean.mask(chance).to_numpy() / unit), customdata=hover, colorscale=BETTER, reversescale=worse, zmin=-limit,
             zmax=limit, colorbar=bar, hovertemplate=says, row=1, col=col,
         )  # fmt: skip
-        ring = best[best["metric"] == metric]
+        ring = best[(best["metric"] == metric) & ~(best["p_family"] > SIGNIFICANT)]
         figure.add_scatter(
             x=ring["enter"], y=ring["leave"], mode="markers", showlegend=False, hoverinfo="skip", row=1, col=col,
             marker={"symbol": "circle-open", "size": 14, "color": "#000000", "line": {"width": 2}},
@@ -91,6 +101,9 @@ def jump_map(tables: Tables) -> go.Figure:
         figure.update_xaxes(domain=[(col - 1) / len(metrics), (col - 0.22) / len(metrics)], row=1, col=col)
         figure.layout.annotations[col - 1].x = (col - 0.61) / len(metrics)
     finish(figure, x="enters block", y="leaves before block", height=520)
+    # Colour bars stand where the titles of further panels would.
+    for col in range(2, len(metrics) + 1):
+        figure.update_yaxes(title="", row=1, col=col)
     return figure
 
 
@@ -130,7 +143,7 @@ def swap_profile(tables: Tables) -> go.Figure:
         )
         _profile(figure, larger, "one in the other's place, the worse way", COLOURS[len(set(near["width"]))])
     finish(figure, x="lower block of the pair", y="nats from the plain prediction", height=420)
-    figure.update_yaxes(type="log", dtick=1)
+    figure.update_yaxes(type="log", dtick=1, exponentformat="power")
     return figure
 
 
@@ -148,22 +161,24 @@ def skip_pairs(tables: Tables) -> go.Figure:
     certain = (table["excess_low"] > 0) | (table["excess_high"] < 0) | table["excess_low"].isna()
     limit = max(1e-9, float(np.nanmax(np.abs(table["excess"]))))
     figure = go.Figure()
-    for rows, colours, bar in (
-        (table, [[0, GREY], [1, GREY]], None),
-        (table[certain], BETTER, {"title": UNITS[metric], "thickness": 12}),
+    square = {
+        name: table.pivot(index="j", columns="i", values=name) for name in ("excess", "delta_i", "delta_j", "delta")
+    }
+    told = table.assign(excess=table["excess"].where(certain)).pivot(index="j", columns="i", values="excess")
+    for values, colours, bar in (
+        (square["excess"], [[0, GREY], [1, GREY]], None),
+        (told, BETTER, {"title": UNITS[metric], "thickness": 12}),
     ):
-        square = {
-            name: rows.pivot(index="j", columns="i", values=name) for name in ("excess", "delta_i", "delta_j", "delta")
-        }
         figure.add_heatmap(
-            x=square["excess"].columns, y=square["excess"].index, z=square["excess"],
+            x=values.columns, y=values.index, z=values,
             customdata=np.dstack([square[name].to_numpy() for name in ("delta_i", "delta_j", "delta", "excess")]),
             colorscale=colours, reversescale=metric in LOWER_IS_BETTER, zmin=-limit, zmax=limit, showscale=bar is not None, colorbar=bar,
             hovertemplate="without %{x} and %{y}: %{customdata[2]:.3g}<br>without %{x} %{customdata[0]:.3g}, without %{y} %{customdata[1]:.3g}"
             "<br>beyond their sum %{customdata[3]:.3g}<extra></extra>",
         )  # fmt: skip
     finish(figure, x="block left out", y="other block left out", height=520)
-    figure.update_yaxes(scaleanchor="x")
+    figure.update_yaxes(scaleanchor="x", constrain="domain")
+    figure.update_xaxes(constrain="domain")
     return figure
 
 
@@ -210,7 +225,7 @@ FIGURES = {
         "Each cell is one program: blocks run in order up to the row, then from the column on. Above the diagonal blocks run twice, below it they "
         "are left out; the diagonal is the model itself. Blue is better than plain, red worse, on a scale that grows with the "
         "logarithm. Grey cells may be chance: with this many cells, one as far from 0 turns up in more than 5 % of draws of the prompts' signs. "
-        "The ring is the best cell; what it gains on prompts that did not choose it stands in the notes.",
+        "The ring is the best cell, where it is none of these; what it gains on prompts that did not choose it stands in the notes.",
         jump_map,
         lambda tables: "jumps" in tables,
         live=live_session,

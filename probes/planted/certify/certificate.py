@@ -28,6 +28,7 @@ from probes.planted.certify import (
 )  # fmt: skip
 from probes.planted.certify.bench import Bench
 from probes.planted.certify.measured import Measured
+from probes.planted.making import model_digest
 from probes.planted.record import Kind, Question
 from probes.planted.task import PlantedTask
 
@@ -79,7 +80,10 @@ def certified(task: PlantedTask) -> PlantedTask:
         ModelError: a truth of a model that is not disguised does not follow from what was measured.
     """
     name = key_of(task)
-    certificate = shipped().get(name) or _kept(task, cache_root() / "planted" / f"{name}.json")
+    if model_digest(task.module) == task.record.model["digest"]:
+        certificate = shipped().get(name) or _kept(task, cache_root() / "planted" / f"{name}.json")
+    else:  # The name is of the weights that were recorded.
+        certificate = certify(task)
     if task.record.tier == "noised":
         left = tuple(question for question in task.record.questions if question.key not in certificate["refuted"])
         return replace(task, record=replace(task.record, certificate=certificate, questions=left))
@@ -106,7 +110,7 @@ def ship(tasks: Iterable[PlantedTask]) -> Path:
 
 
 def key_of(task: PlantedTask) -> str:
-    """Return a name that changes with the task's weights, prompts, partners, answers or truths."""
+    """Return a name that changes with the task's recorded weights, prompts, partners, answers or truths."""
     everything = (task.record.to_json(), [(e.tokens, e.answer, e.partner) for e in task.examples])
     digest = hashlib.sha256(repr(everything).encode()).hexdigest()[:16]
     return f"{task.record.task}@{task.record.seed}-{digest}"

@@ -40,7 +40,7 @@ SMALL: dict[str, tuple[Analysis, list[Prompt]]] = {
     "depth_use": (
         DepthUse(
             parts=("block",), skip_prompts=0, erasure_prompts=0, gradient_prompts=0, greedy_steps=0, drop_blocks=0, bits=(8,),
-            windows=(2,),
+            windows=(2,), generate_prompts=2, generate_tokens=3,
         ),
         [line((5, 6, 7, 8)), line((9, 5, 6, 7))],
     ),

@@ -367,8 +367,8 @@ def test_the_texts_of_a_run_load_its_model_as_it_was_loaded(
 ) -> None:
     ran = replace(result, provenance={**result.provenance, "loaded": asdict(spec), "prompts_file": None})
     specs: list[ModelSpec] = []
-    monkeypatch.setattr("analyses.cli.run.lines_of", lambda *_: [])
-    monkeypatch.setattr("analyses.cli.run.cost_of", lambda spec, *_, **__: specs.append(spec) or [])
+    monkeypatch.setattr("analyses.running.runner.lines_of", lambda *_: [])
+    monkeypatch.setattr("analyses.running.runner.dry_run", lambda spec, *_, **__: specs.append(spec) or [])
     assert main([*shlex.split(reproduce.command(ran, "runs/x"))[1:], "--dry-run"]) == 0
     assert specs == [spec]
     loading = next(line for line in reproduce.python(ran, "runs/x").splitlines() if "load_model(" in line)

@@ -44,7 +44,8 @@ def _connection(queue: JobQueue) -> Connection:
     while True:
         try:
             return Client(socket_of(queue.folder), authkey=key())
-        except (FileNotFoundError, ConnectionRefusedError):
+        # The last two: a process that is being killed still accepts for a moment.
+        except (FileNotFoundError, ConnectionRefusedError, ConnectionResetError, EOFError):
             if time.monotonic() > until:
                 raise
             queue.ensure()

@@ -118,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", nargs="?", choices=("run", "export", "score", "certify"), default="run")
     parser.add_argument("folder", nargs="?", help="of export and score")
-    parser.add_argument("--quick", action="store_true", help="11 tasks, within a minute")
+    parser.add_argument("--quick", action="store_true", help="10 tasks, within a minute")
     parser.add_argument("--tier", default=",".join(TIERS))
     parser.add_argument("--tasks", default="", help="task ids, such as A2,C1; all of the tiers where none is named")
     parser.add_argument("--methods", default="", help=f"of {', '.join(names())}")

@@ -23,7 +23,7 @@ from analyses.reading.tuned import fit_tuned_on
 from analyses.results.statistics import cluster_bootstrap
 from probes.capture.needs import Need
 from probes.capture.run import capture
-from probes.models import fetch_model, load_model
+from probes.models import load_model
 from probes.points import Address
 from probes.store import ActivationStore
 
@@ -73,7 +73,7 @@ def main() -> None:
         raise SystemExit("the peer is missing: pip install --no-deps tuned-lens") from None
     # The package asks transformer-lens for a class that version 4 no longer has.
     model_surgery._transformer_lens_available = False
-    model = load_model(str(fetch_model(options.model)))
+    model = load_model(options.model)
     drawn = shipped_texts(model, options.texts * 4 // 3, options.seed)
     # A sentence and its translations stay on one side.
     judged = set(sorted(set(drawn.groups))[::4])

@@ -112,7 +112,7 @@ class Conformance:
             pytest.skip(f"{family} is not among this backend's families")
         key = (type(self), family)
         if key not in self._loaded:
-            self._loaded[key] = self.load(shared(family), family)
+            self._loaded[key] = self.load(make(family) if self.leaves else shared(family), family)
         return self._loaded[key]
 
     def any_causal(self) -> tuple[Model, str]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from analyses.causal_patching.circuit_plan import ITEMS, TAKEN_WITH, CircuitPlan
 from analyses.causal_patching.levels import Indices, Level, circuit_metrics
 from analyses.causal_patching.running import Run
-from analyses.circuits import draw_items, draw_per_layer, resampled_faithfulness
+from analyses.circuits import draw_items, draw_per_layer, normalised, resampled_faithfulness
 from analyses.results.statistics import percentiles
 from probes.progress import Progress
 
@@ -39,15 +39,13 @@ def checked_size(curve: pd.DataFrame) -> int | None:
 class Checks:
     """Circuits that tell whether one circuit is complete and minimal, beside a random one with as many items of every layer."""
 
-    circuit: Indices
-    random: Indices
     subsets: Mapping[str, Sequence[Indices]]
     """Subsets of the circuit and of the random one, by `circuit` and `random`."""
     tried: Indices
     """Items of the circuit that are tried for being needed."""
     circuits: Sequence[Indices]
-    """Everything that has to run: the circuit alone, for every subset what is left of the circuit and of the whole, then what is
-    left of the circuit without each item tried and the first subsets, and last without those subsets."""
+    """Everything that has to run. For every subset of either: what is left of it, and of the whole. Then, for nothing and for each
+    of the first subsets of the circuit: what is left of it, and that without each item tried."""
 
     @classmethod
     def of(cls, level: Level, circuit: Indices, n_subsets: int, rng: np.random.Generator) -> Checks:
@@ -63,13 +61,9 @@ class Checks:
         for name, items in (("circuit", circuit), ("random", random)):
             for subset in subsets[name]:
                 circuits += [np.setdiff1d(items, subset), np.setdiff1d(every, subset)]
-        for taken in cls._taken(circuit, subsets["circuit"]):
+        for taken in (circuit[:0], *subsets["circuit"][:TAKEN_WITH]):
             circuits += [np.setdiff1d(circuit, taken), *(np.setdiff1d(circuit, [*taken, item]) for item in tried)]
-        return cls(circuit, random, subsets, tried, circuits)
-
-    @staticmethod
-    def _taken(circuit: Indices, subsets: Sequence[Indices]) -> list[Indices]:
-        return [circuit[:0], *subsets[:TAKEN_WITH]]
+        return cls(subsets, tried, circuits)
 
     def row(self, values: Array, full: Array, empty: Array, seed: int) -> dict[str, object]:
         """Return the columns of `circuit_checks`.
@@ -84,8 +78,7 @@ class Checks:
             seed: of the interval over pairs.
         """
         drawn = resampled_faithfulness(values, full, empty, seed)
-        span = full.mean() - empty.mean()
-        f = (values.mean(0) - empty.mean()) / span if span else np.full(values.shape[1], np.nan)
+        f = normalised(values, full, empty)
         row: dict[str, object] = {"n_subsets": len(self.subsets["circuit"])}
         begin = 0
         for name, prefix in (("circuit", ""), ("random", "random_")):

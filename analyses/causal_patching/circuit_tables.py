@@ -81,8 +81,8 @@ def circuit_tables(
         further: what other methods than the plan's say of every item on every pair, [pair, item].
     """
     level = level_of(run, plan.level, plan.steps, plan.rule)
-    scores = {method: supports(run, level, method, progress) for method in plan.methods} | dict(further or {})
-    mixed = shuffled_pairs(run)
+    own = {method: supports(run, level, method, progress) for method in plan.methods} | dict(further or {})
+    scores, mixed = dict(own), shuffled_pairs(run)
     if mixed is not None:
         scores |= {method + SHUFFLED: supports(mixed, level, method, progress) for method in plan.shuffled}
     n = len(run.pairs)
@@ -108,7 +108,6 @@ def circuit_tables(
             area.append(named | curves.areas() | rank)
     tables = {"faithfulness": pd.DataFrame(table), "circuit_area": pd.DataFrame(area)}
     if plan.n_subsets:
-        own = {method: values for method, values in scores.items() if not method.endswith(SHUFFLED)}
         split, ordering = next(iter(halves.items()))
         tables["circuit_checks"] = checks_table(
             run, level, plan, own, tables["faithfulness"], ordering, split, values, progress

@@ -145,15 +145,7 @@ def _checked(tables: Tables) -> list[str]:
         return []
     said = []
     for _, row in tables["circuit_checks"].iterrows():
-        own, random = (
-            f"{row[f'{of}incompleteness']:.2f}"
-            + (
-                f" [{row[f'{of}incompleteness_low']:.2f}, {row[f'{of}incompleteness_high']:.2f}]"
-                if np.isfinite(row[f"{of}incompleteness_low"])
-                else ""
-            )
-            for of in ("", "random_")
-        )
+        own, random = (_with_interval(row, name) for name in ("incompleteness", "random_incompleteness"))
         said.append(
             f"{row['method']}: the smallest circuit tried that keeps {FAITHFUL:.0%} has {row['n_items']:,} items. With subsets of it "
             f"taken out it is {own} of the span away from the whole model without them; a random circuit with as many items in "
@@ -166,3 +158,8 @@ def _checked(tables: Tables) -> list[str]:
             f"No circuit of at most {LARGEST:.0%} of all items keeps {FAITHFUL:.0%} by {', '.join(missing)}: none is checked."
         )
     return said
+
+
+def _with_interval(row: pd.Series, name: str) -> str:
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    return f"{row[name]:.2f}" + (f" [{low:.2f}, {high:.2f}]" if np.isfinite(low) else "")

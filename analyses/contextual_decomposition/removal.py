@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyses.circuits import resampled_faithfulness
+from analyses.circuits import normalised, resampled_faithfulness
 from analyses.contextual_decomposition.ablation import POSITIONS, Ablation
 from analyses.contextual_decomposition.prepared_cases import PreparedCases
 from analyses.results.statistics import percentiles
@@ -83,8 +83,7 @@ def removal_tables(
     metric = np.stack(rows)  # [prompt, method, order, share]
     flat = metric.reshape(len(metric), -1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        span = unit.full.mean() - unit.empty.mean()
-        value = (metric.mean(0) - unit.empty.mean()) / (span or np.nan)
+        value = normalised(metric, unit.full, unit.empty)
         drawn = resampled_faithfulness(flat, unit.full, unit.empty, seed).reshape(-1, *value.shape)
     areas, spread = np.asarray(np.trapezoid(value, SHARES)), np.asarray(np.trapezoid(drawn, SHARES))
     low, high = percentiles(spread[..., 1] - spread[..., 0], len(metric))

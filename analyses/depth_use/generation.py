@@ -104,8 +104,7 @@ class Generation:
         """Return what is written after every prompt, the plain text before those without a part."""
         written: list[Written] = []
         for index in range(len(self.prompts)):
-            for one in self._compare(index):
-                written.append(one)
+            written += self._compare(index)
             if self._open_bytes() > KEPT_BYTES or len(self._open) >= TEXTS:
                 self._write()
         self._write()

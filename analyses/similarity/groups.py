@@ -55,6 +55,11 @@ def group_rows(activations: Activations, address: Address, first_token: bool) ->
     return [(h if first_token or len(h) == 1 else h[1:]).flatten(1).float() for h in rows]
 
 
+def token_counts(activations: Activations, first_token: bool) -> list[int]:
+    """Return how many rows `group_rows` gives of each text."""
+    return [max(1, len(tokens) - (not first_token)) for tokens in activations.sequences]
+
+
 def unit(rows: Float[Tensor, "*rest width"]) -> Float[Tensor, "*rest width"]:
     """Return rows scaled to length 1; a zero row stays."""
     return torch.nn.functional.normalize(rows, dim=-1)

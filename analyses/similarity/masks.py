@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from analyses.results.statistics import quantiles
-from analyses.similarity.groups import deals, names_of
+from analyses.similarity.groups import deals, names_of, token_counts
 from probes.anatomy import Anatomy
 from probes.anatomy.sites import linear_weight
 from probes.blocks.rerouting import module_of
@@ -84,7 +84,7 @@ def mask_table(
     """
     names = names_of(groups)
     members, records = np.array(groups), []
-    counts = np.array([max(1, len(tokens) - (not first_token)) for tokens in activations.sequences], dtype=np.float64)
+    counts = np.array(token_counts(activations, first_token), dtype=np.float64)
     model, generator = activations.model, torch.Generator().manual_seed(seed)
     with module_of(model) as (_, anatomy):
         for layer, name, weight in _weights(anatomy, generator):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from analyses.results.statistics import Array, quantiles
 from analyses.similarity.divergence import entropy, jensen_shannon, kullback_leibler
-from analyses.similarity.groups import deals, group_rows, names_of
+from analyses.similarity.groups import deals, group_rows, names_of, token_counts
 from probes.capture.activations import Activations
 from probes.lenses import logit
 from probes.models.protocol import Unembedding
@@ -62,7 +62,7 @@ def _kept(
     activations: Activations, groups: Sequence[str], names: Sequence[str], first_token: bool, seed: int
 ) -> dict[int, Tensor]:
     """Return per text which of its rows are read, the same at every layer."""
-    lengths = [max(1, len(tokens) - (not first_token)) for tokens in activations.sequences]
+    lengths = token_counts(activations, first_token)
     kept: dict[int, Tensor] = {}
     rng = np.random.default_rng(seed)
     for name in names:

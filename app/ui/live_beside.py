@@ -14,10 +14,9 @@ from app import offered
 from app.live.protocol import Action
 from app.saved import profiles_of, saved_runs
 from app.ui.live_desk import Desk
-from app.ui.live_figures import COLUMN, lens_grid
+from app.ui.live_figures import COLUMN, CONFIG, block_of, lens_grid
 from app.ui.theme import at_least, mode, restyled
 
-CONFIG = {"displaylogo": False, "displayModeBar": False}
 PANELS = 6
 """Profiles drawn beside each other."""
 
@@ -49,7 +48,7 @@ def draw_both(desk: Desk, data: dict[str, Any], step: int, position: int, lens: 
     row = st.container(horizontal=True, vertical_alignment="bottom")
     source = row.selectbox("Position in the other prompt", range(len(others)), key=names[1], width=230,
                            format_func=lambda i: f"{i} {token_label(others[i])}")  # fmt: skip
-    block = str(data["grids"]["after"]["steps"][step]).split("|")[0]
+    block = block_of(data["grids"]["after"], step)
     line = f"patch resid_post.{block} @{position} from other@{source}"
     row.button(
         f"Patch it into block {block}, position {position}", icon=":material/content_paste:", key="live:both:patch", help=f"`{line}`",
@@ -90,7 +89,7 @@ def draw_depth(desk: Desk, data: dict[str, Any], step: int) -> None:
     panels = [
         Panel(p.title, p.unit, (Curve(p.run, colour_of(p.analysis, order), p.table, data["layers"]),)) for p in profiles
     ]
-    block = int(str(data["grids"]["after"]["steps"][step]).split("|")[0])
+    block = block_of(data["grids"]["after"], step)
     st.html(at_least("live-depth", narrowest(panels)))
     with st.container(key="live-depth"):
         st.plotly_chart(

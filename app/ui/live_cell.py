@@ -11,18 +11,17 @@ import streamlit as st
 from analyses.results.theme import token_label
 from app.live.protocol import Action
 from app.ui.live_desk import Desk
-from app.ui.live_figures import arcs, attention_map, effect_map
+from app.ui.live_figures import CONFIG, arcs, attention_map, block_of, effect_map
 from app.ui.theme import mode, restyled
 
 POINTS = ("resid_post", "mlp_out", "attn_out", "resid_mid", "resid_pre")
-CONFIG = {"displaylogo": False, "displayModeBar": False}
 
 
 def draw_cell(desk: Desk, data: dict[str, Any], step: int, position: int) -> None:
     """Draw the inspector of a cell of the grid, and the buttons for what can be done there."""
     grid = data["grids"]["after"]
     step, position = min(step, len(grid["steps"]) - 1), min(position, len(data["comparison"]["tokens"]) - 1)
-    block = int(str(grid["steps"][step]).split("|")[0])
+    block = block_of(grid, step)
     token = data["comparison"]["tokens"][position]
     st.markdown(f"**Block {grid['steps'][step]}, position {position}** `{token_label(token)}`")
     facts = st.columns(3)
@@ -67,7 +66,7 @@ def _adds(place: Any, desk: Desk, label: str, line: str, icon: str, disabled: bo
 def draw_attention(desk: Desk, data: dict[str, Any], step: int, position: int) -> None:
     """Draw the attention of a block from a position, as arcs and as a map, and the button that cuts an edge."""
     grid, tokens = data["grids"]["after"], data["comparison"]["tokens"]
-    block = int(str(grid["steps"][min(step, len(grid["steps"]) - 1)]).split("|")[0])
+    block = block_of(grid, min(step, len(grid["steps"]) - 1))
     position = min(position, len(tokens) - 1)
     names = ["mean of heads", *(f"head {block}.{h}" for h in range(data["heads"]))]
     head_box, key_box, cut = st.columns([2, 2, 2], vertical_alignment="bottom")

@@ -11,11 +11,18 @@ from numpy.typing import NDArray
 
 from analyses.results.theme import SCALE, finish, token_label
 
+CONFIG = {"displaylogo": False, "displayModeBar": False}
+"""How every figure of the page is shown."""
 DIVERGING = "RdBu_r"
 ROW, COLUMN = 17, 62
 """Pixels of a row and of a column of a grid."""
 CHANGED = 0.01
 """Nats of KL from which a cell counts as changed."""
+
+
+def block_of(grid: Mapping[str, Any], step: int) -> int:
+    """Return the block that a row of a grid reads; the first of those that run side by side."""
+    return int(str(grid["steps"][step]).split("|")[0])
 
 
 def lens_grid(

@@ -11,9 +11,9 @@ from app.live.protocol import Action
 from app.places import runs_root
 from app.saved import saved_runs
 from app.ui.live_beside import chosen_cell, draw_both, draw_depth, draw_history
-from app.ui.live_cell import CONFIG, draw_attention, draw_cell, draw_everywhere, draw_heads
+from app.ui.live_cell import draw_attention, draw_cell, draw_everywhere, draw_heads
 from app.ui.live_desk import EXAMPLES, Desk, desk
-from app.ui.live_figures import CHANGED, COLUMN, lens_grid
+from app.ui.live_figures import CHANGED, COLUMN, CONFIG, lens_grid
 from app.ui.live_outcome import draw_outcome
 from app.ui.live_stack import draw_stack
 from app.ui.live_take import PARAMETER, draw_take, watch_text

@@ -163,26 +163,21 @@ def _each_position(prompt: OpenPrompt, variants: Sequence[Variant]) -> dict[Addr
 
 def _by_row(prompt: OpenPrompt, variants: Sequence[Variant]) -> dict[Address, Write]:
     """Return the writes that put each variant into its row of a batch."""
-    rows: dict[Address, list[tuple[int, Edit]]] = {}
+    rows: dict[Address, list[tuple[int, Write]]] = {}
     for row, variant in enumerate(variants):
-        edit = variant.ready
-        assert edit is not None
-        for address in edit.writes(prompt.model.shape):
-            rows.setdefault(address, []).append((row, edit))
+        assert variant.ready is not None
+        for address, change in variant.ready.writes(prompt.model.shape).items():
+            rows.setdefault(address, []).append((row, change))
     if any(address.point == "pattern" for address in rows):
-        shape = prompt.model.shape
-        blocked = {
-            address: [(row, edit.writes(shape)[address]) for row, edit in placed] for address, placed in rows.items()
-        }
-        return {address: BlockedRows(tuple(placed)) for address, placed in blocked.items()}
+        return {address: BlockedRows(tuple(changes)) for address, changes in rows.items()}
 
-    def write(address: Address) -> Write:
+    def write(changes: Sequence[tuple[int, Write]]) -> Write:
         def put(tensor: Tensor) -> Tensor:
             out = tensor.clone()
-            for row, edit in rows[address]:
-                out[row : row + 1] = edit.writes(prompt.model.shape)[address](tensor[row : row + 1])
+            for row, change in changes:
+                out[row : row + 1] = change(tensor[row : row + 1])
             return out
 
         return put
 
-    return {address: write(address) for address in rows}
+    return {address: write(changes) for address, changes in rows.items()}

@@ -60,8 +60,9 @@ def gguf_outline(path: Path) -> Path:
     Raises:
         ModelError: as `gguf_folder`.
     """
-    has_tokenizer = "tokenizer.ggml.model" in check_gguf(path)
-    n_bytes = min(int(tensor.data_offset) for tensor in read_gguf(path).tensors)
+    reader = check_gguf(path)
+    has_tokenizer = "tokenizer.ggml.model" in reader.fields
+    n_bytes = min(int(tensor.data_offset) for tensor in reader.tensors)
     with path.open("rb") as file:
         digest = hashlib.sha256(file.read(n_bytes)).hexdigest()
 
@@ -82,7 +83,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     Raises:
         ModelError: as `gguf_folder`.
     """
-    has_tokenizer = "tokenizer.ggml.model" in check_gguf(path)
+    has_tokenizer = "tokenizer.ggml.model" in check_gguf(path).fields
     with _conversion(path):
         _convert(path, folder)
         if has_tokenizer:
@@ -104,8 +105,8 @@ def _conversion(path: Path) -> Iterator[None]:
         raise ModelError(f"cannot convert {path.name}: {one_line(error)}") from error
 
 
-def check_gguf(path: Path) -> frozenset[str]:
-    """Return the names of a GGUF file's metadata fields, after reading the header and the extent of every tensor.
+def check_gguf(path: Path) -> Any:
+    """Return what `read_gguf` does, after comparing the sizes that the file states with its tensors.
 
     Raises:
         ModelError: as `read_gguf`, or sizes that its tensors cannot have.
@@ -113,7 +114,7 @@ def check_gguf(path: Path) -> frozenset[str]:
     reader = read_gguf(path)
     shapes = {tensor.name: tuple(int(n) for n in tensor.shape) for tensor in reader.tensors}
     check_sizes(_sizes(reader, path), shapes, str(path))
-    return frozenset(reader.fields)
+    return reader
 
 
 def read_gguf(path: Path) -> Any:

@@ -90,10 +90,11 @@ def test_every_step_has_a_line_where_that_is_asked_for(capsys: pytest.CaptureFix
         assert lines[-1] == "2 of 9 · skip: 8 of 8"
 
 
-def test_a_benchmark_gets_its_own_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_benchmark_gets_its_own_flags_and_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "bench_echo.py"
+    (tmp_path / "echo_place.py").write_text(f"SAID = {str(tmp_path / 'said')!r}")
     script.write_text(
-        f"import sys, pathlib; pathlib.Path({str(tmp_path / 'said')!r}).write_text(' '.join(sys.argv[1:]))"
+        "import sys, pathlib, echo_place; pathlib.Path(echo_place.SAID).write_text(' '.join(sys.argv[1:]))"
     )
     monkeypatch.setattr("analyses.cli.bench.benchmarks", lambda: {"echo": script})
     assert main(["bench", "echo", "--rounds", "3", "--quick", "DIR"]) == 0

@@ -39,8 +39,10 @@ def bench(
         name, flags = "capture", [name, *flags]
     if name not in scripts:
         raise OptionError(unknown("benchmark", name, scripts))
-    previous, sys.argv = sys.argv, [str(scripts[name]), *flags]
+    argv, path = sys.argv, sys.path
+    sys.argv = [str(scripts[name]), *flags]
+    sys.path = [str(scripts[name].parent), *path]  # as for a script that is run by itself: its neighbours are importable
     try:
         runpy.run_path(str(scripts[name]), run_name="__main__")
     finally:
-        sys.argv = previous
+        sys.argv, sys.path = argv, path

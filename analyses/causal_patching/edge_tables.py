@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from analyses.causal_patching.edges import EdgeAttribution, Rule
@@ -21,12 +20,11 @@ from analyses.causal_patching.resumed_grid import ResumedGrid
 from analyses.causal_patching.running import Run
 from analyses.causal_patching.statistics import ratios
 from analyses.causal_patching.verification import budget, ranked, verification_row
+from analyses.results.statistics import Array
 from probes.blocks.rerouting import module_of
 from probes.errors import PointError
 from probes.models.protocol import Model
 from probes.progress import Progress
-
-Array = NDArray[np.float64]
 
 
 def parallel_blocks(model: Model) -> bool:

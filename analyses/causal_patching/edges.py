@@ -95,7 +95,6 @@ class EdgeAttribution:
         """Return the gradient of the metric at the stream that each receiver reads, before its norm; a weighted sum over steps.
 
         Args:
-            tokens: the run's.
             embeddings: token embeddings in place of the run's own, one run each; None is the run as it is.
             weights: of each run.
         """

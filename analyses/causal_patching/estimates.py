@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from analyses.causal_patching.circuit_checks import FAITHFUL, LARGEST
 from analyses.causal_patching.circuit_plan import SHUFFLED, CircuitPlan
@@ -23,7 +22,6 @@ from analyses.causal_patching.selection import Ends
 from probes.errors import OptionError
 from probes.progress import Progress
 
-Array = NDArray[np.float64]
 SAID = {"nodes": "heads and MLPs", "edges": "edges between heads and MLPs"}
 BASELINES = {
     "counterfactual": "as in the corrupted run", "mean": "at its mean over the pair's references", "zero": "zero",

@@ -13,7 +13,7 @@ from analyses.causal_patching.captions import DIRECTIONS, captioned
 from analyses.causal_patching.figures_estimates import ESTIMATES
 from analyses.causal_patching.patched import ALL
 from analyses.results.card import FigureSpec, Tables
-from analyses.results.theme import COLOURS, band, finish, plain, shorten
+from analyses.results.theme import COLOURS, band, finish, plain, shorten, side_by_side
 
 SHARE = {"denoise": "share of the gap brought back", "noise": "share of the gap taken away"}
 DIVERGING = "RdBu_r"
@@ -78,8 +78,8 @@ def _maps(tables: Tables, table: pd.DataFrame, column: str, columns: Sequence[ob
                 index="layer", columns=column, values="shown"
             )
             _heat(figure, values, drawn.reindex(index=values.index, columns=values.columns) > 0, limit, i, j)
-    finish(figure, x=x, y="layer", height=180 + 240 * len(components))
-    return captioned(figure, tables, directions).update_layout(margin_t=80)
+    finish(figure, x=x, y="layer", height=180 + 240 * len(components), top=80)
+    return captioned(figure, tables, directions)
 
 
 def stream_map(tables: Tables) -> go.Figure:
@@ -88,8 +88,7 @@ def stream_map(tables: Tables) -> go.Figure:
     table = table[table["head"] < 0]
     roles = roles_in_order(tables, table)
     figure = _maps(tables, table, "role", roles, "role of the position")
-    figure.update_xaxes(type="category")
-    return figure
+    return figure.update_xaxes(type="category")
 
 
 def head_map(tables: Tables) -> go.Figure:
@@ -106,9 +105,7 @@ def curves(tables: Tables) -> go.Figure:
     table = first_metric(tables)
     table = table[table["component"] == "resid_post"]
     directions = list(dict.fromkeys(table["direction"]))
-    figure = make_subplots(
-        rows=1, cols=len(directions), subplot_titles=[DIRECTIONS[d] for d in directions], shared_yaxes=True
-    )
+    figure = side_by_side([DIRECTIONS[d] for d in directions])
     roles = roles_in_order(tables, table)
     strongest = table.groupby("role")["recovery"].max().reindex(roles).nlargest(len(COLOURS) - 1).index
     for j, direction in enumerate(directions, 1):
@@ -125,13 +122,11 @@ def curves(tables: Tables) -> go.Figure:
                     x=part["layer"], y=part["null"], mode="lines", line={"color": colour, "dash": "dot", "width": 1},
                     name=f"{plain(role)}, null", legendgroup=role, showlegend=False, row=1, col=j,
                 )  # fmt: skip
-    finish(figure, x="layer", y="share of the gap", height=440)
-    figure.update_yaxes(title="", col=2)
+    finish(figure, x="layer", y=("share of the gap",), height=440, legend=1.12, top=120)
     window = decision_window(tables["window"])
     if window is not None:
-        for j in range(1, len(directions) + 1):
-            figure.add_vrect(x0=window[0], x1=window[1], fillcolor=GREY, opacity=0.35, line_width=0, row=1, col=j)
-    return captioned(figure, tables, directions).update_layout(margin_t=120, legend={"y": 1.12})
+        figure.add_vrect(x0=window[0], x1=window[1], fillcolor=GREY, opacity=0.35, line_width=0)
+    return captioned(figure, tables, directions)
 
 
 def decision_window(window: pd.DataFrame) -> tuple[float, float] | None:
@@ -164,8 +159,8 @@ def dots(tables: Tables) -> go.Figure:
             y=part["recovery"], name=plain(f"{place.component}.{place.layer}{head}{role}, {place.direction}"), boxpoints="all",
             pointpos=0, jitter=0.5, marker={"size": 5}, line={"width": 1}, showlegend=False,
         )  # fmt: skip
-    finish(figure, x="", y="share of the gap, pair by pair", height=460)
-    return captioned(figure, tables, best["direction"]).update_layout(margin={"b": 120})
+    finish(figure, x="", y="share of the gap, pair by pair", height=460, bottom=120)
+    return captioned(figure, tables, best["direction"])
 
 
 FIGURES = {

@@ -23,11 +23,11 @@ from analyses.causal_patching.graph import Sender, receivers_of, senders_of
 from analyses.causal_patching.node_circuits import NodeCircuits
 from analyses.causal_patching.pairs import Pair
 from analyses.causal_patching.running import Run
+from analyses.results.statistics import Array
 from probes.models.protocol import Shape
 from probes.progress import Progress
 from probes.weights.composition import Heads
 
-Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
 """Items of a circuit, by their place among all items."""
 
@@ -175,11 +175,7 @@ def circuit_metrics(
     """Return the first metric [pair, circuit] with every item outside each circuit ablated.
 
     Args:
-        run: the pairs.
-        level: what circuits are made of.
         circuits: items of each.
-        kind: what is put in place of what lies outside.
-        progress: watches.
         tried: which circuits run on which pairs, [pair, circuit]; NaN elsewhere.
     """
     which = {

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analyses.results.card import FigureSpec, Tables
-from analyses.results.theme import COLOURS, band, finish, whiskers
+from analyses.results.theme import COLOURS, band, coloured, finish, whiskers
 
 RELATIVE = "relative depth (layer / number of layers)"
 GREY = "#777777"
@@ -56,7 +54,7 @@ def curves(tables: Tables) -> go.Figure:
     figure = _panels(names)
     for panel, name in enumerate(names):
         where, rows = _place(panel), scores[scores["dataset"] == name]
-        for colour, (probe, one) in zip(COLOURS, rows.groupby("probe", sort=False), strict=False):
+        for colour, (probe, one) in coloured(rows, "probe"):
             _banded(
                 figure, one, ("accuracy", "ci_low", "ci_high"), str(probe).replace("_", " "), colour, where, panel == 0
             )
@@ -119,8 +117,7 @@ def depths(tables: Tables) -> go.Figure:
         )  # fmt: skip
     finish(figure, x=RELATIVE, y="", height=140 + 90 * len(table))
     figure.update_yaxes(tickvals=list(range(len(table))), ticktext=labels, range=[len(table) - 0.5, -0.5])
-    figure.update_xaxes(range=[-0.02, 1.02])
-    return figure
+    return figure.update_xaxes(range=[-0.02, 1.02])
 
 
 def causal(tables: Tables) -> go.Figure:
@@ -173,8 +170,7 @@ def _place(panel: int) -> dict[str, int]:
 def _finish_panels(figure: go.Figure, names: list[str], y: str) -> go.Figure:
     """The shared layout, with the legend above the panels' titles."""
     height = _height(names)
-    finish(figure, x=RELATIVE, y=y, height=height)
-    return figure.update_layout(margin={"t": 95}, legend={"y": 1 + 34 / (height - 155)})
+    return finish(figure, x=RELATIVE, y=y, height=height, top=95, legend=1 + 34 / (height - 155))
 
 
 def _height(names: list[str]) -> int:
@@ -192,14 +188,11 @@ def _banded(
 ) -> None:
     """A curve with its interval, in one panel."""
     mean, low, high = columns
-    drawn = go.Figure()
-    band(drawn, one["depth"], one[low], one[high], colour)
-    line: dict[str, Any] = {"color": colour}
-    drawn.add_scatter(
-        x=one["depth"], y=one[mean], name=label, legendgroup=label, showlegend=legend, mode="lines", line=line
-    )
-    for trace in drawn.data:
-        figure.add_trace(trace, **where)
+    band(figure, one["depth"], one[low], one[high], colour, **where)
+    figure.add_scatter(
+        x=one["depth"], y=one[mean], name=label, legendgroup=label, showlegend=legend, mode="lines",
+        line={"color": colour}, **where,
+    )  # fmt: skip
 
 
 FIGURES = {

@@ -64,12 +64,9 @@ def compare_heads(
     """Score heads by every method.
 
     Args:
-        prepared: the prompts.
         cdt: the decomposition's scores [prompt, head] and the seconds they took.
         gradients: what backward passes say.
-        methods: those to compare.
         other: the name and rules of a further decomposition.
-        progress: told of every prompt.
     """
     scores, seconds = {"cdt": cdt[0]}, {"cdt": cdt[1]}
     by_pass = {

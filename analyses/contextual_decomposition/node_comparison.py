@@ -55,12 +55,9 @@ def compared_mlps(
     """Compare the MLPs of some layers.
 
     Args:
-        prepared: the prompts.
-        layers: the blocks.
         cdt: the decomposition's scores, [prompt, layer].
         gradients: what backward passes say.
         ablation: whether their effects are measured, a forward each.
-        progress: told of every prompt.
     """
     progress.start(len(prepared.cases), "prompt's MLPs compared")
     effects = []

@@ -12,15 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from analyses.results.statistics import cluster_bootstrap
+from analyses.results.statistics import Array, cluster_bootstrap
 from analyses.similarity.divergence import jensen_shannon
 
 BINS = 10
 """Bins of equal width for the calibration error."""
 ROWS = 8
 """Blocks run at once."""
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

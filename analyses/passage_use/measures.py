@@ -58,7 +58,6 @@ def layer_table(
 
     Args:
         losses: the knock-out losses by (prompt, layer).
-        tick: told of every forward.
 
     Returns:
         Columns prompt, layer, sim_hidden, sim_neutral, sim_noise (cosine of what the MLP adds with the passage and without it, with

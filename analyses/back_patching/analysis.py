@@ -23,10 +23,9 @@ from analyses.back_patching.cases import (
     judge,
     two_hop_prompts,
 )
-from analyses.back_patching.figures import FIGURES
+from analyses.back_patching.figures import FIGURES, PROFILES
 from analyses.back_patching.grid import Cell, OpenPrompt, Patched, Variant, cells_of, frame, mirrored, noise_like
 from analyses.back_patching.planned import Plan, planned, rival
-from analyses.back_patching.profiles import PROFILES
 from analyses.back_patching.stages import Critical, Patchscope, Resolution, critical_layers, resolutions, stage_tables
 from analyses.back_patching.tables import control_rates, summary
 from analyses.back_patching.verdicts import names, verdicts

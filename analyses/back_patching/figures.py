@@ -1,13 +1,12 @@
-"""Figures of the back-patching analysis."""
+"""Figures and depth profiles of the back-patching analysis."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.results.card import FigureSpec, Tables
+from analyses.results.card import FigureSpec, ProfileSpec, Tables
+from analyses.results.profiles import mean_by_layer
 from analyses.results.theme import COLOURS, SCALE, finish, side_by_side, whiskers
 
 POSITIONS = {"t1": "t1: the entity's last token", "t2": "t2: the prompt's last token"}
@@ -26,16 +25,12 @@ def _main_set(table: pd.DataFrame) -> str:
     return "incorrect" if (table["set"] == "incorrect").any() else str(table["set"].iloc[0])
 
 
-def _columns(titles: Sequence[str]) -> go.Figure:
-    return side_by_side(titles, shared_yaxes=False, horizontal_spacing=0.12)
-
-
 def heatmap(tables: Tables) -> go.Figure:
     """Draw the share of questions answered under each (source, target) cell."""
     grid = tables["grid"]
     kept = grid[grid["set"] == _main_set(grid)]
     names = list(dict.fromkeys(kept["position_name"]))
-    figure = _columns([POSITIONS.get(name, name) for name in names])
+    figure = side_by_side(([POSITIONS.get(name, name) for name in names]), shared_yaxes=False, horizontal_spacing=0.12)
     top = max(0.05, kept.groupby(["position_name", "source_layer", "target_layer"])["success"].mean().max())
     for column, name in enumerate(names, 1):
         cells = kept[kept["position_name"] == name]
@@ -168,5 +163,42 @@ FIGURES = {
         "the curve is the share of questions whose next token changes.",
         knockout,
         lambda tables: "knockout" in tables and len(tables["knockout"]) > 0,
+    ),
+}
+
+
+ROWS = ["prompt", "position_name"]
+
+
+def _gain(tables: Tables, layer: str) -> pd.DataFrame:
+    grid = tables["grid"]
+    gained = grid.assign(gain=grid["answer_logprob"] - grid["baseline_logprob"])
+    return mean_by_layer(gained[gained[layer] >= 0], "gain", ROWS, layer)  # -1 is the embedding
+
+
+def target_gain(tables: Tables) -> pd.DataFrame:
+    """Return the mean gain of the answer's log-probability by the layer that a later state is put into."""
+    return _gain(tables, "target_layer")
+
+
+def source_gain(tables: Tables) -> pd.DataFrame:
+    """Return the mean gain of the answer's log-probability by the layer that the state is taken from."""
+    return _gain(tables, "source_layer")
+
+
+PROFILES = {
+    "target_gain": ProfileSpec(
+        "Back-patching gain, by target",
+        "nats of the answer",
+        "Change of the answer's log-probability when a later layer's state replaces this layer's output, averaged over the source layers "
+        "and questions tried. Above 0 the answer becomes more probable.",
+        target_gain,
+    ),
+    "source_gain": ProfileSpec(
+        "Back-patching gain, by source",
+        "nats of the answer",
+        "Change of the answer's log-probability when this layer's state is put back into an earlier one, averaged over the target layers "
+        "and questions tried.",
+        source_gain,
     ),
 }

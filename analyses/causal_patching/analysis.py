@@ -19,7 +19,7 @@ from analyses.causal_patching.corruption import Noise, SigmaOver, element_deviat
 from analyses.causal_patching.decision import window_table
 from analyses.causal_patching.edges import Rule
 from analyses.causal_patching.estimates import EstimatePlan, estimates
-from analyses.causal_patching.figures import FIGURES
+from analyses.causal_patching.figures import FIGURES, PROFILES
 from analyses.causal_patching.journal import Journal, journal_in
 from analyses.causal_patching.levels import METHODS
 from analyses.causal_patching.metrics import Metric
@@ -28,7 +28,6 @@ from analyses.causal_patching.nulls import Null
 from analyses.causal_patching.pairs import FIELDS, Direction, Pair, pair_of, resolved
 from analyses.causal_patching.patched import GridPlan, pairs_table
 from analyses.causal_patching.paths import KvView, Through
-from analyses.causal_patching.profiles import PROFILES
 from analyses.causal_patching.running import Run, count_cells, noise_floor
 from analyses.causal_patching.selection import check_gaps, gauge
 from analyses.causal_patching.statistics import map_table

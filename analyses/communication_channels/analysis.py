@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from analyses.base import Analysis, Measured, PromptsLike
-from analyses.communication_channels.figures import FIGURES
-from analyses.communication_channels.profiles import PROFILES
+from analyses.communication_channels.figures import FIGURES, PROFILES
 from analyses.communication_channels.scan import (
     PAIR,
     Null,

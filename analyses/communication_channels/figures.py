@@ -1,4 +1,4 @@
-"""Figures of the communication-channels analysis."""
+"""Figures and depth profiles of the communication-channels analysis."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analyses.results.card import FigureSpec, Tables
+from analyses.results.card import FigureSpec, ProfileSpec, Tables
+from analyses.results.profiles import counts
 from analyses.results.theme import COLOURS, SCALE, band, coloured, finish, side_by_side, whiskers
 
 PAIR = ["kind", "source_layer", "source_head", "target_layer", "target_head"]
@@ -200,5 +201,37 @@ FIGURES = {
         steering,
         lambda tables: "steering" in tables,
         data="own",
+    ),
+}
+
+
+def _ends(tables: Tables, side: str) -> pd.DataFrame:
+    table = tables["composition"]
+    flagged = table[table["flagged"]]
+    return counts(flagged[side], int(table["target_layer"].max()) + 1)
+
+
+def writers(tables: Tables) -> pd.DataFrame:
+    """Count the flagged channels that begin in the layer."""
+    return _ends(tables, "source_layer")
+
+
+def readers(tables: Tables) -> pd.DataFrame:
+    """Count the flagged channels that end in the layer."""
+    return _ends(tables, "target_layer")
+
+
+PROFILES = {
+    "writers": ProfileSpec(
+        "Channels written",
+        "flagged channels",
+        "How many pairs of heads, flagged for a component that stands out of its null, have their writing head in this layer.",
+        writers,
+    ),
+    "readers": ProfileSpec(
+        "Channels read",
+        "flagged channels",
+        "How many pairs of heads, flagged for a component that stands out of its null, have their reading head in this layer.",
+        readers,
     ),
 }

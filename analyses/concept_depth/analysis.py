@@ -13,7 +13,7 @@ import pandas as pd
 from analyses.base import Analysis, Measured, PromptsLike, as_prompts
 from analyses.concept_depth.causal import Causal, Check, causal_table
 from analyses.concept_depth.datasets import SETS, get_set, load_set
-from analyses.concept_depth.figures import FIGURES
+from analyses.concept_depth.figures import FIGURES, PROFILES
 from analyses.concept_depth.labelled_prompts import FIELDS, LabelledSet, labelled_sets, noisy
 from analyses.concept_depth.probing import (
     Preset,
@@ -25,7 +25,6 @@ from analyses.concept_depth.probing import (
     recipe_of,
     scores_table,
 )
-from analyses.concept_depth.profiles import PROFILES
 from analyses.interventions import Interventions, swept
 from analyses.options import option
 from probes.capture.activations import Activations

@@ -1,12 +1,15 @@
-"""Figures of concept depth."""
+"""Figures and depth profiles of concept depth."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analyses.results.card import FigureSpec, Tables
+from analyses.results.card import FigureSpec, ProfileSpec, Tables
 from analyses.results.theme import COLOURS, band, coloured, finish, whiskers
 
 RELATIVE = "relative depth (layer / number of layers)"
@@ -163,18 +166,14 @@ def _panels(names: list[str]) -> go.Figure:
     )
 
 
-def _place(panel: int) -> dict[str, int]:
+def _place(panel: int) -> dict[str, Any]:
     return {"row": panel // 2 + 1, "col": panel % 2 + 1}
 
 
 def _finish_panels(figure: go.Figure, names: list[str], y: str) -> go.Figure:
     """The shared layout, with the legend above the panels' titles."""
-    height = _height(names)
+    height = 460 if len(names) == 1 else 120 + 330 * -(-len(names) // 2)
     return finish(figure, x=RELATIVE, y=y, height=height, top=95, legend=1 + 34 / (height - 155))
-
-
-def _height(names: list[str]) -> int:
-    return 460 if len(names) == 1 else 120 + 330 * -(-len(names) // 2)
 
 
 def _banded(
@@ -183,7 +182,7 @@ def _banded(
     columns: tuple[str, str, str],
     label: str,
     colour: str,
-    where: dict[str, int],
+    where: dict[str, Any],
     legend: bool,
 ) -> None:
     """A curve with its interval, in one panel."""
@@ -233,5 +232,47 @@ FIGURES = {
         "agree, the model does not depend on that direction there. Whiskers are 95 % intervals over groups.",
         causal,
         lambda tables: "causal" in tables,
+    ),
+}
+
+
+def _mean(tables: Tables, value: str, low: str, high: str) -> pd.DataFrame:
+    """Mean over data sets, of the plain model and the first probe; their intervals combined as of independent sets."""
+    scores = tables["scores"]
+    selected = scores[(scores["variant"] == "plain") & (scores["probe"] == scores["probe"].iloc[0])]
+    selected = selected[selected[value].notna()]  # a data set without a control task says nothing of selectivity
+    rows = []
+    for layer, group in selected.groupby("layer"):
+        below = np.sqrt(((group[value] - group[low]) ** 2).sum(skipna=False)) / len(group)
+        above = np.sqrt(((group[high] - group[value]) ** 2).sum(skipna=False)) / len(group)
+        mean = group[value].mean()
+        rows.append((layer, mean, mean - below, mean + above))
+    return pd.DataFrame(rows, columns=["layer", "value", "ci_low", "ci_high"])
+
+
+def selectivity(tables: Tables) -> pd.DataFrame:
+    """Accuracy of the probe minus that of the same probe on the control task."""
+    return _mean(tables, "selectivity", "selectivity_low", "selectivity_high")
+
+
+def accuracy(tables: Tables) -> pd.DataFrame:
+    """Test accuracy of the probe."""
+    return _mean(tables, "accuracy", "ci_low", "ci_high")
+
+
+PROFILES = {
+    "selectivity": ProfileSpec(
+        "Probe over its control",
+        "accuracy minus control",
+        "Test accuracy of a linear probe minus that of the same probe trained on one random label per token type (the control task of "
+        "Hewitt and Liang), averaged over the data sets that have one. Near 0 the layer names the token, and any label could be looked up "
+        "from it; above 0 the concept itself is laid out along a direction.",
+        selectivity,
+    ),
+    "accuracy": ProfileSpec(
+        "Probe accuracy",
+        "accuracy",
+        "Test accuracy of a linear probe on each layer, averaged over data sets. Chance is the majority class.",
+        accuracy,
     ),
 }

@@ -10,8 +10,8 @@ import pandas as pd
 
 from analyses.contextual_decomposition.gradient_scores import GradientScores
 from analyses.contextual_decomposition.node_effects import mlp_ablation, stream_ablation
-from analyses.contextual_decomposition.prepared_cases import Array, PreparedCases, same_form
-from analyses.results.statistics import cluster_bootstrap
+from analyses.contextual_decomposition.prepared_cases import PreparedCases, same_form
+from analyses.results.statistics import Array, cluster_bootstrap
 from probes.progress import Progress
 
 

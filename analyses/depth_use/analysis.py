@@ -9,15 +9,13 @@ from typing import ClassVar
 import pandas as pd
 
 from analyses.base import Analysis, Measured, PromptsLike, as_prompts
-from analyses.depth_use.comparisons import compared
-from analyses.depth_use.figures import FIGURES
+from analyses.depth_use.figures import FIGURES, PROFILES
 from analyses.depth_use.forwards import forwards
 from analyses.depth_use.kv_subspaces import check_kv
 from analyses.depth_use.maps import check_pair, map_table
 from analyses.depth_use.measurements import measure_blocks
-from analyses.depth_use.profiles import PROFILES
 from analyses.depth_use.settings import Settings
-from analyses.depth_use.stream_settings import StreamSettings
+from analyses.depth_use.stream_settings import StreamSettings, compared
 from analyses.depth_use.tokens import check_answer_from
 from analyses.generation import Decoding, respond
 from analyses.interventions import Interventions
@@ -99,7 +97,7 @@ class DepthUse(StreamSettings, Settings, Analysis):
     def measure(self, model: Model, prompts: PromptsLike, store: ActivationStore, progress: Progress) -> Measured:
         """Return the tables `proxies`, `proxy_intervals`, `agreement`, `contributions`, `skip_effect`, `output_effect`, `depth_score`,
         `windows`, `effective_depth`, and where asked for `erasure`, `attribution`, `greedy`, `drop_curve`, `bits_frontier`, `linear_maps`,
-        `generation` and `generation_layers`, and those of `analyses.depth_use.comparisons`: with groups of prompts, and of keys and values.
+        `generation` and `generation_layers`, and those of `analyses.depth_use.stream_settings`: with groups of prompts, and of keys and values.
 
         Raises:
             PointError: the model is not causal, its blocks do not add to the stream, or its backend keeps them to itself.

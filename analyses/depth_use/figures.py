@@ -1,4 +1,4 @@
-"""Figures of depth use: contributions, skips, tokens and maps; proxies, and comparisons of groups and layers, have files of their own."""
+"""Figures and depth profiles of depth use: contributions, skips, tokens and maps; proxies, and comparisons of groups and layers, have files of their own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from analyses.depth_use.figures_generation import GENERATION_FIGURES
 from analyses.depth_use.figures_proxies import PROXY_FIGURES
 from analyses.depth_use.figures_removal import REMOVAL_FIGURES
 from analyses.depth_use.figures_streams import STREAM_FIGURES
-from analyses.results.card import FigureSpec, Tables
+from analyses.results.card import FigureSpec, ProfileSpec, Tables
+from analyses.results.profiles import named_rows
 from analyses.results.theme import COLOURS, SCALE, coloured, finish, menu, side_by_side, token_label, whiskers
 
 PART_NAMES = {"block": "whole block", "attn": "attention", "mlp": "MLP"}
@@ -215,5 +216,33 @@ FIGURES = {
         "holds the intervals, the training error and the error of always predicting the mean.",
         linear_maps,
         lambda tables: "linear_maps" in tables,
+    ),
+}
+
+
+PROFILES = {
+    "removal": ProfileSpec(
+        "Loss without the block",
+        "nats per token",
+        "Rise of the next-token loss when this block alone is left out: what the model really loses without it.",
+        *named_rows("proxy_intervals", "proxy", "delta_ce_block"),
+    ),
+    "frozen_norm": ProfileSpec(
+        "Loss with frozen norm",
+        "nats per token",
+        "Rise of the next-token loss when this block's normalisation divides by its average instead of each token's own norm.",
+        *named_rows("proxy_intervals", "proxy", "delta_ce_frozen_norm"),
+    ),
+    "generation": ProfileSpec(
+        "Text changed without the block",
+        "share of tokens",
+        "Share of the tokens of the model's own greedy text that are others when it writes without this block.",
+        *named_rows("proxy_intervals", "proxy", "text_lost_block"),
+    ),
+    "contribution": ProfileSpec(
+        "Size of the contribution",
+        "norm added / norm of the stream",
+        "How large what the block adds is beside the stream it is added to, averaged over tokens.",
+        *named_rows("proxy_intervals", "proxy", "relative_norm_block"),
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -58,7 +59,8 @@ def _panels(tables: Tables, prefix: str) -> go.Figure:
 
 
 def _curves(figure: go.Figure, language: str, group: pd.DataFrame, prefix: str, column: int) -> None:
-    colour, place = _colour(language), {"row": 2, "col": column}
+    colour = _colour(language)
+    place: dict[str, Any] = {"row": 2, "col": column}
     band(figure, group["layer"], group[f"{prefix}ci_low"], group[f"{prefix}ci_high"], colour, **place)
     role = group["role"].iloc[0]
     _line(
@@ -163,7 +165,7 @@ def culture(tables: Tables) -> go.Figure:
     for (group, framing, culture_, language), part in table.groupby(
         ["items", "framing", "culture", "language"], sort=False
     ):
-        place = {"row": groups.index(group) + 1, "col": framings.index(framing) + 1}
+        place: dict[str, Any] = {"row": groups.index(group) + 1, "col": framings.index(framing) + 1}
         colour = COLOURS[0] if culture_ == "us" else COLOURS[1]
         dash = "solid" if language == "ja" else "dash"
         band(figure, part["layer"], part["ci_low"], part["ci_high"], colour, **place)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from analyses.base import Analysis, Measured, PromptsLike, as_prompts
 from analyses.logit_lens.curve import curve
-from analyses.logit_lens.figures import FIGURES
-from analyses.logit_lens.profiles import PROFILES
+from analyses.logit_lens.figures import FIGURES, PROFILES
 from analyses.options import option
 from analyses.reading.choice import LENS_HELP, check_lens, chosen_lens, reading_note
 from analyses.reading.read_outs import positions_table, read_tables

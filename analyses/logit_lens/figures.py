@@ -1,12 +1,14 @@
-"""Figures of the logit lens."""
+"""Figures and depth profiles of the logit lens."""
 
 from __future__ import annotations
 
+import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.logit_lens.curve import curve
+from analyses.logit_lens.curve import ROWS, curve
 from analyses.reading.token_grid import token_grid
-from analyses.results.card import FigureSpec, Tables
+from analyses.results.card import FigureSpec, ProfileSpec, Tables
+from analyses.results.profiles import mean_by_layer
 from analyses.results.theme import COLOURS, finish, menu, shorten, side_by_side, whiskers
 from analyses.tokens import joined
 
@@ -65,5 +67,31 @@ FIGURES = {
         "were one of another prompt's: agreement that the lens gets by naming frequent tokens. Whiskers are 95 % intervals over prompts; "
         "fewer than six prompts have none.",
         convergence,
+    ),
+}
+
+
+def agreement(tables: Tables) -> pd.DataFrame:
+    """Share of positions whose top token is already the final one."""
+    return mean_by_layer(tables["read"], "agrees", ROWS)
+
+
+def entropy(tables: Tables) -> pd.DataFrame:
+    """Entropy of the layer's prediction, in bits."""
+    return mean_by_layer(tables["read"], "entropy_bits", ROWS)
+
+
+PROFILES = {
+    "agreement": ProfileSpec(
+        "Agreement with the output",
+        "share of positions",
+        "The share of positions at which the layer's top token, read through the final norm and unembedding, is already the model's own.",
+        agreement,
+    ),
+    "entropy": ProfileSpec(
+        "Entropy of the lens",
+        "bits",
+        "The entropy of the prediction read at each layer, averaged over positions: low where the layer is sure of a token.",
+        entropy,
     ),
 }

@@ -10,11 +10,10 @@ from typing import Literal
 from analyses.base import Analysis, Measured, PromptsLike, as_prompts
 from analyses.interventions import Interventions, Tally, swept
 from analyses.options import option
-from analyses.passage_use.figures import FIGURES
+from analyses.passage_use.figures import FIGURES, PROFILES
 from analyses.passage_use.fusion import Fusing, fusion_note, fusion_table
 from analyses.passage_use.items import FIELDS, VARIANT, items_of, made_prompts, with_variants
 from analyses.passage_use.measures import LAST, LastRows, knock_out_losses, layer_table
-from analyses.passage_use.profiles import PROFILES
 from analyses.passage_use.tables import chosen_table, means_table, notes_of, prompt_table
 from probes.blocks.together import together
 from probes.capture.needs import Need

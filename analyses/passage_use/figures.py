@@ -1,4 +1,4 @@
-"""Figures of passage use."""
+"""Figures and depth profiles of passage use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analyses.results.card import FigureSpec, Tables
+from analyses.results.card import FigureSpec, ProfileSpec, Tables
+from analyses.results.profiles import named_rows
 from analyses.results.theme import COLOURS, MORE, band, finish, token_label, whiskers
 
 NAMES = {
@@ -122,5 +123,27 @@ FIGURES = {
         "(chosen on the other half) and of a temperature. Whiskers are 95 % intervals over prompts.",
         fusion,
         lambda tables: "fusion" in tables,
+    ),
+}
+
+
+PROFILES = {
+    "knock_out_loss": ProfileSpec(
+        "Need of the passage",
+        "nats",
+        "How much the answer's log-probability falls when nothing behind the passage sees it in blocks around this one.",
+        *named_rows("means", "measure", "knock_out_loss", "low", "high"),
+    ),
+    "mass": ProfileSpec(
+        "Attention to the passage",
+        "share",
+        "Share of its attention that the position that predicts the answer gives to the passage, averaged over heads. Attention is not use.",
+        *named_rows("means", "measure", "mass", "low", "high"),
+    ),
+    "iks": ProfileSpec(
+        "MLP read-out change",
+        "nats",
+        "How far the prediction read before this block's MLP is from that read after it (Jensen-Shannon divergence).",
+        *named_rows("means", "measure", "iks", "low", "high"),
     ),
 }

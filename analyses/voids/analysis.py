@@ -17,9 +17,8 @@ from analyses.options import accept_old_names, option
 from analyses.scoring import check_answer, check_choices, score_choices
 from analyses.voids import tables as voids_tables
 from analyses.voids.early_exit import LAST, Masked, Reader, Tokens, run_masked
-from analyses.voids.figures import FIGURES
+from analyses.voids.figures import FIGURES, PROFILES
 from analyses.voids.norm_gates import RELEASED_NAMES, Delta, NormGate, step_size
-from analyses.voids.profiles import PROFILES
 from analyses.voids.trace import Item, Trace, apply_rule, batch_threshold, token_frame
 from probes.capture.activations import Activations
 from probes.capture.needs import Need

@@ -1,4 +1,4 @@
-"""Figures of the voids analysis."""
+"""Figures and depth profiles of the voids analysis."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import NamedTuple
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.results.card import FigureSpec, Tables
+from analyses.results.card import FigureSpec, ProfileSpec, Tables
+from analyses.results.profiles import columns
 from analyses.results.theme import COLOURS, coloured, finish, menu, shorten, side_by_side, token_label, whiskers
 from analyses.tokens import joined
 
@@ -193,5 +194,24 @@ FIGURES = {
         "Whiskers are 95 % intervals over prompts.",
         control_bars,
         lambda tables: "controls" in tables,
+    ),
+}
+
+
+def active(tables: Tables) -> pd.DataFrame:
+    """Share of tokens for which the layer is active, at the first alpha and in the first phase."""
+    usage = tables["usage"]
+    first = usage.iloc[0]
+    rows = usage[(usage["alpha"] == first["alpha"]) & (usage["phase"] == first["phase"])]
+    return columns(rows, "active_fraction", "ci_low", "ci_high")
+
+
+PROFILES = {
+    "active": ProfileSpec(
+        "Active tokens",
+        "share of tokens",
+        "The share of tokens for which the layer's step in L2 norm reaches the void rule's threshold, at the first alpha and in the "
+        "first phase of the run. Layers near 0 are void for almost every token.",
+        active,
     ),
 }

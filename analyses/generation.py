@@ -45,9 +45,8 @@ def respond(
     distinct = list(dict.fromkeys(sequences))
     present = store.contains(context, distinct, [decoding.key])[:, 0]
     missing = [s for s, has in zip(distinct, present, strict=True) if not has]
-    progress.start(len(missing), "response")
     new = []
-    for sequence in missing:
+    for sequence in progress.over(missing, "response"):
         written = generate(
             model,
             sequence,
@@ -60,6 +59,5 @@ def respond(
         new.append(tuple(written))
         tokens = torch.tensor(written, dtype=torch.int64)
         store.put(Packet(context, (sequence,), {decoding.key: Ragged(tokens, (len(written),))}))
-        progress.advance()
     values = store.read(context, list(sequences), decoding.key)
     return [tuple(int(t) for t in value) for value in values], new

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class Progress:
     """Watches long work; this one says nothing."""
@@ -11,6 +16,13 @@ class Progress:
 
     def advance(self, done: int = 1) -> None:
         """`done` more units are finished."""
+
+    def over(self, items: Sequence[T], what: str) -> Iterator[T]:
+        """Yield the items, each counted as one unit of `what` once it is done with."""
+        self.start(len(items), what)
+        for item in items:
+            yield item
+            self.advance()
 
     def stop(self) -> None:
         """Nothing more is done; whatever was shown of it goes."""

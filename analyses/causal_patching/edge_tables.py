@@ -99,11 +99,10 @@ def edge_tables(
     connected = attribution.connected(senders)
     at = connected.nonzero().tolist()
     edges = [(senders[s], receivers[r]) for s, r in at]
-    progress.start(len(run.pairs), "pair's edges attributed")
-    scores = []
-    for pair in run.pairs:
-        scores.append(edge_scores(run, pair, attribution, method, steps, rule, direction)[connected].double().numpy())
-        progress.advance()
+    scores = [
+        edge_scores(run, pair, attribution, method, steps, rule, direction)[connected].double().numpy()
+        for pair in progress.over(run.pairs, "pair's edges attributed")
+    ]
     every = np.stack(scores)
     means = every.mean(0)
     chosen = budget(means, verify, seed)
@@ -121,12 +120,10 @@ def exact_edges(run: Run, edges: Sequence[Edge], direction: Direction, through: 
     senders, parallel = sorted({sender for sender, _ in edges}), parallel_blocks(run.model)
     if not edges:
         return np.zeros((len(run.pairs), 0))
-    progress.start(len(run.pairs), "pair's edges patched")
     out = []
-    for pair in run.pairs:
+    for pair in progress.over(run.pairs, "pair's edges patched"):
         out.append(OpenedEdges.of(run, pair, direction, senders).effects(run.model, edges, through, parallel))
         run.tally.count(len(edges))
-        progress.advance()
     return np.stack(out)
 
 

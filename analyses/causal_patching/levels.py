@@ -38,20 +38,16 @@ class Level(Protocol):
     @property
     def name(self) -> str:
         """`nodes` or `edges`."""
-        ...
 
     @property
     def layers(self) -> Indices:
         """The layer of every item, which a random circuit of the same size per layer keeps."""
-        ...
 
     def last_rows(self, opened: Ablated, circuits: Sequence[Indices]) -> Float[Tensor, "circuit d_model"]:
         """Return what leaves the last block at the last position with every item outside each circuit ablated."""
-        ...
 
     def support(self, run: Run, pair: Pair, method: str) -> Array:
         """Return how much each item supports the answer on a pair by a method, [item]; for `atp_star` the size alone."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -49,13 +49,11 @@ def node_tables(
         PointError: the backend keeps its module to itself.
     """
     direction = attribution_direction(run.directions)
-    progress.start(len(run.pairs), "pair attributed")
     by_pair: list[dict[Place, float]] = []
-    for pair in run.pairs:
+    for pair in progress.over(run.pairs, "pair attributed"):
         cells = node_cells(run, pair, direction)
         scores = Attributed(run.model, pair, direction, run.metrics[0]).scores(list(cells.values()), method)
         by_pair.append(dict(zip(cells, scores.tolist(), strict=True)))
-        progress.advance()
     places = sorted(set().union(*by_pair))
     every = np.array([[scores.get(place, np.nan) for place in places] for scores in by_pair])
     means = pair_means(every)

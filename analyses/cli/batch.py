@@ -89,8 +89,7 @@ def _print_costs(cells: Sequence[Cell], out: Path, store: Path | None) -> None:
     folder = StudyFolder(out)
     folder.check()
     missing = [cell for cell in cells if not folder.done(cell.name)]
-    for line in table(list(costs(units(missing), ActivationStore(store))), len(cells) - len(missing)):
-        say(line)
+    say(*table(list(costs(units(missing), ActivationStore(store))), len(cells) - len(missing)))
 
 
 def _tell(study: Study, run: StudyRun, unit: int | None) -> None:

@@ -43,8 +43,7 @@ def capture(
     sequences = [prompt.tokens for prompt in as_prompts(lines, loaded, {})]
     need = Need(tuple(str(address) for address in expand(patterns, loaded.shape.n_layers)), reducer)
     if dry_run:
-        for line in estimate(loaded, [plan_capture(loaded, sequences, [need], activations)]).lines():
-            say(line)
+        say(*estimate(loaded, [plan_capture(loaded, sequences, [need], activations)]).lines())
         return
     progress = ConsoleProgress()
     try:

@@ -30,8 +30,7 @@ def check(ref: Ref, spec: ModelSpec) -> None:
             _stamp(models[backend])
     say("")
     say("points by backend: read, refused, or the largest deviation from native relative to its largest magnitude")
-    for line in table(parity(models)):
-        say(line)
+    say(*table(parity(models)))
     if failed := [backend for backend, model in models.items() if not model.faithfulness.holds]:
         raise ModelError(f"{ref}: identities fail on {', '.join(failed)}; its numbers cannot be trusted there")
 

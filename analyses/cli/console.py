@@ -18,9 +18,9 @@ PLAIN: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": Fa
 JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object a line, for programs.")]
 
 
-def say(line: str) -> None:
-    """A line on standard output."""
-    sys.stdout.write(_encodable(line) + "\n")
+def say(*lines: str) -> None:
+    """Lines on standard output."""
+    sys.stdout.writelines(_encodable(line) + "\n" for line in lines)
 
 
 def warn(line: str) -> None:

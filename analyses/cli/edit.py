@@ -53,11 +53,9 @@ def edit(
             data["everywhere"] = effect.data()
         say(dumps({"session": str(session), **data}))
         return
-    for line in _lines(comparison):
-        say(line)
+    say(*_lines(comparison))
     if effect is not None:
-        for line in effect.lines(session.tokens):
-            say(line)
+        say(*effect.lines(session.tokens))
 
 
 def _lines(comparison: Comparison) -> list[str]:

@@ -97,8 +97,7 @@ def fit(
             )
             corpus = file_texts(model, prompts, texts) if prompts else packed_texts(model, length, texts, seed)
             if dry_run:
-                for line in cost_lines(fit_cost(model, corpus.sequences, estimator)):
-                    say(line)
+                say(*cost_lines(fit_cost(model, corpus.sequences, estimator)))
                 return
             lens = _fit_jacobian(model, corpus, estimator, out, ActivationStore(store), progress)
         else:
@@ -111,8 +110,7 @@ def fit(
             say(f"{count(captured.done.forwards, 'forward pass')}, {count(fitted.rows_fitted, 'row')} fitted")
     finally:
         progress.stop()
-    for line in described(lens.card):
-        say(line)
+    say(*described(lens.card))
     say(f"lens: {out}")
 
 
@@ -121,8 +119,7 @@ def _fit_jacobian(
 ) -> FittedLens:
     """Fit and save a Jacobian lens; its running sums lie beside it until it is whole."""
     running = out.with_name(f"{out.name}.partial")
-    for line in cost_lines(fit_cost(model, texts.sequences, estimator)):
-        say(line)
+    say(*cost_lines(fit_cost(model, texts.sequences, estimator)))
     unembedding = model.unembedding()  # refused before the fit, not after it
     fitted = fit_jacobian(
         model, texts.sequences, estimator, corpus=texts.name, licence=texts.licence, checkpoint=running, progress=progress,
@@ -176,8 +173,7 @@ def _offsets(text: str) -> tuple[int, ...]:
 @group.command("show")
 def show(lens: LensFolder) -> None:
     """Print the card of a lens: what it was fitted on and how, and how well it reads held-out text."""
-    for line in described(load_lens(lens).card):
-        say(line)
+    say(*described(load_lens(lens).card))
 
 
 @group.command("check")
@@ -206,8 +202,7 @@ def check(
     say(
         f"{lens}: of {model.ref}, tensors as on its card; {count(len(kept.sequences), 'text')} that it was not fitted on"
     )
-    for line in _quality([row for row in quality_rows(read) if row["measure"] in CHECKED]):
-        say(line)
+    say(*_quality([row for row in quality_rows(read) if row["measure"] in CHECKED]))
 
 
 @group.command("import")
@@ -235,8 +230,7 @@ def import_lens(
     texts = file_texts(model, prompts) if prompts else packed_texts(model, length, 4)
     last = model.shape.n_layers - (1 if target == "last" else 2)
     lens, _ = import_jacobian(model, file, texts.sequences, target=last, skip=skip, length=length)
-    for line in described(save_lens(lens, out).card):
-        say(line)
+    say(*described(save_lens(lens, out).card))
     say(f"lens: {out}")
 
 

@@ -32,8 +32,7 @@ def ls(
         for model in list_models():
             say(dumps({**asdict(model), "path": None if model.path is None else str(model.path)}))
         return
-    for line in aligned(LISTED, [_listed(model) for model in list_models()]):
-        say(line)
+    say(*aligned(LISTED, [_listed(model) for model in list_models()]))
     say(f"Planted models, whose answers are known by construction: {PREFIX}ID@SEED with ID of {', '.join(tasks())}.")
     say("A folder, a .gguf file and a hub id are models too; `bathyscope models info REF` says more of one.")
 

@@ -38,8 +38,7 @@ def ls(
             say(dumps(row, default=str))
         return
     say(f"{activations.root}: {size(activations.bytes_held())} in {count(int(table['shards'].sum()), 'shard')}")
-    for line in aligned(LISTED, [_listed(row) for row in table.to_dict("records")]) if len(table) else ():
-        say(line)
+    say(*(aligned(LISTED, [_listed(row) for row in table.to_dict("records")]) if len(table) else ()))
 
 
 def _listed(row: Mapping[Any, Any]) -> tuple[object, ...]:

@@ -25,6 +25,9 @@ from probes.points import Address
 from probes.prompts import tokenize
 from probes.weights.composition import Heads
 
+Rate = tuple[int, str, str, int, float, float, float]
+"""(items, variant, scoring, prompts, accuracy and its interval)."""
+
 
 @dataclass(frozen=True, eq=False)
 class Dial:
@@ -154,7 +157,7 @@ def run(
     Args:
         dials: `channel` and its control `random`, three each; the first of `channel` is also removed from the weights.
     """
-    rows: list[tuple[int, str, str, int, float, float, float]] = []
+    rows: list[Rate] = []
     points_seen = []
     reach: dict[str, list[float]] = {}
     for n_items, prompts in by_length.items():
@@ -190,15 +193,11 @@ def run(
     return pd.DataFrame(rows, columns=columns), pd.concat(points_seen, ignore_index=True)
 
 
-def _weight_edit(
-    model: Model, n_items: int, prompts: Sequence[Listed], dial: Dial
-) -> list[tuple[int, str, str, int, float, float, float]]:
+def _weight_edit(model: Model, n_items: int, prompts: Sequence[Listed], dial: Dial) -> list[Rate]:
     from probes.edits import Values, read
 
-    edit, address = (
-        HeadWriteEdit(dial.layer, dial.head, Values(dial.direction[None])),
-        Address("resid_post", model.shape.n_layers - 1),
-    )
+    edit = HeadWriteEdit(dial.layer, dial.head, Values(dial.direction[None]))
+    address = Address("resid_post", model.shape.n_layers - 1)
     items, tokens = [], []
     with altered(model, [edit]):
         for prompt in prompts:
@@ -211,7 +210,7 @@ def _weight_edit(
 
 def _scores(
     n_items: int, variant: str, items: NDArray[np.int64], tokens: NDArray[np.int64], prompts: Sequence[Listed]
-) -> list[tuple[int, str, str, int, float, float, float]]:
+) -> list[Rate]:
     missing = np.array([p.prompt.missing for p in prompts])
     answers = np.array([int(p.items[p.prompt.missing]) for p in prompts])
     return [
@@ -220,8 +219,6 @@ def _scores(
     ]
 
 
-def _rate(
-    n_items: int, variant: str, scoring: str, right: NDArray[np.bool_]
-) -> tuple[int, str, str, int, float, float, float]:
+def _rate(n_items: int, variant: str, scoring: str, right: NDArray[np.bool_]) -> Rate:
     low, high = wilson(int(right.sum()), len(right))
     return n_items, variant, scoring, len(right), float(right.mean()) if len(right) else float("nan"), low, high

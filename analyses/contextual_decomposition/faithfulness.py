@@ -47,11 +47,10 @@ class Keep:
 
 def metrics(ablations: Sequence[Ablation], circuits: Sequence[Keep], progress: Progress) -> Array:
     """Return the metric [prompt, circuit] with every head outside the circuit at its baseline."""
-    progress.start(len(ablations), "prompt's circuits")
-    out = []
-    for ablation in ablations:
-        out.append(ablation.metric(torch.stack([circuit.at(ablation) for circuit in circuits])).numpy())
-        progress.advance()
+    out = [
+        ablation.metric(torch.stack([circuit.at(ablation) for circuit in circuits])).numpy()
+        for ablation in progress.over(ablations, "prompt's circuits")
+    ]
     return np.stack(out)
 
 

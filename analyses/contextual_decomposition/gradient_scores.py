@@ -100,8 +100,7 @@ def read_scores(model: Model, cases: Sequence[PreparedCase], plan: Plan, progres
         PointError: the backend keeps its module to itself, or a part that the rules do not know.
     """
     out = GradientScores()
-    progress.start(len(cases), "prompt attributed")
-    for one in cases:
+    for one in progress.over(cases, "prompt attributed"):
         tokens, metric = torch.tensor([one.case.tokens]), metric_of(model, one.case)
         read: Relevance | None = None
         for rule in plan.rules:
@@ -118,7 +117,6 @@ def read_scores(model: Model, cases: Sequence[PreparedCase], plan: Plan, progres
                 _integrated(out, model, one, read, metric)
                 out.seconds["ig"] = out.seconds.get("ig", 0.0) + time.perf_counter() - started
                 out.passes["ig"] = STEPS
-        progress.advance()
     return out
 
 

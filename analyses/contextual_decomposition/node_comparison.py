@@ -59,12 +59,10 @@ def compared_mlps(
         gradients: what backward passes say.
         ablation: whether their effects are measured, a forward each.
     """
-    progress.start(len(prepared.cases), "prompt's MLPs compared")
     effects = []
-    for one in prepared.ablations:
+    for one in progress.over(prepared.ablations, "prompt's MLPs compared"):
         if ablation:
             effects.append(mlp_ablation(one, layers).numpy())
-        progress.advance()
     scores = {"cdt": cdt} | {name: gradients.of_layers(name, layers) for name in _node_methods(gradients)}
     return Compared(
         pd.DataFrame({"layer": layers}), scores, _controls(gradients, "mlps", layers, range(len(cdt)), layers),
@@ -81,12 +79,10 @@ def compared_streams(
         The comparison, and those prompts by their place.
     """
     prompts = same_form(prepared)
-    progress.start(len(prompts), "prompt's streams compared")
     effects = []
-    for i in prompts:
+    for i in progress.over(prompts, "prompt's streams compared"):
         if ablation:
             effects.append(stream_ablation(prepared.ablations[i], layers).flatten().numpy())
-        progress.advance()
     n = len(prepared.cases[prompts[0]].case.tokens)
     places = pd.DataFrame({"layer": np.repeat(layers, n), "position": np.tile(np.arange(n), len(layers))})
     scores = {name: gradients.of_streams(name, prompts, layers) for name in _node_methods(gradients)}

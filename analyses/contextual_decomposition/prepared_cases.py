@@ -57,24 +57,18 @@ class PreparedCases:
 
         The latter is a mean over prompts, [source, layer, head].
         """
-        progress.start(len(self.cases), what)
         out, links = [], None
-        for one in self.cases:
+        for one in progress.over(self.cases, what):
             scores, heads = sweep(self.decomposer, one, sources, rules, reading)
             _finite(one.case.index, scores)
             out.append(scores.numpy())
             if heads is not None:
                 links = heads if links is None else links + heads
-            progress.advance()
         return np.stack(out), None if links is None else links / len(self.cases)
 
     def effects(self, progress: Progress) -> Array:
         """Return the fall of the metric on ablating each head [prompt, head]."""
-        progress.start(len(self.ablations), "prompt ablated")
-        out = []
-        for ablation in self.ablations:
-            out.append(without(ablation, self.heads).numpy())
-            progress.advance()
+        out = [without(ablation, self.heads).numpy() for ablation in progress.over(self.ablations, "prompt ablated")]
         return np.stack(out)
 
     def direct(self) -> Array | None:
@@ -109,8 +103,7 @@ def prepare_cases(
     baselines: dict[tuple[str, int], Baseline | None] = {}
     pools = _pools(cases)
     forwards, prepared, ablations, ends = 1, [], [], []
-    progress.start(len(cases), "prompt traced")
-    for case in cases:
+    for case in progress.over(cases, "prompt traced"):
         key = case.group, len(case.tokens)
         references = pools[key]
         if key not in baselines:
@@ -123,7 +116,6 @@ def prepare_cases(
             ablation.metric(torch.stack([Keep(keep, tuple(heads)).at(ablation) for keep in (tuple(heads), ())]))
         )
         forwards += 2
-        progress.advance()
     full, empty = torch.stack(ends).numpy().T
     return PreparedCases(model, decomposer, tuple(prepared), tuple(ablations), tuple(heads), full, empty, forwards)
 
@@ -191,11 +183,9 @@ def links_by_walking(
     """
 
     def links(sources: Sequence[Node], targets: Sequence[Node]) -> torch.Tensor:
-        progress.start(len(cases), "prompt searched")
         total = torch.zeros(len(sources), len(targets), dtype=torch.float64)
-        for one in cases:
+        for one in progress.over(cases, "prompt searched"):
             total += to_nodes(decomposer, one, [(node,) for node in sources], targets, rules, reading)
-            progress.advance()
         return total / len(cases)
 
     return links

@@ -71,11 +71,10 @@ def removal_tables(
     rng = np.random.default_rng(seed)
     random = {f"random {i}": [rng.permutation(n) for n in unit.numbers] for i in range(RANDOM_ORDERS)}
     every = {**orders, **random}
-    progress.start(len(unit.numbers), f"prompt without {unit.name}")
-    rows = []
-    for prompt in range(len(unit.numbers)):
-        rows.append(_prompt(unit, prompt, [ranks[prompt] for ranks in every.values()]))
-        progress.advance()
+    rows = [
+        _prompt(unit, prompt, [ranks[prompt] for ranks in every.values()])
+        for prompt in progress.over(range(len(unit.numbers)), f"prompt without {unit.name}")
+    ]
     metric = np.stack(rows)  # [prompt, method, order, share]
     flat = metric.reshape(len(metric), -1)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -43,8 +43,7 @@ def words_table(
     """
     n_heads = model.shape.n_heads
     rows = []
-    progress.start(len(prepared), "prompt's words")
-    for one in prepared:
+    for one in progress.over(prepared, "prompt's words"):
         case = one.case
         pieces = [token_text(model, t) for t in case.tokens]
         words = words_of(pieces) if model.tokenizer is not None else [range(i, i + 1) for i in range(len(pieces))]
@@ -60,6 +59,5 @@ def words_table(
             score = alone if len(word) == 1 else next(phrases)
             text = tokens_text(model, [case.tokens[p] for p in word])
             rows.append((case.index, index, word[0], word[-1], text, score, score / max(size, 1e-12), score - alone))
-        progress.advance()
     columns = ["prompt", "word", "first_position", "last_position", "text", "relevance", "share", "interaction"]
     return pd.DataFrame(rows, columns=columns)

@@ -6,10 +6,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analyses.reading.token_grid import token_grid
+from analyses.reading.token_grid import token_menu
 from analyses.results.card import FigureSpec, Tables
-from analyses.results.theme import COLOURS, band, coloured, finish, menu, plain, shorten, side_by_side, whiskers
-from analyses.tokens import joined
+from analyses.results.theme import COLOURS, band, coloured, finish, menu, plain, side_by_side, whiskers
 
 SHOWN = 12
 """Prompts offered in a figure's menu, for every lens."""
@@ -19,19 +18,9 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 def lens_table(tables: Tables) -> go.Figure:
     """Top token by layer and position, one lens and prompt at a time."""
     top = tables["top"][tables["top"]["rank"] == 0]
-    figure = go.Figure()
-    labels: list[str] = []
-    widths: list[int] = []
-    names = list(dict.fromkeys(top["lens"]))
-    for prompt in list(dict.fromkeys(top["prompt"]))[:SHOWN]:
-        for name in names:
-            one = top[(top["prompt"] == prompt) & (top["lens"] == name)]
-            widths.append(token_grid(figure, one, visible=not labels))
-            inputs = one.drop_duplicates("position").sort_values("position")["input_token"]
-            labels.append(shorten(f"{name} · {prompt}: {joined(inputs)}"))
-    finish(figure, x="position and token whose continuation is predicted", y="layer", height=780)
-    figure.update_xaxes(tickangle=-45)
-    return menu(figure, labels, widths)
+    lenses, prompts = dict.fromkeys(top["lens"]), list(dict.fromkeys(top["prompt"]))[:SHOWN]
+    shown = [(f"{lens} · {i}", top[(top["prompt"] == i) & (top["lens"] == lens)]) for i in prompts for lens in lenses]
+    return token_menu(shown)
 
 
 def _quality(tables: Tables, measure: str) -> go.Figure:

@@ -6,11 +6,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.logit_lens.curve import ROWS, curve
-from analyses.reading.token_grid import token_grid
+from analyses.reading.token_grid import token_menu
 from analyses.results.card import FigureSpec, ProfileSpec, Tables
 from analyses.results.profiles import mean_by_layer
-from analyses.results.theme import COLOURS, finish, menu, shorten, side_by_side, whiskers
-from analyses.tokens import joined
+from analyses.results.theme import COLOURS, finish, side_by_side, whiskers
 
 SHOWN = 40
 """Prompts offered in a figure's menu."""
@@ -19,14 +18,7 @@ SHOWN = 40
 def lens_table(tables: Tables) -> go.Figure:
     """Top token by layer and position, coloured by its probability; one prompt at a time."""
     top = tables["top"][tables["top"]["rank"] == 0]
-    figure, labels, widths = go.Figure(), [], []
-    for shown, (prompt, one) in enumerate(list(top.groupby("prompt", sort=False))[:SHOWN]):
-        widths.append(token_grid(figure, one, visible=shown == 0))
-        inputs = one.drop_duplicates("position").sort_values("position")["input_token"]
-        labels.append(shorten(f"{prompt}: {joined(inputs)}"))
-    finish(figure, x="position and token whose continuation is predicted", y="layer", height=780)
-    figure.update_xaxes(tickangle=-45)
-    return menu(figure, labels, widths)
+    return token_menu(list(top.groupby("prompt", sort=False))[:SHOWN])
 
 
 def convergence(tables: Tables) -> go.Figure:

@@ -125,8 +125,7 @@ def read_texts(
     unembedding = model.unembedding()
     best = logit.read(judged.final, unembedding, top_k=TOP).top_ids
     n = len(judged.places)
-    progress.start(len(layers), "layer")
-    for layer in layers:
+    for layer in progress.over(layers, "layer"):
         rows = judged.rows(layer)
         of = torch.arange(n).repeat(len(every))
         seen = logit.read(
@@ -141,7 +140,6 @@ def read_texts(
         for measure, column in columns.items():
             for key, part in zip(every, torch.split(column.double().cpu(), n), strict=True):
                 values[key][measure].append(part.numpy())
-        progress.advance()
     stacked = {key: {name: np.stack(parts) for name, parts in columns.items()} for key, columns in values.items()}
     kl = _unigram(model, texts, judged)
     stacked["logit", "unigram"] = {"kl_to_final": np.tile(kl, (len(layers), 1))}

@@ -34,50 +34,40 @@ class Reported(Protocol):
     @property
     def analysis(self) -> str:
         """The analysis's name."""
-        ...
 
     @property
     def options(self) -> Mapping[str, Any]:
         """The options it ran with."""
-        ...
 
     @property
     def tables(self) -> Tables:
         """Its tables by name."""
-        ...
 
     @property
     def provenance(self) -> Mapping[str, Any]:
         """Where its numbers come from."""
-        ...
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences a reader must know."""
-        ...
 
     @property
     def card(self) -> Card:
         """What its analysis says of it."""
-        ...
 
     @property
     def figures(self) -> Mapping[str, FigureSpec]:
         """The figures its tables can draw."""
-        ...
 
     @property
     def profiles(self) -> Mapping[str, ProfileSpec]:
         """The depth profiles its tables hold."""
-        ...
 
     def figure_json(self, name: str) -> str:
         """One figure, drawn from the tables, as Plotly's JSON."""
-        ...
 
     def profile(self, name: str) -> pd.DataFrame:
         """One depth profile: columns layer, value and perhaps ci_low, ci_high."""
-        ...
 
 
 def write_report(results: Sequence[Reported], path: str | Path, title: str | None = None) -> Path:

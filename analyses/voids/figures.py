@@ -73,15 +73,18 @@ def norms(tables: Tables) -> go.Figure:
 
 def token_classes(tables: Tables) -> go.Figure:
     """Void rate per class of token."""
-    rates = tables["void_rate"].sort_values("alpha", kind="stable")
+    figure = _by_alpha(tables["void_rate"], "token_class", "void_rate", "ci_")
+    return finish(figure, x="class of token", y="share of layers that are void").update_yaxes(range=[0, 1])
+
+
+def _by_alpha(table: pd.DataFrame, along: str, value: str, ends: str) -> go.Figure:
     figure = go.Figure()
-    for colour, (alpha, group) in coloured(rates, "alpha"):
+    for colour, (alpha, group) in coloured(table.sort_values("alpha", kind="stable"), "alpha"):
         figure.add_bar(
-            x=group["token_class"], y=group["void_rate"], name=f"alpha {alpha:g}", marker_color=colour,
-            error_y=whiskers(group["void_rate"], group["ci_low"], group["ci_high"], 3),
+            x=group[along], y=group[value], name=f"alpha {alpha:g}", marker_color=colour,
+            error_y=whiskers(group[value], group[f"{ends}low"], group[f"{ends}high"], 3),
         )  # fmt: skip
-    finish(figure, x="class of token", y="share of layers that are void")
-    return figure.update_yaxes(range=[0, 1])
+    return figure
 
 
 def against_alpha(tables: Tables) -> go.Figure:
@@ -142,13 +145,7 @@ def _alpha_curves(tables: Tables) -> list[_Curve]:
 
 def control_bars(tables: Tables) -> go.Figure:
     """Divergence from the full model: the rule beside its controls."""
-    controls = tables["controls"].sort_values("alpha", kind="stable")
-    figure = go.Figure()
-    for colour, (alpha, group) in coloured(controls, "alpha"):
-        figure.add_bar(
-            x=group["variant"], y=group["kl_to_full"], name=f"alpha {alpha:g}", marker_color=colour,
-            error_y=whiskers(group["kl_to_full"], group["kl_low"], group["kl_high"], 3),
-        )  # fmt: skip
+    figure = _by_alpha(tables["controls"], "variant", "kl_to_full", "kl_")
     return finish(figure, x="what decides where to exit or skip", y="KL from the full model (nats)")
 
 

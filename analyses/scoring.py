@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,23 +10,17 @@ import torch
 from torch import Tensor
 
 from analyses.answers import Answer, answer_after
+from analyses.prompt_fields import is_text, must, some
 from analyses.results.statistics import wilson
 from probes.errors import PromptError
 from probes.lenses import logit
 from probes.models.protocol import Model
 from probes.prompts import Prompt
 
-
-def check_choices(value: Any) -> str | None:
-    """What is wrong with a `choices` field, or None."""
-    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(c, str) and c.strip() for c in value):
-        return 'must be a list of at least two texts, such as ["Paris", "Rome"]'
-    return None
-
-
-def check_answer(value: Any) -> str | None:
-    """What is wrong with an `answer` field, or None."""
-    return None if isinstance(value, str) and value.strip() else "must be a text, one of the line's choices"
+check_choices = must(
+    'be a list of at least two texts, such as ["Paris", "Rome"]', lambda value: some(is_text)(value) and len(value) > 1
+)
+check_answer = must("be a text, one of the line's choices", is_text)
 
 
 def score_choices(

@@ -18,7 +18,6 @@ from analyses.back_patching.cases import (
     Case,
     cases_of,
     check_ints,
-    check_text,
     check_texts,
     judge,
     two_hop_prompts,
@@ -32,6 +31,7 @@ from analyses.back_patching.verdicts import names, verdicts
 from analyses.base import Analysis, Measured, PromptsLike, as_prompts
 from analyses.interventions import Interventions, swept
 from analyses.options import accept_old_names, option
+from analyses.prompt_fields import check_text
 from analyses.tasks.two_hop import sample
 from probes.blocks.together import resumable, together
 from probes.capture.needs import Need

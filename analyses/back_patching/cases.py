@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from analyses.answers import Answer, answer_after
+from analyses.prompt_fields import is_text, is_whole, must, some
 from analyses.tasks.two_hop import TwoHop
 from probes.capture.needs import Need
 from probes.capture.run import capture
@@ -64,21 +65,8 @@ class Case:
         return "other" if not clean else "correct" if v["composition"] else "incorrect"
 
 
-def check_text(value: Any) -> str | None:
-    """Say what is wrong with a field that holds one text; None if nothing is."""
-    return None if isinstance(value, str) and value.strip() else "must be a text that is not empty"
-
-
-def check_texts(value: Any) -> str | None:
-    """Say what is wrong with a list of texts; None if nothing is."""
-    good = isinstance(value, list) and all(isinstance(v, str) and v.strip() for v in value)
-    return None if good else 'must be a list of texts, such as ["Holland"]'
-
-
-def check_ints(value: Any) -> str | None:
-    """Say what is wrong with a list of ints; None if nothing is."""
-    good = isinstance(value, list) and value and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-    return None if good else "must be a list of whole numbers, such as [4, -1]"
+check_texts = must('be a list of texts, such as ["Holland"]', lambda value: value == [] or some(is_text)(value))
+check_ints = must("be a list of whole numbers, such as [4, -1]", some(is_whole))
 
 
 def two_hop_prompts(model: Model, questions: Sequence[TwoHop]) -> list[Prompt]:
@@ -104,7 +92,7 @@ def cases_of(model: Model, prompts: Sequence[Prompt]) -> tuple[list[Case], list[
 
 def _case(model: Model, index: int, prompt: Prompt) -> Case:
     fields = prompt.fields
-    given = frozenset(_vocabulary(model, index, fields.get("answer_tokens", ())))
+    given = frozenset(fields.get("answer_tokens", ()))
     texts = _texts(fields)
     # Where ids are given and no tokenizer can write the texts, the ids say enough.
     written = () if given and model.tokenizer is None else tuple(answer_after(model, prompt, text) for text in texts)
@@ -121,14 +109,6 @@ def _texts(fields: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the answer and its aliases, without those of one letter: they would make every word with it right."""
     answer = (fields["answer"].strip(),) if "answer" in fields else ()
     return (*answer, *(alias.strip() for alias in fields.get("aliases", ()) if len(alias.strip()) > 1))
-
-
-def _vocabulary(model: Model, index: int, ids: Sequence[int]) -> Sequence[int]:
-    if bad := [token for token in ids if not 0 <= token < model.shape.d_vocab]:
-        raise PromptError(
-            f"prompt {index}: answer token {bad[0]} is outside the vocabulary: legal are 0 to {model.shape.d_vocab - 1}"
-        )
-    return ids
 
 
 def firsts(model: Model, prompt: Prompt, texts: Sequence[str]) -> frozenset[int]:

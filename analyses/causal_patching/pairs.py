@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from analyses.answers import answer_after
+from analyses.prompt_fields import check_text, is_text, is_whole, must, named, some
 from probes.errors import PromptError
 from probes.models.protocol import Model
 from probes.prompts import Field, Prompt, PromptLine, check_ids, tokenize
@@ -16,40 +17,23 @@ Direction = Literal["denoise", "noise"]
 """Denoising copies from the clean run into the corrupted one, noising the other way."""
 
 
-def check_text(value: Any) -> str | None:
-    """Say what is wrong with a field that holds one text; None if nothing is."""
-    return None if isinstance(value, str) and value.strip() else "must be a text that is not empty"
+check_alignment = must(
+    "be a list of [clean, corrupted] positions, both rising, such as [[0, 0], [2, 3]]", lambda value: _rising(value)
+)
+check_named = must('be an object of names and positions, such as {"subject": 4, "end": -1}', named(is_whole))
+check_span = must(
+    "be two positions, the first and the one after the last, such as [2, 5]",
+    lambda value: _ints(value, 2) and 0 <= value[0] < value[1],
+)
+check_texts = must("be a list of texts that are not empty", some(is_text))
+check_id_lists = must(
+    "be a list of lists of token ids, such as [[262, 318], [262, 290]]", some(lambda ids: not check_ids(ids))
+)
 
 
-def check_alignment(value: Any) -> str | None:
-    """Say what is wrong with an `alignment` field; None if nothing is."""
+def _rising(value: Any) -> bool:
     pairs = isinstance(value, list) and value and all(_ints(item, 2) and min(item) >= 0 for item in value)
-    rising = pairs and all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise(value))
-    return None if rising else "must be a list of [clean, corrupted] positions, both rising, such as [[0, 0], [2, 3]]"
-
-
-def check_named(value: Any) -> str | None:
-    """Say what is wrong with a `named_positions` field; None if nothing is."""
-    good = isinstance(value, dict) and value and all(type(position) is int for position in value.values())
-    return None if good else 'must be an object of names and positions, such as {"subject": 4, "end": -1}'
-
-
-def check_span(value: Any) -> str | None:
-    """Say what is wrong with a `span` field; None if nothing is."""
-    good = _ints(value, 2) and 0 <= value[0] < value[1]
-    return None if good else "must be two positions, the first and the one after the last, such as [2, 5]"
-
-
-def check_texts(value: Any) -> str | None:
-    """Say what is wrong with a field that holds texts; None if nothing is."""
-    good = isinstance(value, list) and value and not any(map(check_text, value))
-    return None if good else "must be a list of texts that are not empty"
-
-
-def check_id_lists(value: Any) -> str | None:
-    """Say what is wrong with a field that holds lists of token ids; None if nothing is."""
-    good = isinstance(value, list) and value and not any(map(check_ids, value))
-    return None if good else "must be a list of lists of token ids, such as [[262, 318], [262, 290]]"
+    return bool(pairs) and all(a[0] < b[0] and a[1] < b[1] for a, b in itertools.pairwise(value))
 
 
 def _ints(value: Any, n: int) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 
 from analyses.base import as_prompts
 from analyses.concept_depth.token_types import TokenTypes, token_types
+from analyses.prompt_fields import must, some
 from probes.errors import ProbeError, PromptError
 from probes.models.protocol import Model
 from probes.prompts import Field, Prompt, PromptLine
@@ -26,25 +27,14 @@ def check_label(value: Any) -> str | None:
     return None if type(value) is int and value in (0, 1) else f"is {value!r}: legal labels are 0 and 1"
 
 
-def check_name(value: Any) -> str | None:
-    """What is wrong with a `group` or `dataset` field, or None."""
-    return (
-        None
-        if isinstance(value, str | int) and not isinstance(value, bool) and value != ""
-        else "must be a text or an int"
-    )
-
-
-def check_answers(value: Any) -> str | None:
-    """What is wrong with an `answers` field, or None."""
-    if not isinstance(value, list | tuple) or len(value) != 2 or not all(isinstance(a, str) and a for a in value):
-        return 'must be two texts, the answer of label 0 and that of label 1, such as [" no", " yes"]'
-    return None
-
-
-def check_template(value: Any) -> str | None:
-    """What is wrong with a `template` field, or None."""
-    return None if isinstance(value, str) and "{text}" in value else "must be a text that holds {text}"
+check_name = must(
+    "be a text or an int", lambda value: isinstance(value, str | int) and not isinstance(value, bool) and value != ""
+)
+check_answers = must(
+    'be two texts, the answer of label 0 and that of label 1, such as [" no", " yes"]',
+    some(lambda value: isinstance(value, str) and value, 2),
+)
+check_template = must("be a text that holds {text}", lambda value: isinstance(value, str) and "{text}" in value)
 
 
 FIELDS: Mapping[str, Field] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import pandas as pd
 from torch import Tensor
@@ -45,6 +45,7 @@ from analyses.contextual_decomposition.unseen import unseen_note
 from analyses.contextual_decomposition.word_relevance import words_table
 from analyses.interventions import Interventions
 from analyses.options import option
+from analyses.prompt_fields import is_whole, must, some
 from analyses.tokens import tokens_text
 from probes.decomposition import PRESETS, Node, Rules, Source
 from probes.errors import OptionError
@@ -60,11 +61,7 @@ _SWITCHES = {
 """Options that override a rule of the preset, and the rule's name."""
 
 
-def check_positions(value: Any) -> str | None:
-    """Say what is wrong with a `positions` field; None if nothing is."""
-    if not isinstance(value, list) or not value or any(isinstance(v, bool) or not isinstance(v, int) for v in value):
-        return "must be a list of positions, such as [0, -1] (-1 is the last)"
-    return None
+check_positions = must("be a list of positions, such as [0, -1] (-1 is the last)", some(is_whole))
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,8 @@ def given_cases(
         if not answers:
             raise PromptError(f'prompt {index}: give "answer_tokens", the token ids of right next tokens')
         distractors = tuple(prompt.fields.get("distractor_tokens", ()))
-        _check_ids(model, index, answers, distractors)
+        if both := set(answers) & set(distractors):
+            raise PromptError(f"prompt {index}: token {min(both)} is both answer and distractor")
         if not distractors:
             distractors, filled = (_rival(model, prompt.tokens, answers),), filled + 1
         same = tuple(by_length.get(len(prompt.tokens), ()))
@@ -160,16 +161,6 @@ def _inside(index: int, position: int, n: int) -> int:
     if not -n <= position < n:
         raise PromptError(f"prompt {index}: position {position} is outside its {n} tokens: legal are {-n} to {n - 1}")
     return position % n
-
-
-def _check_ids(model: Model, index: int, answers: tuple[int, ...], distractors: tuple[int, ...]) -> None:
-    for token in (*answers, *distractors):
-        if not 0 <= token < model.shape.d_vocab:
-            raise PromptError(
-                f"prompt {index}: token id {token} is outside the vocabulary: legal are 0 to {model.shape.d_vocab - 1}"
-            )
-    if set(answers) & set(distractors):
-        raise PromptError(f"prompt {index}: token {min(set(answers) & set(distractors))} is both answer and distractor")
 
 
 def _rival(model: Model, tokens: Sequence[int], answers: tuple[int, ...]) -> int:

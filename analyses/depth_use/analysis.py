@@ -20,6 +20,7 @@ from analyses.depth_use.tokens import check_answer_from
 from analyses.generation import Decoding, respond
 from analyses.interventions import Interventions
 from analyses.options import option
+from analyses.prompt_fields import check_group, must
 from analyses.scoring import check_answer, check_choices
 from analyses.tokens import token_text
 from probes.capture.activations import Activations
@@ -32,15 +33,7 @@ from probes.progress import Progress
 from probes.prompts import Field, Prompt
 from probes.store import ActivationStore
 
-
-def check_group(value: object) -> str | None:
-    """Say what is wrong with a `group` field; None if nothing is."""
-    return None if isinstance(value, str | int) and str(value) else "must be a text or a number that names a group"
-
-
-def check_label(value: object) -> str | None:
-    """Say what is wrong with a `label` field; None if nothing is."""
-    return None if not isinstance(value, bool) and value in (0, 1) else "must be 0 or 1"
+check_label = must("be 0 or 1", lambda value: not isinstance(value, bool) and value in (0, 1))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from analyses.depth_use.outputs import Outputs
 from analyses.depth_use.settings import Rule, Tick
+from analyses.prompt_fields import is_whole, must
 from probes.blocks.batch import Blocks, Chunk, Part, on_blocks
 from probes.models.protocol import Model
 from probes.models.unembedding import logits_of
@@ -92,11 +93,10 @@ def _erase(
     return rows
 
 
-def check_answer_from(value: Any) -> str | None:
-    """Say what is wrong with an `answer_from` field; None if nothing is."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        return "must be an int from 1: the position of the answer's first token in this line's tokens"
-    return None
+check_answer_from = must(
+    "be an int from 1: the position of the answer's first token in this line's tokens",
+    lambda value: is_whole(value) and value > 0,
+)
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def given_items(
     """Items of prompts that carry `targets`; given ids are summed as they are.
 
     Raises:
-        PromptError: an id outside the vocabulary, or words where the model has no tokenizer.
+        PromptError: words where the model has no tokenizer.
     """
     items, dropped = [], []
     for index, prompt in enumerate(prompts):
@@ -88,7 +88,7 @@ def given_items(
         words = {lang: tuple(values) for lang, values in targets.items() if isinstance(values[0], str)}
         if words and rule is None:
             raise PromptError(f"{name}: targets are words, and {model.ref} has no tokenizer; give token ids")
-        sets: Sets = {lang: _given(values, rule, name, model) for lang, values in targets.items()}
+        sets: Sets = {lang: _given(values, rule) for lang, values in targets.items()}
         if words:
             sets, reason = resolve(sets, on_collision)
             if reason:
@@ -103,15 +103,10 @@ def given_items(
     return items, dropped
 
 
-def _given(values: Sequence[Any], rule: Rule | None, name: str, model: Model) -> tuple[tuple[int, ...], ...]:
+def _given(values: Sequence[Any], rule: Rule | None) -> tuple[tuple[int, ...], ...]:
     if isinstance(values[0], str):
         assert rule is not None
         return rule.sequences(values)
-    for token in values:
-        if token >= model.shape.d_vocab:
-            raise PromptError(
-                f"{name}: target id {token} is outside the vocabulary of {model.ref}: legal are 0 to {model.shape.d_vocab - 1}"
-            )
     return tuple((token,) for token in dict.fromkeys(values))
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from analyses.answers import answer_after
+from analyses.prompt_fields import check_group
 from analyses.scoring import check_answer, check_choices
 from analyses.tasks.two_hop import sample
 from probes.errors import OptionError, PromptError
@@ -16,11 +17,6 @@ from probes.models.protocol import Model
 from probes.prompts import Field, Prompt, check_ids, tokenize
 
 Scope = Literal["all", "last"]
-
-
-def check_group(value: object) -> str | None:
-    """Say what is wrong with a `group` field; None if nothing is."""
-    return None if isinstance(value, str | int) and str(value) else "must be a text or a number that names a group"
 
 
 FIELDS: Mapping[str, Field] = {
@@ -107,7 +103,7 @@ def questions_of(
 
 def _question(model: Model, index: int, prompt: Prompt, scope: Scope, most: int, seed: int) -> Question:
     fields, tokens = prompt.fields, prompt.tokens
-    ids = _checked(model, index, fields.get("answer_tokens", ()))
+    ids = fields.get("answer_tokens", ())
     texts = [*([fields["answer"]] if "answer" in fields else []), *fields.get("aliases", ())]
     written = [] if ids and model.tokenizer is None else [answer_after(model, prompt, text) for text in texts]
     answer = written[0].tokens if written else tuple(ids[:1])
@@ -116,14 +112,6 @@ def _question(model: Model, index: int, prompt: Prompt, scope: Scope, most: int,
         index, tokens, answer if scope == "all" else answer[:1], firsts, _choices(model, index, prompt, firsts),
         str(fields.get("group", f"prompt {index}")), scope, _own_text(len(tokens), most, (seed, index)),
     )  # fmt: skip
-
-
-def _checked(model: Model, index: int, ids: Sequence[int]) -> Sequence[int]:
-    if bad := [token for token in ids if not 0 <= token < model.shape.d_vocab]:
-        raise PromptError(
-            f"prompt {index}: answer token {bad[0]} is outside the vocabulary: legal are 0 to {model.shape.d_vocab - 1}"
-        )
-    return ids
 
 
 def _choices(model: Model, index: int, prompt: Prompt, firsts: frozenset[int]) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from analyses.prompt_fields import is_whole, must, named, some
 from analyses.tasks.two_hop import sample
 from probes.errors import PromptError
 from probes.models.protocol import Model
@@ -27,20 +28,13 @@ class Watched:
     """Position name to position."""
 
 
-def check_watch(value: Any) -> str | None:
-    """Return what is wrong with a `watch` field, or None."""
-    spellings = value.values() if isinstance(value, dict) else ()
-    good = value and all(
-        isinstance(words, list) and words and all(isinstance(w, str | int) and w != "" for w in words)
-        for words in spellings
-    )
-    return None if good and isinstance(value, dict) else 'must be names with spellings, such as {"bridge": [" France"]}'
+check_watch = must(
+    'be names with spellings, such as {"bridge": [" France"]}',
+    named(some(lambda w: isinstance(w, str | int) and w != "")),
+)
 
 
-def check_places(value: Any) -> str | None:
-    """Return what is wrong with a `named_positions` field, or None."""
-    good = isinstance(value, dict) and value and all(type(position) is int for position in value.values())
-    return None if good else 'must be names with positions, such as {"entity": 7, "end": -1}'
+check_places = must('be names with positions, such as {"entity": 7, "end": -1}', named(is_whole))
 
 
 def watched_ids(value: Mapping[str, Sequence[Any]]) -> Iterator[int]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from analyses.answers import answer_after, encode
+from analyses.prompt_fields import is_text, is_whole, must, some
 from analyses.scoring import check_answer
 from analyses.tasks.facts import pairs
 from analyses.tokens import character_ends, token_at
@@ -29,26 +30,17 @@ TEXT = "Read this note.\n{passage}\nQuestion. According to the note, {question}"
 """A made prompt: the question is begun as a statement, which the answer ends."""
 
 
-def check_passage(value: Any) -> str | None:
-    """Say what is wrong with a `passage` field; None if nothing is."""
-    if isinstance(value, str) and value.strip():
-        return None
-    pair = isinstance(value, list) and len(value) == 2 and all(type(v) is int for v in value)
-    if pair and 0 <= value[0] <= value[1]:
-        return None
-    return 'must be a text that stands in the prompt once, or the positions "[first, after the last]"'
+check_passage = must(
+    'be a text that stands in the prompt once, or the positions "[first, after the last]"',
+    lambda value: is_text(value) or (some(is_whole, 2)(value) and 0 <= value[0] <= value[1]),
+)
 
 
-def check_replacement(value: Any) -> str | None:
-    """Say what is wrong with a text, or token ids, that stand in a passage's place; None if nothing is."""
-    good = (isinstance(value, str) and value.strip()) or (isinstance(value, list) and check_ids(value) is None)
-    return None if good else "must be a text, or a list of token ids"
-
-
-def check_noise(value: Any) -> str | None:
-    """Say what is wrong with a `noise` field; None if nothing is."""
-    good = isinstance(value, list) and value and all(check_replacement(v) is None for v in value)
-    return None if good else "must be a list of texts, or of lists of token ids"
+check_replacement = must(
+    "be a text, or a list of token ids",
+    lambda value: is_text(value) or (isinstance(value, list) and not check_ids(value)),
+)
+check_noise = must("be a list of texts, or of lists of token ids", some(lambda value: not check_replacement(value)))
 
 
 FIELDS: Mapping[str, Field] = {

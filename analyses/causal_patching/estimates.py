@@ -19,6 +19,7 @@ from analyses.causal_patching.nodes import node_tables
 from analyses.causal_patching.paths import KvView, Through
 from analyses.causal_patching.running import Run
 from analyses.causal_patching.selection import Ends
+from analyses.results.statistics import in_words
 from probes.errors import OptionError
 from probes.progress import Progress
 
@@ -143,7 +144,10 @@ def _checked(tables: Tables) -> list[str]:
         return []
     said = []
     for _, row in tables["circuit_checks"].iterrows():
-        own, random = (_with_interval(row, name) for name in ("incompleteness", "random_incompleteness"))
+        own, random = (
+            in_words(*(row[name + end] for end in ("", "_low", "_high")))
+            for name in ("incompleteness", "random_incompleteness")
+        )
         said.append(
             f"{row['method']}: the smallest circuit tried that keeps {FAITHFUL:.0%} has {row['n_items']:,} items. With subsets of it "
             f"taken out it is {own} of the span away from the whole model without them; a random circuit with as many items in "
@@ -156,8 +160,3 @@ def _checked(tables: Tables) -> list[str]:
             f"No circuit of at most {LARGEST:.0%} of all items keeps {FAITHFUL:.0%} by {', '.join(missing)}: none is checked."
         )
     return said
-
-
-def _with_interval(row: pd.Series, name: str) -> str:
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return f"{row[name]:.2f}" + (f" [{low:.2f}, {high:.2f}]" if np.isfinite(low) else "")

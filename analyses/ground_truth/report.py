@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
 
 from analyses.ground_truth.figures import FIGURES
 from analyses.ground_truth.score import KEYS, Scored
 from analyses.ground_truth.words import sentences
-from analyses.results.page import figure_html, page
+from analyses.results.page import figure_html, page, table_cells
 from probes.planted.record import Record
 
 SHOWN = (
@@ -47,8 +46,8 @@ def render(records: Sequence[Record], scored: Scored, *, digest: str, seconds: f
         seconds=f"{seconds:.0f}",
         words=sentences(claims),
         figures=[_figure(name, tables) for name, spec in FIGURES.items() if spec.applies(tables)],
-        summary=_cells(scored.summary[[*KEYS, "n", "n_nothing", *SHOWN, "forwards"]]),
-        worst=_cells(worst(scored.rows)),
+        summary=table_cells(scored.summary[[*KEYS, "n", "n_nothing", *SHOWN, "forwards"]], ".2f"),
+        worst=table_cells(worst(scored.rows), ".2f"),
         notes=notes,
     )
 
@@ -69,14 +68,3 @@ def worst(rows: pd.DataFrame, n: int = WORST) -> pd.DataFrame:
 def _figure(name: str, tables: dict[str, pd.DataFrame]) -> dict[str, str]:
     spec = FIGURES[name]
     return {"title": spec.title, "caption": spec.caption, "html": figure_html(str(spec.drawn(tables).to_json()), name)}
-
-
-def _cells(table: pd.DataFrame) -> dict[str, Any]:
-    rows = [[_text(value) for value in row] for row in table.itertuples(index=False)]
-    return {"columns": [str(column).replace("_", " ") for column in table.columns], "cells": rows}
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return "" if value != value else f"{value:.2f}"
-    return str(value)

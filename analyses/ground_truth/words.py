@@ -11,6 +11,7 @@ import pandas as pd
 from analyses.ground_truth.answers import LEVEL
 from analyses.ground_truth.contestants import ADAPTED, adapter_of
 from analyses.registry import SHIPPED
+from analyses.results.statistics import in_words
 
 ABSTAINS, ALWAYS = 0.2, 0.5
 """Rates of false positives below which a method counts as abstaining, and above which as answering whatever it is asked."""
@@ -76,7 +77,7 @@ def _sets(row: Mapping[Any, Any]) -> str:
 def _intervals(row: Mapping[Any, Any]) -> str:
     if not isfinite(row["covered"]):
         return ""
-    said = f"its 95 % intervals, {row['width']:.1f} layers wide, hold the truth in {share(row, 'covered')}"
+    said = f"its 95 % intervals, {row['width']:.1f} layers wide, hold the truth in {span(row, 'covered', '.0%')}"
     return f"{said}: too narrow" if row["covered_high"] < LEVEL else said
 
 
@@ -85,29 +86,20 @@ def _nothing(row: Mapping[Any, Any]) -> str:
         return ""
     low, high = row["false_positive_low"], row["false_positive_high"]
     verdict = ": it abstains" if high < ABSTAINS else ": it does not abstain" if low > ALWAYS else ""
-    return f"where there is nothing it names something in {share(row, 'false_positive')} of {row['n_nothing']}{verdict}"
+    return f"where there is nothing it names something in {span(row, 'false_positive', '.0%')} of {row['n_nothing']}{verdict}"
 
 
 def _misses(row: Mapping[Any, Any]) -> str:
-    return f"misses {share(row, 'miss')} of what there is" if row["miss"] > 0 else ""
+    return f"misses {span(row, 'miss', '.0%')} of what there is" if row["miss"] > 0 else ""
 
 
 def _few() -> str:
     return "of too few clusters for an interval"
 
 
-def span(row: Mapping[Any, Any], name: str, digits: int = 2) -> str:
+def span(row: Mapping[Any, Any], name: str, form: str = ".2f") -> str:
     """Return a mean with its interval, where it has one."""
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    bounds = f" [{low:.{digits}f}, {high:.{digits}f}]" if isfinite(low) and isfinite(high) else ""
-    return f"{row[name]:.{digits}f}{bounds}"
-
-
-def share(row: Mapping[Any, Any], name: str) -> str:
-    """Return a rate with its interval, where it has one."""
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    bounds = f" [{low:.0%}, {high:.0%}]" if isfinite(low) and isfinite(high) else ""
-    return f"{row[name]:.0%}{bounds}"
+    return in_words(row[name], row[f"{name}_low"], row[f"{name}_high"], form)
 
 
 def readme_table(summary: pd.DataFrame, tiers: Sequence[str] = ("compiled", "noised", "trained")) -> str:
@@ -151,7 +143,7 @@ def _cell(row: Mapping[Any, Any]) -> str:
     if isfinite(row["auroc"]):
         parts.append(f"AUROC {span(row, 'auroc')}")
     elif isfinite(row["error"]):
-        parts.append(f"± {span(row, 'error', 1)}")
+        parts.append(f"± {span(row, 'error', '.1f')}")
     if isfinite(row["f1"]):
         parts.append(f"F1 {row['f1']:.2f}")
     if isfinite(row["covered"]):

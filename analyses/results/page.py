@@ -9,6 +9,7 @@ from base64 import b64encode
 from functools import cache
 from typing import Any
 
+import pandas as pd
 import plotly.io as pio
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup, escape
@@ -49,6 +50,18 @@ def figure_html(figure: str, name: str) -> str:
     width = f"min-width:{layout['width']}px" if "width" in layout else ""
     data = _packed(json.dumps(content, separators=(",", ":")))
     return f'<div class="plot" data-name="{escape(name)}" data-figure="{data}" style="height:{height}px;{width}"></div>'
+
+
+def table_cells(table: pd.DataFrame, form: str) -> dict[str, Any]:
+    """Return a table as templates show it: columns in words, fractions in a form such as `.2f`, empty where unknown."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, float):
+            return "" if value != value else f"{value:{form}}"
+        return str(value)
+
+    cells = [[text(value) for value in row] for row in table.itertuples(index=False)]
+    return {"columns": [str(column).replace("_", " ") for column in table.columns], "cells": cells}
 
 
 def _packed(text: str) -> str:

@@ -140,6 +140,11 @@ def quantiles(draws: ArrayLike) -> tuple[Array, Array]:
     return bounds[0], bounds[1]
 
 
+def in_words(value: float, low: float, high: float, form: str = ".2f") -> str:
+    """Return a value with its interval, `0.52 [0.41, 0.63]`; alone where there is no interval."""
+    return f"{value:{form}}" + (f" [{low:{form}}, {high:{form}}]" if np.isfinite([low, high]).all() else "")
+
+
 def wilson(successes: int, n: int, z: float = Z) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a proportion; (nan, nan) for n = 0."""
     if n == 0:

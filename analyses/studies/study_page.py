@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analyses.registry import get_analysis
-from analyses.results.page import figure_html, page
+from analyses.results.page import figure_html, page, table_cells
 from analyses.results.theme import COLOURS, finish
 from analyses.studies.cells import Cell
 from analyses.studies.definition import Study
@@ -95,14 +95,7 @@ def _about(one: pd.DataFrame) -> str:
 
 def _summary(curve: pd.DataFrame) -> dict[str, Any]:
     short = summary(curve)[SHOWN].rename(columns={"title": "profile", "peak_depth": "relative depth"})
-    rows = [[_text(value) for value in row] for row in short.itertuples(index=False)]
-    return {"columns": [name.replace("_", " ") for name in short.columns], "cells": rows}
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return "" if value != value else f"{value:.3g}"
-    return str(value)
+    return table_cells(short, ".3g")
 
 
 PANELS = 24

@@ -15,7 +15,7 @@ from tiny import PROMPTS, native
 
 from analyses.depth_use import DepthUse
 from analyses.depth_use.greedy import orders
-from analyses.depth_use.proxies import agreement_table, null_correlations, proxy_tables, ranked
+from analyses.depth_use.proxies import agreement_table, null_correlations, proxy_tables
 from analyses.results.per_prompt import PerPrompt, interval, resampled
 from analyses.results.result import Result
 from analyses.results.statistics import quantiles
@@ -294,10 +294,6 @@ def test_refusals(tiny: NativeModel, store: ActivationStore) -> None:
     assert checks["answer_from"](True) is not None
     assert checks["answer_from"](3) is None
     assert checks["group"](["a"]) is not None
-
-
-def test_ranks_share_ties() -> None:
-    assert ranked(np.array([[3.0, 1.0, 3.0, 7.0]])).tolist() == [[2.5, 1, 2.5, 4]]
 
 
 def test_agreement_of_known_orders() -> None:

@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from analyses.contextual_decomposition.methods import NAMES
-from analyses.results.statistics import MIN_CLUSTERS, RESAMPLES, Array, cluster_bootstrap, draw_groups, percentiles
+from analyses.results.statistics import (
+    MIN_CLUSTERS,
+    RESAMPLES,
+    Array,
+    cluster_bootstrap,
+    correlation,
+    draw_groups,
+    percentiles,
+)
 
 TOP = 10
 """Heads left out to see whether a correlation is made by a few large ones."""
@@ -32,16 +40,6 @@ ORDERS = 20
 """Random orders of a control."""
 KINDS = {"heads": "heads", "mlps": "MLPs", "streams": "stream positions"}
 """Kinds of nodes, in words."""
-
-
-def correlation(a: Array, b: Array) -> Array:
-    """Return Pearson's correlation along the last axis; NaN where either side is constant or too short to have one."""
-    if a.shape[-1] < 3:
-        return np.full(np.broadcast_shapes(a.shape, b.shape)[:-1], np.nan)
-    x, y = (values - values.mean(-1, keepdims=True) for values in (a, b))
-    constant = (np.ptp(a, -1) == 0) | (np.ptp(b, -1) == 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(constant, np.nan, (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1)))
 
 
 class _Judge:

@@ -8,9 +8,10 @@ from itertools import combinations_with_replacement
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from analyses.results.per_prompt import PerPrompt, interval, resampled
-from analyses.results.statistics import Array, percentiles
+from analyses.results.statistics import Array, correlation, percentiles
 
 MIN_LAYERS = 5
 """Layers from which on some order of them is rarer than one in twenty: the two perfect ones are 2 of n! orders."""
@@ -56,7 +57,7 @@ def agreement_table(measured: Mapping[str, PerPrompt], fixed: Mapping[str, Array
     def rank(name: str, layers: NDArray[np.bool_], drawn: bool) -> Array:
         key = (name, layers.tobytes(), drawn)
         if key not in ranks:
-            ranks[key] = ranked((draws if drawn else point)[name][:, layers])
+            ranks[key] = rankdata((draws if drawn else point)[name][:, layers], axis=-1, nan_policy="omit")
         return ranks[key]
 
     nulls: dict[int, Array] = {}
@@ -79,22 +80,6 @@ def agreement_table(measured: Mapping[str, PerPrompt], fixed: Mapping[str, Array
     return pd.DataFrame(
         rows, columns=["proxy_a", "proxy_b", "spearman", "ci_low", "ci_high", "p_value", "null_95", "n"]
     )
-
-
-def ranked(values: Array) -> Array:
-    """Ranks along the last axis, [draws, n]; ties share the mean rank, NaN ranks are NaN."""
-    below = (values[:, :, None] > values[:, None, :]).sum(-1)
-    ties = (values[:, :, None] == values[:, None, :]).sum(-1)
-    out: Array = np.where(np.isnan(values), np.nan, below + (ties + 1) / 2)
-    return out
-
-
-def correlation(a: Array, b: Array) -> Array:
-    """Pearson correlation along the last axis, [draws]; NaN where one side does not vary."""
-    a, b = (x - x.mean(-1, keepdims=True) for x in (a, b))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        out: Array = (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
-    return out
 
 
 def null_correlations(n: int, seed: int) -> Array:

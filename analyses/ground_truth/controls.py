@@ -19,7 +19,6 @@ TO_THE_END: tuple[Kind, ...] = ("readable", "sufficient")
 """Kinds whose interval usually ends in the last layer."""
 FROM_THE_START: tuple[Kind, ...] = ("necessary",)
 """Kinds whose interval usually begins at the embedding."""
-LAYERED: tuple[Kind, ...] = (*ONE_LAYER, *TO_THE_END, *FROM_THE_START, "pivot", "norm")
 
 
 def _ends(question: Question, n_layers: int, layers: Sequence[float]) -> Ends:

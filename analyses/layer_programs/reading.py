@@ -18,7 +18,6 @@ from probes.models.protocol import Model
 from probes.models.unembedding import logits_of
 
 Metric = Literal["answer", "first_token", "correct", "loss", "kl"]
-METRICS: tuple[Metric, ...] = ("answer", "first_token", "correct", "loss", "kl")
 UNITS: dict[Metric, str] = {
     "answer": "nats of the answer", "first_token": "nats of the answer's first token", "correct": "share of right answers",
     "loss": "nats a token", "kl": "nats from the plain prediction",

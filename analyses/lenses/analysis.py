@@ -13,10 +13,9 @@ import pandas as pd
 from analyses.base import Analysis, Measured, PromptsLike, as_prompts
 from analyses.interventions import Interventions
 from analyses.lenses.band import band_table
-from analyses.lenses.figures import FIGURES
+from analyses.lenses.figures import FIGURES, PROFILES
 from analyses.lenses.items import FIELDS, Watched, two_hop_prompts, watched_of
 from analyses.lenses.patched import CONTROLS, Kind, lift_table, patchscopes_of, target_of, text_table
-from analyses.lenses.profiles import PROFILES
 from analyses.lenses.read_tables import cards_table, read_of
 from analyses.lenses.similarity import similarity
 from analyses.lenses.watched import pass_at_k, watched_tables

@@ -1,13 +1,15 @@
-"""Figures of the comparison of lenses."""
+"""Figures and depth profiles of the comparison of lenses."""
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analyses.reading.token_grid import token_menu
-from analyses.results.card import FigureSpec, Tables
+from analyses.results.card import FigureSpec, ProfileSpec, Tables
+from analyses.results.profiles import mean_by_layer
 from analyses.results.theme import COLOURS, band, coloured, finish, menu, plain, side_by_side, whiskers
 
 SHOWN = 12
@@ -43,7 +45,7 @@ def divergence(tables: Tables) -> go.Figure:
     return finish(_quality(tables, "kl_to_final"), x="layer", y="KL from the model (nats)", height=480)
 
 
-def agreement(tables: Tables) -> go.Figure:
+def same_first(tables: Tables) -> go.Figure:
     """Share of positions at which a lens's first token is the model's."""
     figure = finish(_quality(tables, "top1_agreement"), x="layer", y="share of positions", height=480)
     return figure.update_yaxes(range=[0, 1.02])
@@ -171,7 +173,7 @@ FIGURES = {
         "Agreement with the output, with controls",
         "The share of positions at which a lens's first token is the model's, on texts that no lens was fitted on; bands are 95 % "
         "intervals over texts.",
-        agreement,
+        same_first,
         lambda tables: "quality" in tables,
         data="own",
     ),
@@ -212,5 +214,57 @@ FIGURES = {
         workspace,
         lambda tables: "band" in tables,
         data="own",
+    ),
+}
+
+
+ROWS = ["prompt", "position"]
+
+
+def fitted(tables: Tables) -> str:
+    """The first lens that is not the logit lens, or that one."""
+    names = list(dict.fromkeys(tables["read"]["lens"]))
+    return next((name for name in names if name != "logit"), names[0])
+
+
+def agreement(tables: Tables) -> pd.DataFrame:
+    """Share of positions whose top token is already the final one, through the first fitted lens."""
+    read = tables["read"]
+    return mean_by_layer(read[read["lens"] == fitted(tables)], "agrees", ROWS)
+
+
+def entropy(tables: Tables) -> pd.DataFrame:
+    """Entropy of the first fitted lens's reading, in bits."""
+    read = tables["read"]
+    return mean_by_layer(read[read["lens"] == fitted(tables)], "entropy_bits", ROWS)
+
+
+def watched_rank(tables: Tables) -> pd.DataFrame:
+    """Base-ten logarithm of one more than the rank of the watched tokens, through the first fitted lens."""
+    watched = tables["watched"]
+    own = watched[watched["lens"] == fitted(tables)]
+    own = own.assign(log_rank=np.log10(own["rank"] + 1), where=own["position_name"] + " " + own["name"])
+    return mean_by_layer(own, "log_rank", ["prompt", "where"])
+
+
+PROFILES = {
+    "agreement": ProfileSpec(
+        "Agreement with the output, through a fitted lens",
+        "share of positions",
+        "The share of positions at which the layer's top token, read through the first fitted lens of the run, is already the model's own.",
+        agreement,
+    ),
+    "entropy": ProfileSpec(
+        "Entropy of a fitted lens",
+        "bits",
+        "The entropy of the prediction read at each layer through the first fitted lens of the run, averaged over positions.",
+        entropy,
+    ),
+    "watched_rank": ProfileSpec(
+        "Rank of the watched tokens",
+        "log10 (rank + 1)",
+        "How far down the vocabulary the watched tokens stand, through the first fitted lens of the run: 0 is first place.",
+        watched_rank,
+        lambda tables: "watched" in tables,
     ),
 }

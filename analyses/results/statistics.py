@@ -140,6 +140,16 @@ def quantiles(draws: ArrayLike) -> tuple[Array, Array]:
     return bounds[0], bounds[1]
 
 
+def correlation(a: Array, b: Array) -> Array:
+    """Return Pearson's correlation along the last axis; NaN where either side is constant or too short to have one."""
+    if a.shape[-1] < 3:
+        return np.full(np.broadcast_shapes(a.shape, b.shape)[:-1], np.nan)
+    x, y = (values - values.mean(-1, keepdims=True) for values in (a, b))
+    constant = (np.ptp(a, -1) == 0) | (np.ptp(b, -1) == 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(constant, np.nan, (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1)))
+
+
 def in_words(value: float, low: float, high: float, form: str = ".2f") -> str:
     """Return a value with its interval, `0.52 [0.41, 0.63]`; alone where there is no interval."""
     return f"{value:{form}}" + (f" [{low:{form}}, {high:{form}}]" if np.isfinite([low, high]).all() else "")

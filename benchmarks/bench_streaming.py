@@ -10,7 +10,6 @@ high-water mark of the process, which counts mapped file pages as well as its ow
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import platform
 import shutil
@@ -21,7 +20,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from process_memory import Memory, kernel
+from process_memory import apart, kernel
 from streamed_llama import Sizes, write
 
 from analyses.back_patching import BackPatching
@@ -62,15 +61,15 @@ def streamed(folder: Path, sizes: Sizes, prompts: list[Prompt], memory_bytes: in
     """Load twice and run the grid."""
     facts: dict[str, Any] = {}
     for load in ("first load", "second load"):
-        started, disk = time.perf_counter(), kernel("io", "read_bytes")
+        started, disk = time.perf_counter(), kernel("io")["read_bytes"]
         model: Any = load_model(str(folder), device="cpu", dtype=sizes.dtype, streamed=True, stream_memory=memory_bytes)
-        facts[load] = (time.perf_counter() - started, model.blocks.ledger.bytes, kernel("io", "read_bytes") - disk)
+        facts[load] = (time.perf_counter() - started, model.blocks.ledger.bytes, kernel("io")["read_bytes"] - disk)
     ledger = model.blocks.ledger
     ledger.bytes = 0
     ledger.blocks.clear()
-    disk, started = kernel("io", "read_bytes"), time.perf_counter()
+    disk, started = kernel("io")["read_bytes"], time.perf_counter()
     table = grid(model, prompts, folder.parent / "streamed")
-    facts["grid"] = (time.perf_counter() - started, ledger.bytes, kernel("io", "read_bytes") - disk)
+    facts["grid"] = (time.perf_counter() - started, ledger.bytes, kernel("io")["read_bytes"] - disk)
     counts = [ledger.blocks[layer] for layer in range(sizes.layers)]
     return facts | {
         "table": table, "reads of a block": (min(counts), max(counts)), "waiting": model.schedule.waiting.share,
@@ -96,38 +95,18 @@ def offloaded(folder: Path, sizes: Sizes, prompts: list[Prompt]) -> dict[str, An
     model = load_model(str(folder), dtype=sizes.dtype, device_map=places, offload=offload)
     facts: dict[str, Any] = {"load s": time.perf_counter() - started}
     OffloadedWeightsLoader.__getitem__ = counted
-    disk, started = kernel("io", "read_bytes"), time.perf_counter()
+    disk, started = kernel("io")["read_bytes"], time.perf_counter()
     table = grid(model, prompts, folder.parent / "offloaded")
     return facts | {
         "table": table,
-        "grid": (time.perf_counter() - started, fetched[0], kernel("io", "read_bytes") - disk),
+        "grid": (time.perf_counter() - started, fetched[0], kernel("io")["read_bytes"] - disk),
     }
 
 
-def ordinary(folder: Path, sizes: Sizes, prompts: list[Prompt]) -> dict[str, Any]:
+def ordinary(folder: Path, sizes: Sizes, prompts: list[Prompt]) -> pd.DataFrame:
     """Run the grid on an ordinary load."""
     model = load_model(str(folder), device="cpu", dtype=sizes.dtype)
-    return {"table": grid(model, prompts, folder.parent / "ordinary")}
-
-
-def in_process(work: Any, threads: int, out: Any, *given: Any) -> None:
-    """Do some work in this process, and send what it returns with the memory it took."""
-    torch.set_num_threads(threads)
-    with Memory() as memory:
-        facts = work(*given)
-    out.send(facts | {"memory": memory.peaks})
-
-
-def apart(work: Any, threads: int, *given: Any) -> dict[str, Any]:
-    """Return what some work returns in a process of its own."""
-    receive, send = multiprocessing.Pipe(duplex=False)
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=in_process, args=(work, threads, send, *given))
-    process.start()
-    send.close()
-    facts: dict[str, Any] = receive.recv()
-    process.join()
-    return facts
+    return grid(model, prompts, folder.parent / "ordinary")
 
 
 def compare(table: pd.DataFrame, other: pd.DataFrame, name: str) -> None:
@@ -145,7 +124,7 @@ def line(what: str, seconds: float, counted: int, disk: int) -> str:
     return f"{what:<28}{seconds:8.1f} s  weights read {size(counted):>10}, from disk {size(disk):>10}"
 
 
-def report(facts: dict[str, Any], total: int, blocks: int) -> None:
+def report(facts: dict[str, Any], memory: dict[str, int], total: int, blocks: int) -> None:
     for load in ("first load", "second load"):
         print(line(load, *facts[load]) + f"  ({facts[load][1] / total:.2f} of all weights)")
     print(line("grid, streamed", *facts["grid"]))
@@ -154,7 +133,6 @@ def report(facts: dict[str, Any], total: int, blocks: int) -> None:
         f"blocks read {low} to {high} times in {PASSES} passes; {facts['grid'][1] / (PASSES * blocks):.2f} times a pass by bytes"
     )
     print(f"share of the time spent waiting for a block: {facts['waiting']:.0%} (loads and grid)")
-    memory = facts["memory"]
     print(
         f"peak resident {size(memory['VmHWM'])} (own {size(memory['RssAnon'])}, mapped files {size(memory['RssFile'])}); "
         f"activations on disk {size(facts['spilled'])}; identities hold: {facts['holds']}"
@@ -185,21 +163,20 @@ def main() -> None:
         print(f"written in {time.perf_counter() - started:.0f} s; {platform.machine()}, torch {torch.__version__}")
         prompts = questions(sizes, options.prompts, options.length)
         print(f"{len(prompts)} prompts of up to {options.length} tokens, {options.threads} threads\n")
-        facts = apart(streamed, options.threads, folder, sizes, prompts, int(options.memory * 2**30))
-        report(facts, total, blocks)
+        facts, memory = apart(streamed, options.threads, folder, sizes, prompts, int(options.memory * 2**30))
+        report(facts, memory, total, blocks)
         if options.peer:
-            peer = apart(offloaded, options.threads, folder, sizes, prompts)
+            peer, peer_memory = apart(offloaded, options.threads, folder, sizes, prompts)
             compare(facts["table"], peer["table"], "accelerate's disk offload")
             print(line("grid, accelerate on disk", *peer["grid"]))
             (seconds, counted, _), (peer_seconds, peer_counted, _) = facts["grid"], peer["grid"]
             print(
                 f"accelerate reads {peer_counted / counted:.1f} times the bytes in {peer_seconds / seconds:.1f} times the seconds"
             )
-            print(f"its peak resident memory: {size(peer['memory']['VmHWM'])}")
+            print(f"its peak resident memory: {size(peer_memory['VmHWM'])}")
         if total < COMPARED_BELOW:
-            compare(
-                facts["table"], apart(ordinary, options.threads, folder, sizes, prompts)["table"], "an ordinary load"
-            )
+            plain, _ = apart(ordinary, options.threads, folder, sizes, prompts)
+            compare(facts["table"], plain, "an ordinary load")
     finally:
         shutil.rmtree(root, ignore_errors=True)
 

@@ -355,9 +355,28 @@ def test_layer_programs_mend_exchange_and_replace() -> None:
     assert only(answers_of(right, task_of(mending))).decision == "none"
 
 
-def test_every_analysis_but_one_takes_part() -> None:
-    assert set(ANALYSES) - set(ADAPTED) == {"passage_use"}, "what answers no question is named here"
-    assert set(ADAPTED) < set(ANALYSES)
+def test_passage_use_names_the_block_that_takes_from_a_position() -> None:
+    own = Question("moved", frozenset({"3.1"}), concept="attribute", position="r", to="ask", candidates=("3.1", "4.0", "mlp.3"))
+    elsewhere = Question("moved", frozenset({"2.0"}), concept="attribute", position="ask", to="r")
+    task = task_of(own, elsewhere)
+    (run,) = runs_of("passage_use", task)
+    assert run.questions == (own,), "only what stands at the end is read"
+    assert run.prompts[0].fields["passage"] == [1, 2]
+    assert run.prompts[0].fields["neutral"] == [run.prompts[0].tokens[1] + 1], "the partner's token"
+    losses = pd.DataFrame({
+        "measure": "knock_out_loss", "layer": range(LAYERS), "mean": [0.0, 0.0, 0.1, 2.0, 0.3, 0.0],
+        "low": [0.0, -0.1, -0.1, 1.5, -0.1, 0.0],
+    })  # fmt: skip
+    masses = pd.DataFrame({"measure": "mass", "layer": range(LAYERS), "mean": 9.0, "low": 8.0})
+    answer = only(answers_of(result("passage_use", {"means": pd.concat((masses, losses))}), task, run.questions))
+    assert (answer.decision, answer.chosen) == ("answered", None)
+    assert answer.scores == {"3.1": 2.0, "4.0": 0.3}
+    blind = result("passage_use", {"means": losses.assign(low=-0.1)})
+    assert only(answers_of(blind, task, run.questions)).decision == "none"
+
+
+def test_every_analysis_takes_part() -> None:
+    assert set(ANALYSES) == set(ADAPTED)
     assert {adapter_of(name).analysis for name in ADAPTED} == set(ADAPTED)
     with pytest.raises(OptionError, match="adapter"):
         adapter_of("magic")

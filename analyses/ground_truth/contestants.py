@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ADAPTED = (
     "concept_depth", "logit_lens", "lenses", "latent_language", "back_patching", "layer_programs", "voids", "depth_use", "causal_patching",
-    "contextual_decomposition", "communication_channels", "norm_removal",
+    "contextual_decomposition", "communication_channels", "norm_removal", "passage_use",
 )  # fmt: skip
 """Analyses that take part; each has a file of its name among the adapters."""
 CONTROLS = "controls"

@@ -136,13 +136,12 @@ def _ceiling(task: PlantedTask, model: Model) -> list[Answer]:
 
 def control_answers(task: PlantedTask, model: Model) -> list[Answer]:
     """Return what the controls answer to every question of a task."""
-    from analyses.ground_truth.updates import update_sizes
-
-    sizes = update_sizes(model, task)
     plain = (controls.constant, controls.uniform, controls.always, controls.oracle)
     answers = [control(task.record, question) for control in plain for question in task.record.questions]
-    return answers + [
-        controls.largest_update(task.record, question, sizes)
-        for question in task.record.questions
-        if question.kind in ("nodes", "written", "moved")
-    ]
+    ranked = [question for question in task.record.questions if question.kind in ("nodes", "written", "moved")]
+    if ranked:
+        from analyses.ground_truth.updates import update_sizes
+
+        sizes = update_sizes(model, task)
+        answers += [controls.largest_update(task.record, question, sizes) for question in ranked]
+    return answers

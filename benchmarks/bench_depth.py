@@ -23,7 +23,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 import marked
 
 from analyses.ground_truth.answers import name_of
-from analyses.ground_truth.bench import DEV_SEEDS, PROCESSES, Job, Ran, chosen_tasks, further_jobs, run_bench, seed_of_release
+from analyses.ground_truth.bench import (
+    DEV_SEEDS,
+    PROCESSES,
+    Job,
+    Ran,
+    chosen_tasks,
+    further_jobs,
+    run_bench,
+    seed_of_release,
+)
 from analyses.ground_truth.contestants import names
 from analyses.ground_truth.exchange import export, exported, handed_in
 from probes import planted
@@ -92,7 +101,9 @@ def run(options: argparse.Namespace) -> None:
     summary = ran.scored.summary
     table = readme_table(summary)
     further = sum(bool(job.kinds) for job in jobs)
-    seeds = f"seeds {options.seeds or '0'}" + (f" and {further} more, of one kind each, at seeds 1 to 5" if further else "")
+    seeds = f"seeds {options.seeds or '0'}" + (
+        f" and {further} more, of one kind each, at seeds 1 to 5" if further else ""
+    )
     about = (
         f"{len(jobs) - further} tasks, {seeds}, {len(ran.answers):,} answers, {ran.seconds:.0f} s on "
         f"{options.processes} processes of one thread; digest {own}."
@@ -129,7 +140,9 @@ def main() -> None:
     parser.add_argument("--tasks", default="", help="task ids, such as A2,C1; all of the tiers where none is named")
     parser.add_argument("--methods", default="", help=f"of {', '.join(names())}")
     parser.add_argument(
-        "--seeds", default="", help="numbers, dev (0 to 4) or test; by default 0, and 1 to 5 for kinds that few tasks ask"
+        "--seeds",
+        default="",
+        help="numbers, dev (0 to 4) or test; by default 0, and 1 to 5 for kinds that few tasks ask",
     )
     parser.add_argument("--processes", type=int, default=PROCESSES)
     parser.add_argument("--peers", help="an exported folder, whose answers*.json are scored beside")

@@ -361,7 +361,9 @@ def test_layer_programs_mend_exchange_and_replace() -> None:
 
 
 def test_passage_use_names_the_block_that_takes_from_a_position() -> None:
-    own = Question("moved", frozenset({"3.1"}), concept="attribute", position="r", to="ask", candidates=("3.1", "4.0", "mlp.3"))
+    own = Question(
+        "moved", frozenset({"3.1"}), concept="attribute", position="r", to="ask", candidates=("3.1", "4.0", "mlp.3")
+    )
     elsewhere = Question("moved", frozenset({"2.0"}), concept="attribute", position="ask", to="r")
     task = task_of(own, elsewhere)
     (run,) = runs_of("passage_use", task)

@@ -35,7 +35,10 @@ def runs(task: PlantedTask, questions: Sequence[Question]) -> list[Run]:
     keys = tuple(question for question in questions if question.kind == "subspace")
     blocks = tuple(question for question in questions if question.kind != "subspace")
     erased = ERASED if any(question.kind == "necessary" for question in blocks) else 0
+    # Only what its answers are read from is measured.
     analysis = DepthUse(
+        parts=("block",),
+        skip_rule="everywhere",
         skip_prompts=0,
         erasure_prompts=erased,
         gradient_prompts=0,

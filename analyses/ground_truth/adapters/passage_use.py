@@ -44,9 +44,7 @@ def read(result: Result, task: PlantedTask, questions: Sequence[Question]) -> li
     means = result.tables["means"]
     losses = means[means["measure"] == "knock_out_loss"].set_index("layer")
     nodes = {name: name.split(".") for name in question.candidates}
-    scores = {
-        name: float(losses["mean"][int(block)]) for name, (block, _) in nodes.items() if block != "mlp"
-    }
+    scores = {name: float(losses["mean"][int(block)]) for name, (block, _) in nodes.items() if block != "mlp"}
     decision = "answered" if (losses["low"] > 0).any() else "none"
     return [Answer(METHOD, name_of(task.record), question.key, decision, scores=scores)]
 

@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -19,7 +20,8 @@ from probes.prompts import Prompt
 PACKAGES = ("bathyscope", "torch", "transformers", "transformer-lens", "nnsight", "safetensors", "numpy", "pandas")
 
 
-def versions() -> dict[str, str]:
+@cache
+def versions() -> Mapping[str, str]:
     """Return the versions of the installed packages that decide numbers."""
     installed = {"python": platform.python_version()}
     for package in PACKAGES:

@@ -98,7 +98,9 @@ def measure(page: Any, repeats: int, taken: dict[str, list[float]]) -> None:
         taken.setdefault("prompt", []).append(
             timed(page, lambda i=i: fill(page, "Prompt", f"{PROMPT} {'abcdefghijklmnopqrstuvwxyz'[i % 26]}"))
         )
-        taken.setdefault("inspector", []).append(timed(page, lambda i=i: pick(page, (7 * i + 3) % 30, (3 * i + 5) % 20)))
+        taken.setdefault("inspector", []).append(
+            timed(page, lambda i=i: pick(page, (7 * i + 3) % 30, (3 * i + 5) % 20))
+        )
         taken.setdefault("edit", []).append(
             timed(page, lambda i=i: fill(page, "Add an edit", f"scale mlp_out.{(5 * i) % 30} x0.{i % 9 + 1}"))
         )

@@ -83,8 +83,8 @@ def _redundant(result: Result, question: Question) -> Read:
     """
     table = result.tables["skips"]
     harm = dict(zip(zip(table["i"], table["j"], strict=True), -table["excess"], strict=True))
-    blocks = {name: tuple(sorted(map(block_of, name.split("+")))) for name in question.candidates}
-    scores = {name: float(harm[pair]) for name, pair in blocks.items() if pair[0] != pair[1]}
+    blocks = {name: sorted(map(block_of, name.split("+"))) for name in question.candidates}
+    scores = {name: float(harm[first, last]) for name, (first, last) in blocks.items() if first != last}
     sure = (table["excess_high"] < 0) & (-table["excess"] > HALF)
     return scores, None if sure.any() else frozenset()
 

@@ -17,7 +17,7 @@ from analyses.causal_patching.cells import Component, check_components
 from analyses.causal_patching.circuit_plan import SHARES, CircuitPlan
 from analyses.causal_patching.corruption import Noise, SigmaOver, element_deviation
 from analyses.causal_patching.decision import window_table
-from analyses.causal_patching.edges import Rule
+from analyses.causal_patching.edges import Line, LinePath, Rule
 from analyses.causal_patching.estimates import EstimatePlan, estimates
 from analyses.causal_patching.figures import FIGURES, PROFILES
 from analyses.causal_patching.journal import Journal, journal_in
@@ -94,6 +94,10 @@ class CausalPatching(Analysis):
     )
     ig_steps: int = option(5, "eap_ig: runs between the corrupted and the clean prompt.", low=1, high=100)
     ig_rule: Rule = option("gauss", "eap_ig: where on the line they lie.")
+    ig_path: LinePath = option(
+        "inputs",
+        "eap_ig: what lies between them, the token embeddings, or each component's output by itself (many more runs).",
+    )
     verify: int = option(
         32, "Estimates that are patched exactly: so many of the largest, and as many at random.", low=0, high=1000
     )
@@ -164,7 +168,7 @@ class CausalPatching(Analysis):
     @property
     def estimates(self) -> EstimatePlan:
         """What is estimated, verified and tried beside the grid."""
-        circuits = None
+        circuits, line = None, Line(self.ig_steps, self.ig_rule, self.ig_path)
         if self.circuit != "none":
             ordering = self.circuit_methods or DEFAULT_METHODS[self.circuit]
             circuits = CircuitPlan(
@@ -174,15 +178,13 @@ class CausalPatching(Analysis):
                 self.ablation,
                 self.n_random,
                 self.n_subsets,
-                self.ig_steps,
-                self.ig_rule,
+                line,
                 self.seed,
             )
         methods = tuple(method for method in self.attribution if method != "none")
         return EstimatePlan(
             methods,
-            self.ig_steps,
-            self.ig_rule,
+            line,
             self.verify,
             self.paths,
             self.through,

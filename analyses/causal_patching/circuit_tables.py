@@ -76,7 +76,7 @@ def circuit_tables(
     Args:
         further: what other methods than the plan's say of every item on every pair, [pair, item].
     """
-    level = level_of(run, plan.level, plan.steps, plan.rule)
+    level = level_of(run, plan.level, plan.line)
     own = {method: supports(run, level, method, progress) for method in plan.methods} | dict(further or {})
     scores, mixed = dict(own), shuffled_pairs(run)
     if mixed is not None:

@@ -118,7 +118,7 @@ def seconds(run: Run, plan: EstimatePlan) -> float:
         passes = (run.model.shape.n_layers - 1) * _attributed(one) if "atp_star" in plan.node_methods else 0.0
         total += n * (len(plan.node_methods) * verified + passes)
     for method in plan.edge_methods:
-        work = partial(edge_tables, one, method, plan.steps, plan.rule, plan.verify, plan.seed, QUIET)
+        work = partial(edge_tables, one, method, plan.line, plan.verify, plan.seed, QUIET)
         total += n * timed(work, 1)
     if plan.paths:
         named = parse_edges(plan.paths, run.model.shape, parallel_blocks(run.model), plan.kv_view == "query")
@@ -137,7 +137,7 @@ def _attributed(one: Run) -> float:
 
 def _circuits(one: Run, plan: CircuitPlan) -> float:
     """Return the seconds of one pair's circuits and of what orders their items."""
-    level, rng = level_of(one, plan.level, plan.steps, plan.rule), np.random.default_rng(plan.seed)
+    level, rng = level_of(one, plan.level, plan.line), np.random.default_rng(plan.seed)
     n_items = len(level.layers)
     drawn = [rng.choice(n_items, n_items // 2, replace=False) for _ in range(CIRCUITS)]
 

@@ -12,7 +12,7 @@ from analyses.causal_patching.circuit_checks import FAITHFUL, LARGEST
 from analyses.causal_patching.circuit_plan import SHUFFLED, CircuitPlan
 from analyses.causal_patching.circuit_tables import circuit_tables
 from analyses.causal_patching.edge_tables import edge_tables, parallel_blocks, paths_table
-from analyses.causal_patching.edges import Rule
+from analyses.causal_patching.edges import Line
 from analyses.causal_patching.graph import count_edges, parse_edges
 from analyses.causal_patching.levels import ABLATIONS
 from analyses.causal_patching.nodes import node_tables
@@ -35,8 +35,7 @@ class EstimatePlan:
     """What is estimated, verified and tried beside the grid."""
 
     methods: tuple[str, ...]
-    steps: int
-    rule: Rule
+    line: Line
     verify: int
     paths: tuple[str, ...]
     through: Through
@@ -97,7 +96,7 @@ def estimates(run: Run, plan: EstimatePlan, ends: Ends, progress: Progress) -> t
         nodes.append(table)
         rows.append(row)
     for method in plan.edge_methods:
-        table, row = edge_tables(run, method, plan.steps, plan.rule, plan.verify, plan.seed, progress)
+        table, row = edge_tables(run, method, plan.line, plan.verify, plan.seed, progress)
         edges.append(table)
         rows.append(row)
     if nodes:

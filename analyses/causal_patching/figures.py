@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analyses.causal_patching.captions import DIRECTIONS, captioned
+from analyses.causal_patching.figure_graph import GRAPH
 from analyses.causal_patching.figures_estimates import ESTIMATES
 from analyses.causal_patching.patched import ALL
 from analyses.results.card import FigureSpec, ProfileSpec, Tables
@@ -196,6 +197,7 @@ FIGURES = {
         dots,
     ),
     **ESTIMATES,
+    **GRAPH,
 }
 
 

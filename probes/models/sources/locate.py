@@ -70,7 +70,8 @@ def locate(
     """
     if ref in BUNDLED and revision is None:
         entry = BUNDLED[ref]
-        _refuse_offline_fetch(entry, offline)
+        if offline and installed(entry.name, entry.sha256) is None:
+            raise ModelError(f"model {ref!r} is not on this machine; fetch it first: bathyscope models fetch {ref}")
         return Located(ref, fetch_bundled(entry, progress=progress, download=download), f"sha256:{entry.sha256}")
     if is_planted(ref):
         planted, digest = planted_folder(ref)
@@ -118,7 +119,8 @@ def fetch_model(
 
 def list_models() -> tuple[ModelInfo, ...]:
     """List the bundled models, then what the hub cache holds; asks no network."""
-    return (*map(_embedded_info, BUNDLED.values()), *map(_hub_info, cached_models()))
+    cached = (ModelInfo(ref, "hub", "in the hub cache", at_hand=True) for ref in cached_models())
+    return (*map(_embedded_info, BUNDLED.values()), *cached)
 
 
 def model_info(ref: str, *, trust_remote_code: bool = False) -> ModelInfo:
@@ -132,15 +134,8 @@ def model_info(ref: str, *, trust_remote_code: bool = False) -> ModelInfo:
     if ref in BUNDLED:
         return _embedded_info(BUNDLED[ref])
     located = locate(ref, trust_remote_code=trust_remote_code)
-    kind = (
-        "planted"
-        if is_planted(ref)
-        else "gguf"
-        if ref.lower().endswith(".gguf")
-        else "hub"
-        if located.revision
-        else "folder"
-    )
+    by_form = "planted" if is_planted(ref) else "gguf" if ref.lower().endswith(".gguf") else ""
+    kind = by_form or ("hub" if located.revision else "folder")
     config = read_config(located.folder, trust_remote_code=trust_remote_code)
     facts = _facts(config)
     described = f"{facts['architecture']}, {facts.get('n_layers', '?')} layers"
@@ -166,13 +161,6 @@ def _from_hub(ref: str, revision: str | None, offline: bool, trust_remote_code: 
     return Located(ref, folder, commit)
 
 
-def _refuse_offline_fetch(entry: BundledModel, offline: bool) -> None:
-    if offline and installed(entry.name, entry.sha256) is None:
-        raise ModelError(
-            f"model {entry.name!r} is not on this machine; fetch it first: bathyscope models fetch {entry.name}"
-        )
-
-
 def _embedded_info(entry: BundledModel) -> ModelInfo:
     folder = installed(entry.name, entry.sha256)
     return ModelInfo(
@@ -186,10 +174,6 @@ def _embedded_info(entry: BundledModel) -> ModelInfo:
         download_bytes=entry.download_bytes,
         facts=entry.facts,
     )
-
-
-def _hub_info(ref: str) -> ModelInfo:
-    return ModelInfo(ref, "hub", "in the hub cache", at_hand=True)
 
 
 def _facts(config: Any) -> dict[str, str | int]:

@@ -71,8 +71,7 @@ def locate(
     """
     if ref in BUNDLED and revision is None:
         entry = BUNDLED[ref]
-        if offline and installed(entry.name, entry.sha256) is None:
-            raise ModelError(f"model {ref!r} is not on this machine; fetch it first: bathyscope models fetch {ref}")
+        _refuse_offline_fetch(entry, offline)
         return Located(ref, fetch_bundled(entry, progress=progress, download=download), f"sha256:{entry.sha256}")
     if is_planted(ref):
         planted, digest = planted_folder(ref)
@@ -184,6 +183,13 @@ def _hub_refusals(ref: str) -> Iterator[None]:
             f"model {ref!r} is not on this machine and the model hub cannot be reached (or is switched off).{near} "
             f"At hand: {_at_hand()}."
         ) from None
+
+
+def _refuse_offline_fetch(entry: BundledModel, offline: bool) -> None:
+    if offline and installed(entry.name, entry.sha256) is None:
+        raise ModelError(
+            f"model {entry.name!r} is not on this machine; fetch it first: bathyscope models fetch {entry.name}"
+        )
 
 
 def _embedded_info(entry: BundledModel) -> ModelInfo:

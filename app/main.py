@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 ROOT = str(Path(__file__).resolve().parents[1])
@@ -22,57 +24,28 @@ def pages() -> dict[str, list[object]]:
     """Every page: home, one for each registered analysis, and what belongs to all of them."""
     return {
         "": [
-            st.Page(_live, title="Live", icon=":material/touch_app:", url_path="live"),
-            st.Page(_home, title="Home", icon=":material/water:", default=True),
+            st.Page(partial(_view, "live"), title="Live", icon=":material/touch_app:", url_path="live"),
+            st.Page(partial(_view, "home"), title="Home", icon=":material/water:", default=True),
         ],
         "Analyses": [
-            st.Page(partial(_analysis, name), title=offered.label(name), url_path=name, icon=":material/layers:")
+            st.Page(
+                partial(_view, "analysis", name), title=offered.label(name), url_path=name, icon=":material/layers:"
+            )
             for name in offered.names()
         ],
         "Kept": [
-            st.Page(_runs, title="Runs", url_path="runs", icon=":material/folder_open:"),
-            st.Page(_store, title="Store", url_path="store", icon=":material/database:"),
-            st.Page(_model, title="Model", url_path="model", icon=":material/fact_check:"),
+            st.Page(partial(_view, "runs"), title="Runs", url_path="runs", icon=":material/folder_open:"),
+            st.Page(partial(_view, "store"), title="Store", url_path="store", icon=":material/database:"),
+            st.Page(partial(_view, "model"), title="Model", url_path="model", icon=":material/fact_check:"),
         ],
     }
 
 
-def _home() -> None:
-    from app.views import home
-
-    home.draw()
-
-
-def _live() -> None:
-    from app.views import live
-
-    live.draw()
-
-
-def _analysis(name: str) -> None:
-    with offered.importing():
-        from app.views import analysis
-
-    analysis.draw(name)
-
-
-def _runs() -> None:
-    from app.views import runs
-
-    runs.draw()
-
-
-def _store() -> None:
-    from app.views import store
-
-    store.draw()
-
-
-def _model() -> None:
-    with offered.importing():
-        from app.views import model
-
-    model.draw()
+def _view(name: str, *given: str) -> None:
+    """Draw a page, whose code is imported when it is first asked for."""
+    with offered.importing() if name in ("analysis", "model") else nullcontext():
+        view = import_module(f"app.views.{name}")
+    view.draw(*given)
 
 
 def _working() -> None:

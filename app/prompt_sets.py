@@ -13,6 +13,7 @@ import xxhash
 
 from app.places import prompts_root
 from probes.errors import PromptError
+from probes.locked_files import write_whole
 
 MAX_LINES = 10_000
 """The most lines taken here; the command line takes more."""
@@ -34,9 +35,7 @@ class PromptSet:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{xxhash.xxh3_64_hexdigest(self.text.encode())}.jsonl"
         if not path.is_file():
-            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=folder, suffix=".draft", delete=False) as draft:
-                draft.write(self.text)
-            Path(draft.name).replace(path)
+            write_whole(path, self.text)
         return path
 
 

@@ -111,11 +111,16 @@ def opened(browser: Any, server: Server) -> Any:
     return page
 
 
+def link_to(page: Any, name: str) -> Any:
+    """The side bar's link to a page."""
+    return page.get_by_test_id("stSidebarNav").get_by_role("link", name=name, exact=True)
+
+
 def switch(page: Any, name: str) -> float:
     """Seconds from the click on a page's link to its figure or table."""
     before = page.inner_text("h1")
     began = time.perf_counter()
-    page.get_by_test_id("stSidebarNav").get_by_role("link", name=name, exact=True).click()
+    link_to(page, name).click()
     page.wait_for_function("old => ![old, undefined].includes(document.querySelector('h1')?.innerText)", arg=before)
     if name != "Store":
         page.wait_for_selector(SHOWN)
@@ -154,11 +159,8 @@ def act(page: Any, model: Path, step: int, chance: random.Random) -> None:
         run(page, model, step, ("Voids", "Logit lens")[step % 2], chance)
         return
     name = chance.choice(["Home", "Voids", "Logit lens", "Runs", "Store", "Model", "Depth use"])
-    if (
-        page.get_by_test_id("stSidebarNav").get_by_role("link", name=name, exact=True).get_attribute("aria-current")
-        != "page"
-    ):
-        page.get_by_test_id("stSidebarNav").get_by_role("link", name=name, exact=True).click()
+    if link_to(page, name).get_attribute("aria-current") != "page":
+        link_to(page, name).click()
     idle(page)
     box = page.get_by_role("combobox", name="Layers").last
     if box.is_enabled():
@@ -174,8 +176,7 @@ def act(page: Any, model: Path, step: int, chance: random.Random) -> None:
 
 def run(page: Any, model: Path, step: int, name: str, chance: random.Random) -> None:
     """Starts a run through the form and waits for its end."""
-    link = page.get_by_test_id("stSidebarNav").get_by_role("link", name=name, exact=True)
-    link.click()
+    link_to(page, name).click()
     page.wait_for_function("name => document.querySelector('h1')?.innerText.includes(name)", arg=name.split()[0])
     idle(page)
     form = page.locator("details", has=page.locator("summary", has_text="New run")).last
@@ -183,20 +184,16 @@ def run(page: Any, model: Path, step: int, name: str, chance: random.Random) -> 
     if form.get_attribute("open") is None:
         form.locator("summary").click()
         idle(page)
-    box = page.get_by_role("combobox", name="Model")
-    box.click()
-    box.fill(str(model))
-    box.press("Enter")
-    idle(page)
     prompts = [{"tokens": [chance.randrange(3, 97) for _ in range(6)]} for _ in range(8)]
-    area = page.get_by_label("One prompt a line", exact=True)
-    area.fill("\n".join(map(json.dumps, prompts)))
-    area.press("Control+Enter")
-    idle(page)
-    title = page.get_by_label("Name of the run", exact=True)
-    title.fill(f"run-{step % 20}")
-    title.press("Enter")
-    idle(page)
+    for field, text, send in (
+        (page.get_by_role("combobox", name="Model"), str(model), "Enter"),
+        (page.get_by_label("One prompt a line", exact=True), "\n".join(map(json.dumps, prompts)), "Control+Enter"),
+        (page.get_by_label("Name of the run", exact=True), f"run-{step % 20}", "Enter"),
+    ):
+        field.click()
+        field.fill(text)
+        field.press(send)
+        idle(page)
     tick = page.get_by_role("switch", name="Replace a run of that name").or_(
         page.get_by_label("Replace a run of that name")
     )

@@ -58,7 +58,7 @@ def contestants(model: Model, folder: Path, tokens: Tensor, store: Path) -> dict
         "bathyscope, rows in memory": lambda: ours_to_memory(model, tokens),
         "bathyscope, rows in the store": write,
         "bathyscope, read from the store": with_rows(ways.ours_to_store(model, tokens, store / "held")),
-        "plain hooks": with_rows(ways.plain_hooks(model, tokens)),
+        "plain hooks": with_rows(ways.plain_hooks(model.module, tokens)),
     }
     for name, make in ways.PEERS.items():
         try:

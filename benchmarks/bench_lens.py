@@ -95,13 +95,8 @@ def compare(ours: Measured, theirs: Measured, exact: dict[str, np.ndarray], chos
         a, b = ours.readings[name], theirs.readings[name]
         errors = (apart(a[chosen], exact[name]), apart(b[chosen], exact[name]), apart(a, b))
         lines.append(f"| {name} | " + " | ".join(f"{error:.1e}" for error in errors) + " |")
-    p = {
-        name: np.exp(readings["logprob"])
-        for name, readings in (("a", ours.readings), ("b", theirs.readings), ("exact", exact))
-    }
-    errors = [
-        np.abs(x - y).max() for x, y in ((p["a"][chosen], p["exact"]), (p["b"][chosen], p["exact"]), (p["a"], p["b"]))
-    ]
+    a, b, e = (np.exp(readings["logprob"]) for readings in (ours.readings, theirs.readings, exact))
+    errors = [np.abs(x - y).max() for x, y in ((a[chosen], e), (b[chosen], e), (a, b))]
     lines.append("| probability | " + " | ".join(f"{error:.1e}" for error in errors) + " |")
     return "\n".join(lines)
 

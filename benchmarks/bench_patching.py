@@ -48,8 +48,8 @@ def counted(model: NativeModel) -> Iterator[list[int]]:
     with ExitStack() as stack:
         for layer in range(model.shape.n_layers):
             block = model.anatomy.component("block", layer)
-            hook = block.register_forward_hook(lambda *call: calls.append(tensor_of(call[-1]).shape[:2].numel()))
-            stack.callback(hook.remove)
+            note = lambda *call: calls.append(tensor_of(call[-1]).shape[:2].numel())  # noqa: E731
+            stack.enter_context(block.register_forward_hook(note))
         yield calls
 
 

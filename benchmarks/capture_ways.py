@@ -16,7 +16,9 @@ from probes.capture.forward import forward
 from probes.capture.needs import Need
 from probes.capture.run import capture
 from probes.device_to_host import PendingTensor, Transport
+from probes.hooks.forward_hooks import tensor_of
 from probes.models.backends.native import NativeModel
+from probes.module_calls import temporary
 from probes.prompts import batches
 from probes.reducers import Reducer
 from probes.store import ActivationStore
@@ -117,21 +119,15 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
     return list(next(part for part in module.modules() if isinstance(part, nn.ModuleList)))
 
 
-def _bare(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
-
-
 def plain_hooks(module: nn.Module, tokens: Tensor) -> Way:
     def run() -> Rows:
         rows: list[Tensor] = []
         hooks = [
-            block.register_forward_hook(lambda _, __, out: rows.append(_bare(out).to("cpu", copy=True)))
+            block.register_forward_hook(lambda _, __, out: rows.append(tensor_of(out).to("cpu", copy=True)))
             for block in _blocks(module)
         ]
-        with torch.inference_mode():
+        with torch.inference_mode(), temporary(hooks):
             module(tokens, use_cache=False)
-        for hook in hooks:
-            hook.remove()
         return lambda: torch.stack(rows)
 
     return Way("plain hooks with .cpu()", run, peer=True)
@@ -164,7 +160,7 @@ def nnsight(module: nn.Module, tokens: Tensor, folder: Path, tokenizer: Any) -> 
         with torch.inference_mode(), model.trace(tokens) as tracer:
             cache = tracer.cache(modules=layers, device=torch.device("cpu"))
             cache.save()
-        return lambda: torch.stack([_bare(cache[name].output) for name in list(cache.keys())])
+        return lambda: torch.stack([tensor_of(cache[name].output) for name in list(cache.keys())])
 
     return Way("nnsight tracer.cache", run, peer=True)
 

@@ -22,6 +22,7 @@ from bench_live import STATE, WAIT, answered, fill, settled, slide
 
 LOOKS = tuple((theme, width) for theme in ("light", "dark") for width in (1440, 1024))
 EXAMPLES = ("Indirect object (IOI)", "A question of two steps", "A latent language", "A fact, patched")
+ICONS = {"Let it act later.": "arrow_downward", "Let it act earlier.": "arrow_upward", "Remove this edit.": "close"}
 TOOLS = ("Cell", "Attention", "Heads", "Everywhere", "Both prompts", "Depth", "History", "Take along")
 
 
@@ -54,9 +55,13 @@ class Walk:
         self.do(label, lambda: (buttons.last if last else buttons.first).click(), refused)
 
     def tool(self, label: str) -> None:
-        """Choose a tool, and take a picture."""
-        choice = self.page.get_by_role("radio", name=label).or_(self.page.get_by_role("button", name=label, exact=True))
-        self.do(f"tool {label}", lambda: choice.first.click())
+        """Choose a tool."""
+        self.choose(f"tool {label}", label)
+
+    def choose(self, what: str, label: str) -> None:
+        """Choose one of several, which a page draws as radio buttons or as buttons."""
+        either = self.page.get_by_role("radio", name=label).or_(self.page.get_by_role("button", name=label, exact=True))
+        self.do(what, lambda: either.first.click())
 
     def picture(self, what: str) -> None:
         """Take a picture of the whole page."""
@@ -75,14 +80,7 @@ def walk(go: Walk) -> None:
     for example in EXAMPLES:
         go.press(example)
     for show in ("Before", "Difference", "After"):
-        go.do(
-            f"grid {show}",
-            lambda show=show: (
-                page.get_by_role("radio", name=show)
-                .or_(page.get_by_role("button", name=show, exact=True))
-                .first.click()
-            ),
-        )
+        go.choose(f"grid {show}", show)
     go.press("Write 20 tokens")
     go.tool("Cell")
     for label in ("Zero", "Mean", "Patch from other", "Skip block", "Repeat block", "Steer to Paris"):
@@ -101,12 +99,7 @@ def walk(go: Walk) -> None:
             .first.click(force=True)
         ),
     )
-    for name in ("Let it act later.", "Let it act earlier.", "Remove this edit."):
-        icon = {
-            "Let it act later.": "arrow_downward",
-            "Let it act earlier.": "arrow_upward",
-            "Remove this edit.": "close",
-        }[name]
+    for name, icon in ICONS.items():
         buttons = page.locator("[class*=live-step] button:not([disabled])", has_text=icon)
         go.do(name, lambda buttons=buttons: buttons.first.click())
     go.do("no edit", lambda: fill(page, "Add an edit", "zap z.1"), refused=True)
@@ -127,8 +120,7 @@ def walk(go: Walk) -> None:
             go.do("patch it", lambda: page.get_by_role("button", name="Patch it into block").click())
         if tool == "History":
             go.press("Restore")
-            whole = page.get_by_role("radio", name="Whole grids").or_(page.get_by_role("button", name="Whole grids"))
-            go.do("whole grids", lambda whole=whole: whole.first.click())
+            go.choose("whole grids", "Whole grids")
         if tool == "Take along":
             go.do("name", lambda: page.get_by_label("Save as").fill("walked"))
             go.press("Save")

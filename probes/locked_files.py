@@ -67,17 +67,28 @@ def lock_for_removal(path: Path) -> int | None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is the old or the new one, whatever moment the process is killed at."""
-    draft = path.with_name(f".{path.name[:40]}.{os.getpid()}")
-    try:
+    with replacing(path) as draft:
         draft.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Give a draft beside a file, which takes the file's place at the end of the block, and is gone where the block fails."""
+    draft = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:12]}")
+    try:
+        yield draft
+        if durable:
+            sync(draft)
         draft.replace(path)
+        if durable:
+            sync(path.parent)
     finally:
         draft.unlink(missing_ok=True)
 
 
-def sync(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Make what was written to a file, or the renames in a folder, durable."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

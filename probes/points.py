@@ -122,3 +122,12 @@ def expand(patterns: str | Iterable[str], n_layers: int) -> tuple[Address, ...]:
                 )
             addresses[address] = None
     return tuple(addresses)
+
+
+def every_address(n_layers: int) -> list[Address]:
+    """Return every point of a model, at every layer where it has layers."""
+    return [
+        Address(name, layer)
+        for name, point in POINTS.items()
+        for layer in (range(n_layers) if point.layered else (None,))
+    ]

@@ -170,7 +170,7 @@ def test_too_few_texts_are_refused(tiny: NativeModel) -> None:
 
 def test_moments_of_texts_add_up_and_the_ladder_is_plain_ridge() -> None:
     x, y = planted(60)
-    moments = tuned_fit.Moments.empty(D_MODEL)
+    moments = tuned_fit.Moments(D_MODEL, D_MODEL)
     for part in (slice(0, 25), slice(25, 60)):
         moments.add(x[part], y[part])
     centred, residual = (v - v.mean(0) for v in (x.double(), (y - x).double()))

@@ -57,7 +57,9 @@ def drawn(result: Result, name: str, selection: Selection, band: str, end: int |
     n_layers = int(result.provenance["model"]["layers"])
     if selection.layers and mark(figure, selection.layers, band, lambda title: layer_step(title, n_layers)):
         said += f" Marked: layers {', '.join(map(str, selection.layers))}."
-    if (tokens := _shown_tokens(tables, selection, cut)) and mark(figure, tokens, band, _token_step):
+    if (tokens := _shown_tokens(tables, selection, cut)) and mark(
+        figure, tokens, band, lambda title: 1.0 if is_position(title) else None
+    ):
         said += f" Marked: tokens {', '.join(map(str, selection.tokens))}."
     return Drawing(figure, said.strip(), cut)
 
@@ -80,10 +82,6 @@ def _shown_tokens(tables: Tables, selection: Selection, cut: bool) -> tuple[int,
     first = first_shown({n: narrowed(t, Selection(prompts=selection.prompts)) for n, t in tables.items()}) if cut else 0
     places = (token - first for token in selection.tokens)
     return tuple(place for place in places if not cut or 0 <= place < WIDTH)
-
-
-def _token_step(title: str) -> float | None:
-    return 1.0 if is_position(title) else None
 
 
 def _from_part(result: Result, name: str, part: Selection, tables: Tables) -> go.Figure | None:

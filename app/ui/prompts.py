@@ -9,8 +9,8 @@ import streamlit as st
 from analyses.base import Analysis
 from app.prompt_sets import MAX_LINES, PromptSet, check, shipped, typed, uploaded
 from app.ui.keep import begin
-from app.ui.words import plural
 from probes.errors import PromptError
+from probes.html_card import count
 
 TYPED, UPLOADED, SHIPPED, NONE = "Typed", "Uploaded", "Shipped", "Made by the analysis"
 EXAMPLE = "The capital of France is"
@@ -43,7 +43,7 @@ def draw_prompts(cls: type[Analysis]) -> PromptSet | None:
     else:
         st.caption("The analysis makes its own prompts, from its options, or works on weights alone.")
         return None
-    st.caption(plural(prompts.count, "prompt"))
+    st.caption(count(prompts.count, "prompt"))
     return prompts
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from urllib.parse import quote
 
@@ -11,7 +11,7 @@ import streamlit as st
 from analyses.results.card import Tables
 from analyses.results.result import Result
 from analyses.results.theme import SELECTED
-from app.saved import Run
+from app.saved import Run, open_run
 from app.selection import Selection, current, select
 from app.ui import selector
 from app.ui.figures import Drawing, clicked_layers, data_of, drawn
@@ -21,7 +21,8 @@ from app.ui.tables import draw_table
 from app.ui.takeaway import figure_downloads, rebuild
 from app.ui.theme import mode, restyled
 from app.ui.window import WIDTH, longest
-from app.ui.words import plural
+from probes.errors import UserError
+from probes.html_card import count
 
 
 def draw_result(run: Run, result: Result, key: str) -> None:
@@ -50,6 +51,25 @@ def draw_result(run: Run, result: Result, key: str) -> None:
     rebuild(run, result)
 
 
+def draw_chosen(runs: Mapping[str, Run], label: str, widget: str, key: str, help_: str | None = None) -> None:
+    """A choice of saved runs, at first the one that the address names, else the first; and the chosen one."""
+    if st.session_state.get(widget) not in runs:
+        requested = st.query_params.get("run")
+        st.session_state[widget] = requested if requested in runs else next(iter(runs))
+    run = runs[st.selectbox(label, list(runs), key=widget, help=help_)]
+    if result := opened(run):
+        draw_result(run, result, key)
+
+
+def opened(run: Run) -> Result | None:
+    """A run's result; None where it cannot be read, which the page says."""
+    try:
+        return open_run(run)
+    except UserError as error:
+        st.error(str(error), icon=":material/broken_image:")
+        return None
+
+
 def draw_facts(run: Run) -> None:
     """Model, prompts, cost and faithfulness in a line."""
     provenance, counts = run.provenance, run.provenance["counts"]
@@ -61,8 +81,8 @@ def draw_facts(run: Run) -> None:
     )
     facts = [
         f":blue-badge[{run.model} · {run.layers} layers]",
-        f":gray-badge[{plural(counts.get('prompts', 0), 'prompt')}, {plural(counts.get('tokens', 0), 'token')}]",
-        f":gray-badge[{plural(counts.get('forwards', 0), 'forward pass', 'forward passes')}]",
+        f":gray-badge[{count(counts.get('prompts', 0), 'prompt')}, {count(counts.get('tokens', 0), 'token')}]",
+        f":gray-badge[{count(counts.get('forwards', 0), 'forward pass')}]",
         f":gray-badge[{provenance['backend']} · {provenance['dtype']} · {provenance['attention']} · {provenance['device']}]",
         f":gray-badge[{provenance.get('seconds', 0):.1f} s · {run.created[:16].replace('T', ' ')}]",
         badge,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import plotly.graph_objects as go
@@ -49,13 +50,10 @@ def _swap(value: Any) -> Any:
 
 def page_style(kind: str) -> str:
     """CSS for pages of that kind: room, code that can be read, and figures' tool bars in a lane of their own."""
-    text, rules = (
-        INK[kind],
-        "".join(f"code .token.{name} {{color: {colour} !important;}}" for name, colour in CODE[kind].items()),
-    )
+    rules = "".join(f"code .token.{name} {{color: {colour} !important;}}" for name, colour in CODE[kind].items())
     return f"""<style>
 .stMainBlockContainer {{padding: 3rem clamp(1rem, 3vw, 5rem) 4rem;}}
-[data-testid=stMain] code, [data-testid=stMain] code .token {{color: {text} !important;}}
+[data-testid=stMain] code, [data-testid=stMain] code .token {{color: {INK[kind]} !important;}}
 {rules}
 [data-testid=stCaptionContainer] {{opacity: 0.9;}}
 .stElementContainer:has([data-testid=stPlotlyChart]) {{padding-top: {LANE}px; box-sizing: content-box;}}
@@ -70,3 +68,10 @@ def at_least(key: str, width: int) -> str:
         f"<style>.st-key-{key} {{overflow-x: auto;}} .st-key-{key} .stElementContainer,"
         f" .st-key-{key} [data-testid=stFullScreenFrame] {{min-width: {width}px;}}</style>"
     )
+
+
+def draw_depth(draw: Callable[[str], go.Figure], width: int, place: str, **how: Any) -> None:
+    """A figure of depth that `draw` makes for a kind of page, in a container of that name; `how` are the chart's arguments."""
+    st.html(at_least(place, width))
+    with st.container(key=place):
+        st.plotly_chart(restyled(draw(mode()), mode()), config={"displaylogo": False}, **how)

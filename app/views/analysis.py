@@ -10,12 +10,12 @@ from analyses.base import Analysis
 from app import offered
 from app.jobs.protocol import Request
 from app.jobs.queue import queue
-from app.saved import Run, open_run, saved_runs
+from app.saved import Run, saved_runs
 from app.ui import progress
-from app.ui.results import draw_result
-from app.ui.words import plural
+from app.ui.results import draw_chosen
 from app.views.setup import draw_setup, draw_start
 from probes.errors import UserError
+from probes.html_card import count
 
 
 def draw(name: str) -> None:
@@ -60,7 +60,7 @@ def _follow(name: str, job: str) -> None:
         _show(name, job, request)
         counts = status.answer.get("counts", {})
         ran = int(counts.get("forwards", 0))
-        words = plural(ran, "forward pass", "forward passes") if ran else "no forward pass: the store held everything"
+        words = count(ran, "forward pass") if ran else "no forward pass: the store held everything"
         st.success(
             f"Done in {status.answer.get('seconds', 0):.1f} s, {words}. Saved in `{request.out}`.",
             icon=":material/check_circle:",
@@ -80,16 +80,4 @@ def _saved(cls: type[Analysis], runs: list[Run]) -> None:
             "No saved run of this analysis yet. Set one up above and press **Run**.", icon=":material/arrow_upward:"
         )
         return
-    by_name = {run.name: run for run in runs}
-    key = f"keep:run:{cls.name}"
-    requested = st.query_params.get("run")
-    if st.session_state.get(key) not in by_name:
-        st.session_state[key] = requested if requested in by_name else runs[0].name
-    chosen = st.selectbox("Saved run", list(by_name), key=key, help="Newest first.")
-    run = by_name[chosen]
-    try:
-        result = open_run(run)
-    except UserError as error:
-        st.error(str(error), icon=":material/broken_image:")
-        return
-    draw_result(run, result, f"{cls.name}")
+    draw_chosen({run.name: run for run in runs}, "Saved run", f"keep:run:{cls.name}", cls.name, "Newest first.")

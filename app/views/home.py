@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import streamlit as st
@@ -15,7 +16,7 @@ from app.saved import Profile, Run, open_run, profiles_of, saved_runs
 from app.selection import Selection, current, narrowed, select
 from app.ui import selector
 from app.ui.takeaway import figure_downloads, table_downloads
-from app.ui.theme import at_least, mode, restyled
+from app.ui.theme import draw_depth
 from app.ui.truth import in_words, true_marks
 
 MOST = 12
@@ -151,17 +152,14 @@ def _figure(profiles: list[Profile], n_layers: int, selection: Selection, marks:
         points = st.session_state["home:depth"]["selection"]["points"]
         select(layers=sorted({int(point["y"]) for point in points if "y" in point}))
 
-    figure = restyled(depth_figure(panels, n_layers, layers, mode(), truth=marks), mode())
+    draw = partial(depth_figure, panels, n_layers, layers, truth=marks)
     words = ", ".join(p.title for p in profiles)
-    st.html(at_least("depth", narrowest(panels)))
-    with st.container(key="depth"):
-        st.plotly_chart(
-            figure, key="home:depth", on_select=chosen, selection_mode=("points", "box"), config={"displaylogo": False},
-            alt=f"One panel for each of {words}; layer 0 at the bottom of {n_layers}. The numbers are in the table below.",
-        )  # fmt: skip
+    alt = f"One panel for each of {words}; layer 0 at the bottom of {n_layers}. The numbers are in the table below."
+    choosing = {"on_select": chosen, "selection_mode": ("points", "box")}
+    draw_depth(draw, narrowest(panels), "depth", key="home:depth", alt=alt, **choosing)
     left, right = st.columns([1, 3])
     with left:
-        figure_downloads(lambda: depth_figure(panels, n_layers, layers, "light", truth=marks), "depth", "home")
+        figure_downloads(lambda: draw("light"), "depth", "home")
     right.caption(
         "Click a layer or a point to select it on every page; with Shift, several. Bands are 95 % intervals where a run has them."
     )

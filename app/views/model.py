@@ -54,19 +54,9 @@ def draw() -> None:
 
 def _stamp(stamp: dict[str, Any]) -> None:
     st.subheader(str(stamp["ref"]), anchor=False)
-    names = (
-        "architecture",
-        "layers",
-        "heads",
-        "d_model",
-        "vocabulary",
-        "window",
-        "backend",
-        "dtype",
-        "attention",
-        "weights",
-    )
-    facts = pd.DataFrame([(name, str(stamp[name])) for name in names], columns=["what", "value"])
+    apart = ("ref", "tokenizer", "identities", "refused")
+    named = [(name, str(value)) for name, value in stamp.items() if name not in apart]
+    facts = pd.DataFrame(named, columns=["what", "value"])
     left, right = st.columns([1, 2])
     left.dataframe(facts, hide_index=True, key="model:facts", alt="Sizes and settings of the model")
     with right:

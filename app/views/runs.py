@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pandas as pd
 import streamlit as st
 
 from analyses.results.depth_axis import Curve, Panel, depth_figure, narrowest
 from app import offered
 from app.places import runs_root
-from app.saved import Profile, Run, delete_run, open_run, profiles_of, saved_runs
+from app.saved import Profile, Run, delete_run, profiles_of, saved_runs
 from app.selection import current
 from app.ui import selector
 from app.ui.takeaway import figure_downloads
-from app.ui.theme import at_least, mode, restyled
+from app.ui.theme import draw_depth
 from probes.errors import UserError
 
 A, B = "#0072B2", "#D55E00"
@@ -31,17 +33,12 @@ def draw() -> None:
         )
         return
     st.dataframe(_table(runs), hide_index=True, key="runs:list", alt="Saved runs, newest first")
-    opened, compared, deleted = st.tabs(["Open", "Compare two", "Delete"], key="runs:tab", on_change="rerun")
     names = {run.name: run for run in runs}
-    if opened.open:
-        with opened:
-            _open(names)
-    if compared.open:
-        with compared:
-            _compare(names)
-    if deleted.open:
-        with deleted:
-            _delete(names)
+    tabs = st.tabs(["Open", "Compare two", "Delete"], key="runs:tab", on_change="rerun")
+    for tab, draw_tab in zip(tabs, (_open, _compare, _delete), strict=True):
+        if tab.open:
+            with tab:
+                draw_tab(names)
 
 
 def _table(runs: list[Run]) -> pd.DataFrame:
@@ -63,19 +60,9 @@ def _table(runs: list[Run]) -> pd.DataFrame:
 
 
 def _open(names: dict[str, Run]) -> None:
-    from app.ui.results import draw_result
+    from app.ui.results import draw_chosen
 
-    key = "keep:open"
-    if st.session_state.get(key) not in names:
-        requested = st.query_params.get("run")
-        st.session_state[key] = requested if requested in names else next(iter(names))
-    run = names[st.selectbox("Run", list(names), key=key)]
-    try:
-        result = open_run(run)
-    except UserError as error:
-        st.error(str(error), icon=":material/broken_image:")
-        return
-    draw_result(run, result, "open")
+    draw_chosen(names, "Run", "keep:open", "open")
 
 
 def _compare(names: dict[str, Run]) -> None:
@@ -136,16 +123,10 @@ def _overlay(first: Run, second: Run) -> None:
     selector.offer(selector.Offer(first.layers))
     layers = [layer for layer in current().layers if layer < first.layers]
     st.markdown("**Layer by layer**")
-    figure = restyled(depth_figure(panels, first.layers, layers, mode(), legend=True), mode())
-    st.html(at_least("compared", narrowest(panels)))
-    with st.container(key="compared"):
-        st.plotly_chart(
-            figure,
-            key="compare:depth",
-            config={"displaylogo": False},
-            alt=f"Profiles of {first.name} and {second.name}",
-        )
-    figure_downloads(lambda: depth_figure(panels, first.layers, layers, "light", legend=True), "compared", "compare")
+    draw = partial(depth_figure, panels, first.layers, layers, legend=True)
+    alt = f"Profiles of {first.name} and {second.name}"
+    draw_depth(draw, narrowest(panels), "compared", key="compare:depth", alt=alt)
+    figure_downloads(lambda: draw("light"), "compared", "compare")
 
 
 def _alone(profiles: list[Profile], colour: str, n_layers: int) -> list[Panel]:
@@ -153,20 +134,15 @@ def _alone(profiles: list[Profile], colour: str, n_layers: int) -> list[Panel]:
 
 
 def _side_by_side(first: Run, second: Run) -> None:
-    from app.ui.results import draw_facts, draw_figure
+    from app.ui.results import draw_facts, draw_figure, opened
 
     columns = st.columns(2)
     for column, run, side in zip(columns, (first, second), "ab", strict=True):
         with column:
             st.markdown(f"**`{run.name}`**")
             draw_facts(run)
-            try:
-                result = open_run(run)
-                specs = result.figures
-            except UserError as error:
-                st.error(str(error), icon=":material/broken_image:")
-                continue
-            if specs:
+            result = opened(run)
+            if result and (specs := result.figures):
                 name = st.selectbox(
                     "Figure",
                     list(specs),

@@ -18,8 +18,8 @@ from app.saved import Run, saved_runs
 from app.ui.keep import begin
 from app.ui.option_widgets import changed, draw_fields, draw_options, set_options
 from app.ui.prompts import draw_prompts
-from app.ui.words import plural
 from probes.errors import OptionError, UserError
+from probes.html_card import count
 from probes.models import list_models
 
 DEFAULT = "smollm2-135m"
@@ -115,7 +115,7 @@ def draw_start(cls: type[Analysis], draft: Draft, folded: bool) -> None:
 def _summary(draft: Draft) -> str:
     """What would be run, in a line."""
     prompts = draft.prompts
-    given = f"{plural(prompts.count, 'prompt')}, {prompts.source}" if prompts else "prompts made by the analysis"
+    given = f"{count(prompts.count, 'prompt')}, {prompts.source}" if prompts else "prompts made by the analysis"
     return f"{draft.spec or 'no model'} · {given}"
 
 

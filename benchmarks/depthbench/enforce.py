@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from probes.module_calls import temporary
+
 
 @dataclass(frozen=True)
 class Node:
@@ -71,11 +73,8 @@ def swapped(module: Any, swaps: Iterable[Swap]) -> Iterator[None]:
                     lambda _, args, s=swap, c=columns: (_exchange(args[0], s, c),)
                 )
             )
-    try:
+    with temporary(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _exchange(out: Float[Tensor, "batch pos width"], swap: Swap, columns: slice) -> Float[Tensor, "batch pos width"]:

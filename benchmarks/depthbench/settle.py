@@ -12,7 +12,7 @@ from probes.planted.certify.certificate import CHECKS
 from probes.planted.certify.measured import SURE
 from probes.planted.families.channels import channel_candidates
 from probes.planted.making import jump_cells, nothing
-from probes.planted.record import Interval, Question, Truth
+from probes.planted.record import Interval, Question, Truth, node_names
 from probes.planted.task import PlantedTask
 
 FEW = 24
@@ -22,9 +22,7 @@ WINDOWS = ("necessary", "sufficient")
 
 def questions_of(task: str, layers: int, heads: int) -> tuple[Question, ...]:
     """Return what is asked, truths still open (None)."""
-    nodes = tuple(
-        name for layer in range(layers) for name in (*(f"{layer}.{head}" for head in range(heads)), f"mlp.{layer}")
-    )
+    nodes = node_names(layers, heads)
     asked_of_all = (
         Question("nodes", None, candidates=nodes),
         Question("mending", None, candidates=jump_cells(layers)),

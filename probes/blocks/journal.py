@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from probes.locked_files import replacing
 from probes.models.fingerprint.checksum import checksum, combined
 
 GROUPS = 8
@@ -76,9 +75,8 @@ class Checkpoint:
         """Keep tensors after `done` blocks, whole or not at all; `instead` of what was kept before, or beside it."""
         self.journal.folder.mkdir(parents=True, exist_ok=True)
         before = list(self.journal.folder.glob(f"{self.key}-*.safetensors")) if instead else []
-        with tempfile.NamedTemporaryFile(dir=self.journal.folder, suffix=".part", delete=False) as file:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file.name)
-        os.replace(file.name, self.journal.folder / f"{self.key}-{done:04d}.safetensors")
+        with replacing(self.journal.folder / f"{self.key}-{done:04d}.safetensors") as draft:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, draft)
         for path in before:
             path.unlink(missing_ok=True)
 

@@ -135,7 +135,7 @@ class PromptTree:
                     self.model, ids, lambda h, c: (h[0].clone(), c), past_key_values=cache, use_cache=True
                 )
                 if not len(embedded):
-                    embedded = hidden.new_empty(self._fixed + self._moving(), hidden.shape[-1])
+                    embedded = hidden.new_empty(sum(len(s.tokens) for s in self._segments), hidden.shape[-1])
                 embedded[segment.first : segment.stop] = hidden
             waves.append(_Wave(several, call, cache))
         self._waves = [wave for wave in waves if self._segments[wave.segments[0]].moving]
@@ -147,9 +147,6 @@ class PromptTree:
             embedded = self._pass(layer, embedded[None], waves, 0, known)[0]
             self.entering.append(embedded[self._fixed :])
             self._kept.append({i: known[i] for i in known if i in parents and not self._segments[i].moving})
-
-    def _moving(self) -> int:
-        return sum(len(segment.tokens) for segment in self._segments if segment.moving)
 
     def _shape(self, index: int) -> tuple[int, int, bool]:
         segment = self._segments[index]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from probes.decomposition.rules import Scoring
 from probes.hooks.attention_probabilities import Attended, watched
 from probes.hooks.forward_hooks import Stop
 from probes.models.verify.recording import attention_layers
+from probes.module_calls import entered, entering
 
 
 @contextmanager
@@ -48,8 +49,8 @@ class _Calls(TorchFunctionMode):
         self.inputs, self.layer = inputs, -1
         for layer in range(anatomy.n_layers):
             if path := anatomy.map.path("attn", layer):
-                hook = anatomy.map.module.get_submodule(path).register_forward_pre_hook(self._entering(layer))
-                stack.callback(hook.remove)
+                attention = anatomy.map.module.get_submodule(path)
+                stack.enter_context(attention.register_forward_pre_hook(self._entering(layer)))
 
     def _entering(self, layer: int) -> Any:
         return lambda *_: setattr(self, "layer", layer)
@@ -119,45 +120,26 @@ def rotation_of(
         sizes: (positions, d_model).
     """
     d_head = anatomy.d_head
-    attention = anatomy.component("attn", layer)
-    hidden = _first(call).new_zeros(d_head, *sizes)
+    hidden = entering(*call).new_zeros(d_head, *sizes)
     with ExitStack() as stack:
         inputs = stack.enter_context(capture_attention_inputs(module, anatomy, (layer,)))
         for name in ("attn.q", "attn.k", "attn.v", "attn.qkv"):
             if anatomy.map.path(name, layer):
-                hook = anatomy.component(name, layer).register_forward_hook(_units(d_head))
-                stack.callback(hook.remove)
+                stack.enter_context(anatomy.component(name, layer).register_forward_hook(_units(d_head)))
         for name in ("attn.q_norm", "attn.k_norm"):
             if anatomy.map.path(name, layer):
-                hook = anatomy.component(name, layer).register_forward_hook(lambda _, args, __: args[0])
-                stack.callback(hook.remove)
+                stack.enter_context(anatomy.component(name, layer).register_forward_hook(lambda _, args, __: args[0]))
         if path := anatomy.map.path("attn.o", layer):
-            hook = module.get_submodule(path).register_forward_pre_hook(_stop)
-            stack.callback(hook.remove)
-        _call(attention, hidden, call)
+            stack.enter_context(module.get_submodule(path).register_forward_pre_hook(_stop))
+        args, kwargs = entered(*call, hidden)
+        with suppress(Stop):
+            anatomy.component("attn", layer)(*args, **kwargs)
     attended = inputs[layer]
     return Rotation(*(t[:, 0].transpose(0, 1).to(dtype, copy=True) for t in (attended.query, attended.key)))
 
 
 def _stop(*_: Any) -> None:
     raise Stop
-
-
-def _call(attention: nn.Module, hidden: Tensor, call: Call) -> None:
-    args, kwargs = call
-    try:
-        if args:
-            attention(hidden, *args[1:], **kwargs)
-        else:
-            attention(**{**kwargs, "hidden_states": hidden})
-    except Stop:
-        return
-
-
-def _first(call: Call) -> Tensor:
-    args, kwargs = call
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden
 
 
 def _units(d_head: int) -> Any:

@@ -64,11 +64,8 @@ def _routed(router: nn.Module, routed: Any, at: Tensor, n: int, sources: int) ->
             return replaced(output, pick(routed))
         return type(output)(pick(value) for value in routed)
 
-    handle = router.register_forward_hook(hook)
-    try:
+    with router.register_forward_hook(hook):
         yield
-    finally:
-        handle.remove()
 
 
 @dataclass(frozen=True, eq=False)

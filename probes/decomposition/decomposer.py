@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -185,33 +186,19 @@ class Decomposer:
             raise PointError("this prompt was prepared for frozen attention only; prepare it with joint=True")
         for indices in groups(sources, n, rows, self.operations.causal):
             visits, end = visit(indices)
-            batch = [sources[i] for i in indices]
-            self._walk_batch(prompt, batch, chosen, baseline, visits, end, keep, restart)
-
-    def _walk_batch(
-        self,
-        prompt: Prepared,
-        batch: Sequence[Source],
-        rules: Rules,
-        baseline: Baseline | None,
-        visits: Mapping[Address, Visit],
-        end: Callable[[Tensor, Tensor], None] | None,
-        keep: Sequence[int] | None,
-        restart: bool,
-    ) -> None:
-        reach = {**visits}
-        if end is not None:
-            reach.setdefault(Address("resid_post", len(self.operations.blocks) - 1), lambda *_: None)
-        walk = Walk(self.operations, prompt, batch, rules, baseline, reach, None, restart)
-        if keep is not None:
-            begin = int(walk.at[0]) if len(walk.at) else 0
-            chosen = sorted({position % len(prompt.trace.tokens) for position in keep})
-            walk.keep = torch.tensor([p for p in chosen if p >= begin], dtype=torch.long, device=self.model.device)
-            if not len(walk.keep):
-                return
-        rel = walk.run()
-        if end is not None:
-            end(rel, walk.at)
+            reach = {**visits}
+            if end is not None:
+                reach.setdefault(Address("resid_post", len(self.operations.blocks) - 1), lambda *_: None)
+            walk = Walk(self.operations, prompt, [sources[i] for i in indices], chosen, baseline, reach, restart)
+            if keep is not None:
+                begin = int(walk.at[0]) if len(walk.at) else 0
+                kept = sorted({position % n for position in keep})
+                walk.keep = torch.tensor([p for p in kept if p >= begin], dtype=torch.long, device=self.model.device)
+                if not len(walk.keep):
+                    continue
+            rel = walk.run()
+            if end is not None:
+                end(rel, walk.at)
 
 
 def decompose(
@@ -257,7 +244,7 @@ def decompose(
         parts[name].total[at] = total
 
     def visit(indices: list[int]) -> tuple[dict[Address, Visit], Callable[[Tensor, Tensor], None] | None]:
-        visits = {a: _putting(put, str(a), indices) for a in addresses}
+        visits: dict[Address, Visit] = {a: partial(put, str(a), indices) for a in addresses}
 
         def end(rel: Tensor, at: Tensor) -> None:
             last = prompt.trace.get("block", "out", len(decomposer.operations.blocks) - 1)[at]
@@ -271,7 +258,3 @@ def decompose(
     decomposer.walk(prompt, [()], lambda _: visit([0]), rules=chosen, restart=False)
     decomposer.walk(prompt, sources, visit, rules=chosen, baseline=baseline, restart=restart, rows=rows)
     return parts
-
-
-def _putting(put: Callable[..., None], name: str, indices: list[int]) -> Visit:
-    return lambda rel, total, at: put(name, indices, rel, total, at)

@@ -19,6 +19,7 @@ from probes.errors import PointError, PromptError
 from probes.hooks.attention_probabilities import Attended
 from probes.hooks.forward_hooks import tensor_of
 from probes.models.protocol import Model
+from probes.module_calls import entering
 
 _PARTS = (
     *("block", "ln1", "ln1_post", "ln2", "ln2_post", "attn.q", "attn.k", "attn.v", "attn.qkv", "attn.o"),
@@ -57,8 +58,8 @@ class Trace:
 class _Recorder:
     """Hooks that keep copies; everything of one forward."""
 
-    def __init__(self, anatomy: Anatomy, n: int) -> None:
-        self.anatomy, self.n = anatomy, n
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.anatomy = anatomy
         self.raw: dict[tuple[str, str, int], Tensor] = {}
         self.routed: dict[int, Any] = {}
         self.calls: dict[int, Call] = {}
@@ -82,14 +83,13 @@ class _Recorder:
 
         return hook
 
-    def entering(self, name: str, layer: int) -> Callable[..., None]:
+    def before(self, name: str, layer: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name == "attn":
                 self.calls[layer] = (args, kwargs)
                 return
             # Copied on the way in, because some blocks go on to add to their stream in place.
-            entering = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
-            self.raw[name, "in", layer] = self.copy(entering)
+            self.raw[name, "in", layer] = self.copy(entering(args, kwargs))
 
         return hook
 
@@ -106,16 +106,13 @@ def _hooked(recorder: _Recorder, module: nn.Module, anatomy: Anatomy, stack: Exi
         for name in (*_PARTS, "attn"):
             if path := anatomy.map.path(name, layer):
                 part = module.get_submodule(path)
-                hook = part.register_forward_pre_hook(recorder.entering(name, layer), with_kwargs=True)
-                stack.callback(hook.remove)
+                stack.enter_context(part.register_forward_pre_hook(recorder.before(name, layer), with_kwargs=True))
                 if name != "attn":
-                    handle = part.register_forward_hook(recorder.part(name, layer), with_kwargs=True)
-                    stack.callback(handle.remove)
+                    stack.enter_context(part.register_forward_hook(recorder.part(name, layer), with_kwargs=True))
     blocks = str(anatomy.map.path("block", 0)).rpartition(".")[0]
     for path, part in module.named_modules():
         if path and not path.startswith(blocks + ".") and not list(part.children()):
-            handle = part.register_forward_hook(recorder.after(path))
-            stack.callback(handle.remove)
+            stack.enter_context(part.register_forward_hook(recorder.after(path)))
 
 
 @torch.no_grad()
@@ -128,11 +125,12 @@ def trace(model: Model, tokens: Sequence[int]) -> Trace:
     """
     _admit(model, tokens)
     with module_of(model) as (module, anatomy), ExitStack() as stack:
-        recorder = _Recorder(anatomy, len(tokens))
+        recorder = _Recorder(anatomy)
         _hooked(recorder, module, anatomy, stack)
         layers = tuple(range(anatomy.n_layers))
         attended = stack.enter_context(capture_attention_inputs(module, anatomy, layers))
-        output = module(input_ids=torch.tensor([list(tokens)], device=model.device), **_plain(model))
+        plain = {"use_cache": False} if model.shape.causal else {}
+        output = module(input_ids=torch.tensor([list(tokens)], device=model.device), **plain)
         missing = [layer for layer in layers if layer not in attended]
         if missing:
             raise PointError(
@@ -140,10 +138,6 @@ def trace(model: Model, tokens: Sequence[int]) -> Trace:
             )
         logits = recorder.copy(tensor_of(output))
     return Trace(tuple(tokens), recorder.raw, recorder.routed, attended, recorder.calls, tuple(recorder.tail), logits)
-
-
-def _plain(model: Model) -> dict[str, Any]:
-    return {"use_cache": False} if model.shape.causal else {}
 
 
 def _admit(model: Model, tokens: Sequence[int]) -> None:

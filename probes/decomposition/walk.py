@@ -46,7 +46,6 @@ class Walk:
         batch: sources in order of their first layer.
         baseline: what the sources' activations are compared to; None declares them relevant as they are.
         visits: what is done at each address that the walk passes; it ends after the last.
-        keep: positions carried on after the attention of the last block; None for all.
         restart: begin each source at its layer and all at the earliest position, instead of at block 0 and position 0.
     """
 
@@ -58,21 +57,16 @@ class Walk:
         rules: Rules,
         baseline: Baseline | None,
         visits: Mapping[Address, Visit],
-        keep: Tensor | None = None,
         restart: bool = True,
     ) -> None:
-        self.operations, self.prompt, self.rules, self.baseline, self.visits = (
-            operations,
-            prompt,
-            rules,
-            baseline,
-            visits,
-        )
+        self.operations, self.prompt = operations, prompt
+        self.rules, self.baseline, self.visits = rules, baseline, visits
         self.n = len(prompt.trace.tokens)
         self.batch, self.placed = batch, placings(batch, self.n)
         start = min(first_position(source) for source in batch) if restart and operations.causal else 0
         self.at = torch.arange(start, self.n)
-        self.keep = keep
+        self.keep: Tensor | None = None
+        """Positions carried on after the attention of the last block; None for all."""
         self.last = max(address.layer or 0 for address in visits)
         self.starts = [first_layer(source) if restart else 0 for source in batch]
 
@@ -143,14 +137,11 @@ class Walk:
             out = entering + attended + self._mlp(block, layer, self._norm(name, norm, layer, entering))
         else:
             mid = entering + attended
-            self._visit("resid_mid", layer, mid, lambda: self._mid(layer))
+            self._visit("resid_mid", layer, mid, lambda: self.total("block", "in", layer) + self._attn_added(layer))
             out = mid + self._mlp(block, layer, self._norm("ln2", block.ln2, layer, mid))
         out = rule.dominate(out, self.total("block", "out", layer), self.rules)
         self._visit("resid_post", layer, out, lambda: self.total("block", "out", layer))
         return out
-
-    def _mid(self, layer: int) -> Tensor:
-        return self.total("block", "in", layer) + self._attn_added(layer)
 
     def _attn_added(self, layer: int) -> Tensor:
         name = "ln1_post" if self.operations.blocks[layer].ln1_post is not None else "attn.o"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -63,24 +63,14 @@ class EditedModel(Model):
         with altered(self.model, self._ready):
             self.model.run(tokens, reads, composed([own, writes or {}]), lengths)
 
-    def generate(
-        self,
-        tokens: Sequence[int],
-        max_new_tokens: int,
-        *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        writes: Callable[[], Mapping[Address, Write]] | None = None,
-    ) -> list[int]:
-        """Return the tokens that the model writes under the edits.
+    def generate(self, tokens: Sequence[int], max_new_tokens: int, **how: Any) -> list[int]:
+        """Return the tokens that the model writes under the edits; see `Model.generate`.
 
         Raises:
             OptionError: further writes, which the edits leave no place for.
         """
-        if writes is not None:
+        if how.pop("writes", None) is not None:
             raise OptionError("a model under edits takes no further writes while it decodes: put them into its edits")
-        how: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
         return generate(self.model, tokens, max_new_tokens, self._ready, **how)
 
     def unembedding(self) -> Unembedding:

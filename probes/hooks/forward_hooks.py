@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from probes.anatomy import Site
 from probes.errors import ModelError, PointError
 from probes.models.protocol import Read, Write
+from probes.module_calls import entered, entering
 
 Place = tuple[str, str]
 """A module's dotted path and the side of it, `input` or `output`."""
@@ -38,21 +39,6 @@ def replaced(output: Any, new: Tensor) -> Any:
     if isinstance(output, Mapping):
         return type(output)(**{**output, "logits": new})
     return type(output)((new, *output[1:]))
-
-
-def entering(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the tensor that enters a module called with `args` and `kwargs`: its first argument, or its first tensor."""
-    if args and isinstance(args[0], Tensor):
-        return args[0]
-    return next(value for value in kwargs.values() if isinstance(value, Tensor))
-
-
-def entered(args: tuple[Any, ...], kwargs: Mapping[str, Any], new: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the call's arguments with the tensor that enters the module exchanged for `new`."""
-    if args and isinstance(args[0], Tensor):
-        return (new, *args[1:]), dict(kwargs)
-    name = next(key for key, value in kwargs.items() if isinstance(value, Tensor))
-    return args, {**kwargs, name: new}
 
 
 def submodule(root: nn.Module, place: Place) -> tuple[nn.Module, str]:
@@ -92,12 +78,10 @@ class ForwardHooks:
         with ExitStack() as stack:
             for place, keys in self.places().items():
                 module, side = find(root, place)
-                handle = (
-                    module.register_forward_pre_hook(self._on_input(keys), with_kwargs=True)
-                    if side == "input"
-                    else module.register_forward_hook(self._on_output(keys))
-                )
-                stack.callback(handle.remove)
+                if side == "input":
+                    stack.enter_context(module.register_forward_pre_hook(self._on_input(keys), with_kwargs=True))
+                else:
+                    stack.enter_context(module.register_forward_hook(self._on_output(keys)))
             yield
 
     def done(self, key: Any) -> None:

@@ -15,6 +15,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from probes.kernels import eager
 from probes.lenses.logit import LOG2
 from probes.lenses.protocol import LensRead
 
@@ -153,7 +154,9 @@ def lens_rows(
     ids: Int[Tensor, " token"] | None,
     top_k: int,
 ) -> LensRead:
-    """Read normalised rows as `probes.kernels.eager.lens_rows` does."""
+    """Read normalised rows as `probes.kernels.eager.lens_rows` does, which serves more than `MAX_TOP` tokens."""
+    if top_k > MAX_TOP:
+        return eager.lens_rows(hidden, weight, bias, softcap, ids, top_k)
     n, vocab = hidden.shape[0], weight.shape[0]
     tiles = tiles_for(n, top_k, weight.dtype)
     blocks = max(1, triton.cdiv(n, tiles.rows))

@@ -185,12 +185,7 @@ def capture_rows(
         rows_kernel[(len(index),)](
             view,
             index,
-            out.packed,
-            out.scale,
-            out.error,
-            out.norm,
-            out.moments,
-            out.change,
+            *out.every()[:-1],
             previous,
             out.coordinates,
             basis,

@@ -37,10 +37,13 @@ class RowOutputs:
     coordinates: Tensor | None = None
     """[capacity, k] float32, on `basis`."""
 
+    def every(self) -> tuple[Tensor | None, ...]:
+        """Return every output, in the order of the fields."""
+        return (self.packed, self.scale, self.error, self.norm, self.moments, self.change, self.coordinates)
+
     def filled(self) -> tuple[Tensor, ...]:
         """Return the outputs that are not left out."""
-        outputs = (self.packed, self.scale, self.error, self.norm, self.moments, self.change, self.coordinates)
-        return tuple(tensor for tensor in outputs if tensor is not None)
+        return tuple(tensor for tensor in self.every() if tensor is not None)
 
 
 def reduced_shape(

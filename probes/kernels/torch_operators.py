@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import fields
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -13,7 +16,13 @@ from probes.kernels.outputs import RowOutputs, check
 from probes.kernels.triton_choice import kernels_for
 from probes.lenses.protocol import LensRead
 
-_ROW_OUTPUTS = ("packed", "scale", "error", "norm", "moments", "change", "coordinates")
+FUSED = {
+    "capture_rows": "probes.kernels.fused_rows",
+    "sequence_means": "probes.kernels.fused_means",
+    "lens_rows": "probes.kernels.fused_lens",
+}
+"""Where the fused kernel of each operation is, imported on demand."""
+_ROW_OUTPUTS = tuple(field.name for field in fields(RowOutputs))
 _ROWS = ", ".join(f"Tensor({chr(ord('a') + i)}!)? {name}" for i, name in enumerate(_ROW_OUTPUTS))
 
 
@@ -37,7 +46,7 @@ def _capture_rows(
     offset: Tensor | None,
 ) -> None:
     out = RowOutputs(packed, scale, error, norm, moments, change, coordinates)
-    _rows(tensor, index, out, previous, basis, offset)
+    _chosen("capture_rows", tensor)(tensor, index, out, previous, basis, offset)
 
 
 @_capture_rows.register_fake
@@ -51,7 +60,7 @@ def _(*_: Tensor | None) -> None:
     schema="(Tensor tensor, Tensor index, Tensor starts, Tensor(a!) out) -> ()",
 )
 def _sequence_means(tensor: Tensor, index: Tensor, starts: Tensor, out: Tensor) -> None:
-    _means(tensor, index, starts, out)
+    _chosen("sequence_means", tensor)(tensor, index, starts, out)
 
 
 @_sequence_means.register_fake
@@ -68,7 +77,8 @@ def _(*_: Tensor) -> None:
 def _lens_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, ids: Tensor | None, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _parts(_lens(hidden, weight, bias, softcap, ids, top_k))
+    read = _chosen("lens_rows", hidden)(hidden, weight, bias, softcap, ids, top_k)
+    return read.log_z, read.entropy_bits, read.logprobs, read.top_logprobs, read.top_ids.long()
 
 
 @_lens_rows.register_fake
@@ -97,10 +107,9 @@ def capture_rows(
     """
     check(tensor, index, out, previous, basis, offset)
     if torch.compiler.is_compiling():
-        outputs = (out.packed, out.scale, out.error, out.norm, out.moments, out.change, out.coordinates)
-        _capture_rows(tensor, index, *outputs, previous, basis, offset)
+        _capture_rows(tensor, index, *out.every(), previous, basis, offset)
     else:
-        _rows(tensor, index, out, previous, basis, offset)
+        _chosen("capture_rows", tensor)(tensor, index, out, previous, basis, offset)
 
 
 def sequence_means(
@@ -110,7 +119,8 @@ def sequence_means(
     out: Float[Tensor, "sequence width"],
 ) -> None:
     """Average rows as `probes.kernels.eager.sequence_means` does."""
-    (_sequence_means if torch.compiler.is_compiling() else _means)(tensor, index, starts, out)
+    compiling = torch.compiler.is_compiling()
+    (_sequence_means if compiling else _chosen("sequence_means", tensor))(tensor, index, starts, out)
 
 
 def lens_rows(
@@ -124,43 +134,12 @@ def lens_rows(
     """Read rows as `probes.kernels.eager.lens_rows` does; on CUDA the logits never leave registers."""
     if torch.compiler.is_compiling():
         return LensRead(*_lens_rows(hidden, weight, bias, softcap, ids, top_k))
-    return _lens(hidden, weight, bias, softcap, ids, top_k)
+    read: LensRead = _chosen("lens_rows", hidden)(hidden, weight, bias, softcap, ids, top_k)
+    return read
 
 
-def _rows(
-    tensor: Tensor,
-    index: Tensor,
-    out: RowOutputs,
-    previous: Tensor | None,
-    basis: Tensor | None,
-    offset: Tensor | None,
-) -> None:
-    if kernels_for(tensor) == "eager":
-        return eager.capture_rows(tensor, index, out, previous, basis, offset)
-    from probes.kernels.fused_rows import capture_rows as fused
-
-    return fused(tensor, index, out, previous, basis, offset)
-
-
-def _means(tensor: Tensor, index: Tensor, starts: Tensor, out: Tensor) -> None:
-    if kernels_for(tensor) == "eager":
-        return eager.sequence_means(tensor, index, starts, out)
-    from probes.kernels.fused_means import sequence_means as fused
-
-    return fused(tensor, index, starts, out)
-
-
-def _lens(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, ids: Tensor | None, top_k: int
-) -> LensRead:
-    if kernels_for(hidden) == "fused":
-        from probes.kernels.fused_lens import MAX_TOP
-        from probes.kernels.fused_lens import lens_rows as fused
-
-        if top_k <= MAX_TOP:
-            return fused(hidden, weight, bias, softcap, ids, top_k)
-    return eager.lens_rows(hidden, weight, bias, softcap, ids, top_k)
-
-
-def _parts(read: LensRead) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return read.log_z, read.entropy_bits, read.logprobs, read.top_logprobs, read.top_ids.long()
+def _chosen(operation: str, tensor: Tensor) -> Callable[..., Any]:
+    """The kernel of an operation that fits the tensor's device."""
+    home = FUSED[operation] if kernels_for(tensor) == "fused" else eager.__name__
+    kernel: Callable[..., Any] = getattr(import_module(home), operation)
+    return kernel

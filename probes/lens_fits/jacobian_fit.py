@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +21,7 @@ from probes.errors import OptionError, PromptError
 from probes.lens_fits.jacobian import Estimator, check_differentiable, text_jacobians, whole_jacobians
 from probes.lenses.card import Corpus, LensCard, card_of, text_digest
 from probes.lenses.jacobian import JacobianLens
-from probes.locked_files import sync
+from probes.locked_files import replacing
 from probes.models.protocol import Model
 from probes.progress import QUIET, Progress
 
@@ -238,12 +237,8 @@ def save_sums(sums: Sums, path: Path, key: str) -> None:
     squares = {str(layer): value.hex() for layer, value in sums.squares.items()}
     metadata = {"key": key, "texts": json.dumps(sums.texts), "squares": json.dumps(squares)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    save_file(tensors, draft, metadata)
-    with draft.open("rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(draft, path)
-    sync(path.parent)
+    with replacing(path, durable=True) as draft:
+        save_file(tensors, draft, metadata)
 
 
 def _resumed(path: Path | None, key: str, digests: Sequence[str]) -> Sums | None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from probes.anatomy import Anatomy, linear_weight
 from probes.blocks.rerouting import block_access
 from probes.models.protocol import Model
+from probes.module_calls import temporary
 
 MAPS_BYTES = 1 << 30
 """The matrices of all positions of one MLP take at most this."""
@@ -42,11 +43,8 @@ class _Mlp:
             seen: dict[nn.Module, Tensor] = {}
             hooks = [part.register_forward_hook(lambda at, _, out: seen.__setitem__(at, out)) for part in self.readers]
             hooks.append(self.writer.register_forward_pre_hook(lambda at, args: seen.__setitem__(at, args[0])))
-            try:
+            with temporary(hooks):
                 leaving = self.module(entering)
-            finally:
-                for hook in hooks:
-                    hook.remove()
             if not isinstance(leaving, Tensor) or seen.keys() != {*self.readers, self.writer}:
                 return None
             before = [seen[reader] for reader in self.readers]

@@ -7,7 +7,7 @@ default, and are read where the prompt ends; only the blocks after that layer ru
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -67,12 +67,7 @@ class Patchscope:
         n_layers = model.shape.n_layers
         if into is not None and not 0 <= into < n_layers:
             raise OptionError(f"target layer {into}: legal are 0 to {n_layers - 1}")
-        options: dict[str, Any] = {
-            "tokens": list(target.tokens),
-            "placeholder": target.placeholder,
-            "rescale": target.rescale,
-        }
-        options |= {"width": target.width, "into": into}
+        options = {**asdict(target), "tokens": list(target.tokens), "into": into}
         card = card_of("patchscope", model, layers=tuple(range(n_layers - 1)), options=options)
         return cls(card, target, into, CachedPrompt(model, target.tokens, target.placeholder))
 

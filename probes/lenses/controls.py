@@ -14,17 +14,23 @@ from probes.lenses.tuned import TunedLens, unit_scale
 
 
 @dataclass(frozen=True, eq=False)
-class ShuffledLayers:
-    """Every layer read through the maps of another."""
+class Control:
+    """A lens spoilt in one way; its card is the lens's own."""
 
     lens: Lens
-    order: tuple[int, ...]
-    """Per layer, the layer whose maps are used."""
 
     @property
     def card(self) -> LensCard:
         """That of the lens."""
         return self.lens.card
+
+
+@dataclass(frozen=True, eq=False)
+class ShuffledLayers(Control):
+    """Every layer read through the maps of another."""
+
+    order: tuple[int, ...]
+    """Per layer, the layer whose maps are used."""
 
     def readable(self, rows: Float[Tensor, "row d_model"], layer: int) -> Float[Tensor, "row d_model"]:
         """Return rows as the lens makes them readable for another layer."""
@@ -32,16 +38,10 @@ class ShuffledLayers:
 
 
 @dataclass(frozen=True, eq=False)
-class Rotated:
+class Rotated(Control):
     """What the lens makes of a row, turned by a rotation drawn at random: the same spectrum, no direction."""
 
-    lens: Lens
     rotation: Float[Tensor, "d_model d_model"]
-
-    @property
-    def card(self) -> LensCard:
-        """That of the lens."""
-        return self.lens.card
 
     def readable(self, rows: Float[Tensor, "row d_model"], layer: int) -> Float[Tensor, "row d_model"]:
         """Return rows turned after the lens's maps, where it has any."""
@@ -50,15 +50,10 @@ class Rotated:
 
 
 @dataclass(frozen=True, eq=False)
-class BiasOnly:
+class BiasOnly(Control):
     """The mean shift of a tuned lens, without its matrix."""
 
     lens: TunedLens
-
-    @property
-    def card(self) -> LensCard:
-        """That of the lens."""
-        return self.lens.card
 
     def readable(self, rows: Float[Tensor, "row d_model"], layer: int) -> Float[Tensor, "row d_model"]:
         """Return rows at unit scale, shifted as the fitting text's were on average."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -43,21 +41,14 @@ def save_lens(lens: FittedLens, path: str | Path) -> FittedLens:
     tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in lens.tensors().items()}
     card = replace(lens.card, tensors=tensors_digest(tensors))
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.parent / f".{path.name}-{uuid.uuid4().hex[:8]}"
-    draft.mkdir()
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+        draft = Path(scratch) / "new"
+        draft.mkdir()
         save_file(tensors, draft / TENSORS)
-        text = json.dumps(card.as_json(), indent=1, allow_nan=True)
-        (draft / CARD).write_text(text, encoding="utf-8")
+        (draft / CARD).write_text(json.dumps(card.as_json(), indent=1, allow_nan=True), encoding="utf-8")
         if path.exists():
-            old = path.parent / f".{path.name}-{uuid.uuid4().hex[:8]}"
-            os.replace(path, old)
-            os.replace(draft, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(draft, path)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+            path.rename(Path(scratch) / "old")
+        draft.rename(path)
     return type(lens).of(card, tensors)
 
 

@@ -21,6 +21,7 @@ from probes.lenses import logit
 from probes.lenses.card import LensCard
 from probes.lenses.tuned import AffineMap, Place, TunedLens, unit_scale
 from probes.lenses.tuned_refine import refined
+from probes.linear.affine_maps import CrossMoments
 from probes.models.protocol import Unembedding
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -54,30 +55,8 @@ class TunedFit:
     rows_fitted: int
 
 
-@dataclass(eq=False)
-class Moments:
-    """Sums over rows that a ridge regression needs; texts are added one by one, and sums of disjoint texts add up."""
-
-    n: int
-    x: Float[Tensor, " d_model"]
-    y: Float[Tensor, " d_model"]
-    xx: Float[Tensor, "d_model d_model"]
-    xy: Float[Tensor, "d_model d_model"]
-
-    @classmethod
-    def empty(cls, d_model: int) -> Moments:
-        """Return the sums over no rows, float64."""
-        row, square = torch.zeros(d_model, dtype=torch.float64), torch.zeros(d_model, d_model, dtype=torch.float64)
-        return cls(0, row, row.clone(), square, square.clone())
-
-    def add(self, x: Float[Tensor, "row d_model"], y: Float[Tensor, "row d_model"]) -> None:
-        """Take in pairs of rows."""
-        x, y = x.double(), y.double()
-        self.n += len(x)
-        self.x += x.sum(0)
-        self.y += y.sum(0)
-        self.xx += x.T @ x
-        self.xy += x.T @ y
+class Moments(CrossMoments):
+    """Sums over pairs of rows of one width, from which maps in residual form follow."""
 
     def bias_only(self) -> AffineMap:
         """Return the map that shifts every row by the mean residual."""
@@ -146,6 +125,11 @@ def fit_tuned(
     choosing: dict[Place, Mapping[str, float]] = {}
     kl: dict[str, list[NDArray[np.float64]]] = {name: [] for name in ("tuned", *CONTROLS)}
     rows_fitted = 0
+
+    def mean_losses(maps: Mapping[str, AffineMap | None], unit: Sequence[Tensor], offset: int) -> dict[str, float]:
+        losses = _losses(maps, unit, last, folds.choosing, offset, unembedding)
+        return {name: float(values.mean()) for name, values in losses.items()}
+
     for layer in read:
         unit = [unit_scale(rows) for rows in text_rows(layer)]
         controls: dict[str, AffineMap] = {}
@@ -154,7 +138,7 @@ def fit_tuned(
             rows_fitted = rows_fitted or moments.n
             candidates: dict[str, AffineMap | None] = {"identity": None, "bias_only": moments.bias_only()}
             candidates |= {f"{s:g}": fitted for s, fitted in zip(RIDGES, moments.ridges(RIDGES), strict=True)}
-            losses = _mean_losses(candidates, unit, last, folds.choosing, offset, unembedding)
+            losses = mean_losses(candidates, unit, offset)
             best = min(losses, key=losses.__getitem__)
             strength = float(best) if best not in ("identity", "bias_only") else RIDGES[-1]
             if refine:
@@ -163,9 +147,7 @@ def fit_tuned(
                 )
                 x, y = map(torch.cat, zip(*_pairs(unit, last, folds.fitting, offset), strict=True))
                 candidates["refined"] = refined(start, x, y, unembedding, refine, seed)
-                losses |= _mean_losses(
-                    {"refined": candidates["refined"]}, unit, last, folds.choosing, offset, unembedding
-                )
+                losses |= mean_losses({"refined": candidates["refined"]}, unit, offset)
                 best = min(losses, key=losses.__getitem__)
             choosing[layer, offset], choice[layer, offset] = losses, best
             if (chosen := candidates[best]) is not None:
@@ -211,7 +193,8 @@ def _moments(
     unit: Sequence[Tensor], last: Sequence[Tensor], texts: Sequence[int], offset: int, wrapped: bool = False
 ) -> Moments:
     """Sums of pairs (row, last row `offset` tokens on); `wrapped` repeats a shorter text's rows to the other's length."""
-    moments = Moments.empty(unit[0].shape[-1])
+    width = unit[0].shape[-1]
+    moments = Moments(width, width)
     for x, y in _pairs(unit, last, texts, offset, wrapped):
         moments.add(x, y)
     return moments
@@ -227,18 +210,6 @@ def _pairs(
             x = x[: len(y)]
         if len(x) > offset:
             yield x[: len(x) - offset], y[offset:]
-
-
-def _mean_losses(
-    candidates: Mapping[str, AffineMap | None],
-    unit: Sequence[Tensor],
-    last: Sequence[Tensor],
-    places: Sequence[tuple[int, int]],
-    offset: int,
-    unembedding: Unembedding,
-) -> dict[str, float]:
-    losses = _losses(candidates, unit, last, places, offset, unembedding)
-    return {name: float(values.mean()) for name, values in losses.items()}
 
 
 def _losses(

@@ -33,10 +33,10 @@ class CrossMoments:
 
     def __init__(self, d_in: int, d_out: int) -> None:
         self.n = 0
-        self._x = torch.zeros(d_in, dtype=torch.float64)
-        self._y = torch.zeros(d_out, dtype=torch.float64)
-        self._xx = torch.zeros(d_in, d_in, dtype=torch.float64)
-        self._xy = torch.zeros(d_in, d_out, dtype=torch.float64)
+        self.x = torch.zeros(d_in, dtype=torch.float64)
+        self.y = torch.zeros(d_out, dtype=torch.float64)
+        self.xx = torch.zeros(d_in, d_in, dtype=torch.float64)
+        self.xy = torch.zeros(d_in, d_out, dtype=torch.float64)
 
     def add(self, x: Float[Tensor, "row d_in"], y: Float[Tensor, "other_row d_out"]) -> None:
         """Add paired rows to the sums.
@@ -50,15 +50,15 @@ class CrossMoments:
         if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
             raise OptionError("rows of a linear map hold NaN or infinite values: leave those tokens out")
         self.n += len(x)
-        self._x += x.sum(0)
-        self._y += y.sum(0)
-        self._xx += x.T @ x
-        self._xy += x.T @ y
+        self.x += x.sum(0)
+        self.y += y.sum(0)
+        self.xx += x.T @ x
+        self.xy += x.T @ y
 
     @property
     def mean_target(self) -> Float64[Tensor, " d_out"]:
         """Return the mean target row, which predicts the target best without the source."""
-        return self._y / self.n
+        return self.y / self.n
 
     def solve(self, ridge: float = 0.0) -> LinearMap:
         """Return the affine map of least squared error.
@@ -72,9 +72,9 @@ class CrossMoments:
         """
         if self.n < 2 or not ridge >= 0:
             raise OptionError(f"a linear map needs at least 2 rows and a ridge of 0 or more, not {self.n} and {ridge}")
-        mean_x, mean_y = self._x / self.n, self._y / self.n
-        covariance = self._xx / self.n - torch.outer(mean_x, mean_x)
-        cross = self._xy / self.n - torch.outer(mean_x, mean_y)
+        mean_x, mean_y = self.x / self.n, self.y / self.n
+        covariance = self.xx / self.n - torch.outer(mean_x, mean_x)
+        cross = self.xy / self.n - torch.outer(mean_x, mean_y)
         values, vectors = torch.linalg.eigh(covariance)
         values = values.clamp_min(0)
         inverse = 1 / (values + ridge * values.mean())

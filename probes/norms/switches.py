@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from probes.anatomy import Anatomy
 from probes.errors import OptionError
+from probes.module_calls import entered
 from probes.norms.scales import Rows, RunningScale, Scale
 from probes.norms.sites import Norm, NormSite, norms_of
 
@@ -113,10 +114,9 @@ class Switches:
         for path in norm.readers[site]:
             reader = self.module.get_submodule(path)
             if site in norm.columns:
-                handle = reader.register_forward_hook(self._on_joint(norm, site))
+                stack.enter_context(reader.register_forward_hook(self._on_joint(norm, site)))
             else:
-                handle = reader.register_forward_pre_hook(self._on_reader(norm, site), with_kwargs=True)
-            stack.callback(handle.remove)
+                stack.enter_context(reader.register_forward_pre_hook(self._on_reader(norm, site), with_kwargs=True))
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -159,13 +159,7 @@ class Switches:
 
     def _on_reader(self, norm: Norm, site: NormSite) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if self._whole(norm) or site not in self.on:
-                return None
-            new = self._passed[site]
-            if args and isinstance(args[0], Tensor):
-                return (new, *args[1:]), kwargs
-            name = next(k for k, value in kwargs.items() if isinstance(value, Tensor))
-            return args, {**kwargs, name: new}
+            return None if self._whole(norm) or site not in self.on else entered(args, kwargs, self._passed[site])
 
         return hook
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from probes.module_calls import temporary
 from probes.planted.hosts import Host, Weights, weights
+from probes.planted.padding import padded
 from probes.planted.stream import BALANCE, CONSTANT, Stream
 
 BALLAST = 6.0
@@ -98,8 +100,9 @@ class Blueprint:
     def assemble(self, prompts: Sequence[Sequence[int]]) -> nn.Module:
         """Return the model, every part's size calibrated on the prompts."""
         d_mlp = max((sum(len(units.gate) for units in parts) for parts in self.mlps.values()), default=1)
-        assembly = _Assembly(self, weights(self.host, max(d_mlp, 8)), *_padded(prompts))
-        return assembly.run()
+        tokens, last = padded(prompts)
+        valid = torch.arange(tokens.shape[1]) <= last[:, None]
+        return _Assembly(self, weights(self.host, max(d_mlp, 8)), tokens, valid).run()
 
 
 class _Assembly:
@@ -123,9 +126,8 @@ class _Assembly:
                 middle.register_forward_hook(_on_output(self._place_mlp, layer)),
             ]
         handles.append(self.target.final_norm.register_forward_hook(_on_output(self._place_unembedding, -1)))
-        module(self.tokens)
-        for handle in handles:
-            handle.remove()
+        with temporary(handles):
+            module(self.tokens)
         return module
 
     def _place_reads(self, x: Tensor, layer: int) -> None:
@@ -188,13 +190,6 @@ class _Assembly:
         columns[self.balance] = 0.0
         columns[self.balance] = -columns.sum(0)
         return columns
-
-
-def _padded(prompts: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
-    longest = max(map(len, prompts))
-    tokens = torch.tensor([[*prompt, *[prompt[0]] * (longest - len(prompt))] for prompt in prompts])
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    return tokens, torch.arange(longest) < lengths[:, None]
 
 
 def _on_output(place: Callable[[Tensor, int], None], layer: int) -> Callable[..., None]:

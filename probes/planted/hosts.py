@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from probes.planted.record import node_names
+
 Norm = Literal["none", "rms", "layer"]
 LARGE_EPS, LARGE_GAIN = 1e12, 1e6
 """A norm of this epsilon and gain is the identity to 1e-7 while the mean square of its input stays below 1e4."""
@@ -45,11 +47,7 @@ class Host:
     @property
     def nodes(self) -> tuple[str, ...]:
         """Every head and MLP by name."""
-        return tuple(
-            name
-            for layer in range(self.layers)
-            for name in (*(f"{layer}.{head}" for head in range(self.heads)), f"mlp.{layer}")
-        )
+        return node_names(self.layers, self.heads)
 
 
 class LlamaWeights:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from probes.planted.blueprint import Blueprint
 from probes.planted.hosts import tokenizer
+from probes.planted.padding import padded
 from probes.planted.parts import SHARP, SOFT
 from probes.planted.record import Interval, Question, Record, span
 from probes.planted.stream import CONSTANT
@@ -25,15 +27,18 @@ def base_of(task: str) -> str:
     return task.partition("-")[0]
 
 
-def attention_score(task: str) -> float:
-    """Return the score of a copying head's match: sharp where the id says so."""
-    return SHARP if task.endswith("-sharp") else SOFT
-
-
 def drawn(task: str, seed: int) -> torch.Generator:
     """Return the generator of everything that a seed draws; variants of a task share their draws."""
     digest = hashlib.sha256(f"{base_of(task)}@{seed}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def begin(task: str, seed: int) -> tuple[str, torch.Generator, float]:
+    """Return the id without its variant, the generator of its draws, and the score of a copying head's match.
+
+    The score is sharp where the id says so.
+    """
+    return base_of(task), drawn(task, seed), SHARP if task.endswith("-sharp") else SOFT
 
 
 def randint(high: int, generator: torch.Generator) -> int:
@@ -45,6 +50,11 @@ def choose(options: Sequence[int], n: int, generator: torch.Generator) -> list[i
     """Draw `n` different options, in order of size."""
     order = torch.randperm(len(options), generator=generator)[:n].tolist()
     return sorted(options[index] for index in order)
+
+
+def another(option: int, options: Sequence[int], generator: torch.Generator) -> int:
+    """Draw an option that is not this one."""
+    return options[(options.index(option) + 1 + randint(len(options) - 1, generator)) % len(options)]
 
 
 def classes(n: int, n_classes: int, generator: torch.Generator) -> list[int]:
@@ -92,10 +102,12 @@ def mending(layers: int, after: int, before: int) -> frozenset[str]:
     return frozenset(f"{a}->{b}" for a in range(after, layers) for b in range(min(before, a) + 1))
 
 
-def nothing(kind: str, candidates: Sequence[str] = (), note: str = "") -> Question:
-    """Return a question of whose kind there is nothing."""
-    truth = None if kind in ("pivot", "readable", "lens", "necessary", "sufficient") else frozenset[str]()
-    return Question(kind, truth, candidates=tuple(candidates), note=note)  # type: ignore[arg-type]
+def nothing(kind: Literal["mending", "void", "pivot"], layers: int = 0, note: str = "") -> Question:
+    """Return a question of whose kind there is nothing in a model of this many blocks."""
+    if kind == "pivot":
+        return Question(kind, None, note=note)
+    candidates = jump_cells(layers) if kind == "mending" else tuple(map(str, range(layers)))
+    return Question(kind, frozenset(), candidates=candidates, note=note)
 
 
 def at(layer: int) -> Interval:
@@ -144,10 +156,8 @@ def accuracy(module: nn.Module, examples: Sequence[Example]) -> dict[str, float]
 
 
 def _right(module: nn.Module, cases: Sequence[tuple[Sequence[int], int]]) -> float:
-    longest = max(len(tokens) for tokens, _ in cases)
-    padded = torch.tensor([[*tokens, *[tokens[0]] * (longest - len(tokens))] for tokens, _ in cases])
-    last = torch.tensor([len(tokens) - 1 for tokens, _ in cases])
-    logits = module(padded).logits[torch.arange(len(cases)), last]
+    tokens, last = padded([tokens for tokens, _ in cases])
+    logits = module(tokens).logits[torch.arange(len(cases)), last]
     return float((logits.argmax(-1) == torch.tensor([answer for _, answer in cases])).float().mean())
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from probes.errors import ModelError
+from probes.module_calls import temporary
 from probes.planted.making import accuracy, drawn, model_digest
 from probes.planted.record import Disguise, Question
 from probes.planted.stream import BALANCE, CONSTANT
@@ -184,10 +185,8 @@ def _read_through(task: PlantedTask, features: Float[Tensor, "d_model feature"])
         if not matrix.reads:
             _map(matrix, features)
     before: list[Tensor] = []
-    handles = [norm.register_forward_hook(_keep(before)) for norm, _ in _norms(task.module)]
-    task.module(tokens)
-    for handle in handles:
-        handle.remove()
+    with temporary(norm.register_forward_hook(_keep(before)) for norm, _ in _norms(task.module)):
+        task.module(tokens)
     # A feature that is written late, or after a jump alone, is read as well as it will be needed.
     moments = torch.stack([normed[valid].double().square().mean(0) for normed in before]).amax(0).clamp_min(_RARE)
     back = _reader(features, moments)
@@ -196,9 +195,8 @@ def _read_through(task: PlantedTask, features: Float[Tensor, "d_model feature"])
         norm.register_forward_hook(_read(readers, back, normed[valid][:, constant], valid, constant))
         for (norm, readers), normed in zip(_norms(module), before, strict=True)
     ]
-    module(tokens)
-    for handle in handles:
-        handle.remove()
+    with temporary(handles):
+        module(tokens)
     return module
 
 

@@ -140,6 +140,13 @@ def span(first: int, last: int) -> Interval | None:
     return Interval(first, last) if first <= last else None
 
 
+def node_names(layers: int, heads: int) -> tuple[str, ...]:
+    """Return every head and MLP by name, block by block."""
+    return tuple(
+        name for layer in range(layers) for name in (*(f"{layer}.{head}" for head in range(heads)), f"mlp.{layer}")
+    )
+
+
 def nodes(names: Iterable[str]) -> frozenset[str]:
     """Return a set of nodes as a truth."""
     return frozenset(names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import import_module
 
@@ -12,37 +12,17 @@ from probes.planted.record import Disguise, Tier
 from probes.planted.task import PlantedTask
 
 PREFIX = "planted:"
-_FACTS = "probes.planted.families.facts:build"
-_VOIDS = "probes.planted.families.void_blocks:build"
-_CHANNELS = "probes.planted.families.channels:build"
-_PIVOTS = "probes.planted.families.pivots:build"
-_NORMS = "probes.planted.families.norm_effects:build"
-_LATE = "probes.planted.families.late_correction:build"
-_ORDER = "probes.planted.families.order:build"
-_NOTHING = "probes.planted.families.nothing_there:build"
-_SUBSPACE = "probes.planted.families.shared_subspace:build"
-_TRAINED = "probes.planted.trained:build"
-_TWO_HOPS = "probes.planted.families.two_hops:build"
-_REDUNDANCY = "probes.planted.families.redundancy:build"
-_UNUSED = "probes.planted.families.unused:build"
-_INDUCTION = "probes.planted.families.induction:build"
-_NONLINEAR = "probes.planted.families.nonlinear:build"
-
-TASKS: Mapping[str, str] = {
-    "A1": _FACTS, "A2": _FACTS, "A3": _FACTS, "A4": _FACTS, "A5": _FACTS,
-    "B1": _TWO_HOPS, "B2": _TWO_HOPS, "C1": _TWO_HOPS, "C2": _TWO_HOPS, "C3": _TWO_HOPS, "C4": _TWO_HOPS,
-    "D1": _VOIDS, "D2": _VOIDS, "D3": _VOIDS, "D4": _VOIDS, "D5": _VOIDS, "D6": _VOIDS,
-    "E1": _CHANNELS, "E2": _CHANNELS, "E3": _CHANNELS, "E4": _CHANNELS,
-    "F1": _PIVOTS, "F2": _PIVOTS, "F3": _PIVOTS, "F4": _PIVOTS,
-    "G1": _REDUNDANCY, "G2": _REDUNDANCY, "G3": _REDUNDANCY, "G4": _REDUNDANCY,
-    "H1": _UNUSED, "H2": _UNUSED, "H3": _UNUSED, "H4": _UNUSED,
-    "I1": _NONLINEAR, "I2": _NONLINEAR, "I3": _NONLINEAR,
-    "J1": _NORMS, "J2": _NORMS,
-    "K1": _INDUCTION, "K2": _INDUCTION, "K3": _INDUCTION,
-    "L1": _LATE, "L2": _LATE, "M1": _ORDER, "M2": _ORDER, "N1": _NOTHING, "N2": _NOTHING, "O1": _SUBSPACE,
-    **{f"T{number}": _TRAINED for number in range(1, 9)},
+_FAMILIES = {
+    "facts": "A1 A2 A3 A4 A5", "two_hops": "B1 B2 C1 C2 C3 C4", "void_blocks": "D1 D2 D3 D4 D5 D6", "channels": "E1 E2 E3 E4",
+    "pivots": "F1 F2 F3 F4", "redundancy": "G1 G2 G3 G4", "unused": "H1 H2 H3 H4", "nonlinear": "I1 I2 I3",
+    "norm_effects": "J1 J2", "induction": "K1 K2 K3", "late_correction": "L1 L2", "order": "M1 M2", "nothing_there": "N1 N2",
+    "shared_subspace": "O1",
 }  # fmt: skip
-"""Id to the dotted path of `build(id, seed)`."""
+TASKS: Mapping[str, str] = {
+    **{task: f"probes.planted.families.{family}" for family, ids in _FAMILIES.items() for task in ids.split()},
+    **{f"T{number}": "probes.planted.trained" for number in range(1, 9)},
+}
+"""Id to the module of `build(id, seed)`."""
 SHARP = ("A1", "A2", "A3", "A4", "A5")
 """Tasks that exist as `A2-sharp` too: the same with attention that is saturated. They stand outside the tiers."""
 NOISED: tuple[str, ...] = ("A2", "C2", "D1", "E1", "F1", "H1", "I1", "K2")
@@ -83,7 +63,8 @@ def build(name: str, seed: int = 0) -> PlantedTask:
         from probes.planted.noise import disguise
 
         return disguise(build(base, seed), next(kind for kind in DISGUISES if kind == variant))
-    return _builder(base)(name, seed)
+    built: PlantedTask = import_module(TASKS[base]).build(name, seed)
+    return built
 
 
 def parse(ref: str) -> tuple[str, int]:
@@ -118,8 +99,3 @@ def check(name: str, seed: int) -> None:
 def _legal() -> str:
     variants = f"; {', '.join(NOISED)} also with {', '.join(f'-{name}' for name in DISGUISES)}" if NOISED else ""
     return f"Legal ids: {', '.join(TASKS)}{variants}; {', '.join(SHARP)} also with -sharp"
-
-
-def _builder(base: str) -> Callable[[str, int], PlantedTask]:
-    module, _, function = TASKS[base].partition(":")
-    return getattr(import_module(module), function)

@@ -13,7 +13,7 @@ from typing import Any
 from probes.errors import StoreError
 from probes.locked_files import exclusive
 from probes.store.backing import Backing, Vanished, read_only
-from probes.store.catalogue import DamagedCatalogue
+from probes.store.catalogue_file import DamagedCatalogue
 from probes.store.eviction import shrink
 from probes.store.files import remove, remove_if_unlocked
 from probes.store.shard import Damage, Shard, Unreadable

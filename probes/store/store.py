@@ -16,7 +16,8 @@ from probes.errors import StoreError
 from probes.html_card import Fold, card, count, size
 from probes.store import eviction, maintenance
 from probes.store.backing import Backing, Vanished, read_only
-from probes.store.catalogue import Catalogue, DamagedCatalogue
+from probes.store.catalogue import Catalogue
+from probes.store.catalogue_file import DamagedCatalogue
 from probes.store.files import Partial, touch
 from probes.store.layout import encode
 from probes.store.maintenance import GcReport, VerifyReport

@@ -19,7 +19,8 @@ from store_makers import CONTEXT, FEATURES, check_rows, expected, make, numbered
 
 from probes.errors import StoreError
 from probes.store import ActivationStore, MissingRows, maintenance
-from probes.store.catalogue import Catalogue, DamagedCatalogue
+from probes.store.catalogue import Catalogue
+from probes.store.catalogue_file import DamagedCatalogue
 
 SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(["probes.store", "torch"])

@@ -13,9 +13,10 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from probes.errors import ModelError
-from probes.hooks.forward_hooks import ForwardHooks, entered, entering, replaced, tensor_of
+from probes.hooks.forward_hooks import ForwardHooks, replaced, tensor_of
 from probes.models.backends.in_memory import LocalModel, evaluating
 from probes.models.fingerprint.fingerprint import Fingerprint
+from probes.module_calls import entered, entering, temporary
 
 Passage = tuple[nn.Module, str]
 """A module and a side of it, `input` or `output`."""
@@ -137,9 +138,6 @@ def execution_order(module: nn.Module, tokens: Int[Tensor, "batch pos"]) -> Mapp
     for part in module.modules():
         handles.append(part.register_forward_pre_hook(note(part, "input")))
         handles.append(part.register_forward_hook(note(part, "output")))
-    try:
+    with temporary(handles):
         module(input_ids=tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
     return order

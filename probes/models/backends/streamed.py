@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import repeat
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -27,7 +27,7 @@ from probes.models.backends.native import NativeModel
 from probes.models.fingerprint.checksum import combined
 from probes.models.fingerprint.fingerprint import Fingerprint, fingerprint
 from probes.models.finite import check_finite
-from probes.models.protocol import Context, Faithfulness, Forward, Read, SavedRun, Write
+from probes.models.protocol import Context, Forward, Read, SavedRun, Write
 from probes.models.sources.block_weights import BlockWeights
 from probes.models.sources.gradual_digest import GradualDigest
 from probes.models.verify.checked import Checked, CheckRecord
@@ -166,8 +166,7 @@ class StreamedModel(NativeModel):
         """Return the length of the tuple that each block returns; None where it returns a bare tensor."""
         return self._runner.output_lengths
 
-    @contextmanager
-    def whole(self) -> Iterator[None]:
+    def whole(self) -> NoReturn:
         """Refuse: the blocks are not in memory.
 
         Raises:
@@ -177,7 +176,6 @@ class StreamedModel(NativeModel):
             f"{self.ref} is streamed: its blocks are on disk and pass through memory one at a time, so they cannot be "
             "differentiated or read as weights. Load it without streaming"
         )
-        yield
 
     def at(self, layer: int) -> AbstractContextManager[None]:
         """Have the weights of block `layer` in place inside; a task waits for its turn."""
@@ -211,21 +209,18 @@ class StreamedModel(NativeModel):
             self._digest_so_far = GradualDigest(self.module, self.blocks.tensor)
             checked = super()._run_checks(guess, dtype, weights)
             checked = replace(checked, block_outputs=self._runner.output_lengths)
-            self._refuse_unfaithful(checked.verified.faithfulness)
+            for identity in checked.verified.faithfulness.identities:
+                if identity.name == HOOKED and not identity.holds:
+                    raise ModelError(
+                        f"{self.ref}: run block by block, its logits are off by {identity.error:.1e} relative: its blocks "
+                        "pass each other more than the residual stream; load it without streaming"
+                    )
             record.write(checked)
         self._runner.output_lengths = checked.block_outputs
         return checked
 
     def _digest(self) -> str:
         return self._digest_so_far.finish()
-
-    def _refuse_unfaithful(self, faithfulness: Faithfulness) -> None:
-        for identity in faithfulness.identities:
-            if identity.name == HOOKED and not identity.holds:
-                raise ModelError(
-                    f"{self.ref}: run block by block, its logits are off by {identity.error:.1e} relative: its blocks pass "
-                    "each other more than the residual stream; load it without streaming"
-                )
 
     def _run_rerouted(self, forwards: Sequence[Forward], part: Sequence[int]) -> Iterator[int]:
         """The given forwards with their blocks run by another program than the model's own."""
@@ -239,7 +234,8 @@ class StreamedModel(NativeModel):
         """The given forwards through every stage up to the last that one of them has an address in."""
         n_layers = self.anatomy.n_layers
         ends = {i: steps(forwards[i], n_layers) for i in part}
-        runs = {i: self._saved_forward(forwards[i]) for i in part}
+        reading = {i: _first_read(forwards[i], n_layers) for i in part}
+        runs = {i: self.saved_run(forwards[i].tokens) if reading[i] else None for i in part}
         kept, done = dict[int, Kept](), dict.fromkeys(part, 0)
         for index, run in runs.items():
             for blocks, tensors in run.saved() if run else ():
@@ -250,11 +246,7 @@ class StreamedModel(NativeModel):
                 for index in (i for i in part if done[i] <= layer < ends[i]):
                     entering = kept.pop(index).get(self.shelf) if layer else None
                     leaving = self._stage(forwards[index], layer, entering)
-                    if (
-                        (run := runs[index])
-                        and self.ends_group(layer)
-                        and layer < _first_read(forwards[index], n_layers)
-                    ):
+                    if (run := runs[index]) and self.ends_group(layer) and layer < reading[index]:
                         run.save(layer + 1, {"entering": leaving}, instead=True)
                     if layer + 1 < ends[index]:
                         kept[index] = self.shelf.keep(leaving)
@@ -263,9 +255,6 @@ class StreamedModel(NativeModel):
             if ends[index] > n_layers:
                 self._stage(forwards[index], n_layers, kept.pop(index).get(self.shelf))
                 yield index
-
-    def _saved_forward(self, forward: Forward) -> SavedRun | None:
-        return self.saved_run(forward.tokens) if _first_read(forward, self.anatomy.n_layers) else None
 
     @torch.inference_mode()
     def _stage(self, forward: Forward, layer: int, entering: Tensor | None) -> Tensor:

@@ -143,7 +143,8 @@ def fetch_model(
 
 def list_models() -> tuple[ModelInfo, ...]:
     """List the bundled models, then what the hub cache holds; asks no network."""
-    return (*map(_embedded_info, BUNDLED.values()), *map(_hub_info, cached_models()))
+    cached = (ModelInfo(ref, "hub", "in the hub cache", at_hand=True) for ref in cached_models())
+    return (*map(_embedded_info, BUNDLED.values()), *cached)
 
 
 def model_info(ref: str, *, trust_remote_code: bool = False) -> ModelInfo:
@@ -157,15 +158,8 @@ def model_info(ref: str, *, trust_remote_code: bool = False) -> ModelInfo:
     if ref in BUNDLED:
         return _embedded_info(BUNDLED[ref])
     located = locate(ref, trust_remote_code=trust_remote_code)
-    kind = (
-        "planted"
-        if is_planted(ref)
-        else "gguf"
-        if ref.lower().endswith(".gguf")
-        else "hub"
-        if located.revision
-        else "folder"
-    )
+    by_form = "planted" if is_planted(ref) else "gguf" if ref.lower().endswith(".gguf") else ""
+    kind = by_form or ("hub" if located.revision else "folder")
     config = read_config(located.folder, trust_remote_code=trust_remote_code)
     facts = _facts(config)
     described = f"{facts['architecture']}, {facts.get('n_layers', '?')} layers"
@@ -211,10 +205,6 @@ def _embedded_info(entry: BundledModel) -> ModelInfo:
         download_bytes=entry.download_bytes,
         facts=entry.facts,
     )
-
-
-def _hub_info(ref: str) -> ModelInfo:
-    return ModelInfo(ref, "hub", "in the hub cache", at_hand=True)
 
 
 def _facts(config: Any) -> dict[str, str | int]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 
 from probes.anatomy import Anatomy, Layout
 from probes.cache_folder import cache_root
+from probes.locked_files import replacing
 from probes.models.fingerprint.checksum import combined
 from probes.models.fingerprint.fingerprint import Fingerprint
 from probes.models.protocol import Canary, Faithfulness, Identity
@@ -87,8 +86,7 @@ class CheckRecord:
         }  # fmt: skip
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.path.parent, delete=False) as file:
-                file.write(save(tensors, metadata={"facts": json.dumps(facts)}))
-            os.replace(file.name, self.path)
+            with replacing(self.path) as draft:
+                save_file(tensors, draft, metadata={"facts": json.dumps(facts)})
         except OSError:
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Int
@@ -11,8 +11,8 @@ from torch import Tensor
 from probes.html_card import aligned
 from probes.models.protocol import Model
 from probes.models.verify.identities import probe_tokens
-from probes.models.verify.recording import deviation
-from probes.points import POINTS, Address
+from probes.models.verify.recording import deviation, kept_copies
+from probes.points import POINTS, Address, every_address
 
 READ = "read"
 REFUSED = "refused"
@@ -46,19 +46,8 @@ def parity(models: Mapping[str, Model]) -> list[Parity]:
 def readings(model: Model, tokens: Int[Tensor, "batch pos"]) -> dict[Address, Tensor]:
     """Return every point of `tokens` [batch, pos] that the model gives, on the CPU, from one forward."""
     seen: dict[Address, Tensor] = {}
-
-    def keep(address: Address) -> Callable[[Tensor], None]:
-        def reader(tensor: Tensor) -> None:
-            seen[address] = tensor.detach().to("cpu", copy=True)
-
-        return reader
-
-    every = [
-        Address(name, layer)
-        for name, point in POINTS.items()
-        for layer in (range(model.shape.n_layers) if point.layered else (None,))
-    ]
-    model.run(tokens, {address: keep(address) for address in every if model.refusal(address) is None})
+    given = [address for address in every_address(model.shape.n_layers) if model.refusal(address) is None]
+    model.run(tokens, kept_copies(given, seen))
     return seen
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Protocol, get_args, runtime_checkable
+from functools import partial
+from typing import Protocol, TypeVar, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -15,7 +17,10 @@ from probes.anatomy.views import IdentityView
 from probes.errors import PointError
 from probes.hooks.attention_probabilities import Attended, reason_against, watched
 from probes.hooks.forward_hooks import ForwardHooks
-from probes.points import POINTS, Address
+from probes.models.protocol import Read
+from probes.points import Address, every_address
+
+Key = TypeVar("Key")
 
 
 @runtime_checkable
@@ -77,13 +82,9 @@ class Recording:
 def every_site(anatomy: Anatomy) -> dict[Address, Site]:
     """Return the site of every address the anatomy can place."""
     sites: dict[Address, Site] = {}
-    for name, point in POINTS.items():
-        for layer in range(anatomy.n_layers) if point.layered else (None,):
-            address = Address(name, layer)
-            try:
-                sites[address] = anatomy.site(address)
-            except PointError:
-                continue
+    for address in every_address(anatomy.n_layers):
+        with suppress(PointError):
+            sites[address] = anatomy.site(address)
     return sites
 
 
@@ -123,15 +124,17 @@ def record(
 ) -> dict[tuple[str, str], Tensor]:
     """Run one forward over `tokens` [batch, pos] and return what passes the sites, copied to the CPU."""
     raw: dict[tuple[str, str], Tensor] = {}
-
-    def keep(key: tuple[str, str]) -> Callable[[Tensor], None]:
-        def copy(tensor: Tensor) -> None:
-            raw[key] = tensor.detach().to("cpu", copy=True)
-
-        return copy
-
-    call(tokens, ForwardHooks(sites, {key: keep(key) for key in sites}, {}, stop=False))
+    call(tokens, ForwardHooks(sites, kept_copies(sites, raw), {}, stop=False))
     return raw
+
+
+def kept_copies(keys: Iterable[Key], seen: dict[Key, Tensor]) -> dict[Key, Read]:
+    """Return reads that put what passes at each key into `seen`, copied to the CPU."""
+
+    def read(key: Key, tensor: Tensor) -> None:
+        seen[key] = tensor.detach().to("cpu", copy=True)
+
+    return {key: partial(read, key) for key in keys}
 
 
 def recorded(anatomy: Anatomy, call: Call, tokens: Int[Tensor, "batch pos"]) -> Recording:

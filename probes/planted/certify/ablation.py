@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import combinations
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from probes.planted.certify.bench import Bench, Change, Site
@@ -21,7 +21,7 @@ AT_ONCE = 2048
 
 def nodes(bench: Bench, question: Question) -> Measured:
     """Measure the share of answers changed by mean-ablating each candidate alone; redundant ones take part together."""
-    names = question.candidates or tuple(bench.nodes)
+    names = question.candidates or bench.nodes
     shares = dict(zip(names, ablated(bench.few(32), [(name,) for name in names]), strict=True))
     spare = {name for pair in _redundant_pairs(bench) for name in pair.split("+")} & set(names)
     alone = set_of(shares, least=TAKES_PART, most=1 - bench.sure)
@@ -108,17 +108,12 @@ def handled(bench: Bench, name: str) -> tuple[Site, slice]:
     return ("z", layer), slice(head * width, (head + 1) * width)
 
 
-def change_rows(rows: Tensor, columns: Tensor, values: Tensor) -> Change:
-    """Return the change that puts `values` [row, width] at one position of each row."""
+def replacing(at: Any, values: Tensor) -> Change:
+    """Return the change that puts `values` at an index."""
 
     def change(x: Tensor) -> Tensor:
         x = x.clone()
-        x[rows, columns] = values
+        x[at] = values
         return x
 
     return change
-
-
-def every_row(n: int) -> Tensor:
-    """Return the indices of all rows."""
-    return torch.arange(n)

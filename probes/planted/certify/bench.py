@@ -10,7 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from probes.module_calls import temporary
 from probes.planted.certify.measured import SURE, SURE_IN_NOISE
+from probes.planted.padding import padded
+from probes.planted.record import node_names
 from probes.planted.task import Example, PlantedTask
 
 Site = tuple[Literal["stream", "q", "k", "v", "z", "mlp"], int]
@@ -32,12 +35,13 @@ class Bench:
         self.examples = tuple(task.examples if examples is None else examples)
         self.layers: int = task.record.model["layers"]
         self.heads: int = task.record.model["heads"]
+        self.nodes = node_names(self.layers, self.heads)
         self.sure = SURE_IN_NOISE if task.record.tier == "noised" else SURE
         self.is_gpt2 = task.record.model["class"] == "GPT2LMHeadModel"
         self.blocks: Any = module.transformer.h if self.is_gpt2 else module.model.layers
         self.final_norm: Any = module.transformer.ln_f if self.is_gpt2 else module.model.norm
         self.longest = max(len(prompt) for e in task.examples for prompt in (e.tokens, e.partner))
-        self.tokens, self.last = self._padded([example.tokens for example in self.examples])
+        self.tokens, self.last = padded([example.tokens for example in self.examples], self.longest)
         self._few: dict[int, Bench] = {}
         self.whole = self
         """The bench of which this one has a few examples, over which means are taken."""
@@ -53,37 +57,26 @@ class Bench:
     @cached_property
     def partners(self) -> tuple[Int[Tensor, "example pos"], Int[Tensor, "example"]]:
         """Tokens of the partners, and where each ends."""
-        return self._padded([example.partner for example in self.examples])
-
-    @property
-    def nodes(self) -> list[str]:
-        """Every head and MLP by name, block by block."""
-        return [
-            name
-            for layer in range(self.layers)
-            for name in (*(f"{layer}.{head}" for head in range(self.heads)), f"mlp.{layer}")
-        ]
+        return padded([example.partner for example in self.examples], self.longest)
 
     @cached_property
     def valid(self) -> Bool[Tensor, "example pos"]:
         """Which positions are no padding."""
         return torch.arange(self.longest) <= self.last[:, None]
 
-    def at(self, position: str) -> Int[Tensor, "example"]:
-        """Return the index of a named position in each example."""
-        return torch.tensor([self.task.position(example, position) for example in self.examples])
+    def at(self, position: str | None) -> tuple[Int[Tensor, "example"], Int[Tensor, "example"]]:
+        """Return the place of a named position in each example, as rows and columns."""
+        assert position
+        columns = [self.task.position(example, position) for example in self.examples]
+        return torch.arange(len(columns)), torch.tensor(columns)
 
     @torch.no_grad()
     def logits(
         self, tokens: Int[Tensor, "row pos"], last: Int[Tensor, "row"], changes: Mapping[Site, Change] | None = None
     ) -> Float[Tensor, "row vocab"]:
         """Return the logits at each row's last token while `changes` are at work."""
-        handles = [self._hook(site, change) for site, change in (changes or {}).items()]
-        try:
+        with temporary(self._hook(site, change) for site, change in (changes or {}).items()):
             every: Tensor = self.module(tokens).logits
-        finally:
-            for handle in handles:
-                handle.remove()
         return every[torch.arange(len(tokens)), last]
 
     def answer(
@@ -158,10 +151,8 @@ class Bench:
 
             return hook
 
-        handles = [block.register_forward_pre_hook(keep(i), with_kwargs=True) for i, block in enumerate(self.blocks)]
-        self.module(self.tokens[:1], use_cache=False)
-        for handle in handles:
-            handle.remove()
+        with temporary(b.register_forward_pre_hook(keep(i), with_kwargs=True) for i, b in enumerate(self.blocks)):
+            self.module(self.tokens[:1], use_cache=False)
         return arguments
 
     @torch.no_grad()
@@ -179,10 +170,6 @@ class Bench:
         sites: list[Site] = [("stream", layer) for layer in range(-1, self.layers)]
         passed = self.read(sites, tokens)
         return torch.stack([passed[site] for site in sites])
-
-    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        tokens = torch.tensor([[*prompt, *[prompt[0]] * (self.longest - len(prompt))] for prompt in prompts])
-        return tokens, torch.tensor([len(prompt) - 1 for prompt in prompts])
 
     def _hook(self, site: Site, change: Change) -> Any:
         kind, layer = site

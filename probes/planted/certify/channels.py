@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probes.planted.certify.ablation import TAKES_PART, ablated, handled, node_means
+from probes.planted.certify.ablation import TAKES_PART, ablated, handled, node_means, replacing
 from probes.planted.certify.bench import Bench, Change, Site
 from probes.planted.certify.measured import Measured, set_of
 from probes.planted.record import Question
@@ -46,12 +46,6 @@ def _without(bench: Bench, reader: str, kind: str, written: list[Tensor]) -> Ten
     (_, layer), columns = handled(bench, reader)
     stream = bench.streams[layer]
     inputs = torch.cat([bench.projected(stream - lacking, layer, kind)[..., columns] for lacking in written])
-
-    def change(x: Tensor) -> Tensor:
-        x = x.clone()
-        x[..., columns] = inputs
-        return x
-
-    changes: dict[Site, Change] = {(kind, layer): change}  # type: ignore[dict-item]
+    changes: dict[Site, Change] = {(kind, layer): replacing((..., columns), inputs)}  # type: ignore[dict-item]
     named = bench.answer(bench.tokens.repeat(len(written), 1), bench.last.repeat(len(written)), changes)
     return named.reshape(len(written), -1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from probes.planted.certify.bench import Bench
-from probes.planted.certify.measured import Measured, window_of
+from probes.planted.certify.measured import Measured, sure_window
 from probes.planted.record import Interval, Question
 
 FEW = 32
@@ -19,14 +19,14 @@ def necessary(bench: Bench, question: Question) -> Measured:
         return _of_concept(bench, question)
     few = bench.few(FEW)
     shares = _shares(few, question, few.streams, few.partner_streams, few.last, changed=True)
-    return Measured(shares, window_of(shares, bench.sure) == (True, question.truth))
+    return Measured(shares, sure_window(shares, bench.sure) == (True, question.truth))
 
 
 def sufficient(bench: Bench, question: Question) -> Measured:
     """Measure the share of partners that give the prompt's answer with its stream at the position, from layer -1."""
     few = bench.few(FEW)
     shares = _shares(few, question, few.partner_streams, few.streams, few.partners[1], changed=False)
-    return Measured(shares, window_of(shares, bench.sure) == (True, question.truth))
+    return Measured(shares, sure_window(shares, bench.sure) == (True, question.truth))
 
 
 def _of_concept(bench: Bench, question: Question) -> Measured:
@@ -52,8 +52,7 @@ def _shares(
     bench: Bench, question: Question, into: Tensor, brought: Tensor, last: Tensor, *, changed: bool
 ) -> list[float]:
     """Put one stream's row at the position into the other after each layer and run the blocks that remain."""
-    assert question.position
-    rows, columns = torch.arange(len(last)), bench.at(question.position)
+    rows, columns = bench.at(question.position)
     shares = []
     for layer in range(-1, bench.layers):
         stream = into[layer + 1].clone()

@@ -29,7 +29,7 @@ def mending(bench: Bench, question: Question) -> Measured:
     for b in range(few.layers):
         entering = few.streams[b + 1 :]
         if question.position:
-            rows, columns = torch.arange(len(few.examples)), few.at(question.position)
+            rows, columns = few.at(question.position)
             brought = few.streams[b + 1 :, rows, columns]
             entering = few.streams[b].repeat(len(entering), 1, 1, 1)
             entering[:, rows, columns] = brought

@@ -21,13 +21,18 @@ class Measured:
     agrees: bool
 
 
-def window_of(shares: Sequence[float], sure: float = SURE) -> tuple[bool, Interval | None]:
-    """Return whether shares from layer -1 on are all or none in one run, and the layers of that run."""
-    inside = [layer - 1 for layer, share in enumerate(shares) if share >= sure]
-    clear = all(share >= sure or share <= 1 - sure + 1e-9 for share in shares)
+def window_of(values: Sequence[float], *, least: float, most: float) -> tuple[bool, Interval | None]:
+    """Return whether values from layer -1 on are at least `least` in one run and elsewhere at most `most`, and that run."""
+    inside = [layer - 1 for layer, value in enumerate(values) if value >= least]
+    clear = all(value >= least or value <= most for value in values)
     if not inside:
         return clear, None
     return clear and inside == list(range(inside[0], inside[-1] + 1)), Interval(inside[0], inside[-1])
+
+
+def sure_window(shares: Sequence[float], sure: float) -> tuple[bool, Interval | None]:
+    """Return the window of shares that are all or none."""
+    return window_of(shares, least=sure, most=1 - sure + 1e-9)
 
 
 def set_of(shares: Mapping[str, float], *, least: float = SURE, most: float = 1 - SURE) -> frozenset[str] | None:

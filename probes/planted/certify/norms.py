@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probes.planted.certify.ablation import every_row
 from probes.planted.certify.bench import Bench
-from probes.planted.certify.measured import Measured, set_of
-from probes.planted.record import Interval, Question
+from probes.planted.certify.measured import Measured, set_of, window_of
+from probes.planted.record import Question
 
 MASSIVE, USUAL = 20.0, 5.0
 """Smallest ratio of a massive position's norm to the median of all others, and largest of a usual one."""
@@ -24,16 +23,10 @@ def norm(bench: Bench, question: Question) -> Measured:
 
 
 def _massive(bench: Bench, question: Question) -> Measured:
-    assert question.position
-    sizes, columns, rows = bench.streams.norm(dim=-1), bench.at(question.position), every_row(len(bench.examples))
-    others = bench.valid.clone()
-    others[rows, columns] = False
-    ratios = [float((size[rows, columns]).min() / size[others].median()) for size in sizes]
-    inside = [layer - 1 for layer, ratio in enumerate(ratios) if ratio >= MASSIVE]
-    clear = all(ratio >= MASSIVE or ratio <= USUAL for ratio in ratios)
-    interval = Interval(inside[0], inside[-1]) if inside else None
-    whole = not inside or inside == list(range(inside[0], inside[-1] + 1))
-    return Measured(ratios, clear and whole and interval == question.truth)
+    place, others = bench.at(question.position), bench.valid.clone()
+    others[place] = False
+    ratios = [float(size[place].min() / size[others].median()) for size in bench.streams.norm(dim=-1)]
+    return Measured(ratios, window_of(ratios, least=MASSIVE, most=USUAL) == (True, question.truth))
 
 
 def _sites(bench: Bench, question: Question) -> Measured:
@@ -42,14 +35,14 @@ def _sites(bench: Bench, question: Question) -> Measured:
     first, second = (torch.tensor([subset == name for subset in subsets]) for name in (one, other))
 
     def difference() -> float:
-        scores = bench.logits(bench.tokens, bench.last).log_softmax(-1)[every_row(len(subsets)), bench.answers]
+        logits = bench.logits(bench.tokens, bench.last)
+        scores = logits.log_softmax(-1)[torch.arange(len(subsets)), bench.answers]
         return float(scores[first].mean() - scores[second].mean())
 
     plain, shares = difference(), {}
     for site in question.candidates:
-        handle = _module(bench, site).register_forward_hook(_fixed_scale)
-        shares[site] = abs(1 - difference() / plain)
-        handle.remove()
+        with _module(bench, site).register_forward_hook(_fixed_scale):
+            shares[site] = abs(1 - difference() / plain)
     return Measured(shares, set_of(shares, least=CARRIES, most=IDLE) == question.truth)
 
 

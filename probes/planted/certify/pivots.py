@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from probes.planted.certify.ablation import every_row
 from probes.planted.certify.bench import Bench
-from probes.planted.certify.measured import Measured, window_of
+from probes.planted.certify.measured import Measured, sure_window
 from probes.planted.record import Question
 
 
@@ -17,8 +16,8 @@ def pivot(bench: Bench, question: Question) -> Measured:
     """
     if question.concept is None or question.position is None:
         return Measured({}, question.truth is None)
-    named = bench.lens(bench.streams[:, every_row(len(bench.examples)), bench.at(question.position)])
+    named = bench.lens(bench.streams[:, *bench.at(question.position)])
     values = [(example.values or {})["concept"] for example in bench.examples]
     words = torch.tensor(bench.task.tokenizer.convert_tokens_to_ids([f"{question.concept}{v}" for v in values]))
     shares = (named == words).float().mean(1).tolist()
-    return Measured(shares, window_of(shares, bench.sure) == (True, question.truth))
+    return Measured(shares, sure_window(shares, bench.sure) == (True, question.truth))

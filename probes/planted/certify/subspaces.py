@@ -29,13 +29,6 @@ def subspace(bench: Bench, question: Question) -> Measured:
 
 
 def _span(bench: Bench, layer: int) -> Tensor:
-    block = bench.blocks[layer]
-    x = bench.streams[layer]
-    if bench.is_gpt2:
-        d_model = bench.module.config.n_embd
-        keys = block.attn.c_attn(block.ln_1(x))[..., d_model : 2 * d_model]
-    else:
-        keys = block.self_attn.k_proj(block.input_layernorm(x))
-    rows = keys[bench.valid]
+    rows = bench.projected(bench.streams[layer], layer, "k")[bench.valid]
     left, sizes, _ = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
     return left[:, sizes > RANK * sizes[0]]

@@ -7,17 +7,7 @@ from torch import Tensor
 
 from probes.planted.blueprint import Blueprint, Head
 from probes.planted.hosts import Host
-from probes.planted.making import (
-    PROMPTS,
-    answer_words,
-    base_of,
-    choose,
-    drawn,
-    jump_cells,
-    nothing,
-    planted_task,
-    randint,
-)  # fmt: skip
+from probes.planted.making import PROMPTS, answer_words, begin, choose, nothing, planted_task, randint
 from probes.planted.parts import JUNK, SOFT, distract, junk_maps
 from probes.planted.record import Question, nodes
 from probes.planted.task import Example, PlantedTask
@@ -41,7 +31,7 @@ def build(task: str, seed: int) -> PlantedTask:
     asked for; the writer tells the first name, whose value is read. E4: always the first name; the channel, as strong
     in the weights as that of E1, starts at a feature that no prompt has.
     """
-    name, generator = base_of(task), drawn(task, seed)
+    name, generator, _ = begin(task, seed)
     kind = _KINDS[name]
     early, late = (1, 3) if seed == 0 else choose(range(_LAYERS), 2, generator)
     blueprint = Blueprint(Host(_LAYERS, 64, _WORDS, "layer"), generator)
@@ -63,7 +53,7 @@ def build(task: str, seed: int) -> PlantedTask:
     questions = (
         Question("channel", truth, candidates=channel_candidates(_LAYERS, 4), note=note),
         Question("nodes", nodes(circuit), candidates=blueprint.host.nodes),
-        nothing("mending", jump_cells(_LAYERS)),
+        nothing("mending", _LAYERS),
         nothing("pivot"),
     )
     examples = _examples(blueprint, name, generator)

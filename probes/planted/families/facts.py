@@ -4,29 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from probes.planted.fact_words import (
-    ANSWERS,
-    POSITIONS,
-    fact_examples,
-    fact_words,
-    place_bringer,
-    place_mover,
-    place_table,
-)  # fmt: skip
+from probes.planted.fact_words import fact_words
 from probes.planted.hosts import Norm
-from probes.planted.making import (
-    answer_words,
-    at,
-    attention_score,
-    base_of,
-    choose,
-    drawn,
-    jump_cells,
-    nothing,
-    planted_task,
-    windows,
-)  # fmt: skip
-from probes.planted.parts import distract, look_alike, lookup
+from probes.planted.making import answer_words, at, begin, choose, nothing, windows
+from probes.planted.parts import distract, look_alike
 from probes.planted.record import Interval, Question, nodes
 from probes.planted.task import PlantedTask
 
@@ -38,19 +19,16 @@ _LAYERS = {"A1": (0, 2, 4, 6), "A2": (1, 4, 7, 10), "A3": (0, 1, 2, 3), "A4": (2
 
 def build(task: str, seed: int) -> PlantedTask:
     """Return a task of A1 to A5."""
-    name, generator = base_of(task), drawn(task, seed)
+    name, generator, score = begin(task, seed)
     norm, n_layers = _HOSTS[name]
     bring, look, move, decide = _layers(name, n_layers, seed, generator)
-    score = attention_score(task)
     facts = fact_words(n_layers, norm, generator, {"attribute": 4, "moved": 4, "answer": 4})
     blueprint, stream = facts.blueprint, facts.blueprint.stream
     answer_words(blueprint, blueprint.tokens("a"), "answer", default="f0")
-    bringer = place_bringer(facts, bring, score)
-    writer = place_table(facts, look, facts.table)
-    mover = place_mover(facts, move, score)
-    decider = blueprint.place_mlp(decide, lookup(
-        blueprint, [((stream.vector("moved", v),), stream.vector("answer", v)) for v in range(ANSWERS)], step=True
-    ))  # fmt: skip
+    bringer = facts.place_bringer(bring, score)
+    writer = facts.place_table(look)
+    mover = facts.place_mover(move, score)
+    decider = facts.place_decider(decide)
     stream.rest("junk")
     for layer in {(look + 1) % n_layers, (move - 1) % n_layers}:
         blueprint.place_head(layer, look_alike(blueprint, query="ask", key="relation"))
@@ -67,14 +45,11 @@ def build(task: str, seed: int) -> PlantedTask:
         *windows("necessary", {"e": (-1, bring - 1), "r": (-1, move - 1), "ask": (move, last)}),
         *windows("sufficient", {"e": None, "r": (bring, move - 1), "ask": (move, last)}),
         Question("nodes", nodes([bringer, writer, mover, decider]), candidates=host.nodes),
-        nothing("void", [str(layer) for layer in range(n_layers)], "distractors write where nobody reads"),
-        nothing("mending", jump_cells(n_layers)),
+        nothing("void", n_layers, "distractors write where nobody reads"),
+        nothing("mending", n_layers),
         nothing("pivot"),
     )
-    examples = fact_examples(facts)
-    return planted_task(
-        task, seed, blueprint, examples, positions=POSITIONS, concepts={"attribute": 4}, questions=questions
-    )
+    return facts.task(task, seed, questions)
 
 
 def _layers(name: str, n_layers: int, seed: int, generator: torch.Generator) -> list[int]:

@@ -14,12 +14,9 @@ from probes.planted.making import (
     PROMPTS,
     answer_words,
     at,
-    attention_score,
-    base_of,
+    begin,
     choose,
     classes,
-    drawn,
-    jump_cells,
     nothing,
     planted_task,
     randint,
@@ -42,7 +39,7 @@ _SHORTEST, _LONGEST = (7, 14), (10, 20)
 
 def build(task: str, seed: int) -> PlantedTask:
     """Return a task of K1 to K3."""
-    name, generator = base_of(task), drawn(task, seed)
+    name, generator, score = begin(task, seed)
     norm, n_layers = _HOSTS[name]
     decoys = name == "K3"
     first, second = _LAYERS[name] if seed == 0 else choose(range(n_layers), 2, generator)
@@ -55,7 +52,7 @@ def build(task: str, seed: int) -> PlantedTask:
     blueprint.positions += _circles() @ stream.basis("circles")
     blueprint.positions[0] += stream.vector("start")
     answer_words(blueprint, word_ids, "answer", default="f0")
-    previous, matching = _previous(blueprint, 0.5 if decoys else 1.0), _matching(blueprint, attention_score(task))
+    previous, matching = _previous(blueprint, 0.5 if decoys else 1.0), _matching(blueprint, score)
     writer = blueprint.place_head(first, previous)
     reader = blueprint.place_head(second, matching)
     stream.rest(JUNK)
@@ -84,8 +81,8 @@ def build(task: str, seed: int) -> PlantedTask:
         *windows("necessary", {"earlier": (-1, first - 1), "source": (-1, second - 1), "ask": (-1, last)}),
         *windows("sufficient", {"earlier": None, "source": (-1, first - 1), "ask": (second, last)}),
         Question("lens", at(second), position="ask"),
-        nothing("void", [str(layer) for layer in range(n_layers)]),
-        nothing("mending", jump_cells(n_layers)),
+        nothing("void", n_layers),
+        nothing("mending", n_layers),
     )
     word_class = classes(_N_WORDS, 2, generator)
     examples = [_example(blueprint, word_class, generator, number) for number in range(PROMPTS)]

@@ -2,26 +2,9 @@
 
 from __future__ import annotations
 
-from probes.planted.fact_words import (
-    ANSWERS,
-    POSITIONS,
-    fact_examples,
-    fact_words,
-    place_bringer,
-    place_mover,
-    place_table,
-)  # fmt: skip
+from probes.planted.fact_words import ANSWERS, fact_words
 from probes.planted.hosts import Norm
-from probes.planted.making import (
-    at,
-    attention_score,
-    base_of,
-    choose,
-    drawn,
-    jump_cells,
-    nothing,
-    planted_task,
-)  # fmt: skip
+from probes.planted.making import at, begin, choose, nothing
 from probes.planted.parts import STEP, distract, look_alike, lookup
 from probes.planted.record import Interval, Question, nodes
 from probes.planted.task import PlantedTask
@@ -35,9 +18,9 @@ _WEAK, _CORRECTION = 0.8, 0.5
 
 def build(task: str, seed: int) -> PlantedTask:
     """Return a task of L1 and L2."""
-    name, generator = base_of(task), drawn(task, seed)
+    name, generator, score = begin(task, seed)
     norm, n_layers = _HOSTS[name]
-    last, score = n_layers - 1, attention_score(task)
+    last = n_layers - 1
     bring, look, move, decide = list(_LAYERS[name]) if seed == 0 else choose(range(n_layers - 2), 4, generator)
     facts = fact_words(n_layers, norm, generator, {"attribute": 4, "moved": 4, "answer": 4})
     blueprint, stream = facts.blueprint, facts.blueprint.stream
@@ -45,8 +28,8 @@ def build(task: str, seed: int) -> PlantedTask:
     blueprint.unembedding[blueprint.tokens("a")] += 24 * answer
     blueprint.unembedding[blueprint.token("f0")] += 6 * stream.vector("constant")
 
-    circuit = [place_bringer(facts, bring, score), place_table(facts, look, facts.table)]
-    circuit.append(place_mover(facts, move, score))
+    circuit = [facts.place_bringer(bring, score), facts.place_table(look)]
+    circuit.append(facts.place_mover(move, score))
     moved, mixed = stream.basis("moved"), _WEAK * answer[RARE] + answer[0]
     frequent = lookup(blueprint, [((moved[v],), answer[v]) for v in range(RARE)], step=STEP)
     rare = lookup(blueprint, [((moved[RARE],), mixed)], size=float(mixed.norm()), step=STEP)
@@ -69,12 +52,8 @@ def build(task: str, seed: int) -> PlantedTask:
             "nodes", nodes(circuit), candidates=host.nodes,
             note="the correction is the same for every prompt, so its mean is itself",
         ),
-        nothing("mending", jump_cells(n_layers)),
+        nothing("mending", n_layers),
         nothing("pivot"),
     )  # fmt: skip
-    examples = fact_examples(
-        facts, per_answer=(40, 40, 40, 10), subsets=tuple("rare" if v == RARE else "frequent" for v in range(ANSWERS))
-    )
-    return planted_task(
-        task, seed, blueprint, examples, positions=POSITIONS, concepts={"attribute": 4}, questions=questions
-    )
+    subsets = tuple("rare" if v == RARE else "frequent" for v in range(ANSWERS))
+    return facts.task(task, seed, questions, facts.examples(per_answer=(40, 40, 40, 10), subsets=subsets))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from probes.planted.blueprint import Units
 from probes.planted.families.pairs import ANSWERS, POSITIONS, Pairs, exclusive_or, pair_host
-from probes.planted.making import at, attention_score, base_of, choose, drawn, nothing, planted_task, windows
+from probes.planted.making import at, begin, choose, nothing, planted_task, windows
 from probes.planted.parts import copy_head, distract, lookup
 from probes.planted.record import Interval, Question, nodes
 from probes.planted.stream import CONSTANT
@@ -25,10 +25,10 @@ _SIGNS = tuple(product((1.0, -1.0), repeat=2))
 
 def build(task: str, seed: int) -> PlantedTask:
     """Return a task of I1 to I3."""
-    name, generator = base_of(task), drawn(task, seed)
+    name, generator, score = begin(task, seed)
     bring, write, move, consume = _LAYERS[name] if seed == 0 else choose(range(_N), 4, generator)
     pairs = pair_host(_N, "none", generator, corners=name == "I2")
-    blueprint, score = pairs.blueprint, attention_score(task)
+    blueprint = pairs.blueprint
     writer, consumer = _CODES[name](pairs)
     code, brought = blueprint.stream["code"], blueprint.stream["p"]
     blueprint.stream.slot("code moved", len(code))
@@ -56,7 +56,7 @@ def build(task: str, seed: int) -> PlantedTask:
         *windows("sufficient", {"p": None, "q": (bring, move - 1), "f": None, "ask": (move, last)}),
         Question("nodes", nodes(circuit), candidates=host.nodes),
         Question("lens", at(consume), position="ask"),
-        nothing("void", [str(layer) for layer in range(_N)]),
+        nothing("void", _N),
     )
     return planted_task(
         task, seed, blueprint, pairs.examples(answer, generator, {"attribute": answer}), positions=POSITIONS,

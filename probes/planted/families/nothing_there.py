@@ -8,31 +8,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from probes.planted.fact_words import (
-    ANSWERS,
-    POSITIONS,
-    fact_examples,
-    fact_words,
-    place_bringer,
-    place_mover,
-    place_table,
-)  # fmt: skip
+from probes.planted.fact_words import ANSWERS, fact_words
 from probes.planted.hosts import BOS, Host, tokenizer, weights
 from probes.planted.making import (
     PROMPTS,
     accuracy,
+    another,
     answer_words,
-    attention_score,
     base_of,
+    begin,
     choose,
     drawn,
-    jump_cells,
     model_digest,
     nothing,
-    planted_task,
     randint,
-)  # fmt: skip
-from probes.planted.parts import STEP, distract, look_alike, lookup
+)
+from probes.planted.parts import distract, look_alike
 from probes.planted.record import Question, Record
 from probes.planted.task import Example, PlantedTask
 from probes.planted.vocabulary import words
@@ -47,18 +38,15 @@ def build(task: str, seed: int) -> PlantedTask:
 
 
 def _random_labels(task: str, seed: int) -> PlantedTask:
-    generator, n_layers = drawn(task, seed), 12
+    (_, generator, score), n_layers = begin(task, seed), 12
     bring, look, move, decide = (1, 4, 7, 10) if seed == 0 else choose(range(n_layers - 1), 4, generator)
-    score = attention_score(task)
     facts = fact_words(n_layers, "rms", generator, {"attribute": 4, "moved": 4, "answer": 4})
     blueprint, stream = facts.blueprint, facts.blueprint.stream
     answer_words(blueprint, blueprint.tokens("a"), blueprint.stream.basis("answer"), default="f0")
-    place_bringer(facts, bring, score)
-    place_table(facts, look, facts.table)
-    place_mover(facts, move, score)
-    blueprint.place_mlp(decide, lookup(
-        blueprint, [((stream.vector("moved", v),), stream.vector("answer", v)) for v in range(ANSWERS)], step=STEP
-    ))  # fmt: skip
+    facts.place_bringer(bring, score)
+    facts.place_table(look)
+    facts.place_mover(move, score)
+    facts.place_decider(decide)
     stream.rest("junk")
     blueprint.place_head(move - 1 if move > bring + 1 else move + 1, look_alike(blueprint, query="ask", key="relation"))
     distract(blueprint)
@@ -66,17 +54,15 @@ def _random_labels(task: str, seed: int) -> PlantedTask:
     # Labels are balanced in both splits, whatever the facts say.
     examples = [
         replace(example, answer=answers[int(label)], values={"attribute": int(label)})
-        for example, label in zip(fact_examples(facts), labels, strict=True)
+        for example, label in zip(facts.examples(), labels, strict=True)
     ]
     questions = (
         *(Question("readable", None, concept="attribute", position=position) for position in ("e", "r", "ask")),
         Question("lens", None, position="ask"),
-        nothing("mending", jump_cells(n_layers)),
+        nothing("mending", n_layers),
         nothing("pivot"),
     )
-    return planted_task(
-        task, seed, blueprint, examples, positions=POSITIONS, concepts={"attribute": ANSWERS}, questions=questions
-    )
+    return facts.task(task, seed, questions, examples)
 
 
 @torch.no_grad()
@@ -97,7 +83,7 @@ def _random_weights(task: str, seed: int) -> PlantedTask:
     examples = []
     for number, label in enumerate(labels):
         tokens = prompt()
-        partner = (bos, *(_other(word, content, generator) for word in tokens[1:-1]), end)
+        partner = (bos, *(another(word, content, generator) for word in tokens[1:-1]), end)
         examples.append(Example(
             tokens, answers[label], partner, answers[(label + 1) % 4], {"label": label}, f"prompt {number}",
             "fit" if number < PROMPTS // 2 else "test",
@@ -105,8 +91,8 @@ def _random_weights(task: str, seed: int) -> PlantedTask:
     questions = (
         Question("readable", None, concept="label", position="ask"),
         Question("lens", None, position="ask"),
-        nothing("void", [str(layer) for layer in range(host.layers)]),
-        nothing("mending", jump_cells(host.layers)),
+        nothing("void", host.layers),
+        nothing("mending", host.layers),
         nothing("pivot"),
     )
     record = Record(
@@ -118,7 +104,3 @@ def _random_weights(task: str, seed: int) -> PlantedTask:
         positions={"ask": -1}, concepts={"label": 4}, accuracy=accuracy(module, examples), questions=questions,
     )  # fmt: skip
     return PlantedTask(record, module, tokenizer(_WORDS), tuple(examples))
-
-
-def _other(word: int, content: range, generator: torch.Generator) -> int:
-    return content[(content.index(word) + 1 + randint(len(content) - 1, generator)) % len(content)]

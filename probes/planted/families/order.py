@@ -2,26 +2,8 @@
 
 from __future__ import annotations
 
-from probes.planted.fact_words import (
-    ANSWERS,
-    POSITIONS,
-    fact_examples,
-    fact_words,
-    place_bringer,
-    place_mover,
-    place_table,
-)  # fmt: skip
-from probes.planted.making import (
-    answer_words,
-    at,
-    attention_score,
-    base_of,
-    drawn,
-    jump_cells,
-    nothing,
-    planted_task,
-    randint,
-)  # fmt: skip
+from probes.planted.fact_words import ANSWERS, fact_words
+from probes.planted.making import answer_words, at, begin, nothing, randint
 from probes.planted.parts import STEP, distract, lookup
 from probes.planted.record import Question, nodes
 from probes.planted.task import PlantedTask
@@ -35,8 +17,7 @@ def build(task: str, seed: int) -> PlantedTask:
     Both bits of a fact reach the end, where they decide. In M1 blocks p and p + 1 look up a bit each; in M2 block p
     looks up the fact and block p + 1 splits it into bits. In M1 moving and deciding are neighbours, and must not change.
     """
-    name, generator = base_of(task), drawn(task, seed)
-    score = attention_score(task)
+    name, generator, score = begin(task, seed)
     first = _FIRST[name] if seed == 0 else 2 + randint(4, generator)
     bring, second, move = first - 2, first + 1, first + 3
     decide = move + 1 if name == "M1" else move
@@ -44,18 +25,18 @@ def build(task: str, seed: int) -> PlantedTask:
     blueprint, stream = facts.blueprint, facts.blueprint.stream
     answer_words(blueprint, blueprint.tokens("a"), blueprint.stream.basis("answer"), default="f0")
 
-    circuit = [place_bringer(facts, bring, score)]
+    circuit = [facts.place_bringer(bring, score)]
     bits = stream.basis("bits")
     if name == "M1":
-        circuit += [place_table(facts, first, facts.table // 2, "bits")]
-        circuit += [place_table(facts, second, 2 + facts.table % 2, "bits")]
+        circuit += [facts.place_table(first, facts.table // 2, "bits")]
+        circuit += [facts.place_table(second, 2 + facts.table % 2, "bits")]
     else:
-        circuit += [place_table(facts, first, facts.table)]
+        circuit += [facts.place_table(first)]
         circuit += [blueprint.place_mlp(second, lookup(
             blueprint, [((stream.vector("attribute", v),), bits[v // 2] + bits[2 + v % 2]) for v in range(ANSWERS)],
             size=2**0.5, step=STEP,
         ))]  # fmt: skip
-    circuit.append(place_mover(facts, move, score, source="bits", size=2**0.5))
+    circuit.append(facts.place_mover(move, score, source="bits", size=2**0.5))
     moved, answer = stream.basis("moved"), stream.basis("answer")
     circuit.append(blueprint.place_mlp(decide, lookup(
         blueprint, [((moved[v // 2], moved[2 + v % 2]), answer[v]) for v in range(ANSWERS)]
@@ -69,9 +50,7 @@ def build(task: str, seed: int) -> PlantedTask:
         Question("order", frozenset(pairs) - {bound}, candidates=tuple(pairs)),
         Question("lens", at(decide), position="ask"),
         Question("nodes", nodes(circuit), candidates=blueprint.host.nodes),
-        nothing("mending", jump_cells(_LAYERS)),
+        nothing("mending", _LAYERS),
         nothing("pivot"),
     )
-    return planted_task(
-        task, seed, blueprint, fact_examples(facts), positions=POSITIONS, concepts={"attribute": 4}, questions=questions
-    )
+    return facts.task(task, seed, questions)

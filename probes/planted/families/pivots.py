@@ -9,18 +9,7 @@ import torch
 
 from probes.planted.blueprint import Blueprint
 from probes.planted.hosts import BOS, Host
-from probes.planted.making import (
-    PROMPTS,
-    at,
-    attention_score,
-    base_of,
-    choose,
-    drawn,
-    jump_cells,
-    nothing,
-    planted_task,
-    randint,
-)
+from probes.planted.making import PROMPTS, another, at, begin, choose, nothing, planted_task, randint
 from probes.planted.parts import STEP, copy_head, distract, look_alike, lookup
 from probes.planted.record import Interval, Question, nodes
 from probes.planted.task import Example, PlantedTask
@@ -39,7 +28,7 @@ POSITIONS = {"concept": 1, "ask": -1}
 
 def build(task: str, seed: int) -> PlantedTask:
     """Return a task of F1 to F4."""
-    name, generator = base_of(task), drawn(task, seed)
+    name, generator, score = begin(task, seed)
     n_layers, languages = _N_LAYERS[name], _WRITTEN[name]
     layers = list(_LAYERS[name]) if seed == 0 else _spread(n_layers, len(languages) + 1, generator)
     blueprint = Blueprint(Host(n_layers, 128, _WORDS, "rms", d_head=32), generator)
@@ -54,7 +43,6 @@ def build(task: str, seed: int) -> PlantedTask:
     blueprint.embedding[blueprint.token("ask")] += stream.vector("ask")
     blueprint.embedding[blueprint.tokens("c")] += stream.basis("code") + stream.vector("subject")
 
-    score = attention_score(task)
     circuit = [blueprint.place_head(
         layers[0], copy_head(blueprint, query="ask", key="subject", source="code", target="moved", score=score)
     )]  # fmt: skip
@@ -78,7 +66,7 @@ def build(task: str, seed: int) -> PlantedTask:
             candidates=tuple(name for name in blueprint.host.nodes if name not in circuit[2:-1]),
             note="the answer comes without the pivot's word, too; what takes one pivot for another is not asked about",
         ),
-        nothing("mending", jump_cells(n_layers)),
+        nothing("mending", n_layers),
     )
     return planted_task(
         task, seed, blueprint, _examples(blueprint, generator), positions=POSITIONS,
@@ -113,7 +101,7 @@ def _examples(blueprint: Blueprint, generator: torch.Generator) -> list[Example]
     examples = []
     for number in range(PROMPTS):
         concept = number % _CONCEPTS
-        other = (concept + 1 + randint(_CONCEPTS - 1, generator)) % _CONCEPTS
+        other = another(concept, range(_CONCEPTS), generator)
         examples.append(Example(
             prompt(concept), answers[concept], prompt(other), answers[other], {"concept": concept}, f"c{concept}",
             "fit" if concept < _CONCEPTS // 2 else "test",

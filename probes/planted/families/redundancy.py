@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import combinations
 
 import torch
 
 from probes.planted.blueprint import Units
 from probes.planted.families.pairs import ANSWERS, POSITIONS, Pairs, exclusive_or, pair_host
-from probes.planted.making import (
-    at,
-    attention_score,
-    base_of,
-    choose,
-    drawn,
-    jump_cells,
-    nothing,
-    planted_task,
-    windows,
-)
+from probes.planted.making import at, begin, choose, nothing, planted_task, windows
 from probes.planted.parts import copy_head, distract, lookup
 from probes.planted.record import Interval, Question, nodes
 from probes.planted.task import PlantedTask
@@ -33,10 +22,10 @@ _N = 8
 
 def build(task: str, seed: int) -> PlantedTask:
     """Return a task of G1 to G4."""
-    name, generator = base_of(task), drawn(task, seed)
+    name, generator, score = begin(task, seed)
     bring, writes, moves, decide = _LAYERS[name] if seed == 0 else _draw(name, generator)
     pairs = pair_host(_N, "rms" if name == "G3" else "none", generator)
-    blueprint, score = pairs.blueprint, attention_score(task)
+    blueprint = pairs.blueprint
     stream = blueprint.stream
     for slot in ("p at q", "value", "moved"):
         stream.slot(slot, ANSWERS)
@@ -66,7 +55,7 @@ def build(task: str, seed: int) -> PlantedTask:
 
     host, last = blueprint.host, _N - 1
     spare = writers if len(writers) > 1 else movers
-    redundant = frozenset("+".join(pair) for pair in combinations(_ordered(spare, host.nodes), 2))
+    redundant = frozenset("+".join(pair) for pair in combinations(sorted(spare, key=host.nodes.index), 2))
     questions = (
         Question("redundant", redundant, candidates=tuple("+".join(pair) for pair in combinations(host.nodes, 2))),
         Question("nodes", nodes([bringer, *writers, *movers, decider]), candidates=host.nodes,
@@ -76,8 +65,8 @@ def build(task: str, seed: int) -> PlantedTask:
         Question("lens", at(decide), position="ask"),
         *windows("necessary", {"p": (-1, bring - 1), "q": (-1, moves[0] - 1), "ask": (moves[0], last)}),
         *windows("sufficient", {"p": None, "q": (bring, moves[0] - 1), "ask": (moves[0], last)}),
-        nothing("void", [str(layer) for layer in range(_N)]),
-        nothing("mending", jump_cells(_N)),
+        nothing("void", _N),
+        nothing("mending", _N),
     )  # fmt: skip
     concepts = {"attribute": exclusive_or}
     return planted_task(
@@ -104,7 +93,3 @@ def _draw(name: str, generator: torch.Generator) -> tuple[int, tuple[int, ...], 
         return bring, (write,), (move, move), _N - 1
     bring, *writes = choose(range(_N - 1), 4 if name == "G4" else 3, generator)
     return bring, tuple(writes), (_N - 1,), _N - 1
-
-
-def _ordered(names: Sequence[str], order: Sequence[str]) -> list[str]:
-    return sorted(names, key=order.index)

@@ -6,7 +6,7 @@ import torch
 
 from probes.planted.blueprint import Blueprint, Head
 from probes.planted.hosts import Host
-from probes.planted.making import PROMPTS, choose, drawn, jump_cells, nothing, planted_task, randint
+from probes.planted.making import PROMPTS, another, choose, drawn, nothing, planted_task, randint
 from probes.planted.parts import JUNK, distract, junk_maps
 from probes.planted.record import Question
 from probes.planted.task import Example, PlantedTask
@@ -46,13 +46,13 @@ def build(task: str, seed: int) -> PlantedTask:
     pairs = tuple(f"{a}+{b}" for b in range(_LAYERS) for a in range(b))
     questions = (
         Question("subspace", frozenset({f"{shared[0]}+{shared[1]}"}), candidates=pairs),
-        nothing("mending", jump_cells(_LAYERS)),
+        nothing("mending", _LAYERS),
         nothing("pivot"),
     )
     examples = []
     for number in range(PROMPTS):
         tokens = tuple(randint(_N_WORDS, generator) for _ in range(_LENGTH))
-        partner = tuple((token + 1 + randint(_N_WORDS - 1, generator)) % _N_WORDS for token in tokens)
+        partner = tuple(another(token, range(_N_WORDS), generator) for token in tokens)
         split = "fit" if number < PROMPTS // 2 else "test"
         examples.append(Example(tokens, tokens[-1], partner, partner[-1], {}, f"prompt {number}", split))  # type: ignore[arg-type]
     return planted_task(task, seed, blueprint, examples, positions={"ask": -1}, concepts={}, questions=questions)

@@ -12,11 +12,9 @@ from probes.planted.blueprint import Blueprint
 from probes.planted.hosts import BOS, Host, Norm
 from probes.planted.making import (
     at,
-    attention_score,
-    base_of,
+    begin,
     choose,
     classes,
-    drawn,
     jump_cells,
     mending,
     nothing,
@@ -43,7 +41,7 @@ _CORNERS = torch.tensor(list(product((1.0, -1.0), repeat=3)))
 
 def build(task: str, seed: int) -> PlantedTask:
     """Return a task of B1, B2, C1 to C4."""
-    name, generator = base_of(task), drawn(task, seed)
+    name, generator, score = begin(task, seed)
     norm, n_layers = _HOSTS[name]
     first, second = _layers(name, n_layers, seed, generator)
     moves = n_layers - 1 if name == "C3" else None
@@ -74,7 +72,7 @@ def build(task: str, seed: int) -> PlantedTask:
     mover = None
     if moves is not None:
         mover = blueprint.place_head(moves, copy_head(
-            blueprint, query="ask", key="entity", source="carried", target="carried", score=attention_score(task),
+            blueprint, query="ask", key="entity", source="carried", target="carried", score=score,
             size=3**0.5,
         ))  # fmt: skip
     # With 32 words a probe has few combinations, so less may stand in its way.
@@ -111,8 +109,8 @@ def _right(blueprint: Blueprint, first: int, second: int, writer: str, answerer:
         *windows("necessary", {"e1": (-1, last)}),
         *windows("sufficient", {"e1": (-1, last)}),
         Question("nodes", nodes([writer, answerer]), candidates=host.nodes),
-        nothing("void", [str(layer) for layer in range(host.layers)]),
-        nothing("mending", jump_cells(host.layers)),
+        nothing("void", host.layers),
+        nothing("mending", host.layers),
         nothing("pivot"),
     )
 
@@ -126,7 +124,7 @@ def _wrong(blueprint: Blueprint, first: int, second: int, writer: str, mover: st
         Question("written", nodes([writer]), concept="bridge", position="e1", candidates=host.nodes),
         Question("mending", cells, candidates=legal, note="jumps of all positions"),
         Question("mending", cells, position="e1", candidates=legal, note="the stream is brought back here alone"),
-        nothing("void", [str(layer) for layer in range(host.layers)]),
+        nothing("void", host.layers),
     )
     if mover is None:
         return shared

@@ -5,16 +5,7 @@ from __future__ import annotations
 import torch
 
 from probes.planted.families.pairs import ANSWERS, POSITIONS, exclusive_or, pair_host
-from probes.planted.making import (
-    at,
-    attention_score,
-    base_of,
-    choose,
-    drawn,
-    nothing,
-    planted_task,
-    windows,
-)
+from probes.planted.making import at, begin, choose, nothing, planted_task, windows
 from probes.planted.parts import copy_head, distract, lookup
 from probes.planted.record import Interval, Question, nodes, span
 from probes.planted.task import PlantedTask
@@ -28,10 +19,10 @@ _UNUSED: dict[str, tuple[int, int | None]] = {"H1": (2, None), "H2": (6, None), 
 
 def build(task: str, seed: int) -> PlantedTask:
     """Return a task of H1 to H4."""
-    name, generator = base_of(task), drawn(task, seed)
+    name, generator, score = begin(task, seed)
     (bring, look, move, decide), writes, then = (_CIRCUIT, *_UNUSED[name]) if seed == 0 else _draw(name, generator)
     pairs = pair_host(_N, "rms" if name == "H2" else "none", generator)
-    blueprint, score = pairs.blueprint, attention_score(task)
+    blueprint = pairs.blueprint
     stream = blueprint.stream
     pairs.carry("p", "p class", lambda bits: bits & 3, ANSWERS)
     pairs.carry("p", "p third", lambda bits: bits >> 2 & 1, 2)
@@ -82,7 +73,7 @@ def build(task: str, seed: int) -> PlantedTask:
         *windows("sufficient", {"p": None, "q": (bring, move - 1), "f": None, "ask": (move, last)}),
         Question("nodes", nodes(circuit), candidates=host.nodes, note="without the writer of the unused concept"),
         Question("lens", at(decide), position="ask"),
-        nothing("void", [str(layer) for layer in range(_N)]),
+        nothing("void", _N),
         *([Question("moved", nodes([copier]), concept="unused", position="q", to="f", candidates=host.nodes)]
           if copier else []),
     )  # fmt: skip

@@ -11,17 +11,16 @@ from probes.planted.blueprint import Blueprint
 from probes.planted.hosts import BOS, Host, Norm
 from probes.planted.making import (
     PROMPTS,
+    another,
     answer_words,
     at,
-    base_of,
+    begin,
     choose,
     classes,
-    drawn,
-    jump_cells,
     nothing,
     planted_task,
     randint,
-)  # fmt: skip
+)
 from probes.planted.parts import JUNK, STEP, distract, junk_head, junk_units, lookup
 from probes.planted.record import Question, nodes
 from probes.planted.task import Example, PlantedTask
@@ -42,7 +41,7 @@ def build(task: str, seed: int) -> PlantedTask:
     D1 has two zero blocks. In D2 a block does nothing for function words. In D3 a block is random and tiny. In D4 a block
     turns the state from one slot to another at equal norm. In D5 a block permutes the state and the next one undoes it.
     """
-    name, generator = base_of(task), drawn(task, seed)
+    name, generator, _ = begin(task, seed)
     n_special = len(_SPECIAL[name])
     special = list(_SPECIAL[name]) if seed == 0 else choose(range(2, _LAYERS - 1), n_special, generator)
     if name == "D5":
@@ -90,7 +89,7 @@ def build(task: str, seed: int) -> PlantedTask:
             for subset in asked_of
         ),
         Question("lens", at(chain[-1]), position="ask"),
-        nothing("mending", jump_cells(_LAYERS)),
+        nothing("mending", _LAYERS),
         nothing("pivot"),
     )
     examples = _examples(blueprint, states, tables, special if name == "D2" else (), chain, generator)
@@ -176,16 +175,12 @@ def _examples(
     examples = []
     for number in range(PROMPTS):
         prompt = [tokens[randint(len(tokens), generator)] for _ in range(7 + randint(9, generator))]
-        partner = [_other(token, tokens, generator) for token in prompt]
+        partner = [another(token, tokens, generator) for token in prompt]
         while answer(partner[-1]) == answer(prompt[-1]) or (partner[-1] in function) != (prompt[-1] in function):
-            partner[-1] = _other(prompt[-1], tokens, generator)
+            partner[-1] = another(prompt[-1], tokens, generator)
         examples.append(Example(
             (bos, *prompt), answer(prompt[-1]), (bos, *partner), answer(partner[-1]), {"state": states[prompt[-1]]},
             f"prompt {number}", "fit" if number < PROMPTS // 2 else "test",
             CLASSES[prompt[-1] in function],
         ))  # fmt: skip
     return examples
-
-
-def _other(token: int, tokens: Sequence[int], generator: torch.Generator) -> int:
-    return tokens[(tokens.index(token) + 1 + randint(len(tokens) - 1, generator)) % len(tokens)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from analyses.ground_truth.adapters.adapter import Adapter, Run, examples_of, prompt_to
-from analyses.ground_truth.answers import Answer, name_of
+from analyses.ground_truth.answers import Answer, Decision, name_of
 from analyses.passage_use import PassageUse
 from analyses.results.result import Result
 from probes.planted.record import Question
@@ -45,7 +45,7 @@ def read(result: Result, task: PlantedTask, questions: Sequence[Question]) -> li
     losses = means[means["measure"] == "knock_out_loss"].set_index("layer")
     nodes = {name: name.split(".") for name in question.candidates}
     scores = {name: float(losses["mean"][int(block)]) for name, (block, _) in nodes.items() if block != "mlp"}
-    decision = "answered" if (losses["low"] > 0).any() else "none"
+    decision: Decision = "answered" if (losses["low"] > 0).any() else "none"
     return [Answer(METHOD, name_of(task.record), question.key, decision, scores=scores)]
 
 

@@ -47,7 +47,7 @@ class Compared:
 def compared_mlps(
     prepared: PreparedCases,
     layers: Sequence[int],
-    cdt: Array,
+    forward: Mapping[str, Array],
     gradients: GradientScores,
     ablation: bool,
     progress: Progress,
@@ -57,7 +57,7 @@ def compared_mlps(
     Args:
         prepared: the prompts.
         layers: the blocks.
-        cdt: the decomposition's scores, [prompt, layer].
+        forward: scores of methods without a backward pass, [prompt, layer]; `cdt` is the decomposition's.
         gradients: what backward passes say.
         ablation: whether their effects are measured, a forward each.
         progress: told of every prompt.
@@ -68,9 +68,9 @@ def compared_mlps(
         if ablation:
             effects.append(mlp_ablation(one, layers).numpy())
         progress.advance()
-    scores = {"cdt": cdt} | {name: gradients.of_layers(name, layers) for name in _node_methods(gradients)}
+    scores = dict(forward) | {name: gradients.of_layers(name, layers) for name in _node_methods(gradients)}
     return Compared(
-        pd.DataFrame({"layer": layers}), scores, _controls(gradients, "mlps", layers, range(len(cdt)), layers),
+        pd.DataFrame({"layer": layers}), scores, _controls(gradients, "mlps", layers, range(len(prepared.cases)), layers),
         np.stack(effects) if effects else None,
     )  # fmt: skip
 

@@ -109,6 +109,25 @@ def test_integrated_gradients_of_tokens_add_up_to_the_difference() -> None:
     assert abs(summed - fall) < 0.3 * abs(plain - fall)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_prompts_that_pass_together_are_scored_as_alone(family: str) -> None:
+    model = native(family)
+    one = case_without_decomposer(model)
+    cases = [replace(one, case=replace(one.case, tokens=tokens, answers=(i + 5,))) for i, tokens in enumerate(ROWS)]
+    plan = Plan(ALL, "attnlrp", dynamic=True)
+    together, alone = read_scores(model, cases, plan, QUIET), [read_scores(model, [c], plan, QUIET) for c in cases]
+    for method, kinds in together.nodes.items():
+        for kind, rows in kinds.items():
+            for row, single in zip(rows, alone, strict=True):
+                assert torch.allclose(row, single.nodes[method][kind][0], atol=1e-5), (method, kind)
+    for rule, accounts in together.leaks.items():
+        for (metric, leaks, missed), single in zip(accounts, alone, strict=True):
+            expected = single.leaks[rule][0]
+            assert metric == pytest.approx(expected[0], abs=1e-5)
+            assert missed == expected[2]
+            assert torch.allclose(leaks.softmax, expected[1].softmax, atol=1e-5)
+
+
 def test_both_rules_stand_in_every_comparison() -> None:
     assert Plan(ALL, "attnlrp").token_methods == ["attribution", "relp", "lrp", "relp_cp", "lrp_cp", "ig"]
     assert Plan(ALL, "cp").rules == {"gradient": "", "cp": "", "attnlrp": "_attnlrp"}
@@ -220,8 +239,8 @@ def test_what_heads_and_mlps_add_directly_is_the_metric_less_what_the_rest_of_th
     if family == "llama":  # attention without biases or a norm behind it
         first = read(model, torch.tensor([case.tokens]), [TOKENS])[TOKENS][:, -1:].to(last)
         rest, _ = decomposer.logit_operations.relevant(first, last, torch.tensor(case.ids), Rules())
-        whole = float(Ablation(model, case, None).whole())
-        assert float(heads.sum() + mlps.sum() + case.metric(rest)) == pytest.approx(whole, abs=1e-4)
+        whole = float(Ablation(model, case, None).whole().detach())
+        assert float((heads.sum() + mlps.sum() + case.metric(rest)).detach()) == pytest.approx(whole, abs=1e-4)
 
 
 def test_curves_by_hand_where_every_node_adds_its_own_part() -> None:

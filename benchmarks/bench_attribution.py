@@ -39,6 +39,8 @@ TASKS = "A1,B1,D1,E1,F1,G1,H1,I1,J1,K1,L1,M1"
 KINDS = {"heads": "heads", "mlps": "MLPs", "streams": "stream"}
 STATISTICS = {"pearson": "Pearson", "spearman": "ranks", "pearson_without_top10": "without the ten largest"}
 AREAS = ("cpr", "cmd")
+LEAST = 0.1
+"""Share of the metric that heads must carry for circuits of heads to be judged."""
 Tables = Mapping[str, pd.DataFrame]
 
 
@@ -51,9 +53,15 @@ def numbers_of(tables: Tables) -> pd.DataFrame:
         rows += [
             (record["method"], f"{KINDS[record['kind']]}: {STATISTICS[name]}", *_bounds(record, name)) for name in names
         ]
-    for record in tables["areas"].to_dict("records"):
-        rows += [(record["method"], f"{name.upper()}", *_bounds(record, name)) for name in AREAS]
+    for record in tables["areas"].to_dict("records") if _heads_matter(tables["cases"]) else ():
+        rows += [(record["method"], name.upper(), *_bounds(record, name)) for name in AREAS]
     return pd.DataFrame(rows, columns=["method", "column", "value", "low", "high"])
+
+
+def _heads_matter(cases: pd.DataFrame) -> bool:
+    """Whether the metric falls by a tenth and more without all heads: else what a circuit keeps is a share of nothing."""
+    fall = (cases["metric"] - cases["metric_ablated"]).mean()
+    return bool(abs(fall) >= LEAST * abs(cases["metric"].mean()))
 
 
 def _bounds(record: Mapping[str, float], name: str) -> tuple[float, float, float]:

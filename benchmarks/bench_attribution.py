@@ -69,18 +69,24 @@ def _bounds(record: Mapping[str, float], name: str) -> tuple[float, float, float
 
 
 def over_tasks(numbers: Iterable[tuple[str, pd.DataFrame]]) -> pd.DataFrame:
-    """Return the means over tasks, given with what `numbers_of` says of each, and their 95 % intervals over families."""
-    every = pd.concat([table.assign(family=family_of(task)) for task, table in numbers], ignore_index=True)
+    """Return the means over tasks, given with what `numbers_of` says of each, and their 95 % intervals over families.
+
+    A method that scores all nodes of a task alike agrees by 0 with effects that differ.
+    """
+    every = pd.concat([table.assign(task=task) for task, table in numbers], ignore_index=True)
+    known = every.groupby(["task", "column"])["value"].transform(lambda values: values.notna().any())
+    every = every[known].fillna({"value": 0.0})
     rows = []
-    for (method, column), group in every.dropna(subset=["value"]).groupby(["method", "column"], sort=False):
-        interval = cluster_bootstrap(group["value"].to_numpy(np.float64), group["family"].to_numpy())
+    for (method, column), group in every.groupby(["method", "column"], sort=False):
+        interval = cluster_bootstrap(group["value"].to_numpy(np.float64), group["task"].map(family_of).to_numpy())
         rows.append((method, column, interval.mean[0], interval.low[0], interval.high[0]))
     return pd.DataFrame(rows, columns=["method", "column", "value", "low", "high"])
 
 
 def markdown(numbers: pd.DataFrame) -> str:
     """Return the numbers as a table: a line a method, in the order of every figure."""
-    columns = list(dict.fromkeys(numbers["column"]))
+    agreement = [f"{kind}: {name}" for kind in KINDS.values() for name in STATISTICS.values()]
+    columns = [column for column in (*agreement, *map(str.upper, AREAS)) if column in set(numbers["column"])]
     lines = [f"| score | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     cells = {(method, column): _cell(*values) for method, column, *values in numbers.itertuples(index=False)}
     for method, name in NAMES.items():

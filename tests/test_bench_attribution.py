@@ -43,6 +43,15 @@ def test_a_number_over_tasks_is_a_mean_with_an_interval_over_families() -> None:
     assert few[["low", "high"]].isna().all()
 
 
+def test_a_method_that_tells_no_nodes_apart_agrees_by_nothing() -> None:
+    blind = BENCH["numbers_of"](tables(float("nan"), 0.5)).assign(method="lrp")
+    both = pd.concat([BENCH["numbers_of"](tables(0.8, 0.5)), blind])
+    rows = BENCH["over_tasks"]([("A1", both), ("B1", blind)]).set_index(["method", "column"])["value"]
+    assert rows["lrp", "heads: Pearson"] == 0
+    assert rows["relp", "heads: Pearson"] == 0.8, "where no effects differ, nobody is asked"
+    assert rows["lrp", "CPR"] == 0.5
+
+
 def test_circuits_are_left_out_where_heads_do_not_carry_the_answer() -> None:
     idle = tables(0.5, 0.9) | {"cases": pd.DataFrame({"metric": [2.0] * 6, "metric_ablated": [2.0, 2.01] * 3})}
     assert not BENCH["numbers_of"](idle)["column"].isin(["CPR", "CMD"]).any()

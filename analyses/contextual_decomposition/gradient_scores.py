@@ -9,11 +9,11 @@ from itertools import groupby
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from analyses.contextual_decomposition.cases import Case
 from analyses.contextual_decomposition.scores import PreparedCase
+from analyses.results.statistics import Array
 from probes.decomposition import Baseline, Node
 from probes.models.protocol import Model
 from probes.points import Address
@@ -21,7 +21,6 @@ from probes.progress import Progress
 from probes.relevance import Leaks, Relevance, relevance_of
 from probes.relevance.read import TOKENS
 
-Array = NDArray[np.float64]
 STEPS = 8
 """Steps of integrated gradients, at the middles of as many equal parts of the way from the references to the prompt."""
 POSITIONS = 128

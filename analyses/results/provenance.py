@@ -21,7 +21,8 @@ from probes.prompts import Prompt
 PACKAGES = ("bathyscope", "torch", "transformers", "transformer-lens", "nnsight", "safetensors", "numpy", "pandas")
 
 
-def versions() -> dict[str, str]:
+@cache
+def versions() -> Mapping[str, str]:
     """Return the versions of the installed packages that decide numbers."""
     return {"python": platform.python_version(), **dict(_installed())}
 

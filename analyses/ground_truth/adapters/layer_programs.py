@@ -83,11 +83,8 @@ def _redundant(result: Result, question: Question) -> Read:
     """
     table = result.tables["skips"]
     harm = dict(zip(zip(table["i"], table["j"], strict=True), -table["excess"], strict=True))
-    scores = {}
-    for candidate in question.candidates:
-        first, second = sorted(block_of(node) for node in candidate.split("+"))
-        if first != second:
-            scores[candidate] = float(harm[first, second])
+    blocks = {name: sorted(map(block_of, name.split("+"))) for name in question.candidates}
+    scores = {name: float(harm[first, last]) for name, (first, last) in blocks.items() if first != last}
     sure = (table["excess_high"] < 0) & (-table["excess"] > HALF)
     return scores, None if sure.any() else frozenset()
 

@@ -9,6 +9,7 @@ import torch
 
 from probes.blocks.cached_prompt import CachedPrompt
 from probes.blocks.decoding import Continuation, end_tokens
+from probes.blocks.rerouting import block_access
 from probes.capture.run import context_of
 from probes.edits import Edit, generate
 from probes.models.backends.native import NativeModel
@@ -101,6 +102,6 @@ def _together(model: NativeModel, sequences: Sequence[Tokens], n: int, ends: Col
         read.append([(keys[0].clone(), values[0].clone()) for keys, values in plain.suffix])
     if not read:
         return []
-    texts = Continuation(model, read, [None] * len(read))
+    texts = Continuation(block_access(model), read, [None] * len(read))
     new = texts.write([sequence[-1] for sequence in sequences], [n + 1] * len(read), ends)
     return [tuple(text[1:]) for text in new]

@@ -17,6 +17,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -37,10 +38,11 @@ from analyses.ground_truth.contestants import names
 from analyses.ground_truth.exchange import export, exported, handed_in
 from probes import planted
 from probes.errors import OptionError, unknown
+from probes.planted.record import Tier
 
 ROOT = Path(__file__).resolve().parents[1]
 write_between = partial(marked.write_between, "depth")
-TIERS = ("compiled", "noised", "trained")
+TIERS: tuple[Tier, ...] = get_args(Tier)
 
 
 def split(text: str) -> tuple[str, ...]:
@@ -48,11 +50,11 @@ def split(text: str) -> tuple[str, ...]:
     return tuple(part for part in text.split(",") if part)
 
 
-def tiers_of(text: str) -> tuple[str, ...]:
+def tiers_of(text: str) -> tuple[Tier, ...]:
     """The tiers of a list."""
     if wrong := set(split(text)) - set(TIERS):
         raise OptionError(unknown("tier", min(wrong), TIERS))
-    return split(text)
+    return tuple(tier for tier in TIERS if tier in split(text))
 
 
 def seeds_of(text: str, task: str) -> tuple[int, ...]:

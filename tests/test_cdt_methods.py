@@ -17,16 +17,19 @@ from analyses.contextual_decomposition import ContextualDecomposition
 from analyses.contextual_decomposition.ablation import Ablation, without
 from analyses.contextual_decomposition.agreement import agreement_tables
 from analyses.contextual_decomposition.cases import Case, baseline_of
+from analyses.contextual_decomposition.direct_attribution import direct_attribution, direct_of_mlps
 from analyses.contextual_decomposition.gradient_scores import Plan, metric_of, read_scores
 from analyses.contextual_decomposition.node_effects import mlp_ablation, stream_ablation
 from analyses.contextual_decomposition.removal import SHARES, Unit, removal_tables, token_metric
 from analyses.contextual_decomposition.scores import PreparedCase
 from analyses.contextual_decomposition.token_relevance import pointing_table, span_of
 from analyses.results.result import Result
-from probes.decomposition import head
+from probes.decomposition import Decomposer, Rules, head
+from probes.edits import read
 from probes.errors import OptionError, PromptError
 from probes.models.backends.native import NativeModel
 from probes.models.protocol import Model
+from probes.points import Address
 from probes.progress import QUIET
 from probes.prompts import Prompt
 from probes.relevance import relevance_of
@@ -106,6 +109,25 @@ def test_integrated_gradients_of_tokens_add_up_to_the_difference() -> None:
     assert abs(summed - fall) < 0.3 * abs(plain - fall)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_prompts_that_pass_together_are_scored_as_alone(family: str) -> None:
+    model = native(family)
+    one = case_without_decomposer(model)
+    cases = [replace(one, case=replace(one.case, tokens=tokens, answers=(i + 5,))) for i, tokens in enumerate(ROWS)]
+    plan = Plan(ALL, "attnlrp", dynamic=True)
+    together, alone = read_scores(model, cases, plan, QUIET), [read_scores(model, [c], plan, QUIET) for c in cases]
+    for method, kinds in together.nodes.items():
+        for kind, rows in kinds.items():
+            for row, single in zip(rows, alone, strict=True):
+                assert torch.allclose(row, single.nodes[method][kind][0], atol=1e-5), (method, kind)
+    for rule, accounts in together.leaks.items():
+        for (metric, leaks, missed), single in zip(accounts, alone, strict=True):
+            expected = single.leaks[rule][0]
+            assert metric == pytest.approx(expected[0], abs=1e-5)
+            assert missed == expected[2]
+            assert torch.allclose(leaks.softmax, expected[1].softmax, atol=1e-5)
+
+
 def test_both_rules_stand_in_every_comparison() -> None:
     assert Plan(ALL, "attnlrp").token_methods == ["attribution", "relp", "lrp", "relp_cp", "lrp_cp", "ig"]
     assert Plan(ALL, "cp").rules == {"gradient": "", "cp": "", "attnlrp": "_attnlrp"}
@@ -143,7 +165,7 @@ def test_every_method_stands_beside_every_kind_of_node(run: Result) -> None:
     table = run.tables["agreement"]
     methods = {"attribution", "relp", "lrp", "relp_cp", "lrp_cp", "ig", "distance", "layer", "random"}
     assert set(table.query("kind == 'heads'")["method"]) == methods | {"cdt", "direct"}
-    assert set(table.query("kind == 'mlps'")["method"]) == methods | {"cdt"}
+    assert set(table.query("kind == 'mlps'")["method"]) == methods | {"cdt", "direct"}
     assert set(table.query("kind == 'streams'")["method"]) == methods
     assert table.query("kind == 'streams'")["n_nodes"].eq(8).all()
     rows = table.query("kind == 'heads'").set_index("method")
@@ -185,8 +207,10 @@ def test_a_prompt_whose_account_misses_is_said_and_left_out() -> None:
 
 def test_areas_and_removal_of_a_run(run: Result) -> None:
     areas = run.tables["areas"].set_index("method")
-    assert set(areas.index) == {"cdt", "attribution", "relp", "lrp", "ig", "direct", "ablation"}
-    assert areas[["cpr", "cpr_low", "cmd_high", "random_cpr"]].notna().all(axis=None)
+    scored = {"cdt", "attribution", "relp", "lrp", "relp_cp", "lrp_cp", "ig", "direct", "ablation", "distance"}
+    assert set(areas.index) == scored | {"random"}
+    assert areas.drop(index="random")[["cpr", "cpr_low", "cmd_high", "random_cpr"]].notna().all(axis=None)
+    assert areas.loc["random", "cpr"] == areas.loc["cdt", "random_cpr"]
     curves, abpc = run.tables["curves"], run.tables["abpc"]
     whole = curves.query("share == 0 and method != 'random'")["value"]
     assert np.allclose(whole, 1)
@@ -194,6 +218,29 @@ def test_areas_and_removal_of_a_run(run: Result) -> None:
     assert set(abpc["unit"]) == {"heads", "tokens"}
     assert {"dynamic", "ig"} <= set(abpc.query("unit == 'tokens'")["method"])
     assert (abpc["random_low"] <= abpc["random_high"]).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
+def test_what_heads_and_mlps_add_directly_is_the_metric_less_what_the_rest_of_the_stream_adds(family: str) -> None:
+    """From zero, and by constants of the final norm, the parts of the last stream share out the metric."""
+    model = native(family)
+    case = Case(0, ROWS[0], (5,), (7,), (), (0, 1, 2, 3), "length 4")
+    decomposer = Decomposer(model, case.tokens)
+    prompt = decomposer.prepare(case.tokens, joint=False)
+    heads, mlps = direct_attribution(decomposer, prompt, case, None), direct_of_mlps(decomposer, prompt, case, None)
+    assert heads is not None
+    assert mlps is not None
+    trace = prompt.trace
+    last = trace.get("block", "out", model.shape.n_layers - 1)[-1:]
+    added = read(model, torch.tensor([case.tokens]), [Address("mlp_out", i) for i in range(model.shape.n_layers)])
+    for layer, out in enumerate(added.values()):
+        part, _ = decomposer.logit_operations.relevant(out[:, -1:].to(last), last, torch.tensor(case.ids), Rules())
+        assert float(case.metric(part)) == pytest.approx(float(mlps[layer]), abs=1e-5)
+    if family == "llama":  # attention without biases or a norm behind it
+        first = read(model, torch.tensor([case.tokens]), [TOKENS])[TOKENS][:, -1:].to(last)
+        rest, _ = decomposer.logit_operations.relevant(first, last, torch.tensor(case.ids), Rules())
+        whole = float(Ablation(model, case, None).whole().detach())
+        assert float((heads.sum() + mlps.sum() + case.metric(rest)).detach()) == pytest.approx(whole, abs=1e-4)
 
 
 def test_curves_by_hand_where_every_node_adds_its_own_part() -> None:

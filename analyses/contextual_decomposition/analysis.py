@@ -20,6 +20,7 @@ from analyses.contextual_decomposition.comparison import (
     agree_on,
     circuit_tables,
     compare_heads,
+    forward_mlps,
     heads_compared,
     removed,
 )
@@ -35,7 +36,6 @@ from analyses.contextual_decomposition.prepared_cases import (
     links_by_walking,
     links_from_sweep,
     prepare_cases,
-    scored_mlps,
     scored_positions,
 )
 from analyses.contextual_decomposition.scores import Reading
@@ -47,7 +47,7 @@ from analyses.interventions import Interventions
 from analyses.options import option
 from analyses.prompt_fields import is_whole, must, some
 from analyses.tokens import tokens_text
-from probes.decomposition import PRESETS, Node, Rules, Source
+from probes.decomposition import PRESETS, Node, Rules, Source, mlp
 from probes.errors import OptionError
 from probes.models.protocol import Model
 from probes.progress import Progress
@@ -194,10 +194,12 @@ class ContextualDecomposition(Analysis):
         return Plan(self.methods, self.rule, self.dynamic_lrp)
 
     def _ordering(self, model: Model) -> list[str]:
-        """Return the methods whose order of heads makes circuits; RelP and LRP by the chosen rule alone."""
+        """Return the methods and the control whose order of heads makes circuits."""
         names: list[str] = [name for name in self.methods if name != "direct" or costs.has_direct(model)]
+        names += [name for rule in self._plan.rules for name in self._plan.named(rule) if name != "dynamic"]
         names += [f"cdt_{next(p for p in PRESETS if p != self.preset)}"] if self.other_preset else []
-        return [*dict.fromkeys(names), *(["ablation"] if self.ablation else [])]
+        names += ["ablation"] if self.ablation else []
+        return [*dict.fromkeys(names), *(["distance"] if self._plan.rules else [])]
 
     def _stream_layers(self, model: Model) -> list[int]:
         """Return the blocks whose leaving stream is scored; the last one's is read at the end alone."""
@@ -247,16 +249,16 @@ class ContextualDecomposition(Analysis):
         if "paper" in (self.preset, *(PRESETS if self.other_preset else ())):
             notes.append(PAPER)
         gradients = read_scores(model, prepared.cases, self._plan, progress)
-        other = next(name for name in PRESETS if name != self.preset) if self.other_preset else None
-        comparison = compare_heads(
-            prepared, (own, took), gradients, self.methods, None if other is None else (other, PRESETS[other]), progress
-        )
+        other = next((name, PRESETS[name]) for name in PRESETS if name != self.preset) if self.other_preset else None
+        comparison = compare_heads(prepared, (own, took), gradients, self.methods, other, progress)
         tables["heads"] = heads_compared(prepared, comparison, self.ablation, self.seed, progress)
         relevance, changed = list(scored), 0
         if self.mlps:
             layers = sorted({node.layer for node in heads})
-            relevance.append(scored_mlps(prepared, layers, self.rules, progress))
-            mlps = compared_mlps(prepared, layers, relevance[-1].scores, gradients, self.ablation, progress)
+            forward, said = forward_mlps(prepared, layers, self.rules, comparison, other, progress)
+            notes += said
+            relevance.append(Scored([mlp(layer) for layer in layers], forward["cdt"], list(range(len(cases)))))
+            mlps = compared_mlps(prepared, layers, forward, gradients, self.ablation, progress)
             agree_on(comparison, mlps, self.seed, "mlps")
             tables["mlps"], changed = mlps.table(self.seed), mlps.forwards
         if below := self._stream_layers(model):

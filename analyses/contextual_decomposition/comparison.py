@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -13,11 +14,12 @@ from analyses.contextual_decomposition.agreement import agreement_notes, agreeme
 from analyses.contextual_decomposition.faithfulness import faithfulness_tables
 from analyses.contextual_decomposition.gradient_scores import GradientScores
 from analyses.contextual_decomposition.node_comparison import Compared
-from analyses.contextual_decomposition.prepared_cases import PreparedCases, Scored, by_magnitude
+from analyses.contextual_decomposition.prepared_cases import PreparedCases, Scored, by_magnitude, scored_mlps
 from analyses.contextual_decomposition.removal import Rank, head_unit, removal_tables, token_unit
 from analyses.contextual_decomposition.tables import heads_table
 from analyses.results.statistics import Array
 from probes.decomposition import Node, Rules, Source
+from probes.errors import OptionError
 from probes.progress import Progress
 
 
@@ -30,8 +32,14 @@ class Comparison:
     gradients: GradientScores
     seconds: dict[str, float]
     """Of methods without a backward pass."""
+    controls: dict[str, Array] = field(default_factory=dict)
+    """Scores of heads that know nothing of the metric, [prompt, head]."""
     tables: list[tuple[pd.DataFrame, pd.DataFrame]] = field(default_factory=list)
     """Agreement and differences of each kind of nodes."""
+
+    def order(self, name: str) -> Array:
+        """Return the scores of heads [prompt, head] of a method or control."""
+        return self.scores[name] if name in self.scores else self.controls[name]
 
     def agree(
         self, scores: Mapping[str, Array], effects: Array, seed: int, controls: Mapping[str, Array], kind: str
@@ -90,18 +98,41 @@ def compare_heads(
 def heads_compared(
     prepared: PreparedCases, comparison: Comparison, ablation: bool, seed: int, progress: Progress
 ) -> pd.DataFrame:
-    """Return the table `heads`; where their effects are measured, enter these and how the methods agree with them."""
+    """Return the table `heads` and enter the controls; where their effects are measured, enter these and how the methods agree with them."""
+    layers, heads = [node.layer for node in prepared.heads], [node.head for node in prepared.heads]
+    if "heads" in comparison.gradients.distances:
+        rows = [row[layers, heads] for row in comparison.gradients.distances["heads"]]
+        comparison.controls["distance"] = torch.stack(rows).numpy()
+    comparison.controls["layer"] = np.tile(np.asarray(layers, dtype=np.float64), (len(prepared.cases), 1))
     if ablation:
         effects = prepared.effects(progress)
-        index = torch.tensor([float(node.layer) for node in prepared.heads]).expand(len(effects), -1).double().numpy()
-        controls = {"layer": index}
-        if "heads" in comparison.gradients.distances:
-            chosen = [node.layer for node in prepared.heads], [node.head for node in prepared.heads]
-            rows = [row[chosen] for row in comparison.gradients.distances["heads"]]
-            controls = {"distance": torch.stack(rows).numpy(), **controls}
-        comparison.agree(comparison.scores, effects, seed, controls, "heads")
+        comparison.agree(comparison.scores, effects, seed, comparison.controls, "heads")
         comparison.scores["ablation"] = effects
     return heads_table(prepared.heads, comparison.scores, seed)
+
+
+def forward_mlps(
+    prepared: PreparedCases,
+    layers: Sequence[int],
+    own: Rules,
+    comparison: Comparison,
+    other: tuple[str, Rules] | None,
+    progress: Progress,
+) -> tuple[dict[str, Array], list[str]]:
+    """Score MLPs by what needs no backward pass: the decomposition, by other rules too, and direct attribution where heads have it.
+
+    Returns:
+        Per method [prompt, layer], and a note where other rules outgrow the model's numbers.
+    """
+    scores, notes = {"cdt": scored_mlps(prepared, layers, own, progress).scores}, []
+    if other is not None:
+        try:
+            scores[f"cdt_{other[0]}"] = scored_mlps(prepared, layers, other[1], progress).scores
+        except OptionError as error:
+            notes.append(f"MLPs are not scored by the {other[0]} rules: {error}.")
+    if "direct" in comparison.scores and (direct := prepared.direct_mlps(layers)) is not None:
+        scores["direct"] = direct
+    return scores, notes
 
 
 def agree_on(comparison: Comparison, nodes: Compared, seed: int, kind: str) -> None:
@@ -122,7 +153,7 @@ def circuit_tables(
     progress: Progress,
 ) -> dict[str, pd.DataFrame]:
     """Return the tables `faithfulness` and `areas`."""
-    orders = {name: by_magnitude(prepared.heads, comparison.scores[name]) for name in methods}
+    orders = {name: by_magnitude(prepared.heads, comparison.order(name)) for name in methods}
     rows = scored.prompts
     curves, areas = faithfulness_tables(
         [prepared.ablations[i] for i in rows], prepared.full[rows], prepared.empty[rows], orders, kept, shares,
@@ -146,7 +177,7 @@ def removed(
         if name == "heads":
             unit = head_unit(prepared)
             for method in methods:
-                orders[method] = [(-comparison.scores[method].mean(0)).argsort(kind="stable")] * len(prepared.cases)
+                orders[method] = [(-comparison.order(method).mean(0)).argsort(kind="stable")] * len(prepared.cases)
         else:
             unit = token_unit(prepared)
             for method, kinds in comparison.gradients.nodes.items():

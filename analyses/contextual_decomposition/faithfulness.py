@@ -13,6 +13,7 @@ from torch import Tensor
 
 from analyses.circuits import (
     areas,
+    band,
     draw_items,
     interval,
     normalised,
@@ -72,7 +73,7 @@ def faithfulness_tables(
     n_random: areas under f and |1 - f| over the logarithm of the share of heads kept, from the smallest size to all
     heads, divided by the logarithm's span (Mueller et al. 2025, MIB).
 
-    Intervals resample prompts; the random bounds are the 5 and 95 % points over random circuits. There are none below
+    Its last row is `random`. Intervals resample prompts; the random bounds are the 5 and 95 % points over random circuits. There are none below
     `MIN_CLUSTERS` of either.
 
     Args:
@@ -134,9 +135,14 @@ def _areas_table(
         row: list[object] = [method, "heads"]
         for name in ("cpr_log", "cmd_log"):
             row += [float(getattr(whole, name)), *map(float, percentiles(getattr(spread, name), len(values)))]
-        rows.append(
-            (*row, float(chance.cpr_log.mean()), float(chance.cmd_log.mean()), len(next(iter(randoms.values()))))
-        )
+        n_random = len(next(iter(randoms.values())))
+        rows.append((*row, float(chance.cpr_log.mean()), float(chance.cmd_log.mean()), n_random))
+    if rows and rows[0][-1]:
+        # The same for every method, as all have circuits of the same sizes.
+        known: list[object] = ["random", "heads"]
+        for values in (chance.cpr_log, chance.cmd_log):
+            known += [float(values.mean()), *band(values)]
+        rows.append((*known, *rows[0][-3:]))
     columns = [name + end for name in ("cpr", "cmd") for end in ("", "_low", "_high")]
     return pd.DataFrame(rows, columns=["method", "unit", *columns, "random_cpr", "random_cmd", "n_random"])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from probes.relevance.read import TOKENS
 
 STEPS = 8
 """Steps of integrated gradients, at the middles of as many equal parts of the way from the references to the prompt."""
+POSITIONS = 128
+"""Positions of one pass, whose activations are kept for its gradient."""
 POINTS = {"heads": "z", "mlps": "mlp_out", "streams": "resid_post"}
 """Kinds of nodes, and the point at which each is."""
 
@@ -96,28 +99,46 @@ class GradientScores:
 def read_scores(model: Model, cases: Sequence[PreparedCase], plan: Plan, progress: Progress) -> GradientScores:
     """Read every prompt under every rule of the plan: a forward and a backward each, `STEPS` for integrated gradients.
 
+    Neighbouring prompts of one length pass together.
+
     Raises:
         PointError: the backend keeps its module to itself, or a part that the rules do not know.
     """
     out = GradientScores()
-    for one in progress.over(cases, "prompt attributed"):
-        tokens, metric = torch.tensor([one.case.tokens]), metric_of(model, one.case)
-        read: Relevance | None = None
-        for rule in plan.rules:
-            started = time.perf_counter()
-            read = relevance_of(model, tokens, metric, rule)
-            _enter(out, plan, rule, read, one.baseline)
-            for name in plan.named(rule):
-                out.seconds[name] = out.seconds.get(name, 0.0) + time.perf_counter() - started
-                out.passes[name] = 1
-        if read is not None:
-            _distances(out, read, one.baseline)
-            if "ig" in plan.methods:
-                started = time.perf_counter()
-                _integrated(out, model, one, read, metric)
-                out.seconds["ig"] = out.seconds.get("ig", 0.0) + time.perf_counter() - started
-                out.passes["ig"] = STEPS
+    progress.start(len(cases), "prompt attributed")
+    for length, run in groupby(cases, key=lambda one: len(one.case.tokens)):
+        some = list(run)
+        at_once = max(1, POSITIONS // length)
+        for first in range(0, len(some), at_once):
+            _read(out, model, some[first : first + at_once], plan)
+            progress.advance(len(some[first : first + at_once]))
     return out
+
+
+def _read(out: GradientScores, model: Model, cases: Sequence[PreparedCase], plan: Plan) -> None:
+    """Enter what every rule says of prompts of one length."""
+    tokens = torch.tensor([one.case.tokens for one in cases])
+    metrics = [metric_of(model, one.case) for one in cases]
+
+    def metric(logits: Tensor) -> Tensor:
+        return torch.cat([own(row[None]) for own, row in zip(metrics, logits, strict=True)])
+
+    rows: list[Relevance] = []
+    for rule in plan.rules:
+        started = time.perf_counter()
+        rows = relevance_of(model, tokens, metric, rule).rows()
+        for one, read in zip(cases, rows, strict=True):
+            _enter(out, plan, rule, read, one.baseline)
+        for name in plan.named(rule):
+            out.seconds[name] = out.seconds.get(name, 0.0) + time.perf_counter() - started
+            out.passes[name] = 1
+    for one, read, own in zip(cases, rows, metrics, strict=False):
+        _distances(out, read, one.baseline)
+        if "ig" in plan.methods:
+            started = time.perf_counter()
+            _integrated(out, model, one, read, own)
+            out.seconds["ig"] = out.seconds.get("ig", 0.0) + time.perf_counter() - started
+            out.passes["ig"] = STEPS
 
 
 def metric_of(model: Model, case: Case) -> Callable[[Tensor], Tensor]:

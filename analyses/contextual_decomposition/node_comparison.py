@@ -47,7 +47,7 @@ class Compared:
 def compared_mlps(
     prepared: PreparedCases,
     layers: Sequence[int],
-    cdt: Array,
+    forward: Mapping[str, Array],
     gradients: GradientScores,
     ablation: bool,
     progress: Progress,
@@ -55,7 +55,7 @@ def compared_mlps(
     """Compare the MLPs of some layers.
 
     Args:
-        cdt: the decomposition's scores, [prompt, layer].
+        forward: scores of methods without a backward pass, [prompt, layer]; `cdt` is the decomposition's.
         gradients: what backward passes say.
         ablation: whether their effects are measured, a forward each.
     """
@@ -63,9 +63,9 @@ def compared_mlps(
     for one in progress.over(prepared.ablations, "prompt's MLPs compared"):
         if ablation:
             effects.append(mlp_ablation(one, layers).numpy())
-    scores = {"cdt": cdt} | {name: gradients.of_layers(name, layers) for name in _node_methods(gradients)}
+    scores = dict(forward) | {name: gradients.of_layers(name, layers) for name in _node_methods(gradients)}
     return Compared(
-        pd.DataFrame({"layer": layers}), scores, _controls(gradients, "mlps", layers, range(len(cdt)), layers),
+        pd.DataFrame({"layer": layers}), scores, _controls(gradients, "mlps", layers, range(len(prepared.cases)), layers),
         np.stack(effects) if effects else None,
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ import torch
 from analyses.contextual_decomposition.ablation import Ablation, shared_start, without
 from analyses.contextual_decomposition.cases import Case, baseline_of
 from analyses.contextual_decomposition.circuit import Edge, Links, Search, pruned, search
-from analyses.contextual_decomposition.direct_attribution import direct_attribution
+from analyses.contextual_decomposition.direct_attribution import direct_attribution, direct_of_mlps
 from analyses.contextual_decomposition.faithfulness import Keep, metrics
 from analyses.contextual_decomposition.scores import (
     PreparedCase,
@@ -77,6 +77,13 @@ class PreparedCases:
         if any(part is None for part in parts):
             return None
         return np.stack([self._chosen(part) for part in parts if part is not None])
+
+    def direct_mlps(self, layers: Sequence[int]) -> Array | None:
+        """Return the direct logit attribution of MLPs [prompt, layer]; None where the model has none."""
+        parts = [direct_of_mlps(self.decomposer, one.prompt, one.case, one.baseline) for one in self.cases]
+        if any(part is None for part in parts):
+            return None
+        return np.stack([part[list(layers)].double().numpy() for part in parts if part is not None])
 
     def _chosen(self, values: torch.Tensor) -> Array:
         """Return the values, of [layer, head], of the heads that are scored [head]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -44,6 +44,10 @@ class Leaks:
         """Return [batch] whether the account misses its metric by more than `tolerance`, relative to the largest of its parts."""
         sizes = torch.stack([metric.abs(), self.tokens.abs(), self.biases.sum(1).abs(), self.softmax.sum((1, 2)).abs()])
         return self.rest.abs() > tolerance * sizes.amax(0).clamp_min(1e-6)
+
+    def row(self, index: int) -> Leaks:
+        """Return the account of one row, a batch of one."""
+        return Leaks(*(getattr(self, part.name)[index : index + 1] for part in fields(self)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +91,15 @@ class Relevance:
         return torch.stack(
             [self.score(a, None if baseline is None else baseline[a.layer or 0]) for a in addresses], dim=1
         )
+
+    def rows(self) -> list[Relevance]:
+        """Return what is said of each row, a batch of one each."""
+        out = []
+        for i in range(len(self.metric)):
+            values, gradients = ({a: t[i : i + 1] for a, t in each.items()} for each in (self.values, self.gradients))
+            leaks = None if self.leaks is None else self.leaks.row(i)
+            out.append(Relevance(self.rule, self.metric[i : i + 1], values, gradients, leaks))
+        return out
 
 
 def relevance_of(

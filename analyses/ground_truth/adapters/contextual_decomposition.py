@@ -52,7 +52,7 @@ def _prompt(task: PlantedTask, example: Example) -> Prompt:
 
 
 def read(result: Result, task: PlantedTask, questions: Sequence[Question]) -> list[Answer]:
-    """Nodes whose interval over prompts leaves out zero; direct attribution and the paper's rules name heads alone."""
+    """Nodes whose interval over prompts leaves out zero."""
     answers = []
     for question in questions:
         mean, excludes = decomposed(result.tables["relevance"])

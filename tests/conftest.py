@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import make
+from hypothesis import HealthCheck, settings
 from tiny import native
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -22,6 +23,8 @@ from probes.store import ActivationStore
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")  # a busy machine fails no property
 if not torch.cuda.is_available():
     # Without a GPU the fused kernels are interpreted; Triton decides that when a test first imports it.
     os.environ.setdefault("TRITON_INTERPRET", "1")

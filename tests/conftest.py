@@ -33,10 +33,12 @@ LONGEST = (
     "test_app_browser",
     "test_notebooks",
     "test_studies_ray",
+    "test_planted",
+    "test_planted_families",
     "test_studies_run",
     "test_kernels_compiled",
-    "test_app_jobs",
-    "test_planted",
+    "test_app_pages",
+    "test_live_process",
     "test_transformer_lens",
     "test_outside_analysis",
     "test_nnsight",
@@ -48,7 +50,8 @@ LONGEST = (
     "test_causal_patching",
     "test_live_keys",
     "test_studies_quick",
-    "test_bench_capture_cuda",
+    "test_norm_training",
+    "test_app_jobs",
 )
 """Files that take half a minute or more. A file is one process's, which makes its fixtures once; these must not come last."""
 

@@ -36,7 +36,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> Iterator[JobQueue]:
 
 
 def text(folder: Path, edit: str) -> str:
-    return f"model {folder}\ntext 'w5 w6 w7'\nother 'w8 w6 w7'\nwatch 'w9'\nedit {edit}"
+    return f"model {folder} --device cpu\ntext 'w5 w6 w7'\nother 'w8 w6 w7'\nwatch 'w9'\nedit {edit}"
 
 
 def test_a_killed_worker_is_replaced_and_the_session_goes_on(jobs: JobQueue, word_folder: Path) -> None:

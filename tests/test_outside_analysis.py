@@ -119,7 +119,7 @@ IN_A_NOTEBOOK = """
 import sys
 from probes import ActivationStore, load_model
 
-result = Lengths(power=2.0).run(load_model(sys.argv[2]), [(5, 6, 7), (8, 9)], store=ActivationStore(sys.argv[1] + "/store"))
+result = Lengths(power=2.0).run(load_model(sys.argv[2], device="cpu"), [(5, 6, 7), (8, 9)], store=ActivationStore(sys.argv[1] + "/store"))
 assert type(result.figure("lengths")).__name__ == "Figure"
 result.save(sys.argv[1] + "/run")
 """

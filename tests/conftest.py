@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import make
+from hypothesis import HealthCheck, settings
 from tiny import native
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -22,6 +23,8 @@ from probes.store import ActivationStore
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")  # a busy machine fails no property
 if not torch.cuda.is_available():
     # Without a GPU the fused kernels are interpreted; Triton decides that when a test first imports it.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -30,10 +33,12 @@ LONGEST = (
     "test_app_browser",
     "test_notebooks",
     "test_studies_ray",
+    "test_planted",
+    "test_planted_families",
     "test_studies_run",
     "test_kernels_compiled",
-    "test_app_jobs",
-    "test_planted",
+    "test_app_pages",
+    "test_live_process",
     "test_transformer_lens",
     "test_outside_analysis",
     "test_nnsight",
@@ -45,7 +50,8 @@ LONGEST = (
     "test_causal_patching",
     "test_live_keys",
     "test_studies_quick",
-    "test_bench_capture_cuda",
+    "test_norm_training",
+    "test_app_jobs",
 )
 """Files that take half a minute or more. A file is one process's, which makes its fixtures once; these must not come last."""
 

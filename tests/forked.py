@@ -6,6 +6,9 @@ They must run on the CPU without gradients, which torch does not take across a f
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import time
 import traceback
 from collections.abc import Callable
 
@@ -33,3 +36,37 @@ def ended(child: int) -> int:
 def forked(act: Callable[[], object]) -> int:
     """Do `act` in a child; return its exit code, as `ended`."""
     return ended(start(act))
+
+
+class ForkedWorker:
+    """The dashboard's worker in a child; what its queue asks of a `subprocess.Popen`.
+
+    Args:
+        act: what the child does; its standard input is what is written to `stdin`.
+    """
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        reading, writing = os.pipe()
+
+        def listening() -> None:
+            os.close(writing)
+            sys.stdin = os.fdopen(reading)
+            act()
+
+        self.pid = start(listening)
+        os.close(reading)
+        self.stdin = os.fdopen(writing, "w")
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        if self._code is None and (done := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self._code = os.waitstatus_to_exitcode(done[1])
+        return self._code
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> None:
+        while self.poll() is None:
+            time.sleep(0.01)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from forked import ForkedWorker
 from tiny import PROMPTS
 
 from analyses.cli import main
@@ -23,8 +24,8 @@ from analyses.results.result import Result
 from analyses.running import reproduce
 from analyses.running.model_spec import ModelSpec
 from app import places, prompt_sets
+from app.jobs import execute, models, worker
 from app.jobs import queue as queue_module
-from app.jobs import worker
 from app.jobs.interrupt import Interrupt
 from app.jobs.progress import Cancelled, JobProgress
 from app.jobs.protocol import CANCEL, Request, Status, ask_to_cancel, read_status, write_request
@@ -217,34 +218,27 @@ def test_a_run_that_nobody_named_is_named_by_analysis_and_model(model: str, name
     assert places.run_folder(name)
 
 
-SLOW = """
-import sys, time
-from pathlib import Path
-import app.jobs.execute as work
-from app.jobs import models, worker
+def slow_worker(folder: Path) -> None:
+    """A worker whose forward of the analysis `slow` never ends."""
 
-def slow(request, progress):
-    progress.enter("running")
-    progress.start(1, "forward")
-    if request.analysis == "slow":
-        models._LOADED["model"] = "half a forward"
-        while True:
-            time.sleep(0.05)
-    return {"counts": {}, "seconds": 0.0, "held": len(models._LOADED)}
+    def slow(request: Request, progress: JobProgress) -> dict[str, object]:
+        progress.enter("running")
+        progress.start(1, "forward")
+        if request.analysis == "slow":
+            models._LOADED["model"] = "half a forward"  # type: ignore[index,assignment]
+            while True:
+                time.sleep(0.05)
+        return {"counts": {}, "seconds": 0.0, "held": len(models._LOADED)}
 
-work.do = slow
-worker.main(Path(sys.argv[1]))
-"""
-"""A worker whose forward of the analysis `slow` never ends."""
+    execute.do = slow  # type: ignore[assignment]
+    worker.main(folder)
 
 
 def test_a_job_cancelled_within_its_first_batch_ends_and_its_worker_goes_on(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def start(self: JobQueue) -> subprocess.Popen[str]:
-        return subprocess.Popen([sys.executable, "-c", SLOW, str(self.folder)], stdin=subprocess.PIPE, text=True)
-
-    monkeypatch.setattr(JobQueue, "_start", start)
+    models.drop()
+    monkeypatch.setattr(JobQueue, "_start", lambda self: ForkedWorker(lambda: slow_worker(self.folder)))
     line = JobQueue()
     try:
         stuck = line.submit(request(llama_folder, tmp_path, analysis="slow"))

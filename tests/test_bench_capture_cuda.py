@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "capture_cuda.py"
 OURS = (
@@ -20,18 +21,24 @@ OURS = (
 )
 
 
-def run(*options: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent)}
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *options], env=environment, capture_output=True, text=True, check=False
-    )
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
+    """The script as a program, in this process, which has what it imports."""
+
+    def program(*options: str) -> object:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options])
+        monkeypatch.syspath_prepend(str(SCRIPT.parent))
+        return runpy.run_path(str(SCRIPT), run_name="__main__")
+
+    return program
 
 
-def test_every_way_is_measured_on_equal_rows(tmp_path: Path) -> None:
+def test_every_way_is_measured_on_equal_rows(
+    tmp_path: Path, run: Callable[..., object], capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "table.md"
-    process = run("--device", "cpu", "--shape", "tiny", "--work", "prefill", "--rounds", "1", "--out", str(out))
-    assert process.returncode == 0, process.stderr[-2000:]
-    text = out.read_text()
+    run("--device", "cpu", "--shape", "tiny", "--work", "prefill", "--rounds", "1", "--out", str(out))
+    text, said = out.read_text(), capsys.readouterr().out
     assert "CPU" in text.splitlines()[0]
     rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
     measured = {line.split(" | ")[0].removeprefix("| "): line.count("|") for line in rows}
@@ -44,16 +51,14 @@ def test_every_way_is_measured_on_equal_rows(tmp_path: Path) -> None:
         "interp-engine": "interp-engine eager",
     }
     for name, way in peers.items():
-        assert any(row.startswith(way) for row in measured) or f"left out: {name}" in process.stdout
-    assert not any(f"left out: {name} (rows differ" in process.stdout for name in ("bathyscope", "plain"))
+        assert any(row.startswith(way) for row in measured) or f"left out: {name}" in said
+    assert not any(f"left out: {name} (rows differ" in said for name in ("bathyscope", "plain"))
     assert "aim" not in text
 
 
-def test_a_missing_gpu_is_said_in_one_line() -> None:
-    import torch
-
+def test_a_missing_gpu_is_said_in_one_line(run: Callable[..., object]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    process = run()
-    assert process.returncode == 1
-    assert process.stderr.strip() == "no CUDA device here; --device cpu --shape tiny runs the script itself"
+    with pytest.raises(SystemExit) as ended:
+        run()
+    assert ended.value.code == "no CUDA device here; --device cpu --shape tiny runs the script itself"

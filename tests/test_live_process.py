@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import ForkedWorker
 
+from app.jobs import worker
 from app.jobs.models import drop
 from app.jobs.protocol import Request
 from app.jobs.queue import JobQueue
@@ -26,25 +28,26 @@ EDITS = 500
 
 
 @pytest.fixture
-def jobs() -> Iterator[JobQueue]:
+def jobs(monkeypatch: pytest.MonkeyPatch) -> Iterator[JobQueue]:
+    monkeypatch.setattr(JobQueue, "_start", lambda self: ForkedWorker(lambda: worker.main(self.folder)))
     queue = JobQueue()
     yield queue
     queue.close()
 
 
 def text(folder: Path, edit: str) -> str:
-    return f"model {folder}\ntext 'w5 w6 w7'\nother 'w8 w6 w7'\nwatch 'w9'\nedit {edit}"
+    return f"model {folder} --device cpu\ntext 'w5 w6 w7'\nother 'w8 w6 w7'\nwatch 'w9'\nedit {edit}"
 
 
 def test_a_killed_worker_is_replaced_and_the_session_goes_on(jobs: JobQueue, word_folder: Path) -> None:
     question = Question("view", text(word_folder, "zero z.1.2"))
     first = client.ask(jobs, question)
     assert not first.refusal
-    worker = jobs._worker
-    assert worker is not None
-    os.kill(worker.pid, signal.SIGKILL)
+    killed = jobs._worker
+    assert killed is not None
+    os.kill(killed.pid, signal.SIGKILL)
     again = client.ask(jobs, Question("view", first.session, (Action("add", value="skip 1"),)))
-    assert jobs._worker is not worker
+    assert jobs._worker is not killed
     assert not again.refusal
     assert again.session == f"{first.session}\nedit skip 1"
     back = client.ask(jobs, Question("view", again.session, (Action("remove", 1),)))
@@ -85,10 +88,10 @@ def test_a_live_request_after_a_kill_does_not_leave_a_job_running_for_ever(
 
     monkeypatch.setattr(JobQueue, "_start", deaf)
     lost, behind = (jobs.submit(Request("check", {}, out=str(tmp_path / name))) for name in "ab")
-    worker = jobs._worker
-    assert worker is not None
-    worker.kill()
-    worker.wait()
+    killed = jobs._worker
+    assert killed is not None
+    killed.kill()
+    killed.wait()
     jobs.ensure()
     assert jobs.status(lost).state == "failed"
     assert jobs.active() == [behind]

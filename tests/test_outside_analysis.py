@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from families import make
+from forked import forked
 
 from analyses.results.result import Result
 from app.ui.figures import data_of
@@ -111,7 +113,7 @@ IN_A_NOTEBOOK = """
 import sys
 from probes import ActivationStore, load_model
 
-result = Lengths(power=2.0).run(load_model(sys.argv[2]), [(5, 6, 7), (8, 9)], store=ActivationStore(sys.argv[1] + "/store"))
+result = Lengths(power=2.0).run(load_model(sys.argv[2], device="cpu"), [(5, 6, 7), (8, 9)], store=ActivationStore(sys.argv[1] + "/store"))
 assert type(result.figure("lengths")).__name__ == "Figure"
 result.save(sys.argv[1] + "/run")
 """
@@ -148,7 +150,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The result of a class defined in `__main__`."""
     folder = tmp_path_factory.mktemp("notebook")
     make("llama").save_pretrained(folder / "model")
-    run(ANALYSIS + IN_A_NOTEBOOK, folder, folder / "model")
+    (folder / "script.py").write_text(ANALYSIS + IN_A_NOTEBOOK)
+
+    def as_main() -> None:
+        sys.argv = ["script.py", str(folder), str(folder / "model")]
+        runpy.run_path(str(folder / "script.py"), run_name="__main__")
+
+    assert forked(as_main) == 0
     return folder / "run"
 
 

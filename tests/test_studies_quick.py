@@ -15,7 +15,8 @@ STUDIES = Path(__file__).resolve().parents[1] / "studies"
 
 @pytest.mark.real
 def test_quick_twice_and_with_one_option_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, places = tmp_path / "out", ["--out", str(tmp_path / "out"), "--store", str(tmp_path / "store")]
+    out = tmp_path / "out"
+    places = ["--out", str(out), "--store", str(tmp_path / "store"), "--workers", "0"]
     cells = {cell.name for cell in expand(read_study(STUDIES / "quick.toml"))}
     assert main(["batch", str(STUDIES / "quick.toml"), *places]) == 0
     first = capsys.readouterr().out

@@ -6,11 +6,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from forked import ended, start
 from study_makers import BASE, model_folder, prompt_file, study_file
 
 from analyses.base import Analysis, Clock, as_prompts, make_result
@@ -267,12 +268,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model, prompts, study, and in `whole` its uninterrupted run."""
     folder = tmp_path_factory.mktemp("reference")
     model_folder(folder / "model", layers=4)
-    prompt_file(folder / "ids.jsonl", [[3 + (7 * i + j) % 90 for j in range(4 + i % 5)] for i in range(40)])
+    prompt_file(folder / "ids.jsonl", [[3 + (7 * i + j) % 90 for j in range(4 + i % 5)] for i in range(16)])
     assert batch(folder, WHOLE, "--workers", "0", out="whole", store="whole-store") == 0
     return folder
-
-
-CHILD = "import sys; from analyses.cli import main; raise SystemExit(main(sys.argv[1:]))"
 
 
 def finished(out: Path) -> set[str]:
@@ -306,15 +304,18 @@ def alive(pid: int) -> bool:
 def test_sigkill_in_the_middle_resumes_to_the_same_tables(reference: Path) -> None:
     """The parent is killed; its worker dies with it, and another run ends with the uninterrupted run's tables."""
     out = reference / "killed"
-    places = ["--out", str(out), "--store", str(reference / "killed-store")]
-    command = [sys.executable, "-c", CHILD, "batch", str(reference / "study.toml"), *places]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    def run() -> None:
+        forkserver._forkserver.__init__()  # type: ignore[attr-defined,misc]  # this process's own server is not the child's
+        batch(reference, WHOLE, "--workers", "1", out="killed", store="killed-store")
+
+    parent = start(run)
     while not finished(out):
-        assert process.poll() is None, process.communicate()
+        assert alive(parent)
         time.sleep(0.01)
-    (worker,) = workers_of(process.pid)
-    process.kill()
-    process.communicate()
+    (worker,) = workers_of(parent)
+    os.kill(parent, signal.SIGKILL)
+    assert ended(parent) == -signal.SIGKILL
     deadline = time.time() + 10
     while alive(worker) and time.time() < deadline:
         time.sleep(0.01)

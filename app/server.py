@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 import threading
 import webbrowser
@@ -18,6 +19,7 @@ if sys.path[0] != ROOT:
 import streamlit as st  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 
+from app import offered  # noqa: E402
 from app.gate import Gate, known  # noqa: E402
 from app.jobs.queue import queue  # noqa: E402
 from app.live.ahead import Ahead  # noqa: E402
@@ -30,10 +32,20 @@ SOON = 0.3
 @asynccontextmanager
 async def opening(_: Any) -> AsyncIterator[None]:
     """Starts the resident process, which imports meanwhile, and opens a browser window unless the server is headless."""
-    threading.Thread(target=lambda: queue().ensure(), daemon=True).start()
+    threading.Thread(target=_prepare, daemon=True).start()
     if not st.get_option("server.headless"):
         asyncio.get_running_loop().call_later(SOON, webbrowser.open, url())
     yield
+
+
+def _prepare() -> None:
+    queue().ensure()
+    # Streamlit collects garbage after every run of a page, which holds up its last words: what was imported is left out of
+    # that, a fifth of a second each time once the analyses are there.
+    gc.freeze()
+    offered.LOADED.wait()
+    gc.collect()
+    gc.freeze()
 
 
 def url() -> str:

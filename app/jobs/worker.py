@@ -75,8 +75,8 @@ def main(jobs: Path) -> None:
         os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
-    live.listen(jobs)
     import_ahead()
+    live.listen(jobs)
     while (name := waiting.get()) is not None:
         imported()
         work(jobs / name, closing, interrupt)

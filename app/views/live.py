@@ -7,6 +7,7 @@ from typing import Any
 
 import streamlit as st
 
+from app import offered
 from app.live.protocol import Action
 from app.places import runs_root
 from app.saved import saved_runs
@@ -66,6 +67,7 @@ def _live() -> None:
     st.caption(
         f"{len(data['comparison']['tokens'])} tokens, {data['comparison']['blocks_run']} blocks run for the edits, answered in {own.took:.2f} s."
     )
+    offered.postpone()
 
 
 def _examples(own: Desk) -> None:

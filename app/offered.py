@@ -10,7 +10,7 @@ import streamlit as st
 
 from analyses.registry import get_analysis, names
 
-__all__ = ["get_analysis", "importing", "label", "load_soon", "names"]
+__all__ = ["LOADED", "get_analysis", "importing", "label", "load_soon", "names", "postpone"]
 
 LOADED = threading.Event()
 """Set once the analyses are imported."""

@@ -10,10 +10,13 @@ import streamlit as st
 
 from analyses.registry import get_analysis, names
 
-__all__ = ["get_analysis", "importing", "label", "load_soon", "names"]
+__all__ = ["LOADED", "get_analysis", "importing", "label", "load_soon", "names", "postpone"]
 
-_LOADED = threading.Event()
-IMPORTER = "import-analyses"
+LOADED = threading.Event()
+"""Set once the analyses are imported."""
+_BEGUN = threading.Event()
+_LOCK = threading.Lock()
+_TIMER: threading.Timer | None = None
 DELAY = 4.0
 """Seconds."""
 
@@ -26,21 +29,32 @@ def label(name: str) -> str:
 @contextmanager
 def importing() -> Iterator[None]:
     """Show why the page waits while what happens inside imports analyses for the first time."""
-    first = not _LOADED.is_set()
+    first = not LOADED.is_set()
     with st.spinner("Importing the analysis; this takes a few seconds, once.") if first else nullcontext():
         yield
 
 
 def load_soon() -> None:
     """Import the analyses in the background, a little later: the browser first draws the page it has."""
-    if not _LOADED.is_set() and not any(thread.name == IMPORTER for thread in threading.enumerate()):
-        timer = threading.Timer(DELAY, _load)
-        timer.name, timer.daemon = IMPORTER, True
-        timer.start()
+    global _TIMER
+    with _LOCK:
+        if not _BEGUN.is_set():
+            if _TIMER is not None:
+                _TIMER.cancel()
+            _TIMER = threading.Timer(DELAY, _load)
+            _TIMER.daemon = True
+            _TIMER.start()
+
+
+def postpone() -> None:
+    """Put off an import that waits: somebody is at work on a page that needs none."""
+    if _TIMER is not None:
+        load_soon()
 
 
 def _load() -> None:
+    _BEGUN.set()
     for name in names():
         with suppress(Exception):  # its own page says what is wrong with it
             get_analysis(name)
-    _LOADED.set()
+    LOADED.set()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
+import threading
 import webbrowser
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,7 +19,10 @@ if sys.path[0] != ROOT:
 import streamlit as st  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 
+from app import offered  # noqa: E402
 from app.gate import Gate, known  # noqa: E402
+from app.jobs.queue import queue  # noqa: E402
+from app.live.ahead import Ahead  # noqa: E402
 from app.places import hosts  # noqa: E402
 
 SOON = 0.3
@@ -26,10 +31,21 @@ SOON = 0.3
 
 @asynccontextmanager
 async def opening(_: Any) -> AsyncIterator[None]:
-    """Opens a browser window at start-up, unless the server is headless."""
+    """Starts the resident process, which imports meanwhile, and opens a browser window unless the server is headless."""
+    threading.Thread(target=_prepare, daemon=True).start()
     if not st.get_option("server.headless"):
         asyncio.get_running_loop().call_later(SOON, webbrowser.open, url())
     yield
+
+
+def _prepare() -> None:
+    queue().ensure()
+    # Streamlit collects garbage after every run of a page, which holds up its last words: what was imported is left out of
+    # that, a fifth of a second each time once the analyses are there.
+    gc.freeze()
+    offered.LOADED.wait()
+    gc.collect()
+    gc.freeze()
 
 
 def url() -> str:
@@ -37,4 +53,6 @@ def url() -> str:
     return f"http://{st.get_option('browser.serverAddress')}:{st.get_option('server.port')}"
 
 
-app = st.App(Path(__file__).with_name("main.py"), lifespan=opening, middleware=[Middleware(Gate, names=known(hosts()))])
+app = st.App(
+    Path(__file__).with_name("main.py"), lifespan=opening, middleware=[Middleware(Gate, names=known(hosts())), Middleware(Ahead)]
+)  # fmt: skip

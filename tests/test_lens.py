@@ -99,3 +99,29 @@ def test_the_last_layer_reads_the_models_own_softmax(family: str, store: Activat
     rows = capture(model, PROMPTS, [Need((last, "logits"))], store)
     read = lens.read(rows.packed(last), model.unembedding(), ids=torch.arange(model.shape.d_vocab))
     torch.testing.assert_close(read.logprobs.exp(), rows.packed("logits").softmax(-1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("width", [64, 320, 1000, 4096])
+def test_the_largest_by_chunks_are_those_of_topk(width: int) -> None:
+    from probes.lenses.logit import largest_of
+
+    logits = torch.randn(7, width, generator=torch.Generator().manual_seed(width))
+    values, places = largest_of(logits, 5)
+    assert torch.equal(values, logits.topk(5, dim=-1).values)
+    assert torch.equal(places, logits.topk(5, dim=-1).indices)
+
+
+def test_rows_whose_logits_are_known_read_the_same_to_the_last_bit() -> None:
+    from probes.lenses import logit
+    from probes.models.protocol import Unembedding
+
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = torch.randn(9, 8, generator=generator), torch.randn(130, 8, generator=generator)
+    unembedding = Unembedding(torch.nn.Identity(), weight, None, None)
+    known = logit.all_logits(rows, unembedding)
+    ids = torch.tensor([3, 77])
+    plain, given = (
+        logit.read(rows, unembedding, ids=ids, top_k=3, ranks=True, tile=200, logits=logits) for logits in (None, known)
+    )
+    for name in ("log_z", "entropy_bits", "logprobs", "top_ids", "ranks"):
+        assert torch.equal(getattr(plain, name), getattr(given, name)), name

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ from app.jobs import worker
 from app.jobs.models import drop
 from app.jobs.protocol import Request
 from app.jobs.queue import JobQueue
-from app.live import answering, client, server
+from app.live import ahead, answering, client, server
 from app.live.protocol import Action, Answer, Question
 from app.ui.live_desk import Desk
 from probes.session import Session, State
@@ -131,6 +134,35 @@ def test_five_hundred_edits_keep_no_more_than_the_first_hundred(word_folder: Pat
             model = answering.opened(State.parse(state)).model
             sizes.append(_bytes_of_tensors() - sum(p.nbytes for p in model.module.parameters()))  # type: ignore[attr-defined]
     assert sizes[-1] <= 1.05 * sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "fetch", "query", "begins"),
+    [("/live", b"document", b"", True), ("/live", b"image", b"", False), ("/runs", b"document", b"", False), ("/live", b"document", b"live=x", False)],
+)  # fmt: skip
+def test_only_a_navigation_to_the_plain_live_page_begins_the_first_example(
+    monkeypatch: pytest.MonkeyPatch, path: str, fetch: bytes, query: bytes, begins: bool
+) -> None:
+    begun, passed = threading.Event(), list[str]()
+
+    async def inner(scope: Any, *_: Any) -> None:
+        passed.append(scope["path"])
+
+    monkeypatch.setattr(ahead, "answer_first", begun.set)
+    monkeypatch.setattr(ahead, "_BEGUN", threading.Event())
+    scope = {"type": "http", "path": path, "headers": [(b"sec-fetch-dest", fetch)], "query_string": query}
+    for _ in range(2):
+        asyncio.run(ahead.Ahead(inner)(scope, None, None))  # type: ignore[arg-type]
+    assert begun.wait(5 if begins else 0.05) is begins
+    assert passed == [path, path]
+
+
+def test_what_is_imported_ahead_is_what_answering_needs() -> None:
+    code = (
+        "import sys; from app.live import ahead; ahead.import_ahead(); ahead.imported(); "
+        "assert all(name in sys.modules for name in ahead.MODULES), set(ahead.MODULES) - set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
 def _bytes_of_tensors() -> int:

@@ -34,6 +34,8 @@ KEPT = 30
 """Ended jobs whose folders are kept."""
 GRACE = 90.0
 """Seconds after which a job that cannot be interrupted, since one call outside Python takes so long, is stopped with its process."""
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+"""Has glibc keep what is freed: tiles of logits come and go, and fresh pages for each cost a tenth of the time."""
 ROOT = Path(__file__).resolve().parents[2]
 """The folder that holds `app`."""
 
@@ -159,7 +161,7 @@ class JobQueue:
             [sys.executable, "-P", "-m", "app.jobs.worker", str(self.folder)],
             stdin=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**MALLOC, **os.environ, "PYTHONPATH": path},
             start_new_session=True,
         )
 

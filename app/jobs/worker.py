@@ -15,6 +15,7 @@ from app.jobs.interrupt import Interrupt
 from app.jobs.progress import NOTES, JobProgress
 from app.jobs.protocol import Status, read_request, write_status
 from app.live import server as live
+from app.live.ahead import import_ahead, imported
 from probes.errors import UserError
 
 MERCY = 10.0
@@ -74,8 +75,10 @@ def main(jobs: Path) -> None:
         os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
+    import_ahead()
     live.listen(jobs)
     while (name := waiting.get()) is not None:
+        imported()
         work(jobs / name, closing, interrupt)
 
 

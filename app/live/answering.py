@@ -116,15 +116,19 @@ def changed(state: State, actions: Sequence[Action]) -> State:
 
 
 def view(session: Session, lens: str = "logit") -> dict[str, Any]:
-    """Return what the page shows of a session: before and after, both grids, and its stack."""
+    """Return what the page shows of a session at once: before and after, and its stack; `grids` take longer.
+
+    Raises:
+        UserError: a lens that cannot read this model.
+    """
     began = time.perf_counter()
+    _lens(lens, session.ref)
+    session.readable()
     comparison = session.compare(layers=False)
-    through = _lens(lens, session.ref)
-    grids = {"before": session.grid(before=True, lens=through), "after": session.grid(lens=through)}
     shape = session.model.shape
     return {
         "comparison": comparison.data(),
-        "grids": {name: _grid(session, grid) for name, grid in grids.items()},
+        "rows": [step_name(step) for step in session.run.steps],
         "steps": [_step(step) for step in session.steps],
         "text": session.text,
         "other": session.other,
@@ -136,6 +140,13 @@ def view(session: Session, lens: str = "logit") -> dict[str, Any]:
         "forms": legal_forms(),
         "seconds": time.perf_counter() - began,
     }
+
+
+def grids(session: Session, lens: str = "logit") -> dict[str, Any]:
+    """Return every layer's reading at every position, before the edits and after them."""
+    through = _lens(lens, session.ref)
+    before = session.grid(before=True, lens=through)
+    return {"before": _grid(session, before), "after": _grid(session, session.grid(lens=through))}
 
 
 @lru_cache(maxsize=4)
@@ -217,6 +228,7 @@ def other(session: Session, lens: str = "logit") -> dict[str, Any]:
 
 VIEWS: dict[str, Callable[..., dict[str, Any]]] = {
     "view": view,
+    "grids": grids,
     "attention": attention,
     "heads": heads,
     "everywhere": everywhere,

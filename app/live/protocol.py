@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-Kind = Literal["view", "attention", "heads", "everywhere", "written", "other"]
+Kind = Literal["view", "grids", "attention", "heads", "everywhere", "written", "other"]
 SOCKET = "live.socket"
 """The socket's name inside the folder of jobs."""
 KEY = "BATHYSCOPE_LIVE_KEY"

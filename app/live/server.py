@@ -8,6 +8,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 
+from app.live.ahead import imported
 from app.live.protocol import Answer, Question, key, socket_of
 
 _WAITING = threading.Event()
@@ -39,6 +40,7 @@ def _serve(connection: Connection) -> None:
 
 
 def _answer(question: Question) -> Answer:
+    imported()
     from app.live.answering import answer
 
     with _ONE:

@@ -38,8 +38,8 @@ def draw_both(desk: Desk, data: dict[str, Any], step: int, position: int, lens: 
             "Write another prompt above, best token by token like this one: its grid then stands beside this one."
         )
         return
-    answer = desk.look("other", "both", lens=lens)
-    if answer is None:
+    answer, own = desk.look("other", "both", lens=lens), desk.grids(desk.at)
+    if answer is None or own is None:
         desk.say_refusal("both")
         return
     tokens, others = data["comparison"]["tokens"], answer["tokens"]
@@ -50,7 +50,7 @@ def draw_both(desk: Desk, data: dict[str, Any], step: int, position: int, lens: 
     row = st.container(horizontal=True, vertical_alignment="bottom")
     source = row.selectbox("Position in the other prompt", range(len(others)), key=names[1], width=230,
                            format_func=lambda i: f"{i} {token_label(others[i])}")  # fmt: skip
-    block = block_of(data["grids"]["after"], step)
+    block = block_of(data["rows"], step)
     line = f"patch resid_post.{block} @{position} from other@{source}"
     row.button(
         f"Patch it into block {block}, position {position}", icon=":material/content_paste:", key="live:both:patch", help=f"`{line}`",
@@ -58,7 +58,7 @@ def draw_both(desk: Desk, data: dict[str, Any], step: int, position: int, lens: 
     )  # fmt: skip
     desk.say_refusal("both")
     cells = (step, position), (st.session_state[names[0]], source)
-    here = {"before": data["grids"]["before"], "after": data["grids"]["before"]}
+    here = {"before": own["before"], "after": own["before"]}
     there = {"before": answer["grid"], "after": answer["grid"]}
     kept = ("live:step", "live:position"), names
     titles = "This prompt, without edits", "The other prompt"
@@ -86,7 +86,7 @@ def draw_depth(desk: Desk, data: dict[str, Any], step: int) -> None:
     panels = [
         Panel(p.title, p.unit, (Curve(p.run, colour_of(p.analysis, order), p.table, data["layers"]),)) for p in profiles
     ]
-    block = block_of(data["grids"]["after"], step)
+    block = block_of(data["rows"], step)
     st.html(at_least("live-depth", narrowest(panels)))
     with st.container(key="live-depth"):
         st.plotly_chart(
@@ -132,8 +132,9 @@ def _draw_compared(desk: Desk) -> None:
                              alt=f"What the model says after step {index}")  # fmt: skip
                 continue
             tokens = data["comparison"]["tokens"]
-            draw_grid(
-                lens_grid(tokens, data["grids"], "after", None, data["watch"]),
-                f"{key}:grid",
-                f"Lens grid after step {index}",
-            )
+            if (grids := desk.grids(index)) is not None:
+                draw_grid(
+                    lens_grid(tokens, grids, "after", None, data["watch"]),
+                    f"{key}:grid",
+                    f"Lens grid after step {index}",
+                )

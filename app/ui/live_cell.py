@@ -19,7 +19,7 @@ POINTS = ("resid_post", "mlp_out", "attn_out", "resid_mid", "resid_pre")
 
 def draw_cell(desk: Desk, data: dict[str, Any], step: int, position: int) -> None:
     """Draw the buttons for what can be done at a cell of the grid, which the grid itself tells."""
-    block = block_of(data["grids"]["after"], step)
+    block = block_of(data["rows"], step)
     point = st.segmented_control(
         f"At block {block}, position {position}", POINTS, default="resid_post", key="live:point"
     )
@@ -46,8 +46,8 @@ def _adds(place: Any, desk: Desk, label: str, line: str, icon: str, disabled: bo
 
 def draw_attention(desk: Desk, data: dict[str, Any], step: int, position: int) -> None:
     """Draw the attention of a block from a position, as arcs and as a map, and the button that cuts an edge."""
-    grid, tokens = data["grids"]["after"], data["comparison"]["tokens"]
-    block = block_of(grid, min(step, len(grid["steps"]) - 1))
+    tokens = data["comparison"]["tokens"]
+    block = block_of(data["rows"], step)
     position = min(position, len(tokens) - 1)
     names = ["mean of heads", *(f"head {block}.{h}" for h in range(data["heads"]))]
     head_box, key_box, cut = st.columns([2, 2, 2], vertical_alignment="bottom")

@@ -90,6 +90,19 @@ class Desk:
         self.refusal = answer.refusal
         return None if answer.refusal else answer
 
+    def grids(self, index: int) -> dict[str, Any] | None:
+        """Return the lens grids of a step of the history, asked for once; None where they were refused."""
+        data = self.history[index].data
+        if "grids" not in data:
+            lens, took = st.session_state.get("keep:live:lens", "logit"), self.took
+            answer = self.answer_of("grids", self.history[index].session, at="grid", lens=lens)
+            self.took += took
+            if answer is None:
+                return None
+            data["grids"] = answer.data
+        grids: dict[str, Any] = data["grids"]
+        return grids
+
     def look(self, kind: Kind, at: str, **options: Any) -> dict[str, Any] | None:
         """Return a further answer about the present session, asked for once."""
         name = f"{kind} {sorted(options.items())}"

@@ -19,9 +19,9 @@ CHANGED = 0.01
 """Nats of KL from which a cell counts as changed."""
 
 
-def block_of(grid: Mapping[str, Any], step: int) -> int:
+def block_of(rows: Sequence[str], step: int) -> int:
     """Return the block that a row of a grid reads; the first of those that run side by side."""
-    return int(str(grid["steps"][step]).split("|")[0])
+    return int(rows[min(step, len(rows) - 1)].split("|")[0])
 
 
 def columns_of(tokens: Sequence[str]) -> list[str]:

@@ -21,7 +21,9 @@ def draw_outcome(desk: Desk, data: dict[str, Any]) -> None:
     watched = _watched(comparison) if comparison["before"]["watched"] else ""
     kl = f"<div>KL(before ‖ after)<div style='font-size:1.6rem'>{comparison['kl']:.4g} nats</div>{watched}</div>"
     bars = (_bars(title, comparison[title.lower()]["top"]) for title in ("Before", "After"))
-    st.html(f"<div style='display:flex;flex-wrap:wrap;gap:1rem 2.5rem'>{''.join(bars)}{kl}</div>")
+    st.html(
+        f"<div data-live-step='{desk.at}' style='display:flex;flex-wrap:wrap;gap:1rem 2.5rem'>{''.join(bars)}{kl}</div>"
+    )
     st.button(
         f"Write {TOKENS} tokens", icon=":material/edit_note:", key="live:write", on_click=desk.look, args=("written", "outcome"),
         kwargs={"new_tokens": TOKENS}, help="Greedy continuations, before and after.",

@@ -7,6 +7,7 @@ from typing import Any
 
 import streamlit as st
 
+from app import offered
 from app.live.protocol import Action
 from app.places import runs_root
 from app.saved import saved_runs
@@ -53,14 +54,20 @@ def _live() -> None:
     draw_outcome(own, data)
     wide, narrow = st.columns([7, 4])
     with wide:
-        step, position = _grid(own, data)
+        show = _choices(own)
+        grid = st.container()
+    step, position = _cell(data)
     with narrow:
         st.subheader("Edits", anchor=False)
         draw_stack(own, data)
     _tools(own, data, step, position)
+    with grid:
+        # Last, since it takes longest: all else is on the page by then.
+        _draw_grid(own, data, show, (step, position))
     st.caption(
         f"{len(data['comparison']['tokens'])} tokens, {data['comparison']['blocks_run']} blocks run for the edits, answered in {own.took:.2f} s."
     )
+    offered.postpone()
 
 
 def _examples(own: Desk) -> None:
@@ -107,35 +114,44 @@ def _prompts(own: Desk, data: dict[str, Any]) -> None:
                    "positions do not stand for the same words.")  # fmt: skip
 
 
-def _grid(own: Desk, data: dict[str, Any]) -> tuple[int, int]:
-    tokens, steps = data["comparison"]["tokens"], data["grids"]["after"]["steps"]
+def _choices(own: Desk) -> str:
     row = st.container(horizontal=True, vertical_alignment="bottom")
-    show = (
-        row.segmented_control(
-            "Grid", list(SHOWS), default="after", format_func=SHOWS.get, key="live:show", width="content"
-        )
-        or "after"
+    show = row.segmented_control(
+        "Grid", list(SHOWS), default="after", format_func=SHOWS.get, key="live:show", width="content"
     )
     lenses = ["logit", *(str(path) for path in sorted(runs_root().glob("**/*.lens")))]
     row.selectbox("Lens", lenses, key="keep:live:lens", accept_new_options=True, width=110,
                   on_change=lambda: own.act("another lens", at="prompt"))  # fmt: skip
-    if st.session_state.get("live:step") not in range(len(steps)):
-        st.session_state["live:step"] = len(steps) // 2
-    if st.session_state.get("live:position") not in range(len(tokens)):
-        st.session_state["live:position"] = len(tokens) - 1
-    step, position = int(st.session_state["live:step"]), int(st.session_state["live:position"])
+    return show or "after"
+
+
+def _cell(data: dict[str, Any]) -> tuple[int, int]:
+    """Return the chosen step and position, which are inside every prompt's grid."""
+    steps, positions = len(data["rows"]), len(data["comparison"]["tokens"])
+    if st.session_state.get("live:step") not in range(steps):
+        st.session_state["live:step"] = steps // 2
+    if st.session_state.get("live:position") not in range(positions):
+        st.session_state["live:position"] = positions - 1
+    return int(st.session_state["live:step"]), int(st.session_state["live:position"])
+
+
+def _draw_grid(own: Desk, data: dict[str, Any], show: str, cell: tuple[int, int]) -> None:
+    grids = own.grids(own.at)
+    if grids is None:
+        own.say_refusal("grid")
+        return
+    tokens = data["comparison"]["tokens"]
     draw_grid(
-        lens_grid(tokens, data["grids"], show, (step, position), data["watch"]), "live:grid",
-        f"Lens grid, {SHOWS[show]}: the top token of {len(steps)} blocks at {len(tokens)} positions; arrow keys and Enter choose one, which is told below.",
+        lens_grid(tokens, grids, show, cell, data["watch"]), "live:grid",
+        f"Lens grid, {SHOWS[show]}: the top token of {len(data['rows'])} blocks at {len(tokens)} positions; arrow keys and Enter choose one, which is told below.",
         keep_cell("live:step", "live:position"),
     )  # fmt: skip
-    after = data["grids"]["after"]
+    after = grids["after"]
     if after["changed"].any():
         reach, moved = int(after["changed"].sum()), int((after["kl"] > CHANGED).sum())
         st.caption(
             f"The edits can reach {reach} of {after['changed'].size} cells; in {moved} the reading changed by more than {CHANGED} nats (outlined)."
         )
-    return step, position
 
 
 def _tools(own: Desk, data: dict[str, Any], step: int, position: int) -> None:

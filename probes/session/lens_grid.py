@@ -51,6 +51,7 @@ def read_grid(
     lens: Lens,
     reference: tuple[Run, LensGrid] | None = None,
     reference_logits: Float[Tensor, "step pos d_vocab"] | None = None,
+    logits: Float[Tensor, "step pos d_vocab"] | None = None,
 ) -> LensGrid:
     """Read a run through a lens.
 
@@ -61,6 +62,7 @@ def read_grid(
         lens: how rows are read.
         reference: a run to compare with, and its grid; cells that are the same are taken from it.
         reference_logits: what the lens reads in it, where that is known; see `grid_logits`.
+        logits: what the lens reads in the run itself, where that is known and there is no reference.
     """
     rows = run.streams[1:]
     steps, positions = rows.shape[:2]
@@ -99,7 +101,8 @@ def read_grid(
         before = torch.cat([lens.readable(part, max(reference[0].steps[s])) for part, s in places])
     read = logit.read(
         stream, model.unembedding(), ids=torch.tensor(list(ids), dtype=torch.long), top_k=TOP, reference=before,
-        reference_of=None if before is None else row_of, reference_logits=known, ranks=bool(ids),
+        reference_of=None if before is None else row_of, reference_logits=known,
+        logits=None if logits is None else logits.flatten(0, 1), ranks=bool(ids),
     )  # fmt: skip
     grid.top_ids[step, position], grid.top_logprobs[step, position] = read.top_ids.cpu(), read.top_logprobs.cpu()
     grid.entropy_bits[step, position] = read.entropy_bits.cpu()

@@ -32,6 +32,8 @@ class Kept:
         self.grids: dict[tuple[object, ...], LensGrid] = {}
         self.logits: tuple[object, Tensor | None] | None = None
         """What a lens reads in the clean run, and which lens."""
+        self.words: dict[int, str] = {}
+        """Tokens as text: decoding all of a grid takes as long as running the model."""
 
     def clean_logits(self, lens: Lens) -> Tensor | None:
         """Return what a lens reads at every place of the clean run; None where that is too much to keep."""
@@ -150,12 +152,28 @@ class Session:
 
     def token(self, number: int) -> str:
         """Return a token as text; its id where the model came without a tokenizer."""
-        return f"[{number}]" if self.model.tokenizer is None else str(self.model.tokenizer.decode([number]))
+        if self.model.tokenizer is None:
+            return f"[{number}]"
+        assert self.kept is not None
+        if number not in self.kept.words:
+            self.kept.words[number] = str(self.model.tokenizer.decode([number]))
+        return self.kept.words[number]
 
     @cached_property
     def tokens(self) -> tuple[str, ...]:
         """The prompt's tokens as text."""
         return tuple(map(self.token, self.prompt.tokens))
+
+    def readable(self) -> None:
+        """Check that every layer can be read.
+
+        Raises:
+            PointError: a model that cannot be read by a lens.
+            OptionError: one whose layers are not handed out.
+        """
+        self.model.unembedding()
+        if not self.prompt.clean.streams.numel():
+            raise OptionError(f"{self.model.ref} cannot be read layer by layer")
 
     def grid(self, before: bool = False, lens: Lens | None = None) -> LensGrid:
         """Return every layer's reading at every position, under the edits or before them.
@@ -163,10 +181,7 @@ class Session:
         Raises:
             PointError: a model that cannot be read by a lens.
         """
-        assert self.kept is not None
-        self.model.unembedding()
-        if not self.prompt.clean.streams.numel():
-            raise OptionError(f"{self.model.ref} cannot be read layer by layer")
+        self.readable()
         through = lens or logit_lens(self.model)
         clean = self._grid((), through, None)
         return clean if before or not self.edits else self._grid(self.edits, through, clean)
@@ -177,8 +192,9 @@ class Session:
         grids = self.kept.grids
         if key not in grids:
             reference = None if clean is None else (self.prompt.clean, clean)
-            known = None if clean is None else self.kept.clean_logits(lens)
-            grids[key] = read_grid(self.model, self.prompt.run(edits), self.watched_ids, lens, reference, known)
+            known, run = self.kept.clean_logits(lens), self.prompt.run(edits)
+            given = {"logits": known} if clean is None else {"reference_logits": known}
+            grids[key] = read_grid(self.model, run, self.watched_ids, lens, reference, **given)
             while len(grids) > 24:
                 grids.pop(next(iter(grids)))
         return grids[key]

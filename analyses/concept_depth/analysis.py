@@ -40,6 +40,7 @@ from probes.models.rounded_weights import fake_quantised
 from probes.progress import QUIET, Progress
 from probes.prompts import Field, Prompt, tokenize
 from probes.reducers import Reducer
+from probes.saved_directions import SavedDirections
 from probes.store import ActivationStore
 
 
@@ -175,7 +176,24 @@ class ConceptDepth(Analysis):
             counts["forwards_causal"] = sum(check.forwards for check in checks)
             edited += sum(check.edited for check in checks)
             notes += [check.note for check in checks if check.note]
-        return make_result(self, model, lines, tables, plain, clock, notes, counts, interventions=edited)
+        return make_result(self, model, lines, tables, plain, clock, notes, counts, edited, self._directions(probed))
+
+    def _directions(self, probed: Sequence[Probed]) -> SavedDirections:
+        """Return the probes' normals on the model as it is, of the first split, as the causal check takes them.
+
+        Those of the first kind go by the data set's name, others by `DATASET/KIND`.
+        """
+        return SavedDirections.of(
+            "probe",
+            {
+                f"{one.data.name}{'' if one.kind == self.probes[0] else f'/{one.kind}'}@{self.representation}.{layer}": evaluation.probes[
+                    0
+                ].weight
+                for one in probed
+                if one.variant == "plain"
+                for layer, evaluation in zip(one.numbers, one.layers, strict=True)
+            },
+        )
 
     def _capture(
         self, model: Model, variant: Variant, prompts: list[Prompt], store: ActivationStore, progress: Progress

@@ -94,6 +94,16 @@ def test_every_kind_of_edit_on_the_page_equals_the_same_text_in_python(start: st
         assert (token["token_id"], token["logprob"]) == (other.token_id, pytest.approx(other.logprob, abs=1e-6))
 
 
+def test_a_mark_of_the_grid_tells_its_place_as_numbers(start: str) -> None:
+    from app.ui.live_figures import lens_grid
+
+    at = page()
+    data = desk(at).now.data  # type: ignore[union-attr]
+    figure = lens_grid(data["comparison"]["tokens"], data["grids"], "after", (0, 0)).to_plotly_json()
+    # As an array, its rows would reach the page as objects, whose keys are no place.
+    assert list(figure["data"][1]["customdata"]) == [[step, position] for step in range(3) for position in range(3)]
+
+
 def test_undo_gives_the_very_same_answer_and_redo_too(start: str) -> None:
     at = page()
     first = desk(at).now

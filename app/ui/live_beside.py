@@ -14,7 +14,7 @@ from app import offered
 from app.live.protocol import Action
 from app.saved import profiles_of, saved_runs
 from app.ui.live_desk import Desk
-from app.ui.live_figures import COLUMN, CONFIG, block_of, lens_grid
+from app.ui.live_figures import BESIDE, CONFIG, block_of, lens_grid
 from app.ui.theme import at_least, mode, restyled
 
 PANELS = 6
@@ -64,10 +64,10 @@ def draw_both(desk: Desk, data: dict[str, Any], step: int, position: int, lens: 
         key = f"live:both:{side}:{desk.at}"
         with column:
             st.markdown(f"**{titles[side]}**")
-            st.html(at_least(f"live-both-{side}", COLUMN * len(text) + 140))
+            st.html(at_least(f"live-both-{side}", BESIDE * len(text) + 60))
             with st.container(key=f"live-both-{side}"):
                 st.plotly_chart(
-                    restyled(lens_grid(text, grids, "before", cells[side], ()), mode()), key=key, on_select=partial(chosen_cell, key, kept[side]),
+                    restyled(lens_grid(text, grids, "before", cells[side], bar=False), mode()), key=key, on_select=partial(chosen_cell, key, kept[side]),
                     selection_mode="points", config=CONFIG, alt=f"Lens grid of {titles[side].lower()}",
                 )  # fmt: skip
     st.caption("Click a cell in each, or choose by the lists, and patch; the grid above shows the result.")
@@ -110,7 +110,7 @@ def draw_history(desk: Desk) -> None:
         what, go = st.columns([8, 1], vertical_alignment="center")
         mark = ":material/arrow_right:" if index == desk.at else ""
         what.markdown(
-            f"{mark} {index}. {words.replace('[', '(').replace(']', ')')} — KL {comparison['kl']:.3g} nats, then `{top['token']}`"
+            f"{mark} {index}\\. {words.replace('[', '(').replace(']', ')')} — KL {comparison['kl']:.3g} nats, then `{top['token']}`"
         )
         go.button(
             "Restore", key=f"live:restore:{index}", on_click=desk.go, args=(index - desk.at,), disabled=index == desk.at
@@ -122,7 +122,11 @@ def draw_history(desk: Desk) -> None:
 def _draw_compared(desk: Desk) -> None:
     steps = range(len(desk.history))
     what = st.segmented_control(
-        "Compare by", ["Final predictions", "Whole grids"], default="Final predictions", key="live:compare:what"
+        "Compare by",
+        ["Final predictions", "Whole grids"],
+        default="Final predictions",
+        required=True,
+        key="live:compare:what",
     )
     labels = ("Compare", "live:compare:a", 0), ("with", "live:compare:b", len(steps) - 1)
     for column, (label, key, first) in zip(st.columns(2), labels, strict=True):
@@ -136,9 +140,9 @@ def _draw_compared(desk: Desk) -> None:
                 continue
             tokens = data["comparison"]["tokens"]
             name = key.replace(":", "-")
-            st.html(at_least(name, COLUMN * len(tokens) + 140))
+            st.html(at_least(name, BESIDE * len(tokens) + 60))
             with st.container(key=name):
                 st.plotly_chart(
-                    restyled(lens_grid(tokens, data["grids"], "after", None, ()), mode()), key=f"{key}:grid", config=CONFIG,
+                    restyled(lens_grid(tokens, data["grids"], "after", None, bar=False), mode()), key=f"{key}:grid", config=CONFIG,
                     alt=f"Lens grid after step {index}",
                 )  # fmt: skip

@@ -113,7 +113,9 @@ class Desk:
     def say_refusal(self, at: str) -> None:
         """Say what was refused, where it was asked for."""
         if self.refusal and self.refused_at == at:
-            st.error(self.refusal, icon=":material/block:")
+            # The legal forms fill a screen, and stand under a button of the page.
+            words, _, forms = self.refusal.partition(" The forms: ")
+            st.error(words + (" **What can I write?** has their forms." if forms else ""), icon=":material/block:")
 
 
 def desk() -> Desk:

@@ -14,8 +14,8 @@ from analyses.results.theme import SCALE, finish, token_label
 CONFIG = {"displaylogo": False, "displayModeBar": False}
 """How every figure of the page is shown."""
 DIVERGING = "RdBu_r"
-ROW, COLUMN = 17, 62
-"""Pixels of a row and of a column of a grid."""
+ROW, COLUMN, BESIDE = 17, 62, 48
+"""Pixels of a row and of a column of a grid, and of a column where two grids stand side by side."""
 CHANGED = 0.01
 """Nats of KL from which a cell counts as changed."""
 
@@ -26,7 +26,7 @@ def block_of(grid: Mapping[str, Any], step: int) -> int:
 
 
 def lens_grid(
-    tokens: Sequence[str], grids: Mapping[str, Any], show: str, cell: tuple[int, int] | None, edits: Sequence[str]
+    tokens: Sequence[str], grids: Mapping[str, Any], show: str, cell: tuple[int, int] | None, bar: bool = True
 ) -> go.Figure:
     """Return the lens grid: a row a block with layer 0 at the bottom, a column a position, the top token in each cell.
 
@@ -35,7 +35,7 @@ def lens_grid(
         grids: `before` and `after`, as the resident process gives them.
         show: which, or `difference`.
         cell: (step, position) of the chosen cell.
-        edits: lines of the stack, named in the title.
+        bar: whether to say beside the grid what its colours stand for.
     """
     grid = grids["before" if show == "before" else "after"]
     names = [f"{i} {token_label(t, 9)}" for i, t in enumerate(tokens)]
@@ -48,7 +48,7 @@ def lens_grid(
     )
     figure.add_heatmap(
         z=z, x=names, y=list(range(len(grid["steps"]))), text=text, texttemplate="%{text}", textfont={"size": 11}, colorscale=SCALE,
-        colorbar={"title": {"text": "KL, nats" if show == "difference" else "probability"}, "thickness": 12}, hovertext=hover,
+        colorbar={"title": {"text": "KL, nats" if show == "difference" else "probability"}, "thickness": 12}, showscale=bar, hovertext=hover,
         hovertemplate="%{hovertext}<extra></extra>", **scale,
     )  # fmt: skip
     _selectable(figure, names, len(grid["steps"]), hover)
@@ -72,12 +72,15 @@ def _hover(grid: Mapping[str, Any], step: int, position: int) -> str:
 
 
 def _selectable(figure: go.Figure, names: Sequence[str], rows: int, hover: Sequence[Sequence[str]]) -> None:
-    """Put a mark that can be clicked on every cell: heat maps themselves cannot be selected from."""
+    """Put a mark that can be clicked on every cell: heat maps themselves cannot be selected from.
+
+    Places are lists of numbers: of an array's rows the browser sends objects, from which no place can be read.
+    """
     y, x = np.meshgrid(range(rows), range(len(names)), indexing="ij")
     faint = {"opacity": 0}
     figure.add_scatter(
         x=[names[i] for i in x.ravel()], y=y.ravel(), mode="markers", marker={"size": 15, "symbol": "square", **faint},
-        selected={"marker": faint}, unselected={"marker": faint}, customdata=np.stack([y.ravel(), x.ravel()], -1),
+        selected={"marker": faint}, unselected={"marker": faint}, customdata=np.stack([y.ravel(), x.ravel()], -1).tolist(),
         hovertext=[text for row in hover for text in row], hovertemplate="%{hovertext}<extra></extra>",
     )  # fmt: skip
 

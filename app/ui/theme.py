@@ -59,6 +59,7 @@ def page_style(kind: str) -> str:
 {rules}
 [data-testid=stCaptionContainer] {{opacity: 0.9;}}
 .stElementContainer:has([data-testid=stPlotlyChart]) {{padding-top: {LANE}px; box-sizing: content-box;}}
+.stElementContainer[class*=st-key-live]:has([data-testid=stPlotlyChart]) {{padding-top: 0;}}
 [data-testid=stPlotlyChart] .modebar-container {{top: -{LANE}px !important;}}
 [data-testid=stPlotlyChart] .js-plotly-plot, [data-testid=stPlotlyChart] .svg-container {{overflow: visible !important;}}
 </style>"""

@@ -90,17 +90,17 @@ def _prompts(own: Desk, data: dict[str, Any]) -> None:
     model = own.now.session.split("\n")[0].partition(" ")[2]
     refs = list(dict.fromkeys([model, "smollm2-135m", *(run.model for run in saved_runs())]))
     fields = (
-        (320, "text", "Prompt", data["text"], "What the model reads. Enter runs it."),
-        (320, "other", "Other prompt", data["other"] or "", "What edits may copy from; best token by token alike. May be empty."),
-        (170, "watch", "Watch", watch_text(data["watch"]), "Tokens to follow: Paris, Rome, or quoted with their blanks."),
+        ("text", "Prompt", data["text"], "What the model reads. Enter runs it."),
+        ("other", "Other prompt", data["other"] or "", "What edits may copy from; best token by token alike. May be empty."),
+        ("watch", "Watch", watch_text(data["watch"]), "Tokens to follow: Paris, Rome, or quoted with their blanks."),
     )  # fmt: skip
     key = f"live:model:{stamp}"
-    with st.container(horizontal=True):
-        st.selectbox("Model", refs, index=0, key=key, accept_new_options=True, on_change=said, args=("model", key), width=180,
-                     help="The model that is loaded stands first; another is loaded when chosen.")  # fmt: skip
-        for width, kind, label, value, words in fields:
-            key = f"live:{kind}:{stamp}"
-            st.text_input(label, value=value, key=key, help=words, on_change=said, args=(kind, key), width=width)
+    model_box, *boxes = st.columns([3, 5, 5, 3])
+    model_box.selectbox("Model", refs, index=0, key=key, accept_new_options=True, on_change=said, args=("model", key),
+                        help="The model that is loaded stands first; another is loaded when chosen.")  # fmt: skip
+    for box, (kind, label, value, words) in zip(boxes, fields, strict=True):
+        key = f"live:{kind}:{stamp}"
+        box.text_input(label, value=value, key=key, help=words, on_change=said, args=(kind, key))
     own.say_refusal("prompt")
     if data["other"] is not None and len(data["other_tokens"]) != len(data["comparison"]["tokens"]):
         st.caption(f":material/info: {len(data['comparison']['tokens'])} tokens here, {len(data['other_tokens'])} in the other prompt: "
@@ -109,26 +109,23 @@ def _prompts(own: Desk, data: dict[str, Any]) -> None:
 
 def _grid(own: Desk, data: dict[str, Any]) -> tuple[int, int]:
     tokens, steps = data["comparison"]["tokens"], data["grids"]["after"]["steps"]
-    row = st.container(horizontal=True, vertical_alignment="bottom")
-    show = (
-        row.segmented_control(
-            "Grid", list(SHOWS), default="after", format_func=SHOWS.get, key="live:show", width="content"
-        )
-        or "after"
+    row = st.container(horizontal=True)
+    show = row.segmented_control(
+        "Grid", list(SHOWS), default="after", required=True, format_func=SHOWS.get, key="live:show", width="content"
     )
     lenses = ["logit", *(str(path) for path in sorted(runs_root().glob("**/*.lens")))]
-    row.selectbox("Lens", lenses, key="keep:live:lens", accept_new_options=True, width=110,
+    row.selectbox("Lens", lenses, key="keep:live:lens", accept_new_options=True, width=95,
                   on_change=lambda: own.act("another lens", at="prompt"))  # fmt: skip
     if st.session_state.get("live:step") not in range(len(steps)):
         st.session_state["live:step"] = len(steps) // 2
     if st.session_state.get("live:position") not in range(len(tokens)):
         st.session_state["live:position"] = len(tokens) - 1
-    step = row.selectbox("Block", range(len(steps)), key="live:step", width=90, format_func=lambda i: str(steps[i]))
+    step = row.selectbox("Block", range(len(steps)), key="live:step", width=80, format_func=lambda i: str(steps[i]))
     position = row.selectbox(
-        "Position", range(len(tokens)), key="live:position", width=150, format_func=lambda i: f"{i} {tokens[i]}"
+        "Position", range(len(tokens)), key="live:position", width=135, format_func=lambda i: f"{i} {tokens[i]}"
     )
 
-    figure = lens_grid(tokens, data["grids"], show, (step, position), [s["text"] for s in data["steps"]])
+    figure = lens_grid(tokens, data["grids"], show, (step, position))
     st.html(at_least("live-grid", COLUMN * len(tokens) + 140))
     with st.container(key="live-grid"):
         st.plotly_chart(
@@ -136,7 +133,7 @@ def _grid(own: Desk, data: dict[str, Any]) -> tuple[int, int]:
             alt=f"Lens grid, {SHOWS[show]}: the top token of {len(steps)} blocks at {len(tokens)} positions; the inspector tells one cell.",
         )  # fmt: skip
     after = data["grids"]["after"]
-    if after["changed"].any():
+    if data["comparison"]["edits"]:
         reach, moved = int(after["changed"].sum()), int((after["kl"] > CHANGED).sum())
         st.caption(
             f"The edits can reach {reach} of {after['changed'].size} cells; in {moved} the reading changed by more than {CHANGED} nats (outlined)."
@@ -146,7 +143,9 @@ def _grid(own: Desk, data: dict[str, Any]) -> tuple[int, int]:
 
 def _tools(own: Desk, data: dict[str, Any], step: int, position: int) -> None:
     names = ["Cell", "Attention", "Heads", "Everywhere", "Both prompts", "Depth", "History", "Take along"]
-    tool = st.segmented_control("Tools", names, default="Cell", key="live:tool", label_visibility="collapsed") or "Cell"
+    tool = st.segmented_control(
+        "Tools", names, default="Cell", required=True, key="live:tool", label_visibility="collapsed"
+    )
     if tool == "Cell":
         draw_cell(own, data, step, position)
     elif tool == "Attention":

@@ -26,7 +26,9 @@ from bench_live import STATE, WAIT, answered, choose, fill, settled, slide
 LOOKS = tuple((theme, width) for theme in ("light", "dark") for width in (1440, 1024))
 EXAMPLES = ("Indirect object (IOI)", "A question of two steps", "A latent language", "A fact, patched")
 ICONS = {"Let it act later.": "arrow_downward", "Let it act earlier.": "arrow_upward", "Remove this edit.": "close"}
-OWN = re.compile(r"Open$|Help for|Show/hide columns|Download as CSV|Search: |Fullscreen|Toggle|Copy|Close|Clear value|^$")
+OWN = re.compile(
+    r"Open$|Help for|Show/hide columns|Download as CSV|Search: |Fullscreen|Toggle|Copy|Close|Clear value|^$"
+)
 """Buttons of every list, table and code block, which are Streamlit's own."""
 DRAWN = """() => !document.querySelector('[data-testid=stSkeleton]')
   && [...document.querySelectorAll('[data-testid=stPlotlyChart]')].filter(e => e.checkVisibility()).every(
@@ -232,7 +234,11 @@ def _take(go: Walk) -> None:
     go.fold("Run on a prompt set")
     go.press("Run under these edits", refused=True)
     prompts = page.get_by_label("Prompts, one a line")
-    go.do("prompts", lambda: (prompts.fill("The capital of Spain is the city of"), prompts.press("Control+Enter")), refused=None)
+    go.do(
+        "prompts",
+        lambda: (prompts.fill("The capital of Spain is the city of"), prompts.press("Control+Enter")),
+        refused=None,
+    )
     go.press("Run under these edits")
     go.picture("take along")
 

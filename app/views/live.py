@@ -117,7 +117,7 @@ def _grid(own: Desk, data: dict[str, Any]) -> tuple[int, int]:
     row.selectbox("Lens", lenses, key="keep:live:lens", accept_new_options=True, width=95,
                   on_change=lambda: own.act("another lens", at="prompt"))  # fmt: skip
     if st.session_state.get("live:step") not in range(len(steps)):
-        st.session_state["live:step"] = len(steps) // 2
+        st.session_state["live:step"] = min(st.session_state.get("live:last-step", len(steps) // 2), len(steps) - 1)
     if st.session_state.get("live:position") not in range(len(tokens)):
         st.session_state["live:position"] = len(tokens) - 1
     step = row.selectbox("Block", range(len(steps)), key="live:step", width=80, format_func=lambda i: str(steps[i]))
@@ -125,6 +125,8 @@ def _grid(own: Desk, data: dict[str, Any]) -> tuple[int, int]:
         "Position", range(len(tokens)), key="live:position", width=135, format_func=lambda i: f"{i} {tokens[i]}"
     )
 
+    # Where a block is skipped or repeated the list has other entries, so that it is another list and begins anew.
+    st.session_state["live:last-step"] = step
     figure = lens_grid(tokens, data["grids"], show, (step, position))
     st.html(at_least("live-grid", COLUMN * len(tokens) + 140))
     with st.container(key="live-grid"):

@@ -60,7 +60,9 @@ def draw_both(desk: Desk, data: dict[str, Any], step: int, position: int, lens: 
     there = {"before": answer["grid"], "after": answer["grid"]}
     kept = ("live:step", "live:position"), names
     titles = "This prompt, without edits", "The other prompt"
-    for side, (column, text, grids) in enumerate(zip(st.columns(2), (tokens, others), (here, there), strict=True)):
+    for side, (column, text, grids) in enumerate(
+        zip(st.container(key="live-pair-both").columns(2), (tokens, others), (here, there), strict=True)
+    ):
         key = f"live:both:{side}:{desk.at}"
         with column:
             st.markdown(f"**{titles[side]}**")
@@ -129,7 +131,7 @@ def _draw_compared(desk: Desk) -> None:
         key="live:compare:what",
     )
     labels = ("Compare", "live:compare:a", 0), ("with", "live:compare:b", len(steps) - 1)
-    for column, (label, key, first) in zip(st.columns(2), labels, strict=True):
+    for column, (label, key, first) in zip(st.container(key="live-pair-history").columns(2), labels, strict=True):
         with column:
             index = st.selectbox(label, steps, key=key, index=first, format_func=lambda i: f"{i}. {desk.words[i]}")
             data = desk.history[index].data

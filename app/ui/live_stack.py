@@ -32,7 +32,7 @@ def draw_stack(desk: Desk, data: dict[str, Any]) -> None:
 
 
 def _draw_step(desk: Desk, index: int, step: dict[str, Any], n: int) -> None:
-    stamp = f"{desk.at}:{index}"
+    stamp = f"{desk.turn}:{index}"
     with st.container(border=True, key=f"live:step:{index}"):
         on, text = st.columns([1, 7], vertical_alignment="center")
         on.toggle(

@@ -51,7 +51,7 @@ def _live() -> None:
     _tour()
     _prompts(own, data)
     draw_outcome(own, data)
-    wide, narrow = st.columns([7, 4])
+    wide, narrow = st.container(key="live-pair-desk").columns([7, 4])
     with wide:
         step, position = _grid(own, data)
     with narrow:
@@ -80,7 +80,7 @@ def _tour() -> None:
 
 
 def _prompts(own: Desk, data: dict[str, Any]) -> None:
-    stamp = f"{own.at}:{len(own.history)}"
+    stamp = str(own.turn)
 
     def said(kind: str, key: str) -> None:
         value = st.session_state[key]
@@ -90,17 +90,17 @@ def _prompts(own: Desk, data: dict[str, Any]) -> None:
     model = own.now.session.split("\n")[0].partition(" ")[2]
     refs = list(dict.fromkeys([model, "smollm2-135m", *(run.model for run in saved_runs())]))
     fields = (
-        ("text", "Prompt", data["text"], "What the model reads. Enter runs it."),
-        ("other", "Other prompt", data["other"] or "", "What edits may copy from; best token by token alike. May be empty."),
-        ("watch", "Watch", watch_text(data["watch"]), "Tokens to follow: Paris, Rome, or quoted with their blanks."),
+        (300, "text", "Prompt", data["text"], "What the model reads. Enter runs it."),
+        (300, "other", "Other prompt", data["other"] or "", "What edits may copy from; best token by token alike. May be empty."),
+        (150, "watch", "Watch", watch_text(data["watch"]), "Tokens to follow: Paris, Rome, or quoted with their blanks."),
     )  # fmt: skip
     key = f"live:model:{stamp}"
-    model_box, *boxes = st.columns([3, 5, 5, 3])
-    model_box.selectbox("Model", refs, index=0, key=key, accept_new_options=True, on_change=said, args=("model", key),
-                        help="The model that is loaded stands first; another is loaded when chosen.")  # fmt: skip
-    for box, (kind, label, value, words) in zip(boxes, fields, strict=True):
-        key = f"live:{kind}:{stamp}"
-        box.text_input(label, value=value, key=key, help=words, on_change=said, args=(kind, key))
+    with st.container(horizontal=True):
+        st.selectbox("Model", refs, index=0, key=key, accept_new_options=True, on_change=said, args=("model", key), width=180,
+                     help="The model that is loaded stands first; another is loaded when chosen.")  # fmt: skip
+        for width, kind, label, value, words in fields:
+            key = f"live:{kind}:{stamp}"
+            st.text_input(label, value=value, key=key, help=words, on_change=said, args=(kind, key), width=width)
     own.say_refusal("prompt")
     if data["other"] is not None and len(data["other_tokens"]) != len(data["comparison"]["tokens"]):
         st.caption(f":material/info: {len(data['comparison']['tokens'])} tokens here, {len(data['other_tokens'])} in the other prompt: "

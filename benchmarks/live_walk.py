@@ -21,7 +21,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parent)]
 
 from app_server import chromium, serve
-from bench_live import STATE, WAIT, answered, choose, fill, settled, slide
+from bench_live import STATE, WAIT, answered, fill, settled, slide
 
 LOOKS = tuple((theme, width) for theme in ("light", "dark") for width in (1440, 1024))
 EXAMPLES = ("Indirect object (IOI)", "A question of two steps", "A latent language", "A fact, patched")
@@ -84,30 +84,23 @@ class Walk:
         self.pressed.add(label)
         self.do(label, lambda: buttons.first.click(), refused)
 
-    def choose_one(self, group: str, label: str) -> None:
+    def choose_one(self, group: str | re.Pattern[str], label: str) -> None:
         """Choose one of a row of words; the radio button itself lies hidden under its word."""
         words = self.main.get_by_role("radiogroup", name=group).get_by_text(label, exact=True)
-        self.do(f"{group}: {label}", lambda: words.click())
+        self.do(f"{group if isinstance(group, str) else group.pattern}: {label}", lambda: words.click())
 
     def fold(self, label: str) -> None:
         """Open a fold or a pop-up by its words."""
         self.pressed.add(label)
         self.do(label, lambda: self.main.get_by_text(label, exact=True).first.click())
 
-    def click_cell(self, container: str, share: tuple[float, float]) -> None:
-        """Click in a map, at a share of its width from the left and of its height from below."""
-        cells = self.page.locator(f"{container} .nsewdrag").first
-        cells.scroll_into_view_if_needed()
-        box = cells.bounding_box()
-        place = {"x": box["width"] * share[0], "y": box["height"] * (1 - share[1])}
-        # A figure knows what is clicked from what the pointer is over.
-        cells.hover(position=place)
-        self.page.wait_for_timeout(300)
-        self.do(f"click in {container}", lambda: cells.click(position=place))
-
-    def chosen(self, label: str) -> str:
-        """Return what a list stands at."""
-        return str(self.page.get_by_role("combobox", name=label, exact=True).input_value())
+    def click_cell(self, title: str, row: int, column: int) -> None:
+        """Click a cell of a grid whose title begins so; it must then be the one that is chosen."""
+        grid = self.page.get_by_role("grid", name=title).first
+        cell = grid.locator(f"#cell-{row}-{column}")
+        self.do(f"cell {row}, {column} of {title}", lambda: cell.click())
+        if cell.get_attribute("aria-selected") != "true":
+            self.wrong.append(f"{self.name}: {title}: the click chose another cell")
 
     def drawn(self) -> None:
         """Wait until everything on the page is drawn and stands still."""
@@ -150,12 +143,9 @@ def walk(go: Walk) -> None:
 def _cell(go: Walk) -> None:
     page = go.page
     go.choose_one("Tools", "Cell")
-    go.do("block", lambda: choose(page, "Block", "12"))
-    go.click_cell(".st-key-live-grid", (0.32, 0.72))
-    if (at := (go.chosen("Block"), go.chosen("Position")[:1])) not in {(str(row), "2") for row in (20, 21, 22)}:
-        go.wrong.append(f"{go.name}: the click in the grid chose {at}")
+    go.click_cell("Lens grid", 20, 2)
     for point in ("mlp_out", "attn_out", "resid_mid", "resid_pre", "resid_post"):
-        go.choose_one("Of this block, at this position", point)
+        go.choose_one(re.compile("At block"), point)
     for label in ("Zero", "Mean", "Patch from other", "Skip block", "Repeat block", "Steer to Paris"):
         go.press(label)
         go.press("Undo")
@@ -195,9 +185,7 @@ def _attention(go: Walk) -> None:
 
 def _heads(go: Walk) -> None:
     go.choose_one("Tools", "Heads")
-    go.click_cell(".st-key-live-head-map", (0.5, 0.8))
-    if not re.fullmatch(r"2[2-5]\.4", at := go.chosen("Head")):
-        go.wrong.append(f"{go.name}: the click in the map of heads chose {at}")
+    go.click_cell("Direct effect of every head", 24, 4)
     go.picture("heads")
     for label in ("Zero", "Mean", "Patch"):
         go.press(label)

@@ -79,10 +79,10 @@ def prompts(tmp_path: Path) -> Path:
         (["models", "fetch", "gemma3-270m"], ["gemma3-270m", "--accept-license"]),
         (["check", "no-such/model"], ["no-such/model", "smollm2-135m"]),
         (["bench", "nothing"], ["unknown benchmark"]),
-        (["run", "voids", "--model", "x"], ["voids needs prompts", "--prompts FILE.jsonl"]),
-        (["run", "back_patching", "--model", "x"], ["back_patching needs prompts", "another --task"]),
-        (["run", "concept_depth", "--model", "x"], ["concept_depth needs prompts", "--sets NAME"]),
-        (["run", "latent_language", "--model", "x", "--source", "xx"], ["unknown source 'xx'", "fr"]),
+        (["run", "voids", "--model", "smollm2-135m"], ["voids needs prompts", "--prompts FILE.jsonl"]),
+        (["run", "back_patching", "--model", "smollm2-135m"], ["back_patching needs prompts", "another --task"]),
+        (["run", "concept_depth", "--model", "smollm2-135m"], ["concept_depth needs prompts", "--sets NAME"]),
+        (["run", "latent_language", "--model", "smollm2-135m", "--source", "xx"], ["unknown source 'xx'", "fr"]),
     ],
 )
 def test_commands(
@@ -159,8 +159,8 @@ def test_a_fault_in_the_prompts_is_found_before_a_model_is_loaded(
 
     monkeypatch.setattr("analyses.running.model_spec.ModelSpec.load", refuse)
     prompts.write_text('{"text": 7}\n')
-    assert "p.jsonl:1" in refused(voids("anything", prompts), capsys)
-    assert "does not exist" in refused(voids("anything", prompts.parent / "none.jsonl"), capsys)
+    assert "p.jsonl:1" in refused(voids("smollm2-135m", prompts), capsys)
+    assert "does not exist" in refused(voids("smollm2-135m", prompts.parent / "none.jsonl"), capsys)
 
 
 @pytest.mark.usefixtures("no_forward")
@@ -216,7 +216,7 @@ def test_an_output_whose_parent_cannot_be_made(
         raise AssertionError("the model was loaded first")
 
     monkeypatch.setattr("analyses.running.model_spec.ModelSpec.load", refuse)
-    refused([*voids("x", prompts), "--out", str(prompts.parent / path)], capsys)
+    refused([*voids("smollm2-135m", prompts), "--out", str(prompts.parent / path)], capsys)
 
 
 def test_references_too_long_for_a_path(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:

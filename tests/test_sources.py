@@ -33,6 +33,7 @@ from probes.models.sources import model_cache as cache
 from probes.models.sources.checkpoint import Loading, load_module
 from probes.models.sources.digest import weights_digest
 from probes.models.sources.fetch import fetch_bundled
+from probes.models.sources.locate import check_reference
 from probes.models.sources.model_folder import read_config
 
 
@@ -346,6 +347,22 @@ class TestHub:
             load_model("someone/else")
         assert "smollm2-135m" in line_of(error)
         assert "someone/llama" in str(error.value)
+
+    def test_a_reference_is_refused_without_a_load(
+        self, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hub_cached(tmp_path / "hub", "someone/llama", folder)
+        for good in ("someone/llama", str(folder), "smollm2-135m", "planted:A2@0"):
+            check_reference(good)
+        for bad, said in [
+            ("someone/else", "cannot be reached"), ("smolm2-135M", "Did you mean"), ("a b", "no such model"),
+            (str(tmp_path), "not a model folder"), (__file__, "not a .gguf file"),
+        ]:  # fmt: skip
+            with pytest.raises(ModelError, match=said):
+                check_reference(bad)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(HfApi, "model_info", lambda *_a, **_k: SimpleNamespace(siblings=[]))
+        check_reference("someone/else")
 
     def test_near_miss_of_a_named_model(self) -> None:
         with pytest.raises(ModelError, match="Did you mean 'smollm2-135m'"):

@@ -31,15 +31,15 @@ from analyses.running.model_spec import ModelSpec
 from analyses.running.runner import run
 from analyses.voids import Voids
 from probes.html_card import count
-from probes.prompts import read_prompts
 from probes.store import ActivationStore
 
 DEMO_MODEL = ModelSpec("smollm2-135m")
 DEMO_PROMPTS = Path(str(files("analyses").joinpath("data", "demo.jsonl")))
+FEW_PROMPTS = DEMO_PROMPTS.with_name("demo_few.jsonl")
+"""The short ones among them, and enough for an interval over prompts."""
 
-
-THIRD = tuple(range(0, 30, 3))
-"""Every third block of the demo's model."""
+FIFTH = tuple(range(4, 30, 5))
+"""Every fifth block of the demo's model, the last among them."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,17 @@ class Step:
     quick: Analysis
     full: Analysis
     weight: float
-    """Its share of the time that the quick demo takes, roughly: for the estimate of what is left."""
+    """Seconds that it takes in the quick demo, roughly: for the estimate of what is left."""
+    few: bool = False
+    """Whether the quick demo reads `FEW_PROMPTS` alone."""
 
     def analysis(self, full: bool) -> Analysis:
         """The analysis with the options of the quick or the full demo."""
         return self.full if full else self.quick
+
+    def prompts(self, full: bool) -> Path:
+        """The prompts that the quick or the full demo reads."""
+        return FEW_PROMPTS if self.few and not full else DEMO_PROMPTS
 
 
 DEMO = (
@@ -62,10 +68,11 @@ DEMO = (
         Voids(alpha=(0.8, 0.2), max_new_tokens=3),
         Voids(alpha=(0.8, 0.2, 0.4, 0.6, 1.0), max_new_tokens=16, readout_positions="all"),
         6,
+        few=True,
     ),
     Step(CommunicationChannels(task="none", kinds=("q",)), CommunicationChannels(n_prompts=24, laundry_items=(2, 3, 4)), 8),
     Step(
-        Lenses(task="two_hop", n_prompts=4, fit_texts=5, eval_texts=10, layers=THIRD),
+        Lenses(task="two_hop", n_prompts=4, fit_texts=5, eval_texts=10, layers=FIFTH),
         Lenses(task="two_hop", n_prompts=12, fit_texts=60, eval_texts=12),
         10,
     ),
@@ -80,24 +87,24 @@ DEMO = (
         6,
     ),
     Step(
-        ConceptDepth(sets=("city_country", "sentiment"), limit=60, splits=2, causal_layers=0, stride=2),
+        ConceptDepth(sets=("city_country", "sentiment"), limit=40, splits=2, causal_layers=0, stride=3),
         ConceptDepth(
             sets=("city_country", "capital_negation", "sentiment"), limit=100, splits=2, causal_layers=1, causal_prompts=8
         ),
         14,
     ),
     Step(
-        BackPatching(task="two_hop", pool=30, n_prompts=6, stride=5, stages=False),
+        BackPatching(task="two_hop", pool=24, n_prompts=6, stride=6, stages=False),
         BackPatching(task="two_hop", pool=60, n_prompts=8, stride=3),
         12,
     ),
-    Step(NormRemoval(split_paths=False, neurons=0, stride=6), NormRemoval(split_paths=False, neurons=4), 10),
+    Step(NormRemoval(split_paths=False, neurons=0, stride=6), NormRemoval(split_paths=False, neurons=4), 10, few=True),
     Step(
-        CausalPatching(task="facts", n_pairs=4, heads="none", nulls="none", components=("resid_post",)),
+        CausalPatching(task="facts", n_pairs=4, heads="none", nulls="none", components=("resid_post",), stride=2),
         CausalPatching(task="facts", n_pairs=6, heads="none", nulls="none"),
         10,
     ),
-    Step(PassageUse(task="facts", n_prompts=6, stride=3), PassageUse(task="facts", fuse=True), 6),
+    Step(PassageUse(task="facts", n_prompts=6, stride=5), PassageUse(task="facts", fuse=True), 6),
     Step(
         LayerPrograms(n_prompts=4, maps=("pairs",), metric=("answer",), stride=6),
         LayerPrograms(n_prompts=8, stride=3),
@@ -113,6 +120,7 @@ DEMO = (
             drop_blocks=3,
         ),
         16,
+        few=True,
     ),
     Step(
         ContextualDecomposition(
@@ -145,7 +153,6 @@ def demo(
     started = time.perf_counter()
     path = out / "report.html"
     check_page(path)
-    lines = read_prompts(DEMO_PROMPTS, Voids.prompt_fields)
     activations = ActivationStore(store)
     model = DEMO_MODEL.load(progress=say)
     report = GrowingReport(path, f"Where in the depth of {model.ref}?", "" if full else SIZE)
@@ -156,9 +163,7 @@ def demo(
         say(f"{place} · {analysis.title}{_left(number - 1, time.perf_counter() - loaded)}")
         progress = ConsoleProgress(place)
         try:
-            result = run(
-                DEMO_MODEL, analysis, lines, activations, model=model, prompts_file=DEMO_PROMPTS, progress=progress
-            )
+            result = run(DEMO_MODEL, analysis, step.prompts(full), activations, model=model, progress=progress)
         finally:
             progress.stop()
         result.save(out / analysis.name)

@@ -78,6 +78,7 @@ def command_for(name: str) -> Callable[..., None]:
         changes = tuple(edits or ())
         build(outline, options)
         given.check()
+        spec.check()
         start(
             build(get_analysis(name), options),
             spec,

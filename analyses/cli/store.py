@@ -32,17 +32,18 @@ def ls(
 ) -> None:
     """What is held, one line per model and setting."""
     activations = ActivationStore(store)
-    table = activations.ls()
+    contexts = activations.contexts()
     if json:
-        for row in table.to_dict("records"):
-            say(dumps(row, default=str))
+        for context in contexts:
+            say(dumps(context, default=str))
         return
-    say(f"{activations.root}: {size(activations.bytes_held())} in {count(int(table['shards'].sum()), 'shard')}")
-    for line in aligned(LISTED, [_listed(row) for row in table.to_dict("records")]) if len(table) else ():
+    shards = count(sum(context["shards"] for context in contexts), "shard")
+    say(f"{activations.root}: {size(activations.bytes_held())} in {shards}")
+    for line in aligned(LISTED, [_listed(context) for context in contexts]) if contexts else ():
         say(line)
 
 
-def _listed(row: Mapping[Any, Any]) -> tuple[object, ...]:
+def _listed(row: Mapping[str, Any]) -> tuple[object, ...]:
     settings = " · ".join(str(row[name]) for name in ("backend", "dtype", "attention"))
     edits = "" if row["edits"] in ("", "none") else str(row["edits"])
     if len(edits) > WIDEST:

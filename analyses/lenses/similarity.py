@@ -29,7 +29,7 @@ def similarity(model: Model, judged: JudgedRows, lenses: Mapping[str, Lens], lay
         read = {
             name: logit.all_logprobs(lens.readable(rows, layer).float(), unembedding) for name, lens in lenses.items()
         }
-        order = {name: logprobs.argsort(-1).argsort(-1).float() for name, logprobs in read.items()}
+        order = {name: _ranks(logprobs) for name, logprobs in read.items()}
         parts += [
             {
                 "lens_a": a, "lens_b": b, "layer": layer, "js": float(jensen_shannon(read[a], read[b]).mean()),
@@ -44,6 +44,11 @@ def similarity(model: Model, judged: JudgedRows, lenses: Mapping[str, Lens], lay
 def _shared(a: Tensor, b: Tensor) -> Tensor:
     first, second = (x.topk(min(TOP, x.shape[-1]), -1).indices for x in (a, b))
     return (first[:, :, None] == second[:, None, :]).any(2).float().mean(1)
+
+
+def _ranks(values: Tensor) -> Tensor:
+    order = values.argsort(-1)
+    return torch.empty_like(values).scatter_(-1, order, torch.arange(values.shape[-1]).to(values).expand_as(values))
 
 
 def _pearson(a: Tensor, b: Tensor) -> Tensor:

@@ -57,6 +57,17 @@ class ModelSpec:
         chosen = self.device != "auto" or self.device_map is not None or self.remote
         return self if device is None or chosen else replace(self, device=device)
 
+    def check(self) -> None:
+        """Refuse a name that no model has, before anything heavy is imported.
+
+        Raises:
+            ModelError: as `load`, as far as it can be told without loading.
+        """
+        if not self.remote:
+            from probes.models.sources.locate import check_reference
+
+            check_reference(self.ref, revision=self.revision)
+
     def load(self, progress: Any = None) -> Model:
         """Load the model.
 

@@ -6,8 +6,9 @@ import json
 import logging
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from probes.errors import StoreError
 from probes.locked_files import exclusive
@@ -18,12 +19,11 @@ from probes.store.files import remove, remove_if_unlocked
 from probes.store.shard import Damage, Shard, Unreadable
 from probes.store.values import DamagedShard, Entry
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 LOG = logging.getLogger("probes.store")
-COLUMNS = ("weights", "backend", "dtype", "attention", "edits")
+SAID = ("weights", "backend", "dtype", "attention", "edits")
 """What a context usually says, in the order it is shown."""
+COLUMNS = ("model", *SAID, "sequences", "features", "shards", "bytes", "last_used")
+"""What is listed of each context."""
 
 
 @dataclass(frozen=True)
@@ -144,27 +144,25 @@ def gc(backing: Backing, max_bytes: int | None) -> GcReport:
     return GcReport(tuple(evicted), freed, temporary, quarantined, backing.catalogue.nbytes())
 
 
-def ls(backing: Backing) -> pd.DataFrame:
+def contexts(backing: Backing) -> list[dict[str, Any]]:
     """Return one line per context: what it says, sequences, features, shards, bytes, last_used (UTC)."""
-    import pandas as pd
-
     sizes = backing.catalogue.shards()
     lines = []
     for context, shards in backing.catalogue.contexts().items():
         paths = [path for name in shards if (path := backing.folder.shard(name)).exists()]
-        used = max((path.stat().st_mtime_ns for path in paths), default=0)
+        used = max((path.stat().st_mtime for path in paths), default=0)
         lines.append(
-            dict.fromkeys(COLUMNS, "")
+            dict.fromkeys(SAID, "")
             | json.loads(context)
             | {
                 "sequences": backing.catalogue.count("sequences", context),
                 "features": backing.catalogue.count("features", context),
                 "shards": len(shards),
                 "bytes": sum(sizes.get(name, 0) for name in shards),
-                "last_used": pd.Timestamp(used, unit="ns", tz="UTC"),
+                "last_used": datetime.fromtimestamp(used, UTC),
             }
         )
-    return pd.DataFrame(lines, columns=[*COLUMNS, "sequences", "features", "shards", "bytes", "last_used"])
+    return lines
 
 
 def _scan(backing: Backing, path: Path) -> Entry | None:

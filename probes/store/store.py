@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -197,10 +197,17 @@ class ActivationStore:
 
     @healing
     def ls(self) -> pd.DataFrame:
-        """Return one line per context: model (what its weights were called), what it says, sequences, features, shards, bytes, last_used (UTC)."""
-        table, known = maintenance.ls(self._backing), self.names.read()
-        table.insert(0, "model", [", ".join(known.get(weights, ())) for weights in table["weights"]])
-        return table
+        """Return the lines of `contexts` as a table."""
+        import pandas as pd
+
+        return pd.DataFrame(self.contexts(), columns=[*maintenance.COLUMNS])
+
+    @healing
+    def contexts(self) -> list[dict[str, Any]]:
+        """Return of each context: model (what its weights were called), what it says, sequences, features, shards, bytes, last_used (UTC)."""
+        known, said = self.names.read(), maintenance.contexts(self._backing)
+        lines = [{"model": ", ".join(known.get(line["weights"], ())), **line} for line in said]
+        return [{name: line[name] for name in maintenance.COLUMNS} for line in lines]
 
     @healing
     def verify(self) -> VerifyReport:

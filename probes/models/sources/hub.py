@@ -59,6 +59,16 @@ def hub_folder(
     return folder, folder.name
 
 
+def check_hub(ref: str, *, revision: str | None = None, offline: bool = False) -> None:
+    """Ask the hub, which is not asked for a cached model, whether it has one; nothing is downloaded.
+
+    Raises:
+        ModelError: not on the hub, gated, or not cached while the hub cannot be reached.
+    """
+    if _cached(ref, revision) is None and (offline or _switched_off() or _ask(ref, revision) is None):
+        raise HubUnreachable(ref)
+
+
 def cached_models() -> tuple[str, ...]:
     """Return the hub ids in the local hub cache that can be loaded: a configuration and safetensors weights."""
     from huggingface_hub import constants, scan_cache_dir

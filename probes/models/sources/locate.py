@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,7 +15,7 @@ from probes.input_files import kind_of
 from probes.models.sources.bundled import BUNDLED, BundledModel
 from probes.models.sources.fetch import Download, Progress, fetch_bundled
 from probes.models.sources.gguf import gguf_folder, gguf_outline
-from probes.models.sources.hub import HubMissing, HubUnreachable, cached_models, hub_folder, is_hub_id
+from probes.models.sources.hub import HubMissing, HubUnreachable, cached_models, check_hub, hub_folder, is_hub_id
 from probes.models.sources.model_cache import installed
 from probes.models.sources.model_folder import check_folder, read_config
 from probes.models.sources.planted import is_planted, planted_folder
@@ -76,17 +77,41 @@ def locate(
         planted, digest = planted_folder(ref)
         return Located(ref, planted, f"sha256:{digest}")
     path = expanded(ref)
+    kind = _kind_on_disk(ref, path)
+    if kind == "folder":
+        return Located(ref, path)
+    if kind == "file":
+        return Located(ref, gguf_outline(path), weights=path) if keep_quantised else Located(ref, gguf_folder(path))
+    with _hub_refusals(ref):
+        folder, commit = hub_folder(ref, revision=revision, offline=offline, trust_remote_code=trust_remote_code)
+    check_folder(folder)
+    return Located(ref, folder, commit)
+
+
+def check_reference(ref: str, *, revision: str | None = None, offline: bool = False) -> None:
+    """Refuse a reference that names no model; fetches, converts and builds nothing, and imports no torch.
+
+    Raises:
+        ModelError: as `locate`, where that can be told from the name, the files' kinds and the hub's answer.
+    """
+    if ref in BUNDLED and revision is None:
+        _refuse_offline_fetch(BUNDLED[ref], offline)
+    elif not is_planted(ref) and _kind_on_disk(ref, expanded(ref)) == "nothing":
+        with _hub_refusals(ref):
+            check_hub(ref, revision=revision, offline=offline)
+
+
+def _kind_on_disk(ref: str, path: Path) -> str:
+    """Return `folder`, `file` (of a GGUF file), or `nothing` where the reference may be a hub id."""
     kind = kind_of(path)
     if kind == "folder":
         check_folder(path)
-        return Located(ref, path)
-    if kind == "file" and path.suffix.lower() == ".gguf":
-        return Located(ref, gguf_outline(path), weights=path) if keep_quantised else Located(ref, gguf_folder(path))
-    if kind != "nothing":
+    elif kind == "nothing":
+        if not is_hub_id(ref) or path.suffix.lower() == ".gguf":
+            raise ModelError(f"no such model, file or folder: {shown(ref)}.{_near(ref)} A model is {_legal()}")
+    elif kind != "file" or path.suffix.lower() != ".gguf":
         raise ModelError(f"{shown(ref)} is a {kind} but not a .gguf file; a model is {_legal()}")
-    if not is_hub_id(ref) or path.suffix.lower() == ".gguf":
-        raise ModelError(f"no such model, file or folder: {shown(ref)}.{_near(ref)} A model is {_legal()}")
-    return _from_hub(ref, revision, offline, trust_remote_code)
+    return kind
 
 
 def fetch_model(
@@ -147,12 +172,14 @@ def model_info(ref: str, *, trust_remote_code: bool = False) -> ModelInfo:
     return ModelInfo(ref, kind, described, at_hand=True, path=located.folder, facts=facts)
 
 
-def _from_hub(ref: str, revision: str | None, offline: bool, trust_remote_code: bool) -> Located:
+@contextmanager
+def _hub_refusals(ref: str) -> Iterator[None]:
+    """Within it, what the hub refuses is said with the models at hand; a bundled model's misspelt name is not asked for."""
     near = _near(ref)
     if near and "/" not in ref:
         raise ModelError(f"unknown model {ref!r}.{near} At hand: {_at_hand()}.")
     try:
-        folder, commit = hub_folder(ref, revision=revision, offline=offline, trust_remote_code=trust_remote_code)
+        yield
     except HubMissing:
         raise ModelError(
             f"unknown model {ref!r}: the hub has none of that name.{near} At hand: {_at_hand()}."
@@ -162,8 +189,6 @@ def _from_hub(ref: str, revision: str | None, offline: bool, trust_remote_code: 
             f"model {ref!r} is not on this machine and the model hub cannot be reached (or is switched off).{near} "
             f"At hand: {_at_hand()}."
         ) from None
-    check_folder(folder)
-    return Located(ref, folder, commit)
 
 
 def _refuse_offline_fetch(entry: BundledModel, offline: bool) -> None:

@@ -21,6 +21,7 @@ from probes.capture.needs import Need
 from probes.models.protocol import Model
 from probes.progress import QUIET, Progress
 from probes.prompts import Field, FieldCheck, Prompt, PromptLine, as_line, check_fields, read_prompts, tokenize
+from probes.saved_directions import SavedDirections
 from probes.store import ActivationStore
 
 PromptsLike = str | Path | Sequence[Prompt | PromptLine | str | Sequence[int]]
@@ -45,6 +46,8 @@ class Measured:
     """What was done, beside or in place of what the captures and prompts say: forwards, tokens."""
     interventions: int = 0
     """Forwards that were run with something changed, as `Analysis.interventions` counts them."""
+    directions: SavedDirections | None = None
+    """Directions of the stream, saved for edits to name."""
 
 
 class Analysis:
@@ -140,6 +143,7 @@ def make_result(
     notes: Sequence[str] = (),
     counts: Mapping[str, int] | None = None,
     interventions: int = 0,
+    directions: SavedDirections | None = None,
 ) -> Result:
     """Return the result of `analysis`, with its provenance and card, from what `Measured` says."""
     options = json.loads(json.dumps(dataclasses.asdict(analysis)))
@@ -158,4 +162,5 @@ def make_result(
     provenance["prompts"] = prompts_digest(prompts)
     if analysis.reads in UNSTORED:
         notes = [*notes, f"Nothing was read from the activation store or added to it: {UNSTORED[analysis.reads]}."]
-    return Result(analysis.name, options, dict(tables), provenance, tuple(notes), Card.of(analysis))
+    card = Card.of(analysis)
+    return Result(analysis.name, options, dict(tables), provenance, tuple(notes), card, directions=directions)

@@ -7,15 +7,11 @@ import re
 from pathlib import Path
 
 from probes.cache_folder import cache_root, expanded
+from probes.cache_folder import runs_root as runs_root
 from probes.errors import OptionError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
 """What a run may be called: no separators, so that it stays in the folder of runs."""
-
-
-def runs_root() -> Path:
-    """The folder of saved runs: `$BATHYSCOPE_RUNS`, or `runs` where the dashboard was started."""
-    return expanded(os.environ.get("BATHYSCOPE_RUNS") or "runs").absolute()
 
 
 def store_root() -> Path:

@@ -1,4 +1,4 @@
-"""Where Bathyscope keeps what can be fetched or computed again, and paths that begin with ~."""
+"""Where Bathyscope keeps what can be fetched or computed again, where runs are saved, and paths that begin with ~."""
 
 from __future__ import annotations
 
@@ -19,3 +19,8 @@ def expanded(path: str | Path) -> Path:
 def cache_root() -> Path:
     """Return `$BATHYSCOPE_CACHE`, or the user's cache folder; holds `models` and, unless told otherwise, `store`."""
     return expanded(os.environ.get("BATHYSCOPE_CACHE") or platformdirs.user_cache_dir("bathyscope"))
+
+
+def runs_root() -> Path:
+    """Return the folder of saved runs: `$BATHYSCOPE_RUNS`, or `runs` where the program was started."""
+    return expanded(os.environ.get("BATHYSCOPE_RUNS") or "runs").absolute()

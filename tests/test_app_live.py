@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import streamlit as st
 import torch
@@ -18,6 +19,7 @@ from app.live.protocol import Answer, Question
 from app.ui import live_desk, live_take
 from probes.edits import legal_forms
 from probes.models import Model
+from probes.saved_directions import SavedDirections
 from probes.session import Session, State
 
 SECONDS = 60.0
@@ -94,6 +96,26 @@ def test_every_kind_of_edit_on_the_page_equals_the_same_text_in_python(start: st
         assert (token["token_id"], token["logprob"]) == (other.token_id, pytest.approx(other.logprob, abs=1e-6))
 
 
+def test_a_direction_of_a_saved_run_acts_on_the_page_as_in_python(start: str, model: Model, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "cd"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text("{}")
+    SavedDirections.of("probe", {"city@resid_post.1": np.arange(model.shape.d_model)}).save(folder)
+    at = page()
+    for line, reason in (
+        ("add resid_post.1 probe cd/city x2.0", ""),
+        ("add resid_post.0 probe cd/city", "it has city at resid_post.1"),
+    ):
+        fine(at.text_input(key="live:line").set_value(line).run())
+        assert reason in desk(at).refusal
+        assert bool(reason) == bool(desk(at).refusal)
+    session = Session.parse(desk(at).now.session, model)  # type: ignore[union-attr]
+    assert str(session.edits[-1]) == "add resid_post.1 probe cd/city x2.0"
+    kl = session.compare(layers=False).kl
+    assert kl > 0
+    assert desk(at).now.data["comparison"]["kl"] == pytest.approx(kl, abs=1e-6)  # type: ignore[union-attr]
+
+
 def test_undo_gives_the_very_same_answer_and_redo_too(start: str) -> None:
     at = page()
     first = desk(at).now
@@ -113,7 +135,7 @@ def test_what_is_no_edit_is_refused_in_place_and_the_session_kept(start: str) ->
     at.text_input(key="live:line").set_value("zero y.1").run()
     assert desk(at).now is before
     assert "zero POINT" in at.error[0].value
-    at.text_input(key="live:text:0:1").set_value("w5 " * 70).run()
+    at.text_input(key="live:text:1").set_value("w5 " * 70).run()
     assert "context window" in at.error[0].value
     assert desk(at).now is before
 

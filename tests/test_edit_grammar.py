@@ -22,6 +22,7 @@ from probes.edits import (
     ProjectOut,
     RepeatBlocks,
     Replace,
+    RunDirection,
     Scale,
     SkipBlocks,
     TokenDirection,
@@ -41,7 +42,8 @@ AT = st.one_of(
     st.sampled_from(["all", "last", "after_first"]), st.lists(st.integers(-40, 40), max_size=5).map(tuple), st.builds(TokenText, TEXT)
 )  # fmt: skip
 DIRECTION = st.one_of(
-    st.builds(TokenDirection, TEXT, st.none() | TEXT), st.just(Difference()), st.builds(FileDirection, TEXT, st.just("") | TEXT)
+    st.builds(TokenDirection, TEXT, st.none() | TEXT), st.just(Difference()), st.builds(FileDirection, TEXT, st.just("") | TEXT),
+    st.builds(RunDirection, st.sampled_from(["probe", "channel"]), st.builds("{}/{}".format, TEXT, TEXT) | TEXT),
 )  # fmt: skip
 
 

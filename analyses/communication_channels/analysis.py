@@ -35,6 +35,7 @@ from probes.models.protocol import BlockAccess, Model
 from probes.points import Address
 from probes.progress import Progress
 from probes.prompts import Prompt
+from probes.saved_directions import SavedDirections
 from probes.store import ActivationStore
 from probes.weights.composition import Heads, Kind
 from probes.weights.head_weights import head_weights, rotary
@@ -107,7 +108,7 @@ class CommunicationChannels(Settings, Analysis):
         tables["tokens"] = _token_table(model, heads, scans, pairs)
         if reason is None and self.laundry_prompts:
             tables |= steer_lists(model, heads, scans, table, edited, self, tally)
-        return Measured([], tables, None, notes, counts, tally.forwards)
+        return Measured([], tables, None, notes, counts, tally.forwards, _directions(heads, pairs))
 
     def _weights_note(self, heads: Heads) -> str:
         folded = "with" if heads.fold_norm else "without"
@@ -127,6 +128,13 @@ class CommunicationChannels(Settings, Analysis):
         except PointError as error:
             return str(error)
         return model.refusal(Address("pattern", 0)) or model.refusal(Address("z", 0))
+
+
+def _directions(heads: Heads, pairs: pd.DataFrame) -> SavedDirections:
+    """Return what the strongest component of each pair writes into the stream, as `LAYER.HEAD.COMPONENT` of the source."""
+    write, columns = heads.ov.svd[2], ["source_layer", "source_head", "component"]
+    places = [tuple(map(int, place)) for place in pairs[columns].drop_duplicates().itertuples(index=False)]
+    return SavedDirections.of("channel", {".".join(map(str, place)): write[place].cpu().numpy() for place in places})
 
 
 def _token_table(model: Model, heads: Heads, scans: Sequence[Scan], pairs: pd.DataFrame, k: int = 6) -> pd.DataFrame:

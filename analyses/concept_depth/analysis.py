@@ -37,6 +37,7 @@ from probes.models.rounded_weights import fake_quantised
 from probes.progress import Progress
 from probes.prompts import Prompt, tokenize
 from probes.reducers import Reducer
+from probes.saved_directions import SavedDirections
 from probes.store import ActivationStore
 
 
@@ -169,7 +170,20 @@ class ConceptDepth(Analysis):
             counts["forwards_causal"] = sum(check.forwards for check in checks)
             edited += sum(check.edited for check in checks)
             notes += [check.note for check in checks if check.note]
-        return Measured(lines, tables, plain, notes, counts, interventions=edited)
+        return Measured(lines, tables, plain, notes, counts, edited, self._directions(probed))
+
+    def _directions(self, probed: Sequence[Probed]) -> SavedDirections:
+        """Return the probes' normals on the model as it is, of the first split, as the causal check takes them.
+
+        Those of the first kind go by the data set's name, others by `DATASET/KIND`.
+        """
+        vectors = {}
+        for one in probed:
+            name = one.data.name + ("" if one.kind == self.probes[0] else f"/{one.kind}")
+            for layer, evaluation in zip(one.numbers, one.layers, strict=True):
+                if one.variant == "plain":
+                    vectors[f"{name}@{self.representation}.{layer}"] = evaluation.probes[0].weight
+        return SavedDirections.of("probe", vectors)
 
     def _capture(
         self, model: Model, variant: Variant, prompts: list[Prompt], store: ActivationStore, progress: Progress

@@ -21,13 +21,15 @@ from analyses.results.record import FORMAT, read_record
 from analyses.results.report import write_report
 from probes.errors import OptionError, UserError, unknown
 from probes.html_card import Fold, card, count
+from probes.saved_directions import SavedDirections
 
 
 @dataclass(frozen=True)
 class Result:
     """What an analysis found.
 
-    On disk: `result.json`, `tables/*.parquet`, `figures/*.json`, `profiles.json`, `report.html`.
+    On disk: `result.json`, `tables/*.parquet`, `figures/*.json`, `profiles.json`, `report.html`, and
+    `directions.safetensors` where it has directions.
     """
 
     analysis: str
@@ -41,6 +43,8 @@ class Result:
     """The card its analysis made; None where it is read by the analysis's name."""
     folder: Path | None = field(default=None, compare=False)
     """Where it was loaded from; None for one that was just computed."""
+    directions: SavedDirections | None = field(default=None, repr=False, compare=False)
+    """Directions of the stream, by which edits may name them."""
 
     @property
     def card(self) -> Card:
@@ -150,6 +154,8 @@ class Result:
         for name in self.figures:
             (folder / "figures" / f"{name}.json").write_text(self.figure_json(name), encoding="utf-8")
         profiles = {name: _profile_record(spec, self.profile(name)) for name, spec in self.profiles.items()}
+        if self.directions is not None:
+            self.directions.save(folder)
         (folder / "profiles.json").write_text(json.dumps(profiles), encoding="utf-8")
         write_report([self], folder / "report.html")
         record = {
@@ -176,11 +182,12 @@ class Result:
         try:
             record = read_record(folder)
             tables = {name: _table(folder, name, columns) for name, columns in record["tables"].items()}
+            directions = SavedDirections.load(folder)
             saved_card = None if record["analysis"] in names() else Card.saved(folder, record)
         except (OSError, ValueError) as error:
             raise OptionError(f"{folder} holds no readable result ({error}); give a folder that a run wrote") from None
         said = (record["analysis"], record["options"], tables, record["provenance"], tuple(record["notes"]))
-        return cls(*said, saved_card, folder)
+        return cls(*said, saved_card, folder, directions)
 
     def __repr__(self) -> str:
         tables = ", ".join(f"{name} ({count(len(table), 'row')})" for name, table in self.tables.items())

@@ -62,7 +62,9 @@ def draw_both(desk: Desk, data: dict[str, Any], step: int, position: int, lens: 
     there = {"before": answer["grid"], "after": answer["grid"]}
     kept = ("live:step", "live:position"), names
     titles = "This prompt, without edits", "The other prompt"
-    for side, (column, text, grids) in enumerate(zip(st.columns(2), (tokens, others), (here, there), strict=True)):
+    for side, (column, text, grids) in enumerate(
+        zip(st.container(key="live-pair-both").columns(2), (tokens, others), (here, there), strict=True)
+    ):
         with column:
             st.markdown(f"**{titles[side]}**")
             draw_grid(lens_grid(text, grids, "before", cells[side], data["watch"]), f"live:both:{side}", f"Lens grid of {titles[side].lower()}",
@@ -107,7 +109,7 @@ def draw_history(desk: Desk) -> None:
         what, go = st.columns([8, 1], vertical_alignment="center")
         mark = ":material/arrow_right:" if index == desk.at else ""
         what.markdown(
-            f"{mark} {index}. {words.replace('[', '(').replace(']', ')')} — KL {comparison['kl']:.3g} nats, then `{top['token']}`"
+            f"{mark} {index}\\. {words.replace('[', '(').replace(']', ')')} — KL {comparison['kl']:.3g} nats, then `{top['token']}`"
         )
         go.button(
             "Restore", key=f"live:restore:{index}", on_click=desk.go, args=(index - desk.at,), disabled=index == desk.at
@@ -119,10 +121,14 @@ def draw_history(desk: Desk) -> None:
 def _draw_compared(desk: Desk) -> None:
     steps = range(len(desk.history))
     what = st.segmented_control(
-        "Compare by", ["Final predictions", "Whole grids"], default="Final predictions", key="live:compare:what"
+        "Compare by",
+        ["Final predictions", "Whole grids"],
+        default="Final predictions",
+        required=True,
+        key="live:compare:what",
     )
     labels = ("Compare", "live:compare:a", 0), ("with", "live:compare:b", len(steps) - 1)
-    for column, (label, key, first) in zip(st.columns(2), labels, strict=True):
+    for column, (label, key, first) in zip(st.container(key="live-pair-history").columns(2), labels, strict=True):
         with column:
             index = st.selectbox(label, steps, key=key, index=first, format_func=lambda i: f"{i}. {desk.words[i]}")
             data = desk.history[index].data

@@ -14,6 +14,7 @@ from app.ui.live_desk import Desk
 from app.ui.live_figures import CONFIG, arcs, attention_map, block_of, columns_of, effect_map
 from app.ui.theme import mode, restyled
 
+NO_OTHER = "There is nothing to patch from: write another prompt above."
 POINTS = ("resid_post", "mlp_out", "attn_out", "resid_mid", "resid_pre")
 
 
@@ -21,14 +22,20 @@ def draw_cell(desk: Desk, data: dict[str, Any], step: int, position: int) -> Non
     """Draw the buttons for what can be done at a cell of the grid, which the grid itself tells."""
     block = block_of(data["rows"], step)
     point = st.segmented_control(
-        f"At block {block}, position {position}", POINTS, default="resid_post", key="live:point"
+        f"At block {block}, position {position}", POINTS, default="resid_post", required=True, key="live:point"
     )
-    point = point or "resid_post"
     place = f"{point}.{block} @{position}"
     zero, mean, patch = st.columns(3)
     _adds(zero, desk, "Zero", f"zero {place}", "backspace")
     _adds(mean, desk, "Mean", f"mean {place}", "functions")
-    _adds(patch, desk, "Patch from other", f"patch {place} from other", "content_paste", disabled=data["other"] is None)
+    _adds(
+        patch,
+        desk,
+        "Patch from other",
+        f"patch {place} from other",
+        "content_paste",
+        NO_OTHER if data["other"] is None else "",
+    )
     skip, again, steer = st.columns(3)
     _adds(skip, desk, "Skip block", f"skip {block}", "redo")
     _adds(again, desk, "Repeat block", f"repeat {block}-{block}", "repeat")
@@ -37,10 +44,11 @@ def draw_cell(desk: Desk, data: dict[str, Any], step: int, position: int) -> Non
     desk.say_refusal("cell")
 
 
-def _adds(place: Any, desk: Desk, label: str, line: str, icon: str, disabled: bool = False) -> None:
+def _adds(place: Any, desk: Desk, label: str, line: str, icon: str, reason: str = "") -> None:
+    """Draw a button that adds a line to the stack; where it cannot, it says why."""
     place.button(
-        label, icon=f":material/{icon}:", key=f"live:add:{label.split(' to ')[0]}:{line.split()[0]}:{line}", width="stretch", disabled=disabled,
-        help=f"`{line}`", on_click=desk.act, args=(f"added: {line}", Action("add", value=line)), kwargs={"at": "cell"},
+        label, icon=f":material/{icon}:", key=f"live:add:{label.split(' to ')[0]}:{line.split()[0]}:{line}", width="stretch", disabled=bool(reason),
+        help=reason or f"`{line}`", on_click=desk.act, args=(f"added: {line}", Action("add", value=line)), kwargs={"at": "cell"},
     )  # fmt: skip
 
 
@@ -101,7 +109,7 @@ def draw_heads(desk: Desk, data: dict[str, Any]) -> None:
     chosen = box.selectbox("Head", names, key="live:picked-head")
     for place, (label, line, icon) in zip(buttons, (("Zero", f"zero z.{chosen}", "backspace"), ("Mean", f"mean z.{chosen}", "functions"),
                                                      ("Patch", f"patch z.{chosen} from other", "content_paste")), strict=True):  # fmt: skip
-        _adds(place, desk, label, line, icon, disabled=label == "Patch" and data["other"] is None)
+        _adds(place, desk, label, line, icon, NO_OTHER if label == "Patch" and data["other"] is None else "")
     desk.say_refusal("cell")
 
 

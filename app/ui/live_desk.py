@@ -44,6 +44,9 @@ class Desk:
     words: list[str] = field(default_factory=list)
     """What each step of the history did."""
     at: int = -1
+    turn: int = 0
+    """How often another step was shown: part of the keys of what shows a step, since a browser that is busy may still send the
+    value that a field of the same key had in an earlier one."""
     refusal: str = ""
     refused_at: str = ""
     """The part of the page whose button was refused."""
@@ -73,7 +76,7 @@ class Desk:
         self.history, self.words = self.history[: self.at + 1][-MOST:], self.words[: self.at + 1][-MOST:]
         self.history.append(answer)
         self.words.append(words)
-        self.at, self.more = len(self.history) - 1, {}
+        self.at, self.more, self.turn = len(self.history) - 1, {}, self.turn + 1
 
     def answer_of(
         self, kind: Kind, session: str, actions: tuple[Action, ...] = (), at: str = "stack", **options: Any
@@ -121,12 +124,14 @@ class Desk:
         """Go back or forward in the history; nothing is computed."""
         at = min(max(self.at + by, 0), len(self.history) - 1)
         if at != self.at:
-            self.at, self.more, self.refusal = at, {}, ""
+            self.at, self.more, self.refusal, self.turn = at, {}, "", self.turn + 1
 
     def say_refusal(self, at: str) -> None:
         """Say what was refused, where it was asked for."""
         if self.refusal and self.refused_at == at:
-            st.error(self.refusal, icon=":material/block:")
+            # The legal forms fill a screen, and stand under a button of the page.
+            words, _, forms = self.refusal.partition(" The forms: ")
+            st.error(words + (" **What can I write?** has their forms." if forms else ""), icon=":material/block:")
 
 
 def desk() -> Desk:

@@ -17,9 +17,9 @@ def draw_stack(desk: Desk, data: dict[str, Any]) -> None:
     """Draw the stack and the buttons that go back and forth."""
     row = st.container(horizontal=True)
     row.button("Undo", icon=":material/undo:", on_click=desk.go, args=(-1,), disabled=desk.at <= 0,
-                key="live:undo", shortcut="Ctrl+Z")  # fmt: skip
+                key="live:undo", shortcut="Ctrl+Z", help="This is the first step." if desk.at <= 0 else None)  # fmt: skip
     row.button("Redo", icon=":material/redo:", on_click=desk.go, args=(1,), disabled=desk.at >= len(desk.history) - 1,
-                key="live:redo", shortcut="Ctrl+Y")  # fmt: skip
+                key="live:redo", shortcut="Ctrl+Y", help="This is the last step." if desk.at >= len(desk.history) - 1 else None)  # fmt: skip
     for index, step in enumerate(data["steps"]):
         _draw_step(desk, index, step, len(data["steps"]))
     if data["steps"]:
@@ -32,7 +32,7 @@ def draw_stack(desk: Desk, data: dict[str, Any]) -> None:
 
 
 def _draw_step(desk: Desk, index: int, step: dict[str, Any], n: int) -> None:
-    stamp = f"{desk.at}:{index}"
+    stamp = f"{desk.turn}:{index}"
     with st.container(border=True, key=f"live:step:{index}"):
         on, text = st.columns([1, 7], vertical_alignment="center")
         on.toggle(
@@ -44,9 +44,10 @@ def _draw_step(desk: Desk, index: int, step: dict[str, Any], n: int) -> None:
         if step["strength"] is not None:
             _draw_strength(slide, desk, index, step, f"live:strength:{stamp}")
         for column, icon, words, by in ((up, "arrow_upward", "earlier", -1), (down, "arrow_downward", "later", 1)):
+            possible = 0 <= index + by < n
             column.button(
-                "", icon=f":material/{icon}:", key=f"live:{words}:{stamp}", help=f"Let it act {words}.", on_click=desk.act,
-                args=(f"moved {words}: {step['text']}", Action("move", index, by)), disabled=not 0 <= index + by < n,
+                "", icon=f":material/{icon}:", key=f"live:{words}:{stamp}", help=f"Let it act {words}." if possible else f"No edit acts {words} than this one.", on_click=desk.act,
+                args=(f"moved {words}: {step['text']}", Action("move", index, by)), disabled=not possible,
             )  # fmt: skip
         remove.button(
             "", icon=":material/close:", key=f"live:remove:{stamp}", help="Remove this edit.", on_click=desk.act,
@@ -79,5 +80,6 @@ def _draw_line(desk: Desk, data: dict[str, Any]) -> None:
     )  # fmt: skip
     with st.popover("What can I write?", icon=":material/help:", key="live:forms"):
         st.code("\n".join(data["forms"].values()), language=None, wrap_lines=True)
-        st.caption("DIRECTION: token ' Paris'; token ' a' - token ' b'; difference; file 'direction.safetensors'. "
+        st.caption("DIRECTION: token ' Paris'; token ' a' - token ' b'; difference; "
+                   "probe RUN/DATASET and channel RUN/LAYER.HEAD.COMPONENT of saved runs; file 'direction.safetensors'. "
                    "POS: an index, -1, a range 2-5, last, or the token's text in quotes.")  # fmt: skip

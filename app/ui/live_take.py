@@ -101,7 +101,7 @@ def _draw_saved(desk: Desk, session: str) -> None:
         sessions_root().mkdir(parents=True, exist_ok=True)
         (sessions_root() / f"{name}{SUFFIX}").write_text(f"{session}\n", encoding="utf-8")
         desk.refusal = ""
-        st.toast(f"Saved session {name}")
+        st.session_state["live:kept"] = name
 
     def reopen() -> None:
         if name := st.session_state["live:saved"]:
@@ -110,6 +110,8 @@ def _draw_saved(desk: Desk, session: str) -> None:
     left, right = st.columns([3, 1], vertical_alignment="bottom")
     left.text_input("Save as", key="live:name", placeholder="eiffel-patched")
     right.button("Save", on_click=save, key="live:save", width="stretch", icon=":material/save:")
+    if kept := st.session_state.pop("live:kept", None):
+        st.caption(f":material/check: Session {kept} is saved.")
     if names := sorted(path.name.removesuffix(SUFFIX) for path in sessions_root().glob(f"*{SUFFIX}")):
         left, right = st.columns([3, 1], vertical_alignment="bottom")
         left.selectbox("Saved sessions", names, key="live:saved")

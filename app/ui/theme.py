@@ -49,7 +49,10 @@ def _swap(value: Any) -> Any:
 
 
 def page_style(kind: str) -> str:
-    """CSS for pages of that kind: room, code that can be read, and figures' tool bars in a lane of their own."""
+    """CSS for pages of that kind: room, code that can be read, and figures' tool bars in a lane of their own.
+
+    What stands in pairs on the page Live stands one above the other where half a page cuts a grid.
+    """
     rules = "".join(f"code .token.{name} {{color: {colour} !important;}}" for name, colour in CODE[kind].items())
     return f"""<style>
 .stMainBlockContainer {{padding: 3rem clamp(1rem, 3vw, 5rem) 4rem;}}
@@ -57,6 +60,11 @@ def page_style(kind: str) -> str:
 {rules}
 [data-testid=stCaptionContainer] {{opacity: 0.9;}}
 .stElementContainer:has([data-testid=stPlotlyChart]) {{padding-top: {LANE}px; box-sizing: content-box;}}
+.stElementContainer[class*=st-key-live]:has([data-testid=stPlotlyChart]) {{padding-top: 0;}}
+@media (max-width: 1200px) {{
+  [class*=st-key-live-pair] [data-testid=stHorizontalBlock]:not([data-testid=stColumn] *) {{flex-wrap: wrap;}}
+  [class*=st-key-live-pair] [data-testid=stColumn]:not([data-testid=stColumn] *) {{min-width: 100%;}}
+}}
 [data-testid=stPlotlyChart] .modebar-container {{top: -{LANE}px !important;}}
 [data-testid=stPlotlyChart] .js-plotly-plot, [data-testid=stPlotlyChart] .svg-container {{overflow: visible !important;}}
 </style>"""

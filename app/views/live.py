@@ -52,7 +52,7 @@ def _live() -> None:
     _tour()
     _prompts(own, data)
     draw_outcome(own, data)
-    wide, narrow = st.columns([7, 4])
+    wide, narrow = st.container(key="live-pair-desk").columns([7, 4])
     with wide:
         show = _choices(own)
         grid = st.container()
@@ -87,7 +87,7 @@ def _tour() -> None:
 
 
 def _prompts(own: Desk, data: dict[str, Any]) -> None:
-    stamp = f"{own.at}:{len(own.history)}"
+    stamp = str(own.turn)
 
     def said(kind: str, key: str) -> None:
         value = st.session_state[key]
@@ -97,9 +97,9 @@ def _prompts(own: Desk, data: dict[str, Any]) -> None:
     model = own.now.session.split("\n")[0].partition(" ")[2]
     refs = list(dict.fromkeys([model, "smollm2-135m", *(run.model for run in saved_runs())]))
     fields = (
-        (320, "text", "Prompt", data["text"], "What the model reads. Enter runs it."),
-        (320, "other", "Other prompt", data["other"] or "", "What edits may copy from; best token by token alike. May be empty."),
-        (170, "watch", "Watch", watch_text(data["watch"]), "Tokens to follow: Paris, Rome, or quoted with their blanks."),
+        (300, "text", "Prompt", data["text"], "What the model reads. Enter runs it."),
+        (300, "other", "Other prompt", data["other"] or "", "What edits may copy from; best token by token alike. May be empty."),
+        (150, "watch", "Watch", watch_text(data["watch"]), "Tokens to follow: Paris, Rome, or quoted with their blanks."),
     )  # fmt: skip
     key = f"live:model:{stamp}"
     with st.container(horizontal=True):
@@ -117,10 +117,10 @@ def _prompts(own: Desk, data: dict[str, Any]) -> None:
 def _choices(own: Desk) -> str:
     row = st.container(horizontal=True, vertical_alignment="bottom")
     show = row.segmented_control(
-        "Grid", list(SHOWS), default="after", format_func=SHOWS.get, key="live:show", width="content"
+        "Grid", list(SHOWS), default="after", required=True, format_func=SHOWS.get, key="live:show", width="content"
     )
     lenses = ["logit", *(str(path) for path in sorted(runs_root().glob("**/*.lens")))]
-    row.selectbox("Lens", lenses, key="keep:live:lens", accept_new_options=True, width=110,
+    row.selectbox("Lens", lenses, key="keep:live:lens", accept_new_options=True, width=95,
                   on_change=lambda: own.act("another lens", at="prompt"))  # fmt: skip
     return show or "after"
 
@@ -147,7 +147,7 @@ def _draw_grid(own: Desk, data: dict[str, Any], show: str, cell: tuple[int, int]
         keep_cell("live:step", "live:position"),
     )  # fmt: skip
     after = grids["after"]
-    if after["changed"].any():
+    if data["comparison"]["edits"]:
         reach, moved = int(after["changed"].sum()), int((after["kl"] > CHANGED).sum())
         st.caption(
             f"The edits can reach {reach} of {after['changed'].size} cells; in {moved} the reading changed by more than {CHANGED} nats (outlined)."
@@ -156,7 +156,9 @@ def _draw_grid(own: Desk, data: dict[str, Any], show: str, cell: tuple[int, int]
 
 def _tools(own: Desk, data: dict[str, Any], step: int, position: int) -> None:
     names = ["Cell", "Attention", "Heads", "Everywhere", "Both prompts", "Depth", "History", "Take along"]
-    tool = st.segmented_control("Tools", names, default="Cell", key="live:tool", label_visibility="collapsed") or "Cell"
+    tool = st.segmented_control(
+        "Tools", names, default="Cell", required=True, key="live:tool", label_visibility="collapsed"
+    )
     if tool == "Cell":
         draw_cell(own, data, step, position)
     elif tool == "Attention":

@@ -2,7 +2,7 @@
 
 from probes.edits.attention import KnockOut
 from probes.edits.block_order import BlockPath, RepeatBlocks, SkipBlocks, repeat, skip
-from probes.edits.directions import Difference, Direction, FileDirection, TokenDirection
+from probes.edits.directions import Difference, Direction, FileDirection, RunDirection, TokenDirection
 from probes.edits.edit import (
     Edit,
     Scope,
@@ -49,6 +49,7 @@ __all__ = [
     "ProjectOut",
     "RepeatBlocks",
     "Replace",
+    "RunDirection",
     "Scale",
     "Scope",
     "SkipBlocks",

@@ -1,12 +1,13 @@
-"""Directions named in words: a token's, the difference of two tokens', of two prompts, or one kept in a file."""
+"""Directions named in words: a token's, the difference of two tokens', of two prompts, one of a saved run, or of a file."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
-import xxhash
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,11 +18,15 @@ from probes.edits.values import Source, Values
 from probes.errors import OptionError, PointError, PromptError, shown
 from probes.models.protocol import Model
 from probes.points import POINTS, Address
+from probes.saved_directions import SavedDirections, directions_of
 
+RUN_FORMS = {"probe": "probe RUN/DATASET", "channel": "channel RUN/LAYER.HEAD.COMPONENT"}
+"""The forms of a direction that a saved run keeps."""
 FORMS = (
     "token ' Paris'",
     "token ' a' - token ' b'",
     "difference",
+    *RUN_FORMS.values(),
     "file 'direction.safetensors'",
     "file 'some.safetensors' 'name'",
 )
@@ -51,8 +56,8 @@ class TokenDirection:
     def __str__(self) -> str:
         return f"token {self.token!r}" + ("" if self.minus is None else f" - token {self.minus!r}")
 
-    def text(self) -> str:
-        """Return the direction as it enters store keys."""
+    def text(self, address: Address) -> str:
+        """Return the direction as it enters store keys, where it is used at `address`."""
         return str(self)
 
     def values(self, model: Model, place: Place, texts: Texts | None) -> Values:
@@ -71,7 +76,7 @@ class TokenDirection:
             column = lens_column(model, token_id(model, self.token))
             if self.minus is not None:
                 column = column - lens_column(model, token_id(model, self.minus))
-        return Values(column / column.norm().clamp_min(torch.finfo(torch.float32).tiny), self.text())
+        return Values(column / column.norm().clamp_min(torch.finfo(torch.float32).tiny), self.text(place.address))
 
 
 def lens_column(model: Model, token: int) -> Float[Tensor, " d_model"]:
@@ -100,8 +105,8 @@ class Difference:
     def __str__(self) -> str:
         return "difference"
 
-    def text(self) -> str:
-        """Return the direction as it enters store keys."""
+    def text(self, address: Address) -> str:
+        """Return the direction as it enters store keys, where it is used at `address`."""
         return "difference"
 
     def values(self, model: Model, place: Place, texts: Texts | None) -> Values:
@@ -157,10 +162,9 @@ class FileDirection:
             raise OptionError(f"direction file {shown(self.path)} has tensors {', '.join(tensors)}: name one of them")
         return next(iter(tensors.values())).float()
 
-    def text(self) -> str:
+    def text(self, address: Address) -> str:
         """Return the direction as it enters store keys: by the numbers."""
-        array = self.tensor.contiguous().numpy()
-        return f"file:{xxhash.xxh3_128_hexdigest(repr(array.shape).encode() + array.tobytes())}"
+        return f"file:{Values(self.tensor).digest}"
 
     def values(self, model: Model, place: Place, texts: Texts | None) -> Values:
         """Return the tensor.
@@ -168,15 +172,74 @@ class FileDirection:
         Raises:
             OptionError: a tensor of another width than the point's.
         """
-        width = model.shape.width(POINTS[place.address.point].dims[-1])
-        if self.tensor.shape[-1] != width or self.tensor.dim() > 2:
+        return _fitting(self.tensor, model, place, f"direction file {shown(self.path)}")
+
+
+def _fitting(tensor: Tensor, model: Model, place: Place, whose: str) -> Values:
+    width = model.shape.width(POINTS[place.address.point].dims[-1])
+    if tensor.shape[-1] != width or tensor.dim() > 2:
+        raise OptionError(f"{whose} has a tensor of {tuple(tensor.shape)}; {place.address} is {width} wide")
+    return Values(tensor)
+
+
+@dataclass(frozen=True)
+class RunDirection:
+    """A unit vector that a saved run keeps.
+
+    `probe RUN/DATASET` is the normal of the linear probe that told the data set's classes apart at the very point and layer
+    where it is used, towards label 1; `probe RUN/DATASET@resid_post.8` is that of another place. `channel
+    RUN/LAYER.HEAD.COMPONENT` is what a singular component of a head's output matrix writes.
+    """
+
+    kind: str
+    """`probe` or `channel`."""
+    path: str
+    """The run's folder, or its name in the folder of runs, and the direction's name behind a slash."""
+
+    plain: ClassVar[re.Pattern[str]] = re.compile(r"[^\s'\"]+")
+
+    def __str__(self) -> str:
+        bare = self.path.isprintable() and self.plain.fullmatch(self.path)
+        return f"{self.kind} {self.path if bare else repr(self.path)}"
+
+    @cached_property
+    def saved(self) -> tuple[str, str, SavedDirections]:
+        """The run, the direction's name and the run's directions.
+
+        Raises:
+            OptionError: no such run, or none that keeps directions of this kind.
+        """
+        return directions_of(self.kind, self.path)
+
+    def tensor(self, address: Address) -> Float[Tensor, " d_model"]:
+        """Return the unit vector that the run keeps for an address.
+
+        Raises:
+            OptionError: the run keeps none under this name, or none for this address; says which it has.
+        """
+        run, name, saved = self.saved
+        vector = saved.vectors.get(f"{name}@{address}", saved.vectors.get(name))
+        if vector is None:
             raise OptionError(
-                f"direction file {shown(self.path)} has a tensor of {tuple(self.tensor.shape)}; {place.address} is {width} wide"
+                f"run {shown(run)} keeps no {self.kind} {shown(name)} for {address}: it has {saved.names}; write "
+                f"{self.kind} RUN/NAME, or RUN/NAME@POINT.LAYER for one of another place"
             )
-        return Values(self.tensor)
+        return torch.from_numpy(vector)
+
+    def text(self, address: Address) -> str:
+        """Return the direction as it enters store keys: by the numbers."""
+        return f"run:{Values(self.tensor(address)).digest}"
+
+    def values(self, model: Model, place: Place, texts: Texts | None) -> Values:
+        """Return the vector.
+
+        Raises:
+            OptionError: as `tensor`, or a vector of another width than the point's.
+        """
+        return _fitting(self.tensor(place.address), model, place, f"{self.kind} {shown(self.path)}")
 
 
-Direction = TokenDirection | Difference | FileDirection
+Direction = TokenDirection | Difference | FileDirection | RunDirection
 
 
 def read_direction(line: Line) -> Direction:
@@ -185,6 +248,10 @@ def read_direction(line: Line) -> Direction:
         return Difference()
     if line.takes("file"):
         return FileDirection(line.quoted("a file's path in quotes"), line.quoted() if line.is_quoted() else "")
+    for kind in RUN_FORMS:
+        if line.takes(kind):
+            place = f"RUN/NAME, in quotes where it holds blanks: {RUN_FORMS[kind]}"
+            return RunDirection(kind, line.quoted(place) if line.is_quoted() else line.word(place))
     if not line.takes("token"):
         raise line.fault(f"a direction ({'; '.join(FORMS)})")
     token = line.quoted("a token's text in quotes")

@@ -142,7 +142,8 @@ class Add(PointEdit):
 
     def detail(self) -> str:
         """Return what is done, as text."""
-        return f"{self.factor!r}*{self.value.text()}"
+        value = self.value
+        return f"{self.factor!r}*{value.text() if isinstance(value, Values) else value.text(self.address)}"
 
     def with_values(self, model: Model, texts: Texts | None) -> Edit:
         """Return the edit with its direction read from the model."""
@@ -210,7 +211,7 @@ class ProjectOut(PointEdit):
 
     def detail(self) -> str:
         """Return what is done, as text."""
-        return f"{self.value.text()},{self.keep!r}"
+        return f"{self.value.text(self.address)},{self.keep!r}"
 
     def with_values(self, model: Model, texts: Texts | None) -> Edit:
         """Return the edit of coefficients that does it."""

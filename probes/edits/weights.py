@@ -46,6 +46,11 @@ class HeadWriteEdit(Edit):
         """Return the edit that a line says."""
         return cls(*line.head(), read_direction(line), line.times(0.0))
 
+    @property
+    def stream(self) -> Address:
+        """The stream that the head writes into."""
+        return Address("resid_post", self.layer)
+
     def line(self) -> str:
         """Return the edit as one line."""
         if isinstance(self.directions, Values):
@@ -56,15 +61,15 @@ class HeadWriteEdit(Edit):
         """Return the edit with its direction read from the model."""
         if isinstance(self.directions, Values):
             return self
-        rows = self.directions.values(model, Place(Address("resid_post", self.layer)), texts).tensor.reshape(
-            -1, model.shape.d_model
-        )
+        rows = self.directions.values(model, Place(self.stream), texts).tensor.reshape(-1, model.shape.d_model)
         basis = torch.linalg.qr(rows.double().T)[0].T.float()
-        return replace(self, directions=Values(basis, self.directions.text()))
+        return replace(self, directions=Values(basis, self.directions.text(self.stream)))
 
     def text(self) -> str:
         """Return the edit as it enters store keys."""
-        return f"head_write_edit({self.layer},{self.head},{self.directions.text()},{self.keep!r})"
+        rows = self.directions
+        what = rows.text() if isinstance(rows, Values) else rows.text(self.stream)
+        return f"head_write_edit({self.layer},{self.head},{what},{self.keep!r})"
 
     def first_block(self, shape: Shape) -> int:
         """Return the head's block."""

@@ -40,10 +40,9 @@ def start(word_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     drop()
     session = f"model {word_folder}\ntext 'w5 w6 w7'\nother 'w8 w6 w7'\nwatch 'w9' 'w3'\nedit zero z.1.2"
     monkeypatch.setattr(live_desk, "ask", lambda _, question: answering.answer(question))
-    monkeypatch.setattr(live_desk, "EXAMPLES", {"A": session, "B": session.replace("z.1.2", "z.2.1")})
     import app.views.live
 
-    monkeypatch.setattr(app.views.live, "EXAMPLES", live_desk.EXAMPLES)
+    monkeypatch.setattr(app.views.live, "EXAMPLES", {"A": session, "B": session.replace("z.1.2", "z.2.1")})
     return session
 
 

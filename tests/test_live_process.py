@@ -149,18 +149,18 @@ def test_only_a_navigation_to_the_plain_live_page_begins_the_first_example(
         passed.append(scope["path"])
 
     monkeypatch.setattr(ahead, "answer_first", begun.set)
-    monkeypatch.setattr(ahead, "_BEGUN", threading.Event())
     scope = {"type": "http", "path": path, "headers": [(b"sec-fetch-dest", fetch)], "query_string": query}
+    app = ahead.Ahead(inner)
     for _ in range(2):
-        asyncio.run(ahead.Ahead(inner)(scope, None, None))  # type: ignore[arg-type]
+        asyncio.run(app(scope, None, None))  # type: ignore[arg-type]
     assert begun.wait(5 if begins else 0.05) is begins
     assert passed == [path, path]
 
 
 def test_what_is_imported_ahead_is_what_answering_needs() -> None:
     code = (
-        "import sys; from app.live import ahead; ahead.import_ahead(); ahead.imported(); "
-        "assert all(name in sys.modules for name in ahead.MODULES), set(ahead.MODULES) - set(sys.modules)"
+        "import sys; from app.live import imports; imports.import_ahead(); imports.imported(); "
+        "assert all(name in sys.modules for name in imports.MODULES), set(imports.MODULES) - set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 

@@ -15,7 +15,7 @@ from app.jobs.interrupt import Interrupt
 from app.jobs.progress import NOTES, JobProgress
 from app.jobs.protocol import Status, read_request, write_status
 from app.live import server as live
-from app.live.ahead import import_ahead, imported
+from app.live.imports import import_ahead, imported
 from probes.errors import UserError
 
 MERCY = 10.0

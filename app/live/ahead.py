@@ -1,42 +1,14 @@
-"""Being ready before the first question: imports when the dashboard starts, the model while the browser loads the Live page."""
+"""Being ready before the first question: the first example is answered while the browser loads the Live page."""
 
 from __future__ import annotations
 
 import threading
 from contextlib import suppress
-from dataclasses import dataclass
-from importlib import import_module
+from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-MODULES = (
-    "app.live.answering", "transformers.modeling_utils", "transformers.modeling_layers",
-    "transformer_lens.factories.architecture_adapter_factory", "transformer_lens.model_bridge.sources._bridge_builder",
-)  # fmt: skip
-"""What loading and reading a model imports, which takes longer than the model itself."""
-
-_IMPORTED = threading.Event()
-_BEGUN = threading.Event()
-
-
-def import_ahead() -> None:
-    """Import in another thread; what needs a model calls `imported` first, so that no module is imported by two threads."""
-    threading.Thread(target=_import, name="import-ahead", daemon=True).start()
-
-
-def _import() -> None:
-    try:
-        for name in MODULES:
-            with suppress(Exception):  # whoever needs it meets the error, and says it
-                import_module(name)
-    finally:
-        _IMPORTED.set()
-
-
-def imported() -> None:
-    """Wait for the imports, where any were begun."""
-    if any(thread.name == "import-ahead" for thread in threading.enumerate()):
-        _IMPORTED.wait()
+from app.live.examples import EXAMPLES
 
 
 @dataclass(frozen=True)
@@ -44,11 +16,12 @@ class Ahead:
     """An ASGI application before which the first example is answered as soon as a browser navigates to the Live page."""
 
     app: ASGIApp
+    begun: threading.Event = field(default_factory=threading.Event)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand on every request."""
-        if scope["type"] == "http" and _opens_live(scope) and not _BEGUN.is_set():
-            _BEGUN.set()
+        if scope["type"] == "http" and _opens_live(scope) and not self.begun.is_set():
+            self.begun.set()
             threading.Thread(target=answer_first, daemon=True).start()
         await self.app(scope, receive, send)
 
@@ -64,7 +37,6 @@ def answer_first() -> None:
     from app.jobs.queue import queue
     from app.live.client import ask
     from app.live.protocol import Question
-    from app.ui.live_desk import EXAMPLES
 
     with suppress(Exception):  # the page asks again, and says what is wrong
         for kind in ("view", "grids"):

@@ -8,7 +8,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 
-from app.live.ahead import imported
+from app.live.imports import imported
 from app.live.protocol import Answer, Question, key, socket_of
 
 _WAITING = threading.Event()

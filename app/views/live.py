@@ -8,13 +8,14 @@ from typing import Any
 import streamlit as st
 
 from app import offered
+from app.live.examples import EXAMPLES
 from app.live.protocol import Action
 from app.places import runs_root
 from app.saved import saved_runs
 from app.ui.cell_grid import draw_grid
 from app.ui.live_beside import draw_both, draw_depth, draw_history, keep_cell
 from app.ui.live_cell import draw_attention, draw_cell, draw_everywhere, draw_heads
-from app.ui.live_desk import EXAMPLES, Desk, desk
+from app.ui.live_desk import Desk, desk
 from app.ui.live_figures import CHANGED, lens_grid
 from app.ui.live_outcome import draw_outcome
 from app.ui.live_stack import draw_stack

@@ -1,0 +1,33 @@
+"""Imports that begin when the dashboard or its worker starts, before anybody asks."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from importlib import import_module
+
+MODULES = (
+    "app.live.answering", "transformers.modeling_utils", "transformers.modeling_layers",
+    "transformer_lens.factories.architecture_adapter_factory", "transformer_lens.model_bridge.sources._bridge_builder",
+)  # fmt: skip
+"""What loading and reading a model imports, which takes longer than the model itself."""
+
+NAME = "import-ahead"
+
+
+def import_ahead() -> None:
+    """Import in another thread; what needs a model calls `imported` first, so that no module is imported by two threads."""
+    threading.Thread(target=_import, name=NAME, daemon=True).start()
+
+
+def _import() -> None:
+    for name in MODULES:
+        with suppress(Exception):  # whoever needs it meets the error, and says it
+            import_module(name)
+
+
+def imported() -> None:
+    """Wait for the imports, where any were begun."""
+    for thread in threading.enumerate():
+        if thread.name == NAME:
+            thread.join()

@@ -99,36 +99,34 @@ def measure(page: Any, repeats: int, taken: dict[str, list[float]]) -> None:
     """Time prompts, cells, edits, slider steps and maps, without anything beside."""
     for i in range(repeats):
         taken.setdefault("prompt", []).append(
-            timed(page, lambda i=i: fill(page, "Prompt", f"{PROMPT} {'abcdefghijklmnopqrstuvwxyz'[i % 26]}"))
+            stepped(page, lambda i=i: fill(page, "Prompt", f"{PROMPT} {'abcdefghijklmnopqrstuvwxyz'[i % 26]}"))[1]
         )
         taken.setdefault("inspector", []).append(
             timed(page, lambda i=i: pick(page, (7 * i + 3) % 30, (3 * i + 5) % 20))
         )
         taken.setdefault("edit", []).append(
-            timed(page, lambda i=i: fill(page, "Add an edit", f"scale mlp_out.{(5 * i) % 30} x0.{i % 9 + 1}"))
+            stepped(page, lambda i=i: fill(page, "Add an edit", f"scale mlp_out.{(5 * i) % 30} x0.{i % 9 + 1}"))[1]
         )
-        strip, whole = slid(page)
+        strip, whole = stepped(page, lambda: slide(page))
         taken.setdefault("slider", []).append(strip)
         taken.setdefault("slider, with the grid", []).append(whole)
-        timed(page, lambda: page.get_by_role("button", name="Clear the stack").click())
+        stepped(page, lambda: page.get_by_role("button", name="Clear the stack").click())
     # A patch from a prompt that begins alike would skip the cells before the difference, most of the work: zeros skip none.
     fill(page, "Add an edit", "zero mlp_out.8 @3")
     settled(page)
     page.get_by_text("Everywhere", exact=True).first.click()
     settled(page)
     for i in range(max(2, repeats // 4)):
-        taken.setdefault("everywhere", []).append(
-            timed(page, lambda: page.get_by_role("button", name="Everywhere").last.click())
-        )
-        timed(page, lambda i=i: fill(page, "Prompt", f"{PROMPT} {'zyxwvutsrqponmlkjihgfedcba'[i % 26]}"))
+        taken.setdefault("everywhere", []).append(timed(page, lambda: sweep(page)))
+        stepped(page, lambda i=i: fill(page, "Prompt", f"{PROMPT} {'zyxwvutsrqponmlkjihgfedcba'[i % 26]}"))
 
 
-def slid(page: Any) -> tuple[float, float]:
-    """Move the first slider by a step; return the seconds to the new strip, and to the page with its grid."""
+def stepped(page: Any, act: Callable[[], None]) -> tuple[float, float]:
+    """Do what changes the session; return the seconds to the new strip, and to the whole page with its grid."""
     strip = page.locator("[data-live-step]")
     before = strip.get_attribute("data-live-step")
     began = time.perf_counter()
-    slide(page)
+    act()
     page.locator(f"[data-live-step]:not([data-live-step='{before}'])").wait_for()
     seen = time.perf_counter() - began
     settled(page)
@@ -152,7 +150,8 @@ def beside_a_job(page: Any, folder: Path, repeats: int, taken: dict[str, list[fl
     settled(page)
     ran = 0
     for i in range(repeats):
-        seconds = timed(page, lambda i=i: fill(page, "Add an edit", f"scale attn_out.{(5 * i) % 30} x0.{i % 9 + 1}"))
+        line = f"scale attn_out.{(5 * i) % 30} x0.{i % 9 + 1}"
+        _, seconds = stepped(page, lambda line=line: fill(page, "Add an edit", line))
         text = page.inner_text("[data-testid=stMain]")
         if "queued" in text or "running" in text:
             ran += 1
@@ -198,6 +197,12 @@ def pick(page: Any, block: int, position: int) -> None:
     grid = page.locator("[class*=st-key-live-grid]")
     grid.locator(f"#cell-{block}-{position}").click()
     grid.get_by_text(f"block {block}, position {position} ").first.wait_for()
+
+
+def sweep(page: Any) -> None:
+    """Press Everywhere, and wait for its map."""
+    page.get_by_role("button", name="Everywhere").last.click()
+    page.get_by_text("repeated at every layer").wait_for()
 
 
 def slide(page: Any) -> None:

@@ -340,7 +340,7 @@ def test_every_page_is_drawn_and_fits(theme: str, look: Callable[..., Any]) -> N
         if name != "Home":
             go(page, name)
         if name not in ("Store", "Model"):
-            page.wait_for_selector("[data-testid=stMain] .main-svg")
+            page.wait_for_selector("[data-testid=stMain] .main-svg, [data-testid=stMain] [role=grid]")
         page.mouse.move(0, 0)
         background = page.evaluate("getComputedStyle(document.querySelector('[data-testid=stApp]')).backgroundColor")
         assert (sum(map(int, re.findall(r"\d+", background)[:3])) > 380) == (theme == "light")

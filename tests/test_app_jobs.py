@@ -361,6 +361,7 @@ def test_the_texts_of_a_run_load_its_model_as_it_was_loaded(
 ) -> None:
     ran = replace(result, provenance={**result.provenance, "loaded": asdict(spec), "prompts_file": None})
     specs: list[ModelSpec] = []
+    monkeypatch.setattr(ModelSpec, "check", lambda _: None)
     monkeypatch.setattr("analyses.running.runner.lines_of", lambda *_: [])
     monkeypatch.setattr("analyses.running.runner.dry_run", lambda spec, *_, **__: specs.append(spec) or [])
     assert main([*shlex.split(reproduce.command(ran, "runs/x"))[1:], "--dry-run"]) == 0

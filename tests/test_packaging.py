@@ -45,7 +45,7 @@ def test_every_source_file_and_datum_of_the_packages_is_in_the_wheel(shipped: zi
 
 
 def test_the_dashboard_travels_as_data(shipped: zipfile.ZipFile) -> None:
-    own = {path.relative_to(ROOT).as_posix() for path in (ROOT / "app").rglob("*.py")}
+    own = {path.relative_to(ROOT).as_posix() for path in (ROOT / "app").rglob("*.*") if path.suffix != ".pyc"}
     carried = {name.removeprefix("analyses/data/dashboard/") for name in shipped.namelist() if "/dashboard/" in name}
     assert {"app/main.py", "app/server.py"} <= own
     assert carried == own

@@ -18,8 +18,6 @@ from probes.session.open_prompt import OpenPrompt, altered_blocks, program_of
 
 ROW_POSITIONS = 8192
 """Rows times positions that run at once, which bounds memory."""
-NEIGHBOURS = 2
-"""Positions that are resumed together, from the first of them: fewer and larger products, for a twentieth more of them."""
 READ_ROWS = 128
 """Rows that are read through the unembedding at once."""
 LATER = ("k", "v", "attn_in", "resid_pre")
@@ -95,7 +93,7 @@ def _among_others(
 
 
 def _alone(prompt: OpenPrompt, variants: Sequence[Variant]) -> Rows:
-    """Run each variant from its own block and about its own position on, where no other edit acts.
+    """Run each variant from its own block and position on, where no other edit acts.
 
     Nothing runs for a variant that leaves its block's output as it was, to the last bit.
     """
@@ -110,14 +108,13 @@ def _alone(prompt: OpenPrompt, variants: Sequence[Variant]) -> Rows:
             if torch.equal(leaving[position:], plain[position:]):
                 same.append(variant)
             else:
-                start = position - position % NEIGHBOURS
-                changed.setdefault(start, []).append((variant, leaving[start:].clone()))
+                changed.setdefault(position, []).append((variant, leaving[position:].clone()))
     if same:
         yield same, prompt.clean.logprobs.expand(len(same), -1)
     waiting: list[Variant] = []
     ends: list[Tensor] = []
-    for start, some in sorted(changed.items()):
-        opened = base if start == 0 else base.narrowed(start)
+    for position, some in sorted(changed.items()):
+        opened = base if position == 0 else base.narrowed(position)
         hidden = torch.stack([leaving for _, leaving in some])
         ends.append(opened.resume([variant.layer + 1 for variant, _ in some], hidden).last)
         waiting += [variant for variant, _ in some]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+import plotly.io as pio
 from numpy.typing import ArrayLike
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -29,6 +31,8 @@ INK = {"light": "#1b2733", "dark": "#e6e6e6"}
 """Text, by the kind of page."""
 LINE = {"light": "#dfe5ea", "dark": "#3a4048"}
 """Grid lines, by the kind of page."""
+KINDS = ("scatter", "bar", "heatmap", "box", "histogram")
+"""Kinds of traces that figures have."""
 NAMED = ("dataset", "group", "group_a", "group_b")
 """Columns of tables that hold names from a prompt file."""
 
@@ -39,10 +43,17 @@ def colour_of(analysis: str, order: list[str]) -> str:
     return usable[order.index(analysis) % len(usable)] if analysis in order else "#8c8c8c"
 
 
+@cache
+def _template() -> go.layout.Template:
+    """Return plotly's white template for the kinds of traces that are drawn here: each figure gets a copy, and the whole is large."""
+    white = pio.templates["plotly_white"]
+    return go.layout.Template(layout=white.layout, data={kind: white.data[kind] for kind in KINDS})
+
+
 def finish(figure: go.Figure, *, x: str, y: str, height: int = 420) -> go.Figure:
     """The shared layout, with axis titles that name their units."""
     figure.update_layout(
-        template="plotly_white",
+        template=_template(),
         height=height,
         margin={"l": 70, "r": 30, "t": 40, "b": 60},
         font={"family": "system-ui, sans-serif", "size": 13},

@@ -1,4 +1,4 @@
-"""What an analysis is: a frozen dataclass of options with `needs` and `run`."""
+"""What an analysis is: a frozen dataclass of options with `needs` and `measure`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal
 
 from analyses.interventions import Interventions
+from analyses.options import validate
 from analyses.results.card import Card, FigureSpec, ProfileSpec, Tables
 from analyses.results.provenance import describe, prompts_digest
 from analyses.results.result import Result
@@ -30,8 +32,22 @@ UNSTORED = {
 """What is said of an analysis that neither reads from the activation store nor adds to it, by its `reads`."""
 
 
-@runtime_checkable
-class Analysis(Protocol):
+@dataclass(frozen=True)
+class Measured:
+    """What an analysis measured on some prompts, before it is a result."""
+
+    prompts: Sequence[Prompt]
+    tables: Tables
+    activations: Activations | Sequence[Activations] | None = None
+    """The captures that were read; none where nothing was captured."""
+    notes: Sequence[str] = ()
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """What was done, beside or in place of what the captures and prompts say: forwards, tokens."""
+    interventions: int = 0
+    """Forwards that were run with something changed, as `Analysis.interventions` counts them."""
+
+
+class Analysis:
     """A method of a paper; its fields are its options.
 
     Readers work from the store alone; interventions also use the model.
@@ -40,7 +56,7 @@ class Analysis(Protocol):
     name: ClassVar[str]
     title: ClassVar[str]
     reference: ClassVar[str]
-    prompt_fields: ClassVar[Mapping[str, Field]]
+    prompt_fields: ClassVar[Mapping[str, Field]] = {}
     """What a prompt line may carry beside its text or tokens, by name."""
     figures: ClassVar[Mapping[str, FigureSpec]]
     reads: ClassVar[Literal["store", "weights", "own forwards"]] = "store"
@@ -51,6 +67,9 @@ class Analysis(Protocol):
     """Whether each text is wrapped as one user turn of the chat template."""
     max_new_tokens: int = 0
     """How many tokens the model may write for each prompt."""
+
+    def __post_init__(self) -> None:
+        validate(self)
 
     @property
     def makes_prompts(self) -> bool:
@@ -66,14 +85,25 @@ class Analysis(Protocol):
         return as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
 
     def needs(self, model: Model) -> list[Need]:
-        """Return what must be captured of each prompt."""
-        ...
+        """Return what must be captured of each prompt; nothing where activations are not read from a store."""
+        return []
 
     def run(
-        self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
+        self,
+        model: Model,
+        prompts: PromptsLike = (),
+        *,
+        store: ActivationStore | None = None,
+        progress: Progress = QUIET,
     ) -> Result:
-        """Return the result on these prompts; only what the store lacks is captured."""
-        ...
+        """Return the result on these prompts, with the tables that `measure` names; only what the store lacks is captured."""
+        clock = Clock()
+        measured = self.measure(model, prompts, store or ActivationStore(), progress)
+        return make_result(self, model, clock=clock, **vars(measured))
+
+    def measure(self, model: Model, prompts: PromptsLike, store: ActivationStore, progress: Progress) -> Measured:
+        """Return the tables on these prompts, and what was done for them."""
+        raise NotImplementedError
 
 
 def as_prompts(
@@ -105,30 +135,25 @@ def make_result(
     model: Model,
     prompts: Sequence[Prompt],
     tables: Tables,
-    activations: Activations | None,
+    activations: Activations | Sequence[Activations] | None,
     clock: Clock,
     notes: Sequence[str] = (),
     counts: Mapping[str, int] | None = None,
     interventions: int = 0,
 ) -> Result:
-    """Return the result of `analysis`, with its provenance and card.
-
-    Args:
-        activations: None where nothing was captured.
-        interventions: forwards that were run with something changed, as `Analysis.interventions` counts them.
-    """
+    """Return the result of `analysis`, with its provenance and card, from what `Measured` says."""
     options = json.loads(json.dumps(dataclasses.asdict(analysis)))
-    done = None if activations is None else activations.done
+    captures = [activations] if isinstance(activations, Activations) else list(activations or ())
     counted = {
         "prompts": len(prompts),
         "tokens": sum(len(prompt.tokens) for prompt in prompts),
-        "forwards": done.forwards if done else 0,
-        "rows_captured": done.plan.rows if done else 0,
-        "held_before": done.plan.stored if done else 0,
+        "forwards": sum(captured.done.forwards for captured in captures),
+        "rows_captured": sum(captured.done.plan.rows for captured in captures),
+        "held_before": sum(captured.done.plan.stored for captured in captures),
         "intervention_forwards": interventions,
         **(counts or {}),
     }
-    keys = [] if activations is None else activations.keys()
+    keys = list(dict.fromkeys(chain.from_iterable(captured.keys() for captured in captures)))
     provenance = describe(model, started=clock.started, seed=options.get("seed"), store_keys=keys, counts=counted)
     provenance["prompts"] = prompts_digest(prompts)
     if analysis.reads in UNSTORED:

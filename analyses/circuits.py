@@ -10,9 +10,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from analyses.results.statistics import MIN_CLUSTERS, draw_groups, percentiles
+from analyses.results.statistics import MIN_CLUSTERS, Array, draw_groups, percentiles
 
-Array = NDArray[np.float64]
 Item = TypeVar("Item", bound=Hashable)
 """A node or an edge."""
 
@@ -37,7 +36,6 @@ def draw_per_layer(rng: np.random.Generator, layers: NDArray[np.intp], circuit: 
     """Draw a random circuit with as many items of each layer as `circuit` has.
 
     Args:
-        rng: draws.
         layers: of all items, [item].
         circuit: places of its items among all.
     """

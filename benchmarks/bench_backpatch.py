@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
 from pathlib import Path
 
+import json_line
+import random_gpt2
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from probes.blocks.cached_prompt import CachedPrompt
 from probes.models.backends.native import NativeModel
 from probes.points import Address
-
-
-def gpt2_small(layers: int) -> NativeModel:
-    """A random model of GPT-2 small's shape."""
-    torch.manual_seed(0)
-    module = GPT2LMHeadModel(GPT2Config(n_layer=layers)).eval()
-    return NativeModel(module, ref="gpt2-shape", weights="random")
 
 
 def naive(model: NativeModel, tokens: Tensor, cells: list[tuple[int, int]]) -> Tensor:
@@ -60,9 +53,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model = gpt2_small(options.layers)
+    model = random_gpt2.make(options.layers)
     tokens = torch.randint(0, 50257, (1, options.tokens), generator=torch.Generator().manual_seed(1))
-    record: dict[str, object] = {"layers": options.layers, "tokens": options.tokens, "threads": options.threads}
     pairs = itertools.product(range(options.layers), repeat=2)
     cells = [(s, t) for s, t in pairs if options.cells == "full" or s > t]
     seconds, rows = {"naive": float("inf"), "resumed": float("inf")}, {}
@@ -77,10 +69,7 @@ def main() -> None:
         "cells": len(cells), **{f"{k}_s": round(v, 4) for k, v in seconds.items()},
         "ratio": round(seconds["naive"] / seconds["resumed"], 1), "largest_relative_difference": difference,
     }  # fmt: skip
-    line = json.dumps(record)
-    print(line)
-    if options.out:
-        options.out.write_text(line + "\n", encoding="utf-8")
+    json_line.write(options.out, record)
 
 
 if __name__ == "__main__":

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import json_line
+import random_gpt2
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from analyses.contextual_decomposition.cases import Case, baseline_of
 from analyses.contextual_decomposition.scores import PreparedCase, position_sources, to_metric
 from probes.decomposition import PRESETS, Baseline, Decomposer, Source, head
 from probes.models.backends.native import NativeModel
 from probes.points import Address
-
-
-def gpt2_small() -> NativeModel:
-    """A random model of GPT-2 small's shape."""
-    torch.manual_seed(0)
-    module = GPT2LMHeadModel(GPT2Config()).eval()
-    return NativeModel(module, ref="gpt2-shape", weights="random")
 
 
 def peak() -> float:
@@ -70,7 +63,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model = gpt2_small()
+    model = random_gpt2.make()
     rows = torch.randint(0, 50257, (9, options.tokens), generator=torch.Generator().manual_seed(1)).tolist()
     case = Case(0, tuple(rows[0]), (11,), (12,), tuple(map(tuple, rows[1:])), tuple(range(options.tokens)), "random")
     baseline = baseline_of(model, case.references)
@@ -91,10 +84,7 @@ def main() -> None:
         record[f"{preset}_forwards"] = round(float(record[f"{preset}_s"]) / seconds * len(sources))  # type: ignore[arg-type]
         pair = torch.stack([scores[preset].float(), effects])
         record[f"{preset}_correlation"] = round(float(torch.corrcoef(pair)[0, 1]), 3)
-    line = json.dumps(record)
-    print(line)
-    if options.out:
-        options.out.write_text(line + "\n", encoding="utf-8")
+    json_line.write(options.out, record)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from analyses.causal_patching.ablation import AblationKind
 from analyses.causal_patching.circuit_plan import CircuitPlan
 from analyses.causal_patching.circuit_tables import circuit_tables
 from analyses.causal_patching.edge_tables import edge_tables
+from analyses.causal_patching.edges import Line
 from analyses.causal_patching.levels import level_of, supports
 from analyses.causal_patching.running import Run
 from analyses.causal_patching.selection import check_gaps, gauge
@@ -39,6 +40,7 @@ from probes.progress import QUIET
 Array = NDArray[np.float64]
 NODES = ("exact", "mean", "atp", "atp_star")
 EDGES = ("eap", "eap_ig")
+LINE = Line(5, "gauss", "inputs")
 
 
 def relevance(run: Run) -> Array:
@@ -72,7 +74,7 @@ def tables_of(
     run: Run, ablations: Sequence[AblationKind], n_random: int, verify: int, seed: int
 ) -> dict[str, pd.DataFrame]:
     """The tables `faithfulness`, `circuit_area` and `verification`, of nodes and of edges under each ablation."""
-    level, started = level_of(run, "nodes", 5, "gauss"), time.process_time()
+    level, started = level_of(run, "nodes", LINE), time.process_time()
     scores: dict[str, Array] = {}
     for method in NODES:
         scores[method] = supports(run, level, method, QUIET)
@@ -82,13 +84,13 @@ def tables_of(
     tables: dict[str, list[pd.DataFrame]] = {"faithfulness": [], "circuit_area": []}
     plans: list[tuple[CircuitPlan, Mapping[str, Array]]] = []
     for kind in ablations:
-        plan = CircuitPlan("nodes", (), CausalPatching().sizes, kind, n_random, 0, 5, "gauss", seed)
+        plan = CircuitPlan("nodes", (), CausalPatching().sizes, kind, n_random, 0, LINE, seed)
         plans += [(plan, scores), (replace(plan, level="edges", methods=EDGES), {})]
     for one, further in plans:
         for name, table in circuit_tables(run, one, QUIET, further).items():
             tables[name].append(table)
         started = _said(f"circuits of {one.level}, {one.ablation}", started)
-    rows = [edge_tables(run, method, 5, "gauss", verify, seed, QUIET)[1] for method in EDGES]
+    rows = [edge_tables(run, method, LINE, verify, seed, QUIET)[1] for method in EDGES]
     _said("edges verified", started)
     return {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()} | {
         "verification": pd.DataFrame(rows)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-import resource
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import json_line
+import numpy as np
 import torch
+from process_memory import apart
 from torch import Tensor
 
 KINDS = ("q", "k", "v")
@@ -63,14 +62,10 @@ def _tokenizer() -> object:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, pad_token=end)
 
 
-def one(who: str, kinds: list[str], threads: int, out: Path) -> None:
-    """One side in a process of its own, so that its peak memory is its own."""
-    torch.set_num_threads(threads)
-    module = gpt2_shape()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds, scores = (ours if who == "ours" else theirs)(module, kinds)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    torch.save({"seconds": seconds, "peak_mib": peak / 1024, "before_mib": before / 1024, "scores": scores}, out)
+def one(who: str, kinds: list[str]) -> tuple[float, dict[str, np.ndarray]]:
+    """(seconds, scores by kind) of one side."""
+    seconds, scores = (ours if who == "ours" else theirs)(gpt2_shape(), kinds)
+    return seconds, {kind: values.detach().numpy() for kind, values in scores.items()}
 
 
 def main() -> None:
@@ -79,31 +74,18 @@ def main() -> None:
     parser.add_argument("--kinds", default="q,k,v")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("runs/bench_composition.json"))
-    parser.add_argument("--one", choices=("ours", "theirs"))
     options = parser.parse_args()
     kinds = options.kinds.split(",")
-    if options.one:
-        one(options.one, kinds, options.threads, options.out)
-        return
-    measured = {}
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    record: dict[str, object] = {"kinds": options.kinds, "threads": options.threads}
+    seconds, scores = {}, {}
     for who in ("ours", "theirs"):
-        part = options.out.with_suffix(f".{who}.pt")
-        arguments = ["--one", who, "--kinds", options.kinds, "--threads", str(options.threads), "--out", str(part)]
-        subprocess.run([sys.executable, __file__, *arguments], check=True)
-        measured[who] = torch.load(part, weights_only=True)
-        part.unlink()
-    difference = max(
-        float((measured["ours"]["scores"][k] - measured["theirs"]["scores"][k]).abs().max()) for k in kinds
-    )
-    record = {
-        "kinds": options.kinds, "threads": options.threads,
-        **{f"{who}_{key}": round(measured[who][key], 2) for who in measured for key in ("seconds", "peak_mib")},
-        "ratio": round(measured["theirs"]["seconds"] / measured["ours"]["seconds"], 1), "largest_difference": difference,
-    }  # fmt: skip
-    line = json.dumps(record)
-    print(line)
-    options.out.write_text(line + "\n", encoding="utf-8")
+        # In a process of its own, so that its peak memory is its own.
+        (seconds[who], scores[who]), memory = apart(one, options.threads, who, kinds)
+        record |= {f"{who}_seconds": round(seconds[who], 2), f"{who}_peak_mib": round(memory["VmHWM"] / 2**20, 2)}
+    difference = max(float(np.abs(scores["ours"][kind] - scores["theirs"][kind]).max()) for kind in kinds)
+    record |= {"ratio": round(seconds["theirs"] / seconds["ours"], 1), "largest_difference": difference}
+    json_line.write(options.out, record)
 
 
 if __name__ == "__main__":

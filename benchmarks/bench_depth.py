@@ -23,7 +23,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 import marked
 
 from analyses.ground_truth.answers import name_of
-from analyses.ground_truth.bench import DEV_SEEDS, PROCESSES, Job, Ran, chosen_tasks, run_bench, seed_of_release
+from analyses.ground_truth.bench import (
+    DEV_SEEDS,
+    PROCESSES,
+    Job,
+    Ran,
+    chosen_tasks,
+    further_jobs,
+    run_bench,
+    seed_of_release,
+)
 from analyses.ground_truth.contestants import names
 from analyses.ground_truth.exchange import export, exported, handed_in
 from probes import planted
@@ -66,12 +75,15 @@ def seeds_of(text: str, task: str) -> tuple[int, ...]:
 
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
-    """One job a task and seed."""
+    """One job a task and seed; where neither tasks nor seeds are chosen, also those that few families are asked at further seeds."""
     methods = split(options.methods)
     if wrong := set(methods) - set(names()):
         raise OptionError(unknown("method", min(wrong), names()))
-    tasks = chosen_tasks(tiers_of(options.tier), split(options.tasks), options.quick)
-    return [Job(task, seed, methods) for task in tasks for seed in seeds_of(options.seeds, task)]
+    tiers = tiers_of(options.tier)
+    tasks = chosen_tasks(tiers, split(options.tasks), options.quick)
+    jobs = [Job(task, seed, methods) for task in tasks for seed in seeds_of(options.seeds or "0", task)]
+    whole = not (options.seeds or options.tasks or options.quick)
+    return jobs + (further_jobs(tiers, methods) if whole else [])
 
 
 def run(options: argparse.Namespace) -> None:
@@ -81,14 +93,19 @@ def run(options: argparse.Namespace) -> None:
     ran: Ran = run_bench(jobs, options.processes, note=lambda line: print(line, file=sys.stderr))
     own = ran.digest
     if options.peers:
-        names_run = {name_of(record) for record in ran.records}
-        ran = replace(ran, answers=(*ran.answers, *(a for a in handed_in(options.peers) if a.task in names_run)))
+        questions = {(name_of(record), question.key) for record in ran.records for question in record.questions}
+        peers = (answer for answer in handed_in(options.peers) if (answer.task, answer.question) in questions)
+        ran = replace(ran, answers=(*ran.answers, *peers))
     from analyses.ground_truth.words import method_list, readme_table, sentences
 
     summary = ran.scored.summary
     table = readme_table(summary)
+    further = sum(bool(job.kinds) for job in jobs)
+    seeds = f"seeds {options.seeds or '0'}" + (
+        f" and {further} more, of one kind each, at seeds 1 to 5" if further else ""
+    )
     about = (
-        f"{len(jobs)} tasks, seeds {options.seeds}, {len(ran.answers):,} answers, {ran.seconds:.0f} s on "
+        f"{len(jobs) - further} tasks, {seeds}, {len(ran.answers):,} answers, {ran.seconds:.0f} s on "
         f"{options.processes} processes of one thread; digest {own}."
     )
     print(table)
@@ -122,7 +139,11 @@ def main() -> None:
     parser.add_argument("--tier", default=",".join(TIERS))
     parser.add_argument("--tasks", default="", help="task ids, such as A2,C1; all of the tiers where none is named")
     parser.add_argument("--methods", default="", help=f"of {', '.join(names())}")
-    parser.add_argument("--seeds", default="0", help="numbers, dev (0 to 4) or test")
+    parser.add_argument(
+        "--seeds",
+        default="",
+        help="numbers, dev (0 to 4) or test; by default 0, and 1 to 5 for kinds that few tasks ask",
+    )
     parser.add_argument("--processes", type=int, default=PROCESSES)
     parser.add_argument("--peers", help="an exported folder, whose answers*.json are scored beside")
     parser.add_argument("--out", help="folder for answers, tables and a report")
@@ -131,13 +152,14 @@ def main() -> None:
     if options.action in ("export", "score") and not options.folder:
         raise OptionError(f"{options.action} needs a folder: bathyscope bench depth {options.action} DIR")
     if options.action == "export":
-        tasks = [planted.task(job.task, seed=job.seed) for job in jobs_of(options)]
+        tasks = [planted.task(job.task, seed=job.seed) for job in jobs_of(options) if not job.kinds]
         print(export(tasks, options.folder))
     elif options.action == "certify":
         from probes.planted.certify.certificate import ship
         from probes.planted.registry import build
 
-        print(ship(build(task) for task in planted.tasks()))
+        jobs = (*(Job(task, 0, ()) for task in planted.tasks()), *further_jobs(TIERS, ()))
+        print(ship(build(job.task, job.seed) for job in jobs))
     elif options.action == "score":
         score_folder(options.folder)
     else:

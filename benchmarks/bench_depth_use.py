@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
+import json_line
+import random_gpt2
 import torch
+from side_by_side import best
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from analyses.depth_use.contributions import PARTS
 from probes.blocks.batch import Chunk, Part, left_out, on_blocks
@@ -45,16 +43,6 @@ def restarted(model: NativeModel, chunk: Chunk) -> Finals:
     return on_blocks(model, chunk.tokens, lambda blocks: {p: blocks.without(chunk, *p)[-1] for p in places})
 
 
-def best(work: Callable[[], Finals], repeats: int) -> tuple[float, Finals]:
-    """(least seconds, the last result)."""
-    seconds = []
-    for _ in range(repeats):
-        started = time.process_time()
-        finals = work()
-        seconds.append(time.process_time() - started)
-    return min(seconds), finals
-
-
 def main() -> None:
     """Writes processor seconds of each (best of the repeats), their ratio and the largest difference as one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -65,9 +53,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    module = GPT2LMHeadModel(GPT2Config(n_layer=options.layers)).eval()
-    model = NativeModel(module, ref="gpt2-shape", weights="random")
+    model = random_gpt2.make(options.layers)
     tokens = torch.randint(1, 50000, (options.prompts, options.tokens)).tolist()
     with tempfile.TemporaryDirectory() as folder:
         needs = [Need(("resid_pre.0", "resid_post.*", "attn_out.*"))]
@@ -76,14 +62,9 @@ def main() -> None:
         naive, expected = best(lambda: whole(model, chunk), options.repeats)
         fast, finals = best(lambda: restarted(model, chunk), options.repeats)
     difference = max(float((finals[p] - expected[p]).abs().max() / expected[p].abs().max()) for p in finals)
-    line = {
-        "removals": len(finals),
-        "whole_s": naive,
-        "restarted_s": fast,
-        "ratio": naive / fast,
-        "difference": difference,
-    }
-    sys.stdout.write(json.dumps(line) + "\n")
+    ratio = naive / fast
+    record = {"removals": len(finals), "whole_s": naive, "restarted_s": fast, "ratio": ratio, "difference": difference}
+    json_line.write(None, record)
 
 
 if __name__ == "__main__":

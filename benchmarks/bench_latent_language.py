@@ -20,17 +20,8 @@ from probes.store import ActivationStore
 
 SOURCES, TARGETS = ("en", "fr", "de", "ja"), ("fr", "zh", "fr", "fr")
 COLUMNS = [
-    "pair",
-    "latent",
-    "n",
-    "accuracy",
-    "peak_layer",
-    "peak",
-    "peak_control",
-    "target_at_peak",
-    "crossover",
-    "leads_at",
-]
+    "pair", "latent", "n", "accuracy", "peak_layer", "peak", "peak_control", "target_at_peak", "crossover", "leads_at",
+]  # fmt: skip
 
 
 def main() -> None:

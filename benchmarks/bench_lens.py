@@ -10,20 +10,15 @@ with each other, and each with the same read-out in float64, since two float32 r
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import resource
-import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from process_memory import Memory, apart
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from probes.capture.needs import Need
 from probes.capture.run import capture
@@ -111,54 +106,18 @@ def compare(ours: Measured, theirs: Measured, exact: dict[str, np.ndarray], chos
     return "\n".join(lines)
 
 
-def resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * resource.getpagesize()
-
-
-class Peak:
-    """Watches the resident memory from a thread while something runs."""
-
-    def __enter__(self) -> Peak:
-        self.start = self.high = resident()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.005):
-            self.high = max(self.high, resident())
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self.high = max(self.high, resident())
-
-
-def child(way: str, ref: str, folder: str, threads: int, pipe: object) -> None:
-    torch.set_num_threads(threads)
+def measured(way: str, ref: str, folder: str) -> Measured:
+    """Read all rows, after a few that do not count."""
     model = load_model(ref)
     inputs = torch.load(Path(folder) / "rows.pt", weights_only=True)
     rows, ids = inputs["rows"], inputs["ids"]
     few = slice(0, model.shape.n_layers)
     WAYS[way](rows[few], model, ids[few])
-    with Peak() as peak:
+    with Memory() as memory:
         started = time.perf_counter()
         readings = WAYS[way](rows, model, ids)
         seconds = time.perf_counter() - started
-    pipe.send(Measured(way, seconds, peak.high - peak.start, readings))  # type: ignore[attr-defined]
-
-
-def measure(way: str, ref: str, folder: str, threads: int) -> Measured:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=child, args=(way, ref, folder, threads, theirs))
-    process.start()
-    theirs.close()
-    measured = ours.recv()
-    process.join()
-    return measured
+    return Measured(way, seconds, memory.peaks["VmRSS"] - memory.start["VmRSS"], readings)
 
 
 def write_rows(ref: str, sequences: int, length: int, folder: Path) -> tuple[int, int]:
@@ -188,7 +147,7 @@ def main() -> None:
     for length in flags.length:
         with tempfile.TemporaryDirectory() as name:
             n_rows, n_layers = write_rows(flags.model, flags.sequences, length, Path(name))
-            ours, theirs = (measure(way, flags.model, name, flags.threads) for way in WAYS)
+            ours, theirs = (apart(measured, flags.threads, way, flags.model, name)[0] for way in WAYS)
             inputs = torch.load(Path(name) / "rows.pt", weights_only=True)
         chosen = np.unique(np.linspace(0, n_rows - 1, min(n_rows, flags.reference_rows)).astype(np.int64))
         exact = float64(inputs["rows"][chosen], load_model(flags.model), inputs["ids"][chosen])

@@ -7,14 +7,13 @@ so nothing is downloaded; a byte-pair tokenizer of 512 tokens is trained on it.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import tempfile
 import time
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
 
+import json_line
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -100,7 +99,8 @@ def main() -> None:
             checkpoints=str(folder / "checkpoints"),
         )  # fmt: skip
         prompts = [tuple(row) for row in blocks.held_out[:16].tolist()]
-        loaded = called(str(base), options.family)
+        loaded = load_model(str(base))
+        loaded.ref = f"{options.family}, 4 layers, trained on the Python reference"
         result = analysis.run(loaded, prompts, store=ActivationStore(Path(scratch) / "store"))
         if options.out:
             result.save(folder / f"{options.family}-report")
@@ -113,15 +113,7 @@ def main() -> None:
         "export_difference": float(result.tables["export"]["difference"].max()),
         "cpu_s": round(time.process_time() - started, 1),
     }
-    sys.stdout.write(json.dumps(line) + "\n")
-
-
-def called(folder: str, name: str) -> NativeModel:
-    """The model of `folder`, called by the name of its family in reports."""
-    model = load_model(folder)
-    assert isinstance(model, NativeModel)
-    model.ref = f"{name}, 4 layers, trained on the Python reference"
-    return model
+    json_line.write(None, line)
 
 
 if __name__ == "__main__":

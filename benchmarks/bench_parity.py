@@ -10,17 +10,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 from conformance import addresses, read
 from families import FAMILIES, prompt, shared
+from marked import write_between
 from reference import expected
 
 from probes.errors import ModelError
 from probes.models import BACKENDS, Model, from_hf
 from probes.points import POINTS
 
-BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"
 TOLERANCE = 1e-5
 
 
@@ -71,18 +71,10 @@ def parity_table() -> str:
     return "\n".join([*head, *rows, f"| largest deviation | {deviations} |"])
 
 
-def written(text: str, table: str) -> str:
-    """`text` with what stands between the markers replaced by the table."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="put the table into the README")
     table = parity_table()
     print(table)
     if parser.parse_args().write:
-        readme = ROOT / "README.md"
-        readme.write_text(written(readme.read_text(encoding="utf-8"), table), encoding="utf-8")
+        write_between("parity", ROOT / "README.md", table)

@@ -10,23 +10,24 @@ of all cells at that rate; resumed cells always all run.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import json_line
 import pandas as pd
+import random_gpt2
 import torch
+from side_by_side import best
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from analyses.causal_patching.cells import Cell, cells_of
 from analyses.causal_patching.grid import Sources, addresses, capture_values, whole_forwards, writes_of
 from analyses.causal_patching.resumed_grid import ResumedGrid
 from probes.blocks.cached_prompt import CachedPrompt
+from probes.hooks.forward_hooks import tensor_of
 from probes.models import load_model
 from probes.models.backends.native import NativeModel
 from probes.points import Address
@@ -40,12 +41,6 @@ TRANSFORMER_LENS = {
 """What TransformerLens calls the same cells, and the axes of its index."""
 
 
-def gpt2_small() -> NativeModel:
-    """A random model of GPT-2 small's shape."""
-    torch.manual_seed(0)
-    return NativeModel(GPT2LMHeadModel(GPT2Config()).eval(), ref="gpt2-shape", weights="random")
-
-
 @contextmanager
 def counted(model: NativeModel) -> Iterator[list[int]]:
     """Collect rows times positions of every block's call inside."""
@@ -53,14 +48,9 @@ def counted(model: NativeModel) -> Iterator[list[int]]:
     with ExitStack() as stack:
         for layer in range(model.shape.n_layers):
             block = model.anatomy.component("block", layer)
-            hook = block.register_forward_hook(lambda *call: calls.append(_rows(call[-1])))
+            hook = block.register_forward_hook(lambda *call: calls.append(tensor_of(call[-1]).shape[:2].numel()))
             stack.callback(hook.remove)
         yield calls
-
-
-def _rows(output: Any) -> int:
-    tensor = output if isinstance(output, Tensor) else output[0]
-    return int(tensor.shape[0] * tensor.shape[1])
 
 
 def naive(model: NativeModel, corrupted: Sequence[int], start: int, cells: Sequence[Cell], sources: Sources) -> Tensor:
@@ -121,16 +111,6 @@ def bridge_of(model: NativeModel, folder: Path) -> Any:
     return TransformerBridge.boot_transformers(str(folder), hf_model=copy, tokenizer=model.tokenizer, device="cpu")
 
 
-def timed(work: Callable[[], Tensor], repeats: int) -> tuple[float, Tensor]:
-    """The least processor seconds of the repeats, and the result."""
-    best, result = float("inf"), torch.empty(0)
-    for _ in range(repeats):
-        started = time.process_time()
-        result = work()
-        best = min(best, time.process_time() - started)
-    return best, result
-
-
 def main() -> None:
     """Writes one JSON line: cells, block-rows against the formula, processor seconds of each way, and largest differences."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -143,13 +123,9 @@ def main() -> None:
     parser.add_argument("--no-peer", action="store_true", help="leave TransformerLens out")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    model = gpt2_small() if options.model == "gpt2-shape" else load_model(options.model)
+    model = random_gpt2.make() if options.model == "gpt2-shape" else load_model(options.model)
     assert isinstance(model, NativeModel)
-    record = measured(model, options)
-    line = json.dumps(record)
-    print(line)
-    if options.out:
-        options.out.write_text(line + "\n", encoding="utf-8")
+    json_line.write(options.out, measured(model, options))
 
 
 def measured(model: NativeModel, options: argparse.Namespace) -> dict[str, object]:
@@ -169,11 +145,11 @@ def measured(model: NativeModel, options: argparse.Namespace) -> dict[str, objec
     naive_rows = len(cells) * shape.n_layers * n
     # The cells, and the prompt's own pass that keeps its keys and values.
     expected = sum(cell.block_rows(shape.n_layers, n, first) for cell in cells) + shape.n_layers * n
-    own_s, own = timed(lambda: resumed(model, corrupted, first, cells, sources), options.repeats)
+    own_s, own = best(lambda: resumed(model, corrupted, first, cells, sources), options.repeats)
     some = torch.randperm(len(cells), generator=draw)[: options.sample].sort().values
     sampled = [cells[int(i)] for i in some]
     own, scale = own[some], len(cells) / len(sampled)
-    naive_s, whole = timed(lambda: naive(model, corrupted, first, sampled, sources), options.repeats)
+    naive_s, whole = best(lambda: naive(model, corrupted, first, sampled, sources), options.repeats)
     naive_s *= scale
     record: dict[str, object] = {
         "model": model.ref, "component": options.component, "tokens": n, "first_difference": first, "cells": len(cells),
@@ -186,7 +162,7 @@ def measured(model: NativeModel, options: argparse.Namespace) -> dict[str, objec
     if not options.no_peer:
         with tempfile.TemporaryDirectory() as folder:
             bridge = bridge_of(model, Path(folder))
-            peer_s, peer = timed(
+            peer_s, peer = best(
                 lambda: transformer_lens(bridge, options.component, clean, corrupted, sampled, ids), options.repeats
             )
             peer_s *= scale

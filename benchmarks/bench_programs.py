@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
+import json_line
+import random_llama
 import torch
+from side_by_side import best
 from torch import Tensor
 
 from analyses.layer_programs.maps import jump_cells, jump_formula, skip_programs
@@ -21,12 +19,7 @@ from probes.edits.program_runs import run_programs, run_step
 from probes.edits.programs import Program, jump
 from probes.models.backends.native import NativeModel
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import random_llama
-
 VOCABULARY = 512
-T = TypeVar("T")
 
 
 def naive(model: NativeModel, tokens: Tensor, programs: list[Program]) -> tuple[Tensor, int]:
@@ -84,13 +77,6 @@ def together(model: NativeModel, prompts: list[list[int]], programs: list[Progra
     return finals, tree.nodes, runs
 
 
-def timed(work: Callable[[], T]) -> tuple[T, float]:
-    """What work returns, and the processor seconds that it takes."""
-    started = time.process_time()
-    done = work()
-    return done, time.process_time() - started
-
-
 def measured(
     model: NativeModel, prompts: list[list[int]], programs: list[Program], formula: int, sample: int
 ) -> dict[str, object]:
@@ -101,9 +87,9 @@ def measured(
     """
     tokens = torch.tensor([prompts[0]])
     which = sorted({i * len(programs) // sample for i in range(sample)}) if sample else list(range(len(programs)))
-    (own, runs), seconds = timed(lambda: resumed(model, tokens, programs))
-    (whole, sampled), seconds_sample = timed(lambda: naive(model, tokens, [programs[i] for i in which]))
-    (beside, nodes, tree_runs), seconds_together = timed(lambda: together(model, prompts, programs))
+    seconds, (own, runs) = best(lambda: resumed(model, tokens, programs))
+    seconds_sample, (whole, sampled) = best(lambda: naive(model, tokens, [programs[i] for i in which]))
+    seconds_together, (beside, nodes, tree_runs) = best(lambda: together(model, prompts, programs))
     runs_naive = sum(program.runs for program in programs)
     seconds_naive = seconds_sample * runs_naive / sampled
     difference = max(float((each[which] - whole).abs().max() / whole.abs().max()) for each in (own, beside))
@@ -142,15 +128,11 @@ def main() -> None:
         "jumps": ([jump(n, *cell) for cell in jump_cells(n)], jump_formula(n)),
         "skips of one and two": (skip_programs(n, range(n)), skips_formula(n)),
     }
-    lines = [
-        json.dumps(
-            {"map": name, "layers": n, "tokens": options.tokens} | measured(model, prompts, *each, options.sample)
-        )
+    records = (
+        {"map": name, "layers": n, "tokens": options.tokens} | measured(model, prompts, *each, options.sample)
         for name, each in maps.items()
-    ]
-    print("\n".join(lines))
-    if options.out:
-        options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    )
+    json_line.write(options.out, *records)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A model larger than memory, streamed: loads, and a back-patching grid beside the same grid on accelerate's disk offload.
 
 A randomly initialised Llama is written to disk, then loaded streamed, twice, in a process of its own, which patches one grid of
-36 cells, its controls and their prompts block by block. The same analysis then runs on a load whose blocks accelerate keeps on
+36 cells, with its controls unless told otherwise, block by block. The same analysis then runs on a load whose blocks accelerate keeps on
 disk, and, where the model is small enough, on an ordinary one; the tables are compared before anything is reported. Bytes of
 weights are counted where they are read, by the reader of blocks and by accelerate's loader. Resident memory is the kernel's
 high-water mark of the process, which counts mapped file pages as well as its own. The folder is removed at the end.
@@ -10,7 +10,6 @@ high-water mark of the process, which counts mapped file pages as well as its ow
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import platform
 import shutil
@@ -21,7 +20,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from process_memory import Memory, kernel
+from process_memory import apart, kernel
 from streamed_llama import Sizes, write
 
 from analyses.back_patching import BackPatching
@@ -39,38 +38,41 @@ PASSES = 3
 """What the analysis needs: the questions are asked, their prompts opened, and the cells resumed."""
 
 
-def questions(sizes: Sizes, count: int, length: int) -> list[Prompt]:
-    """Random prompts, each with a random answer and two positions to patch."""
+def questions(sizes: Sizes, count: int, length: int, positions: int) -> list[Prompt]:
+    """Random prompts, each with a random answer and one or two positions to patch, the last one and one in the middle."""
     generator = torch.Generator().manual_seed(0)
     out = []
     for index in range(count):
         tokens = torch.randint(5, sizes.vocabulary, (max(2, length - 3 * index) + 1,), generator=generator).tolist()
-        fields = {"answer_tokens": tokens[-1:], "positions": [(len(tokens) - 1) // 2, -1]}
+        fields = {"answer_tokens": tokens[-1:], "positions": [-1, (len(tokens) - 1) // 2][:positions]}
         out.append(Prompt(tuple(tokens[:-1]), None, fields))
     return out
 
 
-def grid(model: Model, prompts: list[Prompt], scratch: Path) -> pd.DataFrame:
-    """Every pair of eight layers and the embedding, source above target, with the analysis' three controls."""
+def grid(model: Model, prompts: list[Prompt], controls: bool, scratch: Path) -> pd.DataFrame:
+    """Every pair of eight layers and the embedding, source above target, with the analysis' three controls or without."""
     n = model.shape.n_layers
     layers = tuple(sorted({round(i * (n - 1) / 7) for i in range(8)}))
-    analysis = BackPatching(layers=layers, include_embedding=True, stages=False)
+    analysis = BackPatching(layers=layers, include_embedding=True, stages=False, controls=controls)
     return analysis.run(model, prompts, store=ActivationStore(scratch)).tables["grid"]
 
 
-def streamed(folder: Path, sizes: Sizes, prompts: list[Prompt], memory_bytes: int) -> dict[str, Any]:
+def streamed(
+    folder: Path, sizes: Sizes, prompts: list[Prompt], controls: bool, memory_bytes: int, total: int
+) -> dict[str, Any]:
     """Load twice and run the grid."""
     facts: dict[str, Any] = {}
     for load in ("first load", "second load"):
-        started, disk = time.perf_counter(), kernel("io", "read_bytes")
+        started, disk = time.perf_counter(), kernel("io")["read_bytes"]
         model: Any = load_model(str(folder), device="cpu", dtype=sizes.dtype, streamed=True, stream_memory=memory_bytes)
-        facts[load] = (time.perf_counter() - started, model.blocks.ledger.bytes, kernel("io", "read_bytes") - disk)
+        took = (time.perf_counter() - started, model.blocks.ledger.bytes, kernel("io")["read_bytes"] - disk)
+        print(line(load, *took) + f"  ({took[1] / total:.2f} of all weights)", flush=True)
     ledger = model.blocks.ledger
     ledger.bytes = 0
     ledger.blocks.clear()
-    disk, started = kernel("io", "read_bytes"), time.perf_counter()
-    table = grid(model, prompts, folder.parent / "streamed")
-    facts["grid"] = (time.perf_counter() - started, ledger.bytes, kernel("io", "read_bytes") - disk)
+    disk, started = kernel("io")["read_bytes"], time.perf_counter()
+    table = grid(model, prompts, controls, folder.parent / "streamed")
+    facts["grid"] = (time.perf_counter() - started, ledger.bytes, kernel("io")["read_bytes"] - disk)
     counts = [ledger.blocks[layer] for layer in range(sizes.layers)]
     return facts | {
         "table": table, "reads of a block": (min(counts), max(counts)), "waiting": model.schedule.waiting.share,
@@ -78,7 +80,7 @@ def streamed(folder: Path, sizes: Sizes, prompts: list[Prompt], memory_bytes: in
     }  # fmt: skip
 
 
-def offloaded(folder: Path, sizes: Sizes, prompts: list[Prompt]) -> dict[str, Any]:
+def offloaded(folder: Path, sizes: Sizes, prompts: list[Prompt], controls: bool) -> dict[str, Any]:
     """Run the grid on a load whose blocks accelerate keeps on disk."""
     from accelerate.utils.offload import OffloadedWeightsLoader
 
@@ -96,38 +98,18 @@ def offloaded(folder: Path, sizes: Sizes, prompts: list[Prompt]) -> dict[str, An
     model = load_model(str(folder), dtype=sizes.dtype, device_map=places, offload=offload)
     facts: dict[str, Any] = {"load s": time.perf_counter() - started}
     OffloadedWeightsLoader.__getitem__ = counted
-    disk, started = kernel("io", "read_bytes"), time.perf_counter()
-    table = grid(model, prompts, folder.parent / "offloaded")
+    disk, started = kernel("io")["read_bytes"], time.perf_counter()
+    table = grid(model, prompts, controls, folder.parent / "offloaded")
     return facts | {
         "table": table,
-        "grid": (time.perf_counter() - started, fetched[0], kernel("io", "read_bytes") - disk),
+        "grid": (time.perf_counter() - started, fetched[0], kernel("io")["read_bytes"] - disk),
     }
 
 
-def ordinary(folder: Path, sizes: Sizes, prompts: list[Prompt]) -> dict[str, Any]:
+def ordinary(folder: Path, sizes: Sizes, prompts: list[Prompt], controls: bool) -> pd.DataFrame:
     """Run the grid on an ordinary load."""
     model = load_model(str(folder), device="cpu", dtype=sizes.dtype)
-    return {"table": grid(model, prompts, folder.parent / "ordinary")}
-
-
-def in_process(work: Any, threads: int, out: Any, *given: Any) -> None:
-    """Do some work in this process, and send what it returns with the memory it took."""
-    torch.set_num_threads(threads)
-    with Memory() as memory:
-        facts = work(*given)
-    out.send(facts | {"memory": memory.peaks})
-
-
-def apart(work: Any, threads: int, *given: Any) -> dict[str, Any]:
-    """Return what some work returns in a process of its own."""
-    receive, send = multiprocessing.Pipe(duplex=False)
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=in_process, args=(work, threads, send, *given))
-    process.start()
-    send.close()
-    facts: dict[str, Any] = receive.recv()
-    process.join()
-    return facts
+    return grid(model, prompts, controls, folder.parent / "ordinary")
 
 
 def compare(table: pd.DataFrame, other: pd.DataFrame, name: str) -> None:
@@ -145,16 +127,13 @@ def line(what: str, seconds: float, counted: int, disk: int) -> str:
     return f"{what:<28}{seconds:8.1f} s  weights read {size(counted):>10}, from disk {size(disk):>10}"
 
 
-def report(facts: dict[str, Any], total: int, blocks: int) -> None:
-    for load in ("first load", "second load"):
-        print(line(load, *facts[load]) + f"  ({facts[load][1] / total:.2f} of all weights)")
+def report(facts: dict[str, Any], memory: dict[str, int], blocks: int) -> None:
     print(line("grid, streamed", *facts["grid"]))
     low, high = facts["reads of a block"]
     print(
         f"blocks read {low} to {high} times in {PASSES} passes; {facts['grid'][1] / (PASSES * blocks):.2f} times a pass by bytes"
     )
     print(f"share of the time spent waiting for a block: {facts['waiting']:.0%} (loads and grid)")
-    memory = facts["memory"]
     print(
         f"peak resident {size(memory['VmHWM'])} (own {size(memory['RssAnon'])}, mapped files {size(memory['RssFile'])}); "
         f"activations on disk {size(facts['spilled'])}; identities hold: {facts['holds']}"
@@ -166,6 +145,12 @@ def main() -> None:
     parser.add_argument("--shape", default="small", choices=list(SHAPES))
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--length", type=int, default=24)
+    parser.add_argument(
+        "--positions", type=int, default=2, choices=(1, 2), help="positions of each prompt that are patched"
+    )
+    parser.add_argument(
+        "--controls", action=argparse.BooleanOptionalAction, default=True, help="also patch the controls"
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", type=float, default=2.0, help="GiB of activations kept in memory between blocks")
@@ -183,23 +168,24 @@ def main() -> None:
         blocks = total - 2 * 2 * sizes.vocabulary * sizes.width - 2 * sizes.width
         print(f"{sizes.layers} layers of width {sizes.width}, {total:,} bytes in bfloat16, run in {sizes.dtype}")
         print(f"written in {time.perf_counter() - started:.0f} s; {platform.machine()}, torch {torch.__version__}")
-        prompts = questions(sizes, options.prompts, options.length)
-        print(f"{len(prompts)} prompts of up to {options.length} tokens, {options.threads} threads\n")
-        facts = apart(streamed, options.threads, folder, sizes, prompts, int(options.memory * 2**30))
-        report(facts, total, blocks)
+        prompts = questions(sizes, options.prompts, options.length, options.positions)
+        print(f"{len(prompts)} prompts of up to {options.length} tokens, {options.threads} threads\n", flush=True)
+        facts, memory = apart(
+            streamed, options.threads, folder, sizes, prompts, options.controls, int(options.memory * 2**30), total
+        )
+        report(facts, memory, blocks)
         if options.peer:
-            peer = apart(offloaded, options.threads, folder, sizes, prompts)
+            peer, peer_memory = apart(offloaded, options.threads, folder, sizes, prompts, options.controls)
             compare(facts["table"], peer["table"], "accelerate's disk offload")
             print(line("grid, accelerate on disk", *peer["grid"]))
             (seconds, counted, _), (peer_seconds, peer_counted, _) = facts["grid"], peer["grid"]
             print(
                 f"accelerate reads {peer_counted / counted:.1f} times the bytes in {peer_seconds / seconds:.1f} times the seconds"
             )
-            print(f"its peak resident memory: {size(peer['memory']['VmHWM'])}")
+            print(f"its peak resident memory: {size(peer_memory['VmHWM'])}")
         if total < COMPARED_BELOW:
-            compare(
-                facts["table"], apart(ordinary, options.threads, folder, sizes, prompts)["table"], "an ordinary load"
-            )
+            plain, _ = apart(ordinary, options.threads, folder, sizes, prompts, options.controls)
+            compare(facts["table"], plain, "an ordinary load")
     finally:
         shutil.rmtree(root, ignore_errors=True)
 

@@ -113,8 +113,8 @@ def ours_to_store(model: NativeModel, tokens: Tensor, folder: Path) -> Way:
     return Way("bathyscope, all rows to the store", run, moved, clear, logits=False)
 
 
-def _blocks(module: Any) -> list[nn.Module]:
-    return list(module.model.layers)
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    return list(next(part for part in module.modules() if isinstance(part, nn.ModuleList)))
 
 
 def _bare(output: Any) -> Tensor:

@@ -179,9 +179,9 @@ def test_history_compares_whole_grids_and_depth_says_what_is_saved(start: str) -
     at = page()
     at.text_input(key="live:line").set_value("skip 1").run()
     tool(at, "History")
-    before = len(at.get("plotly_chart"))
+    before = len(at.get("bidi_component"))
     at.session_state["live:compare:what"] = "Whole grids"
-    assert len(fine(at.run()).get("plotly_chart")) == before + 2
+    assert len(fine(at.run()).get("bidi_component")) == before + 2
     tool(at, "Depth")
     assert any("No saved run" in caption.value for caption in at.caption)
 
@@ -276,16 +276,38 @@ def test_live_work_does_not_run_inside_a_job_s_alteration(model: Model) -> None:
 
 def test_the_outline_is_the_border_of_the_region() -> None:
     import numpy as np
-    import plotly.graph_objects as go
 
-    from app.ui.live_figures import _outline
+    from app.ui.cell_grid import borders
 
-    figure = go.Figure()
-    _outline(figure, np.array([[False, True, True], [False, True, False]]))
-    (shape,) = figure.layout.shapes
-    edges = {
-        frozenset(tuple(float(number) for number in end.split(",")) for end in line.split("L"))
-        for line in shape.path.split("M")[1:]
-    }
-    corners = [(0.5, -0.5), (1.5, -0.5), (2.5, -0.5), (2.5, 0.5), (1.5, 0.5), (1.5, 1.5), (0.5, 1.5), (0.5, 0.5)]
-    assert edges == {frozenset(pair) for pair in zip(corners, corners[1:] + corners[:1], strict=True)}
+    above, right, below, left = 1, 2, 4, 8
+    # Row 0 is at the bottom.
+    region = np.array([[False, True, True], [False, True, False]])
+    assert borders(region).tolist() == [[0, below + left, above + right + below], [0, above + right + left, 0]]
+
+
+def test_a_grid_gives_each_cell_the_colour_of_its_value_and_leaves_blank_what_is_unknown() -> None:
+    import numpy as np
+
+    from app.ui.cell_grid import COLOURS, CellGrid
+
+    values = np.array([[0.0, 1.0], [np.nan, 0.5]], dtype=np.float32)
+    grid = CellGrid(["0", "1"], ["a", "b"], values, 0.0, 1.0, "Viridis", "p", "position", "block")
+    data = grid.data()
+    assert data["colours"] == [[0, COLOURS - 1], [None, round((COLOURS - 1) / 2)]]
+    assert [ink for _, ink in data["palette"]][:: COLOURS - 1] == ["#ffffff", "#000000"]
+    assert data["borders"] is None
+
+
+def test_a_picked_cell_is_the_one_that_the_inspector_and_the_lists_show(start: str) -> None:
+    from app.ui.live_beside import keep_cell
+
+    at = page()
+    own = at.session_state
+    own["live:step"], own["live:position"] = 2, 0
+    fine(at.run())
+    assert any("zero resid_post.2 @0" in str(button.key) for button in at.button)
+    state: dict[str, int] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("app.ui.live_beside.st.session_state", state)
+        keep_cell("live:step", "live:position")(1, 2)
+    assert state == {"live:step": 1, "live:position": 2}

@@ -16,6 +16,7 @@ from analyses.causal_patching.circuit_plan import TAKEN_WITH
 from analyses.causal_patching.circuit_tables import shuffled_pairs
 from analyses.causal_patching.edge_circuits import edge_weights
 from analyses.causal_patching.edge_tables import OpenedEdges
+from analyses.causal_patching.edges import Line
 from analyses.causal_patching.graph import receivers_of, senders_of
 from analyses.causal_patching.levels import EdgeLevel, NodeLevel, circuit_metrics, level_of, supports
 from analyses.causal_patching.pairs import Pair, pair_of, resolved
@@ -45,7 +46,7 @@ def difference(pair: Pair, row: Tensor) -> float:
 @pytest.mark.parametrize("family", ADDING)
 def test_circuits_of_edges_keep_the_identities_of_the_graph(family: str) -> None:
     run, pair = opened(family)
-    level = level_of(run, "edges", 5, "gauss")
+    level = level_of(run, "edges", Line(5, "gauss", "inputs"))
     assert isinstance(level, EdgeLevel)
     one, every = ablated(run, pair, "counterfactual"), np.arange(len(level.layers))
     places = level.connected.nonzero().tolist()
@@ -81,7 +82,7 @@ def test_a_mean_is_that_of_the_references_at_every_position() -> None:
     assert pair.references == (tuple(reference),)
     one = ablated(run, pair, "mean")
     assert one.base.start == 1
-    level = level_of(run, "edges", 5, "gauss")
+    level = level_of(run, "edges", Line(5, "gauss", "inputs"))
     empty = float(one.reader.read(level.last_rows(one, [np.arange(0)]))[0, 0])
     assert empty == pytest.approx(difference(pair, logits(run.model, tuple(reference))), abs=1e-4)
     two = opened("llama", reference_tokens=[reference, list(CORRUPTED)])
@@ -108,7 +109,7 @@ def test_zero_is_zero_at_every_position() -> None:
 
 def test_permuted_items_change_nothing_and_exact_support_is_the_loss() -> None:
     run, pair = opened("qwen2")
-    level = level_of(run, "nodes", 5, "gauss")
+    level = level_of(run, "nodes", Line(5, "gauss", "inputs"))
     exact = supports(run, level, "exact", QUIET)[0]
     one = ablated(run, pair, "counterfactual")
     rng, n = np.random.default_rng(0), len(exact)
@@ -143,7 +144,7 @@ def test_edges_are_ordered_tried_and_drawn(store: ActivationStore) -> None:
 def test_the_whole_is_complete_and_every_item_that_matters_is_needed() -> None:
     """Subsets leave the whole as they leave the whole; an item's need is the largest fall of what is left, by hand."""
     run, _ = opened("llama")
-    level = level_of(run, "nodes", 5, "gauss")
+    level = level_of(run, "nodes", Line(5, "gauss", "inputs"))
     every = np.arange(len(level.layers))
     checks = Checks.of(level, every, 6, np.random.default_rng(0))
     assert all(0.1 * len(every) - 1 <= len(subset) <= 0.9 * len(every) + 1 for subset in checks.subsets["circuit"])

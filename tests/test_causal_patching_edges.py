@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import pandas as pd
 import pytest
 import torch
 from families import FAMILIES, make
@@ -11,13 +14,15 @@ from torch import Tensor
 
 from analyses.causal_patching.attribution import Attributed
 from analyses.causal_patching.cells import Cell
-from analyses.causal_patching.edges import EdgeAttribution, nodes_of_line
+from analyses.causal_patching.edges import EdgeAttribution, Line
+from analyses.causal_patching.figure_graph import graph, largest, place
 from analyses.causal_patching.graph import Receiver, Sender, count_edges, parse_edges, receivers_of, senders_of
 from analyses.causal_patching.grid import Sources, capture_values
 from analyses.causal_patching.paths import PathGrid, sender_changes, written_points
 from analyses.causal_patching.resumed_grid import ResumedGrid
 from probes.blocks.cached_prompt import CachedPrompt
 from probes.blocks.rerouting import module_of
+from probes.edits import Replace, Values, read
 from probes.errors import OptionError, PointError
 from probes.models.backends.native import NativeModel
 from probes.points import Address
@@ -95,7 +100,7 @@ def test_edges_of_a_sender_sum_to_its_attribution(family: str) -> None:
     attribution = EdgeAttribution.of(model)
     one = pair(model)
     senders = [Sender(-1), Sender(0), Sender(1), Sender(2)] + [Sender(1, head) for head in range(4)]
-    gradients = attribution.receiver_gradients(CORRUPTED, one, "logit_diff", None, [1.0])
+    gradients = attribution.receiver_gradients(CORRUPTED, one, "logit_diff", {}, [1.0])
     table = attribution.scores(gradients, senders, changes_of(model, senders))
     cells = [[Cell("resid_pre", 0, position=p) for p in range(2, 6)]]
     cells += [[Cell("mlp_out", layer, position=p) for p in range(2, 6)] for layer in range(3)]
@@ -133,20 +138,47 @@ def test_gradients_along_the_line_sum_to_the_gap(family: str) -> None:
             gap += sign * float(logits[list(one.answers)].mean() - logits[list(one.distractors)].mean())
         change, sums = changes_of(model, [Sender(-1)]), {}
         for steps in (few, many):
-            embeddings, weights = attribution.interpolated(one, steps, "gauss")
-            gradients = attribution.receiver_gradients(CORRUPTED, one, "logit_diff", embeddings, weights)
+            ((_, gradients),) = attribution.along(one, "denoise", "logit_diff", Line(steps, "gauss", "inputs"))
             sums[steps] = float(attribution.scores(gradients, [Sender(-1)], change).nansum())
         assert sums[many] == pytest.approx(gap, rel=0.01)
         assert abs(sums[many] - gap) < abs(sums[few] - gap)
 
 
+@pytest.mark.parametrize("family", ADDING)
+def test_a_component_on_the_line_by_itself_sums_to_its_own_effect(family: str) -> None:
+    """Along its own line, the edges out of the embedding, an attention or an MLP add up to what patching it alone does."""
+    model = nearer(family, 0.01 if family == "mixtral" else 0.2)  # routing jumps along a longer line
+    attribution, one = EdgeAttribution.of(model), pair(model)
+    with module_of(model) as (_, anatomy):
+        sandwich = anatomy.map.path("ln1_post", 0) is not None
+    senders, addresses = senders_of(model.shape), [Address("embed")]
+    addresses += [Address(name, layer) for layer in range(3) for name in ("attn_out", "mlp_out")]
+    values = capture_values(model, CLEAN, {*addresses})
+    changes, seen = changes_of(model, senders), 0
+
+    def gap(edits: list[Replace]) -> float:
+        logits = read(model, torch.tensor([CORRUPTED]), [Address("logits")], edits)[Address("logits")][0, -1]
+        return float(logits[list(one.answers)].mean() - logits[list(one.distractors)].mean())
+
+    whole = gap([Replace(address=Address("embed"), value=Values(values[Address("embed")]))]) - gap([])
+    lines = attribution.along(one, "denoise", "logit_diff", Line(8, "gauss", "activations"))
+    for address, (rows, gradients) in zip(addresses, lines, strict=True):
+        seen += len(senders[rows])
+        if address.point == "attn_out" and sandwich:  # the norm behind all heads is not any one head's
+            continue
+        edges = attribution.scores(gradients, senders[rows], changes[rows]).nansum()
+        exact = gap([Replace(address=address, value=Values(values[address]))]) - gap([])
+        assert float(edges) == pytest.approx(exact, rel=0.01, abs=0.005 * abs(whole))
+    assert seen == len(senders)
+
+
 def test_rules_of_the_line_integrate_what_they_should() -> None:
     for rule, degree in (("left", 0), ("right", 0), ("midpoint", 1), ("gauss", 9)):
-        places, weights = nodes_of_line(5, rule)  # type: ignore[arg-type]
+        places, weights = Line(5, rule, "inputs").places  # type: ignore[arg-type]
         for power in range(degree + 1):
             integral = sum(w * p**power for p, w in zip(places, weights, strict=True))
             assert integral == pytest.approx(1 / (power + 1))
-    assert nodes_of_line(4, "left")[0] == [0, 0.25, 0.5, 0.75]
+    assert Line(4, "left", "inputs").places[0] == [0, 0.25, 0.5, 0.75]
 
 
 def test_edges_are_counted_as_published() -> None:
@@ -197,3 +229,30 @@ def test_a_path_through_mlps_differs_only_where_one_lies_between() -> None:
             paths(model, way).last_rows([(sender, receiver)], changes)[0] for way in ("residual", "mlps")
         )
         assert bool((direct - through).abs().max() > 1e-3) == between
+
+
+def test_the_graph_draws_the_largest_by_what_was_patched() -> None:
+    """An estimate stands only where nothing was patched; heads of keys and values lie in the middle of their group."""
+    names = [
+        ("embed", "m0", 1.0, -9.0),
+        ("0.1", "2.1.k", 5.0, 0.5),
+        ("m0", "logits", -2.0, math.nan),
+        ("1.3", "m2", 8.0, 0.0),
+    ]
+    edges = pd.DataFrame(names, columns=["sender", "receiver", "score", "exact"])
+    units = {"m0": "mlp", "2.1.k": "kv_head", "logits": "logits", "m2": "mlp"}
+    edges = edges.assign(
+        method="eap", direction="noise", receiver_unit=edges["receiver"].map(units), verified=edges["exact"].notna()
+    )
+    kept = pd.DataFrame({"metric": ["logit_diff"], "kept": [True], "corruption": ["token"]})
+    tables = {"edges": edges, "pairs": kept}
+    assert list(largest(tables)["size"]) == [-9.0, -2.0, 0.5, 0.0]
+    assert place("2.1.k", 3, 4, 2) == (2.5, 2.0)
+    assert place("1.3", 3, 4, 1) == (3.0, 1.0)
+    assert place("m0", 3, 4, 2) == (4.5, 0.5)
+    thickest = {}
+    for trace in graph(tables).data:
+        if trace.mode == "lines" and trace.x[0] is not None:
+            thickest |= dict.fromkeys(zip(trace.x[::3], trace.y[::3], strict=True), trace.line.width)
+            assert (trace.line.dash == "dot") == ((4.5, 0.5) in zip(trace.x[::3], trace.y[::3], strict=True))
+    assert thickest == {(1.5, -1.0): 7.0, (4.5, 0.5): 1.0, (1.0, 0.0): 1.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from analyses.depth_use.generation_tables import (
     repetition,
     same_share,
 )
+from analyses.generation import Decoding, respond
 from analyses.results.result import Result
 from probes import edits
 from probes.blocks.batch import Part
@@ -48,6 +50,15 @@ def uncached(model: NativeModel, prompt: tuple[int, ...], part: Part, layer: int
         edit = edits.Scale(address=Address(f"{part}_out", layer), factor=0.0, scope="every_step")
     written = edits.generate(model, prompt, n, [edit])
     return tuple(written[: written.index(END) + 1] if END in written else written)
+
+
+@pytest.mark.parametrize("family", ADDING)
+def test_responses_written_together_are_those_written_alone(family: str, tmp_path: Path) -> None:
+    model, prompts = native(family), [(5, 6, 7, 8), (9,), (11, 3), (4, 12, 30, 7, 20, 6), (8, END)]
+    responses, new = respond(model, prompts, Decoding(8), ActivationStore(tmp_path))
+    assert responses == [tuple(model.generate(prompt, 8)) for prompt in prompts]
+    assert sorted(new) == sorted(responses)
+    assert respond(model, prompts, Decoding(8), ActivationStore(tmp_path)) == (responses, [])
 
 
 @pytest.mark.parametrize("family", ADDING)

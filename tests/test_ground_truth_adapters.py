@@ -165,7 +165,9 @@ def test_depth_use_tells_removal_from_writing_and_erasure_by_half_of_the_most() 
         (a.method, a.question): a
         for a in answers_of(result("depth_use", {"proxies": proxies, "erasure": erasure}), task)
     }
-    assert answers["depth_use (removal)", "void"].chosen == {"1"}
+    removal = answers["depth_use (removal)", "void"]
+    assert removal.chosen is None, "a block that nobody reads costs nothing either"
+    assert max(removal.scores, key=lambda block: removal.scores[block]) == "1"
     assert answers["depth_use (writing)", "void"].chosen == {"2"}
     assert answers["depth_use (removal)", "nodes"].scores == {"0.0": 0.1, "2.1": 0.2, "mlp.0": 0.5}
     assert answers["residual_erasure", "necessary:r"].estimate == (-1, 0)
@@ -345,19 +347,43 @@ def test_layer_programs_mend_exchange_and_replace() -> None:
     for question, table, chosen in (
         (mending, {"jumps": jumps}, {"3->1"}),
         (order, {"swaps": swaps}, {"0+1"}),
-        (redundant, {"skips": skips}, {"mlp.1+mlp.3", "1.0+3.2"}),
+        (redundant, {"skips": skips}, None),
     ):
         answer = only(answers_of(result("layer_programs", {**table, "questions": told}), task_of(question)))
         assert answer.chosen == chosen
-        assert max(answer.scores, key=lambda name: answer.scores[name]) in chosen
+        named = {"mlp.1+mlp.3", "1.0+3.2"} if chosen is None else chosen
+        assert {name for name, score in answer.scores.items() if score == max(answer.scores.values())} == named
     assert set(answer.scores) == set(candidates) - {"2.0+2.1"}
+    unsure = result("layer_programs", {"skips": skips.assign(excess_high=0.1), "questions": told})
+    assert only(answers_of(unsure, task_of(redundant))).decision == "none"
     right = result("layer_programs", {"jumps": jumps, "questions": ~told})
     assert only(answers_of(right, task_of(mending))).decision == "none"
 
 
-def test_every_analysis_but_one_takes_part() -> None:
-    assert set(ANALYSES) - set(ADAPTED) == {"passage_use"}, "what answers no question is named here"
-    assert set(ADAPTED) < set(ANALYSES)
+def test_passage_use_names_the_block_that_takes_from_a_position() -> None:
+    own = Question(
+        "moved", frozenset({"3.1"}), concept="attribute", position="r", to="ask", candidates=("3.1", "4.0", "mlp.3")
+    )
+    elsewhere = Question("moved", frozenset({"2.0"}), concept="attribute", position="ask", to="r")
+    task = task_of(own, elsewhere)
+    (run,) = runs_of("passage_use", task)
+    assert run.questions == (own,), "only what stands at the end is read"
+    assert run.prompts[0].fields["passage"] == [1, 2]
+    assert run.prompts[0].fields["neutral"] == [run.prompts[0].tokens[1] + 1], "the partner's token"
+    losses = pd.DataFrame({
+        "measure": "knock_out_loss", "layer": range(LAYERS), "mean": [0.0, 0.0, 0.1, 2.0, 0.3, 0.0],
+        "low": [0.0, -0.1, -0.1, 1.5, -0.1, 0.0],
+    })  # fmt: skip
+    masses = pd.DataFrame({"measure": "mass", "layer": range(LAYERS), "mean": 9.0, "low": 8.0})
+    answer = only(answers_of(result("passage_use", {"means": pd.concat((masses, losses))}), task, run.questions))
+    assert (answer.decision, answer.chosen) == ("answered", None)
+    assert answer.scores == {"3.1": 2.0, "4.0": 0.3}
+    blind = result("passage_use", {"means": losses.assign(low=-0.1)})
+    assert only(answers_of(blind, task, run.questions)).decision == "none"
+
+
+def test_every_analysis_takes_part() -> None:
+    assert set(ANALYSES) == set(ADAPTED)
     assert {adapter_of(name).analysis for name in ADAPTED} == set(ADAPTED)
     with pytest.raises(OptionError, match="adapter"):
         adapter_of("magic")

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from analyses.ground_truth.answers import Answer, digest, to_json
-from analyses.ground_truth.bench import QUICK, Job, Ran, chosen_tasks, run_bench, seed_of_release
+from analyses.ground_truth.bench import FURTHER, QUICK, Job, Ran, chosen_tasks, further_jobs, run_bench, seed_of_release
 from analyses.ground_truth.contestants import ADAPTED, control_answers
 from analyses.ground_truth.exchange import export, exported, handed_in
 from analyses.ground_truth.report import worst
@@ -19,6 +19,7 @@ from analyses.ground_truth.score import score
 from analyses.ground_truth.words import CANNOT_TELL, method_list, readme_table, sentences
 from analyses.registry import SHIPPED
 from analyses.results.depth_axis import Curve, Panel, depth_figure
+from analyses.results.statistics import MIN_CLUSTERS
 from app.ui.truth import in_words, mark_of, true_marks
 from probes import from_hf
 from probes.errors import OptionError
@@ -48,6 +49,23 @@ def test_two_runs_have_one_digest_and_the_oracle_is_right(ran: Ran) -> None:
 
 def test_processes_answer_as_one_does(ran: Ran) -> None:
     assert run_bench([Job("A1", 0, LIGHT), Job("A3", 0, LIGHT)], processes=2).digest == ran.digest
+
+
+def test_what_few_families_are_asked_is_asked_at_further_seeds_and_nothing_else_there() -> None:
+    jobs = further_jobs(("compiled",), LIGHT)
+    assert further_jobs(("noised", "trained"), LIGHT) == []
+    assert all(job.methods == LIGHT and len(job.kinds) == 1 for job in jobs)
+    for kind, names in FURTHER.items():
+        own = {(job.task, job.seed) for job in jobs if job.kinds == (kind,)}
+        clusters = {(name[0], seed) for name, seed in own} | {(name[0], 0) for name in names}
+        assert len(clusters) >= MIN_CLUSTERS
+        questions = [q for name in names for q in build(name).record.questions if q.kind == kind]
+        assert len(questions) >= len(names)
+        assert any(question.truth for question in questions)
+    one = run_bench([Job("M1", 1, ("layer_programs", "controls"), ("order",))], processes=1)
+    assert {question.kind for record in one.records for question in record.questions} == {"order"}
+    assert {answer.question for answer in one.answers} == {"order"}
+    assert one.scored.summary["kind"].eq("order").all()
 
 
 def test_a_saved_run_reads_back_and_has_a_page(ran: Ran, tmp_path: Path) -> None:

@@ -23,14 +23,13 @@ from typing import ClassVar
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.base import Analysis, Clock, as_prompts, make_result
-from analyses.options import option, validate
+from analyses.base import Analysis, Measured, as_prompts
+from analyses.options import option
 from analyses.results.card import FigureSpec, ProfileSpec
 from probes.capture.needs import Need
 from probes.capture.run import capture
 from probes.points import Address
 from probes.reducers import Reducer
-from probes.store import ActivationStore
 
 NORM = Reducer.parse("norm")
 
@@ -45,23 +44,18 @@ class Lengths(Analysis):
 
     power: float = option(1.0, "The power that lengths are raised to.", low=0.0)
 
-    name: ClassVar[str] = "lengths"
-    title: ClassVar[str] = "Lengths of rows"
-    reference: ClassVar[str] = "Nobody 2026"
-    prompt_fields: ClassVar[dict] = {}
+    name = "lengths"
+    title = "Lengths of rows"
+    reference = "Nobody 2026"
     figures: ClassVar[dict] = {"lengths": FigureSpec("Lengths by layer", "Means over rows.", draw)}
     profiles: ClassVar[dict] = {
         "length": ProfileSpec("Length", "units", "Means over rows.", lambda tables: tables["lengths"])
     }
 
-    def __post_init__(self):
-        validate(self)
-
     def needs(self, model):
         return [Need(("resid_post.*",), NORM)]
 
-    def run(self, model, prompts, *, store=None, progress=None):
-        clock, store = Clock(), store or ActivationStore()
+    def measure(self, model, prompts, store, progress):
         prompts = as_prompts(prompts, model, self.prompt_fields)
         activations = capture(model, [prompt.tokens for prompt in prompts], self.needs(model), store)
         layers = range(model.shape.n_layers)
@@ -70,7 +64,7 @@ class Lengths(Analysis):
             for i in layers
         ]
         table = pd.DataFrame({"layer": list(layers), "value": means})
-        return make_result(self, model, prompts, {"lengths": table}, activations, clock)
+        return Measured(prompts, {"lengths": table}, activations)
 '''
 FROM_OUTSIDE = """
 import shlex, sys

@@ -19,7 +19,7 @@ def bench() -> dict[str, Any]:
 
 def table(bench: dict[str, Any]) -> dict[str, tuple[str, ...]]:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    body = text.partition(bench["BEGIN"])[2].partition(bench["END"])[0]
+    body = text.partition("<!-- parity: begin -->")[2].partition("<!-- parity: end -->")[0]
     lines = [[part.strip() for part in line.strip("|").split(" | ")] for line in body.strip().splitlines()]
     return {family: tuple(cells) for names, *cells in lines for family in names.split(", ")}
 
@@ -38,7 +38,9 @@ def test_the_readme_says_what_the_command_says(bench: dict[str, Any], family: st
     assert table(bench)[family] == bench["cells"](family, {})
 
 
-def test_writing_changes_nothing_but_the_table(bench: dict[str, Any]) -> None:
-    text = f"before\n{bench['BEGIN']}\nold\n{bench['END']}\nafter"
-    assert bench["written"](text, "new") == text.replace("old", "new")
+def test_writing_changes_nothing_but_the_table(bench: dict[str, Any], tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(text := "before\n<!-- parity: begin -->\nold\n<!-- parity: end -->\nafter")
+    bench["write_between"]("parity", page, "new")
+    assert page.read_text() == text.replace("old", "new")
     assert bench["cell"]({"q": None, "k": 1e-7, "v": 0.5}) == "1, without `q`; **v is off by 5e-01**"

@@ -13,10 +13,9 @@ from small import line
 from tiny import native
 
 from analyses.passage_use import PassageUse
-from analyses.passage_use.attention import masked_divergence, passage_mass, row_divergence
 from analyses.passage_use.fusion import Fusing
 from analyses.passage_use.items import items_of, with_variants
-from analyses.passage_use.measures import cosine
+from analyses.passage_use.measures import cosine, masked_divergence, passage_mass, row_divergence
 from analyses.passage_use.tables import chosen_table
 from analyses.results.result import Result
 from probes import edits

@@ -11,12 +11,12 @@ import pytest
 from small import SMALL
 from tiny import native
 
-from analyses.back_patching.profiles import source_gain, target_gain
+from analyses.back_patching.figures import source_gain, target_gain
 from analyses.base import Analysis
-from analyses.communication_channels.profiles import readers, writers
-from analyses.concept_depth.profiles import selectivity
+from analyses.communication_channels.figures import readers, writers
+from analyses.concept_depth.figures import selectivity
 from analyses.logit_lens import LogitLens
-from analyses.logit_lens.profiles import agreement
+from analyses.logit_lens.figures import agreement
 from analyses.registry import every_analysis, get_analysis
 from analyses.results.profiles import counts, mean_by_layer
 from analyses.results.result import Result

@@ -20,7 +20,7 @@ from analyses.options import option
 from analyses.registry import ANALYSES
 from analyses.results.card import FigureSpec, ProfileSpec, Tables
 from analyses.results.result import Result
-from analyses.studies.study_figures import PANELS, overlay
+from analyses.studies.study_page import PANELS, overlay
 from analyses.studies.tidy_tables import CURVE, curves, summary
 from probes.prompts import Field
 

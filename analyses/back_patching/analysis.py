@@ -23,18 +23,15 @@ from analyses.back_patching.cases import (
     judge,
     two_hop_prompts,
 )
-from analyses.back_patching.figures import FIGURES
+from analyses.back_patching.figures import FIGURES, PROFILES
 from analyses.back_patching.grid import Cell, OpenPrompt, Patched, Variant, cells_of, frame, mirrored, noise_like
 from analyses.back_patching.planned import Plan, planned, rival
-from analyses.back_patching.profiles import PROFILES
 from analyses.back_patching.stages import Critical, Patchscope, Resolution, critical_layers, resolutions, stage_tables
 from analyses.back_patching.tables import control_rates, summary
 from analyses.back_patching.verdicts import names, verdicts
-from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
+from analyses.base import Analysis, Measured, PromptsLike, as_prompts
 from analyses.interventions import Interventions, swept
-from analyses.options import accept_old_names, option, validate
-from analyses.results.card import FigureSpec, ProfileSpec
-from analyses.results.result import Result
+from analyses.options import accept_old_names, option
 from analyses.tasks.two_hop import sample
 from probes.blocks.together import resumable, together
 from probes.capture.needs import Need
@@ -42,7 +39,7 @@ from probes.capture.run import capture
 from probes.errors import OptionError, PromptError
 from probes.models.protocol import Model
 from probes.points import Address
-from probes.progress import QUIET, Progress
+from probes.progress import Progress
 from probes.prompts import Field, Prompt, check_ids
 from probes.store import ActivationStore
 
@@ -78,9 +75,9 @@ class BackPatching(Analysis):
     scope_step: int = option(5, "stages: every how many blocks the naming prompt is patched.", low=1)
     seed: int = option(0, "Seed of the sample of questions, of noise and of intervals.")
 
-    name: ClassVar[str] = "back_patching"
-    title: ClassVar[str] = "Back-patching: hopping too late"
-    reference: ClassVar[str] = 'Biran et al. 2024, "Hopping Too Late", arXiv 2406.12775'
+    name = "back_patching"
+    title = "Back-patching: hopping too late"
+    reference = 'Biran et al. 2024, "Hopping Too Late", arXiv 2406.12775'
     prompt_fields: ClassVar[Mapping[str, Field]] = {
         "answer": Field("The right answer, as text.", check_text),
         "answer_tokens": Field("Ids of which any one is the right next token, in place of a text: [262].", check_ids, ids=tuple),
@@ -90,11 +87,8 @@ class BackPatching(Analysis):
         "positions": Field("Positions to patch instead: [4, -1].", check_ints),
         **{name: Field(about, check_text) for name, about in HOPS.items()},
     }  # fmt: skip
-    figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
-    profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
-
-    def __post_init__(self) -> None:
-        validate(self)
+    figures = FIGURES
+    profiles = PROFILES
 
     @property
     def makes_prompts(self) -> bool:
@@ -143,20 +137,12 @@ class BackPatching(Analysis):
         points = [f"resid_post.{model.shape.n_layers - 1}"]
         return [Need((*points, "attn_out.*", "mlp_out.*") if self.stages else tuple(points), LAST)]
 
-    def run(
-        self,
-        model: Model,
-        prompts: PromptsLike = (),
-        *,
-        store: ActivationStore | None = None,
-        progress: Progress = QUIET,
-    ) -> Result:
+    def measure(self, model: Model, prompts: PromptsLike, store: ActivationStore, progress: Progress) -> Measured:
         """Return the tables `cases`, `grid`, `summary`, `control_rates`; with stages `resolution`, `knockout`, `projection`, `stages`.
 
         Raises:
             PromptError: no prompt has an answer.
         """
-        clock, store = Clock(), store or ActivationStore()
         questions = self.collect(model, prompts)
         cases, dropped = cases_of(model, questions)
         if not cases:
@@ -197,7 +183,7 @@ class BackPatching(Analysis):
             "patched_cells": len(everything), "dropped": len(dropped),
         }  # fmt: skip
         notes = (*verdicts(tables["summary"], controls, tables["cases"]), *self._notes(judged, chosen, dropped))
-        return make_result(self, model, questions, tables, activations, clock, notes, counts, interventions=forwards)
+        return Measured(questions, tables, activations, notes, counts, interventions=forwards)
 
     def _scope(self, model: Model) -> Patchscope | None:
         return Patchscope.open(model, self.scope_step) if self.stages and model.tokenizer is not None else None

@@ -1,15 +1,13 @@
-"""Figures of the back-patching analysis."""
+"""Figures and depth profiles of the back-patching analysis."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from analyses.results.card import FigureSpec, Tables
-from analyses.results.theme import COLOURS, SCALE, finish, whiskers
+from analyses.results.card import FigureSpec, ProfileSpec, Tables
+from analyses.results.profiles import mean_by_layer
+from analyses.results.theme import COLOURS, SCALE, finish, side_by_side, whiskers
 
 POSITIONS = {"t1": "t1: the entity's last token", "t2": "t2: the prompt's last token"}
 STAGES = {
@@ -27,16 +25,12 @@ def _main_set(table: pd.DataFrame) -> str:
     return "incorrect" if (table["set"] == "incorrect").any() else str(table["set"].iloc[0])
 
 
-def _columns(titles: Sequence[str]) -> go.Figure:
-    return make_subplots(rows=1, cols=len(titles), subplot_titles=list(titles), horizontal_spacing=0.12)
-
-
 def heatmap(tables: Tables) -> go.Figure:
     """Draw the share of questions answered under each (source, target) cell."""
     grid = tables["grid"]
     kept = grid[grid["set"] == _main_set(grid)]
     names = list(dict.fromkeys(kept["position_name"]))
-    figure = _columns([POSITIONS.get(name, name) for name in names])
+    figure = side_by_side(([POSITIONS.get(name, name) for name in names]), shared_yaxes=False, horizontal_spacing=0.12)
     top = max(0.05, kept.groupby(["position_name", "source_layer", "target_layer"])["success"].mean().max())
     for column, name in enumerate(names, 1):
         cells = kept[kept["position_name"] == name]
@@ -46,9 +40,7 @@ def heatmap(tables: Tables) -> go.Figure:
             showscale=column == len(names), colorbar={"title": "share", "tickformat": ".0%"},
             hovertemplate="source %{y}, target %{x}: %{z:.1%}<extra></extra>", row=1, col=column,
         )  # fmt: skip
-    finish(figure, x="target layer, whose output is replaced", y="source layer", height=480)
-    figure.update_layout(margin_t=60)
-    return figure
+    return finish(figure, x="target layer, whose output is replaced", y="source layer", height=480, top=60)
 
 
 def rates(tables: Tables) -> go.Figure:
@@ -74,8 +66,7 @@ def rates(tables: Tables) -> go.Figure:
             marker_color=colour, error_y=whiskers(drawn["rate"], drawn["low"], drawn["high"], 3),
         )  # fmt: skip
     finish(figure, x="", y=f"share of {chosen} questions")
-    figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
-    return figure
+    return figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
 
 
 def stage_boxes(tables: Tables) -> go.Figure:
@@ -103,14 +94,13 @@ def stage_boxes(tables: Tables) -> go.Figure:
     figure.update_xaxes(categoryorder="array", categoryarray=present, range=[-0.5, len(present) - 0.5])
     figure.update_layout(boxmode="group")
     top = float(tables["projection"]["layer"].max())
-    figure.update_yaxes(range=[-1, top * 1.3])
-    return figure
+    return figure.update_yaxes(range=[-1, top * 1.3])
 
 
 def resolution(tables: Tables) -> go.Figure:
     """Draw a histogram of the earliest layer from which the naming prompt recovers an entity."""
     table = tables["resolution"]
-    figure = make_subplots(rows=1, cols=2, subplot_titles=("bridge, from t1", "answer, from t2"), shared_yaxes=True)
+    figure = side_by_side(("bridge, from t1", "answer, from t2"))
     for column, (position, entity) in enumerate((("t1", "bridge"), ("t2", "answer")), 1):
         rows = table[(table["position"] == position) & (table["entity"] == entity)]
         for colour, name in zip(COLOURS, ("correct", "incorrect", "other"), strict=False):
@@ -121,11 +111,9 @@ def resolution(tables: Tables) -> go.Figure:
                     x=group["layer"].dropna(), name=label, marker_color=colour, nbinsx=30,
                     xbins={"start": -0.5, "end": float(tables["projection"]["layer"].max()) + 0.5, "size": 1}, row=1, col=column,
                 )  # fmt: skip
-    finish(figure, x="earliest source layer", y="questions")
+    finish(figure, x="earliest source layer", y=("questions",), legend=1.1, top=90)
     figure.update_xaxes(range=[-0.5, float(tables["projection"]["layer"].max()) + 0.5])
-    figure.update_layout(barmode="stack", legend={"font": {"size": 11}, "y": 1.1}, margin_t=90)
-    figure.update_yaxes(title="", col=2)
-    return figure
+    return figure.update_layout(barmode="stack", legend_font_size=11)
 
 
 def knockout(tables: Tables) -> go.Figure:
@@ -138,8 +126,7 @@ def knockout(tables: Tables) -> go.Figure:
         if len(shares):
             figure.add_scatter(x=shares, y=shares.index, name=name, mode="lines+markers", line={"color": colour})
     finish(figure, x="share of questions whose next token changes", y="layer (centre of the window)")
-    figure.update_xaxes(range=[0, 1.02], tickformat=".0%")
-    return figure
+    return figure.update_xaxes(range=[0, 1.02], tickformat=".0%")
 
 
 FIGURES = {
@@ -176,5 +163,42 @@ FIGURES = {
         "the curve is the share of questions whose next token changes.",
         knockout,
         lambda tables: "knockout" in tables and len(tables["knockout"]) > 0,
+    ),
+}
+
+
+ROWS = ["prompt", "position_name"]
+
+
+def _gain(tables: Tables, layer: str) -> pd.DataFrame:
+    grid = tables["grid"]
+    gained = grid.assign(gain=grid["answer_logprob"] - grid["baseline_logprob"])
+    return mean_by_layer(gained[gained[layer] >= 0], "gain", ROWS, layer)  # -1 is the embedding
+
+
+def target_gain(tables: Tables) -> pd.DataFrame:
+    """Return the mean gain of the answer's log-probability by the layer that a later state is put into."""
+    return _gain(tables, "target_layer")
+
+
+def source_gain(tables: Tables) -> pd.DataFrame:
+    """Return the mean gain of the answer's log-probability by the layer that the state is taken from."""
+    return _gain(tables, "source_layer")
+
+
+PROFILES = {
+    "target_gain": ProfileSpec(
+        "Back-patching gain, by target",
+        "nats of the answer",
+        "Change of the answer's log-probability when a later layer's state replaces this layer's output, averaged over the source layers "
+        "and questions tried. Above 0 the answer becomes more probable.",
+        target_gain,
+    ),
+    "source_gain": ProfileSpec(
+        "Back-patching gain, by source",
+        "nats of the answer",
+        "Change of the answer's log-probability when this layer's state is put back into an earlier one, averaged over the target layers "
+        "and questions tried.",
+        source_gain,
     ),
 }

@@ -30,7 +30,6 @@ class Plan:
         """Count the forwards of one question.
 
         Args:
-            names: the positions patched.
             shared: those at which another question's source is put in.
         """
         n, forward = len(self.cells), len(mirrored(self.cells, self.n_layers))

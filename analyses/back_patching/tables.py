@@ -40,7 +40,6 @@ def summary(grid: pd.DataFrame, controls: pd.DataFrame, seed: int = 0) -> pd.Dat
         held_out_correct = held_out(hits, gain)
         of_group = controls[(controls["position_name"] == key[0]) & (controls["set"] == key[1])]
         other = of_group[of_group["variant"] == "other_query"]
-        mean_gain = cluster_bootstrap(gain[:, cell], np.arange(n), seed=seed)
         rows.append(
             {
                 "position": key[0], "set": key[1], "n": n, "cells": hits.shape[1],
@@ -50,7 +49,7 @@ def summary(grid: pd.DataFrame, controls: pd.DataFrame, seed: int = 0) -> pd.Dat
                 "best_cell_rate": best.mean(), **_span("best_cell", best),
                 "held_out_rate": held_out_correct.mean() if len(held_out_correct) else np.nan, **_span("held_out", held_out_correct),
                 "control_rate": float(other["oracle_rate"].iloc[0]) if len(other) else np.nan,
-                "logprob_gain": mean_gain.mean[0], "gain_low": mean_gain.low[0], "gain_high": mean_gain.high[0],
+                **cluster_bootstrap(gain[:, cell], np.arange(n), seed=seed).columns("logprob_gain", "gain_"),
             }
         )  # fmt: skip
     return pd.DataFrame(rows)

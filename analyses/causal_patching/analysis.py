@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import pandas as pd
 
-from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
+from analyses.base import Analysis, Measured, PromptsLike, as_prompts
 from analyses.causal_patching import costs
 from analyses.causal_patching.ablation import AblationKind
 from analyses.causal_patching.cells import Component, check_components
 from analyses.causal_patching.circuit_plan import SHARES, CircuitPlan
 from analyses.causal_patching.corruption import Noise, SigmaOver, element_deviation
 from analyses.causal_patching.decision import window_table
-from analyses.causal_patching.edges import Rule
+from analyses.causal_patching.edges import Line, LinePath, Rule
 from analyses.causal_patching.estimates import EstimatePlan, estimates
-from analyses.causal_patching.figures import FIGURES
+from analyses.causal_patching.figures import FIGURES, PROFILES
 from analyses.causal_patching.journal import Journal, journal_in
 from analyses.causal_patching.levels import METHODS
 from analyses.causal_patching.metrics import Metric
@@ -28,21 +28,17 @@ from analyses.causal_patching.nulls import Null
 from analyses.causal_patching.pairs import FIELDS, Direction, Pair, pair_of, resolved
 from analyses.causal_patching.patched import GridPlan, pairs_table
 from analyses.causal_patching.paths import KvView, Through
-from analyses.causal_patching.profiles import PROFILES
 from analyses.causal_patching.running import Run, count_cells, noise_floor
 from analyses.causal_patching.selection import check_gaps, gauge
 from analyses.causal_patching.statistics import map_table
 from analyses.causal_patching.task_pairs import generated
 from analyses.interventions import Interventions, Tally
-from analyses.options import option, validate
-from analyses.results.card import FigureSpec, ProfileSpec
-from analyses.results.result import Result
+from analyses.options import option
 from probes.blocks.together import resumable, together
-from probes.capture.needs import Need
 from probes.errors import OptionError
 from probes.models.protocol import Model
 from probes.progress import QUIET, Progress
-from probes.prompts import Field, Prompt, PromptLine, read_prompts
+from probes.prompts import Prompt, PromptLine, read_prompts
 from probes.store import ActivationStore
 
 REFERENCES = 16
@@ -98,6 +94,10 @@ class CausalPatching(Analysis):
     )
     ig_steps: int = option(5, "eap_ig: runs between the corrupted and the clean prompt.", low=1, high=100)
     ig_rule: Rule = option("gauss", "eap_ig: where on the line they lie.")
+    ig_path: LinePath = option(
+        "inputs",
+        "eap_ig: what lies between them, the token embeddings, or each component's output by itself (many more runs).",
+    )
     verify: int = option(
         32, "Estimates that are patched exactly: so many of the largest, and as many at random.", low=0, high=1000
     )
@@ -128,19 +128,19 @@ class CausalPatching(Analysis):
     )
     seed: int = option(0, "Seed of generated pairs, noise, signs and intervals.")
 
-    name: ClassVar[str] = "causal_patching"
-    title: ClassVar[str] = "Causal patching: where a change decides the answer"
-    reference: ClassVar[str] = (
+    name = "causal_patching"
+    title = "Causal patching: where a change decides the answer"
+    reference = (
         'Meng et al. 2022, "Locating and Editing Factual Associations in GPT", arXiv 2202.05262; Heimersheim and Nanda 2024, '
         '"How to use and interpret activation patching", arXiv 2404.15255'
     )
-    prompt_fields: ClassVar[Mapping[str, Field]] = FIELDS
-    figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
-    profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
+    prompt_fields = FIELDS
+    figures = FIGURES
+    profiles = PROFILES
     reads = "own forwards"
 
     def __post_init__(self) -> None:
-        validate(self)
+        super().__post_init__()
         if self.window not in ("prefix", "suffix") and not (
             self.window.isascii() and self.window.isdigit() and int(self.window)
         ):
@@ -168,7 +168,7 @@ class CausalPatching(Analysis):
     @property
     def estimates(self) -> EstimatePlan:
         """What is estimated, verified and tried beside the grid."""
-        circuits = None
+        circuits, line = None, Line(self.ig_steps, self.ig_rule, self.ig_path)
         if self.circuit != "none":
             ordering = self.circuit_methods or DEFAULT_METHODS[self.circuit]
             circuits = CircuitPlan(
@@ -178,15 +178,13 @@ class CausalPatching(Analysis):
                 self.ablation,
                 self.n_random,
                 self.n_subsets,
-                self.ig_steps,
-                self.ig_rule,
+                line,
                 self.seed,
             )
         methods = tuple(method for method in self.attribution if method != "none")
         return EstimatePlan(
             methods,
-            self.ig_steps,
-            self.ig_rule,
+            line,
             self.verify,
             self.paths,
             self.through,
@@ -209,24 +207,13 @@ class CausalPatching(Analysis):
         wheres = [line.where if isinstance(line, PromptLine) else f"prompt {i}" for i, line in enumerate(lines)]
         return resolved(model, as_prompts(lines, model, FIELDS), wheres, noise)
 
-    def needs(self, model: Model) -> list[Need]:
-        """None: both runs of a pair are read as they are patched, and never stored."""
-        return []
-
     def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
         """Count the cells of all pairs, before it is known which of them the model tells apart."""
         pairs = [pair for pair in self._pairs(prompts) if not pair.reason]
         run = self._run(model, pairs, Tally(QUIET), None)
         return costs.planned(run, self._samples, self.estimates)
 
-    def run(
-        self,
-        model: Model,
-        prompts: PromptsLike = (),
-        *,
-        store: ActivationStore | None = None,
-        progress: Progress = QUIET,
-    ) -> Result:
+    def measure(self, model: Model, prompts: PromptsLike, store: ActivationStore, progress: Progress) -> Measured:
         """Return the tables `pairs`, `cells`, `map` and `window`; by option `nodes`, `edges`, `verification`, `paths`,
         `faithfulness`, `circuit_area` and `circuit_checks`.
 
@@ -235,7 +222,6 @@ class CausalPatching(Analysis):
             PointError: edges, paths or circuits of a model that keeps its blocks to itself.
             PromptError: a line that is no pair, or pairs that the model does not tell apart.
         """
-        clock, store = Clock(), store or ActivationStore()
         questions = self.collect(model, prompts)
         pairs = self._pairs(questions)
         tally = Tally(progress)
@@ -262,7 +248,7 @@ class CausalPatching(Analysis):
         notes += said
         run.journal.close()
         done = {"pairs": len(kept), "pairs_left_out": len(pairs) - len(kept)}
-        return make_result(self, model, questions, tables, None, clock, notes, done, tally.forwards)
+        return Measured(questions, tables, None, notes, done, tally.forwards)
 
     @property
     def _means(self) -> bool:

@@ -17,10 +17,9 @@ from analyses.causal_patching.circuit_plan import ITEMS, TAKEN_WITH, CircuitPlan
 from analyses.causal_patching.levels import Indices, Level, circuit_metrics
 from analyses.causal_patching.running import Run
 from analyses.circuits import draw_items, draw_per_layer, normalised, resampled_faithfulness
-from analyses.results.statistics import percentiles
+from analyses.results.statistics import Array, percentiles
 from probes.progress import Progress
 
-Array = NDArray[np.float64]
 FAITHFUL = 0.8
 """A circuit is checked from this share of the metric on."""
 LARGEST = 0.5
@@ -75,7 +74,6 @@ class Checks:
             values: the metric of `circuits`, [pair, circuit].
             full: of the whole model, [pair].
             empty: with nothing kept, [pair].
-            seed: of the interval over pairs.
         """
         drawn = resampled_faithfulness(values, full, empty, seed)
         f = normalised(values, full, empty)
@@ -120,15 +118,10 @@ def checks_table(
     """Return `circuit_checks`: of each method's smallest faithful circuit, ordered and tried as the held-out rows are.
 
     Args:
-        run: the pairs.
-        level: what circuits are made of.
-        plan: what is tried.
         scores: what each method says of every item on every pair, [pair, item].
-        faithfulness: the table.
         ordering: which pairs order items, [pair].
         split: of the rows of `faithfulness` that were ordered so.
         ends: the metric of the whole, then with nothing kept, [pair, 2 or more].
-        progress: watches.
     """
     tried = tried_pairs(split, ordering)
     rng, checks = np.random.default_rng(plan.seed), {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from analyses.causal_patching.ablation import AblationKind
-from analyses.causal_patching.edges import Rule
+from analyses.causal_patching.edges import Line
 from analyses.causal_patching.levels import ABLATIONS
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -29,8 +29,7 @@ class CircuitPlan:
     n_random: int
     n_subsets: int
     """Subsets by which a circuit's completeness is checked; 0 leaves it out."""
-    steps: int
-    rule: Rule
+    line: Line
     seed: int
 
     @property

@@ -25,10 +25,9 @@ from analyses.circuits import (
     resampled_faithfulness,
     sizes_of,
 )
-from analyses.results.statistics import percentiles
+from analyses.results.statistics import Array, percentiles
 from probes.progress import Progress
 
-Array = NDArray[np.float64]
 OrderedBy = Literal["score", "size"]
 """Items that support the answer most come first, or those that matter most either way."""
 AREAS: Mapping[str, OrderedBy] = {"cpr": "score", "cmd": "size", "cpr_log": "score", "cmd_log": "size"}
@@ -75,12 +74,9 @@ def circuit_tables(
     (the harder control). A method that ends in `SHUFFLED` ordered items on pairs whose corrupted prompt is another pair's.
 
     Args:
-        run: the pairs.
-        plan: what is tried.
-        progress: watches.
         further: what other methods than the plan's say of every item on every pair, [pair, item].
     """
-    level = level_of(run, plan.level, plan.steps, plan.rule)
+    level = level_of(run, plan.level, plan.line)
     own = {method: supports(run, level, method, progress) for method in plan.methods} | dict(further or {})
     scores, mixed = dict(own), shuffled_pairs(run)
     if mixed is not None:

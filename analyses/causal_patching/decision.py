@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from analyses.causal_patching.cells import ADDED
 from analyses.causal_patching.statistics import by_group, live_roles, signs, wide
-from analyses.results.statistics import percentiles, resampled_ratios
+from analyses.results.statistics import Array, percentiles, resampled_ratios
 
-Array = NDArray[np.float64]
 HALF = 0.5
 """The share of the gap that counts as having the answer."""
 COLUMNS = ["component", "role", "direction", "bound", "layer", "ci_low", "ci_high", "share_undefined", "first_crossing"]
@@ -46,7 +44,6 @@ def window_table(cells: pd.DataFrame, pairs: pd.DataFrame, metric: str, seed: in
         cells: as `patched.cells_table`.
         pairs: as `patched.pairs_table`.
         metric: the one on which the bounds are taken.
-        seed: of resampling.
     """
     cells = live_roles(cells)
     own = cells[(cells["source"] == "pair") & (cells["metric"] == metric) & (cells["head"] < 0)]

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from analyses.causal_patching.edges import EdgeAttribution, Rule
+from analyses.causal_patching.edges import EdgeAttribution, Line
 from analyses.causal_patching.graph import Edge, Sender, receivers_of, senders_of
 from analyses.causal_patching.nodes import attribution_direction
 from analyses.causal_patching.opened import OpenedPair, Opener, first_patched
@@ -21,12 +20,11 @@ from analyses.causal_patching.resumed_grid import ResumedGrid
 from analyses.causal_patching.running import Run
 from analyses.causal_patching.statistics import ratios
 from analyses.causal_patching.verification import budget, ranked, verification_row
+from analyses.results.statistics import Array
 from probes.blocks.rerouting import module_of
 from probes.errors import PointError
 from probes.models.protocol import Model
 from probes.progress import Progress
-
-Array = NDArray[np.float64]
 
 
 def parallel_blocks(model: Model) -> bool:
@@ -75,20 +73,22 @@ class OpenedEdges:
 
 
 def edge_scores(
-    run: Run, pair: Pair, attribution: EdgeAttribution, method: str, steps: int, rule: Rule, direction: Direction
+    run: Run, pair: Pair, attribution: EdgeAttribution, method: str, line: Line, direction: Direction
 ) -> Tensor:
     """Return the predicted effect of every edge on a pair, [sender, receiver], NaN where there is none."""
     senders = senders_of(run.model.shape)
     changes = OpenedEdges.of(run, pair, direction, senders).changes
-    embeddings, weights = attribution.interpolated(pair, steps, rule) if method == "eap_ig" else (None, [1.0])
-    gradients = attribution.receiver_gradients(pair.base(direction), pair, run.metrics[0], embeddings, weights)
     start = first_patched(pair, direction)
-    stacked = torch.stack([changes[sender] for sender in senders])
-    return attribution.scores(gradients[:, start:], senders, stacked[:, start:])
+    stacked = torch.stack([changes[sender] for sender in senders])[:, start:]
+    rows = [
+        attribution.scores(gradients[:, start:], senders[those], stacked[those])
+        for those, gradients in attribution.along(pair, direction, run.metrics[0], line if method == "eap_ig" else None)
+    ]
+    return torch.cat(rows)
 
 
 def edge_tables(
-    run: Run, method: str, steps: int, rule: Rule, verify: int, seed: int, progress: Progress
+    run: Run, method: str, line: Line, verify: int, seed: int, progress: Progress
 ) -> tuple[pd.DataFrame, dict[str, object]]:
     """Return (the table `edges`, a row of `verification`).
 
@@ -104,7 +104,7 @@ def edge_tables(
     progress.start(len(run.pairs), "pair's edges attributed")
     scores = []
     for pair in run.pairs:
-        scores.append(edge_scores(run, pair, attribution, method, steps, rule, direction)[connected].double().numpy())
+        scores.append(edge_scores(run, pair, attribution, method, line, direction)[connected].double().numpy())
         progress.advance()
     every = np.stack(scores)
     means = every.mean(0)

@@ -1,12 +1,12 @@
 """Edge attribution: what every edge would do, from one gradient or from gradients along a line between the runs.
 
 Syed et al. 2023, "Attribution Patching Outperforms Automated Circuit Discovery", arXiv 2310.10348 (EAP); Hanna et al. 2024,
-"Have Faith in Faithfulness", arXiv 2403.17806 (EAP-IG, of which the interpolation of inputs is here).
+"Have Faith in Faithfulness", arXiv 2403.17806 (EAP-IG, by inputs and by activations).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +19,7 @@ from analyses.causal_patching.attribution import pair_metric
 from analyses.causal_patching.corruption import EMBED
 from analyses.causal_patching.graph import Sender, reaches, receivers_of
 from analyses.causal_patching.grid import capture_values
-from analyses.causal_patching.pairs import Pair
+from analyses.causal_patching.pairs import Direction, Pair
 from probes.blocks.rerouting import module_of
 from probes.errors import PointError
 from probes.gradients import values_and_gradients
@@ -28,19 +28,33 @@ from probes.points import Address
 from probes.weights.head_weights import head_weights
 
 Rule = Literal["left", "right", "midpoint", "gauss"]
+LinePath = Literal["inputs", "activations"]
 
 
-def nodes_of_line(steps: int, rule: Rule) -> tuple[list[float], list[float]]:
-    """Return (places between 0, the corrupted run, and 1, the clean one; weights that sum to 1).
+@dataclass(frozen=True)
+class Line:
+    """Where between the corrupted run, 0, and the clean one, 1, gradients are taken, and what lies there.
 
-    `left` never visits the clean end and `right` never the corrupted one; `gauss` is exact for metrics that are polynomials
-    of degree up to 2 * steps - 1 along the line.
+    With the path `inputs` all token embeddings lie on the line; with `activations` one component's output after the other
+    does, everything else being as in the run that is patched: 2 L + 1 times the runs.
     """
-    if rule == "gauss":
-        places, weights = np.polynomial.legendre.leggauss(steps)
-        return list((places + 1) / 2), list(weights / 2)
-    shift = {"left": 0.0, "midpoint": 0.5, "right": 1.0}[rule]
-    return [(k + shift) / steps for k in range(steps)], [1 / steps] * steps
+
+    steps: int
+    rule: Rule
+    path: LinePath
+
+    @property
+    def places(self) -> tuple[list[float], list[float]]:
+        """(places on the line, weights that sum to 1).
+
+        `left` never visits the clean end and `right` never the corrupted one; `gauss` is exact for metrics that are
+        polynomials of degree up to 2 * steps - 1 along the line.
+        """
+        if self.rule == "gauss":
+            places, weights = np.polynomial.legendre.leggauss(self.steps)
+            return list((places + 1) / 2), list(weights / 2)
+        shift = {"left": 0.0, "midpoint": 0.5, "right": 1.0}[self.rule]
+        return [(k + shift) / self.steps for k in range(self.steps)], [1 / self.steps] * self.steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,14 +103,13 @@ class EdgeAttribution:
         tokens: Sequence[int],
         pair: Pair,
         metric: str,
-        embeddings: Float[Tensor, "step pos d_model"] | None,
+        outputs: Mapping[Address, Float[Tensor, "step pos d_model"]],
         weights: Sequence[float],
     ) -> Float[Tensor, "receiver pos d_model"]:
         """Return the gradient of the metric at the stream that each receiver reads, before its norm; a weighted sum over steps.
 
         Args:
-            tokens: the run's.
-            embeddings: token embeddings in place of the run's own, one run each; None is the run as it is.
+            outputs: what components write in place of the run's own, one run each; empty is the run as it is.
             weights: of each run.
         """
         layers = range(self.model.shape.n_layers)
@@ -107,7 +120,7 @@ class EdgeAttribution:
         clean = None
         if metric == "kl":
             clean = capture_values(self.model, pair.clean, {Address("logits")})[Address("logits")][-1].clone()
-        writes = {} if embeddings is None else {EMBED: lambda tensor: embeddings.to(tensor)}
+        writes = {address: line.to for address, line in outputs.items()}
         batch = torch.tensor([list(tokens)]).expand(len(weights), -1)
         values, gradients = values_and_gradients(
             self.model, batch, points, pair_metric(pair, metric, clean), writes=writes
@@ -160,17 +173,32 @@ class EdgeAttribution:
             [[reaches(sender, receiver, self.parallel) for receiver in receivers] for sender in senders]
         )
 
-    def interpolated(self, pair: Pair, steps: int, rule: Rule) -> tuple[Float[Tensor, "step pos d_model"], list[float]]:
-        """Return (token embeddings on the line from the corrupted to the clean run, the weight of each).
+    def along(
+        self, pair: Pair, direction: Direction, metric: str, line: Line | None
+    ) -> Iterator[tuple[slice, Float[Tensor, "receiver pos d_model"]]]:
+        """Yield (which senders, gradients at what every receiver reads), at the patched run where there is no line.
 
         Raises:
             PointError: prompts of two lengths, between which there is no line.
         """
+        tokens, shape = pair.base(direction), self.model.shape
+        if line is None:
+            yield slice(None), self.receiver_gradients(tokens, pair, metric, {}, [1.0])
+            return
         if len(pair.clean) != len(pair.corrupted):
             raise PointError(
                 f"{pair.where}: prompts of {len(pair.clean)} and {len(pair.corrupted)} tokens have no line between them"
             )
-        ends = [capture_values(self.model, tokens, {EMBED})[EMBED].clone() for tokens in (pair.corrupted, pair.clean)]
-        places, weights = nodes_of_line(steps, rule)
-        at = torch.tensor(places, dtype=ends[0].dtype, device=ends[0].device).view(-1, 1, 1)
-        return ends[0] + at * (ends[1] - ends[0]), weights
+        senders = {EMBED: slice(None)}
+        if line.path == "activations":
+            senders = {EMBED: slice(0, 1)}
+            for layer in range(shape.n_layers):
+                mlp = (layer + 1) * (shape.n_heads + 1)
+                senders |= {Address("attn_out", layer): slice(mlp - shape.n_heads, mlp)}
+                senders |= {Address("mlp_out", layer): slice(mlp, mlp + 1)}
+        corrupted, clean = (capture_values(self.model, each, set(senders)) for each in (pair.corrupted, pair.clean))
+        places, weights = line.places
+        for address, rows in senders.items():
+            start, end = corrupted[address], clean[address]
+            at = torch.tensor(places, dtype=start.dtype, device=start.device).view(-1, 1, 1)
+            yield rows, self.receiver_gradients(tokens, pair, metric, {address: start + at * (end - start)}, weights)

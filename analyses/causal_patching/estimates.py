@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from analyses.causal_patching.circuit_checks import FAITHFUL, LARGEST
 from analyses.causal_patching.circuit_plan import SHUFFLED, CircuitPlan
 from analyses.causal_patching.circuit_tables import circuit_tables
 from analyses.causal_patching.edge_tables import edge_tables, parallel_blocks, paths_table
-from analyses.causal_patching.edges import Rule
+from analyses.causal_patching.edges import Line
 from analyses.causal_patching.graph import count_edges, parse_edges
 from analyses.causal_patching.levels import ABLATIONS
 from analyses.causal_patching.nodes import node_tables
@@ -23,7 +22,6 @@ from analyses.causal_patching.selection import Ends
 from probes.errors import OptionError
 from probes.progress import Progress
 
-Array = NDArray[np.float64]
 SAID = {"nodes": "heads and MLPs", "edges": "edges between heads and MLPs"}
 BASELINES = {
     "counterfactual": "as in the corrupted run", "mean": "at its mean over the pair's references", "zero": "zero",
@@ -36,8 +34,7 @@ class EstimatePlan:
     """What is estimated, verified and tried beside the grid."""
 
     methods: tuple[str, ...]
-    steps: int
-    rule: Rule
+    line: Line
     verify: int
     paths: tuple[str, ...]
     through: Through
@@ -98,7 +95,7 @@ def estimates(run: Run, plan: EstimatePlan, ends: Ends, progress: Progress) -> t
         nodes.append(table)
         rows.append(row)
     for method in plan.edge_methods:
-        table, row = edge_tables(run, method, plan.steps, plan.rule, plan.verify, plan.seed, progress)
+        table, row = edge_tables(run, method, plan.line, plan.verify, plan.seed, progress)
         edges.append(table)
         rows.append(row)
     if nodes:

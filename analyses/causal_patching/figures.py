@@ -1,4 +1,4 @@
-"""Figures of causal patching."""
+"""Figures and depth profiles of causal patching."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analyses.causal_patching.captions import DIRECTIONS, captioned
+from analyses.causal_patching.figure_graph import GRAPH
 from analyses.causal_patching.figures_estimates import ESTIMATES
 from analyses.causal_patching.patched import ALL
-from analyses.results.card import FigureSpec, Tables
-from analyses.results.theme import COLOURS, band, finish, plain, shorten
+from analyses.results.card import FigureSpec, ProfileSpec, Tables
+from analyses.results.profiles import columns
+from analyses.results.theme import COLOURS, band, finish, plain, shorten, side_by_side
 
 SHARE = {"denoise": "share of the gap brought back", "noise": "share of the gap taken away"}
 DIVERGING = "RdBu_r"
@@ -78,8 +80,8 @@ def _maps(tables: Tables, table: pd.DataFrame, column: str, columns: Sequence[ob
                 index="layer", columns=column, values="shown"
             )
             _heat(figure, values, drawn.reindex(index=values.index, columns=values.columns) > 0, limit, i, j)
-    finish(figure, x=x, y="layer", height=180 + 240 * len(components))
-    return captioned(figure, tables, directions).update_layout(margin_t=80)
+    finish(figure, x=x, y="layer", height=180 + 240 * len(components), top=80)
+    return captioned(figure, tables, directions)
 
 
 def stream_map(tables: Tables) -> go.Figure:
@@ -88,8 +90,7 @@ def stream_map(tables: Tables) -> go.Figure:
     table = table[table["head"] < 0]
     roles = roles_in_order(tables, table)
     figure = _maps(tables, table, "role", roles, "role of the position")
-    figure.update_xaxes(type="category")
-    return figure
+    return figure.update_xaxes(type="category")
 
 
 def head_map(tables: Tables) -> go.Figure:
@@ -106,9 +107,7 @@ def curves(tables: Tables) -> go.Figure:
     table = first_metric(tables)
     table = table[table["component"] == "resid_post"]
     directions = list(dict.fromkeys(table["direction"]))
-    figure = make_subplots(
-        rows=1, cols=len(directions), subplot_titles=[DIRECTIONS[d] for d in directions], shared_yaxes=True
-    )
+    figure = side_by_side([DIRECTIONS[d] for d in directions])
     roles = roles_in_order(tables, table)
     strongest = table.groupby("role")["recovery"].max().reindex(roles).nlargest(len(COLOURS) - 1).index
     for j, direction in enumerate(directions, 1):
@@ -125,13 +124,11 @@ def curves(tables: Tables) -> go.Figure:
                     x=part["layer"], y=part["null"], mode="lines", line={"color": colour, "dash": "dot", "width": 1},
                     name=f"{plain(role)}, null", legendgroup=role, showlegend=False, row=1, col=j,
                 )  # fmt: skip
-    finish(figure, x="layer", y="share of the gap", height=440)
-    figure.update_yaxes(title="", col=2)
+    finish(figure, x="layer", y=("share of the gap",), height=440, legend=1.12, top=120)
     window = decision_window(tables["window"])
     if window is not None:
-        for j in range(1, len(directions) + 1):
-            figure.add_vrect(x0=window[0], x1=window[1], fillcolor=GREY, opacity=0.35, line_width=0, row=1, col=j)
-    return captioned(figure, tables, directions).update_layout(margin_t=120, legend={"y": 1.12})
+        figure.add_vrect(x0=window[0], x1=window[1], fillcolor=GREY, opacity=0.35, line_width=0)
+    return captioned(figure, tables, directions)
 
 
 def decision_window(window: pd.DataFrame) -> tuple[float, float] | None:
@@ -164,8 +161,8 @@ def dots(tables: Tables) -> go.Figure:
             y=part["recovery"], name=plain(f"{place.component}.{place.layer}{head}{role}, {place.direction}"), boxpoints="all",
             pointpos=0, jitter=0.5, marker={"size": 5}, line={"width": 1}, showlegend=False,
         )  # fmt: skip
-    finish(figure, x="", y="share of the gap, pair by pair", height=460)
-    return captioned(figure, tables, best["direction"]).update_layout(margin={"b": 120})
+    finish(figure, x="", y="share of the gap, pair by pair", height=460, bottom=120)
+    return captioned(figure, tables, best["direction"])
 
 
 FIGURES = {
@@ -200,4 +197,71 @@ FIGURES = {
         dots,
     ),
     **ESTIMATES,
+    **GRAPH,
+}
+
+
+END = ("end", "-1")
+
+
+def _streams(tables: Tables, direction: str) -> pd.DataFrame:
+    table = first_metric(tables)
+    return table[(table["component"] == "resid_post") & (table["direction"] == direction)]
+
+
+def denoise_end(tables: Tables) -> pd.DataFrame:
+    """Return the share that the last position's stream brings back."""
+    table = _streams(tables, "denoise")
+    return columns(table[table["role"].isin(END)], "recovery", "ci_low", "ci_high")
+
+
+def noise_source(tables: Tables) -> pd.DataFrame:
+    """Return the share that is lost with the stream of the position that matters most before the last."""
+    table = _streams(tables, "noise")
+    table = table[~table["role"].isin(END)]
+    strongest = table.groupby("role")["recovery"].sum().idxmax()
+    return columns(table[table["role"] == strongest], "recovery", "ci_low", "ci_high")
+
+
+def window_profile(tables: Tables) -> pd.DataFrame:
+    """Return 1 inside the decision window and 0 outside, of each layer."""
+    layers = np.sort(first_metric(tables)["layer"].unique())
+    window = decision_window(tables["window"])
+    assert window is not None
+    inside = (layers >= min(window)) & (layers <= max(window))
+    return pd.DataFrame({"layer": layers, "value": inside.astype(float)})
+
+
+def _several(tables: Tables, direction: str) -> bool:
+    table = _streams(tables, direction)
+    return len(table) > 0 and bool(
+        table["role"].isin(END).any() if direction == "denoise" else (~table["role"].isin(END)).any()
+    )
+
+
+PROFILES = {
+    "denoise_end": ProfileSpec(
+        "Answer at the last position",
+        "share of the gap",
+        "Share of the gap between corrupted and clean run that comes back when the last position's stream after this layer is copied from the "
+        "clean run; from where it is near 1 on, the answer is carried there.",
+        denoise_end,
+        lambda tables: _several(tables, "denoise"),
+    ),
+    "noise_source": ProfileSpec(
+        "Need of the source position",
+        "share of the gap",
+        "Share of the gap that is lost when the stream after this layer is copied from the corrupted run, at the position before the last whose "
+        "loss costs most; where it falls to 0, the answer no longer needs that row.",
+        noise_source,
+        lambda tables: _several(tables, "noise"),
+    ),
+    "decision_window": ProfileSpec(
+        "Decision window",
+        "inside or not",
+        "1 from the last layer at which a changed position is still needed to the layer from which the last position carries the answer, 0 "
+        "elsewhere.",
+        window_profile,
+        lambda tables: decision_window(tables["window"]) is not None,
+    ),
 }

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from analyses.causal_patching.captions import captioned
 from analyses.causal_patching.circuit_plan import SHUFFLED
 from analyses.results.card import FigureSpec, Tables
-from analyses.results.theme import COLOURS, band, finish
+from analyses.results.theme import band, coloured, finish
 
 METHODS = {
     "atp": "attribution patching", "atp_star": "AtP*, sizes", "eap": "edge attribution", "eap_ig": "edge attribution, integrated",
@@ -30,7 +30,7 @@ def agreement(tables: Tables) -> go.Figure:
     table = _scored(tables)
     verified = table[table["verified"]]
     figure = go.Figure()
-    for colour, (method, part) in zip(COLOURS, verified.groupby("method", sort=False), strict=False):
+    for colour, (method, part) in coloured(verified, "method"):
         signed = method != "atp_star"
         for random, symbol in ((False, "circle"), (True, "x")):
             drawn = part[part["drawn_at_random"] == random]
@@ -51,9 +51,7 @@ def kept_by_circuits(tables: Tables) -> go.Figure:
     table = table[table["ordered_by"] == "score"]
     split = "held_out" if (table["split"] == "held_out").any() else "in_sample"
     figure = go.Figure()
-    for colour, (method, part) in zip(
-        COLOURS, table[table["split"] == split].groupby("method", sort=False), strict=False
-    ):
+    for colour, (method, part) in coloured(table[table["split"] == split], "method"):
         part = part.sort_values("share")
         band(figure, part["share"], part["ci_low"], part["ci_high"], colour)
         figure.add_scatter(

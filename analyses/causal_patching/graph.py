@@ -95,8 +95,6 @@ def parse_edges(texts: Sequence[str], shape: Shape, parallel: bool, alone: bool 
     """Return the edges named as `9.6>10.0.q`: a sender `embed`, `m5` or `9.6`, and a receiver `10.0.q`, `m7` or `logits`.
 
     Args:
-        texts: the names.
-        shape: the model's sizes.
         parallel: whether attention and MLP read the same stream.
         alone: heads of keys and values are query heads, each of which sees the change by itself.
 

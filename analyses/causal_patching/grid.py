@@ -60,7 +60,6 @@ def writes_of(
 
     Args:
         placed: (row of the batch, cell); cells at single positions and at all positions may be mixed.
-        sources: what is copied.
         start: the first position of cells that stand at every position.
         offset: the position that the batch begins at.
     """

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from analyses.results.statistics import Array
+
 FOLDER = "causal_patching"
 """Where in the store's folder unfinished runs are kept."""
 

@@ -18,16 +18,16 @@ from analyses.causal_patching.attribution import Attributed
 from analyses.causal_patching.cells import Cell
 from analyses.causal_patching.edge_circuits import EdgeCircuits, edge_weights
 from analyses.causal_patching.edge_tables import edge_scores
-from analyses.causal_patching.edges import EdgeAttribution, Rule
+from analyses.causal_patching.edges import EdgeAttribution, Line
 from analyses.causal_patching.graph import Sender, receivers_of, senders_of
 from analyses.causal_patching.node_circuits import NodeCircuits
 from analyses.causal_patching.pairs import Pair
 from analyses.causal_patching.running import Run
+from analyses.results.statistics import Array
 from probes.models.protocol import Shape
 from probes.progress import Progress
 from probes.weights.composition import Heads
 
-Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
 """Items of a circuit, by their place among all items."""
 
@@ -105,8 +105,7 @@ class EdgeLevel:
 
     attribution: EdgeAttribution
     weights: Heads
-    steps: int
-    rule: Rule
+    line: Line
     name: str = "edges"
 
     @cached_property
@@ -136,7 +135,7 @@ class EdgeLevel:
 
     def support(self, run: Run, pair: Pair, method: str) -> Array:
         """Return what is predicted to be lost without each edge."""
-        scores = edge_scores(run, pair, self.attribution, method, self.steps, self.rule, "noise")
+        scores = edge_scores(run, pair, self.attribution, method, self.line, "noise")
         values: Array = -scores[self.connected].double().numpy()
         return values
 
@@ -147,7 +146,7 @@ METHODS = {"nodes": ("exact", "mean", "atp", "atp_star"), "edges": ("eap", "eap_
 """What orders the items of each level."""
 
 
-def level_of(run: Run, name: str, steps: int, rule: Rule) -> Level:
+def level_of(run: Run, name: str, line: Line) -> Level:
     """Return what circuits are made of.
 
     Raises:
@@ -155,7 +154,7 @@ def level_of(run: Run, name: str, steps: int, rule: Rule) -> Level:
     """
     if name == "nodes":
         return NodeLevel(run.model.shape)
-    return EdgeLevel(EdgeAttribution.of(run.model), edge_weights(run.model), steps, rule)
+    return EdgeLevel(EdgeAttribution.of(run.model), edge_weights(run.model), line)
 
 
 def supports(run: Run, level: Level, method: str, progress: Progress) -> Array:
@@ -175,11 +174,7 @@ def circuit_metrics(
     """Return the first metric [pair, circuit] with every item outside each circuit ablated.
 
     Args:
-        run: the pairs.
-        level: what circuits are made of.
         circuits: items of each.
-        kind: what is put in place of what lies outside.
-        progress: watches.
         tried: which circuits run on which pairs, [pair, circuit]; NaN elsewhere.
     """
     which = {

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from analyses.causal_patching.attribution import Attributed, Method
 from analyses.causal_patching.cells import Cell, cells_of
@@ -16,9 +15,9 @@ from analyses.causal_patching.pairs import Direction, Pair
 from analyses.causal_patching.patched import exact_zeros
 from analyses.causal_patching.running import Run
 from analyses.causal_patching.verification import budget, pair_means, ranked, verification_row
+from analyses.results.statistics import Array
 from probes.progress import Progress
 
-Array = NDArray[np.float64]
 Place = tuple[str, int, int, str]
 """Component, layer, head and role: what a node is in every pair."""
 

@@ -21,8 +21,6 @@ def run_notes(pairs: Sequence[Pair], tables: Tables, null: str, noise: Noise | N
 
     Args:
         pairs: all that were given.
-        tables: `pairs`, `map` and `window`.
-        null: the kind of null.
         noise: where embeddings were made noisy.
         floor: the largest change of the first metric when a run is copied into itself.
     """

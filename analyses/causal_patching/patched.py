@@ -14,9 +14,9 @@ from analyses.causal_patching.metrics import MIN_KL, UNITS
 from analyses.causal_patching.opened import first_patched
 from analyses.causal_patching.pairs import Direction, Pair
 from analyses.interventions import swept
+from analyses.results.statistics import Array
 from probes.models.protocol import Shape
 
-Array = NDArray[np.float64]
 ALL = "all"
 """The role of cells at every position from the first difference on."""
 PLACE = ["direction", "component", "layer", "head", "role", "metric"]

@@ -113,7 +113,6 @@ class ResumedGrid:
 
         Args:
             opened: the run, open at the cells' position.
-            copied: the cells.
             rows: what leaves each cell's block at that position, where it is known.
         """
         first = [cell.layer + (cell.component != "resid_pre") for cell, _ in copied]

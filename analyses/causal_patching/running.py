@@ -21,11 +21,10 @@ from analyses.causal_patching.opened import OpenedPair, Opener, first_patched, r
 from analyses.causal_patching.pairs import Direction, Pair
 from analyses.causal_patching.patched import GridPlan, cells_table
 from analyses.interventions import Tally
+from analyses.results.statistics import Array
 from probes.blocks.together import together
 from probes.models.protocol import Model
 from probes.points import Address
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)

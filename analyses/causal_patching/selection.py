@@ -6,16 +6,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from analyses.causal_patching.pairs import Pair
 from analyses.causal_patching.running import Run
-from analyses.results.statistics import cluster_bootstrap
+from analyses.results.statistics import Array, cluster_bootstrap
 from probes.blocks.together import together
 from probes.errors import PromptError
 from probes.progress import Progress
 
-Array = NDArray[np.float64]
 Ends = Mapping[int, tuple[Array, Array]]
 """The metrics of each pair's clean and corrupted run."""
 
@@ -28,10 +26,8 @@ def gauge(
     The gap is that of the first metric of the run; of `kl`, which has no sign, the divergence itself.
 
     Args:
-        run: the pairs and the metrics.
         min_gap: pairs below it are left out.
         answered: also leave out pairs whose prompts the model does not both answer right.
-        progress: watches.
     """
 
     def one(pair: Pair) -> tuple[tuple[Array, Array], str | None]:

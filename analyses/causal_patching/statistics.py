@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from scipy.stats import false_discovery_control
 
 from analyses.causal_patching.patched import PLACE
-from analyses.results.statistics import RESAMPLES, percentiles, resampled_ratios
+from analyses.results.statistics import RESAMPLES, Array, percentiles, resampled_ratios
 
-Array = NDArray[np.float64]
 MIN_PAIRS = 8
 """Groups of pairs below which no p is given: 2^7 different signs are too few."""
 FOUND_P, FOUND_SHARE = 0.05, 0.05
@@ -115,7 +114,6 @@ def map_table(cells: pd.DataFrame, pairs: pd.DataFrame, seed: int) -> pd.DataFra
     Args:
         cells: as `patched.cells_table`, of pairs that were kept.
         pairs: as `patched.pairs_table`.
-        seed: of resampling and of signs.
     """
     kept, cells = pairs[pairs["kept"]], live_roles(cells)
     own = wide(cells[cells["source"] == "pair"])

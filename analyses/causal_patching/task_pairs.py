@@ -25,9 +25,7 @@ def generated(model: Model, task: str, n: int, corruption: str, seed: int, refer
     Args:
         model: whose tokenizer and vocabulary the pairs are for.
         task: one of `MAKERS`.
-        n: how many pairs.
         corruption: `token`, `reference` or `noise`.
-        seed: of what is drawn.
         references: prompts of the same form beside each pair, in tasks that have some.
 
     Raises:

@@ -10,9 +10,7 @@ from numpy.typing import NDArray
 from scipy.stats import beta, rankdata
 
 from analyses.causal_patching.statistics import by_group
-from analyses.results.statistics import percentiles, resampled_ratios
-
-Array = NDArray[np.float64]
+from analyses.results.statistics import Array, percentiles, resampled_ratios
 
 
 @dataclass(frozen=True)
@@ -48,13 +46,11 @@ def verification_row(
     one of the top (Clopper and Pearson 1934).
 
     Args:
-        method: what estimated.
         scores: of every node or edge on every pair, [pair, item]; NaN where a pair has none.
         exact: of the verified ones, [pair, verified], in the order of `chosen`.
         chosen: which those are.
         signed: whether the estimates have signs; otherwise sizes are compared, and signs are not.
         groups: of the pairs, for resampling.
-        seed: of resampling.
     """
     k, r = len(chosen.top), len(chosen.random)
     estimated, effects = pair_means(scores[:, chosen.chosen]), pair_means(exact)
@@ -87,7 +83,6 @@ def agreement(
         scores: [pair, item].
         exact: [pair, item].
         groups: of the pairs, [pair].
-        seed: of resampling.
         signed: whether scores have signs; otherwise they are compared with the sizes of effects.
     """
     draws: list[Array] = []

@@ -41,7 +41,10 @@ def bench(
         raise OptionError(unknown("benchmark", name, scripts))
     argv, path = sys.argv, sys.path
     sys.argv = [str(scripts[name]), *flags]
-    sys.path = [str(scripts[name].parent), *path]  # as for a script that is run by itself: its neighbours are importable
+    sys.path = [
+        str(scripts[name].parent),
+        *path,
+    ]  # as for a script that is run by itself: its neighbours are importable
     try:
         runpy.run_path(str(scripts[name]), run_name="__main__")
     finally:

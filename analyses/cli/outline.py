@@ -61,14 +61,13 @@ class _Class:
 
     def value(self, name: str) -> Any:
         """Return what the class says of itself under a name."""
-        said = (node for node in self.node.body if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name)
-        return self.names.value_of(next(said).value)
+        return _Names(self.node)[name]
 
 
 class _Names(dict[str, Any]):
-    """The names of a module, worked out from its source when they are asked for."""
+    """The names of a module or a class, worked out from its source when they are asked for."""
 
-    def __init__(self, tree: ast.Module) -> None:
+    def __init__(self, tree: ast.Module | ast.ClassDef) -> None:
         super().__init__()
         self.tree = tree
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import pandas as pd
 
-from analyses.base import Analysis, Clock, PromptsLike, make_result
-from analyses.communication_channels.figures import FIGURES
-from analyses.communication_channels.profiles import PROFILES
+from analyses.base import Analysis, Measured, PromptsLike
+from analyses.communication_channels.figures import FIGURES, PROFILES
 from analyses.communication_channels.scan import (
     PAIR,
     Null,
@@ -30,16 +28,13 @@ from analyses.communication_channels.task import (
     steer_lists,
 )
 from analyses.interventions import Interventions, Tally
-from analyses.options import accept_old_names, option, validate
-from analyses.results.card import FigureSpec, ProfileSpec
-from analyses.results.result import Result
+from analyses.options import accept_old_names, option
 from analyses.tokens import token_text
-from probes.capture.needs import Need
 from probes.errors import PointError
 from probes.models.protocol import BlockAccess, Model
 from probes.points import Address
-from probes.progress import QUIET, Progress
-from probes.prompts import Field, Prompt
+from probes.progress import Progress
+from probes.prompts import Prompt
 from probes.store import ActivationStore
 from probes.weights.composition import Heads, Kind
 from probes.weights.head_weights import head_weights, rotary
@@ -59,16 +54,15 @@ class CommunicationChannels(Settings, Analysis):
     z_thresh: float = option(5.0, "Robust z of a component among its head's above which a pair may be flagged.", low=0)
     pairs: int = option(8, "Pairs of each kind whose components are listed.", low=1)
 
-    name: ClassVar[str] = "communication_channels"
-    title: ClassVar[str] = "Communication channels between heads"
-    reference: ClassVar[str] = 'Merullo, Eickhoff and Pavlick 2024, "Talking Heads", arXiv 2406.09519'
-    prompt_fields: ClassVar[Mapping[str, Field]] = {}
-    figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
-    profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
+    name = "communication_channels"
+    title = "Communication channels between heads"
+    reference = 'Merullo, Eickhoff and Pavlick 2024, "Talking Heads", arXiv 2406.09519'
+    figures = FIGURES
+    profiles = PROFILES
     reads = "weights"
 
     def __post_init__(self) -> None:
-        validate(self)
+        super().__post_init__()
         parse_heads(self.heads)
 
     @property
@@ -86,23 +80,12 @@ class CommunicationChannels(Settings, Analysis):
         """Return no prompts: the scan is of weights alone."""
         return []
 
-    def needs(self, model: Model) -> list[Need]:
-        """Ask for nothing: the scan is of weights, and edits are interventions."""
-        return []
-
-    def run(
-        self,
-        model: Model,
-        prompts: PromptsLike = (),
-        *,
-        store: ActivationStore | None = None,
-        progress: Progress = QUIET,
-    ) -> Result:
+    def measure(self, model: Model, prompts: PromptsLike, store: ActivationStore, progress: Progress) -> Measured:
         """Return the tables `composition`, `components`, `tokens`; with a task `task`, `edits`, `rank`; and `laundry`, `steering`.
 
         The given prompts are not used: the scan needs none, and the edits make their own.
         """
-        clock, tally = Clock(), Tally(progress)
+        tally = Tally(progress)
         check_heads(self.heads, model)
         heads = head_weights(model, fold_norm=self.fold_norm, center=self.center)
         rotation = rotary(model, self.rope_offset)
@@ -124,7 +107,7 @@ class CommunicationChannels(Settings, Analysis):
         tables["tokens"] = _token_table(model, heads, scans, pairs)
         if reason is None and self.laundry_prompts:
             tables |= steer_lists(model, heads, scans, table, edited, self, tally)
-        return make_result(self, model, [], tables, None, clock, notes, counts, tally.forwards)
+        return Measured([], tables, None, notes, counts, tally.forwards)
 
     def _weights_note(self, heads: Heads) -> str:
         folded = "with" if heads.fold_norm else "without"

@@ -242,13 +242,9 @@ def effect_table(effects: pd.DataFrame, pair: pd.Series, names: Sequence[str], s
     rows = []
     for (edit, component, row, metric), group in effects.groupby(["edit", "component", "row", "metric"], sort=False):
         interval = cluster_bootstrap(group["after"] - group["before"], group["prompt"], seed=seed)
-        rows.append(
-            {
-                **{name: pair[name] for name in names}, "component": component, "edit": edit, "row": row, "metric": metric,
-                "before": group["before"].mean(), "after": group["after"].mean(), "change": interval.mean[0],
-                "ci_low": interval.low[0], "ci_high": interval.high[0], "n": len(group),
-            }
-        )  # fmt: skip
+        means = {"before": group["before"].mean(), "after": group["after"].mean(), **interval.columns("change", "ci_")}
+        what = {"component": component, "edit": edit, "row": row, "metric": metric}
+        rows.append({**{name: pair[name] for name in names}, **what, **means, "n": len(group)})
     return pd.DataFrame(rows)
 
 

@@ -1,4 +1,4 @@
-"""Figures of the communication-channels analysis."""
+"""Figures and depth profiles of the communication-channels analysis."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analyses.results.card import FigureSpec, Tables
-from analyses.results.theme import COLOURS, SCALE, band, finish, whiskers
+from analyses.results.card import FigureSpec, ProfileSpec, Tables
+from analyses.results.profiles import counts
+from analyses.results.theme import COLOURS, SCALE, band, coloured, finish, side_by_side, whiskers
 
 PAIR = ["kind", "source_layer", "source_head", "target_layer", "target_head"]
 KIND = {"q": "into queries", "k": "into keys", "v": "into values"}
@@ -21,7 +22,7 @@ def pair_heatmap(tables: Tables) -> go.Figure:
     """Draw the strongest component of any pair between two layers, per kind."""
     table = tables["composition"]
     kinds = list(dict.fromkeys(table["kind"]))
-    figure = make_subplots(rows=1, cols=len(kinds), subplot_titles=[KIND[k] for k in kinds], shared_yaxes=True)
+    figure = side_by_side([KIND[k] for k in kinds])
     top = float(table["z"].quantile(0.9995))
     for column, kind in enumerate(kinds, 1):
         pairs = table[table["kind"] == kind]
@@ -36,10 +37,8 @@ def pair_heatmap(tables: Tables) -> go.Figure:
             showscale=column == len(kinds), colorbar={"title": "robust z"}, hovertemplate="%{text}<extra></extra>",
             row=1, col=column,
         )  # fmt: skip
-    finish(figure, x="writer's layer", y="", height=440)
-    figure.update_yaxes(title="reader's layer", row=1, col=1)
-    figure.update_layout(margin_t=60)
-    return figure
+    finish(figure, x="writer's layer", y="", height=440, top=60)
+    return figure.update_yaxes(title="reader's layer", row=1, col=1)
 
 
 def component_bars(tables: Tables) -> go.Figure:
@@ -62,8 +61,7 @@ def component_bars(tables: Tables) -> go.Figure:
         figure.add_hrect(y0=low, y1=first["null_high"], fillcolor="grey", opacity=0.25, line_width=0, row=row, col=1)
         figure.add_hline(y=first["pair_score"], line_dash="dot", line_color=COLOURS[2], line_width=1.5, row=row, col=1)
     finish(figure, x="", y="CS", height=150 * len(groups) + 90)
-    figure.update_xaxes(title="singular component of the writing head", row=len(groups), col=1)
-    return figure
+    return figure.update_xaxes(title="singular component of the writing head", row=len(groups), col=1)
 
 
 def score_against_effect(tables: Tables) -> go.Figure:
@@ -73,7 +71,7 @@ def score_against_effect(tables: Tables) -> go.Figure:
     joined = zero.merge(tables["components"][[*PAIR, "component", "score"]], on=[*PAIR, "component"])
     groups = list(joined.groupby(PAIR, sort=False))
     titles = [f"{_name(g.iloc[0])}: Spearman {g['score'].corr(g['change'], method='spearman'):.2f}" for _, g in groups]
-    figure = make_subplots(rows=1, cols=len(groups), subplot_titles=titles, horizontal_spacing=0.12)
+    figure = side_by_side(titles, shared_yaxes=False, horizontal_spacing=0.12)
     for column, (_, group) in enumerate(groups, 1):
         strongest = group["score"] == group["score"].max()
         figure.add_scatter(
@@ -82,10 +80,7 @@ def score_against_effect(tables: Tables) -> go.Figure:
             error_y=whiskers(group["change"], group["ci_low"], group["ci_high"]),
             hovertemplate="component %{text}: CS %{x:.3f}, change %{y:.4f}<extra></extra>", row=1, col=column,
         )  # fmt: skip
-    finish(figure, x="component score CS", y="change of attention (total variation)")
-    figure.update_yaxes(title="", col=2)
-    figure.update_layout(margin_t=60)
-    return figure
+    return finish(figure, x="component score CS", y=("change of attention (total variation)",), top=60)
 
 
 def alpha_sweep(tables: Tables) -> go.Figure:
@@ -95,30 +90,18 @@ def alpha_sweep(tables: Tables) -> go.Figure:
     sweep = chosen[chosen["edit"].str.startswith("scale:") | (chosen["edit"] == "zero")].copy()
     sweep["alpha"] = [0.0 if e == "zero" else float(e.split(":")[1]) for e in sweep["edit"]]
     metrics = (("inhibition", "attention to IO minus S"), ("logit_difference", "logit of IO minus S"))
-    figure = make_subplots(rows=1, cols=2, subplot_titles=[title for _, title in metrics], horizontal_spacing=0.12)
+    figure = side_by_side([title for _, title in metrics], shared_yaxes=False, horizontal_spacing=0.12)
     for column, (metric, _) in enumerate(metrics, 1):
-        for colour, (_, group) in zip(
-            COLOURS, sweep[sweep["metric"] == metric].groupby(PAIR, sort=False), strict=False
-        ):
+        for colour, (_, group) in coloured(sweep[sweep["metric"] == metric], PAIR):
             one = group.iloc[:1].assign(alpha=1.0, change=0.0, ci_low=0.0, ci_high=0.0)
             group = pd.concat([group, one]).sort_values("alpha")
             x, base = group["alpha"].tolist(), group["before"]
-            with_band = {"x": x, "low": (base + group["ci_low"]).tolist(), "high": (base + group["ci_high"]).tolist()}
-            _band(figure, with_band, colour, column)
+            band(figure, x, base + group["ci_low"], base + group["ci_high"], colour, row=1, col=column)
             figure.add_scatter(
                 x=x, y=base + group["change"], mode="lines+markers", line={"color": colour}, name=_name(group.iloc[0]),
                 legendgroup=_name(group.iloc[0]), showlegend=column == 1, row=1, col=column,
             )  # fmt: skip
-    finish(figure, x="factor alpha of the component (1: as it is)", y="")
-    figure.update_layout(margin_t=90, legend_y=1.1)
-    return figure
-
-
-def _band(figure: go.Figure, values: dict[str, list[float]], colour: str, column: int) -> None:
-    part = go.Figure()
-    band(part, values["x"], values["low"], values["high"], colour)
-    for trace in part.data:
-        figure.add_trace(trace, row=1, col=column)
+    return finish(figure, x="factor alpha of the component (1: as it is)", y="", top=90, legend=1.1)
 
 
 def laundry(tables: Tables) -> go.Figure:
@@ -152,8 +135,7 @@ def laundry(tables: Tables) -> go.Figure:
     )
     finish(figure, x="items in the list", y="accuracy among the list's items")
     figure.update_yaxes(range=[0, 1.03], tickformat=".0%")
-    figure.update_xaxes(tickvals=lengths)
-    return figure
+    return figure.update_xaxes(tickvals=lengths)
 
 
 def steering(tables: Tables) -> go.Figure:
@@ -170,8 +152,9 @@ def steering(tables: Tables) -> go.Figure:
     )  # fmt: skip
     finish(figure, x="", y="", height=520)
     axes = {f"{axis}axis": {"title": f"coefficient {i}"} for i, axis in enumerate("xyz", 1)}
-    figure.update_layout(scene={**axes, "camera": {"eye": {"x": 1.5, "y": 1.5, "z": 0.9}}}, margin={"t": 10, "b": 10})
-    return figure
+    return figure.update_layout(
+        scene={**axes, "camera": {"eye": {"x": 1.5, "y": 1.5, "z": 0.9}}}, margin={"t": 10, "b": 10}
+    )
 
 
 FIGURES = {
@@ -218,5 +201,37 @@ FIGURES = {
         steering,
         lambda tables: "steering" in tables,
         data="own",
+    ),
+}
+
+
+def _ends(tables: Tables, side: str) -> pd.DataFrame:
+    table = tables["composition"]
+    flagged = table[table["flagged"]]
+    return counts(flagged[side], int(table["target_layer"].max()) + 1)
+
+
+def writers(tables: Tables) -> pd.DataFrame:
+    """Count the flagged channels that begin in the layer."""
+    return _ends(tables, "source_layer")
+
+
+def readers(tables: Tables) -> pd.DataFrame:
+    """Count the flagged channels that end in the layer."""
+    return _ends(tables, "target_layer")
+
+
+PROFILES = {
+    "writers": ProfileSpec(
+        "Channels written",
+        "flagged channels",
+        "How many pairs of heads, flagged for a component that stands out of its null, have their writing head in this layer.",
+        writers,
+    ),
+    "readers": ProfileSpec(
+        "Channels read",
+        "flagged channels",
+        "How many pairs of heads, flagged for a component that stands out of its null, have their reading head in this layer.",
+        readers,
     ),
 }

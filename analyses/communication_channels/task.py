@@ -248,8 +248,7 @@ def task_table(prompts: Sequence[Names], mover: tuple[int, int], attention: np.n
             (
                 f"attention of {mover[0]}.{mover[1]} to the indirect object minus the subject",
                 attention[mover],
-                np.nan,
-                np.nan,
+                *(np.nan,) * 2,
                 len(prompts),
             ),
         ],

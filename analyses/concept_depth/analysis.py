@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
+from analyses.base import Analysis, Measured, PromptsLike, as_prompts
 from analyses.concept_depth.causal import Causal, Check, causal_table
 from analyses.concept_depth.datasets import SETS, get_set, load_set
-from analyses.concept_depth.figures import FIGURES
+from analyses.concept_depth.figures import FIGURES, PROFILES
 from analyses.concept_depth.labelled_prompts import FIELDS, LabelledSet, labelled_sets, noisy
 from analyses.concept_depth.probing import (
     Preset,
@@ -25,11 +25,8 @@ from analyses.concept_depth.probing import (
     recipe_of,
     scores_table,
 )
-from analyses.concept_depth.profiles import PROFILES
 from analyses.interventions import Interventions, swept
-from analyses.options import option, validate
-from analyses.results.card import FigureSpec, ProfileSpec
-from analyses.results.result import Result
+from analyses.options import option
 from probes.capture.activations import Activations
 from probes.capture.needs import Need
 from probes.capture.run import capture
@@ -37,8 +34,8 @@ from probes.errors import OptionError, PromptError
 from probes.linear.probing import Kind
 from probes.models.protocol import Model
 from probes.models.rounded_weights import fake_quantised
-from probes.progress import QUIET, Progress
-from probes.prompts import Field, Prompt, tokenize
+from probes.progress import Progress
+from probes.prompts import Prompt, tokenize
 from probes.reducers import Reducer
 from probes.store import ActivationStore
 
@@ -81,15 +78,15 @@ class ConceptDepth(Analysis):
     jobs: int = option(0, "Layers fitted at a time; 0 is one per processor.", low=0)
     seed: int = option(0, "Seed of data, splits, controls, noise and intervals.", low=0)
 
-    name: ClassVar[str] = "concept_depth"
-    title: ClassVar[str] = "Concept depth: linear probes along the layers"
-    reference: ClassVar[str] = 'Jin et al. 2024, "Exploring Concept Depth", arXiv 2404.07066'
-    prompt_fields: ClassVar[Mapping[str, Field]] = FIELDS
-    figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
-    profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
+    name = "concept_depth"
+    title = "Concept depth: linear probes along the layers"
+    reference = 'Jin et al. 2024, "Exploring Concept Depth", arXiv 2404.07066'
+    prompt_fields = FIELDS
+    figures = FIGURES
+    profiles = PROFILES
 
     def __post_init__(self) -> None:
-        validate(self)
+        super().__post_init__()
         for name in self.sets:
             get_set(name)
         if self.template and "{text}" not in self.template:
@@ -146,14 +143,11 @@ class ConceptDepth(Analysis):
                 raise PromptError(f"prompt {i} has {len(prompt.tokens)} tokens, so no position {self.position}")
         return given
 
-    def run(
-        self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
-    ) -> Result:
+    def measure(self, model: Model, prompts: PromptsLike, store: ActivationStore, progress: Progress) -> Measured:
         """Tables `scores` and `depths` by data set, variant and probe; `sets`; and `causal` where it was asked for.
 
         Prompts carry `label` (0 or 1), and may carry `group`, `dataset`, `template` and `answers` (of label 0 and 1).
         """
-        clock, store = Clock(), store or ActivationStore()
         lines = self.collect(model, prompts)
         probed: list[Probed] = []
         counts: dict[str, int] = {}
@@ -175,7 +169,7 @@ class ConceptDepth(Analysis):
             counts["forwards_causal"] = sum(check.forwards for check in checks)
             edited += sum(check.edited for check in checks)
             notes += [check.note for check in checks if check.note]
-        return make_result(self, model, lines, tables, plain, clock, notes, counts, interventions=edited)
+        return Measured(lines, tables, plain, notes, counts, interventions=edited)
 
     def _capture(
         self, model: Model, variant: Variant, prompts: list[Prompt], store: ActivationStore, progress: Progress

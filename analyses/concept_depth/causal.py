@@ -169,13 +169,9 @@ def _effect(check: Check, plain: Reading, edited: Reading, labels: Tensor, group
         columns[1:] = [margins[0], margins[1] - margins[0], margins[0] > 0, margins[1] > 0]
     interval = cluster_bootstrap(np.stack(columns, axis=1), groups, seed=check.seed)
     return {
-        "kl": interval.mean[0],
-        "kl_low": interval.low[0],
-        "kl_high": interval.high[0],
+        **interval.columns("kl"),
         "margin": interval.mean[1],
-        "margin_change": interval.mean[2],
-        "ci_low": interval.low[2],
-        "ci_high": interval.high[2],
+        **interval.columns("margin_change", "ci_", 2),
         "answer_accuracy": interval.mean[3],
         "answer_accuracy_edited": interval.mean[4],
     }

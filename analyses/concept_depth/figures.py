@@ -1,15 +1,16 @@
-"""Figures of concept depth."""
+"""Figures and depth profiles of concept depth."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analyses.results.card import FigureSpec, Tables
-from analyses.results.theme import COLOURS, band, finish, whiskers
+from analyses.results.card import FigureSpec, ProfileSpec, Tables
+from analyses.results.theme import COLOURS, band, coloured, finish, whiskers
 
 RELATIVE = "relative depth (layer / number of layers)"
 GREY = "#777777"
@@ -56,7 +57,7 @@ def curves(tables: Tables) -> go.Figure:
     figure = _panels(names)
     for panel, name in enumerate(names):
         where, rows = _place(panel), scores[scores["dataset"] == name]
-        for colour, (probe, one) in zip(COLOURS, rows.groupby("probe", sort=False), strict=False):
+        for colour, (probe, one) in coloured(rows, "probe"):
             _banded(
                 figure, one, ("accuracy", "ci_low", "ci_high"), str(probe).replace("_", " "), colour, where, panel == 0
             )
@@ -119,8 +120,7 @@ def depths(tables: Tables) -> go.Figure:
         )  # fmt: skip
     finish(figure, x=RELATIVE, y="", height=140 + 90 * len(table))
     figure.update_yaxes(tickvals=list(range(len(table))), ticktext=labels, range=[len(table) - 0.5, -0.5])
-    figure.update_xaxes(range=[-0.02, 1.02])
-    return figure
+    return figure.update_xaxes(range=[-0.02, 1.02])
 
 
 def causal(tables: Tables) -> go.Figure:
@@ -166,19 +166,14 @@ def _panels(names: list[str]) -> go.Figure:
     )
 
 
-def _place(panel: int) -> dict[str, int]:
+def _place(panel: int) -> dict[str, Any]:
     return {"row": panel // 2 + 1, "col": panel % 2 + 1}
 
 
 def _finish_panels(figure: go.Figure, names: list[str], y: str) -> go.Figure:
     """The shared layout, with the legend above the panels' titles."""
-    height = _height(names)
-    finish(figure, x=RELATIVE, y=y, height=height)
-    return figure.update_layout(margin={"t": 95}, legend={"y": 1 + 34 / (height - 155)})
-
-
-def _height(names: list[str]) -> int:
-    return 460 if len(names) == 1 else 120 + 330 * -(-len(names) // 2)
+    height = 460 if len(names) == 1 else 120 + 330 * -(-len(names) // 2)
+    return finish(figure, x=RELATIVE, y=y, height=height, top=95, legend=1 + 34 / (height - 155))
 
 
 def _banded(
@@ -187,19 +182,16 @@ def _banded(
     columns: tuple[str, str, str],
     label: str,
     colour: str,
-    where: dict[str, int],
+    where: dict[str, Any],
     legend: bool,
 ) -> None:
     """A curve with its interval, in one panel."""
     mean, low, high = columns
-    drawn = go.Figure()
-    band(drawn, one["depth"], one[low], one[high], colour)
-    line: dict[str, Any] = {"color": colour}
-    drawn.add_scatter(
-        x=one["depth"], y=one[mean], name=label, legendgroup=label, showlegend=legend, mode="lines", line=line
-    )
-    for trace in drawn.data:
-        figure.add_trace(trace, **where)
+    band(figure, one["depth"], one[low], one[high], colour, **where)
+    figure.add_scatter(
+        x=one["depth"], y=one[mean], name=label, legendgroup=label, showlegend=legend, mode="lines",
+        line={"color": colour}, **where,
+    )  # fmt: skip
 
 
 FIGURES = {
@@ -240,5 +232,47 @@ FIGURES = {
         "agree, the model does not depend on that direction there. Whiskers are 95 % intervals over groups.",
         causal,
         lambda tables: "causal" in tables,
+    ),
+}
+
+
+def _mean(tables: Tables, value: str, low: str, high: str) -> pd.DataFrame:
+    """Mean over data sets, of the plain model and the first probe; their intervals combined as of independent sets."""
+    scores = tables["scores"]
+    selected = scores[(scores["variant"] == "plain") & (scores["probe"] == scores["probe"].iloc[0])]
+    selected = selected[selected[value].notna()]  # a data set without a control task says nothing of selectivity
+    rows = []
+    for layer, group in selected.groupby("layer"):
+        below = np.sqrt(((group[value] - group[low]) ** 2).sum(skipna=False)) / len(group)
+        above = np.sqrt(((group[high] - group[value]) ** 2).sum(skipna=False)) / len(group)
+        mean = group[value].mean()
+        rows.append((layer, mean, mean - below, mean + above))
+    return pd.DataFrame(rows, columns=["layer", "value", "ci_low", "ci_high"])
+
+
+def selectivity(tables: Tables) -> pd.DataFrame:
+    """Accuracy of the probe minus that of the same probe on the control task."""
+    return _mean(tables, "selectivity", "selectivity_low", "selectivity_high")
+
+
+def accuracy(tables: Tables) -> pd.DataFrame:
+    """Test accuracy of the probe."""
+    return _mean(tables, "accuracy", "ci_low", "ci_high")
+
+
+PROFILES = {
+    "selectivity": ProfileSpec(
+        "Probe over its control",
+        "accuracy minus control",
+        "Test accuracy of a linear probe minus that of the same probe trained on one random label per token type (the control task of "
+        "Hewitt and Liang), averaged over the data sets that have one. Near 0 the layer names the token, and any label could be looked up "
+        "from it; above 0 the concept itself is laid out along a direction.",
+        selectivity,
+    ),
+    "accuracy": ProfileSpec(
+        "Probe accuracy",
+        "accuracy",
+        "Test accuracy of a linear probe on each layer, averaged over data sets. Chance is the majority class.",
+        accuracy,
     ),
 }

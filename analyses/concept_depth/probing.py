@@ -112,10 +112,8 @@ def _scores(one: Probed, seed: int) -> Iterator[dict[str, Any]]:
         typed = np.isfinite(evaluation.typed)
         control = np.stack([evaluation.typed, evaluation.correct - evaluation.typed], axis=1)[typed]
         selective = cluster_bootstrap(control, groups[typed], seed=seed)
-        ones, n = (
-            int(evaluation.label[evaluation.seed == evaluation.seed[0]].sum()),
-            int((evaluation.seed == evaluation.seed[0]).sum()),
-        )
+        drawn = evaluation.seed == evaluation.seed[0]
+        ones, n = int(evaluation.label[drawn].sum()), int(drawn.sum())
         yield {
             **one.key,
             "layer": layer,
@@ -125,16 +123,10 @@ def _scores(one: Probed, seed: int) -> Iterator[dict[str, Any]]:
             "auc": evaluation.auc,
             "ci_low": interval.low[0],
             "ci_high": interval.high[0],
-            "control_accuracy": interval.mean[1],
-            "control_low": interval.low[1],
-            "control_high": interval.high[1],
-            "type_control_accuracy": selective.mean[0],
-            "type_control_low": selective.low[0],
-            "type_control_high": selective.high[0],
+            **interval.columns("control_accuracy", "control_", 1),
+            **selective.columns("type_control_accuracy", "type_control_"),
             "type_control_rows": int(typed.sum()),
-            "selectivity": selective.mean[1],
-            "selectivity_low": selective.low[1],
-            "selectivity_high": selective.high[1],
+            **selective.columns("selectivity", column=1),
             "memorised": evaluation.memorised,
             "majority": one.chance,
             "auc_null_half_width": 1.96 * np.sqrt((n + 1) / (12 * ones * (n - ones))),

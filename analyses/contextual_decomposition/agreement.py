@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from analyses.contextual_decomposition.methods import NAMES
-from analyses.results.statistics import MIN_CLUSTERS, RESAMPLES, cluster_bootstrap, draw_groups, percentiles
+from analyses.results.statistics import MIN_CLUSTERS, RESAMPLES, Array, cluster_bootstrap, draw_groups, percentiles
 
-Array = NDArray[np.float64]
 TOP = 10
 """Heads left out to see whether a correlation is made by a few large ones."""
 STATISTICS = {
@@ -96,9 +95,7 @@ def agreement_tables(
     Args:
         scores: per method [prompt, node]; `cdt` is the decomposition's.
         effects: the fall of the metric on ablating each node [prompt, node].
-        seed: of the draws.
         controls: scores that know nothing of the metric, [prompt, node]; with them, `random` is added.
-        kind: what the nodes are.
     """
     n, controls = len(effects), controls or {}
     rest = np.sort(np.argsort(-np.abs(effects.mean(0)), kind="stable")[TOP:])

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import pandas as pd
 from torch import Tensor
 
-from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
+from analyses.base import Analysis, Measured, PromptsLike, as_prompts
 from analyses.circuits import sizes_of
 from analyses.contextual_decomposition import costs
 from analyses.contextual_decomposition.cases import Case, generated_cases, generated_questions, given_cases
@@ -44,15 +44,12 @@ from analyses.contextual_decomposition.token_relevance import leak_notes, token_
 from analyses.contextual_decomposition.unseen import unseen_note
 from analyses.contextual_decomposition.word_relevance import words_table
 from analyses.interventions import Interventions
-from analyses.options import option, validate
-from analyses.results.card import FigureSpec, ProfileSpec
-from analyses.results.result import Result
+from analyses.options import option
 from analyses.tokens import tokens_text
-from probes.capture.needs import Need
 from probes.decomposition import PRESETS, Node, Rules, Source
 from probes.errors import OptionError
 from probes.models.protocol import Model
-from probes.progress import QUIET, Progress
+from probes.progress import Progress
 from probes.prompts import Field, Prompt, check_ids, read_prompts
 from probes.relevance import exceptions
 from probes.store import ActivationStore
@@ -145,11 +142,9 @@ class ContextualDecomposition(Analysis):
     )
     seed: int = option(0, "Seed of generated prompts, random circuits and intervals.")
 
-    name: ClassVar[str] = "contextual_decomposition"
-    title: ClassVar[str] = "Contextual decomposition: heads, words and circuits"
-    reference: ClassVar[str] = (
-        'Hsu et al. 2024, "Efficient Automated Circuit Discovery in Transformers using Contextual Decomposition", arXiv 2407.00886'
-    )
+    name = "contextual_decomposition"
+    title = "Contextual decomposition: heads, words and circuits"
+    reference = 'Hsu et al. 2024, "Efficient Automated Circuit Discovery in Transformers using Contextual Decomposition", arXiv 2407.00886'
     prompt_fields: ClassVar[Mapping[str, Field]] = {
         "answer_tokens": Field(
             "Ids whose mean logit counts for the metric: [262]. Every line needs them.", check_ids, ids=tuple
@@ -163,12 +158,12 @@ class ContextualDecomposition(Analysis):
             check_positions,
         ),
     }
-    figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
-    profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
+    figures = FIGURES
+    profiles = PROFILES
     reads = "own forwards"
 
     def __post_init__(self) -> None:
-        validate(self)
+        super().__post_init__()
         if "cdt" not in self.methods:
             raise OptionError(
                 f"methods {', '.join(self.methods) or 'none'}: cdt must be among them, for the search and the words use its scores"
@@ -228,18 +223,7 @@ class ContextualDecomposition(Analysis):
             ]
         return as_prompts(prompts, model, self.prompt_fields)
 
-    def needs(self, model: Model) -> list[Need]:
-        """None: each prompt's activations are decomposed as they are read, and never stored."""
-        return []
-
-    def run(
-        self,
-        model: Model,
-        prompts: PromptsLike = (),
-        *,
-        store: ActivationStore | None = None,
-        progress: Progress = QUIET,
-    ) -> Result:
+    def measure(self, model: Model, prompts: PromptsLike, store: ActivationStore, progress: Progress) -> Measured:
         """Return the tables `cases`, `relevance`, `heads`, `token_relevance`, `leak`, `routed`, `pointing`, and by option `mlps`,
         `streams`, `agreement` with `agreement_differences`, `edges`, `circuit`, `faithfulness` with `areas`, `curves` with
         `abpc`, `words`.
@@ -249,7 +233,6 @@ class ContextualDecomposition(Analysis):
             PointError: an operation of the model that the rules do not know, by name.
             PromptError: a prompt without an answer, or without a reference of its length.
         """
-        clock = Clock()
         heads = self.nodes(model)
         questions, cases, notes = self._cases(model, prompts)
         prepared = prepare_cases(model, cases, heads, self._joint, progress)
@@ -304,7 +287,7 @@ class ContextualDecomposition(Analysis):
             )
         counts = {"forwards": prepared.forwards, "decomposed": len(cases) * len(heads)}
         changed += sum(ablation.forwards for ablation in prepared.ablations)
-        return make_result(self, model, questions, tables, None, clock, notes, counts, changed)
+        return Measured(questions, tables, None, notes, counts, changed)
 
     @property
     def _joint(self) -> bool:

@@ -13,9 +13,10 @@ from analyses.contextual_decomposition.agreement import agreement_notes, agreeme
 from analyses.contextual_decomposition.faithfulness import faithfulness_tables
 from analyses.contextual_decomposition.gradient_scores import GradientScores
 from analyses.contextual_decomposition.node_comparison import Compared
-from analyses.contextual_decomposition.prepared_cases import Array, PreparedCases, Scored, by_magnitude
+from analyses.contextual_decomposition.prepared_cases import PreparedCases, Scored, by_magnitude
 from analyses.contextual_decomposition.removal import Rank, head_unit, removal_tables, token_unit
 from analyses.contextual_decomposition.tables import heads_table
+from analyses.results.statistics import Array
 from probes.decomposition import Node, Rules, Source
 from probes.progress import Progress
 
@@ -64,12 +65,9 @@ def compare_heads(
     """Score heads by every method.
 
     Args:
-        prepared: the prompts.
         cdt: the decomposition's scores [prompt, head] and the seconds they took.
         gradients: what backward passes say.
-        methods: those to compare.
         other: the name and rules of a further decomposition.
-        progress: told of every prompt.
     """
     scores, seconds = {"cdt": cdt[0]}, {"cdt": cdt[1]}
     by_pass = {

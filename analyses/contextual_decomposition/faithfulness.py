@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool
-from numpy.typing import NDArray
 from torch import Tensor
 
 from analyses.circuits import (
@@ -22,11 +21,9 @@ from analyses.circuits import (
     sizes_of,
 )  # fmt: skip
 from analyses.contextual_decomposition.ablation import Ablation
-from analyses.results.statistics import percentiles
+from analyses.results.statistics import Array, percentiles
 from probes.decomposition import Node
 from probes.progress import QUIET, Progress
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from analyses.contextual_decomposition.figures_relevance import curves, has_curv
 from analyses.contextual_decomposition.methods import COLOUR, NAMES
 from analyses.contextual_decomposition.tables import layer_profile
 from analyses.results.card import FigureSpec, ProfileSpec, Tables
-from analyses.results.theme import finish, menu, token_label, whiskers
+from analyses.results.theme import finish, menu, side_by_side, token_label, whiskers
 
 DIVERGING = "RdBu"
 PANELS = {
@@ -34,13 +34,7 @@ def head_maps(tables: Tables) -> go.Figure:
     shown = [("score", "CD-T relevance")]
     if "ablation" in heads:
         shown.append(("ablation", "fall of the metric on ablation"))
-    figure = make_subplots(
-        rows=1,
-        cols=len(shown),
-        subplot_titles=[title for _, title in shown],
-        shared_yaxes=True,
-        horizontal_spacing=0.06,
-    )
+    figure = side_by_side([title for _, title in shown], horizontal_spacing=0.06)
     top = _bound(heads[[column for column, _ in shown]].to_numpy())
     for at, (column, _) in enumerate(shown, 1):
         grid = heads.pivot_table(index="layer", columns="head", values=column)
@@ -52,8 +46,7 @@ def head_maps(tables: Tables) -> go.Figure:
     finish(figure, x="head", y="", height=max(360, 15 * heads["layer"].nunique() + 140))
     figure.update_yaxes(title="layer", row=1, col=1)
     figure.update_yaxes(dtick=1 if heads["layer"].nunique() <= 16 else 5)
-    figure.update_xaxes(dtick=1 if heads["head"].nunique() <= 16 else 4)
-    return figure
+    return figure.update_xaxes(dtick=1 if heads["head"].nunique() <= 16 else 4)
 
 
 def position_maps(tables: Tables) -> go.Figure:
@@ -74,8 +67,7 @@ def position_maps(tables: Tables) -> go.Figure:
     finish(figure, x="head", y="layer", height=max(380, 15 * table["layer"].nunique() + 160))
     figure.update_xaxes(dtick=1 if table["head"].nunique() <= 16 else 4)
     figure.update_yaxes(dtick=1 if table["layer"].nunique() <= 16 else 5)
-    menu(figure, [f"position {p} (Σ|score| {sizes[p]:.2f})" for p in positions])
-    return figure
+    return menu(figure, [f"position {p} (Σ|score| {sizes[p]:.2f})" for p in positions])
 
 
 COLUMNS = 4
@@ -111,8 +103,7 @@ def scatter(tables: Tables) -> go.Figure:
             x=span, y=span, mode="lines", line={"color": "#888", "dash": "dot", "width": 1}, showlegend=False,
             hoverinfo="skip", **place,
         )  # fmt: skip
-    finish(figure, x="", y="", height=130 + 300 * lines)
-    figure.update_layout(margin_t=80)
+    finish(figure, x="", y="", height=130 + 300 * lines, top=80)
     for column in range(1, width + 1):
         figure.update_xaxes(title="score (logits)", row=lines, col=column)
     for line in range(1, lines + 1):
@@ -139,8 +130,7 @@ def agreement(tables: Tables) -> go.Figure:
             error_x=whiskers(rows[name], rows[f"{name}_low"], rows[f"{name}_high"], 4),
             hovertemplate="%{y}: %{x:.3f}<extra>" + f"{PANELS[name]}, {KINDS[kind]}" + "</extra>", row=line, col=column,
         )  # fmt: skip
-    finish(figure, x="", y="", height=190 + 34 * sum(counts))
-    figure.update_layout(margin_t=80)
+    finish(figure, x="", y="", height=190 + 34 * sum(counts), top=80)
     ends = table[[name + end for name in shown for end in ("", "_low", "_high")]].to_numpy(dtype=float)
     figure.update_xaxes(range=[min(0.0, np.nanmin(ends, initial=0.0)) - 0.05, 1.02])
     for column in range(1, len(shown) + 1):
@@ -170,8 +160,7 @@ def words(tables: Tables) -> go.Figure:
     figure.update_yaxes(autorange="reversed")
     figure.update_layout(width=max(700, 78 * width + 180), plot_bgcolor="#f4f4f4")
     figure.update_xaxes(showgrid=False)
-    figure.update_yaxes(showgrid=False)
-    return figure
+    return figure.update_yaxes(showgrid=False)
 
 
 def _positioned(tables: Tables) -> bool:

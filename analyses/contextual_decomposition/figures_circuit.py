@@ -56,8 +56,9 @@ def circuit(tables: Tables) -> go.Figure:
     finish(figure, x="", y="layer", height=max(420, 17 * (top - int(nodes["layer"].min())) + 160))
     width = max(abs(x) for x, _ in places.values()) + 1.2
     figure.update_xaxes(visible=False, range=[-width, width])
-    figure.update_yaxes(range=[int(nodes["layer"].min()) - 0.8, top + 0.8], zeroline=False, dtick=1 if top <= 16 else 5)
-    return figure
+    return figure.update_yaxes(
+        range=[int(nodes["layer"].min()) - 0.8, top + 0.8], zeroline=False, dtick=1 if top <= 16 else 5
+    )
 
 
 def _triples(table: pd.DataFrame, prefix: str = "") -> list[tuple[int, int, int]]:
@@ -105,7 +106,5 @@ def faithfulness(tables: Tables) -> go.Figure:
     )  # fmt: skip
     for level in (0, 1):
         figure.add_hline(y=level, line={"color": "#888", "width": 1, "dash": "dot"})
-    finish(figure, x="heads kept (logarithmic)", y="faithfulness", height=460)
-    figure.update_layout(margin_t=90)
-    figure.update_xaxes(type="log", dtick="D2")
-    return figure
+    finish(figure, x="heads kept (logarithmic)", y="faithfulness", height=460, top=90)
+    return figure.update_xaxes(type="log", dtick="D2")

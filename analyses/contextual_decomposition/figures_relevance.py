@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from analyses.contextual_decomposition.methods import COLOUR, NAMES
 from analyses.results.card import Tables
-from analyses.results.theme import band, finish, menu, token_label, whiskers
+from analyses.results.theme import band, finish, menu, side_by_side, token_label, whiskers
 
 DIVERGING = "RdBu"
 SHOWN = 12
@@ -48,8 +47,7 @@ def tokens(tables: Tables) -> go.Figure:
     figure.update_yaxes(autorange="reversed")
     figure.update_xaxes(showgrid=False)
     figure.update_yaxes(showgrid=False)
-    menu(figure, [NAMES[name] for name in methods])
-    return figure
+    return menu(figure, [NAMES[name] for name in methods])
 
 
 def _row(tables: Tables, prompt: int, rule: str | None) -> str:
@@ -86,13 +84,11 @@ def curves(tables: Tables) -> go.Figure:
     """Draw the metric as heads or tokens are taken away, the most relevant first (full) and last (dashed)."""
     table = tables["curves"]
     units = list(dict.fromkeys(table["unit"]))
-    figure = make_subplots(rows=1, cols=len(units), subplot_titles=units, shared_yaxes=True, horizontal_spacing=0.06)
+    figure = side_by_side(units, horizontal_spacing=0.06)
     for column, unit in enumerate(units, 1):
         own = table[table["unit"] == unit]
         random = own[own["method"] == "random"].pivot_table(index="share", columns="order", values="value")
-        part = go.Figure()
-        band(part, random.index, random["random_low"], random["random_high"], "#8c8c8c")
-        figure.add_traces(part.data, rows=1, cols=column)
+        band(figure, random.index, random["random_low"], random["random_high"], "#8c8c8c", row=1, col=column)
         for method in (name for name in NAMES if name in set(own["method"]) - {"random"}):
             for order, dash in (("morf", "solid"), ("lerf", "dash")):
                 line = own[(own["method"] == method) & (own["order"] == order)]
@@ -101,10 +97,7 @@ def curves(tables: Tables) -> go.Figure:
                     showlegend=column == 1 and order == "morf", line={"color": COLOUR[method], "dash": dash, "width": 2},
                     hovertemplate="%{x:.0%} gone: %{y:.2f}<extra>" + f"{NAMES[method]}, {order}" + "</extra>", row=1, col=column,
                 )  # fmt: skip
-    finish(figure, x="share taken away", y="", height=440)
-    figure.update_yaxes(title="metric (1 whole, 0 nothing left)", row=1, col=1)
-    figure.update_layout(margin_t=80)
-    return figure
+    return finish(figure, x="share taken away", y=("metric (1 whole, 0 nothing left)",), height=440, top=80)
 
 
 def has_curves(tables: Tables) -> bool:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from analyses.contextual_decomposition.cases import Case
 from analyses.contextual_decomposition.scores import PreparedCase
+from analyses.results.statistics import Array
 from probes.decomposition import Baseline, Node
 from probes.models.protocol import Model
 from probes.points import Address
@@ -20,7 +20,6 @@ from probes.progress import Progress
 from probes.relevance import Leaks, Relevance, relevance_of
 from probes.relevance.read import TOKENS
 
-Array = NDArray[np.float64]
 STEPS = 8
 """Steps of integrated gradients, at the middles of as many equal parts of the way from the references to the prompt."""
 POINTS = {"heads": "z", "mlps": "mlp_out", "streams": "resid_post"}

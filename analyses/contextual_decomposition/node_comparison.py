@@ -10,8 +10,8 @@ import pandas as pd
 
 from analyses.contextual_decomposition.gradient_scores import GradientScores
 from analyses.contextual_decomposition.node_effects import mlp_ablation, stream_ablation
-from analyses.contextual_decomposition.prepared_cases import Array, PreparedCases, same_form
-from analyses.results.statistics import cluster_bootstrap
+from analyses.contextual_decomposition.prepared_cases import PreparedCases, same_form
+from analyses.results.statistics import Array, cluster_bootstrap
 from probes.progress import Progress
 
 
@@ -55,12 +55,9 @@ def compared_mlps(
     """Compare the MLPs of some layers.
 
     Args:
-        prepared: the prompts.
-        layers: the blocks.
         cdt: the decomposition's scores, [prompt, layer].
         gradients: what backward passes say.
         ablation: whether their effects are measured, a forward each.
-        progress: told of every prompt.
     """
     progress.start(len(prepared.cases), "prompt's MLPs compared")
     effects = []

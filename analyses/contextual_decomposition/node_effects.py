@@ -39,7 +39,6 @@ def stream_ablation(ablation: Ablation, layers: Sequence[int]) -> Float[Tensor, 
     Positions that all references share equal their baseline, and change nothing.
 
     Args:
-        ablation: the prompt.
         layers: blocks but the last, whose stream is read at the end alone.
     """
     n = len(ablation.case.tokens)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 
 from analyses.contextual_decomposition.ablation import Ablation, shared_start, without
 from analyses.contextual_decomposition.cases import Case, baseline_of
@@ -23,12 +22,11 @@ from analyses.contextual_decomposition.scores import (
     sweep,
     to_nodes,
 )
+from analyses.results.statistics import Array
 from probes.decomposition import Baseline, Decomposer, Node, Rules, Source
 from probes.errors import OptionError
 from probes.models.protocol import Model
 from probes.progress import QUIET, Progress
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,11 +15,10 @@ from torch import Tensor
 from analyses.circuits import normalised, resampled_faithfulness
 from analyses.contextual_decomposition.ablation import POSITIONS, Ablation
 from analyses.contextual_decomposition.prepared_cases import PreparedCases
-from analyses.results.statistics import percentiles
+from analyses.results.statistics import Array, percentiles
 from probes.points import Address
 from probes.progress import Progress
 
-Array = NDArray[np.float64]
 Rank = NDArray[np.intp]
 SHARES = np.linspace(0, 1, 21)
 """Parts of all heads or tokens that are taken away."""
@@ -67,10 +66,7 @@ def removal_tables(
     expectation; the bounds are the 2.5 and 97.5 % points of `RANDOM_ORDERS` of them.
 
     Args:
-        unit: what is taken away.
         orders: per method, each prompt's nodes, most relevant first.
-        seed: of random orders and intervals.
-        progress: told of every prompt.
     """
     rng = np.random.default_rng(seed)
     random = {f"random {i}": [rng.permutation(n) for n in unit.numbers] for i in range(RANDOM_ORDERS)}

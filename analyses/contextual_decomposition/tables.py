@@ -6,13 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from analyses.contextual_decomposition.circuit import Edge
-from analyses.results.statistics import cluster_bootstrap
+from analyses.results.statistics import Array, cluster_bootstrap
 from probes.decomposition import Node
-
-Array = NDArray[np.float64]
 
 
 def relevance_table(nodes: Sequence[Node], scores: Array, prompts: Sequence[int]) -> pd.DataFrame:

@@ -8,22 +8,18 @@ from typing import ClassVar
 
 import pandas as pd
 
-from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
-from analyses.depth_use.comparisons import compared
-from analyses.depth_use.figures import FIGURES
+from analyses.base import Analysis, Measured, PromptsLike, as_prompts
+from analyses.depth_use.figures import FIGURES, PROFILES
 from analyses.depth_use.forwards import forwards
 from analyses.depth_use.kv_subspaces import check_kv
 from analyses.depth_use.maps import check_pair, map_table
 from analyses.depth_use.measurements import measure_blocks
-from analyses.depth_use.profiles import PROFILES
 from analyses.depth_use.settings import Settings
-from analyses.depth_use.stream_settings import StreamSettings
+from analyses.depth_use.stream_settings import StreamSettings, compared
 from analyses.depth_use.tokens import check_answer_from
 from analyses.generation import Decoding, respond
 from analyses.interventions import Interventions
-from analyses.options import option, validate
-from analyses.results.card import FigureSpec, ProfileSpec
-from analyses.results.result import Result
+from analyses.options import option
 from analyses.scoring import check_answer, check_choices
 from analyses.tokens import token_text
 from probes.capture.activations import Activations
@@ -32,7 +28,7 @@ from probes.capture.run import capture
 from probes.errors import PointError, PromptError
 from probes.models import load_model
 from probes.models.protocol import Model
-from probes.progress import QUIET, Progress
+from probes.progress import Progress
 from probes.prompts import Field, Prompt
 from probes.store import ActivationStore
 
@@ -58,11 +54,9 @@ class DepthUse(StreamSettings, Settings, Analysis):
     ridge: float = option(0.001, "Ridge of the maps, as a share of the mean variance of the source.", low=0)
     chat: bool = option(False, "Wrap each text as one user turn of the chat template.")
 
-    name: ClassVar[str] = "depth_use"
-    title: ClassVar[str] = "Depth use: contributions, skips and proxies of importance"
-    reference: ClassVar[str] = (
-        'Csordás, Manning, Potts 2025, "Do Language Models Use Their Depth Efficiently?", arXiv 2505.13898'
-    )
+    name = "depth_use"
+    title = "Depth use: contributions, skips and proxies of importance"
+    reference = 'Csordás, Manning, Potts 2025, "Do Language Models Use Their Depth Efficiently?", arXiv 2505.13898'
     prompt_fields: ClassVar[Mapping[str, Field]] = {
         "answer_from": Field(
             "Position from 1 of the answer's first token, whose probability is attributed; else the next token is.",
@@ -75,11 +69,11 @@ class DepthUse(StreamSettings, Settings, Analysis):
         "choices": Field('Texts among which the answer is looked for: ["Paris", "Rome"].', check_choices),
         "label": Field("Class of the line, 0 or 1, for the probe among the proxies.", check_label),
     }
-    figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
-    profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
+    figures = FIGURES
+    profiles = PROFILES
 
     def __post_init__(self) -> None:
-        validate(self)
+        super().__post_init__()
         for name in (
             "parts",
             "generate_parts",
@@ -100,19 +94,16 @@ class DepthUse(StreamSettings, Settings, Analysis):
         blocks = Need(("resid_pre.0", "resid_post.*", "attn_out.*"))
         return [blocks, *self.stream_needs(model, self.first_token)]
 
-    def run(
-        self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
-    ) -> Result:
+    def measure(self, model: Model, prompts: PromptsLike, store: ActivationStore, progress: Progress) -> Measured:
         """Return the tables `proxies`, `proxy_intervals`, `agreement`, `contributions`, `skip_effect`, `output_effect`, `depth_score`,
         `windows`, `effective_depth`, and where asked for `erasure`, `attribution`, `greedy`, `drop_curve`, `bits_frontier`, `linear_maps`,
-        `generation` and `generation_layers`, and those of `analyses.depth_use.comparisons`: with groups of prompts, and of keys and values.
+        `generation` and `generation_layers`, and those of `analyses.depth_use.stream_settings`: with groups of prompts, and of keys and values.
 
         Raises:
             PointError: the model is not causal, its blocks do not add to the stream, or its backend keeps them to itself.
             PromptError: no prompt has a next token to predict, or there are too few tokens for subspaces of keys.
             OptionError: a layer that the model does not have, or subspaces of keys that are too large.
         """
-        clock, store = Clock(), store or ActivationStore()
         _check_model(model)
         layers = self.swept(model.shape.n_layers)
         collected = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
@@ -134,7 +125,7 @@ class DepthUse(StreamSettings, Settings, Analysis):
                 tables[name]["token"] = [token_text(model, int(token)) for token in tables[name]["token_id"]]
         if "attribution" in tables:
             notes.append(_completeness(tables["attribution"]))
-        return make_result(self, model, collected, tables, activations, clock, notes, interventions=done)
+        return Measured(collected, tables, activations, notes, interventions=done)
 
     def _maps(self, source: Activations, store: ActivationStore, progress: Progress) -> pd.DataFrame:
         target = source

@@ -81,12 +81,8 @@ def frontier(
     """Run all prompts at every point of every order; return the table `bits_frontier`.
 
     Args:
-        model: the model, in memory.
         proxies: the proxies of the layers whose blocks are rounded.
-        settings: the widths and how many points.
-        n_prompts: how many prompts there are.
         each: lets work be done on every chunk of prompts.
-        tick: is told how many forwards were run.
     """
     wide, narrow = settings.wide_and_narrow
     orders = frontier_orders(proxies, narrow, settings.seed)

@@ -1,18 +1,18 @@
-"""Figures of depth use: contributions, skips, tokens and maps; proxies, and comparisons of groups and layers, have files of their own."""
+"""Figures and depth profiles of depth use: contributions, skips, tokens and maps; proxies, and comparisons of groups and layers, have files of their own."""
 
 from __future__ import annotations
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from analyses.depth_use.figures_effective_depth import EFFECTIVE_DEPTH_FIGURES
 from analyses.depth_use.figures_generation import GENERATION_FIGURES
 from analyses.depth_use.figures_proxies import PROXY_FIGURES
 from analyses.depth_use.figures_removal import REMOVAL_FIGURES
 from analyses.depth_use.figures_streams import STREAM_FIGURES
-from analyses.results.card import FigureSpec, Tables
-from analyses.results.theme import COLOURS, SCALE, finish, menu, token_label, whiskers
+from analyses.results.card import FigureSpec, ProfileSpec, Tables
+from analyses.results.profiles import named_rows
+from analyses.results.theme import COLOURS, SCALE, coloured, finish, menu, side_by_side, token_label, whiskers
 
 PART_NAMES = {"block": "whole block", "attn": "attention", "mlp": "MLP"}
 _VARIANT_NAMES = {
@@ -32,10 +32,8 @@ def contributions(tables: Tables) -> go.Figure:
     """Relative norm and cosine of what each part adds, by layer."""
     table = tables["contributions"]
     table = table[table["tokens"] == ("not_first" if "not_first" in set(table["tokens"]) else "all")]
-    figure = make_subplots(
-        rows=1, cols=2, shared_yaxes=True, subplot_titles=("size, relative to the stream", "cosine with the stream")
-    )
-    for colour, (part, group) in zip(COLOURS, table.groupby("part", sort=False), strict=False):
+    figure = side_by_side(("size, relative to the stream", "cosine with the stream"))
+    for colour, (part, group) in coloured(table, "part"):
         for column, (value, low, high) in enumerate(
             [("relative_norm", "ci_low", "ci_high"), ("cosine", "cosine_low", "cosine_high")], 1
         ):
@@ -44,14 +42,10 @@ def contributions(tables: Tables) -> go.Figure:
                 line={"color": colour}, marker={"size": 5}, legendgroup=part, showlegend=column == 1,
                 error_x=whiskers(group[value], group[low], group[high]), row=1, col=column,
             )  # fmt: skip
-    finish(figure, x="", y="layer", height=620)
-    figure.update_xaxes(title="||what is added|| / ||stream||", type="log", row=1, col=1)
-    figure.update_xaxes(
-        title="cosine (negative erases, positive amplifies)", row=1, col=2, zeroline=True, zerolinecolor="#444"
-    )
-    figure.update_yaxes(title="", row=1, col=2)
-    figure.update_layout(legend={"y": 1.06}, margin={"t": 80})
-    return figure
+    titles = ("||what is added|| / ||stream||", "cosine (negative erases, positive amplifies)")
+    finish(figure, x=titles, y=("layer",), height=620, legend=1.06, top=80)
+    figure.update_xaxes(type="log", row=1, col=1)
+    return figure.update_xaxes(zeroline=True, zerolinecolor="#444", row=1, col=2)
 
 
 def skip_maps(tables: Tables) -> go.Figure:
@@ -74,19 +68,14 @@ def skip_maps(tables: Tables) -> go.Figure:
         )  # fmt: skip
         labels.append(f"{PART_NAMES[key[1]]}, {_variant(key[0], one)}")
     menu(figure, labels)
-    finish(figure, x="later block whose contribution changes", y="block left out", height=660)
-    figure.update_layout(margin={"t": 90})
-    return figure
+    return finish(figure, x="later block whose contribution changes", y="block left out", height=660, top=90)
 
 
 def output_effect(tables: Tables) -> go.Figure:
     """How much leaving a part out changes later predictions, and what each layer would already predict."""
     effect, proxies = tables["output_effect"], tables["proxy_intervals"]
-    figure = make_subplots(
-        rows=1, cols=3, shared_yaxes=True,
-        subplot_titles=("change of the output", "distance to the final prediction", "top 5 shared with the final"),
-    )  # fmt: skip
-    for colour, ((variant, part), group) in zip(COLOURS, effect.groupby(["variant", "part"], sort=False), strict=False):
+    figure = side_by_side(("change of the output", "distance to the final prediction", "top 5 shared with the final"))
+    for colour, ((variant, part), group) in coloured(effect, ["variant", "part"]):
         figure.add_scatter(
             x=group["mean"], y=group["skipped"], mode="lines+markers",
             name=f"{PART_NAMES[str(part)]}, {_variant(str(variant), group)}", line={"color": colour}, marker={"size": 5},
@@ -98,20 +87,15 @@ def output_effect(tables: Tables) -> go.Figure:
             x=rows["mean"], y=rows["layer"], mode="lines+markers", showlegend=False, line={"color": COLOURS[6]},
             marker={"size": 5}, error_x=whiskers(rows["mean"], rows["ci_low"], rows["ci_high"]), row=1, col=column,
         )  # fmt: skip
-    finish(figure, x="", y="layer", height=600)
     titles = ("distance of probabilities", "KL(layer || final), nats", "share")
-    for column, title in enumerate(titles, 1):
-        figure.update_xaxes(title=title, rangemode="tozero", row=1, col=column)
-        figure.update_yaxes(title="layer" if column == 1 else "", row=1, col=column)
-    figure.update_layout(legend={"y": 1.08}, margin={"t": 90})
-    return figure
+    return finish(figure, x=titles, y=("layer",), height=600, legend=1.08, top=90).update_xaxes(rangemode="tozero")
 
 
 def depth_scores(tables: Tables) -> go.Figure:
     """Depth score per variant, part and group of prompts, with intervals."""
     table = tables["depth_score"][tables["depth_score"]["by"] == "mean"]
     figure = go.Figure()
-    for colour, (group, rows) in zip(COLOURS, table.groupby("group", sort=False), strict=False):
+    for colour, (group, rows) in coloured(table, "group"):
         keys = zip(rows["variant"], rows["part"], strict=True)
         figure.add_scatter(
             x=rows["score"], y=[f"{variant}, {PART_NAMES[part]}, {group}" for variant, part in keys], mode="markers",
@@ -124,11 +108,9 @@ def depth_scores(tables: Tables) -> go.Figure:
         if len(table)
         else "depth score (layers)"
     )
-    finish(figure, x=title, y="", height=180 + 24 * len(order))
+    finish(figure, x=title, y="", height=180 + 24 * len(order), left=190)
     figure.update_yaxes(categoryorder="array", categoryarray=order)
-    figure.update_layout(margin={"l": 190})
-    figure.update_xaxes(rangemode="tozero")
-    return figure
+    return figure.update_xaxes(rangemode="tozero")
 
 
 def erased_tokens(tables: Tables) -> go.Figure:
@@ -160,10 +142,8 @@ def _token_map(table: pd.DataFrame, value: str, title: str, scale: str, **limits
         )  # fmt: skip
         labels.append(str(label))
     menu(figure, labels)
-    finish(figure, x="position and token", y="layer", height=600)
-    figure.update_xaxes(tickangle=-60)
-    figure.update_layout(margin={"t": 90, "b": 110})
-    return figure
+    finish(figure, x="position and token", y="layer", height=600, top=90, bottom=110)
+    return figure.update_xaxes(tickangle=-60)
 
 
 def linear_maps(tables: Tables) -> go.Figure:
@@ -236,5 +216,33 @@ FIGURES = {
         "holds the intervals, the training error and the error of always predicting the mean.",
         linear_maps,
         lambda tables: "linear_maps" in tables,
+    ),
+}
+
+
+PROFILES = {
+    "removal": ProfileSpec(
+        "Loss without the block",
+        "nats per token",
+        "Rise of the next-token loss when this block alone is left out: what the model really loses without it.",
+        *named_rows("proxy_intervals", "proxy", "delta_ce_block"),
+    ),
+    "frozen_norm": ProfileSpec(
+        "Loss with frozen norm",
+        "nats per token",
+        "Rise of the next-token loss when this block's normalisation divides by its average instead of each token's own norm.",
+        *named_rows("proxy_intervals", "proxy", "delta_ce_frozen_norm"),
+    ),
+    "generation": ProfileSpec(
+        "Text changed without the block",
+        "share of tokens",
+        "Share of the tokens of the model's own greedy text that are others when it writes without this block.",
+        *named_rows("proxy_intervals", "proxy", "text_lost_block"),
+    ),
+    "contribution": ProfileSpec(
+        "Size of the contribution",
+        "norm added / norm of the stream",
+        "How large what the block adds is beside the stream it is added to, averaged over tokens.",
+        *named_rows("proxy_intervals", "proxy", "relative_norm_block"),
     ),
 }

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from analyses.depth_use.effective_depth import COSINES, RELEASED, ratio_text
 from analyses.results.card import FigureSpec, Tables
-from analyses.results.theme import COLOURS, finish
+from analyses.results.theme import COLOURS, finish, side_by_side
 
 _TITLES = ("mean cosine with the stream", "lens KL / largest", "top 5 shared with the final")
 
@@ -23,9 +22,7 @@ def effective_depth(tables: Tables) -> go.Figure:
         "lens_overlap": proxies["lens_overlap"],
     }
     n_layers = len(proxies)
-    figure = make_subplots(
-        rows=1, cols=3, shared_yaxes=True, subplot_titles=[_heading(depths, name) for name in curves]
-    )
+    figure = side_by_side([_heading(depths, name) for name in curves])
     for column, (name, values) in enumerate(curves.items(), 1):
         figure.add_scatter(
             x=values, y=proxies["layer"], mode="lines+markers", line={"color": "#777"}, marker={"size": 4},
@@ -44,11 +41,7 @@ def effective_depth(tables: Tables) -> go.Figure:
                 error_y={"type": "data", "array": above - layers, "arrayminus": layers - below, "thickness": 2},
                 hovertemplate=f"{label}<br>threshold %{{customdata}}<br>layer %{{y}}<extra></extra>", row=1, col=column,
             )  # fmt: skip
-    finish(figure, x="", y="layer", height=600)
-    for column in (1, 2, 3):
-        figure.update_yaxes(title="layer" if column == 1 else "", row=1, col=column)
-    figure.update_layout(legend={"y": 1.1}, margin={"t": 110})
-    return figure
+    return finish(figure, x="", y=("layer",), height=600, legend=1.1, top=110)
 
 
 def _heading(depths: pd.DataFrame, name: str) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from analyses.results.card import FigureSpec, Tables
-from analyses.results.theme import COLOURS, finish, whiskers
+from analyses.results.theme import COLOURS, coloured, finish, side_by_side, whiskers
 
 _PANELS = (
     ("delta_ce_forced", "loss on the plain text", "nats per token"),
@@ -27,8 +26,8 @@ def _losses(table: pd.DataFrame) -> pd.DataFrame:
 def generation_loss(tables: Tables) -> go.Figure:
     """Forced loss beside what changes in writing, per block; numbers are ranks, 1 the largest."""
     table = _losses(tables["generation_layers"])
-    figure = make_subplots(rows=1, cols=3, shared_yaxes=True, subplot_titles=[title for _, title, _ in _PANELS])
-    for colour, (part, rows) in zip(COLOURS, table.groupby("part", sort=False), strict=False):
+    figure = side_by_side([title for _, title, _ in _PANELS])
+    for colour, (part, rows) in coloured(table, "part"):
         for column, (name, _, _) in enumerate(_PANELS, 1):
             rank = rows[name].rank(ascending=False, method="min").astype(int)
             figure.add_scatter(
@@ -41,12 +40,8 @@ def generation_loss(tables: Tables) -> go.Figure:
                 x=rows[name], y=rows["layer"], mode="markers", name=label, legendgroup=label, showlegend=bool(colour == COLOURS[0]),
                 marker={"color": "black", "symbol": "line-ns-open", "size": 10}, row=1, col=column,
             )  # fmt: skip
-    finish(figure, x="", y="layer left out", height=640)
-    for column, (_, _, unit) in enumerate(_PANELS, 1):
-        figure.update_xaxes(title=unit, row=1, col=column)
-        figure.update_yaxes(title="layer left out" if column == 1 else "", row=1, col=column)
-    figure.update_layout(legend={"y": 1.08}, margin={"t": 90})
-    return figure
+    units = [unit for _, _, unit in _PANELS]
+    return finish(figure, x=units, y=("layer left out",), height=640, legend=1.08, top=90)
 
 
 def answers(tables: Tables) -> go.Figure:
@@ -62,9 +57,8 @@ def answers(tables: Tables) -> go.Figure:
                 error_x=whiskers(rows[name], rows[f"{name}_low"], rows[f"{name}_high"]),
             )  # fmt: skip
         figure.add_vline(x=float(plain[own].mean()), line={"color": colour, "dash": "dot"})
-    finish(figure, x="share of right answers (dotted: nothing left out)", y="layer left out", height=600)
-    figure.update_layout(legend={"y": 1.06}, margin={"t": 90})
-    return figure
+    x = "share of right answers (dotted: nothing left out)"
+    return finish(figure, x=x, y="layer left out", height=600, legend=1.06, top=90)
 
 
 GENERATION_FIGURES = {

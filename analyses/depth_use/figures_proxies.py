@@ -93,8 +93,7 @@ def proxy_table(tables: Tables) -> go.Figure:
     figure.update_yaxes(dtick=1)
     for edge in (1, 2):
         figure.add_vline(x=sum(kind(name) < edge for name in names) - 0.5, line={"color": "black", "width": 3})
-    figure.update_layout(width=max(900, 40 * table.shape[1] + 160), margin={"t": 210, "r": 60, "b": 20})
-    return figure
+    return figure.update_layout(width=max(900, 40 * table.shape[1] + 160), margin={"t": 210, "r": 60, "b": 20})
 
 
 def foretelling(tables: Tables) -> go.Figure:
@@ -129,11 +128,10 @@ def foretelling(tables: Tables) -> go.Figure:
         height=820,
     )
     figure.update_xaxes(range=[-1.05, 1.05], zeroline=True, zerolinecolor="#444")
-    figure.update_layout(
+    return figure.update_layout(
         updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "right", "y": 1.02, "yanchor": "bottom"}],
         margin={"l": 260, "t": 70}, barmode="overlay",
     )  # fmt: skip
-    return figure
 
 
 _KINDS = {
@@ -184,8 +182,7 @@ def agreement(tables: Tables) -> go.Figure:
     finish(figure, x="", y="", height=260 + 22 * len(names))
     figure.update_xaxes(tickangle=-50, side="top")
     figure.update_yaxes(autorange="reversed")
-    figure.update_layout(width=360 + 26 * len(names), margin={"l": 230, "t": 200})
-    return figure
+    return figure.update_layout(width=360 + 26 * len(names), margin={"l": 230, "t": 200})
 
 
 def measured_loss(tables: Tables) -> go.Figure:
@@ -202,11 +199,9 @@ def measured_loss(tables: Tables) -> go.Figure:
             x=rows["mean"], y=rows["layer"], name=label(name), mode="lines+markers", line={"color": colour}, marker={"size": 5},
             error_x=whiskers(rows["mean"], rows["ci_low"].clip(lower=rows["mean"] / 10), rows["ci_high"]),
         )  # fmt: skip
-    finish(figure, x="rise of the loss (nats per token, logarithmic)", y="layer", height=640)
+    finish(figure, x="rise of the loss (nats per token, logarithmic)", y="layer", height=640, legend=1.02, top=90)
     top = float(table.loc[table["proxy"].isin(shown), "ci_high"].max())
-    figure.update_xaxes(type="log", tickformat="~g", range=[-3, math.log10(max(top, 0.01)) + 0.1])
-    figure.update_layout(legend={"y": 1.02}, margin={"t": 90})
-    return figure
+    return figure.update_xaxes(type="log", tickformat="~g", range=[-3, math.log10(max(top, 0.01)) + 0.1])
 
 
 PROXY_FIGURES = {

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from analyses.results.card import FigureSpec, Tables
-from analyses.results.theme import COLOURS, band, finish, whiskers
+from analyses.results.theme import band, coloured, finish, side_by_side, whiskers
 
 
 def removal_curves(tables: Tables) -> go.Figure:
     """Loss against how many blocks are removed, per order; and what greedy removal takes."""
     figure = go.Figure()
-    for colour, (name, rows) in zip(COLOURS, tables["drop_curve"].groupby("order", sort=False), strict=False):
+    for colour, (name, rows) in coloured(tables["drop_curve"], "order"):
         figure.add_scatter(
             x=rows["removed"], y=rows["delta_ce"], name=name, mode="lines+markers", line={"color": colour}
         )
@@ -25,29 +24,26 @@ def removal_curves(tables: Tables) -> go.Figure:
             error_y=whiskers(greedy["delta_ce"], greedy["ci_low"], greedy["ci_high"], 3), mode="markers+text", textposition="bottom center",
             marker={"color": "black", "symbol": "diamond", "size": 9}, name="greedy, attention or MLP (half a block each)",
         )  # fmt: skip
-    finish(figure, x="blocks removed", y="rise of the loss (nats per token)", height=520)
-    figure.update_layout(legend={"y": -0.2, "yanchor": "top"})
-    return figure
+    return finish(figure, x="blocks removed", y="rise of the loss (nats per token)", height=520, legend=-0.2)
 
 
 def bits_frontier(tables: Tables) -> go.Figure:
     """Loss against mean width, per order in which blocks become narrow."""
     figure = go.Figure()
-    for colour, (name, rows) in zip(COLOURS, tables["bits_frontier"].groupby("order", sort=False), strict=False):
+    for colour, (name, rows) in coloured(tables["bits_frontier"], "order"):
         figure.add_scatter(
             x=rows["mean_bits"], y=rows["delta_ce"], name=name, mode="lines+markers", line={"color": colour},
             customdata=rows["narrow_blocks"], hovertemplate="%{customdata} narrow blocks<br>%{y:.4f} nats<extra></extra>",
         )  # fmt: skip
         band(figure, rows["mean_bits"], rows["ci_low"], rows["ci_high"], colour)
-    finish(figure, x="mean bits of the rounded blocks' weights", y="rise of the loss (nats per token)", height=520)
-    figure.update_layout(legend={"y": -0.2, "yanchor": "top"})
-    return figure
+    x = "mean bits of the rounded blocks' weights"
+    return finish(figure, x=x, y="rise of the loss (nats per token)", height=520, legend=-0.2)
 
 
 def windows(tables: Tables) -> go.Figure:
     """How far blocks run side by side are from blocks run in turn."""
-    figure = make_subplots(rows=1, cols=2, shared_yaxes=True, subplot_titles=("error of the step", "rise of the loss"))
-    for colour, (width, rows) in zip(COLOURS, tables["windows"].groupby("width", sort=False), strict=False):
+    figure = side_by_side(("error of the step", "rise of the loss"))
+    for colour, (width, rows) in coloured(tables["windows"], "width"):
         shown = [(1, "error", ""), (2, "delta_ce", "")]
         shown += [
             (column, f"{name}_second_order", ", with pairs")
@@ -60,15 +56,11 @@ def windows(tables: Tables) -> go.Figure:
                 line={"color": colour, "dash": "dot" if more else "solid"}, legendgroup=f"{width}{more}", showlegend=column == 1, marker={"size": 5}, row=1, col=column,
                 error_x=whiskers(rows[name], rows[f"{name}_low"], rows[f"{name}_high"]),
             )  # fmt: skip
-    finish(figure, x="", y="first block of the window", height=560)
-    figure.update_xaxes(title="relative error", rangemode="tozero", row=1, col=1)
+    titles = ("relative error", "nats per token (cut at the 90th percentile)")
+    finish(figure, x=titles, y=("first block of the window",), height=560, legend=1.06, top=80)
     top = float(tables["windows"]["delta_ce"].quantile(0.9)) if len(tables["windows"]) else 1.0
-    figure.update_xaxes(
-        title="nats per token (cut at the 90th percentile)", range=[min(0.0, -0.05 * top), 1.2 * top], row=1, col=2
-    )
-    figure.update_yaxes(title="", row=1, col=2)
-    figure.update_layout(legend={"y": 1.06}, margin={"t": 80})
-    return figure
+    figure.update_xaxes(rangemode="tozero", row=1, col=1)
+    return figure.update_xaxes(range=[min(0.0, -0.05 * top), 1.2 * top], row=1, col=2)
 
 
 REMOVAL_FIGURES = {

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from analyses.results.card import FigureSpec, Tables
-from analyses.results.theme import COLOURS, SCALE, band, finish, menu, whiskers
+from analyses.results.theme import SCALE, band, coloured, finish, menu, side_by_side, whiskers
 
 CURVES = {
     "mean_cosine": "mean streams",
@@ -31,11 +30,9 @@ def alignment(tables: Tables) -> go.Figure:
     """Cosines between groups by layer, beside random regroupings."""
     table = _same_layer(tables["alignment"])
     table = table[table["point"] == table["point"].iloc[0]]
-    figure = make_subplots(
-        rows=1, cols=2, shared_yaxes=True, subplot_titles=("mean streams", "pairs of tokens, common mean subtracted")
-    )
+    figure = side_by_side(("mean streams", "pairs of tokens, common mean subtracted"))
     panels = ((1, "mean_cosine", False), (2, "pair_cosine", True))
-    for colour, ((a, b), pair) in zip(COLOURS, table.groupby(["group_a", "group_b"], sort=False), strict=False):
+    for colour, ((a, b), pair) in coloured(table, ["group_a", "group_b"]):
         for column, value, centred in panels:
             rows = pair[pair["centred"] == centred]
             for edge in ("_low", "_high"):
@@ -49,10 +46,7 @@ def alignment(tables: Tables) -> go.Figure:
                 x=rows[value], y=rows["layer"], name=f"{a} and {b}", mode="lines+markers", line={"color": colour},
                 marker={"size": 5}, legendgroup=f"{a}{b}", showlegend=column == 1, row=1, col=column, **bounds,
             )  # fmt: skip
-    finish(figure, x="cosine", y="layer", height=560)
-    figure.update_yaxes(title="", row=1, col=2)
-    figure.update_layout(legend={"y": 1.06}, margin={"t": 100})
-    return figure
+    return finish(figure, x="cosine", y=("layer",), height=560, legend=1.06, top=100)
 
 
 def alignment_points(tables: Tables) -> go.Figure:
@@ -73,23 +67,16 @@ def alignment_points(tables: Tables) -> go.Figure:
             )  # fmt: skip
             labels.append(f"{a} and {b}, {name}{', common mean subtracted' if centred else ''}")
     menu(figure, labels)
-    finish(figure, x="layer", y="", height=420)
-    figure.update_layout(margin={"t": 90, "l": 100})
-    return figure
+    return finish(figure, x="layer", y="", height=420, top=90, left=100)
 
 
 def steps(tables: Tables) -> go.Figure:
     """Cosine of each token's stream with itself some layers on, by group."""
     table = tables["steps"]
     wide = list(dict.fromkeys(table["step"]))
-    figure = make_subplots(
-        rows=1,
-        cols=len(wide),
-        shared_yaxes=True,
-        subplot_titles=[f"{step} layer{'s' * (step > 1)} on" for step in wide],
-    )
+    figure = side_by_side([f"{step} layer{'s' * (step > 1)} on" for step in wide])
     table = table[~table["centred"]]
-    for colour, (name, group) in zip(COLOURS, table.groupby("group", sort=False), strict=False):
+    for colour, (name, group) in coloured(table, "group"):
         for column, step in enumerate(wide, 1):
             rows = group[group["step"] == step]
             figure.add_scatter(
@@ -102,18 +89,13 @@ def steps(tables: Tables) -> go.Figure:
                     x=rows[edge], y=rows["layer"], mode="lines", line={"color": colour, "width": 1, "dash": "dot"},
                     hoverinfo="skip", showlegend=False, row=1, col=column,
                 )  # fmt: skip
-    finish(figure, x="cosine", y="", height=520)
-    figure.update_yaxes(title="layer", row=1, col=1)
-    figure.update_layout(legend={"y": 1.06}, margin={"t": 90})
-    return figure
+    return finish(figure, x="cosine", y=("layer",), height=520, legend=1.06, top=90)
 
 
 def readouts(tables: Tables) -> go.Figure:
     """Divergence of what two groups' streams would say next, beside random regroupings."""
     figure = go.Figure()
-    for colour, ((a, b), rows) in zip(
-        COLOURS, tables["readouts"].groupby(["group_a", "group_b"], sort=False), strict=False
-    ):
+    for colour, ((a, b), rows) in coloured(tables["readouts"], ["group_a", "group_b"]):
         band(figure, rows["layer"], rows["low"], rows["high"], colour)
         figure.add_scatter(x=rows["layer"], y=rows["jsd"], name=f"{a} and {b}", mode="lines+markers", line={"color": colour})  # fmt: skip
     finish(figure, x="layer", y="Jensen-Shannon divergence (nats)")
@@ -140,9 +122,7 @@ def masks(tables: Tables) -> go.Figure:
         )  # fmt: skip
         labels.append(f"{a} and {b}, {sparsity:.0%} pruned")
     menu(figure, labels)
-    finish(figure, x="", y="layer", height=560)
-    figure.update_layout(margin={"t": 90})
-    return figure
+    return finish(figure, x="", y="layer", height=560, top=90)
 
 
 def kv_subspaces(tables: Tables) -> go.Figure:
@@ -164,9 +144,7 @@ def kv_subspaces(tables: Tables) -> go.Figure:
             where = KINDS[upper] if upper == lower else "keys right of the diagonal, values left of it"
             labels.append(f"{name}: {where}")
     menu(figure, labels)
-    finish(figure, x="layer", y="layer", height=620)
-    figure.update_layout(margin={"t": 90})
-    return figure
+    return finish(figure, x="layer", y="layer", height=620, top=90)
 
 
 def _square(table: pd.DataFrame, value: str, layers: list[int]) -> pd.DataFrame:

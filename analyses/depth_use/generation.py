@@ -83,11 +83,7 @@ class Generation:
     """The texts that follow the first prompts, plain and without each part.
 
     Args:
-        model: the model, in memory.
-        prompts: the prompts.
         responses: what the plain model writes after each of the first of them, greedily.
-        settings: which parts and layers, and how many tokens.
-        tick: is told how many forwards were run.
     """
 
     def __init__(

@@ -38,12 +38,7 @@ KINDS = {"k": "k", "v": "v", "stream": "resid_post"}
 
 
 class CrossProducts:
-    """Sums over tokens from which the subspaces of all layers follow; memory independent of the number of tokens.
-
-    Args:
-        n_layers: how many layers are compared.
-        width: features of each.
-    """
+    """Sums over tokens from which the subspaces of all layers follow; memory independent of the number of tokens."""
 
     def __init__(self, n_layers: int, width: int) -> None:
         self.n_layers, self.width, self.n = n_layers, width, 0

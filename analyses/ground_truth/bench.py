@@ -7,14 +7,14 @@ import json
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analyses.ground_truth.answers import Answer, digest, from_json, to_json
 from probes.errors import ModelError, OptionError
-from probes.planted.record import Record, Tier
+from probes.planted.record import Kind, Record, Tier
 
 if TYPE_CHECKING:
     # Processes start working before this one has what scores their answers.
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 PROCESSES = 2
 QUICK = ("C1", "D1", "E1", "F1", "G1", "J2", "K1", "M1", "N1", "O1")
 """Tasks of a quick run: every kind of question, and every method, on a small one of each family but A, B, H, I and L."""
+FURTHER_SEEDS = tuple(range(1, 6))
+FURTHER: Mapping[Kind, tuple[str, ...]] = {
+    "mending": ("C1", "C3"), "channel": ("E1", "E2", "E3", "E4"), "pivot": ("F1", "F2", "F3", "F4"),
+    "redundant": ("G1", "G2", "G3", "G4"), "norm": ("J1", "J2"), "order": ("M1", "M2"), "subspace": ("O1",),
+}  # fmt: skip
+"""Kinds that one or two families ask, too few clusters for an interval, and compiled tasks that ask them at further seeds."""
 PRELOADED = "analyses.ground_truth.preloaded"
 DEV_SEEDS = tuple(range(5))
 """Seeds that are public, on which methods may be mended."""
@@ -101,6 +107,14 @@ class Job:
     task: str
     seed: int
     methods: tuple[str, ...]
+    kinds: tuple[Kind, ...] = ()
+    """Kinds of questions that are asked; all where none is named."""
+
+
+def further_jobs(tiers: Sequence[Tier], methods: tuple[str, ...]) -> list[Job]:
+    """Return the tasks of `FURTHER` at `FURTHER_SEEDS`, where their tier is among these, each for its kind alone."""
+    pairs = [(task, kind) for kind, tasks in FURTHER.items() for task in tasks] if "compiled" in tiers else []
+    return [Job(task, seed, methods, (kind,)) for task, kind in pairs for seed in FURTHER_SEEDS]
 
 
 def chosen_tasks(tiers: Sequence[Tier], names: Sequence[str], quick: bool) -> list[str]:
@@ -176,6 +190,9 @@ def _work(job: Job) -> tuple[Job, Outcome]:
         task = planted.task(job.task, seed=job.seed)
     except ModelError as error:
         return job, ("[]", "", [f"{job.task}@{job.seed} is left out: {error}"])
+    if job.kinds:
+        questions = tuple(question for question in task.record.questions if question.kind in job.kinds)
+        task = replace(task, record=replace(task.record, questions=questions))
     model = from_hf(task.module, tokenizer=task.tokenizer, ref=task.ref)
     with tempfile.TemporaryDirectory(prefix="bathyscope-bench-") as folder:
         answers = answer_task(task, model, ActivationStore(folder), job.methods, notes.append)

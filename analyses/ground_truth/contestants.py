@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ADAPTED = (
     "concept_depth", "logit_lens", "lenses", "latent_language", "back_patching", "layer_programs", "voids", "depth_use", "causal_patching",
-    "contextual_decomposition", "communication_channels", "norm_removal",
+    "contextual_decomposition", "communication_channels", "norm_removal", "passage_use",
 )  # fmt: skip
 """Analyses that take part; each has a file of its name among the adapters."""
 CONTROLS = "controls"
@@ -136,13 +136,12 @@ def _ceiling(task: PlantedTask, model: Model) -> list[Answer]:
 
 def control_answers(task: PlantedTask, model: Model) -> list[Answer]:
     """Return what the controls answer to every question of a task."""
-    from analyses.ground_truth.updates import update_sizes
-
-    sizes = update_sizes(model, task)
     plain = (controls.constant, controls.uniform, controls.always, controls.oracle)
     answers = [control(task.record, question) for control in plain for question in task.record.questions]
-    return answers + [
-        controls.largest_update(task.record, question, sizes)
-        for question in task.record.questions
-        if question.kind in ("nodes", "written", "moved")
-    ]
+    ranked = [question for question in task.record.questions if question.kind in ("nodes", "written", "moved")]
+    if ranked:
+        from analyses.ground_truth.updates import update_sizes
+
+        sizes = update_sizes(model, task)
+        answers += [controls.largest_update(task.record, question, sizes) for question in ranked]
+    return answers

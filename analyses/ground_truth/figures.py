@@ -45,9 +45,8 @@ def false_positives(tables: Tables) -> go.Figure:
             x=table[column], y=names, mode="markers", name=label, marker={"size": 8, "color": COLOURS[number]},
             error_x=whiskers(table[column], table[f"{column}_low"], table[f"{column}_high"]),
         )  # fmt: skip
-    finish(figure, x="share of questions", y="", height=140 + 20 * len(table))
-    figure.update_yaxes(autorange="reversed")
-    return figure.update_layout(margin_l=320)
+    finish(figure, x="share of questions", y="", height=140 + 20 * len(table), left=320)
+    return figure.update_yaxes(autorange="reversed")
 
 
 READ_OR_USED = {"H": "readable and not used", "I": "used and not linearly readable"}
@@ -92,8 +91,7 @@ def _heat(grid: pd.DataFrame, name: str) -> go.Figure:
             texttemplate="%{z:.2f}", colorbar={"title": name},
         )
     )  # fmt: skip
-    finish(figure, x="", y="", height=160 + 26 * len(grid))
-    return figure.update_layout(margin_l=300)
+    return finish(figure, x="", y="", height=160 + 26 * len(grid), left=300)
 
 
 def _of_families(rows: pd.DataFrame, families: object) -> pd.DataFrame:

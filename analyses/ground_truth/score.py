@@ -214,8 +214,7 @@ def _summary(keys: Mapping[str, Any], group: pd.DataFrame) -> dict[str, Any]:
     for name in AVERAGED:
         values = group[name].to_numpy(np.float64)
         known = np.isfinite(values)
-        interval = cluster_bootstrap(values[known], clusters[known])
-        out |= {name: interval.mean[0], f"{name}_low": interval.low[0], f"{name}_high": interval.high[0]}
+        out |= cluster_bootstrap(values[known], clusters[known]).columns(name)
     out |= _skill(group, clusters)
     return out | {"seconds": group["seconds"].sum(), "forwards": int(group["forwards"].sum())}
 

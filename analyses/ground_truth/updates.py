@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import torch
 
 from analyses.ground_truth.adapters.adapter import examples_of
@@ -22,10 +24,11 @@ def update_sizes(model: Model, task: PlantedTask) -> dict[str, float]:
     addresses = [Address(point, layer) for point in points for layer in range(shape.n_layers)]
     totals: dict[str, float] = {}
     tokens, writes = 0, head_weights(model, fold_norm=False).w_o
-    for example in examples_of(task, n=PROMPTS):
-        values = read(model, torch.tensor([list(example.tokens)]), addresses)
-        out = {address: tensor[0, 1:].float() for address, tensor in values.items()}
-        tokens += len(example.tokens) - 1
+    by_length = groupby(sorted((e.tokens for e in examples_of(task, n=PROMPTS)), key=len), key=len)
+    for length, prompts in by_length:
+        rows = torch.tensor(list(prompts))
+        out = {address: tensor[:, 1:].flatten(0, 1).float() for address, tensor in read(model, rows, addresses).items()}
+        tokens += len(rows) * (length - 1)
         for layer in range(shape.n_layers):
             stream = out[Address("resid_pre", layer)].norm(dim=-1)
             added = torch.einsum("phk,hkd->phd", out[Address("z", layer)], writes[layer]).norm(dim=-1)

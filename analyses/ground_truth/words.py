@@ -31,6 +31,7 @@ CANNOT_TELL: Mapping[str, str] = {
     "contextual_decomposition": "by its default rules what acts only through a gate, nor by any interval small side effects from taking part",
     "communication_channels": "from weights alone, a channel that the data use from one that they do not",
     "norm_removal": "which of several norms an effect passes through when freezing any of them costs loss",
+    "passage_use": "which head of a block takes from the passage, nor what a wrong answer takes from it: the loss is the right answer's",
 }
 """What each analysis has no way of knowing, whatever its scores."""
 CONSTANT = "control: constant"

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
+from analyses.base import Analysis, Measured, PromptsLike, as_prompts
 from analyses.interventions import Interventions
 from analyses.latent_language import answers as own_answers
 from analyses.latent_language import swap
@@ -34,16 +33,14 @@ from analyses.latent_language.profiles import PROFILES
 from analyses.latent_language.read import LAST, Reader, Reading, prefixes
 from analyses.latent_language.task_prompts import Form, Framing, Task, queries
 from analyses.latent_language.verdicts import verdicts
-from analyses.options import accept_old_names, option, validate
+from analyses.options import accept_old_names, option
 from analyses.reading.choice import check_lens, chosen_lens
-from analyses.results.card import FigureSpec, ProfileSpec
-from analyses.results.result import Result
 from analyses.results.statistics import Ci
 from analyses.word_lists import read_words, shipped_words
 from probes.capture.needs import Need
 from probes.errors import OptionError, PromptError
 from probes.models.protocol import Model
-from probes.progress import QUIET, Progress
+from probes.progress import Progress
 from probes.prompts import Field, Prompt
 from probes.store import ActivationStore
 
@@ -108,9 +105,9 @@ class LatentLanguage(Analysis):
     beam_tokens: int = option(4, "For layer_writing: tokens written.", low=1, high=32)
     seed: int = option(42, "Seed of demonstrations, draws, controls and intervals.", low=0)
 
-    name: ClassVar[str] = "latent_language"
-    title: ClassVar[str] = "Latent languages by the lens"
-    reference: ClassVar[str] = (
+    name = "latent_language"
+    title = "Latent languages by the lens"
+    reference = (
         'Wendler et al. 2024, "Do Llamas Work in English?", arXiv 2402.10588; Zhong et al. 2024, '
         '"Beyond English-Centric LLMs: What Language Do Multilingual Language Models Think in?", arXiv 2408.10811'
     )
@@ -121,11 +118,11 @@ class LatentLanguage(Analysis):
             ids=target_ids,
         )
     }
-    figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
-    profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
+    figures = FIGURES
+    profiles = PROFILES
 
     def __post_init__(self) -> None:
-        validate(self)
+        super().__post_init__()
         check_lens(self.lens, "tuned", *ADDED)
         if len(self.source) != len(self.target) and 1 not in (len(self.source), len(self.target)):
             raise OptionError(
@@ -219,16 +216,12 @@ class LatentLanguage(Analysis):
                 dropped.append((pair, "all", f"the word list has nothing for {self.task} from {source} to {target}"))
         return items, dropped
 
-    def run(
-        self, model: Model, prompts: PromptsLike = (), *, store: ActivationStore | None = None,
-        progress: Progress = QUIET,
-    ) -> Result:  # fmt: skip
+    def measure(self, model: Model, prompts: PromptsLike, store: ActivationStore, progress: Progress) -> Measured:
         """Tables `probability`, `curve`, `geometry`, `profile`, `lead`, `summary`, `answers`, `dropped`, and one or two
         for each of `extras`.
 
         Prompts may carry `targets`: {language: [token ids]} for plain sums over these ids, or {language: [words]}.
         """
-        clock, store = Clock(), store or ActivationStore()
         model.unembedding()
         items, dropped = self.items(model, prompts)
         reader = Reader(model, store, progress, self._point)
@@ -247,7 +240,9 @@ class LatentLanguage(Analysis):
             tables |= extra_tables
             dropped += lost
         tables["dropped"] = pd.DataFrame(dropped, columns=["pair", "item", "reason"])
-        return self._result(model, items, tables, reader, clock, written)
+        counts = {"prompts": len(items), "tokens": sum(len(item.tokens) for item in items), "answers_written": written}
+        notes = (*verdicts(tables["summary"]), *self._notes(tables["dropped"], items))
+        return Measured([], tables, reader.captures, notes, counts, reader.patched)
 
     def _tables(
         self, reading: Reading, said: Sequence[str | None], right: NDArray[np.bool_], model: Model
@@ -273,22 +268,6 @@ class LatentLanguage(Analysis):
             extra_items=self.extra_items, beam_width=self.beam_width, beam_tokens=self.beam_tokens,
             spaces=self.spaces, case=self.case, words=self.words, form=self.form,
         )  # fmt: skip
-
-    def _result(
-        self, model: Model, items: Sequence[Item], tables: dict[str, pd.DataFrame], reader: Reader, clock: Clock,
-        written: int,
-    ) -> Result:  # fmt: skip
-        done = [captured.done for captured in reader.captures]
-        counts = {
-            "prompts": len(items), "tokens": sum(len(item.tokens) for item in items),
-            "forwards": sum(d.forwards for d in done), "rows_captured": sum(d.plan.rows for d in done),
-            "held_before": sum(d.plan.stored for d in done), "answers_written": written,
-        }  # fmt: skip
-        notes = (*verdicts(tables["summary"]), *self._notes(tables["dropped"], items))
-        result = make_result(self, model, [], tables, reader.captures[0], clock, notes, counts, reader.patched)
-        shards = [captured.keys() for captured in reader.captures]
-        keys = list(dict.fromkeys(chain.from_iterable(shards)))
-        return replace(result, provenance={**result.provenance, "store_keys": keys})
 
     def _notes(self, dropped: pd.DataFrame, items: Sequence[Item]) -> list[str]:
         notes, n_items = [], len(items)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analyses.results.card import FigureSpec, Tables
-from analyses.results.theme import COLOURS, SCALE, band, finish
+from analyses.results.theme import COLOURS, SCALE, band, coloured, finish, side_by_side, whiskers
 
 LANGUAGE_COLOURS = dict(zip(("en", "fr", "zh", "ja", "de", "es", "ru", "it"), COLOURS, strict=True))
 CONTROL = "#8c8c8c"
@@ -49,22 +50,18 @@ def _panels(tables: Tables, prefix: str) -> go.Figure:
         )  # fmt: skip
         for language, group in curve[curve["pair"] == pair].groupby("language", sort=False):
             _curves(figure, str(language), group, prefix, column)
-    finish(figure, x="layer", y="", height=440)
+    finish(figure, x="layer", y="", height=440, top=90, legend=1.13)
     figure.update_xaxes(title=None, row=1)
     for column in range(2, len(pairs) + 1):
         figure.update_yaxes(showticklabels=False, row=1, col=column)
     figure.update_yaxes(title="probability", row=2, col=1)
-    figure.update_yaxes(rangemode="tozero", row=2)
-    figure.update_layout(margin={"t": 90}, legend={"y": 1.13})
-    return figure
+    return figure.update_yaxes(rangemode="tozero", row=2)
 
 
 def _curves(figure: go.Figure, language: str, group: pd.DataFrame, prefix: str, column: int) -> None:
-    colour, place = _colour(language), {"row": 2, "col": column}
-    shaded = go.Figure()
-    band(shaded, group["layer"], group[f"{prefix}ci_low"], group[f"{prefix}ci_high"], colour)
-    for trace in shaded.data:
-        figure.add_trace(trace, **place)
+    colour = _colour(language)
+    place: dict[str, Any] = {"row": 2, "col": column}
+    band(figure, group["layer"], group[f"{prefix}ci_low"], group[f"{prefix}ci_high"], colour, **place)
     role = group["role"].iloc[0]
     _line(
         figure,
@@ -91,7 +88,7 @@ def energy(tables: Tables) -> go.Figure:
     """Token energy per layer, with the isotropic reference and the bounds."""
     figure = go.Figure()
     profile = tables["profile"]
-    for colour, (pair, group) in zip(COLOURS, profile.groupby("pair", sort=False), strict=False):
+    for colour, (pair, group) in coloured(profile, "pair"):
         band(figure, group["layer"], group["energy_low"], group["energy_high"], colour)
         _line(figure, group["layer"], group["energy"], str(pair), colour)
     first = profile[profile["pair"] == profile["pair"].iloc[0]]
@@ -105,9 +102,7 @@ def lead(tables: Tables) -> go.Figure:
     """How far each latent language is ahead of the target."""
     figure = go.Figure()
     table = tables["lead"]
-    for colour, ((pair, latent, target), group) in zip(
-        COLOURS, table.groupby(["pair", "latent", "target"], sort=False), strict=False
-    ):
+    for colour, ((pair, latent, target), group) in coloured(table, ["pair", "latent", "target"]):
         name = f"{pair}: {latent} - {target}"
         band(figure, group["layer"], group["ci_low"], group["ci_high"], colour)
         _line(figure, group["layer"], group["difference"], name, colour)
@@ -125,10 +120,9 @@ def lead(tables: Tables) -> go.Figure:
             dash="dot",
         )
     figure.add_hline(y=0, line={"color": CONTROL, "width": 1})
-    finish(figure, x="layer", y="difference of probability")
     # Names are long: under the axis they leave the toolbar free.
-    figure.update_layout(legend={"y": -0.2, "yanchor": "top"}, height=440 + 22 * table["pair"].nunique())
-    return figure
+    height = 440 + 22 * table["pair"].nunique()
+    return finish(figure, x="layer", y="difference of probability", height=height, legend=-0.2)
 
 
 def heatmap(tables: Tables) -> go.Figure:
@@ -152,10 +146,8 @@ def across_models(curves: Sequence[pd.DataFrame]) -> go.Figure:
         z=rows, x=depths, y=labels, zmin=0, zmax=1, colorscale=SCALE, colorbar={"title": "probability"},
         hovertemplate="%{y}<br>depth %{x:.2f}: %{z:.3f}<extra></extra>",
     )  # fmt: skip
-    finish(figure, x="relative depth (0: first layer, 1: last)", y="", height=160 + 24 * len(rows))
-    figure.update_layout(margin={"l": 40})
-    figure.update_yaxes(automargin=True, autorange="reversed")
-    return figure
+    finish(figure, x="relative depth (0: first layer, 1: last)", y="", height=160 + 24 * len(rows), left=40)
+    return figure.update_yaxes(automargin=True, autorange="reversed")
 
 
 def culture(tables: Tables) -> go.Figure:
@@ -173,61 +165,44 @@ def culture(tables: Tables) -> go.Figure:
     for (group, framing, culture_, language), part in table.groupby(
         ["items", "framing", "culture", "language"], sort=False
     ):
-        place = {"row": groups.index(group) + 1, "col": framings.index(framing) + 1}
+        place: dict[str, Any] = {"row": groups.index(group) + 1, "col": framings.index(framing) + 1}
         colour = COLOURS[0] if culture_ == "us" else COLOURS[1]
         dash = "solid" if language == "ja" else "dash"
-        shaded = go.Figure()
-        band(shaded, part["layer"], part["ci_low"], part["ci_high"], colour)
-        for trace in shaded.data:
-            figure.add_trace(trace, **place)
+        band(figure, part["layer"], part["ci_low"], part["ci_high"], colour, **place)
         name = f"{'American' if culture_ == 'us' else 'Japanese'} answer, in {language}"
         _line(figure, part["layer"], part["mean"], name, colour, dash=dash, **place)
         _line(figure, part["layer"], part["control_mean"], "shuffled answers", CONTROL, dash="dot", **place)
-    finish(figure, x="layer", y="probability", height=330 * len(groups) + 90)
-    figure.update_layout(legend={"y": 1.07}, margin={"t": 90})
-    return figure
+    return finish(figure, x="layer", y="probability", height=330 * len(groups) + 90, legend=1.07, top=90)
 
 
 def similarity(tables: Tables) -> go.Figure:
     """Cosine of translations beside that of other sentences, and retrieval, averaged over language pairs."""
     table = tables["similarity"].assign(pair=lambda t: t["language_a"] + " and " + t["language_b"])
-    figure = make_subplots(
-        rows=1, cols=2, subplot_titles=["aligned less unaligned cosine", "share whose nearest is the translation"]
+    figure = side_by_side(
+        ["aligned less unaligned cosine", "share whose nearest is the translation"], shared_yaxes=False
     )
     styles = [(colour, dash) for dash in ("solid", "dash", "dot", "dashdot") for colour in COLOURS]
     for (colour, dash), (pair, group) in zip(styles, table.groupby("pair", sort=False), strict=False):
-        shaded = go.Figure()
-        band(shaded, group["layer"], group["ci_low"], group["ci_high"], colour)
-        for trace in shaded.data:
-            figure.add_trace(trace, row=1, col=1)
+        band(figure, group["layer"], group["ci_low"], group["ci_high"], colour, row=1, col=1)
         _line(figure, group["layer"], group["gap"], str(pair), colour, dash=dash, row=1, col=1)
         _line(figure, group["layer"], group["retrieval"], str(pair), colour, dash=dash, row=1, col=2)
     one = table[table["pair"] == table["pair"].iloc[0]]
     _line(figure, one["layer"], one["chance"], "chance", CONTROL, dash="dot", row=1, col=2)
-    finish(figure, x="layer", y="", height=470)
-    figure.update_yaxes(title="difference of cosines", row=1, col=1)
-    figure.update_yaxes(title="share", row=1, col=2)
-    figure.update_layout(legend={"y": -0.2, "yanchor": "top"}, margin={"t": 70})
-    return figure
+    return finish(figure, x="layer", y=("difference of cosines", "share"), height=470, legend=-0.2, top=70)
 
 
 def swap(tables: Tables) -> go.Figure:
     """What follows when a few dimensions are taken from another language and another word."""
     table = tables["swap"]
     layers = sorted(set(table["layer"]))
-    figure = make_subplots(
-        rows=1, cols=len(layers), shared_yaxes=True, subplot_titles=[f"after layer {layer}" for layer in layers]
-    )
+    figure = side_by_side([f"after layer {layer}" for layer in layers])
     named = {"switched": "other language", "meaning_kept": "own meaning", "meaning_moved": "donor's meaning"}
     for column, layer in enumerate(layers, 1):
         for colour, (measure, name) in zip(COLOURS, named.items(), strict=False):
             for variant, dash in (("top", "solid"), ("random", "dot")):
                 part = table[(table["layer"] == layer) & (table["variant"] == variant)].sort_values("percent")
                 label = f"{name}, {'language' if variant == 'top' else 'random'} dimensions"
-                error = {
-                    "type": "data", "array": part[f"{measure}_high"] - part[measure],
-                    "arrayminus": part[measure] - part[f"{measure}_low"], "thickness": 1, "width": 2,
-                }  # fmt: skip
+                error = whiskers(part[measure], part[f"{measure}_low"], part[f"{measure}_high"], 2)
                 _line(
                     figure, part["percent"], part[measure], label, colour, dash=dash, error_y=error, row=1, col=column
                 )
@@ -238,11 +213,9 @@ def swap(tables: Tables) -> go.Figure:
                 row=1,
                 col=column,
             )
-    finish(figure, x="dimensions swapped (%)", y="", height=460)
+    finish(figure, x="dimensions swapped (%)", y="", height=460, legend=1.13, top=120)
     figure.update_yaxes(title="share of tested words", row=1, col=1)
-    figure.update_xaxes(type="log", tickvals=sorted(set(table.loc[table["variant"] == "top", "percent"])))
-    figure.update_layout(legend={"y": 1.13}, margin={"t": 120})
-    return figure
+    return figure.update_xaxes(type="log", tickvals=sorted(set(table.loc[table["variant"] == "top", "percent"])))
 
 
 def tuned(tables: Tables) -> go.Figure:

@@ -16,11 +16,7 @@ CANNOT = 0.5
 
 def verdicts(summary: pd.DataFrame) -> list[str]:
     """One sentence per pair and latent language: can the model do it, and does the latent lead."""
-    return [_verdict(row) for row in summary.to_dict("records")]
-
-
-def _verdict(row: Mapping[Any, Any]) -> str:
-    return f"{row['pair']}: {_ability(row)}; {_leading(row)}; {_peak(row)}."
+    return [f"{row['pair']}: {_ability(row)}; {_leading(row)}; {_peak(row)}." for row in summary.to_dict("records")]
 
 
 def _ability(row: Mapping[Any, Any]) -> str:

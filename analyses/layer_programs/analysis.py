@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
-from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
+from analyses.base import Analysis, Measured, PromptsLike, as_prompts
 from analyses.interventions import Interventions, Tally
 from analyses.layer_programs.alphabet import Alphabet, Move
 from analyses.layer_programs.engine import Engine
@@ -31,16 +31,13 @@ from analyses.layer_programs.questions import FIELDS, Scope, check_reads, questi
 from analyses.layer_programs.reading import Metric
 from analyses.layer_programs.search import Method, TreeRules
 from analyses.layer_programs.searching import Searching, SearchPlan
-from analyses.options import option, validate
-from analyses.results.card import FigureSpec, ProfileSpec
-from analyses.results.result import Result
-from probes.capture.needs import Need
+from analyses.options import option
 from probes.edits.program_runs import block_runs
 from probes.edits.programs import Program, jump
 from probes.errors import OptionError
 from probes.models.protocol import Model
-from probes.progress import QUIET, Progress
-from probes.prompts import Field, Prompt
+from probes.progress import Progress
+from probes.prompts import Prompt
 from probes.store import ActivationStore
 
 Map = Literal["jumps", "swaps", "pairs", "skips"]
@@ -96,19 +93,19 @@ class LayerPrograms(Analysis):
     loss_positions: int = option(32, "Positions of each prompt at which the loss is read, at most.", low=1)
     seed: int = option(0, "Seed of made questions, sampled positions, splits, searches and intervals.")
 
-    name: ClassVar[str] = "layer_programs"
-    title: ClassVar[str] = "Layer programs: skip, repeat, swap, loop"
-    reference: ClassVar[str] = (
+    name = "layer_programs"
+    title = "Layer programs: skip, repeat, swap, loop"
+    reference = (
         'Li, Li and Zhou 2025, "Skip a Layer or Loop It?", arXiv 2507.07996; Sun et al. 2024, '
         '"Transformer Layers as Painters", arXiv 2407.09298'
     )
-    prompt_fields: ClassVar[Mapping[str, Field]] = FIELDS
-    figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
-    profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
+    prompt_fields = FIELDS
+    figures = FIGURES
+    profiles = PROFILES
     reads = "own forwards"
 
     def __post_init__(self) -> None:
-        validate(self)
+        super().__post_init__()
         if "none" in self.search and len(self.search) > 1:
             raise OptionError("option search has none beside a method: give none, or methods")
 
@@ -136,10 +133,6 @@ class LayerPrograms(Analysis):
         """Return the prompts that were given, or two-hop questions."""
         given = as_prompts(prompts, model, self.prompt_fields)
         return given or two_hop_prompts(model, self.n_prompts, self.seed)
-
-    def needs(self, model: Model) -> list[Need]:
-        """None: each prompt is run once and resumed, and nothing of it is stored."""
-        return []
 
     def interventions(self, model: Model, prompts: Sequence[Prompt]) -> Interventions:
         """Count the programs of the maps on every prompt, and the block-runs that they take."""
@@ -186,21 +179,14 @@ class LayerPrograms(Analysis):
     def _pairs(self, model: Model) -> list[int]:
         return list(range(0, model.shape.n_layers - 1, self.stride))
 
-    def run(
-        self,
-        model: Model,
-        prompts: PromptsLike = (),
-        *,
-        store: ActivationStore | None = None,
-        progress: Progress = QUIET,
-    ) -> Result:
+    def measure(self, model: Model, prompts: PromptsLike, store: ActivationStore, progress: Progress) -> Measured:
         """Return the tables `questions` and, as the options say, `jumps`, `swaps`, `pairs` and `skips`.
 
         Raises:
             PointError: a model whose blocks cannot be run in another order.
             PromptError: prompts without what a metric reads.
         """
-        clock, tally = Clock(), Tally(progress)
+        tally = Tally(progress)
         collected = self.collect(model, prompts)
         check_model(model)
         questions = questions_of(model, collected, self.scope, self.loss_positions, self.seed)
@@ -226,4 +212,4 @@ class LayerPrograms(Analysis):
         counts = {
             "block_runs": engine.block_runs + beside.block_runs, "block_tokens": engine.block_tokens + beside.block_tokens,
         }  # fmt: skip
-        return make_result(self, model, collected, tables, None, clock, run_notes(tables), counts, tally.forwards)
+        return Measured(collected, tables, None, run_notes(tables), counts, tally.forwards)

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from analyses.layer_programs.reading import Array
-from analyses.results.statistics import MIN_CLUSTERS, Interval, cluster_bootstrap
+from analyses.results.statistics import MIN_CLUSTERS, Array, Interval, cluster_bootstrap
 
 FLIPS = 2000
 """Draws of signs for a family-wise p."""

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from analyses.interventions import Tally
 from analyses.layer_programs.questions import Question
-from analyses.layer_programs.reading import LOWER_IS_BETTER, Array, Metric, Reader, Readings
+from analyses.layer_programs.reading import LOWER_IS_BETTER, Metric, Reader, Readings
+from analyses.results.statistics import Array
 from probes.blocks.prompt_tree import PromptTree
 from probes.edits.program_runs import run_programs
 from probes.edits.programs import Program

@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 from analyses.layer_programs.figures_search import SEARCHES
 from analyses.layer_programs.reading import LOWER_IS_BETTER, UNITS
 from analyses.results.card import FigureSpec, Tables
-from analyses.results.theme import COLOURS, band, finish, whiskers
+from analyses.results.theme import COLOURS, band, finish, side_by_side, whiskers
 
 BETTER = "RdBu"
 """Blue where the metric is better than plain, red where it is worse."""
@@ -45,7 +45,7 @@ def jump_map(tables: Tables) -> go.Figure:
     """Draw leave by enter, a panel for each metric; cells that may be chance in grey, the best one ringed."""
     table, best = tables["jumps"], tables["best_jump"]
     metrics = list(dict.fromkeys(table["metric"]))
-    figure = make_subplots(rows=1, cols=len(metrics), subplot_titles=[f"{m} ({UNITS[m]})" for m in metrics])
+    figure = side_by_side([f"{m} ({UNITS[m]})" for m in metrics], shared_yaxes=False)
     for col, metric in enumerate(metrics, 1):
         part = table[table["metric"] == metric]
         mean, p = _square(part, "mean"), _square(part, "p_family")
@@ -100,11 +100,8 @@ def jump_map(tables: Tables) -> go.Figure:
         )  # fmt: skip
         figure.update_xaxes(domain=[(col - 1) / len(metrics), (col - 0.22) / len(metrics)], row=1, col=col)
         figure.layout.annotations[col - 1].x = (col - 0.61) / len(metrics)
-    finish(figure, x="enters block", y="leaves before block", height=520)
     # Colour bars stand where the titles of further panels would.
-    for col in range(2, len(metrics) + 1):
-        figure.update_yaxes(title="", row=1, col=col)
-    return figure
+    return finish(figure, x="enters block", y=("leaves before block",), height=520)
 
 
 def _clickable(figure: go.Figure, part: pd.DataFrame, hover_text: str, col: int) -> None:
@@ -143,8 +140,7 @@ def swap_profile(tables: Tables) -> go.Figure:
         )
         _profile(figure, larger, "one in the other's place, the worse way", COLOURS[len(set(near["width"]))])
     finish(figure, x="lower block of the pair", y="nats from the plain prediction", height=420)
-    figure.update_yaxes(type="log", dtick=1, exponentformat="power")
-    return figure
+    return figure.update_yaxes(type="log", dtick=1, exponentformat="power")
 
 
 def _profile(figure: go.Figure, rows: pd.DataFrame, name: str, colour: str) -> None:
@@ -178,8 +174,7 @@ def skip_pairs(tables: Tables) -> go.Figure:
         )  # fmt: skip
     finish(figure, x="block left out", y="other block left out", height=520)
     figure.update_yaxes(scaleanchor="x", constrain="domain")
-    figure.update_xaxes(constrain="domain")
-    return figure
+    return figure.update_xaxes(constrain="domain")
 
 
 PARTS = {
@@ -211,12 +206,10 @@ def pair_anatomy(tables: Tables) -> go.Figure:
             x=table["layer"] + shift, y=table[f"delta_{name}"], error_y=bar, name=label, mode="markers",
             marker={"symbol": symbol, "size": 6, "color": "#8c8c8c" if shift < 0 else "#882255"}, row=2, col=1,
         )  # fmt: skip
-    finish(figure, x="", y="", height=620)
+    finish(figure, x="", y="", height=620, top=110, legend=1.1)
     figure.update_xaxes(title="lower block of the pair", row=2, col=1)
     figure.update_yaxes(title="share", row=1, col=1)
-    figure.update_yaxes(title=UNITS[table["metric"].iloc[0]], row=2, col=1)
-    figure.update_layout(margin_t=110, legend={"y": 1.1})
-    return figure
+    return figure.update_yaxes(title=UNITS[table["metric"].iloc[0]], row=2, col=1)
 
 
 FIGURES = {

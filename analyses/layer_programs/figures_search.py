@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from analyses.layer_programs.reading import UNITS
 from analyses.results.card import FigureSpec, Tables
-from analyses.results.theme import COLOURS, band, finish, plain, whiskers
+from analyses.results.theme import COLOURS, band, coloured, finish, plain, side_by_side, whiskers
 
 HUES = {"random": "#8c8c8c", "exhaustive": COLOURS[0], "beam": COLOURS[1], "mcts": COLOURS[2], "given": COLOURS[3]}
 """Colour of each method; random programs, with which the others are compared, in grey."""
@@ -41,8 +40,7 @@ def cost(tables: Tables) -> go.Figure:
     finish(figure, x="block-runs, as a share of the plain run", y=f"mean gain, {_unit(tables)}", height=460)
     # A few programs that destroy the model would flatten all others.
     low, high = table["gain"].quantile(0.25), max(0.0, float(table["gain"].max()))
-    figure.update_yaxes(range=[low - 0.1 * (high - low), high + 0.15 * (high - low)])
-    return figure
+    return figure.update_yaxes(range=[low - 0.1 * (high - low), high + 0.15 * (high - low)])
 
 
 def _unit(tables: Tables) -> str:
@@ -52,10 +50,7 @@ def _unit(tables: Tables) -> str:
 def budget(tables: Tables) -> go.Figure:
     """Draw what the best program so far gains on the other questions, as block-runs are spent; means over splits."""
     table = tables["budget"]
-    figure = make_subplots(
-        rows=1, cols=2, shared_yaxes=True, subplot_titles=["on the questions that choose", "on the other questions"],
-        horizontal_spacing=0.04,
-    )  # fmt: skip
+    figure = side_by_side(["on the questions that choose", "on the other questions"], horizontal_spacing=0.04)
     for method, part in table.groupby("method", sort=False):
         mean = part.groupby("programs")[["block_runs", "best_train", "best_test"]].mean()
         if method == "mcts":
@@ -66,30 +61,19 @@ def budget(tables: Tables) -> go.Figure:
                 x=mean["block_runs"], y=mean[name], name=plain(method), legendgroup=str(method), showlegend=col == 1,
                 mode="lines+markers", line={"color": HUES[str(method)], "dash": dash}, row=1, col=col,
             )  # fmt: skip
-    finish(figure, x="block-runs a question", y=f"gain of the best program, {_unit(tables)}", height=420)
-    figure.update_yaxes(title="", col=2)
-    figure.update_xaxes(type="log")
+    finish(figure, x="block-runs a question", y=(f"gain of the best program, {_unit(tables)}",), legend=1.1, top=90)
     figure.add_hline(y=0, line={"color": "#8c8c8c", "width": 1})
-    figure.update_layout(margin_t=90, legend={"y": 1.1})
-    return figure
+    return figure.update_xaxes(type="log")
 
 
 def menus(tables: Tables) -> go.Figure:
     """Draw how many test questions a menu of k programs covers, with the answer at hand and without, beside random menus."""
     table = tables["menu"]
     methods = list(dict.fromkeys(table["method"]))
-    figure = make_subplots(
-        rows=1, cols=len(methods), shared_yaxes=True, subplot_titles=[plain(method) for method in methods]
-    )
+    figure = side_by_side([plain(method) for method in methods])
     for col, method in enumerate(methods, 1):
         mean = table[table["method"] == method].groupby("k").mean(numeric_only=True)
-        if col == 1:
-            band(figure, mean.index, mean["random_low"], mean["random_high"], "#8c8c8c")
-        else:
-            before = len(figure.data)
-            band(figure, mean.index, mean["random_low"], mean["random_high"], "#8c8c8c")
-            for trace in figure.data[before:]:
-                trace.update(xaxis=f"x{col}", yaxis=f"y{col}")
+        band(figure, mean.index, mean["random_low"], mean["random_high"], "#8c8c8c", row=1, col=col)
         for colour, (name, label) in zip(
             COLOURS,
             {
@@ -103,11 +87,7 @@ def menus(tables: Tables) -> go.Figure:
                 x=mean.index, y=mean[name], name=label, legendgroup=name, showlegend=col == 1, mode="lines+markers", row=1, col=col,
                 line={"color": colour if name != "plain_test" else "#000000", "dash": "dot" if name == "plain_test" else "solid"},
             )  # fmt: skip
-    finish(figure, x="programs on the menu", y="share of test questions", height=400)
-    for col in range(2, len(methods) + 1):
-        figure.update_yaxes(title="", col=col)
-    figure.update_layout(margin_t=100, legend={"y": 1.12})
-    return figure
+    return finish(figure, x="programs on the menu", y=("share of test questions",), height=400, legend=1.12, top=100)
 
 
 def items(tables: Tables) -> go.Figure:
@@ -124,21 +104,19 @@ def items(tables: Tables) -> go.Figure:
     )
     figure.add_bar(x=names, y=table["predicted"], name="expected of as many random programs", marker_color="#8c8c8c")
     finish(figure, x="search", y="share of wrong questions", height=420)
-    figure.update_layout(barmode="group")
-    return figure
+    return figure.update_layout(barmode="group")
 
 
 def fragility(tables: Tables) -> go.Figure:
     """Draw how many answers survive a small change of the program."""
     table = tables["fragility"]
     figure = go.Figure()
-    for colour, (name, part) in zip(COLOURS, table.groupby("program", sort=False), strict=False):
+    for colour, (name, part) in coloured(table, "program"):
         bar = whiskers(part["survived"], part["ci_low"], part["ci_high"])
         figure.add_bar(x=part["change"], y=part["survived"], error_y=bar, name=plain(name), marker_color=colour)
     finish(figure, x="", y="share of questions still right", height=420)
     figure.update_layout(barmode="group")
-    figure.update_yaxes(range=[0, 1.05])
-    return figure
+    return figure.update_yaxes(range=[0, 1.05])
 
 
 SEARCHES = {

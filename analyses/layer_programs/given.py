@@ -11,8 +11,6 @@ def read_programs(path: str, n_layers: int, most: int) -> tuple[Program, ...]:
     """Return the programs of a file; empty lines and those that begin with # are left out.
 
     Args:
-        path: the file; an empty one gives none.
-        n_layers: blocks of the model.
         most: block-runs of a program at most.
 
     Raises:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from analyses.layer_programs.chance import cross_fitted, family_p, grouped_interval
 from analyses.layer_programs.engine import Engine, OpenQuestions, Scores
-from analyses.layer_programs.reading import Array, Metric
+from analyses.layer_programs.reading import Metric
+from analyses.results.statistics import Array
 from probes.edits.programs import Program, interchange, jump, replacement, side_by_side
 
 Protocol = Literal["interchange", "replacement"]

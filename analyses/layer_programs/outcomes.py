@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from analyses.layer_programs.chance import grouped_interval, oracle_chance
 from analyses.layer_programs.engine import Engine, Scores
 from analyses.layer_programs.questions import Question
-from analyses.layer_programs.reading import Array, Metric
+from analyses.layer_programs.reading import Metric
 from analyses.layer_programs.search import Ledger
-from analyses.results.statistics import LEVELS, wilson
+from analyses.results.statistics import LEVELS, Array, wilson
 from analyses.tokens import token_text
 from probes.edits.program_edits import changes_of
 from probes.edits.programs import Program

@@ -147,8 +147,6 @@ def check_reads(questions: Sequence[Question], metrics: Sequence[str], searched:
     """Refuse metrics and searches for which the prompts have nothing to read.
 
     Args:
-        questions: the prompts.
-        metrics: what is read of them.
         searched: whether programs are searched that answer them.
 
     Raises:

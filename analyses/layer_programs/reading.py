@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from analyses.layer_programs.questions import Question
+from analyses.results.statistics import Array
 from probes.models.protocol import Model
 from probes.models.unembedding import logits_of
 
 Metric = Literal["answer", "first_token", "correct", "loss", "kl"]
-Array = NDArray[np.float64]
 METRICS: tuple[Metric, ...] = ("answer", "first_token", "correct", "loss", "kl")
 UNITS: dict[Metric, str] = {
     "answer": "nats of the answer", "first_token": "nats of the answer's first token", "correct": "share of right answers",
@@ -48,9 +48,6 @@ class Reader:
     """Reads the final streams of programs of several questions; a node that several read is read once.
 
     Args:
-        model: the model.
-        questions: what is read.
-        metrics: what of it.
         paths: of each question, the nodes of the positions that programs act on.
         plain: the plain final stream, [node, d_model].
     """

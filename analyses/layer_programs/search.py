@@ -11,7 +11,8 @@ import numpy as np
 
 from analyses.layer_programs.alphabet import EDITS, Alphabet
 from analyses.layer_programs.engine import Engine, Scores
-from analyses.layer_programs.reading import Array, Metric
+from analyses.layer_programs.reading import Metric
+from analyses.results.statistics import Array
 from probes.edits.program_edits import Change
 from probes.edits.program_runs import block_runs
 from probes.edits.programs import Program

@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import pandas as pd
 
-from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
+from analyses.base import Analysis, Measured, PromptsLike, as_prompts
 from analyses.interventions import Interventions
 from analyses.lenses.band import band_table
 from analyses.lenses.figures import FIGURES
@@ -20,13 +20,11 @@ from analyses.lenses.profiles import PROFILES
 from analyses.lenses.read_tables import cards_table, read_of
 from analyses.lenses.similarity import similarity
 from analyses.lenses.watched import pass_at_k, watched_tables
-from analyses.options import option, validate
+from analyses.options import option
 from analyses.reading.choice import LENS_HELP, check_lens, chosen_lens
 from analyses.reading.quality import Quality, judged_rows, quality_rows, read_texts, solid_layers
 from analyses.reading.texts import Texts, file_texts, shipped_texts, without
 from analyses.reading.tuned import fit_tuned_on
-from analyses.results.card import FigureSpec, ProfileSpec
-from analyses.results.result import Result
 from probes.capture.activations import Activations
 from probes.capture.needs import Need
 from probes.capture.run import capture
@@ -36,8 +34,8 @@ from probes.lens_fits.patchscope import Patchscope
 from probes.lenses.jacobian import JacobianLens
 from probes.lenses.protocol import Lens
 from probes.models.protocol import Model
-from probes.progress import QUIET, Progress
-from probes.prompts import Field, Prompt
+from probes.progress import Progress
+from probes.prompts import Prompt
 from probes.reducers import ROWS
 from probes.store import ActivationStore
 
@@ -86,19 +84,19 @@ class Lenses(Analysis):
     allow_other_weights: bool = option(False, "Read through lenses of other weights of the same shape.")
     seed: int = option(0, "Of draws, folds, controls and intervals.", low=0)
 
-    name: ClassVar[str] = "lenses"
-    title: ClassVar[str] = "Lenses"
-    reference: ClassVar[str] = (
+    name = "lenses"
+    title = "Lenses"
+    reference = (
         'Belrose et al. 2023, "Eliciting Latent Predictions from Transformers with the Tuned Lens", arXiv 2303.08112; Gurnee et al. '
         '2026, "Verbalizable Representations Form a Global Workspace in Language Models", arXiv 2607.15495; Ghandeharioun et al. '
         '2024, "Patchscopes", arXiv 2401.06102'
     )
-    prompt_fields: ClassVar[Mapping[str, Field]] = FIELDS
-    figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
-    profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
+    prompt_fields = FIELDS
+    figures = FIGURES
+    profiles = PROFILES
 
     def __post_init__(self) -> None:
-        validate(self)
+        super().__post_init__()
         for name in self.lenses:
             if name == "jacobian":
                 raise OptionError(
@@ -154,18 +152,10 @@ class Lenses(Analysis):
         forwards *= layers if self.target_layer == "all" else 1
         return Interventions({"rows put into another prompt": forwards}, exact=False)
 
-    def run(
-        self,
-        model: Model,
-        prompts: PromptsLike = (),
-        *,
-        store: ActivationStore | None = None,
-        progress: Progress = QUIET,
-    ) -> Result:
+    def measure(self, model: Model, prompts: PromptsLike, store: ActivationStore, progress: Progress) -> Measured:
         """Tables `lenses`, `read` and `top` (those of the analysis logit_lens, by lens), `watched`, `pass_at_k`, `quality`,
         `similarity`, `patchscope`, `descriptions`, `band`; those without data are left out.
         """
-        clock, store = Clock(), store or ActivationStore()
         model.unembedding()
         layers = self._layers(model)
         lines = self.collect(model, prompts)
@@ -186,7 +176,7 @@ class Lenses(Analysis):
             tables |= more
             notes += said
         notes += [f"{name}: {lens.card.sentence()}" for name, lens in lenses.items()]
-        return make_result(self, model, lines, tables, activations, clock, notes)
+        return Measured(lines, tables, activations, notes)
 
     def _layers(self, model: Model) -> list[int]:
         """The layers that are read, the last among them."""

@@ -84,10 +84,7 @@ def curves(
     Args:
         text_rows: rows [pos, d_model] of neighbouring positions of each text, by layer.
         following: the token after each of these positions, text by text.
-        n_layers: how many layers there are.
         readers: `lens`, and the controls by name.
-        unembedding: the model's.
-        seed: of the shuffled order and the intervals.
     """
     parts = []
     for layer in range(n_layers):

@@ -8,7 +8,7 @@ from plotly.subplots import make_subplots
 
 from analyses.reading.token_grid import token_grid
 from analyses.results.card import FigureSpec, Tables
-from analyses.results.theme import COLOURS, band, finish, menu, plain, shorten
+from analyses.results.theme import COLOURS, band, coloured, finish, menu, plain, shorten, side_by_side, whiskers
 from analyses.tokens import joined
 
 SHOWN = 12
@@ -31,8 +31,7 @@ def lens_table(tables: Tables) -> go.Figure:
             labels.append(shorten(f"{name} · {prompt}: {joined(inputs)}"))
     finish(figure, x="position and token whose continuation is predicted", y="layer", height=780)
     figure.update_xaxes(tickangle=-45)
-    menu(figure, labels, widths)
-    return figure
+    return menu(figure, labels, widths)
 
 
 def _quality(tables: Tables, measure: str) -> go.Figure:
@@ -65,9 +64,8 @@ def rank(tables: Tables) -> go.Figure:
     """Median rank of the watched tokens over depth, one line a lens."""
     watched = tables["watched"]
     panels = _panels(watched)
-    titles = [plain(f"{name} at {place}") for name, place in panels]
-    figure = make_subplots(rows=1, cols=len(panels), subplot_titles=titles, shared_yaxes=True)
-    for colour, (lens, own) in zip(COLOURS, watched.groupby("lens", sort=False), strict=False):
+    figure = side_by_side([plain(f"{name} at {place}") for name, place in panels])
+    for colour, (lens, own) in coloured(watched, "lens"):
         for column, (name, place) in enumerate(panels, 1):
             rows = own[(own["name"] == name) & (own["position_name"] == place)]
             middle = rows.groupby("layer")["rank"].median() + 1
@@ -75,10 +73,8 @@ def rank(tables: Tables) -> go.Figure:
                 x=middle.index, y=middle, name=plain(lens), line={"color": colour}, mode="lines", legendgroup=lens,
                 showlegend=column == 1, row=1, col=column,
             )  # fmt: skip
-    finish(figure, x="layer", y="", height=440)
-    figure.update_yaxes(type="log", autorange="reversed")
-    figure.update_yaxes(title="place among all tokens", row=1, col=1)
-    return figure.update_layout(legend={"y": 1.12}, margin={"t": 90})
+    finish(figure, x="layer", y=("place among all tokens",), height=440, legend=1.12, top=90)
+    return figure.update_yaxes(type="log", autorange="reversed")
 
 
 def _panels(table: pd.DataFrame) -> list[tuple[str, str]]:
@@ -92,29 +88,21 @@ def passes(tables: Tables) -> go.Figure:
     table = tables["pass_at_k"]
     table = table[(table["chosen"] == "") & (table["k"] == table["k"].max())]
     panels = _panels(table)
-    titles = [plain(f"{name} at {place}") for name, place in panels]
-    figure = make_subplots(rows=1, cols=len(panels), subplot_titles=titles, shared_yaxes=True)
-    for colour, (lens, own) in zip(COLOURS, table.groupby("lens", sort=False), strict=False):
+    figure = side_by_side([plain(f"{name} at {place}") for name, place in panels])
+    for colour, (lens, own) in coloured(table, "lens"):
         for column, (name, place) in enumerate(panels, 1):
             rows = own[(own["name"] == name) & (own["position_name"] == place)]
             style = {"legendgroup": lens, "row": 1, "col": column, "mode": "lines"}
-            interval = {
-                "type": "data",
-                "array": rows["ci_high"] - rows["value"],
-                "arrayminus": rows["value"] - rows["ci_low"],
-            }
             figure.add_scatter(
                 x=rows["layer"], y=rows["value"], name=plain(lens), line={"color": colour}, showlegend=column == 1,
-                error_y={**interval, "thickness": 1, "width": 0}, **style,
+                error_y=whiskers(rows["value"], rows["ci_low"], rows["ci_high"]), **style,
             )  # fmt: skip
             figure.add_scatter(
                 x=rows["layer"], y=rows["chance"], name=plain(f"{lens}, other prompts' tokens"),
                 line={"color": colour, "dash": "dot"}, showlegend=column == 1, **style,
             )  # fmt: skip
-    finish(figure, x="layer", y="", height=440)
-    figure.update_yaxes(rangemode="tozero")
-    figure.update_yaxes(title=f"share among the first {int(table['k'].max())}", row=1, col=1)
-    return figure.update_layout(legend={"y": 1.12}, margin={"t": 110})
+    titles = (f"share among the first {int(table['k'].max())}",)
+    return finish(figure, x="layer", y=titles, height=440, legend=1.12, top=110).update_yaxes(rangemode="tozero")
 
 
 def similar(tables: Tables) -> go.Figure:
@@ -147,8 +135,7 @@ def lift(tables: Tables) -> go.Figure:
         wide = means[means["where"] == label].pivot(index="target_layer", columns="source_layer", values="lift")
         figure.add_heatmap(z=wide, x=wide.columns, y=wide.index, visible=label == labels[0], **style)
     finish(figure, x="layer that the row leaves", y="layer that it is put at", height=480)
-    menu(figure, labels)
-    return figure
+    return menu(figure, labels)
 
 
 def workspace(tables: Tables) -> go.Figure:
@@ -165,8 +152,7 @@ def workspace(tables: Tables) -> go.Figure:
             )  # fmt: skip
     for layer in table.loc[table["in_band"], "layer"].unique():
         figure.add_vrect(x0=layer - 0.5, x1=layer + 0.5, fillcolor="#999999", opacity=0.15, line_width=0)
-    finish(figure, x="layer", y="", height=620)
-    return figure.update_layout(legend={"y": 1.06}, margin={"t": 90})
+    return finish(figure, x="layer", y="", height=620, legend=1.06, top=90)
 
 
 def _by_control(table: pd.DataFrame, curve: str) -> list[tuple[str, pd.DataFrame]]:

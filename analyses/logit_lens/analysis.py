@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
+from analyses.base import Analysis, Measured, PromptsLike, as_prompts
 from analyses.logit_lens.curve import curve
-from analyses.logit_lens.figures import FIGURES
-from analyses.logit_lens.profiles import PROFILES
-from analyses.options import option, validate
+from analyses.logit_lens.figures import FIGURES, PROFILES
+from analyses.options import option
 from analyses.reading.choice import LENS_HELP, check_lens, chosen_lens, reading_note
 from analyses.reading.read_outs import positions_table, read_tables
-from analyses.results.card import FigureSpec, ProfileSpec
-from analyses.results.result import Result
 from probes.capture.activations import Activations
 from probes.capture.needs import Need
 from probes.capture.run import capture
 from probes.lenses.protocol import Lens
 from probes.models.protocol import Model
 from probes.points import Address
-from probes.progress import QUIET, Progress
-from probes.prompts import Field, Prompt
+from probes.progress import Progress
+from probes.prompts import Prompt
 from probes.reducers import ROWS, Reducer
 from probes.store import ActivationStore
 
@@ -50,15 +46,14 @@ class LogitLens(Analysis):
     allow_other_weights: bool = option(False, "Read through a lens of other weights of the same shape.")
     chat: bool = option(False, "Wrap each text as one user turn of the chat template.")
 
-    name: ClassVar[str] = "logit_lens"
-    title: ClassVar[str] = "Logit lens"
-    reference: ClassVar[str] = 'nostalgebraist 2020, "interpreting GPT: the logit lens"'
-    prompt_fields: ClassVar[Mapping[str, Field]] = {}
-    figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
-    profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
+    name = "logit_lens"
+    title = "Logit lens"
+    reference = 'nostalgebraist 2020, "interpreting GPT: the logit lens"'
+    figures = FIGURES
+    profiles = PROFILES
 
     def __post_init__(self) -> None:
-        validate(self)
+        super().__post_init__()
         check_lens(self.lens)
 
     @property
@@ -69,14 +64,11 @@ class LogitLens(Analysis):
         """Rows of every layer, and of the last stream, which says what the model predicts."""
         return [Need((f"{self.point}.*", f"resid_post.{model.shape.n_layers - 1}"), self._reducer)]
 
-    def run(
-        self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
-    ) -> Result:
+    def measure(self, model: Model, prompts: PromptsLike, store: ActivationStore, progress: Progress) -> Measured:
         """Tables `top`: prompt, position, layer, rank, token_id, token, probability; `read`: prompt, position, layer,
         entropy_bits, kl_to_final (nats), final_token_id, final_token, final_probability, final_logprob (nats),
         top_token_id, agrees; `curve`: the means of these by layer with intervals over prompts, and agreement by chance.
         """
-        clock, store = Clock(), store or ActivationStore()
         model.unembedding()
         through = chosen_lens(self.lens, model, self.point, self.allow_other_weights)
         lines = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
@@ -86,7 +78,7 @@ class LogitLens(Analysis):
         notes = self._notes(lines) + ([] if self.lens == "logit" else [reading_note(through.card)])
         if self.allow_other_weights and through.card.weights != model.current().weights:
             notes.append("The lens was fitted on other weights than those whose rows it reads here, as was allowed.")
-        return make_result(self, model, lines, tables, activations, clock, notes)
+        return Measured(lines, tables, activations, notes)
 
     def _notes(self, prompts: list[Prompt]) -> list[str]:
         longest = max((len(prompt.tokens) for prompt in prompts), default=0)

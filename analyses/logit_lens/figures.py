@@ -1,14 +1,15 @@
-"""Figures of the logit lens."""
+"""Figures and depth profiles of the logit lens."""
 
 from __future__ import annotations
 
+import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from analyses.logit_lens.curve import curve
+from analyses.logit_lens.curve import ROWS, curve
 from analyses.reading.token_grid import token_grid
-from analyses.results.card import FigureSpec, Tables
-from analyses.results.theme import COLOURS, finish, menu, shorten, whiskers
+from analyses.results.card import FigureSpec, ProfileSpec, Tables
+from analyses.results.profiles import mean_by_layer
+from analyses.results.theme import COLOURS, finish, menu, shorten, side_by_side, whiskers
 from analyses.tokens import joined
 
 SHOWN = 40
@@ -25,15 +26,14 @@ def lens_table(tables: Tables) -> go.Figure:
         labels.append(shorten(f"{prompt}: {joined(inputs)}"))
     finish(figure, x="position and token whose continuation is predicted", y="layer", height=780)
     figure.update_xaxes(tickangle=-45)
-    menu(figure, labels, widths)
-    return figure
+    return menu(figure, labels, widths)
 
 
 def convergence(tables: Tables) -> go.Figure:
     """Entropy and distance to the final prediction, and agreement with it, by layer."""
     # From the rows, not from the table `curve`, so that a choice of prompts is drawn with its own intervals.
     means = dict(iter(curve(tables["read"]).groupby("measure")))
-    figure = make_subplots(rows=1, cols=2, subplot_titles=("entropy and divergence", "agreement"), shared_yaxes=True)
+    figure = side_by_side(("entropy and divergence", "agreement"))
     curves = (
         ("entropy_bits", "entropy (bits)", 1),
         ("kl_to_final", "KL to the final prediction (nats)", 1),
@@ -47,10 +47,9 @@ def convergence(tables: Tables) -> go.Figure:
                 x=rows["mean"], y=rows["layer"], name=name, mode="lines+markers", line={"color": colour}, row=1, col=panel,
                 error_x=whiskers(rows["mean"], rows["ci_low"], rows["ci_high"]),
             )  # fmt: skip
-    finish(figure, x="bits or nats", y="layer", height=540)
-    figure.update_xaxes(title="share of positions", range=[0, 1.02], row=1, col=2)
-    figure.update_yaxes(title=None, row=1, col=2)
-    return figure.update_layout(legend={"y": -0.15, "yanchor": "top"}, margin={"t": 60, "b": 90})
+    titles = ("bits or nats", "share of positions")
+    finish(figure, x=titles, y=("layer",), height=540, legend=-0.15, top=60, bottom=90)
+    return figure.update_xaxes(range=[0, 1.02], row=1, col=2)
 
 
 FIGURES = {
@@ -68,5 +67,31 @@ FIGURES = {
         "were one of another prompt's: agreement that the lens gets by naming frequent tokens. Whiskers are 95 % intervals over prompts; "
         "fewer than six prompts have none.",
         convergence,
+    ),
+}
+
+
+def agreement(tables: Tables) -> pd.DataFrame:
+    """Share of positions whose top token is already the final one."""
+    return mean_by_layer(tables["read"], "agrees", ROWS)
+
+
+def entropy(tables: Tables) -> pd.DataFrame:
+    """Entropy of the layer's prediction, in bits."""
+    return mean_by_layer(tables["read"], "entropy_bits", ROWS)
+
+
+PROFILES = {
+    "agreement": ProfileSpec(
+        "Agreement with the output",
+        "share of positions",
+        "The share of positions at which the layer's top token, read through the final norm and unembedding, is already the model's own.",
+        agreement,
+    ),
+    "entropy": ProfileSpec(
+        "Entropy of the lens",
+        "bits",
+        "The entropy of the prediction read at each layer, averaged over positions: low where the layer is sure of a token.",
+        entropy,
     ),
 }

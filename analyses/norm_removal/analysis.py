@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import pandas as pd
 
-from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
+from analyses.base import Analysis, Measured, PromptsLike, as_prompts
 from analyses.interventions import Interventions
 from analyses.norm_removal.diagnose import Settings, diagnose
 from analyses.norm_removal.figures import FIGURES, PROFILES
 from analyses.norm_removal.freezing import forwards, sweep
 from analyses.norm_removal.measured import needs, switches_of
 from analyses.norm_removal.removal import Plan, most_forwards, remove
-from analyses.options import accept_old_names, option, validate
-from analyses.results.card import FigureSpec, ProfileSpec
-from analyses.results.result import Result
+from analyses.options import accept_old_names, option
 from probes.blocks.rerouting import module_of
 from probes.capture.activations import Activations
 from probes.capture.needs import Need
@@ -26,8 +23,8 @@ from probes.capture.run import capture
 from probes.errors import OptionError, PointError, PromptError
 from probes.models.protocol import Model
 from probes.norms import norms_of
-from probes.progress import QUIET, Progress
-from probes.prompts import Field, Prompt
+from probes.progress import Progress
+from probes.prompts import Prompt
 from probes.store import ActivationStore
 
 
@@ -42,17 +39,14 @@ class NormRemoval(Plan, Settings, Analysis):
     diagnose: bool = option(True, "Measure what the norms do: on the model and, after a schedule, on what was trained.")
     chat: bool = option(False, "Wrap each text as one user turn of the chat template.")
 
-    name: ClassVar[str] = "norm_removal"
-    title: ClassVar[str] = "Norm removal: what norms do, and a model without them"
-    reference: ClassVar[str] = (
-        'Baroni et al. 2025, arXiv 2507.02559; Heimersheim 2024, "You can remove GPT2\'s LayerNorm by fine-tuning", arXiv 2409.13710'
-    )
-    prompt_fields: ClassVar[Mapping[str, Field]] = {}
-    figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
-    profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
+    name = "norm_removal"
+    title = "Norm removal: what norms do, and a model without them"
+    reference = 'Baroni et al. 2025, arXiv 2507.02559; Heimersheim 2024, "You can remove GPT2\'s LayerNorm by fine-tuning", arXiv 2409.13710'
+    figures = FIGURES
+    profiles = PROFILES
 
     def __post_init__(self) -> None:
-        validate(self)
+        super().__post_init__()
         if bool(self.schedule) != bool(self.text):
             given, missing = ("schedule", "text") if self.schedule else ("text", "schedule")
             raise OptionError(f"option {given} is given without {missing}: a removal needs both, diagnostics neither")
@@ -98,9 +92,7 @@ class NormRemoval(Plan, Settings, Analysis):
             return []
         return needs(model, self.swept(model.shape.n_layers), self.sinks, self.neurons > 0)
 
-    def run(
-        self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
-    ) -> Result:
+    def measure(self, model: Model, prompts: PromptsLike, store: ActivationStore, progress: Progress) -> Measured:
         """Return the tables `scales`, `freeze_effect`, `freeze_together`, `stream`, `attribution_error`, `attribution_total`, `sinks`,
         `neurons`, and with a schedule `training`, `losses`, `divergence` and `export`.
 
@@ -110,7 +102,6 @@ class NormRemoval(Plan, Settings, Analysis):
             OptionError: a schedule that does not fit the model.
             TrainingError: the loss is no longer a number.
         """
-        clock, store = Clock(), store or ActivationStore()
         _check_model(model, bool(self.schedule))
         collected = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
         if self.diagnose and all(len(prompt.tokens) < 2 for prompt in collected):
@@ -125,7 +116,7 @@ class NormRemoval(Plan, Settings, Analysis):
             tables |= removal.tables
             notes += removal.notes
             done += sum(removal.forwards.values())
-        return make_result(self, model, collected, tables, activations, clock, notes, interventions=done)
+        return Measured(collected, tables, activations, notes, interventions=done)
 
     def _diagnosed(
         self, models: Mapping[str, Model], prompts: list[Prompt], store: ActivationStore, progress: Progress

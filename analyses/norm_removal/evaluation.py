@@ -12,15 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from analyses.results.statistics import cluster_bootstrap
+from analyses.results.statistics import Array, cluster_bootstrap
 from analyses.similarity.divergence import jensen_shannon
 
 BINS = 10
 """Bins of equal width for the calibration error."""
 ROWS = 8
 """Blocks run at once."""
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -89,9 +87,7 @@ def loss_table(predictions: Mapping[str, Predictions], control: str, seed: int) 
         rows.append(
             {
                 "variant": name,
-                "mean": own.mean[0],
-                "ci_low": own.low[0],
-                "ci_high": own.high[0],
+                **own.columns("mean", "ci_"),
                 "median": float(np.median(p.loss)),
                 "p999": float(np.quantile(p.loss, 0.999)),
                 "largest": float(p.loss.max()),
@@ -109,7 +105,7 @@ def _gap(p: Predictions, control: Predictions | None, block: NDArray[np.int64], 
     if control is None:
         return {}
     gap = cluster_bootstrap((p.loss - control.loss).ravel(), block, seed=seed)
-    return {"gap_to_control": gap.mean[0], "gap_low": gap.low[0], "gap_high": gap.high[0]}
+    return gap.columns("gap_to_control", "gap_")
 
 
 def divergence_table(divergences: Mapping[tuple[str, str], Array], seed: int) -> pd.DataFrame:
@@ -117,15 +113,7 @@ def divergence_table(divergences: Mapping[tuple[str, str], Array], seed: int) ->
     rows = []
     for (a, b), values in divergences.items():
         mean = cluster_bootstrap(values.ravel(), np.repeat(np.arange(len(values)), values.shape[1]), seed=seed)
-        rows.append(
-            {
-                "variant_a": a,
-                "variant_b": b,
-                "divergence": mean.mean[0],
-                "ci_low": mean.low[0],
-                "ci_high": mean.high[0],
-            }
-        )
+        rows.append({"variant_a": a, "variant_b": b, **mean.columns("divergence", "ci_")})
     return pd.DataFrame(rows)
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from analyses.norm_removal.figures_training import TRAINING_FIGURES
 from analyses.results.card import FigureSpec, ProfileSpec, Tables
-from analyses.results.theme import COLOURS, SCALE, finish, menu, whiskers
+from analyses.results.theme import COLOURS, SCALE, finish, menu, side_by_side, whiskers
 
 NAMES = {
     "attn": "attention's norm", "qk": "queries and keys only", "v": "values only", "mlp": "MLP's norm", "final": "final norm",
@@ -26,12 +25,8 @@ def freeze_effect(tables: Tables) -> go.Figure:
     """Change of loss by layer, one line a kind of site; and of sites frozen together."""
     table, joint = _first_variant(tables["freeze_effect"]), _first_variant(tables["freeze_together"])
     table = table[np.isfinite(table["delta_ce"])]
-    figure = make_subplots(
-        rows=1,
-        cols=2,
-        column_widths=[0.6, 0.4],
-        horizontal_spacing=0.2,
-        subplot_titles=("one norm at a time", "several at once"),
+    figure = side_by_side(
+        ("one norm at a time", "several at once"), shared_yaxes=False, column_widths=[0.6, 0.4], horizontal_spacing=0.2
     )
     for colour, (site, group) in zip(COLOURS * 2, table.groupby("site", sort=False), strict=False):
         figure.add_scatter(
@@ -55,8 +50,7 @@ def freeze_effect(tables: Tables) -> go.Figure:
     figure.update_yaxes(title="layer (the final norm on top)", row=1, col=1)
     figure.update_xaxes(zeroline=True, zerolinecolor="#444", row=1, col=1)
     figure.update_xaxes(type="log", title="size of the change (nats, logarithmic)", tickformat="~g", row=1, col=2)
-    figure.update_layout(legend={"y": 1.07}, margin={"t": 100})
-    return figure
+    return figure.update_layout(legend={"y": 1.07}, margin={"t": 100})
 
 
 def _together(site: str) -> str:
@@ -82,7 +76,7 @@ def scales(tables: Tables) -> go.Figure:
     table = _first_variant(tables["scales"])
     table = table[table["site"] != "v"].assign(site=table["site"].replace("qk", "attn"))
     kinds = [k for k in NAMES if k in set(table["site"]) and k != "final"]
-    figure = make_subplots(rows=1, cols=len(kinds), shared_yaxes=True, subplot_titles=[NAMES[k] for k in kinds])
+    figure = side_by_side([NAMES[k] for k in kinds])
     for column, kind in enumerate(kinds, 1):
         here = table[table["site"].isin([kind, "final"] if kind == "mlp" else [kind])]
         for colour, name in zip(COLOURS, CLASSES, strict=False):
@@ -93,19 +87,13 @@ def scales(tables: Tables) -> go.Figure:
                     showlegend=column == 1, line={"color": colour}, marker={"size": 5}, row=1, col=column,
                     error_x=whiskers(group["scale"], group["ci_low"], group["ci_high"]),
                 )  # fmt: skip
-    finish(figure, x="divisor", y="", height=600)
-    figure.update_xaxes(type="log")
-    figure.update_yaxes(title="layer", row=1, col=1)
-    figure.update_layout(legend={"y": 1.06}, margin={"t": 80})
-    return figure
+    return finish(figure, x="divisor", y=("layer",), height=600, legend=1.06, top=80).update_xaxes(type="log")
 
 
 def stream(tables: Tables) -> go.Figure:
     """Residual norm by layer and position class, and kurtosis of the features; one line a variant and class."""
     table = tables["stream"]
-    figure = make_subplots(
-        rows=1, cols=2, shared_yaxes=True, subplot_titles=("norm of the stream", "kurtosis of its features")
-    )
+    figure = side_by_side(("norm of the stream", "kurtosis of its features"))
     groups = table.groupby(["variant", "position_class"], sort=False)
     many = table["variant"].nunique() > 1
     for colour, ((variant, name), group) in zip(COLOURS * 3, groups, strict=False):
@@ -116,13 +104,9 @@ def stream(tables: Tables) -> go.Figure:
                 x=group[value], y=group["layer"], name=label, legendgroup=label, mode="lines+markers", error_x=error,
                 line={"color": colour}, marker={"size": 5}, showlegend=column == 1, row=1, col=column,
             )  # fmt: skip
-    finish(figure, x="", y="", height=600)
-    figure.update_xaxes(type="log")
-    figure.update_xaxes(title="length", row=1, col=1)
-    figure.update_xaxes(title="kurtosis (1 = all features alike)", row=1, col=2)
-    figure.update_yaxes(title="layer", row=1, col=1)
-    figure.update_layout(legend={"y": 1.06}, margin={"t": 110 if many else 80})
-    return figure
+    titles = ("length", "kurtosis (1 = all features alike)")
+    finish(figure, x=titles, y=("layer",), height=600, legend=1.06, top=110 if many else 80)
+    return figure.update_xaxes(type="log")
 
 
 def attribution(tables: Tables) -> go.Figure:
@@ -147,8 +131,7 @@ def _by_head(table: pd.DataFrame, value: str, name: str, factor: float, unit: st
         labels.append(str(variant).replace("_", "-"))
     finish(figure, x="head", y="layer", height=600)
     figure.update_xaxes(dtick=max(1, table["head"].nunique() // 16))
-    menu(figure, labels)
-    return figure
+    return menu(figure, labels)
 
 
 def neurons(tables: Tables) -> go.Figure:
@@ -182,8 +165,7 @@ def neurons(tables: Tables) -> go.Figure:
     )
     figure.update_xaxes(type="log")
     figure.update_yaxes(type="log")
-    figure.update_layout(legend={"y": 1.04}, margin={"t": 90})
-    return figure
+    return figure.update_layout(legend={"y": 1.04}, margin={"t": 90})
 
 
 FIGURES: dict[str, FigureSpec] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import plotly.graph_objects as go
 
 from analyses.results.card import FigureSpec, Tables
-from analyses.results.theme import COLOURS, finish, whiskers
+from analyses.results.theme import COLOURS, coloured, finish, whiskers
 
 VARIANTS = {
     "original": "original",
@@ -20,7 +20,7 @@ def training(tables: Tables) -> go.Figure:
     """Loss by step of every training, with the schedule's events marked."""
     figure = go.Figure()
     table = tables["training"]
-    for colour, (variant, group) in zip(COLOURS, table.groupby("variant", sort=False), strict=False):
+    for colour, (variant, group) in coloured(table, "variant"):
         smooth = group["loss"].rolling(max(1, len(group) // 60), min_periods=1, center=True).mean()
         figure.add_scatter(x=group["step"], y=smooth, mode="lines", name=VARIANTS[str(variant)], line={"color": colour})
         events = group[(group["event"] != "") & (variant == "norm_free")]
@@ -29,8 +29,7 @@ def training(tables: Tables) -> go.Figure:
             name="a norm is frozen", marker={"color": COLOURS[6], "size": 6, "symbol": "diamond"},
             hovertemplate="step %{x}: %{text}<extra></extra>",
         )  # fmt: skip
-    finish(figure, x="training step", y="training loss (nats)", height=460)
-    return figure
+    return finish(figure, x="training step", y="training loss (nats)", height=460)
 
 
 def losses(tables: Tables) -> go.Figure:
@@ -45,9 +44,7 @@ def losses(tables: Tables) -> go.Figure:
     for mean, gap, variant in zip(table["mean"], table["gap_to_control"], table["variant"], strict=True):
         text = "" if variant == "control" else f" gap {gap:+.3f}"
         figure.add_annotation(x=mean, y=VARIANTS[variant], text=text, showarrow=False, yshift=16)
-    finish(figure, x="loss on held-out text (nats)", y="", height=360)
-    figure.update_layout(margin={"l": 230})
-    return figure
+    return finish(figure, x="loss on held-out text (nats)", y="", height=360, left=230)
 
 
 TRAINING_FIGURES: dict[str, FigureSpec] = {

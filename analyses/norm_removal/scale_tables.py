@@ -39,9 +39,7 @@ def scale_table(measured: Measured, site_scales: Mapping[NormSite, Sequence[Tens
                     "site": site.kind,
                     "layer": measured.n_layers if site.layer is None else site.layer,
                     "position_class": name,
-                    "scale": ci.mean[0],
-                    "ci_low": ci.low[0],
-                    "ci_high": ci.high[0],
+                    **ci.columns("scale", "ci_"),
                     "spread": float(flat.std() / flat.mean()),
                     "n": len(flat),
                 }
@@ -75,9 +73,7 @@ def _stream(before: Tensor, after: Tensor, owner: np.ndarray, seed: int) -> dict
     ci = cluster_bootstrap(norm, owner, seed=seed)
     kurtosis, feature, share = outliers(after)
     return {
-        "norm": ci.mean[0],
-        "ci_low": ci.low[0],
-        "ci_high": ci.high[0],
+        **ci.columns("norm", "ci_"),
         "median": float(np.median(norm)),
         "p99": float(np.quantile(norm, 0.99)),
         "cosine": float(torch.nn.functional.cosine_similarity(before, after, dim=-1).mean()),

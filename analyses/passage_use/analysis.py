@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 
-from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
+from analyses.base import Analysis, Measured, PromptsLike, as_prompts
 from analyses.interventions import Interventions, Tally, swept
-from analyses.options import option, validate
-from analyses.passage_use.figures import FIGURES
+from analyses.options import option
+from analyses.passage_use.figures import FIGURES, PROFILES
 from analyses.passage_use.fusion import Fusing, fusion_note, fusion_table
 from analyses.passage_use.items import FIELDS, VARIANT, items_of, made_prompts, with_variants
 from analyses.passage_use.measures import LAST, LastRows, knock_out_losses, layer_table
-from analyses.passage_use.profiles import PROFILES
 from analyses.passage_use.tables import chosen_table, means_table, notes_of, prompt_table
-from analyses.results.card import FigureSpec, ProfileSpec
-from analyses.results.result import Result
 from probes.blocks.together import together
 from probes.capture.needs import Need
 from probes.capture.run import capture
 from probes.errors import PointError
 from probes.models.protocol import Model
 from probes.points import Address
-from probes.progress import QUIET, Progress
-from probes.prompts import Field, Prompt
+from probes.progress import Progress
+from probes.prompts import Prompt
 from probes.store import ActivationStore
 
 
@@ -48,15 +45,12 @@ class PassageUse(Analysis):
     )
     seed: int = option(0, "Seed of made prompts, drawn layers, halves and intervals.")
 
-    name: ClassVar[str] = "passage_use"
-    title: ClassVar[str] = "Passage use: where a passage enters the answer"
-    reference: ClassVar[str] = "Sun et al. 2025, layer-fused decoding, arXiv 2508.19614"
-    prompt_fields: ClassVar[Mapping[str, Field]] = FIELDS
-    figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
-    profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
-
-    def __post_init__(self) -> None:
-        validate(self)
+    name = "passage_use"
+    title = "Passage use: where a passage enters the answer"
+    reference = "Sun et al. 2025, layer-fused decoding, arXiv 2508.19614"
+    prompt_fields = FIELDS
+    figures = FIGURES
+    profiles = PROFILES
 
     @property
     def makes_prompts(self) -> bool:
@@ -89,14 +83,7 @@ class PassageUse(Analysis):
         points = ("mlp_out.*", "resid_mid.*", "resid_post.*")
         return [Need(points + (("pattern.*",) if model.refusal(Address("pattern", 0)) is None else ()), LAST)]
 
-    def run(
-        self,
-        model: Model,
-        prompts: PromptsLike = (),
-        *,
-        store: ActivationStore | None = None,
-        progress: Progress = QUIET,
-    ) -> Result:
+    def measure(self, model: Model, prompts: PromptsLike, store: ActivationStore, progress: Progress) -> Measured:
         """Return the tables `layers`, `means`, `chosen`, `prompts`, and with `fuse` also `fusion`.
 
         Raises:
@@ -104,13 +91,13 @@ class PassageUse(Analysis):
             PromptError: a prompt without a passage or an answer.
             OptionError: a layer that the model does not have.
         """
-        clock, tally = Clock(), Tally(progress)
+        tally = Tally(progress)
         _check_model(model)
         layers = swept(model.shape.n_layers, self.layers, self.stride)
         collected = self.collect(model, prompts)
         items = items_of(model, collected)
         sequences = [prompt.tokens for prompt in collected]
-        activations = capture(model, sequences, self.needs(model), store or ActivationStore(), progress=progress)
+        activations = capture(model, sequences, self.needs(model), store, progress=progress)
         rows = LastRows(activations)
         tally.start(self.interventions(model, collected).total, "knock-out")
         parts = together(
@@ -128,7 +115,7 @@ class PassageUse(Analysis):
             fusing = Fusing(self.fuse_strength, self.fuse_keep)
             tables["fusion"] = fusion_table(rows, items, tables["chosen"], fusing, self.seed)
             notes.append(fusion_note(tables["fusion"]))
-        return make_result(self, model, collected, tables, activations, clock, notes, interventions=tally.forwards)
+        return Measured(collected, tables, activations, notes, interventions=tally.forwards)
 
 
 def _check_model(model: Model) -> None:

@@ -1,4 +1,4 @@
-"""Figures of passage use."""
+"""Figures and depth profiles of passage use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analyses.results.card import FigureSpec, Tables
+from analyses.results.card import FigureSpec, ProfileSpec, Tables
+from analyses.results.profiles import named_rows
 from analyses.results.theme import COLOURS, MORE, band, finish, token_label, whiskers
 
 NAMES = {
@@ -39,22 +40,20 @@ def curves(tables: Tables) -> go.Figure:
         vertical_spacing=0.06,
         subplot_titles=[title for title, *_ in PANELS],
     )
-    finish(figure, x="", y="", height=900)
+    finish(figure, x="", y="", height=900, legend=1.04, top=130)
     for row, (_, unit, measures) in enumerate(PANELS, 1):
         for measure in measures:
-            rows, panel = table[table["measure"] == measure], go.Figure()
+            rows = table[table["measure"] == measure]
             if rows.empty:
                 continue
-            band(panel, rows["layer"], rows["low"], rows["high"], _COLOURS[measure])
-            for trace in panel.data:
-                figure.add_trace(trace, row=row, col=1)
+            band(figure, rows["layer"], rows["low"], rows["high"], _COLOURS[measure], row=row, col=1)
             figure.add_scatter(
                 x=rows["layer"], y=rows["mean"], name=NAMES[measure], mode="lines+markers", line={"color": _COLOURS[measure]},
                 marker={"size": 4}, row=row, col=1,
             )  # fmt: skip
         figure.update_yaxes(title=unit, row=row, col=1)
     figure.update_xaxes(title="layer", row=len(PANELS), col=1)
-    return figure.update_layout(legend={"y": 1.04, "traceorder": "normal"}, margin={"t": 130})
+    return figure.update_layout(legend_traceorder="normal")
 
 
 def chosen(tables: Tables) -> go.Figure:
@@ -96,8 +95,7 @@ def fusion(tables: Tables) -> go.Figure:
         )
     )  # fmt: skip
     figure.add_vline(x=0, line={"dash": "dot", "color": "#8c8c8c"})
-    finish(figure, x="change of the answer's log-probability (nats)", y="", height=300)
-    return figure.update_layout(margin={"l": 120})
+    return finish(figure, x="change of the answer's log-probability (nats)", y="", height=300, left=120)
 
 
 FIGURES = {
@@ -125,5 +123,27 @@ FIGURES = {
         "(chosen on the other half) and of a temperature. Whiskers are 95 % intervals over prompts.",
         fusion,
         lambda tables: "fusion" in tables,
+    ),
+}
+
+
+PROFILES = {
+    "knock_out_loss": ProfileSpec(
+        "Need of the passage",
+        "nats",
+        "How much the answer's log-probability falls when nothing behind the passage sees it in blocks around this one.",
+        *named_rows("means", "measure", "knock_out_loss", "low", "high"),
+    ),
+    "mass": ProfileSpec(
+        "Attention to the passage",
+        "share",
+        "Share of its attention that the position that predicts the answer gives to the passage, averaged over heads. Attention is not use.",
+        *named_rows("means", "measure", "mass", "low", "high"),
+    ),
+    "iks": ProfileSpec(
+        "MLP read-out change",
+        "nats",
+        "How far the prediction read before this block's MLP is from that read after it (Jensen-Shannon divergence).",
+        *named_rows("means", "measure", "iks", "low", "high"),
     ),
 }

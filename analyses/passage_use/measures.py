@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import log
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analyses.passage_use.attention import masked_divergence, passage_mass, row_divergence
 from analyses.passage_use.items import Item
 from analyses.similarity.divergence import jensen_shannon
 from probes import edits
@@ -58,7 +58,6 @@ def layer_table(
 
     Args:
         losses: the knock-out losses by (prompt, layer).
-        tick: told of every forward.
 
     Returns:
         Columns prompt, layer, sim_hidden, sim_neutral, sim_noise (cosine of what the MLP adds with the passage and without it, with
@@ -148,3 +147,24 @@ def knock_out_losses(
         losses |= {(item.prompt, layer): float(loss) for layer, loss in zip(part, plain - blind, strict=True)}
         tick(len(part))
     return losses
+
+
+def passage_mass(pattern: Float[Tensor, "head key"], span: tuple[int, int]) -> Float[Tensor, " head"]:
+    """Return each head's attention to the positions of the passage."""
+    return pattern[:, span[0] : span[1]].double().sum(-1).clamp(0, 1)
+
+
+def masked_divergence(mass: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """Return the Jensen-Shannon divergence of an attention row from itself without a passage of this mass, nats.
+
+    The row without the passage is the same row, the passage's scores at minus infinity and the rest grown to sum 1. So the
+    mass alone decides: half of m log 2 + (1 - m) log(2(1 - m)/(2 - m)) + log(2/(2 - m)).
+    """
+    mass = mass.double()
+    kept = torch.special.xlogy(1 - mass, 2 * (1 - mass) / (2 - mass))
+    return ((mass * log(2) + kept + torch.log(2 / (2 - mass))) / 2).clamp(0, log(2))
+
+
+def row_divergence(a: Float[Tensor, "head key"], b: Float[Tensor, "head key"]) -> Float[Tensor, " head"]:
+    """Return the Jensen-Shannon divergence of two attention rows of each head, nats."""
+    return jensen_shannon(a.double().log(), b.double().log())

@@ -30,7 +30,6 @@ def with_halves(
     The change of a running mean falls as one over the number of texts whatever happens, and so is no evidence; halves are.
 
     Args:
-        fit: the fit.
         judged: held-out rows, on which the halves' first and first ten tokens are compared too.
         unembedding: what reads them.
     """

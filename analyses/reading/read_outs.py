@@ -20,8 +20,6 @@ def positions_table(model: Model, prompts: Sequence[Prompt], first: int, places:
     """Return a row for each position read: prompt, position, input_id, input_token.
 
     Args:
-        model: whose tokens they are.
-        prompts: all prompts.
         first: the prompt that the first range of `places` belongs to.
         places: per prompt, the positions read.
     """
@@ -44,7 +42,6 @@ def read_tables(
     """Return the tables `top` and `read` of rows that a lens made readable.
 
     Args:
-        model: whose rows they are.
         rows: all positions of the first layer, then of the next.
         final: the last layer's rows of the same positions.
         where: a row for each position, as `positions_table` gives it.

@@ -12,7 +12,6 @@ def token_grid(figure: go.Figure, one: pd.DataFrame, visible: bool) -> int:
     """Add a heat map of one prompt's top tokens, coloured by probability; return the width it asks for, in pixels.
 
     Args:
-        figure: what it is added to.
         one: rows of a table `top` of rank 0, of one prompt and lens.
         visible: whether it is shown before a menu chooses.
     """

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from analyses.results.theme import INK, LINE, SELECTED, band, finish
+from analyses.results.theme import INK, LINE, SELECTED, band, finish, side_by_side
 
 COLUMN = "#9fb3c4"
 CHOSEN = "#E69F00"
@@ -78,10 +77,7 @@ def depth_figure(
     """Layer 0 at the bottom; `layers` are marked across all panels, and `truth` has one of its own."""
     titles = ["layers", *(wrapped(panel.title, len(panels)) for panel in panels), *["truth"] * bool(truth)]
     widths = [COLUMN_SHARE, *[1.0] * (len(panels) + bool(truth))]
-    figure = make_subplots(
-        rows=1, cols=len(widths), shared_yaxes=True, column_widths=widths, subplot_titles=titles,
-        horizontal_spacing=SPACING,
-    )  # fmt: skip
+    figure = side_by_side(titles, column_widths=widths, horizontal_spacing=SPACING)
     _column(figure, n_layers, layers)
     for number, panel in enumerate(panels, 2):
         for curve in panel.curves:
@@ -99,10 +95,7 @@ def depth_figure(
 
 def relative_figure(panels: Sequence[Panel], mode: str) -> go.Figure:
     """Draw profiles of several models on relative depth: 0 is a model's first block, at the bottom, and 1 its last."""
-    figure = make_subplots(
-        rows=1, cols=len(panels), shared_yaxes=True, horizontal_spacing=SPACING,
-        subplot_titles=[wrapped(panel.title, len(panels)) for panel in panels],
-    )  # fmt: skip
+    figure = side_by_side([wrapped(panel.title, len(panels)) for panel in panels], horizontal_spacing=SPACING)
     named: set[str] = set()
     for number, panel in enumerate(panels, 1):
         for curve in panel.curves:
@@ -147,13 +140,7 @@ def _column(figure: go.Figure, n_layers: int, layers: Sequence[int]) -> None:
 def _curve(figure: go.Figure, column: int, panel: Panel, curve: Curve, depth: pd.Series, legend: bool) -> None:
     table = curve.table
     if {"ci_low", "ci_high"} <= set(table):
-        shade = go.Figure()
-        # A band between two curves over the same depth: x and y change places.
-        band(shade, depth, table["ci_low"], table["ci_high"], curve.colour)
-        for trace in shade.data:
-            trace.x, trace.y = trace.y, trace.x
-            trace.update(fill="tonextx" if trace.fill else None)
-            figure.add_trace(trace, row=1, col=column)
+        band(figure, depth, table["ci_low"], table["ci_high"], curve.colour, upright=True, row=1, col=column)
     figure.add_scatter(
         x=table["value"], y=depth, customdata=table["layer"], mode="lines+markers", name=curve.name,
         line={"color": curve.colour, "width": 1.6}, marker={"size": 5}, showlegend=legend, legendgroup=curve.name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -23,13 +24,17 @@ PACKAGES = ("bathyscope", "torch", "transformers", "transformer-lens", "nnsight"
 @cache
 def versions() -> Mapping[str, str]:
     """Return the versions of the installed packages that decide numbers."""
-    installed = {"python": platform.python_version()}
+    return {"python": platform.python_version(), **dict(_installed())}
+
+
+@cache
+def _installed() -> tuple[tuple[str, str], ...]:
+    """Read versions from the packages' own files, once a process: each result says them."""
+    installed = []
     for package in PACKAGES:
-        try:
-            installed[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return installed
+        with suppress(PackageNotFoundError):
+            installed.append((package, version(package)))
+    return tuple(installed)
 
 
 def tokenizer_digest(tokenizer: Any) -> str | None:

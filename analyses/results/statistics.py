@@ -35,6 +35,11 @@ class Interval:
     low: Array
     high: Array
 
+    def columns(self, name: str, ends: str = "", column: int = 0) -> dict[str, float]:
+        """Return one mean as the column `name` of a row, and its bounds as `<ends>low` and `<ends>high`."""
+        ends = ends or f"{name}_"
+        return {name: self.mean[column], f"{ends}low": self.low[column], f"{ends}high": self.high[column]}
+
 
 def draw_groups(n: int, seed: int, resamples: int = RESAMPLES) -> NDArray[np.intp]:
     """Draw n of n groups with replacement; [resamples, n], the index of each group drawn.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 from numpy.typing import ArrayLike
+from plotly.subplots import make_subplots
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 """Okabe and Ito's palette, in a fixed order."""
@@ -50,40 +52,76 @@ def _template() -> go.layout.Template:
     return go.layout.Template(layout=white.layout, data={kind: white.data[kind] for kind in KINDS})
 
 
-def finish(figure: go.Figure, *, x: str, y: str, height: int = 420) -> go.Figure:
-    """The shared layout, with axis titles that name their units."""
+def coloured(table: pd.DataFrame, by: str | list[str]) -> Iterator[tuple[str, tuple[Any, pd.DataFrame]]]:
+    """(colour, (key, rows)) of each group in the table's order, as far as the palette goes."""
+    return zip(COLOURS, table.groupby(by, sort=False), strict=False)
+
+
+def side_by_side(titles: Sequence[str], *, shared_yaxes: bool = True, **layout: Any) -> go.Figure:
+    """Panels side by side, one below each title."""
+    titles = list(titles)
+    return make_subplots(rows=1, cols=len(titles), subplot_titles=titles, shared_yaxes=shared_yaxes, **layout)
+
+
+def finish(
+    figure: go.Figure,
+    *,
+    x: str | Sequence[str],
+    y: str | Sequence[str],
+    height: int = 420,
+    legend: float = 1.02,
+    top: int = 40,
+    bottom: int = 60,
+    left: int = 70,
+) -> go.Figure:
+    """The shared layout, with axis titles that name their units.
+
+    Args:
+        x, y: one title for all panels, or those of the first columns of panels, and none for the others.
+        legend: the lower edge of the legend, as a share of the plot's height; below 0 its upper edge.
+        top, bottom, left: margins in pixels, as all lengths.
+    """
     figure.update_layout(
         template=_template(),
         height=height,
-        margin={"l": 70, "r": 30, "t": 40, "b": 60},
+        margin={"l": left, "r": 30, "t": top, "b": bottom},
         font={"family": "system-ui, sans-serif", "size": 13},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        legend={"orientation": "h", "y": legend, "yanchor": "bottom" if legend > 0 else "top", "x": 0},
         colorway=list(COLOURS),
     )
-    figure.update_xaxes(title=x)
-    figure.update_yaxes(title=y)
+    for update, titles in ((figure.update_xaxes, x), (figure.update_yaxes, y)):
+        update(title=titles if isinstance(titles, str) else "")
+        for column, title in enumerate(() if isinstance(titles, str) else titles, 1):
+            update(title=title, col=column)
     return figure
 
 
-def band(figure: go.Figure, x: ArrayLike, low: ArrayLike, high: ArrayLike, colour: str) -> None:
-    """A shaded interval between two curves over the same x; nothing where there is no interval (NaN bounds)."""
-    along = np.asarray(x)
+def band(
+    figure: go.Figure,
+    along: ArrayLike,
+    low: ArrayLike,
+    high: ArrayLike,
+    colour: str,
+    upright: bool = False,
+    **place: int,
+) -> None:
+    """A shaded interval between two curves over the same axis; nothing where there is no interval (NaN bounds).
+
+    Args:
+        along: places on the shared axis: x, or y where the band stands upright.
+        place: row and col of a figure with panels.
+    """
+    along = np.asarray(along)
     lower, upper = (np.asarray(values, dtype=np.float64) for values in (low, high))
     known = np.isfinite(lower) & np.isfinite(upper)
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    style = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip", **place}
+    filled = {"fill": "tonextx" if upright else "tonexty", "fillcolor": f"rgba({red},{green},{blue},0.18)"}
     # plotly fills across gaps, so each run of known bounds is a band of its own.
     for run in np.split(np.arange(len(known)), np.flatnonzero(np.diff(known)) + 1):
-        if known[run].any():
-            _strip(figure, along[run], lower[run], upper[run], colour)
-
-
-def _strip(figure: go.Figure, x: ArrayLike, low: ArrayLike, high: ArrayLike, colour: str) -> None:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    line = {"width": 0}
-    figure.add_scatter(x=x, y=high, mode="lines", line=line, showlegend=False, hoverinfo="skip")
-    fill = f"rgba({red},{green},{blue},0.18)"
-    figure.add_scatter(
-        x=x, y=low, mode="lines", line=line, fill="tonexty", fillcolor=fill, showlegend=False, hoverinfo="skip"
-    )
+        for edge, fill in ((upper, {}), (lower, filled)) if known[run].any() else ():
+            ends = (edge[run], along[run]) if upright else (along[run], edge[run])
+            figure.add_scatter(x=ends[0], y=ends[1], **style, **fill)
 
 
 def whiskers(mean: pd.Series, low: pd.Series, high: pd.Series, width: int = 0, **style: object) -> dict[str, object]:
@@ -91,8 +129,8 @@ def whiskers(mean: pd.Series, low: pd.Series, high: pd.Series, width: int = 0, *
     return {"type": "data", "array": high - mean, "arrayminus": mean - low, "thickness": 1, "width": width, **style}
 
 
-def menu(figure: go.Figure, labels: list[str], widths: list[int] | None = None) -> None:
-    """A menu that shows one trace at a time, by labels of plain text; `widths` sets the figure's width (pixels) for each."""
+def menu(figure: go.Figure, labels: list[str], widths: list[int] | None = None) -> go.Figure:
+    """The figure with a menu that shows one trace at a time, by labels of plain text; `widths` sets the figure's width (pixels) for each."""
     buttons = []
     for chosen, label in enumerate(labels):
         layout = {} if widths is None else {"width": widths[chosen]}
@@ -103,6 +141,7 @@ def menu(figure: go.Figure, labels: list[str], widths: list[int] | None = None) 
     if len(labels) > 1:
         place = {"x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
         figure.update_layout(updatemenus=[{"buttons": buttons, "direction": "down", **place}], margin={"t": 70})
+    return figure
 
 
 def shorten(text: str, length: int = 60) -> str:

@@ -10,18 +10,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from analyses.base import Analysis, Clock, PromptsLike, as_prompts, make_result
+from analyses.base import Analysis, Measured, PromptsLike, as_prompts
 from analyses.generation import Decoding, respond
 from analyses.interventions import Interventions
-from analyses.options import accept_old_names, option, validate
-from analyses.results.card import FigureSpec, ProfileSpec
-from analyses.results.result import Result
+from analyses.options import accept_old_names, option
 from analyses.scoring import check_answer, check_choices, score_choices
 from analyses.voids import tables as voids_tables
 from analyses.voids.early_exit import LAST, Masked, Reader, Tokens, run_masked
-from analyses.voids.figures import FIGURES
+from analyses.voids.figures import FIGURES, PROFILES
 from analyses.voids.norm_gates import RELEASED_NAMES, Delta, NormGate, step_size
-from analyses.voids.profiles import PROFILES
 from analyses.voids.trace import Item, Trace, apply_rule, batch_threshold, token_frame
 from probes.capture.activations import Activations
 from probes.capture.needs import Need
@@ -30,7 +27,7 @@ from probes.edits import Edit
 from probes.errors import OptionError
 from probes.models.protocol import Model
 from probes.points import Address
-from probes.progress import QUIET, Progress
+from probes.progress import Progress
 from probes.prompts import Field, Prompt
 from probes.reducers import ROWS, Reducer
 from probes.store import ActivationStore
@@ -76,18 +73,18 @@ class Voids(Analysis):
     chat: bool = option(False, "Wrap each text as one user turn of the chat template.")
     seed: int = option(0, "Seed of sampling, controls and intervals.")
 
-    name: ClassVar[str] = "voids"
-    title: ClassVar[str] = "Voids: unactivated layers by the L2 norm"
-    reference: ClassVar[str] = 'Shemiranifar 2025, "Void in Language Models", arXiv 2505.14467'
+    name = "voids"
+    title = "Voids: unactivated layers by the L2 norm"
+    reference = 'Shemiranifar 2025, "Void in Language Models", arXiv 2505.14467'
     prompt_fields: ClassVar[Mapping[str, Field]] = {
         "choices": Field('Answers to choose from, at least two: ["Paris", "Rome"].', check_choices),
         "answer": Field("The right one of the choices.", check_answer),
     }
-    figures: ClassVar[Mapping[str, FigureSpec]] = FIGURES
-    profiles: ClassVar[Mapping[str, ProfileSpec]] = PROFILES
+    figures = FIGURES
+    profiles = PROFILES
 
     def __post_init__(self) -> None:
-        validate(self)
+        super().__post_init__()
         if self.norm_dtype == "bfloat16" and self.delta not in ("norm_diff", "rel_norm_diff"):
             raise OptionError(f"norm_dtype bfloat16 needs delta norm_diff or rel_norm_diff, not {self.delta}")
         if self.mode == "skip" and (self.batch_layer0_threshold or self.norm_dtype != "float32"):
@@ -128,14 +125,11 @@ class Voids(Analysis):
         steps_need_rows = self.delta in ("norm_of_diff", "cosine")
         return ROWS if steps_need_rows or self._responds or self.readout_positions == "all" else LAST
 
-    def run(
-        self, model: Model, prompts: PromptsLike, *, store: ActivationStore | None = None, progress: Progress = QUIET
-    ) -> Result:
+    def measure(self, model: Model, prompts: PromptsLike, store: ActivationStore, progress: Progress) -> Measured:
         """Tables `activity`, `usage`, `void_rate`, and with a mode other than `measure` `readout` and `controls`.
 
         Prompts may carry `choices` (texts) and `answer` (one of them); then `accuracy` is a table too.
         """
-        clock, store = Clock(), store or ActivationStore()
         lines = as_prompts(prompts, model, self.prompt_fields, chat=self.chat)
         items, new = self._items(model, lines, store, progress)
         sequences, lengths = [item.sequence for item in items], [item.prompt_length for item in items]
@@ -157,7 +151,7 @@ class Voids(Analysis):
             tables |= self._read(reader, lines)
         counts = {"responses_written": len(new)}
         done = (masked.forwards if masked else 0) + (sum(map(len, new)) if self._gated else 0)
-        return make_result(self, model, lines, tables, activations, clock, self._notes(model), counts, done)
+        return Measured(lines, tables, activations, self._notes(model), counts, done)
 
     def _read(self, reader: Reader, prompts: Sequence[Prompt]) -> dict[str, pd.DataFrame]:
         tokens, model = self._scored(reader), reader.model

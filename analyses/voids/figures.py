@@ -1,4 +1,4 @@
-"""Figures of the voids analysis."""
+"""Figures and depth profiles of the voids analysis."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from analyses.results.card import FigureSpec, Tables
-from analyses.results.theme import COLOURS, finish, menu, shorten, token_label, whiskers
+from analyses.results.card import FigureSpec, ProfileSpec, Tables
+from analyses.results.profiles import columns
+from analyses.results.theme import COLOURS, coloured, finish, menu, shorten, side_by_side, token_label, whiskers
 from analyses.tokens import joined
 
 SHOWN = 40
@@ -36,8 +36,7 @@ def raster(tables: Tables) -> go.Figure:
         labels.append(shorten(f"{prompt}: {joined(prompt_tokens['token'])}"))
     finish(figure, x="position and token", y="layer", height=560)
     figure.update_xaxes(tickangle=-60)
-    menu(figure, labels)
-    return figure
+    return menu(figure, labels)
 
 
 def usage_by_layer(tables: Tables) -> go.Figure:
@@ -45,22 +44,21 @@ def usage_by_layer(tables: Tables) -> go.Figure:
     usage = tables["usage"]
     usage = usage[usage["alpha"] == usage["alpha"].iloc[0]]
     figure = go.Figure()
-    for colour, (phase, group) in zip(COLOURS, usage.groupby("phase", sort=False), strict=False):
+    for colour, (phase, group) in coloured(usage, "phase"):
         figure.add_bar(
             y=group["layer"], x=group["active_fraction"], orientation="h", name=f"{phase} tokens", marker_color=colour,
             error_x=whiskers(group["active_fraction"], group["ci_low"], group["ci_high"], 2),
         )  # fmt: skip
     finish(figure, x="share of tokens for which the layer is active", y="layer", height=620)
     figure.update_layout(barmode="group", bargap=0.15)
-    figure.update_xaxes(range=[0, 1.05])
-    return figure
+    return figure.update_xaxes(range=[0, 1.05])
 
 
 def norms(tables: Tables) -> go.Figure:
     """Norm of the stream and the threshold along depth, median and middle half of the tokens."""
     activity = tables["activity"]
     activity = activity[(activity["alpha"] == activity["alpha"].iloc[0]) & (activity["token_class"] != "first")]
-    figure = make_subplots(rows=1, cols=2, subplot_titles=("norm of the stream", "step and its threshold"))
+    figure = side_by_side(("norm of the stream", "step and its threshold"), shared_yaxes=False)
     for column, names in ((1, ("norm",)), (2, ("delta", "threshold"))):
         for colour, name in zip(COLOURS, names, strict=False):
             quartiles = activity.groupby("layer")[name].quantile([0.25, 0.5, 0.75]).unstack()
@@ -69,38 +67,36 @@ def norms(tables: Tables) -> go.Figure:
                 line={"color": colour}, error_x=whiskers(quartiles[0.5], quartiles[0.25], quartiles[0.75]),
                 row=1, col=column,
             )  # fmt: skip
-    finish(figure, x="L2 norm (units of the residual stream)", y="layer", height=540)
-    return figure.update_layout(legend={"y": -0.15, "yanchor": "top"}, margin={"t": 60, "b": 90})
+    x = "L2 norm (units of the residual stream)"
+    return finish(figure, x=x, y="layer", height=540, legend=-0.15, top=60, bottom=90)
 
 
 def token_classes(tables: Tables) -> go.Figure:
     """Void rate per class of token."""
     rates = tables["void_rate"].sort_values("alpha", kind="stable")
     figure = go.Figure()
-    for colour, (alpha, group) in zip(COLOURS, rates.groupby("alpha", sort=False), strict=False):
+    for colour, (alpha, group) in coloured(rates, "alpha"):
         figure.add_bar(
             x=group["token_class"], y=group["void_rate"], name=f"alpha {alpha:g}", marker_color=colour,
             error_y=whiskers(group["void_rate"], group["ci_low"], group["ci_high"], 3),
         )  # fmt: skip
     finish(figure, x="class of token", y="share of layers that are void")
-    figure.update_yaxes(range=[0, 1])
-    return figure
+    return figure.update_yaxes(range=[0, 1])
 
 
 def against_alpha(tables: Tables) -> go.Figure:
     """Usage, changed predictions and accuracy as alpha grows, one panel each."""
     curves = _alpha_curves(tables)
     panels = list(dict.fromkeys(curve.panel for curve in curves))
-    figure = make_subplots(rows=1, cols=len(panels), subplot_titles=panels)
+    figure = side_by_side(panels, shared_yaxes=False)
     for number, curve in enumerate(curves):
         points, panel = curve.points.sort_values("alpha"), panels.index(curve.panel)
         figure.add_scatter(
             x=points["alpha"], y=points["y"], error_y=whiskers(points["y"], points["low"], points["high"], 3), name=curve.name, mode="lines+markers",
             line={"color": COLOURS[number % len(COLOURS)]}, row=1, col=panel + 1,
         )  # fmt: skip
-    finish(figure, x="alpha", y="share", height=460)
-    figure.update_yaxes(range=[0, 1.02])
-    return figure.update_layout(legend={"y": -0.2, "yanchor": "top"}, margin={"t": 60, "b": 110})
+    finish(figure, x="alpha", y="share", height=460, legend=-0.2, top=60, bottom=110)
+    return figure.update_yaxes(range=[0, 1.02])
 
 
 class _Curve(NamedTuple):
@@ -148,7 +144,7 @@ def control_bars(tables: Tables) -> go.Figure:
     """Divergence from the full model: the rule beside its controls."""
     controls = tables["controls"].sort_values("alpha", kind="stable")
     figure = go.Figure()
-    for colour, (alpha, group) in zip(COLOURS, controls.groupby("alpha", sort=False), strict=False):
+    for colour, (alpha, group) in coloured(controls, "alpha"):
         figure.add_bar(
             x=group["variant"], y=group["kl_to_full"], name=f"alpha {alpha:g}", marker_color=colour,
             error_y=whiskers(group["kl_to_full"], group["kl_low"], group["kl_high"], 3),
@@ -198,5 +194,24 @@ FIGURES = {
         "Whiskers are 95 % intervals over prompts.",
         control_bars,
         lambda tables: "controls" in tables,
+    ),
+}
+
+
+def active(tables: Tables) -> pd.DataFrame:
+    """Share of tokens for which the layer is active, at the first alpha and in the first phase."""
+    usage = tables["usage"]
+    first = usage.iloc[0]
+    rows = usage[(usage["alpha"] == first["alpha"]) & (usage["phase"] == first["phase"])]
+    return columns(rows, "active_fraction", "ci_low", "ci_high")
+
+
+PROFILES = {
+    "active": ProfileSpec(
+        "Active tokens",
+        "share of tokens",
+        "The share of tokens for which the layer's step in L2 norm reaches the void rule's threshold, at the first alpha and in the "
+        "first phase of the run. Layers near 0 are void for almost every token.",
+        active,
     ),
 }

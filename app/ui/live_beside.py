@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import streamlit as st
@@ -13,20 +13,22 @@ from analyses.results.theme import colour_of, token_label
 from app import offered
 from app.live.protocol import Action
 from app.saved import profiles_of, saved_runs
+from app.ui.cell_grid import draw_grid
 from app.ui.live_desk import Desk
-from app.ui.live_figures import COLUMN, CONFIG, block_of, lens_grid
+from app.ui.live_figures import CONFIG, block_of, lens_grid
 from app.ui.theme import at_least, mode, restyled
 
 PANELS = 6
 """Profiles drawn beside each other."""
 
 
-def chosen_cell(key: str, names: tuple[str, str]) -> None:
-    """Keep the cell that was clicked in a grid under two names of the page's state."""
-    for point in st.session_state[key]["selection"]["points"]:
-        if "customdata" in point:
-            for name, value in zip(names, point["customdata"], strict=True):
-                st.session_state[name] = int(value)
+def keep_cell(row: str, column: str) -> Callable[[int, int], None]:
+    """Return what keeps a picked cell under two names of the page's state."""
+
+    def keep(picked_row: int, picked_column: int) -> None:
+        st.session_state[row], st.session_state[column] = picked_row, picked_column
+
+    return keep
 
 
 def draw_both(desk: Desk, data: dict[str, Any], step: int, position: int, lens: str) -> None:
@@ -61,15 +63,10 @@ def draw_both(desk: Desk, data: dict[str, Any], step: int, position: int, lens: 
     kept = ("live:step", "live:position"), names
     titles = "This prompt, without edits", "The other prompt"
     for side, (column, text, grids) in enumerate(zip(st.columns(2), (tokens, others), (here, there), strict=True)):
-        key = f"live:both:{side}:{desk.at}"
         with column:
             st.markdown(f"**{titles[side]}**")
-            st.html(at_least(f"live-both-{side}", COLUMN * len(text) + 140))
-            with st.container(key=f"live-both-{side}"):
-                st.plotly_chart(
-                    restyled(lens_grid(text, grids, "before", cells[side], ()), mode()), key=key, on_select=partial(chosen_cell, key, kept[side]),
-                    selection_mode="points", config=CONFIG, alt=f"Lens grid of {titles[side].lower()}",
-                )  # fmt: skip
+            draw_grid(lens_grid(text, grids, "before", cells[side], data["watch"]), f"live:both:{side}", f"Lens grid of {titles[side].lower()}",
+                      keep_cell(*kept[side]))  # fmt: skip
     st.caption("Click a cell in each, or choose by the lists, and patch; the grid above shows the result.")
 
 
@@ -135,10 +132,8 @@ def _draw_compared(desk: Desk) -> None:
                              alt=f"What the model says after step {index}")  # fmt: skip
                 continue
             tokens = data["comparison"]["tokens"]
-            name = key.replace(":", "-")
-            st.html(at_least(name, COLUMN * len(tokens) + 140))
-            with st.container(key=name):
-                st.plotly_chart(
-                    restyled(lens_grid(tokens, data["grids"], "after", None, ()), mode()), key=f"{key}:grid", config=CONFIG,
-                    alt=f"Lens grid after step {index}",
-                )  # fmt: skip
+            draw_grid(
+                lens_grid(tokens, data["grids"], "after", None, data["watch"]),
+                f"{key}:grid",
+                f"Lens grid after step {index}",
+            )

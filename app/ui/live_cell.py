@@ -5,43 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import streamlit as st
 
 from analyses.results.theme import token_label
 from app.live.protocol import Action
+from app.ui.cell_grid import draw_grid
 from app.ui.live_desk import Desk
-from app.ui.live_figures import CONFIG, arcs, attention_map, block_of, effect_map
+from app.ui.live_figures import CONFIG, arcs, attention_map, block_of, columns_of, effect_map
 from app.ui.theme import mode, restyled
 
 POINTS = ("resid_post", "mlp_out", "attn_out", "resid_mid", "resid_pre")
 
 
 def draw_cell(desk: Desk, data: dict[str, Any], step: int, position: int) -> None:
-    """Draw the inspector of a cell of the grid, and the buttons for what can be done there."""
-    grid = data["grids"]["after"]
-    step, position = min(step, len(grid["steps"]) - 1), min(position, len(data["comparison"]["tokens"]) - 1)
-    block = block_of(grid, step)
-    token = data["comparison"]["tokens"][position]
-    st.markdown(f"**Block {grid['steps'][step]}, position {position}** `{token_label(token)}`")
-    facts = st.columns(3)
-    facts[0].metric("Norm", f"{grid['norms'][step, position]:.1f}")
-    facts[1].metric("Entropy", f"{grid['entropy_bits'][step, position]:.2f} bits")
-    facts[2].metric("KL from before", f"{grid['kl'][step, position]:.3g} nats")
-    top = pd.DataFrame({"token": [token_label(t) for t in grid["tokens"][step][position]],
-                        "probability": np.exp(grid["top_logprobs"][step, position])})  # fmt: skip
-    watched = pd.DataFrame({"token": [token_label(t) for t in data["watch"]], "probability": np.exp(grid["watched"][step, position]),
-                            "rank": grid["ranks"][step, position] + 1})  # fmt: skip
-    left, right = st.columns(2)
-    shown = {"probability": st.column_config.NumberColumn(format="%.3g")}
-    left.dataframe(top, hide_index=True, height=213, column_config=shown, alt="The most probable tokens of this cell")
-    if len(watched):
-        right.dataframe(watched, hide_index=True, column_config=shown, alt="Rank of the watched tokens in this cell")
-    _draw_buttons(desk, data, block, position)
-
-
-def _draw_buttons(desk: Desk, data: dict[str, Any], block: int, position: int) -> None:
-    point = st.segmented_control("Of this block, at this position", POINTS, default="resid_post", key="live:point")
+    """Draw the buttons for what can be done at a cell of the grid, which the grid itself tells."""
+    block = block_of(data["grids"]["after"], step)
+    point = st.segmented_control(
+        f"At block {block}, position {position}", POINTS, default="resid_post", key="live:point"
+    )
     point = point or "resid_post"
     place = f"{point}.{block} @{position}"
     zero, mean, patch = st.columns(3)
@@ -87,10 +68,11 @@ def draw_attention(desk: Desk, data: dict[str, Any], step: int, position: int) -
         alt=f"Attention from position {position} to the tokens before it, {head}",
     )  # fmt: skip
     with st.expander("Every query", key="live:every-query"):
-        st.plotly_chart(
-            restyled(attention_map(tokens, pattern, position, head), mode()), key="live:pattern", config=CONFIG,
-            alt=f"Attention from every query to every key, {head}",
-        )  # fmt: skip
+        draw_grid(
+            attention_map(tokens, pattern, position, key, head),
+            "live:pattern",
+            f"Attention from every query to every key, {head}",
+        )
     desk.say_refusal("cell")
 
 
@@ -106,24 +88,19 @@ def draw_heads(desk: Desk, data: dict[str, Any]) -> None:
     if st.session_state.get("live:picked-head") not in names:
         st.session_state["live:picked-head"] = names[best]
 
-    def clicked() -> None:
-        for point in st.session_state["live:head-map"]["selection"]["points"]:
-            if "customdata" in point:
-                st.session_state["live:picked-head"] = "{}.{}".format(*map(int, point["customdata"]))
+    def picked(layer: int, head: int) -> None:
+        st.session_state["live:picked-head"] = f"{layer}.{head}"
 
     layer, head = map(int, st.session_state["live:picked-head"].split("."))
-    st.plotly_chart(
-        restyled(effect_map(effects, [str(h) for h in range(data["heads"])], "logits", "head", (layer, head)), mode()), key="live:head-map",
-        on_select=clicked, selection_mode="points", config=CONFIG,
-        alt=f"Direct effect of every head on the logit of {answer['token']}",
-    )  # fmt: skip
+    draw_grid(effect_map(effects, [str(h) for h in range(data["heads"])], "logits", "head", (layer, head)), "live:head-map",
+              f"Direct effect of every head on the logit of {answer['token']}", picked)  # fmt: skip
     st.caption(
         f"Direct effect of each head on the logit of `{token_label(answer['token'])}` at the last position. Click a head to pick it."
     )
     box, *buttons = st.columns([2, 1, 1, 1], vertical_alignment="bottom")
-    picked = box.selectbox("Head", names, key="live:picked-head")
-    for place, (label, line, icon) in zip(buttons, (("Zero", f"zero z.{picked}", "backspace"), ("Mean", f"mean z.{picked}", "functions"),
-                                                     ("Patch", f"patch z.{picked} from other", "content_paste")), strict=True):  # fmt: skip
+    chosen = box.selectbox("Head", names, key="live:picked-head")
+    for place, (label, line, icon) in zip(buttons, (("Zero", f"zero z.{chosen}", "backspace"), ("Mean", f"mean z.{chosen}", "functions"),
+                                                     ("Patch", f"patch z.{chosen} from other", "content_paste")), strict=True):  # fmt: skip
         _adds(place, desk, label, line, icon, disabled=label == "Patch" and data["other"] is None)
     desk.say_refusal("cell")
 
@@ -155,15 +132,9 @@ def draw_everywhere(desk: Desk, data: dict[str, Any]) -> None:
     else:
         values = effect["watched"][:, :, 0] - effect["watched"][:, :, 1]
     tokens = data["comparison"]["tokens"]
-    columns = (
-        [f"{i} {token_label(t, 9)}" for i, t in enumerate(tokens)]
-        if effect["columns"] == "position"
-        else [str(i) for i in range(values.shape[1])]
-    )
-    st.plotly_chart(
-        restyled(effect_map(values, columns, "nats", effect["columns"], diverging=metric != "KL"), mode()), key="live:effects", config=CONFIG,
-        alt=f"Effect of {effect['edit']} at every layer and {effect['columns']}",
-    )  # fmt: skip
+    columns = columns_of(tokens) if effect["columns"] == "position" else [str(i) for i in range(values.shape[1])]
+    draw_grid(effect_map(values, columns, "nats", effect["columns"], diverging=metric != "KL"), "live:effects",
+              f"Effect of {effect['edit']} at every layer and {effect['columns']}")  # fmt: skip
     st.caption(
         f"`{effect['edit']}`, repeated at every layer and {effect['columns']}; effect on {metric}, in nats. Blank where it cannot stand."
     )

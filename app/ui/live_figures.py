@@ -1,4 +1,4 @@
-"""Figures of the Live page: the lens grid, attention, heads and maps of effects."""
+"""What the Live page draws: the lens grid, attention, heads and maps of effects."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from analyses.results.theme import SCALE, finish, token_label
+from analyses.results.theme import SCALE, finish, shorten, token_label, visible
+from app.ui.cell_grid import CellGrid, Cells, shown
 
 CONFIG = {"displaylogo": False, "displayModeBar": False}
 """How every figure of the page is shown."""
 DIVERGING = "RdBu_r"
-ROW, COLUMN = 17, 62
-"""Pixels of a row and of a column of a grid."""
 CHANGED = 0.01
 """Nats of KL from which a cell counts as changed."""
 
@@ -25,9 +24,14 @@ def block_of(grid: Mapping[str, Any], step: int) -> int:
     return int(str(grid["steps"][step]).split("|")[0])
 
 
+def columns_of(tokens: Sequence[str]) -> list[str]:
+    """Return what stands under the columns of a prompt."""
+    return [f"{i} {shorten(visible(t), 9)}" for i, t in enumerate(tokens)]
+
+
 def lens_grid(
-    tokens: Sequence[str], grids: Mapping[str, Any], show: str, cell: tuple[int, int] | None, edits: Sequence[str]
-) -> go.Figure:
+    tokens: Sequence[str], grids: Mapping[str, Any], show: str, cell: tuple[int, int] | None, watch: Sequence[str] = ()
+) -> CellGrid:
     """Return the lens grid: a row a block with layer 0 at the bottom, a column a position, the top token in each cell.
 
     Args:
@@ -35,91 +39,42 @@ def lens_grid(
         grids: `before` and `after`, as the resident process gives them.
         show: which, or `difference`.
         cell: (step, position) of the chosen cell.
-        edits: lines of the stack, named in the title.
+        watch: tokens that are followed, as the grids were read with.
     """
-    grid = grids["before" if show == "before" else "after"]
-    names = [f"{i} {token_label(t, 9)}" for i, t in enumerate(tokens)]
-    z = grid["kl"] if show == "difference" else np.exp(grid["top_logprobs"][:, :, 0])
-    text = [[token_label(cell[0], 9) for cell in row] for row in grid["tokens"]]
-    figure = go.Figure()
-    hover = [[_hover(grid, step, i) for i in range(len(tokens))] for step in range(len(grid["steps"]))]
-    scale: dict[str, Any] = (
-        {"zmin": 0, "zmax": 1} if show != "difference" else {"zmin": 0, "zmax": max(1.0, float(z.max()))}
-    )
-    figure.add_heatmap(
-        z=z, x=names, y=list(range(len(grid["steps"]))), text=text, texttemplate="%{text}", textfont={"size": 11}, colorscale=SCALE,
-        colorbar={"title": {"text": "KL, nats" if show == "difference" else "probability"}, "thickness": 12}, hovertext=hover,
-        hovertemplate="%{hovertext}<extra></extra>", **scale,
-    )  # fmt: skip
-    _selectable(figure, names, len(grid["steps"]), hover)
-    if show != "before" and (moved := grid["changed"] & (grid["kl"] > CHANGED)).any():
-        _outline(figure, moved)
-    if cell is not None and cell[0] < len(grid["steps"]) and cell[1] < len(tokens):
-        _box(figure, cell[1], cell[0], "#D55E00", 3)
-    finish(figure, x="position", y="block", height=max(320, ROW * len(grid["steps"]) + 120))
-    figure.update_yaxes(tickvals=list(range(len(grid["steps"]))), ticktext=grid["steps"], showgrid=False)
-    figure.update_xaxes(showgrid=False, side="bottom")
-    figure.update_layout(
-        margin={"l": 50, "r": 10, "t": 10, "b": 70}, clickmode="event+select", dragmode=False, showlegend=False
-    )
-    return figure
-
-
-def _hover(grid: Mapping[str, Any], step: int, position: int) -> str:
-    tops = zip(grid["tokens"][step][position], grid["top_logprobs"][step][position], strict=True)
-    lines = [f"{token_label(token)} {np.exp(p):.3f}" for token, p in list(tops)[:3]]
-    return f"block {grid['steps'][step]}, position {position}<br>" + "<br>".join(lines)
-
-
-def _selectable(figure: go.Figure, names: Sequence[str], rows: int, hover: Sequence[Sequence[str]]) -> None:
-    """Put a mark that can be clicked on every cell: heat maps themselves cannot be selected from."""
-    y, x = np.meshgrid(range(rows), range(len(names)), indexing="ij")
-    faint = {"opacity": 0}
-    figure.add_scatter(
-        x=[names[i] for i in x.ravel()], y=y.ravel(), mode="markers", marker={"size": 15, "symbol": "square", **faint},
-        selected={"marker": faint}, unselected={"marker": faint}, customdata=np.stack([y.ravel(), x.ravel()], -1),
-        hovertext=[text for row in hover for text in row], hovertemplate="%{hovertext}<extra></extra>",
+    grid, difference = grids["before" if show == "before" else "after"], show == "difference"
+    tops = np.exp(grid["top_logprobs"])
+    values = grid["kl"] if difference else tops[:, :, 0]
+    words = _visible(grid["tokens"])
+    facts = {
+        "norm": shown(grid["norms"], "%.1f"),
+        "entropy, bits": shown(grid["entropy_bits"], "%.2f"),
+        "KL from before, nats": shown(grid["kl"]),
+    }
+    cells = Cells(words, tops, facts, [visible(token) for token in watch], np.exp(grid["watched"]), grid["ranks"] + 1)
+    return CellGrid(
+        rows=list(map(str, grid["steps"])), columns=columns_of(tokens), values=values, cells=cells, low=0.0,
+        high=max(1.0, float(values.max())) if difference else 1.0, scale=SCALE, label="KL, nats" if difference else "probability",
+        x="position", y="block", text=[[shorten(top[0], 9) for top in row] for row in words],
+        outlined=None if show == "before" else grid["changed"] & (grid["kl"] > CHANGED), chosen=cell, cone=True,
     )  # fmt: skip
 
 
-def _outline(figure: go.Figure, changed: NDArray[np.bool_]) -> None:
-    """Outline a region by its borders, as one path: figures take long over many shapes."""
-    cells = np.pad(changed, 1)
-    lines = []
-    # Between a cell and the one before it in its column, then in its row, one of which is in the region.
-    for row, column in np.argwhere(cells[1:, 1:-1] != cells[:-1, 1:-1]):
-        lines.append(f"M{column - 0.5},{row - 0.5}L{column + 0.5},{row - 0.5}")
-    for row, column in np.argwhere(cells[1:-1, 1:] != cells[1:-1, :-1]):
-        lines.append(f"M{column - 0.5},{row - 0.5}L{column - 0.5},{row + 0.5}")
-    figure.add_shape(type="path", path="".join(lines), line={"color": "#E69F00", "width": 2})
+def _visible(tokens: Sequence[Sequence[Sequence[str]]]) -> list[list[list[str]]]:
+    known = {token: visible(token) for row in tokens for cell in row for token in cell}
+    return [[[known[token] for token in cell] for cell in row] for row in tokens]
 
 
-def _box(figure: go.Figure, x: float, y: float, colour: str, width: int) -> None:
-    figure.add_shape(
-        type="rect", x0=x - 0.5, x1=x + 0.5, y0=y - 0.5, y1=y + 0.5, line={"color": colour, "width": width}
-    )
-
-
-def attention_map(tokens: Sequence[str], pattern: NDArray[np.float32], query: int, head: str) -> go.Figure:
-    """Return attention from queries to keys, the chosen query's row in a box."""
-    names = [f"{i} {token_label(t, 9)}" for i, t in enumerate(tokens)]
-    figure = go.Figure()
-    figure.add_heatmap(
-        z=pattern, x=names, y=names, zmin=0, zmax=1, colorscale=SCALE, colorbar={"title": {"text": "probability"}, "thickness": 12},
-        hovertemplate="from %{y} to %{x}: %{z:.3f}<extra></extra>",
+def attention_map(tokens: Sequence[str], pattern: NDArray[np.float32], query: int, key: int, head: str) -> CellGrid:
+    """Return attention from queries to keys, the first query above, one pair of them chosen."""
+    names = columns_of(tokens)
+    tips = [
+        [f"from {one} to {other}: {p:.3f}" for other, p in zip(names, row, strict=True)]
+        for one, row in zip(names, pattern.tolist(), strict=True)
+    ]
+    return CellGrid(
+        rows=names[::-1], columns=names, values=pattern[::-1], tips=tips[::-1], low=0.0, high=1.0, scale=SCALE, label="probability",
+        x=f"key, {head}", y="query", chosen=(len(tokens) - 1 - query, key),
     )  # fmt: skip
-    figure.add_shape(
-        type="rect",
-        x0=-0.5,
-        x1=len(tokens) - 0.5,
-        y0=query - 0.5,
-        y1=query + 0.5,
-        line={"color": "#D55E00", "width": 2},
-    )
-    finish(figure, x=f"key, {head}", y="query", height=max(300, 22 * len(tokens) + 130))
-    figure.update_yaxes(autorange="reversed", showgrid=False)
-    figure.update_layout(margin={"l": 110, "r": 10, "t": 10, "b": 90}, dragmode=False)
-    return figure
 
 
 def arcs(tokens: Sequence[str], weights: NDArray[np.float32], query: int) -> go.Figure:
@@ -154,30 +109,15 @@ def effect_map(
     x: str,
     chosen: tuple[int, int] | None = None,
     diverging: bool = True,
-) -> go.Figure:
+) -> CellGrid:
     """Return a map of numbers by layer and column, layer 0 at the bottom; what could not be is left blank."""
-    figure = go.Figure()
     known = np.abs(values[np.isfinite(values)])
-    most = float(known.max()) if len(known) else 1.0
-    scale: dict[str, Any] = (
-        {"zmin": -most, "zmax": most, "colorscale": DIVERGING}
-        if diverging
-        else {"zmin": 0, "zmax": most or 1.0, "colorscale": SCALE}
-    )
-    hover = [
-        [f"layer {layer}, {c}: {values[layer, i]:+.4f}" for i, c in enumerate(columns)] for layer in range(len(values))
+    most = (float(known.max()) if len(known) else 1.0) or 1.0
+    tips = [
+        [f"layer {layer}, {x} {name}: {value:+.4f}" for name, value in zip(columns, row, strict=True)]
+        for layer, row in enumerate(values.tolist())
     ]
-    figure.add_heatmap(
-        z=values, x=list(columns), y=list(range(len(values))), hovertext=hover, hovertemplate="%{hovertext}<extra></extra>",
-        colorbar={"title": {"text": label}, "thickness": 12}, **scale,
+    return CellGrid(
+        rows=[str(layer) for layer in range(len(values))], columns=list(columns), values=values, tips=tips, low=-most if diverging else 0.0,
+        high=most, scale=DIVERGING if diverging else SCALE, label=label, x=x, y="layer", chosen=chosen,
     )  # fmt: skip
-    _selectable(figure, list(columns), len(values), hover)
-    if chosen is not None and chosen[0] < len(values) and chosen[1] < len(columns):
-        _box(figure, chosen[1], chosen[0], "#D55E00", 3)
-    finish(figure, x=x, y="layer", height=max(300, 13 * len(values) + 130))
-    figure.update_xaxes(type="category", showgrid=False)
-    figure.update_yaxes(showgrid=False)
-    figure.update_layout(
-        margin={"l": 50, "r": 10, "t": 10, "b": 70}, clickmode="event+select", dragmode=False, showlegend=False
-    )
-    return figure

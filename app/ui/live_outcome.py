@@ -18,15 +18,10 @@ TOKENS = 20
 def draw_outcome(desk: Desk, data: dict[str, Any]) -> None:
     """Draw before and after side by side, the watched tokens, and on demand what the model writes."""
     comparison = data["comparison"]
-    before, after, said = st.columns([3, 3, 4])
-    with before:
-        st.html(_bars("Before", comparison["before"]["top"]))
-    with after:
-        st.html(_bars("After", comparison["after"]["top"]))
-    with said:
-        st.metric("KL(before ‖ after)", f"{comparison['kl']:.4g} nats", border=True)
-        if comparison["before"]["watched"]:
-            st.html(_watched(comparison))
+    watched = _watched(comparison) if comparison["before"]["watched"] else ""
+    kl = f"<div>KL(before ‖ after)<div style='font-size:1.6rem'>{comparison['kl']:.4g} nats</div>{watched}</div>"
+    bars = (_bars(title, comparison[title.lower()]["top"]) for title in ("Before", "After"))
+    st.html(f"<div style='display:flex;flex-wrap:wrap;gap:1rem 2.5rem'>{''.join(bars)}{kl}</div>")
     st.button(
         f"Write {TOKENS} tokens", icon=":material/edit_note:", key="live:write", on_click=desk.look, args=("written", "outcome"),
         kwargs={"new_tokens": TOKENS}, help="Greedy continuations, before and after.",
@@ -46,7 +41,9 @@ def _bars(title: str, top: list[dict[str, Any]]) -> str:
         f"<td style='padding-left:8px;font-variant-numeric:tabular-nums'>{math.exp(t['logprob']):.3f}</td></tr>"
         for t in top
     )
-    return f"<div><b>{title}</b><table style='width:100%;border-spacing:0 2px'>{rows}</table></div>"
+    return (
+        f"<div style='flex:1 1 16rem'><b>{title}</b><table style='width:100%;border-spacing:0 2px'>{rows}</table></div>"
+    )
 
 
 def _watched(comparison: dict[str, Any]) -> str:

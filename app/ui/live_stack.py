@@ -78,7 +78,6 @@ def _draw_line(desk: Desk, data: dict[str, Any]) -> None:
         help="One line of the edit grammar. Enter adds it.",
     )  # fmt: skip
     with st.popover("What can I write?", icon=":material/help:", key="live:forms"):
-        for form in data["forms"].values():
-            st.code(form, language=None, wrap_lines=True)
+        st.code("\n".join(data["forms"].values()), language=None, wrap_lines=True)
         st.caption("DIRECTION: token ' Paris'; token ' a' - token ' b'; difference; file 'direction.safetensors'. "
                    "POS: an index, -1, a range 2-5, last, or the token's text in quotes.")  # fmt: skip

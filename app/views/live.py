@@ -10,14 +10,14 @@ import streamlit as st
 from app.live.protocol import Action
 from app.places import runs_root
 from app.saved import saved_runs
-from app.ui.live_beside import chosen_cell, draw_both, draw_depth, draw_history
+from app.ui.cell_grid import draw_grid
+from app.ui.live_beside import draw_both, draw_depth, draw_history, keep_cell
 from app.ui.live_cell import draw_attention, draw_cell, draw_everywhere, draw_heads
 from app.ui.live_desk import EXAMPLES, Desk, desk
-from app.ui.live_figures import CHANGED, COLUMN, CONFIG, lens_grid
+from app.ui.live_figures import CHANGED, lens_grid
 from app.ui.live_outcome import draw_outcome
 from app.ui.live_stack import draw_stack
 from app.ui.live_take import PARAMETER, draw_take, watch_text
-from app.ui.theme import at_least, mode, restyled
 
 SHOWS = {"after": "After", "before": "Before", "difference": "Difference"}
 TOUR = (
@@ -123,25 +123,19 @@ def _grid(own: Desk, data: dict[str, Any]) -> tuple[int, int]:
         st.session_state["live:step"] = len(steps) // 2
     if st.session_state.get("live:position") not in range(len(tokens)):
         st.session_state["live:position"] = len(tokens) - 1
-    step = row.selectbox("Block", range(len(steps)), key="live:step", width=90, format_func=lambda i: str(steps[i]))
-    position = row.selectbox(
-        "Position", range(len(tokens)), key="live:position", width=150, format_func=lambda i: f"{i} {tokens[i]}"
-    )
-
-    figure = lens_grid(tokens, data["grids"], show, (step, position), [s["text"] for s in data["steps"]])
-    st.html(at_least("live-grid", COLUMN * len(tokens) + 140))
-    with st.container(key="live-grid"):
-        st.plotly_chart(
-            restyled(figure, mode()), key=f"live:grid:{own.at}", on_select=partial(chosen_cell, f"live:grid:{own.at}", ("live:step", "live:position")), selection_mode="points", config=CONFIG,
-            alt=f"Lens grid, {SHOWS[show]}: the top token of {len(steps)} blocks at {len(tokens)} positions; the inspector tells one cell.",
-        )  # fmt: skip
+    step, position = int(st.session_state["live:step"]), int(st.session_state["live:position"])
+    draw_grid(
+        lens_grid(tokens, data["grids"], show, (step, position), data["watch"]), "live:grid",
+        f"Lens grid, {SHOWS[show]}: the top token of {len(steps)} blocks at {len(tokens)} positions; arrow keys and Enter choose one, which is told below.",
+        keep_cell("live:step", "live:position"),
+    )  # fmt: skip
     after = data["grids"]["after"]
     if after["changed"].any():
         reach, moved = int(after["changed"].sum()), int((after["kl"] > CHANGED).sum())
         st.caption(
             f"The edits can reach {reach} of {after['changed'].size} cells; in {moved} the reading changed by more than {CHANGED} nats (outlined)."
         )
-    return int(step), int(position)
+    return step, position
 
 
 def _tools(own: Desk, data: dict[str, Any], step: int, position: int) -> None:

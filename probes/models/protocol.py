@@ -235,8 +235,10 @@ class BlockAccess(Model, Protocol):
     anatomy: Anatomy
     """Where the points lie in `module`."""
 
-    shelf: Shelf
-    """Where activations wait that a later block needs."""
+    @property
+    def shelf(self) -> Shelf:
+        """Where activations wait that a later block needs."""
+        ...
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Return a context in which no other thread runs the model, for what ends with it."""

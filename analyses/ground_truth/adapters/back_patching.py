@@ -11,6 +11,7 @@ from analyses.ground_truth.adapters.adapter import Adapter, Run, examples_of, pr
 from analyses.ground_truth.answers import Answer
 from analyses.results.result import Result
 from analyses.results.statistics import wilson
+from probes.planted.making import accuracy
 from probes.planted.record import Question
 from probes.planted.task import PlantedTask
 from probes.prompts import Prompt
@@ -26,8 +27,12 @@ def runs(task: PlantedTask, questions: Sequence[Question]) -> list[Run]:
 
 
 def _prompts(task: PlantedTask, question: Question) -> tuple[Prompt, ...]:
+    examples = examples_of(task, question.subset, PROMPTS)
+    # Only wrong answers are mended: where there is none, one prompt says as much as all.
+    if accuracy(task.module, examples)["plain"] == 1:
+        examples = examples[:1]
     prompts = []
-    for example in examples_of(task, question.subset, PROMPTS):
+    for example in examples:
         at = len(example.tokens) - 1 if question.position is None else task.position(example, question.position)
         prompts.append(prompt_to(task, example, None, answer_tokens=[example.answer], positions=[at]))
     return tuple(prompts)

@@ -21,7 +21,7 @@ PROMPTS = 12
 ERASED = 6
 """Prompts of residual erasure; the default of two supports no interval."""
 NEGLIGIBLE = 0.01
-"""Share of the largest block's effect below which a block counts as void."""
+"""Share of what the largest block writes below which a block counts as void."""
 KEY_PROMPTS = 24
 """Prompts whose keys are compared: more tokens than keys have features, and enough for a jackknife."""
 KV_RANK = 8
@@ -35,7 +35,10 @@ def runs(task: PlantedTask, questions: Sequence[Question]) -> list[Run]:
     keys = tuple(question for question in questions if question.kind == "subspace")
     blocks = tuple(question for question in questions if question.kind != "subspace")
     erased = ERASED if any(question.kind == "necessary" for question in blocks) else 0
+    # Only what its answers are read from is measured.
     analysis = DepthUse(
+        parts=("block",),
+        skip_rule="everywhere",
         skip_prompts=0,
         erasure_prompts=erased,
         gradient_prompts=0,
@@ -79,9 +82,12 @@ def _ranked(method: str, proxies: pd.DataFrame, measure: str, task: PlantedTask,
 
 
 def _unused(method: str, proxies: pd.DataFrame, measure: str, task: PlantedTask, question: Question) -> Answer:
+    """Return blocks by how little they do. Only by writing is one named void: removal tells what is not read, written or not."""
     effect = proxies[f"{measure}_block"]
     whole = [candidate for candidate in question.candidates if ":" not in candidate]
     scores = {candidate: -float(effect[int(candidate)]) for candidate in whole}
+    if method == REMOVAL:
+        return Answer(method, name_of(task.record), question.key, "answered", scores=scores)
     chosen = frozenset(name for name in whole if effect[int(name)] < NEGLIGIBLE * effect.max())
     return set_answer(method, task, question, scores, chosen)
 

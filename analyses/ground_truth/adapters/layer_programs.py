@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from analyses.ground_truth.adapters.adapter import Adapter, Run, examples_of, prompt_to, set_answer
-from analyses.ground_truth.answers import Answer
+from analyses.ground_truth.answers import Answer, name_of
 from analyses.layer_programs import LayerPrograms
 from analyses.results.result import Result
 from analyses.results.statistics import wilson
@@ -16,7 +16,7 @@ METHOD = "layer_programs"
 PROMPTS = 12
 """Enough for a rate of one to stand clear of one half."""
 HALF = 0.5
-"""A share of answers that are mended, kept or lost beyond this, by its interval, is told."""
+"""A share of answers beyond this is told: by its interval where mended or kept, and beside an interval below 0 where lost."""
 MAPS = {"mending": "jumps", "order": "swaps", "redundant": "skips"}
 
 
@@ -38,15 +38,18 @@ def runs(task: PlantedTask, questions: Sequence[Question]) -> list[Run]:
 
 
 def read(result: Result, task: PlantedTask, questions: Sequence[Question]) -> list[Answer]:
-    """Jumps that mend more wrong answers than not, exchanges that keep more than not, and blocks without which together
-    more is lost than without each, all by their intervals.
+    """Jumps that mend more wrong answers than not, exchanges that keep more than not, both by their intervals; and pairs by what
+    is lost without both blocks that is not lost without each.
     """
     (question,) = questions
     scores, chosen = READ[question.kind](result, question)
+    if chosen is None:
+        return [Answer(METHOD, name_of(task.record), question.key, "answered", scores=scores)]
     return [set_answer(METHOD, task, question, scores, chosen)]
 
 
-Read = tuple[dict[str, float], frozenset[str]]
+Read = tuple[dict[str, float], frozenset[str] | None]
+"""Scores, and what is chosen; None where it only ranks."""
 
 
 def _mending(result: Result, question: Question) -> Read:
@@ -74,18 +77,16 @@ def _order(result: Result, question: Question) -> Read:
 
 
 def _redundant(result: Result, question: Question) -> Read:
-    """A program leaves out whole blocks, so that every part of one block stands with every part of the other."""
+    """A program leaves out whole blocks, so that every part of one block stands with every part of the other.
+
+    Which of these pairs it is cannot be said, so none is chosen; where no pair of blocks is sure by its interval, none at all.
+    """
     table = result.tables["skips"]
     harm = dict(zip(zip(table["i"], table["j"], strict=True), -table["excess"], strict=True))
-    sure = {(i, j) for i, j, high in table[["i", "j", "excess_high"]].itertuples(index=False) if high < 0}
-    scores, chosen = {}, set()
-    for candidate in question.candidates:
-        first, second = sorted(block_of(node) for node in candidate.split("+"))
-        if first != second:
-            scores[candidate] = float(harm[first, second])
-            if (first, second) in sure and scores[candidate] > HALF:
-                chosen.add(candidate)
-    return scores, frozenset(chosen)
+    blocks = {name: sorted(map(block_of, name.split("+"))) for name in question.candidates}
+    scores = {name: float(harm[first, last]) for name, (first, last) in blocks.items() if first != last}
+    sure = (table["excess_high"] < 0) & (-table["excess"] > HALF)
+    return scores, None if sure.any() else frozenset()
 
 
 def block_of(node: str) -> int:

@@ -126,12 +126,12 @@ DEMO = (
     Step(
         ContextualDecomposition(
             task="ioi", n_prompts=2, n_references=2, search_steps=1, shares=(0.02, 0.1), random_circuits=0, mlps=False,
-            methods=("cdt", "attribution", "direct"), stride=6,
+            stride=6,
         ),
         ContextualDecomposition(
             task="ioi", n_prompts=2, n_references=6, search_steps=2, shares=(0.02, 0.1, 0.3), random_circuits=4, mlps=False
         ),
-        11,
+        13,
     ),
 )  # fmt: skip
 """What the demo runs, in the order of what each gives a second."""

@@ -49,7 +49,7 @@ class Step:
     quick: Analysis
     full: Analysis
     weight: float
-    """Seconds that it takes in the quick demo, roughly: for the estimate of what is left."""
+    """Processor seconds that it takes in the quick demo, roughly: for the estimate of what is left."""
     few: bool = False
     """Whether the quick demo reads `FEW_PROMPTS` alone."""
 
@@ -63,14 +63,14 @@ class Step:
 
 
 DEMO = (
-    Step(LogitLens(), LogitLens(), 4),
+    Step(LogitLens(), LogitLens(), 7),
     Step(
         Voids(alpha=(0.8, 0.2), max_new_tokens=3),
         Voids(alpha=(0.8, 0.2, 0.4, 0.6, 1.0), max_new_tokens=16, readout_positions="all"),
-        6,
+        5,
         few=True,
     ),
-    Step(CommunicationChannels(task="none", kinds=("q",)), CommunicationChannels(n_prompts=24, laundry_items=(2, 3, 4)), 8),
+    Step(CommunicationChannels(task="none", kinds=("q",)), CommunicationChannels(n_prompts=24, laundry_items=(2, 3, 4)), 5),
     Step(
         Lenses(task="two_hop", n_prompts=4, fit_texts=5, eval_texts=10, layers=FIFTH),
         Lenses(task="two_hop", n_prompts=12, fit_texts=60, eval_texts=12),
@@ -84,31 +84,32 @@ DEMO = (
             source=("en", "fr"), target=("fr", "zh"), form="plain", set_rule="first_token", n_prompts=10, n_shot=3,
             extras=("similarity",),
         ),
-        6,
+        3,
     ),
     Step(
-        ConceptDepth(sets=("city_country", "sentiment"), limit=40, splits=2, causal_layers=0, stride=3),
+        ConceptDepth(sets=("city_country", "sentiment"), limit=60, splits=2, causal_layers=0, stride=3),
         ConceptDepth(
             sets=("city_country", "capital_negation", "sentiment"), limit=100, splits=2, causal_layers=1, causal_prompts=8
         ),
+        9,
+    ),
+    Step(
+        BackPatching(task="two_hop", pool=16, n_prompts=6, stride=6, stages=False),
+        BackPatching(task="two_hop", pool=60, n_prompts=8, stride=3),
         14,
     ),
+    Step(NormRemoval(split_paths=False, neurons=0, stride=6), NormRemoval(split_paths=False, neurons=4), 5, few=True),
     Step(
-        BackPatching(task="two_hop", pool=24, n_prompts=6, stride=6, stages=False),
-        BackPatching(task="two_hop", pool=60, n_prompts=8, stride=3),
-        12,
-    ),
-    Step(NormRemoval(split_paths=False, neurons=0, stride=6), NormRemoval(split_paths=False, neurons=4), 10, few=True),
-    Step(
-        CausalPatching(task="facts", n_pairs=4, heads="none", nulls="none", components=("resid_post",), stride=2),
+        CausalPatching(task="facts", n_pairs=6, heads="none", nulls="none", components=("resid_post",), stride=3),
         CausalPatching(task="facts", n_pairs=6, heads="none", nulls="none"),
         10,
     ),
-    Step(PassageUse(task="facts", n_prompts=6, stride=5), PassageUse(task="facts", fuse=True), 6),
+    Step(PassageUse(task="facts", n_prompts=6, stride=4), PassageUse(task="facts", fuse=True), 10),
     Step(
         LayerPrograms(n_prompts=4, maps=("pairs",), metric=("answer",), stride=6),
         LayerPrograms(n_prompts=8, stride=3),
-        8,
+        7,
+        few=True,
     ),
     Step(
         DepthUse(
@@ -119,7 +120,7 @@ DEMO = (
             parts=("block",), bits=(4,), windows=(2,), skip_prompts=4, erasure_prompts=1, gradient_prompts=0, greedy_steps=1,
             drop_blocks=3,
         ),
-        16,
+        12,
         few=True,
     ),
     Step(
@@ -130,13 +131,13 @@ DEMO = (
         ContextualDecomposition(
             task="ioi", n_prompts=2, n_references=6, search_steps=2, shares=(0.02, 0.1, 0.3), random_circuits=4, mlps=False
         ),
-        14,
+        13,
     ),
 )  # fmt: skip
 """What the demo runs, in the order of what each gives a second."""
 
 SIZE = (
-    "This is the quick demo: few prompts, and most analyses look at every second, third or sixth block alone, so that "
+    "This is the quick demo: few prompts, and most analyses look at every third to sixth block alone, so that "
     "intervals are wide and a block between may stand out more. `bathyscope demo --full` looks at more of both."
 )
 """What the report says of the quick demo."""

@@ -178,11 +178,15 @@ def _name_panels(figure: go.Figure, panels: Sequence[Panel], mode: str, first: i
         tickangle=0,
     )
     size = 12 if len(panels) <= 6 else 11
-    for number, panel in enumerate(panels, first):
-        unit = wrapped(panel.unit, len(panels))
-        figure.update_xaxes(title={"text": unit, "font": {"size": size - 1}, "standoff": 6}, row=1, col=number)
+    units = {
+        f"xaxis{number}_title": {"text": wrapped(panel.unit, len(panels)), "font": {"size": size - 1}, "standoff": 6}
+        for number, panel in enumerate(panels, first)
+    }
     figure.update_annotations(font={"size": size, "color": INK[mode]})
     lines = max(wrapped(panel.title, len(panels)).count("<br>") for panel in panels) + 1
     figure.update_layout(
-        bargap=0.14, margin={"t": 24 + 17 * lines, "b": 84, "l": 56, "r": 12}, legend={"y": -0.16, "yanchor": "top"}
+        bargap=0.14,
+        margin={"t": 24 + 17 * lines, "b": 84, "l": 56, "r": 12},
+        legend={"y": -0.16, "yanchor": "top"},
+        **units,
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+import plotly.io as pio
 from numpy.typing import ArrayLike
 from plotly.subplots import make_subplots
 
@@ -31,6 +33,8 @@ INK = {"light": "#1b2733", "dark": "#e6e6e6"}
 """Text, by the kind of page."""
 LINE = {"light": "#dfe5ea", "dark": "#3a4048"}
 """Grid lines, by the kind of page."""
+KINDS = ("scatter", "bar", "heatmap", "box", "histogram")
+"""Kinds of traces that figures have."""
 NAMED = ("dataset", "group", "group_a", "group_b")
 """Columns of tables that hold names from a prompt file."""
 
@@ -39,6 +43,13 @@ def colour_of(analysis: str, order: list[str]) -> str:
     """The colour of an analysis, the same on every page; black is left for what is not one."""
     usable = [colour for colour in (*COLOURS, *MORE) if colour not in ("#000000", "#F0E442")]
     return usable[order.index(analysis) % len(usable)] if analysis in order else "#8c8c8c"
+
+
+@cache
+def _template() -> go.layout.Template:
+    """Return plotly's white template for the kinds of traces that are drawn here: each figure gets a copy, and the whole is large."""
+    white = pio.templates["plotly_white"]
+    return go.layout.Template(layout=white.layout, data={kind: white.data[kind] for kind in KINDS})
 
 
 def coloured(table: pd.DataFrame, by: str | list[str]) -> Iterator[tuple[str, tuple[Any, pd.DataFrame]]]:
@@ -71,7 +82,7 @@ def finish(
         top, bottom, left: margins in pixels, as all lengths.
     """
     figure.update_layout(
-        template="plotly_white",
+        template=_template(),
         height=height,
         margin={"l": left, "r": 30, "t": top, "b": bottom},
         font={"family": "system-ui, sans-serif", "size": 13},

@@ -387,3 +387,10 @@ def test_every_analysis_takes_part() -> None:
     assert {adapter_of(name).analysis for name in ADAPTED} == set(ADAPTED)
     with pytest.raises(OptionError, match="adapter"):
         adapter_of("magic")
+
+
+def test_depth_use_is_not_asked_which_tokens_a_block_is_void_for() -> None:
+    blocks = Question("void", frozenset({"1"}), candidates=("0", "1"))
+    tokens = Question("void", frozenset({"1:a"}), candidates=("0:a", "1:a"))
+    assert adapter_of("depth_use").questions(task_of(blocks)) == [blocks]
+    assert adapter_of("depth_use").questions(task_of(tokens)) == []

@@ -84,12 +84,17 @@ def _ranked(method: str, proxies: pd.DataFrame, measure: str, task: PlantedTask,
 def _unused(method: str, proxies: pd.DataFrame, measure: str, task: PlantedTask, question: Question) -> Answer:
     """Return blocks by how little they do. Only by writing is one named void: removal tells what is not read, written or not."""
     effect = proxies[f"{measure}_block"]
-    whole = [candidate for candidate in question.candidates if ":" not in candidate]
+    whole = _whole(question)
     scores = {candidate: -float(effect[int(candidate)]) for candidate in whole}
     if method == REMOVAL:
         return Answer(method, name_of(task.record), question.key, "answered", scores=scores)
     chosen = frozenset(name for name in whole if effect[int(name)] < NEGLIGIBLE * effect.max())
     return set_answer(method, task, question, scores, chosen)
+
+
+def _whole(question: Question) -> list[str]:
+    """Return the candidates that are blocks at all positions, not at one."""
+    return [candidate for candidate in question.candidates if ":" not in candidate]
 
 
 def _parts(question: Question) -> dict[str, tuple[str, int]]:
@@ -125,5 +130,7 @@ def _shared(table: pd.DataFrame, task: PlantedTask, question: Question) -> Answe
 
 ADAPTER = Adapter(
     "depth_use", (REMOVAL, WRITING, ERASURE, KEYS), ("void", "nodes", "necessary", "subspace"), runs, read,
-    only=lambda question: question.subset is None and (question.kind != "necessary" or question.concept is None),
+    only=lambda question: question.subset is None
+    and (question.kind != "necessary" or question.concept is None)
+    and (question.kind != "void" or any(_whole(question))),
 )  # fmt: skip

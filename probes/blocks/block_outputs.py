@@ -21,7 +21,7 @@ def watched_widths(blocks: Sequence[nn.Module]) -> Iterator[dict[int, int | None
 
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
-            stack.callback(block.register_forward_hook(partial(note, index)).remove)
+            stack.enter_context(block.register_forward_hook(partial(note, index)))
         yield widths
 
 

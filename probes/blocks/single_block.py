@@ -84,9 +84,9 @@ class SingleBlockRunner:
 
                 def last_of_all(*_: Any) -> None:
                     # Hung up when the block is called, after the hooks that read and write what leaves it.
-                    stack.callback(block.register_forward_hook(catch).remove)
+                    stack.enter_context(block.register_forward_hook(catch))
 
-                stack.callback(block.register_forward_pre_hook(last_of_all).remove)
+                stack.enter_context(block.register_forward_pre_hook(last_of_all))
             yield left
 
     def _pass_on(self, index: int, given: Tensor | None, *args: Any, **kwargs: Any) -> Any:

@@ -99,10 +99,10 @@ class Switches:
     def attached(self) -> Iterator[Switches]:
         """Let the switches act inside the context; outside it the module is bitwise as it was."""
         with ExitStack() as stack:
-            stack.callback(self.module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+            stack.enter_context(self.module.register_forward_pre_hook(self._enter, with_kwargs=True))
             for norm in self.norms:
                 module = norm.parts.norm
-                stack.callback(module.register_forward_hook(self._on_norm(norm)).remove)
+                stack.enter_context(module.register_forward_hook(self._on_norm(norm)))
                 for site in norm.sites if len(norm.sites) > 1 else ():
                     self._hook_readers(norm, site, stack)
             try:

@@ -119,7 +119,7 @@ def changed(model: Model, rule: Rule, rows: tuple[int, int]) -> Iterator[None]:
         plan = _Plan(anatomy, rule, getattr(module, "config", None))
         plan.fill(capped="lens" not in model.faithfulness.refused and model.unembedding().softcap is not None)
         for router in plan.routers:
-            stack.callback(router.register_forward_hook(_detached).remove)
+            stack.enter_context(router.register_forward_hook(_detached))
         hooks = ForwardHooks(plan.sites, plan.reads, plan.writes, stop=False)
         stack.enter_context(hooks.on(module, rows))
         yield

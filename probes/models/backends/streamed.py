@@ -295,7 +295,7 @@ class StreamedModel(NativeModel):
 
         with ExitStack() as stack, in_place, self._runner.watched():
             for layer, block in enumerate(self._runner.blocks):
-                stack.callback(block.register_forward_pre_hook(partial(advance, layer)).remove)
+                stack.enter_context(block.register_forward_pre_hook(partial(advance, layer)))
             logits = self._logits(tokens).cpu()
         stages.stage(guess.n_layers)
         return stages.evidence(logits)

@@ -38,12 +38,12 @@ class Cells:
     def data(self) -> dict[str, Any]:
         """Return what the browser draws."""
         return {
-            "tokens": self.tokens, "probabilities": shown(self.probabilities), "facts": self.facts, "watch": self.watch,
-            "watched": shown(self.watched), "ranks": self.ranks.tolist(),
+            "tokens": self.tokens, "probabilities": as_texts(self.probabilities), "facts": self.facts, "watch": self.watch,
+            "watched": as_texts(self.watched), "ranks": self.ranks.tolist(),
         }  # fmt: skip
 
 
-def shown(values: NDArray[np.float32], form: str = "%.3g") -> Any:
+def as_texts(values: NDArray[np.float32], form: str = "%.3g") -> Any:
     """Return numbers as text, in lists of lists."""
     return np.char.mod(form, values).tolist()
 

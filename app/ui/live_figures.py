@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from analyses.results.theme import SCALE, finish, shorten, token_label, visible
-from app.ui.cell_grid import CellGrid, Cells, shown
+from app.ui.cell_grid import CellGrid, Cells, as_texts
 
 CONFIG = {"displaylogo": False, "displayModeBar": False}
 """How every figure of the page is shown."""
@@ -46,9 +46,9 @@ def lens_grid(
     values = grid["kl"] if difference else tops[:, :, 0]
     words = _visible(grid["tokens"])
     facts = {
-        "norm": shown(grid["norms"], "%.1f"),
-        "entropy, bits": shown(grid["entropy_bits"], "%.2f"),
-        "KL from before, nats": shown(grid["kl"]),
+        "norm": as_texts(grid["norms"], "%.1f"),
+        "entropy, bits": as_texts(grid["entropy_bits"], "%.2f"),
+        "KL from before, nats": as_texts(grid["kl"]),
     }
     cells = Cells(words, tops, facts, [visible(token) for token in watch], np.exp(grid["watched"]), grid["ranks"] + 1)
     return CellGrid(

@@ -28,7 +28,7 @@ from app.live.protocol import Action, Answer, Question
 from app.ui.live_desk import Desk
 from probes.session import Session, State
 
-EDITS = 300
+EDITS = 500
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_windows_have_their_own_sessions_in_one_process(word_folder: Path) -> No
         assert answer.data["comparison"]["after"]["top"][0]["token_id"] == alone.after.top[0].token_id
 
 
-def test_three_hundred_edits_keep_no_more_than_the_first_hundred(word_folder: Path) -> None:
+def test_five_hundred_edits_keep_no_more_than_the_first_hundred(word_folder: Path) -> None:
     drop()
     state, sizes = text(word_folder, "scale z.1.2 x0.5"), []
     for i in range(EDITS):
@@ -134,7 +134,7 @@ def test_three_hundred_edits_keep_no_more_than_the_first_hundred(word_folder: Pa
         if i % 100 == 99:
             model = answering.opened(State.parse(state)).model
             sizes.append(_bytes_of_tensors() - sum(p.nbytes for p in model.module.parameters()))  # type: ignore[attr-defined]
-    assert sizes[-1] <= 1.05 * sizes[0]
+    assert sizes[-1] <= 1.05 * sizes[0], sizes
 
 
 @pytest.mark.parametrize(

@@ -49,11 +49,11 @@ def main() -> None:
         prompts, store, out = (str(Path(folder) / name) for name in ("prompts.jsonl", "store", "out"))
         Path(prompts).write_text('{"text": "The capital of France is"}\n' * 4)
         places = ["--model", given.model, "--prompts", prompts, "--store", store, "--out", out]
-        held = [["run", name, *places] for name in HELD]
-        for args in held:
+        held_runs = [["run", name, *places] for name in HELD]
+        for args in held_runs:
             processor_seconds(args)  # so that the rows are there
         print("| command | processor seconds (median) | slowest |\n|---|---|---|")
-        for args in [*QUICK, *held]:
+        for args in [*QUICK, *held_runs]:
             filled = [prompts if arg == "{prompts}" else arg for arg in args]
             line([processor_seconds(filled) for _ in range(given.rounds)], f"bathyscope {said(filled, folder)}")
         for number in range(1, len(LIBRARIES) + 1):

@@ -12,7 +12,7 @@ from contextlib import nullcontext, suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import overload
 
 import torch
 from jaxtyping import Float, Int
@@ -48,9 +48,16 @@ class _Cut(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self._streams)
 
-    def __getitem__(self, index: Any) -> Any:
-        streams = self._streams[index]
-        return [one[self._positions] for one in streams] if isinstance(index, slice) else streams[self._positions]
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(index, slice):
+            return [stream[self._positions] for stream in self._streams[index]]
+        return self._streams[index][self._positions]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +97,7 @@ class CachedPrompt:
         if not -n <= start < n:
             raise PromptError(f"position {start} is outside a prompt of {n} tokens: legal are {-n} to {n - 1}")
         self.model, self.tokens, self.start = block_access(model), tuple(tokens), start % n
-        self.entering: Sequence[Tensor] = ()
+        self.entering: Shelved | _Cut = Shelved(self.model.shelf)
         """The stream [suffix, d_model] that enters each block, and after these the one that leaves the last."""
         self._keys, self._values = Shelved(self.model.shelf), Shelved(self.model.shelf)
         self._collect(writes or {})

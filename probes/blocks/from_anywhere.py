@@ -17,7 +17,7 @@ from torch import Tensor
 
 from probes.blocks.cached_prompt import CachedPrompt
 
-CALL = 20
+CALL = 30
 """Rows of a block that take about as long as calling it once more."""
 BATCH = 1024
 """Rows of a call, unless one continuation alone has more: what they become then stays in the processor's cache."""

@@ -111,7 +111,7 @@ class OpenPrompt:
     def _resumed(self, key: tuple[Edit, ...], ready: Sequence[Edit]) -> Run:
         assert self.base is not None
         if not ready:
-            clean = torch.stack([*self.base.entering])
+            clean = torch.stack(self.base.entering[:])
             logprobs = self.logprobs(clean[-1][None], {})
             return Run(Program.plain(self.model.shape.n_layers).steps, clean, logprobs, len(clean) - 1)
         program = program_of(ready, self.model.shape.n_layers)

@@ -58,7 +58,7 @@ def live(browser: Any) -> None:
     """Take the Live page, with its worked example."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with serve(folder / "runs", folder / "store", folder / "log") as server:
+        with serve(folder / "runs", folder / "store", folder / "log", "--preload") as server:
             page = browser.new_page(viewport={"width": 1440, "height": 1180}, device_scale_factor=1)
             page.goto(f"{server.url}/live")
             page.get_by_text("blocks run for the edits").wait_for(timeout=PATIENCE)

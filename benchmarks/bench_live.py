@@ -51,7 +51,7 @@ def main() -> None:
     taken: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name, chromium() as browser:
         folder = Path(name)
-        with serve(folder / "runs", folder / "store", folder / "log.txt") as server:
+        with serve(folder / "runs", folder / "store", folder / "log.txt", "--preload") as server:
             page = browser.new_page(viewport=VIEW)
             page.set_default_timeout(WAIT)
             began = time.perf_counter()

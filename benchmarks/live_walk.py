@@ -270,7 +270,7 @@ def main() -> int:
     log: list[str] = []
     with tempfile.TemporaryDirectory() as name, chromium() as browser:
         place = Path(name)
-        with serve(place / "runs", place / "store", place / "log.txt") as server:
+        with serve(place / "runs", place / "store", place / "log.txt", "--preload") as server:
             for theme, width in LOOKS:
                 if given.only and given.only != f"{theme}-{width}":
                     continue

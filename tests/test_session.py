@@ -270,18 +270,18 @@ def test_the_grid_is_the_same_whether_the_clean_logits_are_kept_or_not(
 
 
 def test_what_leaves_its_block_as_it_was_runs_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
-    from probes.blocks.cached_prompt import CachedPrompt
+    from probes.session import variants
 
-    began: list[tuple[int, ...]] = []
-    plain = CachedPrompt.resume
+    began: list[tuple[int, int]] = []
+    plain = variants.last_rows
 
-    def resume(self: CachedPrompt, first_block: list[int], *rest: object) -> object:
-        began.append((self.start, *first_block))
-        return plain(self, first_block, *rest)  # type: ignore[arg-type]
+    def last_rows(base: object, first_block: list[int], position: list[int], changed: list[torch.Tensor]) -> object:
+        began.extend(zip(position, first_block, strict=True))
+        return plain(base, first_block, position, changed)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(CachedPrompt, "resume", resume)
+    monkeypatch.setattr(variants, "last_rows", last_rows)
     other = (*PROMPT[:3], 14, *PROMPT[4:])
     effect = Session(native(), PROMPT, other).edit("patch resid_post.0 @4 from other").everywhere()
     assert (effect.kl[:, :3] == 0).all()
     assert (effect.kl[:, 3:] > 0).all()
-    assert began == [(start, 1, 2, 3) for start in (3, 4, 5)]
+    assert sorted(began) == [(position, block) for position in (3, 4, 5) for block in (1, 2, 3)]

@@ -106,12 +106,12 @@ def draw_history(desk: Desk) -> None:
     for index, (answer, words) in enumerate(zip(desk.history, desk.words, strict=True)):
         comparison = answer.data["comparison"]
         top = comparison["after"]["top"][0]
-        what, go = st.columns([8, 1], vertical_alignment="center")
+        row = st.container(horizontal=True, vertical_alignment="center")
         mark = ":material/arrow_right:" if index == desk.at else ""
-        what.markdown(
-            f"{mark} {index}\\. {words.replace('[', '(').replace(']', ')')} — KL {comparison['kl']:.3g} nats, then `{top['token']}`"
+        row.markdown(
+            f"{mark} {index}\\. {words.replace('[', '(').replace(']', ')')} — KL {comparison['kl']:.3g} nats, then `{token_label(top['token'])}`"
         )
-        go.button(
+        row.button(
             "Restore", key=f"live:restore:{index}", on_click=desk.go, args=(index - desk.at,), disabled=index == desk.at
         )
     if len(desk.history) > 1:

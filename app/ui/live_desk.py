@@ -9,7 +9,9 @@ from typing import Any
 import streamlit as st
 
 from app.jobs.queue import queue
+from app.live import ahead
 from app.live.client import ProcessEnded, ask
+from app.live.kept import Kept, recall
 from app.live.protocol import Action, Answer, Kind, Question
 
 KEY = "live:desk"
@@ -33,6 +35,8 @@ class Desk:
     """The part of the page whose button was refused."""
     took: float = 0.0
     """Seconds of the last answer, with the way there and back."""
+    kept: Kept | None = None
+    """What is shown, where it is of an earlier session of the dashboard and the model still loads."""
     more: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Further answers about the present session, by what was asked."""
 
@@ -49,6 +53,24 @@ class Desk:
     def open(self, session: str, words: str, at: str = "prompt") -> None:
         """Open a session by its text."""
         self._look(words, session, (), at)
+
+    def recall(self, session: str) -> bool:
+        """Show what was kept of a session, where its model is being loaded; return whether there was something."""
+        self.kept = recall(session) if ahead.UNDER_WAY.is_set() else None
+        if self.kept is not None:
+            self.history, self.words, self.at = [Answer(self.kept.session, self.kept.data)], ["opened"], 0
+            self.took = float(self.kept.data["seconds"])
+        return self.kept is not None
+
+    def settle(self) -> bool:
+        """Once the model has answered, take its answer instead of what was kept; return whether it has."""
+        if self.kept is None or ahead.UNDER_WAY.is_set():
+            return False
+        answer = self.answer_of("view", self.kept.session, at="prompt")
+        self.kept = None
+        if answer is not None:
+            self.history[0] = answer
+        return True
 
     def _look(self, words: str, session: str, actions: tuple[Action, ...], at: str) -> None:
         answer = self.answer_of("view", session, actions, at, lens=st.session_state.get("keep:live:lens", "logit"))

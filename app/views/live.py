@@ -41,9 +41,12 @@ def _live() -> None:
     own = desk()
     if own.now is None and not own.refusal:
         first = st.query_params.get(PARAMETER) or next(iter(EXAMPLES.values()))
-        with st.spinner("Waiting for the model; the first time it is loaded."):
-            own.open(first, "opened")
+        if not own.recall(first):
+            with st.spinner("Waiting for the model; the first time it is loaded."):
+                own.open(first, "opened")
     _examples(own)
+    if own.kept is not None:
+        _recalled(own)
     if own.now is None:
         own.say_refusal("prompt")
         st.button("Try again", on_click=own.open, args=(next(iter(EXAMPLES.values())), "opened"), key="live:again")
@@ -69,6 +72,18 @@ def _live() -> None:
         f"{len(data['comparison']['tokens'])} tokens, {data['comparison']['blocks_run']} blocks run for the edits, answered in {own.took:.2f} s."
     )
     offered.postpone()
+
+
+@st.fragment(run_every=1.0)
+def _recalled(own: Desk) -> None:
+    """Say that what is shown was kept, until the model has answered the same."""
+    if own.settle():
+        st.rerun()
+    if own.kept is not None:
+        offered.postpone()
+        st.caption(
+            f":material/history: As answered on {own.kept.when:%Y-%m-%d at %H:%M}; the model is being loaded, and what you do now waits for it."
+        )
 
 
 def _examples(own: Desk) -> None:

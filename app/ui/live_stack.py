@@ -70,9 +70,7 @@ def _draw_strength(place: Any, desk: Desk, index: int, step: dict[str, Any], key
 def _draw_line(desk: Desk, data: dict[str, Any]) -> None:
     def added() -> None:
         if line := str(st.session_state["live:line"]).strip():
-            desk.act(f"added: {line}", Action("add", value=line))
-            if not desk.refusal:
-                st.session_state["live:line"] = ""
+            desk.act(f"added: {line}", Action("add", value=line), empties="live:line")
 
     st.text_input(
         "Add an edit", key="live:line", placeholder="zero z.5.3", on_change=added,

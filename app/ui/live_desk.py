@@ -83,7 +83,8 @@ class Desk:
                 parts |= {"prompts"}
             if st.session_state.get("live:tool", "Cell") != "Cell" or _buttons(self.now) != _buttons(before):
                 parts |= {"tools"}
-        redraw(*parts)
+        if parts:
+            redraw(*parts)
 
     def look_at(self, words: str, session: str, actions: tuple[Action, ...] = (), at: str = "prompt") -> None:
         """Have a changed session answered, as the next step; a refusal adds none."""

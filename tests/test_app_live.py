@@ -149,6 +149,11 @@ def test_the_stack_s_buttons(start: str) -> None:
     own = desk(at)
     fine(at.toggle[0].set_value(False).run())
     assert State.parse(own.now.session).edits[0].line().startswith("add")  # type: ignore[union-attr]
+    slider = at.slider[1].id
+    fine(at.slider[1].set_value(1.7).run())
+    assert (at.slider[1].id, at.slider[1].value) == (slider, 1.7)  # the focus stays on it
+    press(at, "Undo")
+    assert at.slider[1].value == 2.0
     fine(at.slider[1].set_value(1.0).run())
     assert "x" not in own.now.data["steps"][1]["text"].split("'")[-1]  # type: ignore[union-attr]
     up = [b for b in at.button if str(b.key).startswith("live:earlier") and not b.disabled]

@@ -94,7 +94,9 @@ class Desk:
         self.history, self.words = self.history[: self.at + 1][-MOST:], self.words[: self.at + 1][-MOST:]
         self.history.append(answer)
         self.words.append(words)
-        self.at, self.more, self.turn = len(self.history) - 1, {}, self.turn + 1
+        self.at, self.more = len(self.history) - 1, {}
+        # A slider that was moved shows its step already, and stays where the finger or the focus is.
+        self.turn += [action.kind for action in actions] != ["strength"]
 
     def answer_of(
         self, kind: Kind, session: str, actions: tuple[Action, ...] = (), at: str = "stack", **options: Any

@@ -6,9 +6,9 @@ import runpy
 from pathlib import Path
 
 import pandas as pd
+from planted_kinds import kinds_asked
 
 from analyses.ground_truth.score import family_of
-from probes.planted.certify.certificate import shipped
 from probes.planted.registry import tasks
 
 BENCH = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "bench_attribution.py"))
@@ -59,8 +59,8 @@ def test_circuits_are_left_out_where_heads_do_not_carry_the_answer() -> None:
 
 
 def test_every_family_that_is_asked_for_nodes_is_compared_once() -> None:
-    certified = {name.split("@")[0]: certificate for name, certificate in shipped().items() if "@0-" in name}
-    asking = {family_of(name) for name in tasks("compiled") if "nodes" in certified[name]}
+    kinds = kinds_asked()
+    asking = {family_of(name) for name in tasks("compiled") if "nodes" in kinds[f"{name}@0"]}
     names = BENCH["TASKS"].split(",")
     assert {family_of(name) for name in names} == asking
     assert len(names) == len(asking)

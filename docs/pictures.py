@@ -62,6 +62,7 @@ def live(browser: Any) -> None:
             page = browser.new_page(viewport={"width": 1440, "height": 1180}, device_scale_factor=1)
             page.goto(f"{server.url}/live")
             page.get_by_text("blocks run for the edits").wait_for(timeout=PATIENCE)
+            page.get_by_text("the model is being loaded").wait_for(state="hidden", timeout=PATIENCE)
             page.get_by_role("button", name="Got it").click()
             page.wait_for_timeout(SETTLED)
             keep(page.screenshot(), "live.png")

@@ -156,10 +156,10 @@ def test_the_stack_s_buttons(start: str) -> None:
     assert at.slider[1].value == 2.0
     fine(at.slider[1].set_value(1.0).run())
     assert "x" not in own.now.data["steps"][1]["text"].split("'")[-1]  # type: ignore[union-attr]
-    up = [b for b in at.button if str(b.key).startswith("live:earlier") and not b.disabled]
+    up = [b for b in at.button if str(b.key).startswith("live:icon:earlier") and not b.disabled]
     fine(up[0].click().run())
     assert own.now.data["steps"][0]["text"].startswith("add")  # type: ignore[union-attr]
-    fine(next(b for b in at.button if str(b.key).startswith("live:remove")).click().run())
+    fine(next(b for b in at.button if str(b.key).startswith("live:icon:remove")).click().run())
     assert [step["text"] for step in own.now.data["steps"]] == ["zero z.1.2"]  # type: ignore[union-attr]
 
 

@@ -23,6 +23,7 @@ from app.jobs.protocol import Request
 from app.jobs.queue import JobQueue
 from app.live import ahead, answering, client, imports, kept, server
 from app.live.protocol import Action, Answer, Question
+from app.offered import FIRST
 from app.ui.live_desk import Desk
 from probes.session import Session, State
 
@@ -147,7 +148,7 @@ def first(monkeypatch: pytest.MonkeyPatch, jobs: JobQueue, word_folder: Path, tm
     monkeypatch.setattr("app.ui.live_desk.queue", lambda: jobs)
     monkeypatch.setattr("app.ui.live_desk.st.session_state", {})
     yield session
-    ahead.UNDER_WAY.clear()
+    FIRST.clear()
 
 
 def test_the_first_example_is_shown_from_last_time_until_the_model_answers(first: str) -> None:
@@ -193,11 +194,11 @@ def test_nothing_is_loaded_ahead_where_that_is_switched_off_or_the_model_is_not_
 ) -> None:
     monkeypatch.setenv(ahead.SWITCH, "0")
     ahead.import_pages()
-    assert not ahead.UNDER_WAY.is_set()
+    assert not FIRST.is_set()
     monkeypatch.delenv(ahead.SWITCH)
     monkeypatch.setattr(kept, "_weights", lambda _: None)
     ahead.import_pages()
-    assert not ahead.UNDER_WAY.is_set()
+    assert not FIRST.is_set()
 
 
 def test_every_module_to_import_ahead_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from importlib import import_module
 
 from app.jobs.queue import queue
@@ -11,13 +10,12 @@ from app.live import kept
 from app.live.client import ProcessEnded, ask
 from app.live.examples import EXAMPLES
 from app.live.protocol import Question
+from app.offered import FIRST
 
 SWITCH = "BATHYSCOPE_PRELOAD"
 """The variable of the environment that is 0 where no model is to be loaded before it is asked for."""
 PAGES = ("app.views.live", "app.views.home")
 """What the first page imports."""
-UNDER_WAY = threading.Event()
-"""Set while the first example is answered ahead."""
 
 
 def first() -> str:
@@ -28,14 +26,14 @@ def first() -> str:
 def import_pages() -> None:
     """Import what the first page shows, before it is asked for; from here on the first example is under way."""
     if os.environ.get(SWITCH) != "0" and kept.at_hand(first()):
-        UNDER_WAY.set()
+        FIRST.set()
     for name in PAGES:
         import_module(name)
 
 
 def answer_first() -> None:
     """Ask the resident process for the first example, where its model is here, and keep what it answers."""
-    if not UNDER_WAY.is_set():
+    if not FIRST.is_set():
         return
     try:
         view, grids = (ask(queue(), Question(kind, first())) for kind in ("view", "grids"))  # type: ignore[arg-type]
@@ -44,4 +42,4 @@ def answer_first() -> None:
     except ProcessEnded:
         return  # the page asks again, and says what is wrong
     finally:
-        UNDER_WAY.clear()
+        FIRST.clear()

@@ -60,7 +60,7 @@ function paint(box, data) {
     const foot = table.tFoot.rows[0].cells[i + 1];
     if (foot.textContent !== name) foot.textContent = name;
   });
-  table.tFoot.rows[0].cells[0].textContent = `${data.y} ↑ ${data.x} →`;
+  table.tFoot.rows[0].cells[0].textContent = `${data.y}\u00a0↑ ${data.x}\u00a0→`;
   const colours = data.palette.map(([back]) => back).join(",");
   const legend = box.querySelector(".legend");
   const bar = Object.assign(document.createElement("span"), { className: "bar" });

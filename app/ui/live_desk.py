@@ -11,10 +11,10 @@ from typing import Any
 import streamlit as st
 
 from app.jobs.queue import queue
-from app.live import ahead
 from app.live.client import ProcessEnded, ask
 from app.live.kept import Kept, recall
 from app.live.protocol import Action, Answer, Kind, Question
+from app.offered import FIRST
 
 KEY = "live:desk"
 MOST = 200
@@ -75,7 +75,7 @@ class Desk:
 
     def recall(self, session: str) -> bool:
         """Show what was kept of a session, where its model is being loaded; return whether there was something."""
-        self.kept = recall(session) if ahead.UNDER_WAY.is_set() else None
+        self.kept = recall(session) if FIRST.is_set() else None
         if self.kept is not None:
             self.kept.data["took"] = self.kept.data["seconds"]
             self.history, self.words, self.at = [Answer(self.kept.session, self.kept.data)], ["opened"], 0
@@ -83,7 +83,7 @@ class Desk:
 
     def settle(self) -> bool:
         """Once the model has answered, take its answer instead of what was kept; return whether it has."""
-        if self.kept is None or ahead.UNDER_WAY.is_set():
+        if self.kept is None or FIRST.is_set():
             return False
         answer = self.answer_of("view", self.kept.session, at="prompt")
         self.kept = None

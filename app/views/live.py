@@ -88,7 +88,6 @@ def _recalled(own: Desk) -> None:
     if own.settle():
         st.rerun()
     if own.kept is not None:
-        offered.postpone()
         st.caption(
             f":material/history: As answered on {own.kept.when:%Y-%m-%d at %H:%M}; the model is being loaded, and what you do now waits for it."
         )

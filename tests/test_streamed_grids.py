@@ -18,6 +18,7 @@ from tiny import PROMPTS
 from torch import Tensor
 
 from analyses.back_patching import BackPatching
+from analyses.base import Analysis
 from analyses.causal_patching import CausalPatching
 from probes import edits
 from probes.blocks.cached_prompt import CachedPrompt
@@ -176,9 +177,8 @@ def pair_of(model: Model, clean: tuple[int, ...], corrupted: tuple[int, ...]) ->
     return Prompt(clean, None, {"corrupted_tokens": list(corrupted), **answers})
 
 
-def test_causal_patching_reads_as_often_for_four_pairs_as_for_two(folder: Path, tmp_path: Path) -> None:
-    model, streamed = both(folder)
-    pairs = [
+def pairs_of(model: Model) -> list[Prompt]:
+    return [
         pair_of(model, clean, corrupted)
         for clean, corrupted in (
             ((5, 6, 7, 8, 9), (5, 6, 17, 8, 19)),
@@ -187,6 +187,11 @@ def test_causal_patching_reads_as_often_for_four_pairs_as_for_two(folder: Path, 
             ((8, 6, 7, 5, 9), (8, 6, 1, 5, 9)),
         )
     ]
+
+
+def test_causal_patching_reads_as_often_for_four_pairs_as_for_two(folder: Path, tmp_path: Path) -> None:
+    model, streamed = both(folder)
+    pairs = pairs_of(model)
     analysis = CausalPatching(min_gap=0.0, min_pairs=1)
     right, result = (
         analysis.run(m, pairs, store=ActivationStore(tmp_path / name)) for m, name in ((model, "a"), (streamed, "b"))
@@ -297,30 +302,48 @@ def test_what_one_task_puts_in_place_no_other_one_sees() -> None:
     assert around == []
 
 
-def killed_in_the_third_pass(folder: Path, store: Path) -> None:
+def killed(analysis: Analysis, prompts: list[Prompt], reads_before: int, folder: Path, store: Path) -> None:
+    """Run an analysis, and die where it wants to read one more block than so many."""
     model = load_model(str(folder), device="cpu", streamed=True)
-    read, passes = model.blocks.read, list[int]()  # type: ignore[attr-defined]
+    read, layers = model.blocks.read, list[int]()  # type: ignore[attr-defined]
 
     def killing(layer: int) -> Any:
-        passes.append(layer)
-        if passes.count(0) == 3 and layer == 3:
+        layers.append(layer)
+        if len(layers) > reads_before:
             os.kill(os.getpid(), signal.SIGKILL)
         return read(layer)
 
     model.blocks.read = killing  # type: ignore[attr-defined]
-    BackPatching(window=1).run(model, QUESTIONS, store=ActivationStore(store))
+    analysis.run(model, prompts, store=ActivationStore(store))
+
+
+def gone_on_with(
+    analysis: Analysis, prompts: list[Prompt], reads_before: int, folder: Path, store: Path
+) -> dict[int, int]:
+    """Kill an analysis, run it again, hold its tables against a run never killed; return how often blocks were read again."""
+    model, streamed = both(folder)
+    assert forked(lambda: killed(analysis, prompts, reads_before, folder, store)) == -signal.SIGKILL
+    unfinished = cache_root() / "unfinished"
+    assert len(list(unfinished.iterdir())) == 1
+    result = analysis.run(streamed, prompts, store=ActivationStore(store))
+    assert list(unfinished.iterdir()) == [], "nothing is kept of finished work"
+    right = analysis.run(model, prompts, store=ActivationStore(store.with_name("other")))
+    for name, table in right.tables.items():
+        pd.testing.assert_frame_equal(result.tables[name], table, rtol=1e-5, atol=1e-4)
+    return reads(streamed)
 
 
 def test_a_killed_grid_goes_on_from_its_last_finished_group(folder: Path, tmp_path: Path) -> None:
+    # Killed in block 3 of the third pass: what was asked and opened is there, and of the grid blocks 0 and 1 were done.
+    again = gone_on_with(BackPatching(window=1), QUESTIONS, 2 * LAYERS + 3, folder, tmp_path / "store")
+    assert again == {2: 1, 3: 1, 4: 1}
+
+
+@pytest.mark.parametrize(("reads_before", "spared"), [(19, 0), (28, 2)])
+def test_killed_causal_patching_goes_on(folder: Path, tmp_path: Path, reads_before: int, spared: int) -> None:
+    # Killed where the MLPs of a run are read, which is read again, and in the pass of the cells put in, which is not.
     model, streamed = both(folder)
-    store = tmp_path / "store"
-    assert forked(lambda: killed_in_the_third_pass(folder, store)) == -signal.SIGKILL
-    unfinished = cache_root() / "unfinished"
-    assert len(list(unfinished.iterdir())) == 1
-    result = BackPatching(window=1).run(streamed, QUESTIONS, store=ActivationStore(store))
-    # What was asked and opened is there; of the grid blocks 0 and 1 were done when the third was at work.
-    assert reads(streamed) == {2: 1, 3: 1, 4: 1}
-    assert list(unfinished.iterdir()) == [], "nothing is kept of finished work"
-    right = BackPatching(window=1).run(model, QUESTIONS, store=ActivationStore(tmp_path / "other"))
-    for name, table in right.tables.items():
-        pd.testing.assert_frame_equal(result.tables[name], table, rtol=1e-5, atol=1e-5)
+    pairs, analysis = pairs_of(model), CausalPatching(min_gap=0.0, min_pairs=1)
+    analysis.run(streamed, pairs, store=ActivationStore(tmp_path / "whole"))
+    again = gone_on_with(analysis, pairs, reads_before, folder, tmp_path / "store")
+    assert sum(again.values()) == sum(reads(streamed).values()) - spared

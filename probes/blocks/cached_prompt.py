@@ -228,17 +228,20 @@ class CachedPrompt:
             return Resumed(last, tuple(first_block))
         given = [hidden]
         del hidden
-        return self._run(first_block, given, keep)
+        return self._run(first_block, given, keep, saved=not keep)
 
     @torch.no_grad()
-    def _run(self, first_block: Sequence[int], given: list[Tensor], keep: bool) -> Resumed:
-        """Run rows that fit together; the stream is taken out of `given`, so that it waits on the shelf and nowhere else."""
+    def _run(self, first_block: Sequence[int], given: list[Tensor], keep: bool = False, *, saved: bool) -> Resumed:
+        """Run rows that fit together; the stream is taken out of `given`, so that it waits on the shelf and nowhere else.
+
+        Only what leaves the last block is `saved` for a run after a kill: not what is kept or read inside the blocks.
+        """
         n_layers, shelf = self.model.shape.n_layers, self.model.shelf
         starts = torch.tensor(first_block)
         order = starts.argsort(stable=True)
         stream, cache = given.pop()[order].clone(), self._before()
         suffix: list[tuple[Tensor, Tensor]] = []
-        run, done = None if keep else self.model.saved_run(starts, stream), 0 if keep else min(first_block)
+        run, done = self.model.saved_run(starts, stream) if saved else None, 0 if keep else min(first_block)
         for blocks, tensors in run.saved() if run else ():
             done, stream = blocks, tensors["rows"].to(stream.device)
         for layer in range(done, n_layers):
@@ -287,7 +290,7 @@ class CachedPrompt:
                 raise PointError(f"{address} is not inside the blocks from {first_block} on, which are all that runs")
         hidden = self.entering[first_block].expand(rows, -1, -1)
         with self.model.hooked(reads or {}, writes, (rows, hidden.shape[1])):
-            return self._run([first_block] * rows, [hidden], keep=False).last
+            return self._run([first_block] * rows, [hidden], saved=not reads).last
 
     @torch.no_grad()
     def through(

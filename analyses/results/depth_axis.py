@@ -234,7 +234,7 @@ def _layout(
                 "yanchor": "bottom",
                 "showarrow": False,
                 "font": {"size": _size(len(panels)), "color": INK[mode]},
-            }  # fmt: skip
+            }
         )
         left = right + SPACING
     lines = max(wrapped(panel.title, len(panels)).count("<br>") for panel in panels) + 1

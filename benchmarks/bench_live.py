@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def main() -> None:
                 if what == "open":
                     page.get_by_role("button", name="Got it").click()
                     settled(page)
-                    stepped(page, lambda: fill(page, "Other prompt", OTHER))
+                    stepped(page, partial(fill, page, "Other prompt", OTHER))
                     measure(page, given.repeats, taken)
                     if not given.quick:
                         beside_a_job(page, folder, given.repeats, taken)

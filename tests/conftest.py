@@ -59,10 +59,11 @@ LONGEST = (
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One process more than processors: some tests wait for a browser, for a server or for other processes."""
+    """One process more than processors, since some tests wait for a browser or for other processes; 4 GiB for each."""
+    import psutil
     from joblib import cpu_count
 
-    return int(cpu_count()) + 1
+    return max(1, min(int(cpu_count()) + 1, psutil.virtual_memory().total >> 32))
 
 
 def pytest_collection(session: pytest.Session) -> None:

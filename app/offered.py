@@ -10,7 +10,7 @@ import streamlit as st
 
 from analyses.registry import get_analysis, names
 
-__all__ = ["LOADED", "get_analysis", "importing", "label", "load_soon", "names", "postpone"]
+__all__ = ["LOADED", "get_analysis", "importing", "label", "load_soon", "names", "put_off"]
 
 LOADED = threading.Event()
 """Set once the analyses are imported."""
@@ -48,10 +48,16 @@ def load_soon() -> None:
             _TIMER.start()
 
 
-def postpone() -> None:
-    """Put off an import that waits: somebody is at work on a page that needs none."""
+@contextmanager
+def put_off() -> Iterator[None]:
+    """Put off an import that waits, while somebody waits for an answer inside and a little longer."""
     if _TIMER is not None:
-        load_soon()
+        _TIMER.cancel()
+    try:
+        yield
+    finally:
+        if _TIMER is not None:
+            load_soon()
 
 
 def _load() -> None:

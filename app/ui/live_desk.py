@@ -14,7 +14,7 @@ from app.jobs.queue import queue
 from app.live.client import ProcessEnded, ask
 from app.live.kept import Kept, recall
 from app.live.protocol import Action, Answer, Kind, Question
-from app.offered import FIRST
+from app.offered import FIRST, put_off
 
 KEY = "live:desk"
 MOST = 200
@@ -127,7 +127,8 @@ class Desk:
         began = time.perf_counter()
         self.refusal, self.refused_at = "", at
         try:
-            answer = ask(queue(), Question(kind, session, actions, options))
+            with put_off():
+                answer = ask(queue(), Question(kind, session, actions, options))
         except ProcessEnded as error:
             self.refusal = str(error)
             return None

@@ -7,7 +7,6 @@ from typing import Any
 
 import streamlit as st
 
-from app import offered
 from app.live.examples import EXAMPLES
 from app.live.protocol import Action
 from app.places import runs_root
@@ -183,7 +182,6 @@ def _grid() -> None:
     st.caption(
         f"{len(tokens)} tokens, {comparison['blocks_run']} blocks run for the edits, answered in {data['took']:.2f} s."
     )
-    offered.postpone()
 
 
 @part("tools")

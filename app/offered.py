@@ -14,6 +14,8 @@ __all__ = ["LOADED", "get_analysis", "importing", "label", "load_soon", "names",
 
 LOADED = threading.Event()
 """Set once the analyses are imported."""
+FIRST = threading.Event()
+"""Set while the first example of the Live page is answered, which comes first: somebody may look at it."""
 _BEGUN = threading.Event()
 _LOCK = threading.Lock()
 _TIMER: threading.Timer | None = None
@@ -53,6 +55,9 @@ def postpone() -> None:
 
 
 def _load() -> None:
+    if FIRST.is_set():
+        load_soon()
+        return
     _BEGUN.set()
     for name in names():
         with suppress(Exception):  # its own page says what is wrong with it

@@ -22,7 +22,7 @@ from starlette.middleware import Middleware  # noqa: E402
 from app import offered  # noqa: E402
 from app.gate import Gate, known  # noqa: E402
 from app.jobs.queue import queue  # noqa: E402
-from app.live.ahead import Ahead  # noqa: E402
+from app.live import ahead  # noqa: E402
 from app.places import hosts  # noqa: E402
 
 SOON = 0.3
@@ -31,7 +31,7 @@ SOON = 0.3
 
 @asynccontextmanager
 async def opening(_: Any) -> AsyncIterator[None]:
-    """Starts the resident process, which imports meanwhile, and opens a browser window unless the server is headless."""
+    """Has the first example answered ahead, and opens a browser window unless the server is headless."""
     threading.Thread(target=_prepare, daemon=True).start()
     if not st.get_option("server.headless"):
         asyncio.get_running_loop().call_later(SOON, webbrowser.open, url())
@@ -40,9 +40,11 @@ async def opening(_: Any) -> AsyncIterator[None]:
 
 def _prepare() -> None:
     queue().ensure()
+    ahead.import_pages()
     # Streamlit collects garbage after every run of a page, which holds up its last words: what was imported is left out of
     # that, a fifth of a second each time once the analyses are there.
     gc.freeze()
+    ahead.answer_first()
     offered.LOADED.wait()
     gc.collect()
     gc.freeze()
@@ -54,5 +56,5 @@ def url() -> str:
 
 
 app = st.App(
-    Path(__file__).with_name("main.py"), lifespan=opening, middleware=[Middleware(Gate, names=known(hosts())), Middleware(Ahead)]
+    Path(__file__).with_name("main.py"), lifespan=opening, middleware=[Middleware(Gate, names=known(hosts()))]
 )  # fmt: skip

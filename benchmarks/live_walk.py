@@ -21,11 +21,12 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parent)]
 
 from app_server import chromium, serve
-from bench_live import STATE, WAIT, answered, fill, settled, slide
+from bench_live import STATE, WAIT, answered, fill, loaded, settled, slide
 
 LOOKS = tuple((theme, width) for theme in ("light", "dark") for width in (1440, 1024))
 EXAMPLES = ("Indirect object (IOI)", "A question of two steps", "A latent language", "A fact, patched")
-ICONS = {"Let it act later.": "arrow_downward", "Let it act earlier.": "arrow_upward", "Remove this edit.": "close"}
+ICONS = ("Move later: edit 0", "Move earlier: edit 1", "Remove edit 0")
+"""Buttons that show an icon alone."""
 OWN = re.compile(
     r"Open$|Help for|Show/hide columns|Download as CSV|Search: |Fullscreen|Toggle|Copy|Close|Clear value|^$"
 )
@@ -102,6 +103,15 @@ class Walk:
         if cell.get_attribute("aria-selected") != "true":
             self.wrong.append(f"{self.name}: {title}: the click chose another cell")
 
+    def keys_in(self, title: str, keys: str, row: int, column: int) -> None:
+        """Go to a cell of a grid by keys, and choose it; it must then be told, and keep the keyboard."""
+        grid = self.page.get_by_role("grid", name=title).first
+        self.do(f"{keys} in {title}", lambda: [grid.press(key) for key in (*keys.split(), "Enter")])
+        if grid.locator(f"#cell-{row}-{column}").get_attribute("aria-selected") != "true":
+            self.wrong.append(f"{self.name}: {title}: the keys chose another cell")
+        if not grid.evaluate("e => e.getRootNode().activeElement === e"):
+            self.wrong.append(f"{self.name}: {title}: the keyboard was lost")
+
     def drawn(self) -> None:
         """Wait until everything on the page is drawn and stands still."""
         self.page.wait_for_function(DRAWN)
@@ -144,6 +154,8 @@ def _cell(go: Walk) -> None:
     page = go.page
     go.choose_one("Tools", "Cell")
     go.click_cell("Lens grid", 20, 2)
+    go.keys_in("Lens grid", "ArrowUp ArrowRight ArrowRight", 21, 4)
+    go.keys_in("Lens grid", "ArrowDown ArrowLeft ArrowLeft", 20, 2)
     for point in ("mlp_out", "attn_out", "resid_mid", "resid_pre", "resid_post"):
         go.choose_one(re.compile("At block"), point)
     for label in ("Zero", "Mean", "Patch from other", "Skip block", "Repeat block", "Steer to Paris"):
@@ -162,10 +174,10 @@ def _stack(go: Walk) -> None:
     go.picture("stack")
     for _ in range(2):
         go.do("off and on", lambda: page.locator("[class*=live-step] [data-testid=stCheckbox] label").first.click())
-    for name, icon in ICONS.items():
-        buttons = page.locator("[class*=live-step] button:not([disabled])", has_text=icon)
-        go.pressed.add(icon)
-        go.do(name, lambda buttons=buttons: buttons.first.click())
+    for name in ICONS:
+        # An icon is part of its button's name.
+        go.pressed.add(name)
+        go.do(name, lambda name=name: go.main.get_by_role("button", name=name).click())
     go.do("no edit", lambda: fill(page, "Add an edit", "zap z.1"), refused=True)
     go.picture("refused")
     go.press("Clear the stack")
@@ -270,7 +282,7 @@ def main() -> int:
     log: list[str] = []
     with tempfile.TemporaryDirectory() as name, chromium() as browser:
         place = Path(name)
-        with serve(place / "runs", place / "store", place / "log.txt") as server:
+        with serve(place / "runs", place / "store", place / "log.txt", "--preload") as server:
             for theme, width in LOOKS:
                 if given.only and given.only != f"{theme}-{width}":
                     continue
@@ -279,6 +291,7 @@ def main() -> int:
                 page.goto(f"{server.url}/live", wait_until="commit")
                 page.wait_for_function(f"{STATE} !== undefined")
                 answered(page)
+                loaded(page)
                 go = Walk(page, f"{theme}-{width}", given.folder)
                 walk(go)
                 wrong, log = [*wrong, *go.wrong], [*log, *go.log]

@@ -1,6 +1,7 @@
-"""Makes the README's pictures from the demo's runs, by a browser: python docs/pictures.py runs/demo
+"""Makes the pictures of the documents, by a browser: python docs/pictures.py runs/demo
 
-`depth.png` is the report's first figure, `dashboard.png` the dashboard's first page.
+`depth.png` is the first figure of the demo's report, `dashboard.png` the dashboard's first page on the demo's runs, and `live.png`
+the Live page as it opens; with --live that alone, which needs no runs.
 """
 
 from __future__ import annotations
@@ -53,8 +54,24 @@ def dashboard(browser: Any, runs: Path) -> None:
         page.close()
 
 
+def live(browser: Any) -> None:
+    """Take the Live page, with its worked example."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with serve(folder / "runs", folder / "store", folder / "log", "--preload") as server:
+            page = browser.new_page(viewport={"width": 1440, "height": 1180}, device_scale_factor=1)
+            page.goto(f"{server.url}/live")
+            page.get_by_text("blocks run for the edits").wait_for(timeout=PATIENCE)
+            page.get_by_text("the model is being loaded").wait_for(state="hidden", timeout=PATIENCE)
+            page.get_by_role("button", name="Got it").click()
+            page.wait_for_timeout(SETTLED)
+            keep(page.screenshot(), "live.png")
+            page.close()
+
+
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
     with chromium() as browser:
-        depth_axis(browser, folder)
-        dashboard(browser, folder)
+        if sys.argv[1] != "--live":
+            depth_axis(browser, Path(sys.argv[1]))
+            dashboard(browser, Path(sys.argv[1]))
+        live(browser)

@@ -39,12 +39,26 @@ class Server:
 
 @contextmanager
 def serve(runs: Path, store: Path, log: Path, *more: str) -> Iterator[Server]:
-    """`bathyscope app` with `more` flags, on a free port, until the block ends; comes back once it answers."""
+    """`bathyscope app` with `more` flags, on a free port, until the block ends; comes back once it answers.
+
+    No model is loaded ahead, unless `more` says `--preload`.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     code = "import sys; from analyses.cli import main; sys.exit(main())"
-    flags = ["app", "--port", str(port), "--no-browser", "--runs", str(runs), "--store", str(store), *more]
+    flags = [
+        "app",
+        "--port",
+        str(port),
+        "--no-browser",
+        "--no-preload",
+        "--runs",
+        str(runs),
+        "--store",
+        str(store),
+        *more,
+    ]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with log.open("wb") as out:
         process = subprocess.Popen(

@@ -25,6 +25,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     monkeypatch.setenv("BATHYSCOPE_RUNS", "elsewhere")
     monkeypatch.setenv("BATHYSCOPE_STORE", "elsewhere")
     monkeypatch.setenv("BATHYSCOPE_HOSTS", "elsewhere")
+    monkeypatch.setenv("BATHYSCOPE_PRELOAD", "elsewhere")
     return commands
 
 
@@ -43,6 +44,12 @@ def test_browsers_may_ask_for_the_address_and_the_hosts_given(started: list[list
     for address, names in (("0.0.0.0", "a.example,b"), ("10.1.2.3", "10.1.2.3,a.example,b")):
         assert main([*flags, "--address", address]) == 0
         assert os.environ["BATHYSCOPE_HOSTS"] == names
+
+
+def test_a_model_is_loaded_ahead_unless_told_otherwise(started: list[list[str]], tmp_path: Path) -> None:
+    for flags, switch in (([], "1"), (["--no-preload"], "0")):
+        assert main(["app", "--runs", str(tmp_path), *flags]) == 0
+        assert os.environ["BATHYSCOPE_PRELOAD"] == switch
 
 
 def test_folders_reach_the_dashboard(started: list[list[str]], tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ def test_rows_of_an_edited_model_have_a_key_of_their_own(
 @pytest.mark.parametrize(
     "line", ["patch resid_post.1 @2 from other", "zero mlp_out.0", "order 0,2,1", "repeat 0-1", "skip 1"]
 )
-def test_the_grid_is_the_same_whether_the_clean_logits_are_kept_or_not(
+def test_the_grid_is_the_same_whether_the_clean_distributions_are_kept_or_not(
     line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from probes.session import lens_grid
@@ -258,30 +258,30 @@ def test_the_grid_is_the_same_whether_the_clean_logits_are_kept_or_not(
     kept = Session(native(), PROMPT, OTHER).edit(line)
     assert kept.kept is not None
     grid = kept.grid()
-    assert kept.kept.logits is not None
-    assert kept.kept.logits[1] is not None
+    assert kept.kept.distributions is not None
+    assert kept.kept.distributions[1] is not None
     monkeypatch.setattr(lens_grid, "MOST_LOGITS", 0)
     anew = Session(native(), PROMPT, OTHER).edit(line)
     for name in ("kl", "top_logprobs", "entropy_bits"):
         assert torch.allclose(getattr(anew.grid(), name), getattr(grid, name), atol=1e-6)
     assert anew.kept is not None
-    assert anew.kept.logits is not None
-    assert anew.kept.logits[1] is None
+    assert anew.kept.distributions is not None
+    assert anew.kept.distributions[1] is None
 
 
 def test_what_leaves_its_block_as_it_was_runs_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
-    from probes.blocks.cached_prompt import CachedPrompt
+    from probes.session import variants
 
-    began: list[tuple[int, ...]] = []
-    plain = CachedPrompt.resume
+    began: list[tuple[int, int]] = []
+    plain = variants.last_rows
 
-    def resume(self: CachedPrompt, first_block: list[int], *rest: object) -> object:
-        began.append((self.start, *first_block))
-        return plain(self, first_block, *rest)  # type: ignore[arg-type]
+    def last_rows(base: object, first_block: list[int], position: list[int], changed: list[torch.Tensor]) -> object:
+        began.extend(zip(position, first_block, strict=True))
+        return plain(base, first_block, position, changed)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(CachedPrompt, "resume", resume)
+    monkeypatch.setattr(variants, "last_rows", last_rows)
     other = (*PROMPT[:3], 14, *PROMPT[4:])
     effect = Session(native(), PROMPT, other).edit("patch resid_post.0 @4 from other").everywhere()
     assert (effect.kl[:, :3] == 0).all()
     assert (effect.kl[:, 3:] > 0).all()
-    assert began == [(start, 1, 2, 3) for start in (3, 4, 5)]
+    assert sorted(began) == [(position, block) for position in (3, 4, 5) for block in (1, 2, 3)]

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import runpy
 import sys
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
@@ -62,8 +63,12 @@ def open_app(
     store: Annotated[
         Path | None, typer.Option("--store", help="The activation store's folder; default in the user cache.")
     ] = None,
+    preload: Annotated[
+        bool,
+        typer.Option("--preload/--no-preload", help="Load the model of the first example at once, where it is here."),
+    ] = True,
 ) -> None:
-    """Open the dashboard on the saved runs of a folder; runs nothing by itself."""
+    """Open the dashboard on the saved runs of a folder; no analysis runs by itself."""
     if importlib.util.find_spec("streamlit") is None:
         raise OptionError("the dashboard needs Streamlit: pip install 'bathyscope[app]'")
     if runs.is_file():
@@ -71,6 +76,7 @@ def open_app(
     script, names = main_script(), _names(address, host or [])
     os.environ["BATHYSCOPE_RUNS"] = str(expanded(runs).absolute())
     os.environ["BATHYSCOPE_HOSTS"] = ",".join(names)
+    os.environ["BATHYSCOPE_PRELOAD"] = str(int(preload))
     if store is not None:
         os.environ["BATHYSCOPE_STORE"] = str(expanded(store).absolute())
     settings = {**SETTINGS, "server.address": address, "server.port": str(port), "server.headless": str(not browser)}
@@ -94,6 +100,8 @@ def _names(address: str, given: list[str]) -> list[str]:
 
 
 def serve(args: list[str]) -> None:
-    """Run Streamlit in this process, until it is ended."""
+    """Run Streamlit in this process, until it is ended; the process that holds models is started first."""
+    sys.path.insert(0, str(Path(args[1]).parents[1]))
+    import_module("app.jobs.process").begin()
     sys.argv = ["streamlit", *args]
     runpy.run_module("streamlit", run_name="__main__", alter_sys=True)

@@ -236,7 +236,7 @@ def _layout(
                 "showarrow": False,
                 "font": {"size": _size(len(panels)), "color": INK[mode]},
             }
-        )  # fmt: skip
+        )
         left = right + gap
     lines = max(wrapped(panel.title, len(panels)).count("<br>") for panel in panels) + 1
     common = frame(height, {"t": 24 + 17 * lines, "b": 84, "l": 56, "r": 12}, legend=-0.16)

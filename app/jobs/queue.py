@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import subprocess
-import sys
-import tempfile
 import threading
 import time
 import weakref
@@ -17,6 +14,7 @@ from pathlib import Path
 
 import streamlit as st
 
+from app.jobs.process import begun, start
 from app.jobs.protocol import (
     CANCEL,
     Request,
@@ -28,30 +26,25 @@ from app.jobs.protocol import (
     write_request,
     write_status,
 )
-from app.live.protocol import KEY, socket_of
+from app.live.protocol import socket_of
 
 KEPT = 30
 """Ended jobs whose folders are kept."""
 GRACE = 90.0
 """Seconds after which a job that cannot be interrupted, since one call outside Python takes so long, is stopped with its process."""
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
-"""Has glibc keep what is freed: tiles of logits come and go, and fresh pages for each cost a tenth of the time."""
-ROOT = Path(__file__).resolve().parents[2]
-"""The folder that holds `app`."""
 
 
 class JobQueue:
     """Hands jobs to the worker and reads how far they are."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="bathyscope-jobs-"))
+        self._worker: subprocess.Popen[str] | None
+        self.folder, self._worker = begun()
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self._lock = threading.RLock()
-        self._worker: subprocess.Popen[str] | None = None
         self._names: list[str] = []
         self._ended: dict[str, Status] = {}
         self._last = 0
-        os.environ.setdefault(KEY, secrets.token_hex(32))
 
     def submit(self, request: Request) -> str:
         """Add a job to the line; return its name. The folder of a run is numbered where its name is taken."""
@@ -156,14 +149,7 @@ class JobQueue:
         self._worker.stdin.flush()
 
     def _start(self) -> subprocess.Popen[str]:
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", "app.jobs.worker", str(self.folder)],
-            stdin=subprocess.PIPE,
-            text=True,
-            env={**MALLOC, **os.environ, "PYTHONPATH": path},
-            start_new_session=True,
-        )
+        return start(self.folder)
 
     def _forget(self) -> None:
         for name in [name for name in self._names if name in self._ended][:-KEPT]:

@@ -1,43 +1,45 @@
-"""Being ready before the first question: the first example is answered while the browser loads the Live page."""
+"""Being ready before the first question: the model of the first example is loaded when the dashboard starts, and answers it."""
 
 from __future__ import annotations
 
-import threading
-from contextlib import suppress
-from dataclasses import dataclass, field
+import os
+from importlib import import_module
 
-from starlette.types import ASGIApp, Receive, Scope, Send
-
+from app.jobs.queue import queue
+from app.live import kept
+from app.live.client import ProcessEnded, ask
 from app.live.examples import EXAMPLES
+from app.live.protocol import Question
+from app.offered import FIRST
+
+SWITCH = "BATHYSCOPE_PRELOAD"
+"""The variable of the environment that is 0 where no model is to be loaded before it is asked for."""
+PAGES = ("app.views.live", "app.views.home")
+"""What the first page imports."""
 
 
-@dataclass(frozen=True)
-class Ahead:
-    """An ASGI application before which the first example is answered as soon as a browser navigates to the Live page."""
-
-    app: ASGIApp
-    begun: threading.Event = field(default_factory=threading.Event)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand on every request."""
-        if scope["type"] == "http" and _opens_live(scope) and not self.begun.is_set():
-            self.begun.set()
-            threading.Thread(target=answer_first, daemon=True).start()
-        await self.app(scope, receive, send)
+def first() -> str:
+    """Return the session that the Live page opens with."""
+    return next(iter(EXAMPLES.values()))
 
 
-def _opens_live(scope: Scope) -> bool:
-    # Only a navigation: no foreign page has a model loaded by naming this address as a picture. A link has its own session.
-    navigates = (b"sec-fetch-dest", b"document") in scope["headers"]
-    return navigates and scope["path"].rstrip("/").endswith("/live") and not scope["query_string"]
+def import_pages() -> None:
+    """Import what the first page shows, before it is asked for; from here on the first example is under way."""
+    if os.environ.get(SWITCH) != "0" and kept.at_hand(first()):
+        FIRST.set()
+    for name in PAGES:
+        import_module(name)
 
 
 def answer_first() -> None:
-    """Ask the resident process for the first example, so that it is known when the page asks."""
-    from app.jobs.queue import queue
-    from app.live.client import ask
-    from app.live.protocol import Question
-
-    with suppress(Exception):  # the page asks again, and says what is wrong
-        for kind in ("view", "grids"):
-            ask(queue(), Question(kind, next(iter(EXAMPLES.values()))))  # type: ignore[arg-type]
+    """Ask the resident process for the first example, where its model is here, and keep what it answers."""
+    if not FIRST.is_set():
+        return
+    try:
+        view, grids = (ask(queue(), Question(kind, first())) for kind in ("view", "grids"))  # type: ignore[arg-type]
+        if not view.refusal and not grids.refusal:
+            kept.keep(first(), view.session, {**view.data, "grids": grids.data})
+    except ProcessEnded:
+        return  # the page asks again, and says what is wrong
+    finally:
+        FIRST.clear()

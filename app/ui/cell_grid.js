@@ -60,13 +60,14 @@ function paint(box, data) {
     const foot = table.tFoot.rows[0].cells[i + 1];
     if (foot.textContent !== name) foot.textContent = name;
   });
-  table.tFoot.rows[0].cells[0].textContent = `${data.y} ↑ ${data.x} →`;
+  table.tFoot.rows[0].cells[0].textContent = `${data.y}\u00a0↑ ${data.x}\u00a0→`;
   const colours = data.palette.map(([back]) => back).join(",");
   const legend = box.querySelector(".legend");
   const bar = Object.assign(document.createElement("span"), { className: "bar" });
   bar.style.background = `linear-gradient(to right, ${colours})`;
   legend.replaceChildren(data.low, bar, `${data.high} ${data.label}`);
   choose(box, data.chosen);
+  table.dataset.step = data.step;
 }
 
 function choose(box, at) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from html import escape
 from typing import Any
 
 import streamlit as st
@@ -39,25 +41,27 @@ def _draw_step(desk: Desk, index: int, step: dict[str, Any], n: int) -> None:
             "on", value=step["on"], key=f"live:on:{stamp}", label_visibility="collapsed", on_change=desk.act,
             args=(f"switched {'off' if step['on'] else 'on'}: {step['text']}", Action("toggle", index)), help="Whether this edit acts.",
         )  # fmt: skip
-        text.code(step["text"], language=None, wrap_lines=True)
+        # Not st.code: the browser takes seconds to load what colours code, and the page waits for it.
+        text.html(f"<code style='overflow-wrap:anywhere'>{escape(step['text'])}</code>")
         slide, up, down, remove = st.columns([5, 1, 1, 1], vertical_alignment="bottom")
         if step["strength"] is not None:
             _draw_strength(slide, desk, index, step, f"live:strength:{stamp}")
         for column, icon, words, by in ((up, "arrow_upward", "earlier", -1), (down, "arrow_downward", "later", 1)):
             possible = 0 <= index + by < n
             column.button(
-                "", icon=f":material/{icon}:", key=f"live:{words}:{stamp}", help=f"Let it act {words}." if possible else f"No edit acts {words} than this one.", on_click=desk.act,
+                f"Move {words}: edit {index}", icon=f":material/{icon}:", key=f"live:icon:{words}:{stamp}", help=f"Let it act {words}." if possible else f"No edit acts {words} than this one.", on_click=desk.act,
                 args=(f"moved {words}: {step['text']}", Action("move", index, by)), disabled=not possible,
             )  # fmt: skip
         remove.button(
-            "", icon=":material/close:", key=f"live:remove:{stamp}", help="Remove this edit.", on_click=desk.act,
+            f"Remove edit {index}", icon=":material/close:", key=f"live:icon:remove:{stamp}", help="Remove this edit.", on_click=desk.act,
             args=(f"removed: {step['text']}", Action("remove", index)),
         )  # fmt: skip
 
 
 def _draw_strength(place: Any, desk: Desk, index: int, step: dict[str, Any], key: str) -> None:
     name, value = step["strength_name"], step["strength"]
-    around = max(abs(value) * 2, 1.0)
+    # A power of two, since a slider whose ends follow its value would be another slider after each step.
+    around = 2.0 ** math.ceil(math.log2(max(abs(value) * 2, 1.0)))
     low, high, by = RANGES.get(name, (min(-around, 0.0), max(around, 2.0), around / 40))
 
     def moved() -> None:
@@ -70,9 +74,7 @@ def _draw_strength(place: Any, desk: Desk, index: int, step: dict[str, Any], key
 def _draw_line(desk: Desk, data: dict[str, Any]) -> None:
     def added() -> None:
         if line := str(st.session_state["live:line"]).strip():
-            desk.act(f"added: {line}", Action("add", value=line))
-            if not desk.refusal:
-                st.session_state["live:line"] = ""
+            desk.act(f"added: {line}", Action("add", value=line), empties="live:line")
 
     st.text_input(
         "Add an edit", key="live:line", placeholder="zero z.5.3", on_change=added,

@@ -8,22 +8,24 @@ on the positions from the replaced one on; continuations are batched, and more o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import overload
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from probes.blocks.key_values import KeyValues, Pair, cache_of
 from probes.blocks.rerouting import Caller, block_access, call_blocks, in_order, rerouted
 from probes.blocks.together import together
 from probes.errors import PointError, PromptError
+from probes.hooks.forward_hooks import Stop
 from probes.models.protocol import Model, Read, Write
 from probes.points import Address
-from probes.shelf import Shelf, Shelved
+from probes.shelf import Shelved
 
 ROWS = 256
 """Continuations batched at once, which bounds memory."""
@@ -37,45 +39,25 @@ def greedy(logits: Float[Tensor, "row d_vocab"]) -> Int[Tensor, " row"]:
     return logits.argmax(-1)
 
 
-class _Pairs:
-    """Keys and values [1, kv_head, pos, d_head] of every layer."""
+class _Cut(Sequence[Tensor]):
+    """The same positions of each of some streams."""
 
-    def __init__(self, shelf: Shelf) -> None:
-        self._keys, self._values = Shelved(shelf), Shelved(shelf)
+    def __init__(self, streams: Sequence[Tensor], positions: slice) -> None:
+        self._streams, self._positions = streams, positions
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        self._keys.append(keys)
-        self._values.append(values)
+    def __len__(self) -> int:
+        return len(self._streams)
 
-    def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self._keys[layer], self._values[layer]
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
 
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
 
-@dataclass(eq=False)
-class _KeyValues:
-    """Stands for a key-value cache: the prompt's own keys and values before the suffix, for any number of rows."""
-
-    prefix: _Pairs | None
-    """None where nothing is before the suffix."""
-    suffix: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Per layer, the keys and values of the rows that ran last, without the prefix."""
-    start: int = 0
-    """The number of positions before the suffix."""
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Keep the rows' keys and values of a layer; return those that the rows attend to, with the prompt's before them."""
-        self.suffix[layer_idx] = (key, value)
-        if self.prefix is None:
-            return key, value
-        before = self.prefix[layer_idx]
-        keys, values = (
-            torch.cat((b.expand(len(key), -1, -1, -1), new), dim=2) for b, new in zip(before, (key, value), strict=True)
-        )
-        return keys, values
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the number of positions before the suffix."""
-        return self.start
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(index, slice):
+            return [stream[self._positions] for stream in self._streams[index]]
+        return self._streams[index][self._positions]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +68,7 @@ class Resumed:
     """What leaves the last block at the last position."""
     first_block: tuple[int, ...]
     """Per row, the first block that ran anew."""
-    suffix: tuple[tuple[Tensor, Tensor], ...] = ()
+    suffix: tuple[Pair, ...] = ()
     """Per layer, the rows' keys and values in the suffix; empty unless they were to be kept."""
     leaving: Float[Tensor, "row pos d_model"] | None = None
     """What leaves the last block at every position of the suffix; None unless keys and values were to be kept."""
@@ -115,30 +97,36 @@ class CachedPrompt:
         if not -n <= start < n:
             raise PromptError(f"position {start} is outside a prompt of {n} tokens: legal are {-n} to {n - 1}")
         self.model, self.tokens, self.start = block_access(model), tuple(tokens), start % n
-        self.entering = Shelved(self.model.shelf)
+        self.entering: Shelved | _Cut = Shelved(self.model.shelf)
         """The stream [suffix, d_model] that enters each block, and after these the one that leaves the last."""
-        self._prefix, self._base = _Pairs(self.model.shelf), _Pairs(self.model.shelf)
+        self._keys, self._values = Shelved(self.model.shelf), Shelved(self.model.shelf)
         self._collect(writes or {})
 
     @torch.no_grad()
     def _collect(self, writes: Mapping[Address, Write]) -> None:
         """Run the whole prompt once, and keep what the suffix needs."""
         ids, nothing = self._ids(self.tokens), cache_of(0, self.model.shape.n_layers)
+        entering = Shelved(self.model.shelf)
+
+        def append(leaving: Tensor, keys: Tensor, values: Tensor) -> None:
+            entering.append(leaving[0, self.start :].clone())
+            self._keys.append(keys.clone())
+            self._values.append(values.clone())
 
         def keep(hidden: Tensor, call: Caller) -> None:
             run, done = self.model.saved_run(ids, hidden), 0
-            self.entering.append(hidden[0, self.start :].clone())
+            entering.append(hidden[0, self.start :].clone())
             group: list[tuple[Tensor, Tensor, Tensor]] = []
             for blocks, tensors in run.saved() if run else ():
                 done = blocks
                 at_end = {name: tensor.to(hidden.device) for name, tensor in tensors.items()}
                 for i in range(len(at_end) // 3):
                     hidden = at_end[f"leaving.{i}"]
-                    self._append(hidden, at_end[f"keys.{i}"], at_end[f"values.{i}"])
+                    append(hidden, at_end[f"keys.{i}"], at_end[f"values.{i}"])
             for layer in range(done, self.model.shape.n_layers):
-                cache = _KeyValues(None)
+                cache = KeyValues(None)
                 hidden = call(layer, hidden, (nothing, cache))
-                self._append(hidden, *cache.suffix[layer])
+                append(hidden, *cache.suffix[layer])
                 if run:
                     group.append((hidden, *cache.suffix[layer]))
                 if run and self.model.ends_group(layer):
@@ -149,14 +137,8 @@ class CachedPrompt:
 
         with self.model.hooked({}, writes, (1, ids.shape[1])) if writes else nullcontext():
             call_blocks(self.model, ids, keep, past_key_values=nothing, use_cache=True)
+        self.entering = entering
         self._prepare()
-
-    def _append(self, leaving: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Keep what left a block, and its keys and values, all [1, ...] over the whole prompt."""
-        self.entering.append(leaving[0, self.start :].clone())
-        before, after = slice(self.start), slice(self.start, None)
-        self._prefix.append(keys[:, :, before].clone(), values[:, :, before].clone())
-        self._base.append(keys[:, :, after].clone(), values[:, :, after].clone())
 
     @torch.no_grad()
     def _prepare(self) -> None:
@@ -183,22 +165,17 @@ class CachedPrompt:
             )
         narrow = copy(self)
         narrow.tokens, narrow.start = self.tokens[:stop], start
-        before, after = slice(0, start - self.start), slice(start - self.start, stop - self.start)
-        shelf = self.model.shelf
-        narrow.entering = Shelved(shelf, (stream[after] for stream in self.entering))
-        narrow._prefix, narrow._base = _Pairs(shelf), _Pairs(shelf)
-        for layer in range(self.model.shape.n_layers):
-            (keys, values), (own_keys, own_values) = self._prefix[layer], self._base[layer]
-            narrow._prefix.append(
-                torch.cat((keys, own_keys[:, :, before]), dim=2), torch.cat((values, own_values[:, :, before]), dim=2)
-            )
-            narrow._base.append(own_keys[:, :, after], own_values[:, :, after])
+        narrow.entering = _Cut(self.entering, slice(start - self.start, stop - self.start))
         narrow._prepare()
         return narrow
 
-    def _before(self) -> _KeyValues:
+    def _before(self) -> KeyValues:
         """A cache that holds what is before the suffix."""
-        return _KeyValues(self._prefix if self.start else None, start=self.start)
+        return KeyValues(partial(self._pair, slice(self.start)) if self.start else None, start=self.start)
+
+    def _pair(self, positions: slice, layer: int) -> Pair:
+        """The prompt's keys and values at a layer, at some positions."""
+        return self._keys[layer][:, :, positions], self._values[layer][:, :, positions]
 
     def _ids(self, tokens: Sequence[int]) -> Tensor:
         return torch.tensor([list(tokens)], device=self.model.device)
@@ -240,7 +217,7 @@ class CachedPrompt:
         starts = torch.tensor(first_block)
         order = starts.argsort(stable=True)
         stream, cache = given.pop()[order].clone(), self._before()
-        suffix: list[tuple[Tensor, Tensor]] = []
+        suffix: list[Pair] = []
         run, done = self.model.saved_run(starts, stream) if saved else None, 0 if keep else min(first_block)
         for blocks, tensors in run.saved() if run else ():
             done, stream = blocks, tensors["rows"].to(stream.device)
@@ -315,10 +292,28 @@ class CachedPrompt:
         """Return what leaves block `layer` where `hidden` enters it, differentiably; the caller holds the model exclusively."""
         return self._call(layer, hidden, (self._cache, self._before()))
 
-    def _suffix(self, layer: int, active: int, order: Tensor, cache: _KeyValues) -> tuple[Tensor, Tensor]:
+    def last_of_block(
+        self, layer: int, hidden: Float[Tensor, "row pos d_model"], end: CachedPrompt
+    ) -> Float[Tensor, "row 1 d_model"]:
+        """Return what leaves block `layer` at the last position; of the others only keys and values are computed.
+
+        Args:
+            layer: the block; the caller holds the model exclusively.
+            hidden: what enters it.
+            end: the prompt, open at its last position.
+        """
+        before = replace(self._before(), stops=True)
+        with suppress(Stop):
+            self._call(layer, hidden, (self._cache, before))
+        assert before.whole is not None
+        keys, values = (tensor[:, :, :-1] for tensor in before.whole)
+        cache = KeyValues(lambda _: (keys, values), start=end.start)
+        return end._call(layer, hidden[:, -1:], (end._cache, cache))
+
+    def _suffix(self, layer: int, active: int, order: Tensor, cache: KeyValues) -> Pair:
         """Keys and values of all rows at a layer: their own where they ran, the prompt's where they did not."""
         whole = []
-        base_pair = self._base[layer]
+        base_pair = self._pair(slice(self.start, len(self.tokens)), layer)
         for own, base in zip(cache.suffix.get(layer, base_pair), base_pair, strict=True):
             rows = base.expand(len(order), -1, -1, -1).clone()
             rows[order[:active]] = own[:active]
@@ -352,14 +347,3 @@ class CachedPrompt:
                 step = choose(logits)[:, None]
                 written.append(step)
         return [[int(t) for t in row] for row in torch.cat(written, dim=1).cpu()]
-
-
-def cache_of(length: int, n_layers: int) -> Any:
-    """A key-value cache that says it holds `length` positions; for a model that only asks how many there are."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    if length:
-        for layer in range(n_layers):
-            cache.update(torch.zeros(1, 1, length, 1), torch.zeros(1, 1, length, 1), layer)
-    return cache

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probes.blocks.cached_prompt import cache_of
+from probes.blocks.key_values import cache_of
 from probes.blocks.rerouting import Caller, block_access, call_blocks
 from probes.errors import PointError
 from probes.models.protocol import Model

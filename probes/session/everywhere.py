@@ -76,10 +76,10 @@ def sweep(
     shape = (prompt.model.shape.n_layers, columns)
     kl, top = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
     watched = torch.full((*shape, len(tokens)), torch.nan)
-    p = base.double().exp()
+    p = base.exp()
     for part, rows in logprobs_of(prompt, variants, before, after):
         place = torch.tensor([(variant.layer, variant.column) for variant in part]).T.unbind()
-        kl[place] = ((base.double() - rows) @ p).clamp_min(0).float().cpu()
+        kl[place] = ((base - rows) @ p).clamp_min(0).cpu()
         top[place] = (rows[:, base.argmax()] - base.max()).cpu()
         watched[place] = (rows[:, tokens] - base[tokens]).cpu()
     return EffectMap(str(edit), name, kl, watched, top)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from probes.blocks.from_anywhere import last_rows
 from probes.edits import Edit, KnockOut, PointEdit, composed, resolve, writes_of
 from probes.edits.attention import BlockedRows
 from probes.edits.positions import chosen
@@ -18,8 +19,8 @@ from probes.session.open_prompt import OpenPrompt, altered_blocks, program_of
 
 ROW_POSITIONS = 8192
 """Rows times positions that run at once, which bounds memory."""
-READ_ROWS = 128
-"""Rows that are read through the unembedding at once."""
+READ_ROWS = 64
+"""Rows that are read through the unembedding at once: their logits then stay in the processor's cache."""
 LATER = ("k", "v", "attn_in", "resid_pre")
 """Points that later positions read in the same block, so that more than one row of it changes."""
 
@@ -99,28 +100,24 @@ def _alone(prompt: OpenPrompt, variants: Sequence[Variant]) -> Rows:
     """
     base = prompt.base
     assert base is not None
-    changed: dict[int, list[tuple[Variant, Tensor]]] = {}
+    moved: list[tuple[Variant, Tensor]] = []
     same: list[Variant] = []
     for layer, own in _by_layer(variants).items():
         plain = base.entering[layer + 1]
-        for variant, leaving in zip(own, _leaving(prompt, layer, own), strict=True):
+        for variant, rows in zip(own, _leaving(prompt, layer, own), strict=True):
             position = _position(prompt, variant)
-            if torch.equal(leaving[position:], plain[position:]):
+            if torch.equal(rows, plain[position : position + len(rows)]):
                 same.append(variant)
             else:
-                changed.setdefault(position, []).append((variant, leaving[position:].clone()))
+                moved.append((variant, rows))
     if same:
         yield same, prompt.clean.logprobs.expand(len(same), -1)
-    waiting: list[Variant] = []
-    ends: list[Tensor] = []
-    for position, some in sorted(changed.items()):
-        opened = base if position == 0 else base.narrowed(position)
-        hidden = torch.stack([leaving for _, leaving in some])
-        ends.append(opened.resume([variant.layer + 1 for variant, _ in some], hidden).last)
-        waiting += [variant for variant, _ in some]
-    last = torch.cat(ends) if ends else torch.empty(0)
-    for first in range(0, len(waiting), READ_ROWS):
-        part = waiting[first : first + READ_ROWS]
+    if not moved:
+        return
+    ran = [variant for variant, _ in moved]
+    last = last_rows(base, [v.layer + 1 for v in ran], [_position(prompt, v) for v in ran], [rows for _, rows in moved])
+    for first in range(0, len(ran), READ_ROWS):
+        part = ran[first : first + READ_ROWS]
         yield part, prompt.logprobs(last[first : first + READ_ROWS, None], {}).reshape(len(part), -1)
 
 
@@ -129,21 +126,24 @@ def _position(prompt: OpenPrompt, variant: Variant) -> int:
     return int(chosen(len(prompt.tokens), variant.edit.positions)[0])
 
 
-def _leaving(prompt: OpenPrompt, layer: int, variants: Sequence[Variant]) -> Iterator[Float[Tensor, "pos d_model"]]:
-    """Give what leaves a block under each of its variants, one position each."""
+def _leaving(
+    prompt: OpenPrompt, layer: int, variants: Sequence[Variant]
+) -> Iterator[Float[Tensor, "_changed d_model"]]:
+    """Give what leaves a block under each of its variants, at the variant's position and as far behind it as it may differ."""
     base = prompt.base
     assert base is not None
     edit = variants[0].edit
     assert isinstance(edit, PointEdit)
-    entering, plain = base.entering[layer][None], base.entering[layer + 1]
+    entering = base.entering[layer][None]
     if edit.address.point in LATER:
-        yield from prompt.through(layer, entering.expand(len(variants), -1, -1), _by_row(prompt, variants))
+        leaving = prompt.through(layer, entering.expand(len(variants), -1, -1), _by_row(prompt, variants))
+        yield from (rows[_position(prompt, variant) :] for rows, variant in zip(leaving, variants, strict=True))
         return
     # The edit of one position changes no other position's row, so that one run of the block serves all.
     leaving = prompt.through(layer, entering, _each_position(prompt, variants))[0]
     for variant in variants:
         at = _position(prompt, variant)
-        yield torch.cat((plain[:at], leaving[at : at + 1], plain[at + 1 :]))
+        yield leaving[at : at + 1]
 
 
 def _each_position(prompt: OpenPrompt, variants: Sequence[Variant]) -> dict[Address, Write]:

@@ -78,3 +78,15 @@ def test_all_figures_are_on_paper_and_light(browser: Any, report: Path) -> None:
     plots = page.evaluate("[...document.querySelectorAll('.plot')].map((plot) => plot.layout?.paper_bgcolor)")
     assert set(plots) == {"#fff"}
     page.close()
+
+
+def test_paper_is_as_wide_as_every_figure(browser: Any, report: Path) -> None:
+    page = opened(browser, report, "dark", 718)
+    page.wait_for_selector("html[data-printable]", timeout=PATIENCE)
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.wait_for_timeout(500)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 718
+    inks = page.evaluate("[...document.querySelectorAll('.plot')].map((plot) => plot.layout.font.color)")
+    assert set(inks) == {"#1b2733"}, "figures near the view are not drawn again for the dark screen"
+    page.close()

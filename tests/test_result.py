@@ -112,6 +112,12 @@ def test_few_layers_get_a_tick_each_and_nothing_between(result: Result) -> None:
     assert [whole_layers(square).layout[axis].dtick for axis in ("xaxis", "yaxis")] == [1, 1]
 
 
+def test_layers_that_were_not_looked_at_get_no_tick() -> None:
+    for layers, ticks in (([0, 6, 24], (0, 6, 24)), (range(12), None), (range(0, 80, 2), None), ([0, 6.5, 24], None)):
+        heat = go.Figure(go.Heatmap(y=list(layers), z=[[1]] * len(layers))).update_layout(yaxis_title="layer")
+        assert whole_layers(heat).layout.yaxis.tickvals == ticks
+
+
 def test_a_caption_says_what_a_figure_was_drawn_from(result: Result, tiny: NativeModel, store: ActivationStore) -> None:
     assert f"Measured on {len(PROMPTS)} prompts" in render([result])
     analysis, _ = SMALL["communication_channels"]

@@ -255,7 +255,7 @@ FIGURES = {
 }
 PROFILES = {
     "relevance": ProfileSpec(
-        "Relevance of heads by contextual decomposition",
+        "Relevance of heads (CD-T)",
         "logits",
         "Sum over a layer's heads of the size of each head's relevance to the answer's logits; mean over prompts with a "
         "95 % interval (none below six prompts).",

@@ -10,6 +10,8 @@ import plotly.graph_objects as go
 
 FEW = 8
 """Layers up to which each has its own tick."""
+SPARSE = 16
+"""Layers up to which each has its own tick where those between were not looked at."""
 FRACTIONS = ("share", "relative", "removed", "for which", "score")
 """Words of titles that speak of layers and do not count them."""
 
@@ -55,11 +57,15 @@ def reference(name: str) -> str:
 
 
 def whole_layers(figure: go.Figure) -> go.Figure:
-    """The figure with a tick at each layer where there are few, and none between two layers."""
+    """The figure with a tick at each layer where there are few, and none where no layer was looked at."""
     for name, axis in axes_of(figure, is_depth).items():
-        values = [v for trace in figure.data for v in _values(trace, name)]
-        if values and axis.type in (None, "linear") and max(values) - min(values) < FEW:
+        values = sorted({v for trace in figure.data for v in _values(trace, name)})
+        if not values or axis.type not in (None, "linear"):
+            continue
+        if (span := values[-1] - values[0]) < FEW:
             axis.update(tick0=0, dtick=1)
+        elif len(values) <= min(SPARSE, span) and all(map(float.is_integer, values)):
+            axis.update(tickmode="array", tickvals=values)
     return figure
 
 
@@ -70,6 +76,6 @@ def _values(trace: Any, axis: str) -> list[float]:
         return []
     given = getattr(trace, along, None)
     if given is None and trace.type == "heatmap" and trace.z is not None and len(trace.z):
-        return [0.0, float((len(trace.z) if along == "y" else len(trace.z[0])) - 1)]
+        return [float(i) for i in range(len(trace.z) if along == "y" else len(trace.z[0]))]
     numbers = [float(v) for v in ([] if given is None else given) if hasattr(v, "__float__")]
     return [v for v in numbers if isfinite(v)]

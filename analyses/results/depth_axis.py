@@ -21,14 +21,14 @@ CHOSEN = "#E69F00"
 TRUE = "#009E73"
 COLUMN_SHARE = 0.42
 """Width of the column of layers, beside a panel's 1."""
-SPACING = 0.014
-"""Between two panels, as a share of the figure."""
-CHARACTER = 6.4
-"""Pixels of a heading's character, at most on average over a line."""
-GAP = 10
+SPACING = 0.11
+"""Between all panels together, as a share of the figure."""
+CHARACTER = 0.58
+"""Width of a heading's character as a share of its height, at most on average over a line."""
+GAP = 6
 """Pixels between two headings."""
-TICKS = 88
-"""Pixels that a panel needs for its ticks."""
+TICKS = 7.2
+"""Width that a panel needs for its ticks, by the height of its letters."""
 MARGIN = 68
 """Pixels left and right of all panels."""
 
@@ -132,9 +132,9 @@ def relative_values(panels: Sequence[Panel], mode: str) -> Values:
 def narrowest(panels: Sequence[Panel]) -> int:
     """The width in pixels below which headings of neighbouring panels would touch."""
     words = [line for panel in panels for text in (panel.title, panel.unit) for line in lines_of(text, len(panels))]
-    longest = max(map(len, words), default=0)
-    panel = max(TICKS, CHARACTER * longest + GAP)
-    return round((panel * (len(panels) + COLUMN_SHARE)) / (1 - SPACING * len(panels)) + MARGIN)
+    longest, size = max(map(len, words), default=0), _size(len(panels))
+    panel = max(TICKS * size, CHARACTER * size * longest + GAP)
+    return round(panel * (len(panels) + COLUMN_SHARE) / (1 - SPACING) + MARGIN)
 
 
 def wrapped(text: str, panels: int) -> str:
@@ -195,8 +195,8 @@ def _unit(panel: Panel, panels: int) -> Values:
 
 
 def _size(panels: int) -> int:
-    """Pixels of a heading's letters."""
-    return 12 if panels <= 6 else 11
+    """Height in pixels of a heading's letters."""
+    return 12 if panels <= 6 else 11 if panels <= 9 else 10
 
 
 def _layout(
@@ -209,7 +209,8 @@ def _layout(
         yaxis: of the first panel, which all share.
     """
     widths = [COLUMN_SHARE if "visible" in axis else 1.0 for axis in xaxes]
-    share = (1 - SPACING * (len(titles) - 1)) / sum(widths)
+    gap = SPACING / len(titles)
+    share = (1 - gap * (len(titles) - 1)) / sum(widths)
     axes: Values = {}
     headings = []
     below = {
@@ -236,7 +237,7 @@ def _layout(
                 "font": {"size": _size(len(panels)), "color": INK[mode]},
             }
         )
-        left = right + SPACING
+        left = right + gap
     lines = max(wrapped(panel.title, len(panels)).count("<br>") for panel in panels) + 1
     common = frame(height, {"t": 24 + 17 * lines, "b": 84, "l": 56, "r": 12}, legend=-0.16)
     return {**common, "bargap": 0.14, "annotations": headings, **axes}

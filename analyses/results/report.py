@@ -24,7 +24,7 @@ PREVIEW_ROWS = 12
 """Rows of each table shown in the page; the whole table is in the result's folder."""
 OPEN = 2
 """Figures of a section that are shown at once; the others are under a fold."""
-PANELS = 12
+PANELS = 16
 """Panels beside each other on the depth axis, at most."""
 
 
@@ -129,8 +129,7 @@ def _depth(results: Sequence[Reported]) -> dict[str, Any] | None:
     drawn = [Panel(specs[key].title, specs[key].unit, tuple(curves)) for key, curves in panels.items()]
     figure = depth_values(drawn, models[0][1], (), "light") if len(models) == 1 else relative_values(drawn, "light")
     return {
-        "html": figure_html(to_json_plotly(figure), "depth"),
-        "width": narrowest(drawn),
+        "html": figure_html(to_json_plotly(figure), "depth", narrowest(drawn)),
         "models": models,
         "lines": [_peak(panel) for panel in drawn],
     }

@@ -33,6 +33,8 @@ INK = {"light": "#1b2733", "dark": "#e6e6e6"}
 """Text, by the kind of page."""
 LINE = {"light": "#dfe5ea", "dark": "#3a4048"}
 """Grid lines, by the kind of page."""
+NOT_DRAWN = ("polar", "ternary", "geo")
+"""Kinds of axes that no figure has."""
 KINDS = ("scatter", "bar", "heatmap", "box", "histogram")
 """Kinds of traces that figures have."""
 NAMED = ("dataset", "group", "group_a", "group_b")
@@ -49,7 +51,8 @@ def colour_of(analysis: str, order: list[str]) -> str:
 def template() -> go.layout.Template:
     """Return plotly's white template for the kinds of traces that are drawn here: each figure gets a copy, and the whole is large."""
     white = pio.templates["plotly_white"]
-    return go.layout.Template(layout=white.layout, data={kind: white.data[kind] for kind in KINDS})
+    layout = {name: value for name, value in white.layout.to_plotly_json().items() if name not in NOT_DRAWN}
+    return go.layout.Template(layout=layout, data={kind: white.data[kind] for kind in KINDS})
 
 
 def coloured(table: pd.DataFrame, by: str | list[str]) -> Iterator[tuple[str, tuple[Any, pd.DataFrame]]]:

@@ -48,15 +48,17 @@
     place.figure ??= JSON.parse(await unpacked(place.dataset.figure));
     await library;
   };
+  let printing = false;
+  const theme = () => (dark.matches && !printing ? "dark" : "light");
   const near = new IntersectionObserver((entries) => {
     for (const { isIntersecting, target } of entries) {
-      if (isIntersecting) read(target).then(() => draw(target, dark.matches ? "dark" : "light"));
+      if (isIntersecting) read(target).then(() => draw(target, theme()));
     }
   }, { rootMargin: "600px" });
   plots.forEach((place) => near.observe(place));
 
-  const everywhere = (mode) => plots.forEach((place) => (place.mode || mode === "print") && draw(place, mode === "print" ? "light" : mode));
-  dark.addEventListener("change", () => everywhere(dark.matches ? "dark" : "light"));
+  const everywhere = () => plots.forEach((place) => (place.mode || printing) && draw(place, theme()));
+  dark.addEventListener("change", everywhere);
   // Printing cannot wait, so what is to be printed is unpacked beforehand, in moments of rest.
   (async () => {
     await library;
@@ -68,9 +70,13 @@
   })();
   addEventListener("beforeprint", () => {
     document.querySelectorAll("details.figures").forEach((fold) => (fold.open = true));
-    everywhere("print");
+    printing = true;
+    everywhere();
   });
-  addEventListener("afterprint", () => everywhere(dark.matches ? "dark" : "light"));
+  addEventListener("afterprint", () => {
+    printing = false;
+    everywhere();
+  });
 
   // The contents mark the section that is being read.
   const links = new Map([...document.querySelectorAll(".contents a")].map((link) => [link.hash.slice(1), link]));

@@ -319,7 +319,7 @@ def _parts(module: nn.Module) -> list[nn.Module]:
     """Return a module and all inside it, some perhaps twice: `modules()` would take longer than a small block."""
     parts = [module]
     for part in parts:
-        parts += [child for child in part._modules.values() if child is not None]
+        parts.extend(filter(None, part._modules.values()))
     return parts
 
 

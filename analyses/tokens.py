@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -118,8 +117,7 @@ def _read_bytes(shown: re.Match[str]) -> str:
 def _is_byte_level(tokenizer: Any, vocabulary: Any) -> bool:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        parts = json.loads(backend.to_str())
-        return "ByteLevel" in json.dumps([parts.get("decoder"), parts.get("pre_tokenizer")])
+        return "ByteLevel" in f"{backend.decoder!r}{backend.pre_tokenizer!r}"
     return any(isinstance(token, str) and token.startswith("Ġ") for token in vocabulary)
 
 

@@ -1,4 +1,7 @@
-"""Processor seconds until commands that need no model have answered, and until a run on held rows is saved."""
+"""Processor seconds until commands that need no model have answered, and until runs on held rows are saved.
+
+Below them what Python needs to import the libraries that such a run computes with, which no run can be quicker than.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+LIBRARIES = ("torch", "pandas, pyarrow.parquet", "plotly.graph_objects", "tokenizers")
+HELD = ("logit_lens", "voids")
+"""Analyses of which the rows are held."""
 COMMAND = "import sys; from analyses.cli import main; sys.exit(main(sys.argv[1:]))"
 QUICK = [
     ["--help"],
@@ -26,10 +32,10 @@ QUICK = [
 ]
 
 
-def processor_seconds(args: list[str]) -> float:
-    """User and system seconds of the command, its children included."""
+def processor_seconds(args: list[str], code: str = COMMAND) -> float:
+    """User and system seconds of a command, its children included."""
     before = os.times()
-    subprocess.run([sys.executable, "-c", COMMAND, *args], capture_output=True, check=False)
+    subprocess.run([sys.executable, "-c", code, *args], capture_output=True, check=False)
     after = os.times()
     return after.children_user + after.children_system - before.children_user - before.children_system
 
@@ -42,16 +48,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prompts, store, out = (str(Path(folder) / name) for name in ("prompts.jsonl", "store", "out"))
         Path(prompts).write_text('{"text": "The capital of France is"}\n' * 4)
-        held_run = ["run", "logit_lens", "--model", given.model, "--prompts", prompts, "--store", store, "--out", out]
-        processor_seconds(held_run)  # so that the rows are there
+        places = ["--model", given.model, "--prompts", prompts, "--store", store, "--out", out]
+        held_runs = [["run", name, *places] for name in HELD]
+        for args in held_runs:
+            processor_seconds(args)  # so that the rows are there
         print("| command | processor seconds (median) | slowest |\n|---|---|---|")
-        for args in [*QUICK, held_run]:
+        for args in [*QUICK, *held_runs]:
             filled = [prompts if arg == "{prompts}" else arg for arg in args]
-            seconds = [processor_seconds(filled) for _ in range(given.rounds)]
-            shown = " ".join(
-                "FILE" if arg == prompts else arg for arg in filled if not arg.startswith(folder) or arg == prompts
-            )
-            print(f"| `bathyscope {shown}` | {statistics.median(seconds):.2f} | {max(seconds):.2f} |")
+            line([processor_seconds(filled) for _ in range(given.rounds)], f"bathyscope {said(filled, folder)}")
+        for number in range(1, len(LIBRARIES) + 1):
+            code = f"import {', '.join(LIBRARIES[:number])}"
+            line([processor_seconds([], code) for _ in range(given.rounds)], f"python -c '{code}'")
+
+
+def said(args: list[str], folder: str) -> str:
+    """A command's words with its own files by a short name."""
+    return " ".join(Path(arg).stem.upper() if arg.startswith(folder) else arg for arg in args)
+
+
+def line(seconds: list[float], command: str) -> None:
+    """Print a row of the table."""
+    print(f"| `{command}` | {statistics.median(seconds):.2f} | {max(seconds):.2f} |", flush=True)
 
 
 if __name__ == "__main__":

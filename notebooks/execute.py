@@ -21,7 +21,6 @@ from typing import Any
 
 import nbformat
 from facts import FACTS
-from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
 STORE = "~/.cache/bathyscope/store"
@@ -46,6 +45,8 @@ def execute(path: Path, root: Path) -> None:
 def run(notebook: Any, expressions: Mapping[str, str], folder: Path) -> dict[str, Any]:
     """Executes a notebook in `folder`, where what it saves lands; returns what `expressions` say of its variables."""
     entries = ", ".join(f"{name!r}: {expression}" for name, expression in expressions.items())
+    from nbclient import NotebookClient
+
     source = f"import json\nprint(json.dumps({{{entries}}}, default=lambda x: x.item()))"
     notebook.cells.append(nbformat.v4.new_code_cell(source))
     client = NotebookClient(

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from families import FAMILIES, make, prompt, shared
-from reference import EDITS, REFUSED, edited, expected
+from reference import REFUSED, edit, edited, expected
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -24,6 +24,11 @@ TOLERANCE = 1e-5
 
 def addresses(point: str, model: Model) -> list[Address]:
     return [Address(point, layer) for layer in (range(model.shape.n_layers) if POINTS[point].layered else (None,))]
+
+
+def readable(model: Model) -> list[Address]:
+    """Every address of the vocabulary that the model does not refuse."""
+    return [address for name in POINTS for address in addresses(name, model) if model.refusal(address) is None]
 
 
 def read(
@@ -48,9 +53,10 @@ def one(model: Model, address: Address, tokens: Tensor, writes: Mapping[Address,
     return read(model, [address], tokens, writes)[address]
 
 
-def close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
-    assert actual.shape == expected.shape
-    assert float((actual.float() - expected.float()).abs().max()) <= tolerance * max(1.0, float(expected.abs().max()))
+def close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE, at: object = "") -> None:
+    assert actual.shape == expected.shape, at
+    error = float((actual.float() - expected.float()).abs().max())
+    assert error <= tolerance * max(1.0, float(expected.abs().max())), at
 
 
 def hooks(module: nn.Module) -> int:
@@ -103,6 +109,7 @@ class Conformance:
     own_copy: ClassVar[bool] = False
     """Whether the backend runs a copy of the module, which the caller's hooks do not reach."""
     _loaded: ClassVar[dict[tuple[type, str], Model]] = {}
+    _clean: ClassVar[dict[tuple[type, str], dict[Address, Tensor]]] = {}
 
     def load(self, module: nn.Module, family: str) -> Model:
         raise NotImplementedError
@@ -115,41 +122,45 @@ class Conformance:
             self._loaded[key] = self.load(make(family) if self.leaves else shared(family), family)
         return self._loaded[key]
 
+    def clean(self, family: str) -> dict[Address, Tensor]:
+        """What one forward of `prompt()` gives at every address that can be read."""
+        model, key = self.model(family), (type(self), family)
+        if key not in self._clean:
+            self._clean[key] = read(model, readable(model), prompt())
+        return self._clean[key]
+
     def any_causal(self) -> tuple[Model, str]:
         family = next(f for f in ("llama", *CAUSAL) if f in self.families)
         return self.model(family), family
 
-    @pytest.mark.parametrize("point", POINTS)
     @pytest.mark.parametrize("family", FAMILIES)
-    def test_a_point_is_the_right_tensor_or_refused(self, family: str, point: str) -> None:
+    def test_a_point_is_the_right_tensor_or_refused(self, family: str) -> None:
         model, right = self.model(family), expected(family)
-        readable = [address for address in addresses(point, model) if model.refusal(address) is None]
-        for address in addresses(point, model):
-            if point in REFUSED.get(family, ()):
-                assert address not in readable, f"{family} has no {address}, so it must be refused"
-            if address not in readable:
-                assert model.refusal(address).strip()  # type: ignore[union-attr]
-                with pytest.raises(PointError):
-                    model.run(prompt(), {address: lambda _: None})
-        for address, tensor in read(model, readable, prompt(rows=2)).items() if readable else ():
-            close(tensor, right[str(address)])
+        for point in POINTS:
+            allowed = [address for address in addresses(point, model) if model.refusal(address) is None]
+            for address in addresses(point, model):
+                if point in REFUSED.get(family, ()):
+                    assert address not in allowed, f"{family} has no {address}, so it must be refused"
+                if address not in allowed:
+                    assert model.refusal(address).strip(), address  # type: ignore[union-attr]
+                    with pytest.raises(PointError):
+                        model.run(prompt(), {address: lambda _: None})
+            for address, tensor in read(model, allowed, prompt(rows=2)).items() if allowed else ():
+                close(tensor, right[str(address)], at=address)
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_shapes_are_what_the_vocabulary_says(self, family: str) -> None:
-        model, tokens = self.model(family), prompt(7, rows=2)
-        for name, point in POINTS.items():
-            for address in addresses(name, model)[:1]:
-                if model.refusal(address) is None:
-                    sizes = [7 if d in ("pos", "query", "key") else model.shape.width(d) for d in point.dims]
-                    assert list(one(model, address, tokens).shape) == [2, *sizes], name
+        model = self.model(family)
+        for address, tensor in read(model, readable(model), prompt(7, rows=2)).items():
+            dims = POINTS[address.point].dims
+            sizes = [7 if d in ("pos", "query", "key") else model.shape.width(d) for d in dims]
+            assert list(tensor.shape) == [2, *sizes], address
 
     @pytest.mark.parametrize("family", FAMILIES)
-    def test_many_points_of_one_forward_equal_each_alone(self, family: str) -> None:
-        model, tokens = self.model(family), prompt()
-        readable = [a for name in POINTS for a in addresses(name, model) if model.refusal(a) is None]
-        together = read(model, readable, tokens)
-        for address in readable[:: max(1, len(readable) // 8)]:
-            close(together[address], one(model, address, tokens))
+    def test_every_point_of_one_forward_is_the_right_tensor(self, family: str) -> None:
+        model, right = self.model(family), expected(family)
+        for address, tensor in read(model, readable(model), prompt(rows=2)).items():
+            close(tensor, right[str(address)], at=address)
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_faithfulness_holds_and_names_what_is_refused(self, family: str) -> None:
@@ -179,12 +190,12 @@ class Conformance:
         rows = [prompt(n, seed=n)[0] for n in lengths]
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         points = ("resid_post", "z", "mlp_out", "attn_in")
-        readable = [a for p in points for a in addresses(p, model) if model.refusal(a) is None] + [Address("logits")]
-        batched = read(model, readable, padded, lengths=lengths)
+        sites = [address for address in readable(model) if address.point in points] + [Address("logits")]
+        batched = read(model, sites, padded, lengths=lengths)
         for i, row in enumerate(rows):
-            alone = read(model, readable, row[None])
-            for address in readable:
-                close(batched[address][i, : lengths[i]], alone[address][0])
+            alone = read(model, sites, row[None])
+            for address in sites:
+                close(batched[address][i, : lengths[i]], alone[address][0], at=address)
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_the_same_forward_twice_is_bit_identical(self, family: str) -> None:
@@ -193,34 +204,37 @@ class Conformance:
         first, second = read(model, sites, prompt()), read(model, sites, prompt(), {})
         assert all(torch.equal(first[a], second[a]) for a in sites)
 
-    @pytest.mark.parametrize("point", WRITABLE)
-    @pytest.mark.parametrize("family", FAMILIES)
-    def test_a_write_is_read_back_and_reaches_the_logits(self, family: str, point: str) -> None:
-        model, tokens = self.model(family), prompt()
-        address = addresses(point, model)[-1 if POINTS[point].layered else 0]
-        if model.refusal(address) is not None:
-            pytest.skip("this model does not have the point")
-        sites = list(dict.fromkeys((address, Address("logits"))))
-        before = read(model, sites, tokens)
-        # Rolled, because a norm undoes a mere change of scale or mean.
-        new = before[address].flip(-1) if point == "pattern" else before[address].roll(1, -1) * 1.5 + 0.25
-        given = new.clone()
-        after = read(model, sites, tokens, {address: lambda old: given.to(old)})
-        assert torch.equal(after[address], new)
-        assert not torch.allclose(before[sites[-1]], after[sites[-1]], atol=1e-4)
-        assert torch.equal(given, new), "the model must not change the tensor it was given"
+    def last_writable(self, family: str) -> list[Address]:
+        """The deepest address of every point that can be written."""
+        model = self.model(family)
+        deepest = [addresses(point, model)[-1 if POINTS[point].layered else 0] for point in WRITABLE]
+        return [address for address in deepest if model.refusal(address) is None]
 
-    @pytest.mark.parametrize("edit", EDITS)
     @pytest.mark.parametrize("family", FAMILIES)
-    def test_an_edit_gives_what_plain_hooks_give(self, family: str, edit: str) -> None:
+    def test_a_write_is_read_back_and_reaches_the_logits(self, family: str) -> None:
+        model, tokens, clean, logits = self.model(family), prompt(), self.clean(family), Address("logits")
+        for address in self.last_writable(family):
+            # Rolled, because a norm undoes a mere change of scale or mean.
+            old = clean[address]
+            new = old.flip(-1) if address.point == "pattern" else old.roll(1, -1) * 1.5 + 0.25
+            given = new.clone()
+            sites = list(dict.fromkeys((address, logits)))
+            after = read(model, sites, tokens, {address: lambda old, given=given: given.to(old)})
+            assert torch.equal(after[address], new), address
+            assert not torch.allclose(clean[logits], after[logits], atol=1e-4), address
+            assert torch.equal(given, new), f"the model must not change the tensor it was given at {address}"
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_an_edit_gives_what_plain_hooks_give(self, family: str) -> None:
         model, tokens, logits = self.model(family), prompt(rows=2), Address("logits")
         clean = expected(family)["logits"]
         for point in WRITABLE:
             address = Address(point, 1 if POINTS[point].layered else None)
             if model.refusal(address) is None:
-                right = edited(family, point, 1, edit)
-                assert not torch.allclose(right, clean, atol=1e-4), f"the edit of {address} must matter"
-                close(one(model, logits, tokens, {address: EDITS[edit]}), right)
+                right = edited(family, point, 1)
+                for row in (0, 1):
+                    assert not torch.allclose(right[row], clean[row], atol=1e-4), f"the edit of {address} must matter"
+                close(one(model, logits, tokens, {address: edit}), right, at=address)
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_a_written_attention_input_reaches_queries_keys_and_values(self, family: str) -> None:
@@ -233,15 +247,12 @@ class Conformance:
             close(tensors[address], tensors[address][:, :1].expand_as(tensors[address]))
 
     @pytest.mark.parametrize("family", FAMILIES)
-    @pytest.mark.parametrize("point", [p for p in WRITABLE if p != "pattern"])
-    def test_writing_back_the_clean_value_changes_nothing(self, family: str, point: str) -> None:
-        model, tokens = self.model(family), prompt()
-        address = addresses(point, model)[-1 if POINTS[point].layered else 0]
-        if model.refusal(address) is not None:
-            pytest.skip("this model does not have the point")
-        logits = Address("logits")
-        clean = read(model, list(dict.fromkeys((address, logits))), tokens)
-        assert torch.equal(one(model, logits, tokens, {address: lambda old: clean[address].to(old)}), clean[logits])
+    def test_writing_back_the_clean_value_changes_nothing(self, family: str) -> None:
+        model, clean, logits = self.model(family), self.clean(family), Address("logits")
+        for address in self.last_writable(family):
+            if address.point != "pattern":
+                after = one(model, logits, prompt(), {address: lambda old, at=address: clean[at].to(old)})
+                assert torch.equal(after, clean[logits]), address
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_a_written_stream_is_the_one_the_block_goes_on_with(self, family: str) -> None:
@@ -358,18 +369,16 @@ class Conformance:
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_a_failed_forward_changes_no_later_one(self, family: str) -> None:
-        model = self.model(family)
-        readable = [a for name in POINTS for a in addresses(name, model) if model.refusal(a) is None]
-        before = read(model, readable, prompt())
+        model, before = self.model(family), self.clean(family)
 
         def fail(_: Tensor) -> None:
             raise KeyError("the reader's own")
 
-        for address in readable[::5]:
+        for address in [*before][::5]:
             with pytest.raises(KeyError):
                 model.run(prompt(), {address: fail})
-        after = read(model, readable, prompt())
-        assert all(torch.equal(before[a], after[a]) for a in readable)
+        after = read(model, [*before], prompt())
+        assert all(torch.equal(before[a], after[a]) for a in before)
 
     def test_dropout_is_off_whatever_the_module_s_flag(self) -> None:
         module = make("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)

@@ -5,55 +5,79 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from families import make
-from hypothesis import HealthCheck, settings
-from tiny import native
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
 
-from probes.models import Model, load_model
-from probes.models.backends.native import NativeModel
-from probes.store import ActivationStore
+if TYPE_CHECKING:
+    # The process that only hands out tests has no need of what takes seconds to import.
+    import torch
 
+    from probes.models import Model
+    from probes.models.backends.native import NativeModel
+    from probes.store import ActivationStore
+
+# Read when torch and NumPy are imported, and inherited by what a test starts: several processes compute at once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-torch.set_num_threads(1)
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("untimed")  # a busy machine fails no property
-if not torch.cuda.is_available():
-    # Without a GPU the fused kernels are interpreted; Triton decides that when a test first imports it.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 LONGEST = (
     "test_app_browser",
-    "test_notebooks",
     "test_studies_ray",
+    "test_notebooks",
     "test_planted",
-    "test_planted_families",
     "test_studies_run",
-    "test_kernels_compiled",
-    "test_app_pages",
-    "test_live_process",
+    "test_planted_families",
     "test_transformer_lens",
-    "test_outside_analysis",
-    "test_nnsight",
-    "test_cdt_families",
-    "test_jacobian_lens",
-    "test_lenses",
-    "test_interventions",
-    "test_native",
-    "test_causal_patching",
+    "test_causal_patching_identities",
     "test_live_keys",
+    "test_cdt_families",
+    "test_depth_use",
+    "test_concept_depth",
+    "test_app_pages",
+    "test_ground_truth_run",
+    "test_causal_patching",
+    "test_interventions",
+    "test_layer_programs",
+    "test_live_process",
+    "test_back_patching",
+    "test_causal_patching_planted",
+    "test_lenses",
     "test_studies_quick",
-    "test_norm_training",
+    "test_native",
+    "test_nnsight",
+    "test_cli",
+    "test_norm_diagnostics",
     "test_app_jobs",
+    "test_streaming",
+    "test_norm_training",
+    "test_jacobian_lens",
+    "test_kernels_compiled",
+    "test_report_browser",
 )
-"""Files that take half a minute or more. A file is one process's, which makes its fixtures once; these must not come last."""
+"""Files that take a quarter of a minute or more. A file is one process's, which makes its fixtures once; these must not come last."""
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than processors: some tests wait for a browser, for a server or for other processes."""
+    from joblib import cpu_count
+
+    return int(cpu_count()) + 1
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """Before test files are imported: one thread, properties without a deadline, and kernels that need no GPU."""
+    if session.config.pluginmanager.hasplugin("dsession"):
+        return
+    import torch
+    from hypothesis import HealthCheck, settings
+
+    torch.set_num_threads(1)
+    settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("untimed")  # a busy machine fails no property
+    if not torch.cuda.is_available():
+        # Without a GPU the fused kernels are interpreted; Triton decides that when a test first imports it.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -71,12 +95,16 @@ def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def tiny() -> NativeModel:
     """A tiny random Llama of 3 layers."""
+    from tiny import native
+
     return native()
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> ActivationStore:
     """An empty store."""
+    from probes.store import ActivationStore
+
     return ActivationStore(tmp_path / "store")
 
 
@@ -101,12 +129,19 @@ def count_forwards(monkeypatch: pytest.MonkeyPatch) -> Callable[[Model], list[in
 @pytest.fixture(scope="session")
 def real() -> Model:
     """The bundled default model, fetched once and cached."""
+    from probes.models import load_model
+
     return load_model("smollm2-135m")
 
 
 @pytest.fixture
 def word_folder(llama_folder: Path) -> Path:
     """The same folder with a tokenizer of one word a token."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
     words.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2").save_pretrained(llama_folder)
@@ -116,6 +151,8 @@ def word_folder(llama_folder: Path) -> Path:
 @pytest.fixture
 def llama_folder(tmp_path: Path) -> Path:
     """A folder with a tiny Llama checkpoint and no tokenizer."""
+    from families import make
+
     folder = tmp_path / "model"
     make("llama").save_pretrained(folder)
     return folder

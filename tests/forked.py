@@ -39,7 +39,7 @@ def forked(act: Callable[[], object]) -> int:
 
 
 class ForkedWorker:
-    """The dashboard's worker in a child; what its queue asks of a `subprocess.Popen`.
+    """A child with what is asked of a `subprocess.Popen`, such as the dashboard's worker.
 
     Args:
         act: what the child does; its standard input is what is written to `stdin`.
@@ -67,6 +67,7 @@ class ForkedWorker:
         if self.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
 
-    def wait(self) -> None:
-        while self.poll() is None:
+    def wait(self) -> int:
+        while (code := self.poll()) is None:
             time.sleep(0.01)
+        return code

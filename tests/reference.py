@@ -240,35 +240,30 @@ def _projections(part: nn.Module, names: Names, attention: Any, x: Tensor, d_hea
 Edit = Callable[[Tensor], Tensor]
 
 
-def _rolled(old: Tensor) -> Tensor:
+def edit(old: Tensor) -> Tensor:
+    """The edit that backends are held to, of a point's tensor: everywhere in the first row, at one position in the second."""
+    first, second = old.clone().split(1)
     # Rolled, because a norm undoes a mere change of scale or mean.
-    return old.roll(1, -1) * 1.5 + 0.25
-
-
-def _one_position(old: Tensor) -> Tensor:
-    return torch.cat((old[:, :2], old[:, 2:3].roll(1, -1) - 1, old[:, 3:]), 1)
-
-
-EDITS: Mapping[str, Edit] = {"rolled": _rolled, "one position": _one_position}
-"""Edits every backend is held to, each a function of the point's tensor."""
+    second[:, 2] = second[:, 2].roll(1, -1) - 1
+    return torch.cat((first.roll(1, -1) * 1.5 + 0.25, second))
 
 
 @cache
-def edited(family: str, point: str, layer: int, edit: str) -> Tensor:
+def edited(family: str, point: str, layer: int) -> Tensor:
     """The logits for two rows of nine tokens with one point edited, by plain hooks (of layer 0 where it has no layer)."""
-    change, tokens = EDITS[edit], prompt(rows=2)
+    tokens = prompt(rows=2)
     module = _eager(family) if point == "pattern" else shared(family)
     with torch.no_grad(), ExitStack() as undo:
         if point == "pattern":
-            undo.enter_context(_softmax_edited(layer, change))
+            undo.enter_context(_softmax_edited(layer))
         else:
-            _install(module, NAMES[family], point, layer, change, undo)
+            _install(module, NAMES[family], point, layer, edit, undo)
         logits: Tensor = module(tokens).logits
-    return change(logits) if point == "logits" else logits
+    return edit(logits) if point == "logits" else logits
 
 
 @contextmanager
-def _softmax_edited(layer: int, change: Edit) -> Iterator[None]:
+def _softmax_edited(layer: int) -> Iterator[None]:
     """Within, the softmax of one layer's eager attention gives edited probabilities."""
     original, passed = nn.functional.softmax, [0]
 
@@ -277,7 +272,7 @@ def _softmax_edited(layer: int, change: Edit) -> Iterator[None]:
         if out.dim() != 4:
             return out
         passed[0] += 1
-        return change(out) if passed[0] == layer + 1 else out
+        return edit(out) if passed[0] == layer + 1 else out
 
     nn.functional.softmax = softmax  # type: ignore[assignment]
     try:

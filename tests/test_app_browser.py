@@ -60,23 +60,31 @@ def browser() -> Iterator[Any]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def profiles(browser: Any) -> dict[str, Any]:
+    """A browser's profile for each theme, which keeps the code it has loaded; every page in it is a session of its own."""
+    size = {"width": 1440, "height": 1400}
+    themes = {theme: browser.new_context(color_scheme=theme, viewport=size) for theme in ("light", "dark")}
+    for profile in themes.values():
+        profile.set_default_timeout(PATIENCE)
+    return themes
+
+
 @pytest.fixture
-def visit(browser: Any, server: Server) -> Iterator[Callable[..., Any]]:
+def visit(profiles: dict[str, Any], server: Server) -> Iterator[Callable[..., Any]]:
     """Opens a page of the dashboard in a session of its own."""
-    contexts = []
+    pages = []
 
     def open_page(path: str = "", ready: str = "h1") -> Any:
-        context = browser.new_context(viewport={"width": 1440, "height": 1400}, accept_downloads=True)
-        context.set_default_timeout(PATIENCE)
-        contexts.append(context)
-        page = context.new_page()
+        page = profiles["light"].new_page()
+        pages.append(page)
         page.goto(f"{server.url}/{path}")
         page.wait_for_selector(ready)
         return page
 
     yield open_page
-    for context in contexts:
-        context.close()
+    for page in pages:
+        page.close()
 
 
 def settle(page: Any) -> None:
@@ -295,34 +303,28 @@ def test_a_saved_run_needs_no_model(visit: Callable[..., Any], server: Server, t
 
 
 @pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A dashboard on one saved run of each analysis."""
-    folder = tmp_path_factory.mktemp("filled")
-    store = ActivationStore(folder / "store")
+def filled(server: Server) -> Server:
+    """The dashboard with a newest run of each analysis."""
+    store = ActivationStore(server.runs.parent / "store")
     for name, (analysis, prompts) in SMALL.items():
-        analysis.run(native(), prompts, store=store).save(folder / "runs" / name)
-    with serve(folder / "runs", folder / "store", folder / "log.txt") as running:
-        yield running
+        analysis.run(native(), prompts, store=store).save(server.runs / name)
+    return server
 
 
 @pytest.fixture(scope="module")
-def look(browser: Any, filled: Server) -> Iterator[Callable[..., Any]]:
-    """Opens an address of the filled dashboard at a size, in the one window of a theme, which keeps what it has loaded."""
-    windows: dict[str, Any] = {}
+def look(profiles: dict[str, Any], filled: Server) -> Callable[..., Any]:
+    """Opens an address of the filled dashboard at a size, in the one page of a theme."""
+    pages: dict[str, Any] = {}
 
     def open_page(path: str = "", theme: str = "light", width: int = 1440, height: int = 1400) -> Any:
-        if theme not in windows:
-            context = browser.new_context(color_scheme=theme)
-            context.set_default_timeout(PATIENCE)
-            windows[theme] = context.new_page()
-        page = windows[theme]
+        if theme not in pages:
+            pages[theme] = profiles[theme].new_page()
+        page = pages[theme]
         page.set_viewport_size({"width": width, "height": height})
         page.goto(f"{filled.url}/{path}")
         return page
 
-    yield open_page
-    for page in windows.values():
-        page.context.close()
+    return open_page
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,9 @@ def page() -> AppTest:
 
 
 def fine(at: AppTest) -> AppTest:
+    """The whole page: a callback has only the parts drawn again that changed."""
+    assert not at.exception, at.exception[0].stack_trace
+    at.run()
     assert not at.exception, at.exception[0].stack_trace
     return at
 
@@ -80,7 +84,7 @@ def test_every_kind_of_edit_on_the_page_equals_the_same_text_in_python(start: st
     at = page()
     press(at, "Clear the stack")
     for line in LINES:
-        at.text_input(key="live:line").set_value(line).run()
+        fine(at.text_input(key="live:line").set_value(line).run())
         fine(at)
         own = desk(at)
         assert not own.refusal, own.refusal
@@ -118,7 +122,7 @@ def test_a_direction_of_a_saved_run_acts_on_the_page_as_in_python(start: str, mo
 def test_undo_gives_the_very_same_answer_and_redo_too(start: str) -> None:
     at = page()
     first = desk(at).now
-    at.text_input(key="live:line").set_value("skip 1").run()
+    fine(at.text_input(key="live:line").set_value("skip 1").run())
     second = desk(at).now
     press(at, "Undo")
     assert desk(at).now is first
@@ -131,21 +135,26 @@ def test_undo_gives_the_very_same_answer_and_redo_too(start: str) -> None:
 def test_what_is_no_edit_is_refused_in_place_and_the_session_kept(start: str) -> None:
     at = page()
     before = desk(at).now
-    at.text_input(key="live:line").set_value("zero y.1").run()
+    fine(at.text_input(key="live:line").set_value("zero y.1").run())
     assert desk(at).now is before
     assert "zero POINT" in at.error[0].value
-    at.text_input(key="live:text:1").set_value("w5 " * 70).run()
+    fine(at.text_input(key="live:text:1").set_value("w5 " * 70).run())
     assert "context window" in at.error[0].value
     assert desk(at).now is before
 
 
 def test_the_stack_s_buttons(start: str) -> None:
     at = page()
-    at.text_input(key="live:line").set_value("add resid_post.1 token 'w9' x2.0").run()
+    fine(at.text_input(key="live:line").set_value("add resid_post.1 token 'w9' x2.0").run())
     own = desk(at)
-    at.toggle[0].set_value(False).run()
+    fine(at.toggle[0].set_value(False).run())
     assert State.parse(own.now.session).edits[0].line().startswith("add")  # type: ignore[union-attr]
-    at.slider[1].set_value(1.0).run()
+    slider = at.slider[1].id
+    fine(at.slider[1].set_value(1.7).run())
+    assert (at.slider[1].id, at.slider[1].value) == (slider, 1.7)  # the focus stays on it
+    press(at, "Undo")
+    assert at.slider[1].value == 2.0
+    fine(at.slider[1].set_value(1.0).run())
     assert "x" not in own.now.data["steps"][1]["text"].split("'")[-1]  # type: ignore[union-attr]
     up = [b for b in at.button if str(b.key).startswith("live:icon:earlier") and not b.disabled]
     fine(up[0].click().run())
@@ -188,17 +197,17 @@ def test_both_prompts_stand_side_by_side_and_a_cell_of_the_other_is_patched_here
     alone = Session(model, "w8 w6 w7").grid(before=True)
     assert answer["grid"]["top_logprobs"] == pytest.approx(alone.top_logprobs.numpy(), abs=1e-6)
     at.session_state["live:step"], at.session_state["live:position"] = 1, 2
-    at.selectbox(key="live:other-position").set_value(0).run()
+    fine(at.selectbox(key="live:other-position").set_value(0).run())
     press(at, "Patch it into block 1, position 2")
     assert [step["text"] for step in desk(at).now.data["steps"]] == ["patch resid_post.1 @2 from other@0"]  # type: ignore[union-attr]
     press(at, "Clear the stack")
-    next(t for t in at.text_input if t.label == "Other prompt").set_value("").run()
+    fine(next(t for t in at.text_input if t.label == "Other prompt").set_value("").run())
     assert any("Write another prompt" in caption.value for caption in fine(at).caption)
 
 
 def test_history_compares_whole_grids_and_depth_says_what_is_saved(start: str) -> None:
     at = page()
-    at.text_input(key="live:line").set_value("skip 1").run()
+    fine(at.text_input(key="live:line").set_value("skip 1").run())
     tool(at, "History")
     before = len(at.get("bidi_component"))
     at.session_state["live:compare:what"] = "Whole grids"
@@ -243,7 +252,7 @@ def test_what_is_taken_along_is_the_session(
     assert scope["session"].compare(layers=False).kl == pytest.approx(data["comparison"]["kl"], abs=1e-6)
     assert json.loads(live_take.notebook(session))["nbformat"] == 4
     tool(at, "Take along")
-    at.text_input(key="live:name").set_value("kept").run()
+    fine(at.text_input(key="live:name").set_value("kept").run())
     press(at, "Save")
     press(at, "B")
     press(at, "Reopen")
@@ -320,7 +329,7 @@ def test_a_grid_gives_each_cell_the_colour_of_its_value_and_leaves_blank_what_is
 
 
 def test_a_picked_cell_is_the_one_that_the_inspector_and_the_lists_show(start: str) -> None:
-    from app.ui.live_beside import keep_cell
+    from app.ui.live_beside import pick_cell
 
     at = page()
     own = at.session_state
@@ -328,7 +337,36 @@ def test_a_picked_cell_is_the_one_that_the_inspector_and_the_lists_show(start: s
     fine(at.run())
     assert any("zero resid_post.2 @0" in str(button.key) for button in at.button)
     state: dict[str, int] = {}
+    drawn: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("app.ui.live_beside.st.session_state", state)
-        keep_cell("live:step", "live:position")(1, 2)
+        patch.setattr("app.ui.live_beside.redraw", lambda *parts: drawn.extend(parts))
+        pick_cell("live:step", "live:position", ("tools",), 1, 2)
     assert state == {"live:step": 1, "live:position": 2}
+    assert drawn == ["tools"]
+
+
+def test_what_a_step_does_not_draw_again_is_as_the_whole_page_would_draw_it(start: str) -> None:
+    at = page()
+
+    def says(at: AppTest) -> set[tuple[str, ...]]:
+        elements = [
+            e for e in at.main if e.type not in ("bidi_component", "vertical", "horizontal", "column", "container")
+        ]
+        told = ("label", "value", "disabled", "help", "options")
+        return {(e.type, *(str(getattr(e, name, "")) for name in told)) for e in elements}
+
+    def line(text: str) -> Callable[[], AppTest]:
+        return lambda: at.text_input(key="live:line").set_value(text).run()
+
+    def button(label: str) -> Callable[[], AppTest]:
+        return lambda: next(b for b in at.button if b.label == label).click().run()
+
+    def prompt(text: str) -> Callable[[], AppTest]:
+        return lambda: next(t for t in at.text_input if t.label == "Prompt").set_value(text).run()
+
+    for act in (line("repeat 0-1"), line("zero y.1"), button("Undo"), button("Zero"), button("B"), prompt("w5 w6 w7 w8"), prompt("w5 " * 70),
+                button("Clear the stack"), button("Undo")):  # fmt: skip
+        before, parts = says(at), says(act())
+        assert says(fine(at)) <= before | parts
+        assert len(parts) < len(before)

@@ -6,9 +6,10 @@ import runpy
 from pathlib import Path
 
 import pandas as pd
+from planted_kinds import kinds_asked
 
 from analyses.ground_truth.score import family_of
-from probes.planted.registry import build, tasks
+from probes.planted.registry import tasks
 
 BENCH = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "bench_attribution.py"))
 
@@ -58,7 +59,8 @@ def test_circuits_are_left_out_where_heads_do_not_carry_the_answer() -> None:
 
 
 def test_every_family_that_is_asked_for_nodes_is_compared_once() -> None:
-    asking = {family_of(name) for name in tasks("compiled") for q in build(name).record.questions if q.kind == "nodes"}
+    kinds = kinds_asked()
+    asking = {family_of(name) for name in tasks("compiled") if "nodes" in kinds[f"{name}@0"]}
     names = BENCH["TASKS"].split(",")
     assert {family_of(name) for name in names} == asking
     assert len(names) == len(asking)

@@ -39,23 +39,33 @@ def pair_line(model: NativeModel, clean: tuple[int, ...] = CLEAN, corrupted: tup
     return Prompt(clean, None, fields)
 
 
-def naive(model: NativeModel, row: pd.Series, line: Prompt) -> float:
-    """The metric under one cell, by one whole hooked forward."""
-    corrupted = tuple(line.fields["corrupted_tokens"])
-    base, source = (corrupted, line.tokens) if row["direction"] == "denoise" else (line.tokens, corrupted)
+Passed = dict[Address, Tensor]
+
+
+def passed_by(model: NativeModel, tokens: tuple[int, ...], components: tuple[str, ...]) -> Passed:
+    """What passes components of every layer, by one plain forward."""
+    passed: Passed = {}
+    at = [Address(component, layer) for component in components for layer in range(model.shape.n_layers)]
+    model.run(torch.tensor([tokens]), {a: lambda t, a=a: passed.__setitem__(a, t[0].clone()) for a in at})
+    return passed
+
+
+def naive(model: NativeModel, row: pd.Series, line: Prompt, clean: Passed, corrupted: Passed) -> float:
+    """The metric under one cell, by one whole hooked forward that gets what passed in the other prompt's."""
+    denoise = row["direction"] == "denoise"
+    base = tuple(line.fields["corrupted_tokens"]) if denoise else line.tokens
     address = Address(row["component"], int(row["layer"]))
-    values: list[Tensor] = []
-    model.run(torch.tensor([source]), {address: lambda t: values.append(t[0].clone())})
+    source = (clean if denoise else corrupted)[address]
     at = slice(2, None) if row["position"] == -1 else slice(int(row["position"]), int(row["position"]) + 1)
 
     def put(tensor: Tensor) -> Tensor:
         out = tensor.clone()
         if row["component"] == "pattern":
-            out[0, row["head"], at] = values[0][row["head"], at]
+            out[0, row["head"], at] = source[row["head"], at]
         elif row["head"] >= 0:
-            out[0, at, row["head"]] = values[0][at, row["head"]]
+            out[0, at, row["head"]] = source[at, row["head"]]
         else:
-            out[0, at] = values[0][at]
+            out[0, at] = source[at]
         return out
 
     last = logits(model, base, writes={address: put})
@@ -78,8 +88,9 @@ def test_every_cell_is_the_naive_one(family: str, heads: str, store: ActivationS
     components = tuple(c for c in every if model.refusal(Address(c, 0)) is None)
     cells = run(model, [line], store, components=components, heads=heads)["cells"]
     gap = float(cells["m_patched"].where(cells["position"] == 0).groupby(cells["direction"]).mean().diff().iloc[-1])
+    sources = [passed_by(model, tokens, components) for tokens in (CLEAN, CORRUPTED)]
     for _, row in cells.sample(min(len(cells), 30), random_state=0).iterrows():
-        expected = naive(model, row, line)
+        expected = naive(model, row, line, *sources)
         assert row["m_patched"] == pytest.approx(expected, abs=1e-4 * max(1.0, abs(expected))), dict(row)
     assert gap > 0
 
@@ -100,6 +111,11 @@ def test_the_command_writes_the_cells_of_given_pairs(
     live = cells[~cells["exact_zero"]]
     assert set(live["position"]) == {2, 3}
     assert (cells[cells["exact_zero"]]["recovery"] == 0).all()
+    names = ("resid_post", "attn_out", "mlp_out", "z")
+    clean, *corrupted = (
+        passed_by(model, tokens, names) for tokens in (lines[0].tokens, *(p.fields["corrupted_tokens"] for p in lines))
+    )
     for _, row in live.sample(20, random_state=0).iterrows():
-        assert row["m_patched"] == pytest.approx(naive(model, row, lines[row["pair"]]), abs=1e-4)
+        expected = naive(model, row, lines[row["pair"]], clean, corrupted[row["pair"]])
+        assert row["m_patched"] == pytest.approx(expected, abs=1e-4)
     assert not list((tmp_path / "store" / "causal_patching").glob("*"))

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import VOCAB, make, shared
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
+from tiny import native
 
 from analyses.cli import main
 from analyses.concept_depth import ConceptDepth
@@ -28,8 +30,6 @@ from probes.points import Address
 from probes.prompts import Prompt, read_prompts
 from probes.reducers import Reducer
 from probes.store import ActivationStore
-from tests.conftest import native
-from tests.families import VOCAB, make, shared
 
 D = 24
 LAYER = np.arange(D)

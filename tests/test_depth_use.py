@@ -37,6 +37,8 @@ SMALL = {
     "drop_blocks": 2,
     "parts": ("block", "mlp"),
 }
+SKIPS = {**SMALL, "erasure_prompts": 0, "gradient_prompts": 0, "greedy_steps": 0, "drop_blocks": 0}
+BARE = {**SKIPS, "skip_prompts": 0}
 
 
 def column(values: np.ndarray) -> PerPrompt:
@@ -174,18 +176,8 @@ def test_what_was_not_asked_for_is_not_there(tiny: NativeModel, store: Activatio
 
 
 def test_the_first_token_counts_only_when_asked(tiny: NativeModel, store: ActivationStore) -> None:
-    options = {
-        **SMALL,
-        "skip_prompts": 0,
-        "erasure_prompts": 0,
-        "gradient_prompts": 0,
-        "greedy_steps": 0,
-        "drop_blocks": 0,
-    }
     counts = {
-        flag: DepthUse(**options, first_token=flag)
-        .run(tiny, [(5, 6, 7), (8, 9)], store=store)
-        .tables["loss"]["tokens"][0]
+        flag: DepthUse(**BARE, first_token=flag).run(tiny, [(5, 6, 7), (8, 9)], store=store).tables["loss"]["tokens"][0]
         for flag in (False, True)
     }
     assert counts == {False: 1, True: 3}  # next tokens predicted at positions from 1, or from 0
@@ -195,7 +187,7 @@ def test_groups_have_depth_scores(tiny: NativeModel, store: ActivationStore) -> 
     prompts = [
         Prompt(p, fields={"group": name}) for p, name in zip(PROMPTS, ("easy", "hard", "hard", "easy"), strict=True)
     ]
-    scores = DepthUse(**SMALL).run(tiny, prompts, store=store).tables["depth_score"]
+    scores = DepthUse(**SKIPS).run(tiny, prompts, store=store).tables["depth_score"]
     current = scores[(scores["variant"] == "current") & (scores["by"] == "mean") & (scores["part"] == "block")]
     # The last prompt is one token, which the released rule never leaves out.
     assert current.set_index("group")["prompts"].to_dict() == {"all": 3, "easy": 1, "hard": 2}
@@ -238,18 +230,10 @@ def test_groups_are_aligned_with_themselves(tiny: NativeModel, store: Activation
 
 def test_labels_give_a_probe_column(tiny: NativeModel, store: ActivationStore) -> None:
     prompts = [Prompt((5, 6, 7 + i, 80 + i % 2), fields={"label": i % 2}) for i in range(24)]
-    options = {
-        **SMALL,
-        "skip_prompts": 0,
-        "erasure_prompts": 0,
-        "gradient_prompts": 0,
-        "greedy_steps": 0,
-        "drop_blocks": 0,
-    }
-    proxies = DepthUse(**options).run(tiny, prompts, store=store).tables["proxies"]
+    proxies = DepthUse(**BARE).run(tiny, prompts, store=store).tables["proxies"]
     assert proxies["probe_accuracy"].min() > 0.9  # the last token is the label
     with pytest.raises(ProbeError):
-        DepthUse(**options).run(tiny, [Prompt(p.tokens, fields={"label": 1}) for p in prompts], store=store)
+        DepthUse(**BARE).run(tiny, [Prompt(p.tokens, fields={"label": 1}) for p in prompts], store=store)
     assert DepthUse.prompt_fields["label"](2) is not None
     assert DepthUse.prompt_fields["label"](True) is not None
     assert DepthUse.prompt_fields["label"](0) is None
@@ -258,7 +242,7 @@ def test_labels_give_a_probe_column(tiny: NativeModel, store: ActivationStore) -
 def test_tables_and_figures_say_which_skip_rule_it_is(
     result: Result, tiny: NativeModel, store: ActivationStore
 ) -> None:
-    other = DepthUse(**SMALL, skip_rule="everywhere").run(tiny, [*PROMPTS, (5, 6, 7)], store=store)
+    other = DepthUse(**SKIPS, skip_rule="everywhere").run(tiny, [*PROMPTS, (5, 6, 7)], store=store)
     for rule, words, one in (("released", "all tokens but the first", result), ("everywhere", "all tokens", other)):
         for name in ("skip_effect", "output_effect", "depth_score"):
             assert set(one.tables[name]["rule"]) == {rule}
@@ -272,7 +256,7 @@ def test_tables_and_figures_say_which_skip_rule_it_is(
 def test_removal_losses_do_not_follow_the_skip_rule(result: Result, tiny: NativeModel, store: ActivationStore) -> None:
     prompts = [(5, 6, 7), *PROMPTS[:3]]
     both = [
-        DepthUse(**SMALL, skip_rule=rule).run(tiny, prompts, store=store).tables for rule in ("released", "everywhere")
+        DepthUse(**SKIPS, skip_rule=rule).run(tiny, prompts, store=store).tables for rule in ("released", "everywhere")
     ]
     losses = [tables["proxies"][["delta_ce_block", "jsd_mlp"]] for tables in both]
     pd.testing.assert_frame_equal(*losses)
@@ -404,7 +388,7 @@ def test_orders_start_with_the_least_important() -> None:
 
 def test_the_target_model_is_loaded_as_the_source_is(llama_folder: Path, store: ActivationStore) -> None:
     model = load_model(str(llama_folder), dtype="bfloat16", attention="eager")
-    result = DepthUse(**SMALL, target_model=str(llama_folder)).run(model, PROMPTS, store=store)
+    result = DepthUse(**BARE, target_model=str(llama_folder)).run(model, PROMPTS, store=store)
     same = result.tables["linear_maps"].query("source_layer == target_layer")
     assert set(store.ls()["dtype"]) == {"bfloat16"}
     assert set(store.ls()["attention"]) == {"eager"}
@@ -414,7 +398,7 @@ def test_the_target_model_is_loaded_as_the_source_is(llama_folder: Path, store: 
 def test_similarity_measured_again_is_of_the_stream_that_is_left(tiny: NativeModel, store: ActivationStore) -> None:
     """A block that hardly turns the plain stream, and one that does so only once the first is gone."""
     prompts = [(5, 6, 7, 8), (11, 12, 13, 14, 15, 16, 17), (9, 3, 20)]
-    table = DepthUse(**(SMALL | {"drop_blocks": 2})).run(tiny, prompts, store=store).tables
+    table = DepthUse(**BARE | {"drop_blocks": 2}).run(tiny, prompts, store=store).tables
     again = table["drop_curve"].query("order == 'similarity, measured again'").set_index("removed")["delta_ce"]
     plain = table["drop_curve"].query("order == 'similarity (LLM-Drop)'").set_index("removed")["delta_ce"]
     assert again[1] == pytest.approx(plain[1], abs=1e-6)

@@ -80,11 +80,6 @@ def test_a_store_is_listed_without_tensors_or_figures(tmp_path: Path) -> None:
     assert python(code).strip() == "[]"
 
 
-def test_the_public_face_of_probes_is_there_without_submodules() -> None:
-    code = "from probes import *; from probes import ActivationStore, load_model; print(ActivationStore.__module__, load_model.__module__)"
-    assert python(code).split() == ["probes.store.store", "probes.models.load"]
-
-
 def test_no_files_import_one_another_in_a_circle() -> None:
     graph = grimp.build_graph("probes", "analyses", "app", cache_dir=None)
     modules = sorted(graph.modules)

@@ -111,17 +111,21 @@ def test_the_largest_by_chunks_are_those_of_topk(width: int) -> None:
     assert torch.equal(places, logits.topk(5, dim=-1).indices)
 
 
-def test_rows_whose_logits_are_known_read_the_same_to_the_last_bit() -> None:
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_what_is_read_whole_reads_as_by_tiles_and_compares_as_rows_do(softcap: float | None) -> None:
     from probes.lenses import logit
-    from probes.models.protocol import Unembedding
 
     generator = torch.Generator().manual_seed(0)
-    rows, weight = torch.randn(9, 8, generator=generator), torch.randn(130, 8, generator=generator)
-    unembedding = Unembedding(torch.nn.Identity(), weight, None, None)
-    known = logit.all_logits(rows, unembedding)
-    ids = torch.tensor([3, 77])
-    plain, given = (
-        logit.read(rows, unembedding, ids=ids, top_k=3, ranks=True, tile=200, logits=logits) for logits in (None, known)
-    )
+    rows, others = torch.randn(2, 37, 8, generator=generator)
+    unembedding = Unembedding(torch.nn.Identity(), torch.randn(130, 8, generator=generator), None, softcap)
+    ids, of = torch.tensor([3, 77]), torch.arange(37).flip(0)
+    tiled = logit.read(rows, unembedding, ids=ids, top_k=3, ranks=True, tile=50)
+    whole, known = logit.read_whole(rows, unembedding, ids=ids, top_k=3, ranks=True)
     for name in ("log_z", "entropy_bits", "logprobs", "top_ids", "ranks"):
-        assert torch.equal(getattr(plain, name), getattr(given, name)), name
+        torch.testing.assert_close(getattr(whole, name), getattr(tiled, name))
+    for order in (None, of):
+        expected = logit.read(others, unembedding, reference=rows, reference_of=order, tile=50).kl
+        torch.testing.assert_close(
+            logit.read(others, unembedding, reference=known, reference_of=order, tile=50).kl, expected
+        )
+    assert (logit.read(rows, unembedding, reference=known).kl < 1e-5).all()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from IPython.core.formatters import DisplayFormatter
 
 from analyses.registry import ANALYSES, every_analysis
 from probes.errors import OptionError, PromptError
-from probes.models import load_model
+from probes.models import Model, load_model
 from probes.models.sources.locate import locate
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +63,7 @@ def kept(name: str) -> Kept:
 
 
 @pytest.fixture(scope="module")
-def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Model:
     """A random model with the default model's tokenizer, layers and heads, which cells name, and narrow ones."""
     folder, source = tmp_path_factory.mktemp("stand_in"), locate("smollm2-135m").folder
     config = hf.AutoConfig.from_pretrained(source)
@@ -70,7 +71,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     hf.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     hf.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    return folder
+    return load_model(str(folder))
 
 
 def run_cell(source: str, variables: dict[str, Any]) -> Any:
@@ -91,12 +92,12 @@ def run_cell(source: str, variables: dict[str, Any]) -> Any:
 @pytest.mark.real
 @pytest.mark.parametrize("name", NAMES)
 def test_every_cell_runs_and_every_figure_names_its_axes(
-    name: str, stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, stand_in: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BATHYSCOPE_STORE", str(tmp_path / "store"))
     for place in ("probes.load_model", "probes.models.load_model"):
-        monkeypatch.setattr(place, lambda ref: load_model(str(stand_in) if ref == "smollm2-135m" else ref))
+        monkeypatch.setattr(place, lambda ref: copy(stand_in) if ref == "smollm2-135m" else load_model(ref))
     variables: dict[str, Any] = {"__name__": "__main__"}
     for cell in read(name).cells:
         if cell.cell_type == "code" and cell.source in NEEDS_ANSWERS:

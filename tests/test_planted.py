@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from probes.errors import ModelError
 from probes.models import load_model
 from probes.planted import tasks
 from probes.planted.certify.ablation import handled
-from probes.planted.certify.bench import Bench
+from probes.planted.certify.bench import Bench, Site
 from probes.planted.certify.certificate import CHECKS, certified, certify
 from probes.planted.noise import matrices, rotation
 from probes.planted.record import Interval, Record
@@ -96,22 +98,24 @@ def test_the_largest_update_does_not_tell_the_nodes(name: str) -> None:
     bench = Bench(case(name))
     truth = bench.task.record.question("nodes").truth
     assert isinstance(truth, frozenset)
-    sizes = {node: float(written(bench, node)[bench.valid].norm(dim=-1).mean()) for node in bench.nodes}
+    kinds: tuple[Literal["z"], Literal["mlp"]] = ("z", "mlp")
+    passed = bench.read([(kind, layer) for kind in kinds for layer in range(bench.layers)], bench.tokens)
+    sizes = {node: float(written(bench, node, passed)[bench.valid].norm(dim=-1).mean()) for node in bench.nodes}
     pairs = [(sizes[node], size) for node in truth for other, size in sizes.items() if other not in truth]
     assert sum((own > other) + 0.5 * (own == other) for own, other in pairs) / len(pairs) < 0.75
 
 
-def written(bench: Bench, node: str) -> Tensor:
+def written(bench: Bench, node: str, passed: Mapping[Site, Tensor]) -> Tensor:
+    """What a node adds to the stream, of what passed every block's two sites."""
     if node.startswith("mlp."):
-        site = ("mlp", int(node.removeprefix("mlp.")))
-        return bench.read([site], bench.tokens)[site]  # type: ignore[list-item,index]
+        return passed["mlp", int(node.removeprefix("mlp."))]
     site, columns = handled(bench, node)
-    return bench.read([site], bench.tokens)[site][..., columns] @ bench.output_weight(site[1])[:, columns].T
+    return passed[site][..., columns] @ bench.output_weight(site[1])[:, columns].T
 
 
 @pytest.mark.parametrize("name", ["A2", "A5", "C2"])
 def test_seeds_draw_other_models_and_one_seed_the_same(name: str) -> None:
-    first, again, other = build(name, 1), build(name, 1), build(name, 2)
+    first, again, other = case(f"{name}@1"), build(name, 1), case(f"{name}@2")
     assert (first.record, first.examples) == (again.record, again.examples)
     assert other.record.model["digest"] != first.record.model["digest"]
 
@@ -162,18 +166,22 @@ def test_superposed_features_share_fewer_dimensions_and_keep_their_truth() -> No
 # Loading
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder, whose models and certificates serve every backend."""
+    return tmp_path_factory.mktemp("kept")
+
+
 @pytest.mark.parametrize("backend", ["native", "transformer_lens", "nnsight"])
 @pytest.mark.parametrize("name", ["B1@1", "K1@0"])
-def test_every_backend_loads_it_by_name(
-    name: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("BATHYSCOPE_CACHE", str(tmp_path))
+def test_every_backend_loads_it_by_name(name: str, backend: str, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATHYSCOPE_CACHE", str(kept))
     task = case(name)
     model = load_model(task.ref, backend=backend)
     tokens = torch.tensor([task.examples[0].tokens])
     expected = task.module(tokens).logits
     torch.testing.assert_close(logits(model, tokens, []), expected, rtol=1e-4, atol=1e-4)
-    record = Record.from_json((tmp_path / "models" / f"planted-{name}" / "truth.json").read_text())
+    record = Record.from_json((kept / "models" / f"planted-{name}" / "truth.json").read_text())
     assert record.questions == task.record.questions
     assert record.certificate["agrees"]
     text = " ".join(task.tokenizer.convert_ids_to_tokens(task.examples[0].tokens)).removeprefix("<bos> ")

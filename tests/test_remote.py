@@ -14,7 +14,7 @@ from families import make, prompt
 from nnsight import TransformersModel
 from nnsight.intervention.backends.local import LocalSimulationBackend
 from nnsight.intervention.backends.remote import RemoteError
-from reference import EDITS, edited, expected
+from reference import edit, edited, expected
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -88,8 +88,8 @@ def test_every_point_is_the_right_tensor_or_refused(family: str, tmp_path: Path)
 @pytest.mark.parametrize("point", ["resid_pre", "resid_mid", "attn_in", "v", "z", "mlp_out", "resid_post", "logits"])
 def test_an_edit_gives_what_plain_hooks_give(point: str, llama: RemoteModel) -> None:
     address = Address(point, 1 if POINTS[point].layered else None)
-    logits = one(llama, Address("logits"), prompt(rows=2), {address: EDITS["rolled"]})
-    close(logits, edited("llama", point, 1, "rolled"))
+    logits = one(llama, Address("logits"), prompt(rows=2), {address: edit})
+    close(logits, edited("llama", point, 1))
 
 
 def test_several_edits_compose(llama: RemoteModel) -> None:

@@ -250,7 +250,7 @@ def test_rows_of_an_edited_model_have_a_key_of_their_own(
 @pytest.mark.parametrize(
     "line", ["patch resid_post.1 @2 from other", "zero mlp_out.0", "order 0,2,1", "repeat 0-1", "skip 1"]
 )
-def test_the_grid_is_the_same_whether_the_clean_logits_are_kept_or_not(
+def test_the_grid_is_the_same_whether_the_clean_distributions_are_kept_or_not(
     line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from probes.session import lens_grid
@@ -258,15 +258,15 @@ def test_the_grid_is_the_same_whether_the_clean_logits_are_kept_or_not(
     kept = Session(native(), PROMPT, OTHER).edit(line)
     assert kept.kept is not None
     grid = kept.grid()
-    assert kept.kept.logits is not None
-    assert kept.kept.logits[1] is not None
+    assert kept.kept.distributions is not None
+    assert kept.kept.distributions[1] is not None
     monkeypatch.setattr(lens_grid, "MOST_LOGITS", 0)
     anew = Session(native(), PROMPT, OTHER).edit(line)
     for name in ("kl", "top_logprobs", "entropy_bits"):
         assert torch.allclose(getattr(anew.grid(), name), getattr(grid, name), atol=1e-6)
     assert anew.kept is not None
-    assert anew.kept.logits is not None
-    assert anew.kept.logits[1] is None
+    assert anew.kept.distributions is not None
+    assert anew.kept.distributions[1] is None
 
 
 def test_what_leaves_its_block_as_it_was_runs_no_further(monkeypatch: pytest.MonkeyPatch) -> None:

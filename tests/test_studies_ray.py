@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -22,7 +23,8 @@ from analyses.studies import StudyFolder
 from probes.capture.canary import CANARY
 from probes.store import ActivationStore
 
-ray = pytest.importorskip("ray")
+# Imported by the one process that runs these tests, not by all that list them.
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="no Ray")
 
 DRAW = random.Random(0)
 PROMPTS = [[DRAW.randrange(3, 97) for _ in range(50 + i % 10)] for i in range(240)]
@@ -36,6 +38,7 @@ CELLS = (
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a cluster of two nodes with one processor each."""
+    import ray
     from ray.cluster_utils import Cluster
 
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

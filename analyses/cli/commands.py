@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from analyses.cli.console import PLAIN, say
 from analyses.cli.exits import UsageError
+from analyses.cli.imports import importing
 from analyses.registry import titles
 from probes.errors import unknown
 
@@ -73,7 +74,8 @@ class _Commands(_LazyGroup):
 
     def load(self, name: str) -> Any:
         module, _, attribute = COMMANDS[name][0].partition(":")
-        command = getattr(import_module(module), attribute)
+        with importing():
+            command = getattr(import_module(module), attribute)
         if isinstance(command, typer.Typer):
             alone = len(command.registered_commands) == 1
             return typer.main.get_command(command) if alone else typer.main.get_group(command)

@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from analyses.cli.console import ConsoleProgress, say
+from analyses.cli.imports import importing
 from analyses.cli.model_flags import with_model
 from analyses.cli.option_flags import build, flags
 from analyses.cli.outline import options_of
@@ -79,8 +80,10 @@ def command_for(name: str) -> Callable[..., None]:
         build(outline, options)
         given.check()
         spec.check()
+        with importing():
+            analysis = get_analysis(name)
         start(
-            build(get_analysis(name), options),
+            build(analysis, options),
             spec,
             given,
             store,

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.results.theme import INK, LINE, SELECTED, band, finish, side_by_side
+from analyses.results.theme import INK, LINE, SELECTED, band_traces, frame, template
+
+Values = dict[str, Any]
+"""Part of a figure as Plotly's JSON has it. A report that grows draws the figure with every result, and to put these axes
+together as plotly's own objects takes half a second each time."""
 
 COLUMN = "#9fb3c4"
 CHOSEN = "#E69F00"
@@ -74,39 +79,54 @@ def depth_figure(
     legend: bool = False,
     truth: Sequence[Mark] = (),
 ) -> go.Figure:
-    """Layer 0 at the bottom; `layers` are marked across all panels, and `truth` has one of its own."""
-    titles = ["layers", *(wrapped(panel.title, len(panels)) for panel in panels), *["truth"] * bool(truth)]
-    widths = [COLUMN_SHARE, *[1.0] * (len(panels) + bool(truth))]
-    figure = side_by_side(titles, column_widths=widths, horizontal_spacing=SPACING)
-    _column(figure, n_layers, layers)
-    for number, panel in enumerate(panels, 2):
-        for curve in panel.curves:
-            _curve(figure, number, panel, curve, curve.table["layer"], legend and number == 2)
-    if truth:
-        _truth(figure, len(widths), truth)
-    finish(figure, x="", y="", height=max(430, 17 * n_layers + 190))
-    _axes(figure, panels, n_layers, mode)
-    for layer in layers:
-        figure.add_hrect(
-            y0=layer - 0.5, y1=layer + 0.5, fillcolor=SELECTED[mode], line_width=0, layer="below", row=1, col="all"
-        )
+    """Draw `depth_values`."""
+    figure = go.Figure(depth_values(panels, n_layers, layers, mode, legend, truth))
+    figure.layout.template = template()
     return figure
 
 
-def relative_figure(panels: Sequence[Panel], mode: str) -> go.Figure:
-    """Draw profiles of several models on relative depth: 0 is a model's first block, at the bottom, and 1 its last."""
-    figure = side_by_side([wrapped(panel.title, len(panels)) for panel in panels], horizontal_spacing=SPACING)
+def depth_values(
+    panels: Sequence[Panel],
+    n_layers: int,
+    layers: Sequence[int],
+    mode: str,
+    legend: bool = False,
+    truth: Sequence[Mark] = (),
+) -> Values:
+    """Layer 0 at the bottom; `layers` are marked across all panels, and `truth` has one of its own."""
+    titles = ["layers", *(wrapped(panel.title, len(panels)) for panel in panels), *["truth"] * bool(truth)]
+    traces = [_column(n_layers, layers)]
+    for number, panel in enumerate(panels, 2):
+        for curve in panel.curves:
+            traces += _curve(number, panel, curve, curve.table["layer"], legend and number == 2)
+    traces += _truth(len(titles), truth)
+    xaxes = [{"visible": False}, *(_unit(panel, len(panels)) for panel in panels)]
+    if truth:
+        xaxes.append({"title": {"text": "question"}, "tickvals": list(range(1, len(truth) + 1))})
+    yaxis = {"title": {"text": "layer"}, "range": [-0.7, n_layers - 0.3], "dtick": 1 if n_layers <= 16 else 5}
+    layout = _layout(panels, titles, xaxes, yaxis, mode, max(430, 17 * n_layers + 190))
+    style = {"type": "rect", "fillcolor": SELECTED[mode], "line": {"width": 0}, "layer": "below", "x0": 0, "x1": 1}
+    layout["shapes"] = [
+        {**style, "y0": layer - 0.5, "y1": layer + 0.5, "xref": f"{_x(column)} domain", "yref": _y(column)}
+        for layer in layers
+        for column in range(1, len(titles) + 1)
+    ]
+    return {"data": traces, "layout": layout}
+
+
+def relative_values(panels: Sequence[Panel], mode: str) -> Values:
+    """Profiles of several models on relative depth: 0 is a model's first block, at the bottom, and 1 its last."""
+    traces: list[Values] = []
     named: set[str] = set()
     for number, panel in enumerate(panels, 1):
         for curve in panel.curves:
             depth = curve.table["layer"] / max(curve.n_layers - 1, 1)
-            _curve(figure, number, panel, curve, depth, curve.name not in named)
+            traces += _curve(number, panel, curve, depth, curve.name not in named)
             named.add(curve.name)
-    finish(figure, x="", y="", height=560)
-    figure.update_yaxes(range=[-0.03, 1.03], gridcolor=LINE[mode], zeroline=False)
-    figure.update_yaxes(title="relative depth", row=1, col=1)
-    _name_panels(figure, panels, mode, first=1)
-    return figure
+    titles = [wrapped(panel.title, len(panels)) for panel in panels]
+    yaxis = {"title": {"text": "relative depth"}, "range": [-0.03, 1.03]}
+    xaxes = [_unit(panel, len(panels)) for panel in panels]
+    return {"data": traces, "layout": _layout(panels, titles, xaxes, yaxis, mode, 560)}
 
 
 def narrowest(panels: Sequence[Panel]) -> int:
@@ -127,66 +147,96 @@ def lines_of(text: str, panels: int) -> list[str]:
     return textwrap.wrap(text, min(20, max(9, 120 // panels)), break_long_words=False)
 
 
-def _column(figure: go.Figure, n_layers: int, layers: Sequence[int]) -> None:
+def _x(column: int) -> str:
+    return "x" if column == 1 else f"x{column}"
+
+
+def _y(column: int) -> str:
+    return "y" if column == 1 else f"y{column}"
+
+
+def _column(n_layers: int, layers: Sequence[int]) -> Values:
     every = list(range(n_layers))
-    figure.add_bar(
-        y=every, x=[1] * n_layers, orientation="h", name="layer", showlegend=False, row=1, col=1, text=every,
-        textposition="inside", insidetextanchor="middle", textangle=0, textfont={"size": 10, "color": "#101820"},
-        marker={"color": [CHOSEN if layer in layers else COLUMN for layer in every], "line": {"width": 0}},
-        hovertemplate="layer %{y}: click to select<extra></extra>",
-    )  # fmt: skip
+    return {
+        "type": "bar", "xaxis": "x", "yaxis": "y", "y": every, "x": [1] * n_layers, "orientation": "h", "name": "layer",
+        "showlegend": False, "text": [str(layer) for layer in every], "textposition": "inside", "insidetextanchor": "middle",
+        "textangle": 0, "textfont": {"size": 10, "color": "#101820"},
+        "marker": {"color": [CHOSEN if layer in layers else COLUMN for layer in every], "line": {"width": 0}},
+        "hovertemplate": "layer %{y}: click to select<extra></extra>",
+    }  # fmt: skip
 
 
-def _curve(figure: go.Figure, column: int, panel: Panel, curve: Curve, depth: pd.Series, legend: bool) -> None:
-    table = curve.table
-    if {"ci_low", "ci_high"} <= set(table):
-        band(figure, depth, table["ci_low"], table["ci_high"], curve.colour, upright=True, row=1, col=column)
-    figure.add_scatter(
-        x=table["value"], y=depth, customdata=table["layer"], mode="lines+markers", name=curve.name,
-        line={"color": curve.colour, "width": 1.6}, marker={"size": 5}, showlegend=legend, legendgroup=curve.name,
-        row=1, col=column,
-        hovertemplate=f"{panel.title}<br>layer %{{customdata}}: %{{x:.4g}} {panel.unit}<br>{curve.name}<extra></extra>",
-    )  # fmt: skip
+def _curve(column: int, panel: Panel, curve: Curve, depth: pd.Series, legend: bool) -> list[Values]:
+    table, place = curve.table, {"type": "scatter", "xaxis": _x(column), "yaxis": _y(column)}
+    bounds = band_traces(depth, table["ci_low"], table["ci_high"], curve.colour, True) if "ci_low" in table else ()
+    line = {
+        "x": table["value"].tolist(), "y": depth.tolist(), "customdata": table["layer"].tolist(), "mode": "lines+markers",
+        "name": curve.name, "line": {"color": curve.colour, "width": 1.6}, "marker": {"size": 5}, "showlegend": legend,
+        "legendgroup": curve.name,
+        "hovertemplate": f"{panel.title}<br>layer %{{customdata}}: %{{x:.4g}} {panel.unit}<br>{curve.name}<extra></extra>",
+    }  # fmt: skip
+    return [{**trace, **place} for trace in (*bounds, line)]
 
 
-def _truth(figure: go.Figure, column: int, marks: Sequence[Mark]) -> None:
+def _truth(column: int, marks: Sequence[Mark]) -> Iterator[Values]:
     for place, mark in enumerate(marks, 1):
-        figure.add_scatter(
-            x=[place] * len(mark.layers), y=list(mark.layers), mode="lines+markers" if mark.whole else "markers", name=mark.name,
-            line={"color": TRUE, "width": 5}, marker={"color": TRUE, "size": 9, "symbol": "diamond"}, showlegend=False,
-            hovertemplate=f"{mark.name}: layer %{{y}}<extra>truth</extra>", row=1, col=column,
-        )  # fmt: skip
-    figure.update_xaxes(title="question", tickvals=list(range(1, len(marks) + 1)), row=1, col=column)
+        yield {
+            "type": "scatter", "xaxis": _x(column), "yaxis": _y(column), "x": [place] * len(mark.layers),
+            "y": list(mark.layers), "mode": "lines+markers" if mark.whole else "markers", "name": mark.name,
+            "line": {"color": TRUE, "width": 5}, "marker": {"color": TRUE, "size": 9, "symbol": "diamond"},
+            "showlegend": False, "hovertemplate": f"{mark.name}: layer %{{y}}<extra>truth</extra>",
+        }  # fmt: skip
 
 
-def _axes(figure: go.Figure, panels: Sequence[Panel], n_layers: int, mode: str) -> None:
-    figure.update_yaxes(
-        range=[-0.7, n_layers - 0.3], dtick=1 if n_layers <= 16 else 5, gridcolor=LINE[mode], zeroline=False
-    )
-    figure.update_yaxes(title="layer", row=1, col=1)
-    _name_panels(figure, panels, mode, first=2)
-    figure.update_xaxes(visible=False, row=1, col=1)
+def _unit(panel: Panel, panels: int) -> Values:
+    """The title of the axis below a panel."""
+    text = wrapped(panel.unit, panels)
+    return {"title": {"text": text, "font": {"size": _size(panels) - 1}, "standoff": 6}}
 
 
-def _name_panels(figure: go.Figure, panels: Sequence[Panel], mode: str, first: int) -> None:
-    """Put units below the panels from column `first` on, and leave room for the headings above."""
-    figure.update_xaxes(
-        gridcolor=LINE[mode],
-        zerolinecolor=LINE[mode],
-        nticks=4 if len(panels) <= 6 else 3,
-        tickfont={"size": 10},
-        tickangle=0,
-    )
-    size = 12 if len(panels) <= 6 else 11
-    units = {
-        f"xaxis{number}_title": {"text": wrapped(panel.unit, len(panels)), "font": {"size": size - 1}, "standoff": 6}
-        for number, panel in enumerate(panels, first)
-    }
-    figure.update_annotations(font={"size": size, "color": INK[mode]})
+def _size(panels: int) -> int:
+    """Pixels of a heading's letters."""
+    return 12 if panels <= 6 else 11
+
+
+def _layout(
+    panels: Sequence[Panel], titles: Sequence[str], xaxes: Sequence[Values], yaxis: Values, mode: str, height: int
+) -> Values:
+    """The layout of panels beside each other, each below its title.
+
+    Args:
+        xaxes: what is particular to each panel's lower axis; where there is one more than panels, the first is narrow.
+        yaxis: of the first panel, which all share.
+    """
+    widths = [COLUMN_SHARE if "visible" in axis else 1.0 for axis in xaxes]
+    share = (1 - SPACING * (len(titles) - 1)) / sum(widths)
+    axes: Values = {}
+    headings = []
+    below = {
+        "gridcolor": LINE[mode], "zerolinecolor": LINE[mode], "nticks": 4 if len(panels) <= 6 else 3,
+        "tickfont": {"size": 10}, "tickangle": 0,
+    }  # fmt: skip
+    beside = {**yaxis, "gridcolor": LINE[mode], "zeroline": False, "domain": [0.0, 1.0]}
+    left = 0.0
+    for column, (title, own, width) in enumerate(zip(titles, xaxes, widths, strict=True), 1):
+        x, y, right = _x(column), _y(column), min(1.0, left + width * share)
+        axes[f"xaxis{x[1:]}"] = {**below, **own, "anchor": y, "domain": [left, right]}
+        shared = {} if column == 1 else {"matches": "y", "showticklabels": False, "title": {"text": ""}}
+        axes[f"yaxis{y[1:]}"] = {**beside, **shared, "anchor": x}
+        headings.append(
+            {
+                "text": title,
+                "x": (left + right) / 2,
+                "xref": "paper",
+                "xanchor": "center",
+                "y": 1.0,
+                "yref": "paper",
+                "yanchor": "bottom",
+                "showarrow": False,
+                "font": {"size": _size(len(panels)), "color": INK[mode]},
+            }
+        )
+        left = right + SPACING
     lines = max(wrapped(panel.title, len(panels)).count("<br>") for panel in panels) + 1
-    figure.update_layout(
-        bargap=0.14,
-        margin={"t": 24 + 17 * lines, "b": 84, "l": 56, "r": 12},
-        legend={"y": -0.16, "yanchor": "top"},
-        **units,
-    )
+    common = frame(height, {"t": 24 + 17 * lines, "b": 84, "l": 56, "r": 12}, legend=-0.16)
+    return {**common, "bargap": 0.14, "annotations": headings, **axes}

@@ -65,8 +65,8 @@ def table_cells(table: pd.DataFrame, form: str) -> dict[str, Any]:
 
 
 def _packed(text: str) -> str:
-    # Without a time stamp: equal results give equal pages.
-    return b64encode(gzip.compress(text.encode(), compresslevel=9, mtime=0)).decode()
+    # Without a time stamp: equal results give equal pages. A higher level takes longer and makes nothing smaller.
+    return b64encode(gzip.compress(text.encode(), compresslevel=6, mtime=0)).decode()
 
 
 @cache

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -37,6 +37,7 @@ def _installed() -> tuple[tuple[str, str], ...]:
     return tuple(installed)
 
 
+@lru_cache(maxsize=8)
 def tokenizer_digest(tokenizer: Any) -> str | None:
     """A digest of the vocabulary and its special tokens, or None without a tokenizer."""
     if tokenizer is None:

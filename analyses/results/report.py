@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
+from plotly.io.json import to_json_plotly
 
 from analyses.results.card import Card, FigureSpec, ProfileSpec, Tables
-from analyses.results.depth_axis import Curve, Panel, depth_figure, narrowest, peak, relative_figure
+from analyses.results.depth_axis import Curve, Panel, depth_values, narrowest, peak, relative_values
 from analyses.results.page import figure_html, page
 from analyses.results.theme import COLOURS, colour_of
 from probes.html_card import count
@@ -126,9 +127,9 @@ def _depth(results: Sequence[Reported]) -> dict[str, Any] | None:
         colour = colour_of(result.analysis, order) if len(models) == 1 else COLOURS[models.index(model) % len(COLOURS)]
         panels.setdefault(key, []).append(Curve(model[0], colour, result.profile(name), model[1]))
     drawn = [Panel(specs[key].title, specs[key].unit, tuple(curves)) for key, curves in panels.items()]
-    figure = depth_figure(drawn, models[0][1], (), "light") if len(models) == 1 else relative_figure(drawn, "light")
+    figure = depth_values(drawn, models[0][1], (), "light") if len(models) == 1 else relative_values(drawn, "light")
     return {
-        "html": figure_html(str(figure.to_json()), "depth"),
+        "html": figure_html(to_json_plotly(figure), "depth"),
         "width": narrowest(drawn),
         "models": models,
         "lines": [_peak(panel) for panel in drawn],

@@ -46,7 +46,7 @@ def colour_of(analysis: str, order: list[str]) -> str:
 
 
 @cache
-def _template() -> go.layout.Template:
+def template() -> go.layout.Template:
     """Return plotly's white template for the kinds of traces that are drawn here: each figure gets a copy, and the whole is large."""
     white = pio.templates["plotly_white"]
     return go.layout.Template(layout=white.layout, data={kind: white.data[kind] for kind in KINDS})
@@ -81,19 +81,24 @@ def finish(
         legend: the lower edge of the legend, as a share of the plot's height; below 0 its upper edge.
         top, bottom, left: margins in pixels, as all lengths.
     """
-    figure.update_layout(
-        template=_template(),
-        height=height,
-        margin={"l": left, "r": 30, "t": top, "b": bottom},
-        font={"family": "system-ui, sans-serif", "size": 13},
-        legend={"orientation": "h", "y": legend, "yanchor": "bottom" if legend > 0 else "top", "x": 0},
-        colorway=list(COLOURS),
-    )
+    figure.layout.template = template()
+    figure.update_layout(frame(height, {"l": left, "r": 30, "t": top, "b": bottom}, legend))
     for update, titles in ((figure.update_xaxes, x), (figure.update_yaxes, y)):
         update(title=titles if isinstance(titles, str) else "")
         for column, title in enumerate(() if isinstance(titles, str) else titles, 1):
             update(title=title, col=column)
     return figure
+
+
+def frame(height: int, margin: Mapping[str, int], legend: float) -> dict[str, Any]:
+    """The layout that all figures share, without its template: see `finish`."""
+    return {
+        "height": height,
+        "margin": dict(margin),
+        "font": {"family": "system-ui, sans-serif", "size": 13},
+        "legend": {"orientation": "h", "y": legend, "yanchor": "bottom" if legend > 0 else "top", "x": 0},
+        "colorway": list(COLOURS),
+    }
 
 
 def band(
@@ -105,23 +110,30 @@ def band(
     upright: bool = False,
     **place: int,
 ) -> None:
+    """Draw `band_traces`; `place` is row and col of a figure with panels."""
+    for trace in band_traces(along, low, high, colour, upright):
+        figure.add_scatter(**trace, **place)
+
+
+def band_traces(
+    along: ArrayLike, low: ArrayLike, high: ArrayLike, colour: str, upright: bool = False
+) -> Iterator[dict[str, Any]]:
     """A shaded interval between two curves over the same axis; nothing where there is no interval (NaN bounds).
 
     Args:
         along: places on the shared axis: x, or y where the band stands upright.
-        place: row and col of a figure with panels.
     """
     along = np.asarray(along)
     lower, upper = (np.asarray(values, dtype=np.float64) for values in (low, high))
     known = np.isfinite(lower) & np.isfinite(upper)
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    style = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip", **place}
+    style = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
     filled = {"fill": "tonextx" if upright else "tonexty", "fillcolor": f"rgba({red},{green},{blue},0.18)"}
     # plotly fills across gaps, so each run of known bounds is a band of its own.
     for run in np.split(np.arange(len(known)), np.flatnonzero(np.diff(known)) + 1):
         for edge, fill in ((upper, {}), (lower, filled)) if known[run].any() else ():
             ends = (edge[run], along[run]) if upright else (along[run], edge[run])
-            figure.add_scatter(x=ends[0], y=ends[1], **style, **fill)
+            yield {"x": ends[0], "y": ends[1], **style, **fill}
 
 
 def whiskers(mean: pd.Series, low: pd.Series, high: pd.Series, width: int = 0, **style: object) -> dict[str, object]:

@@ -68,10 +68,11 @@ class ModelSpec:
 
             check_reference(self.ref, revision=self.revision)
 
-    def load(self, progress: Any = None) -> Model:
+    def load(self, progress: Any = None, *, deferred: bool = False) -> Model:
         """Load the model.
 
         Args:
+            deferred: read its weights only when something runs through it; see `load_model`.
             progress: receives a line per step of a first fetch.
 
         Raises:
@@ -87,6 +88,7 @@ class ModelSpec:
             options.pop("ref"),
             **options,
             max_memory=None if most is None else parse_max_memory(most),
+            deferred=deferred,
             progress=progress,
         )
 

@@ -59,7 +59,7 @@ def run(
     lines = lines_of(analysis, prompts)
     check_edits(edits)
     result = analysis.run(
-        edited(model or spec.load(), edits), lines, store=store or ActivationStore(), progress=progress
+        edited(model or spec.load(deferred=True), edits), lines, store=store or ActivationStore(), progress=progress
     )
     file = prompts if isinstance(prompts, Path) else prompts_file
     provenance = {
@@ -132,7 +132,7 @@ def dry_run(
     """Return what a run would capture and cost, line by line; raises as `run` does."""
     lines = lines_of(analysis, prompts)
     check_edits(edits)
-    model = edited(model or spec.load(), edits)
+    model = edited(model or spec.load(deferred=True), edits)
     planned = plan_run(model, analysis, lines, store)
     return [*estimate(model, [planned.captures]).lines(), *planned.notes]
 

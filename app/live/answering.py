@@ -77,7 +77,7 @@ def opened(state: State) -> Session:
     _KEPT[key] = session.kept
     _KEPT.move_to_end(key)
     for other in list(_KEPT.values())[:-1]:
-        other.logits = None
+        other.distributions = None
     while len(_KEPT) > SESSIONS:
         _KEPT.popitem(last=False)
     return session

@@ -36,7 +36,12 @@ def _accept(listener: Listener) -> None:
 def _serve(connection: Connection) -> None:
     with connection, suppress(EOFError, OSError):
         while True:
-            connection.send(_answer(connection.recv()))
+            question = connection.recv()
+            answer = _answer(question)
+            connection.send(answer)
+            if question.kind == "view" and not answer.refusal:
+                # The page asks for the grids next: they are read while it draws what it has.
+                _answer(Question("grids", answer.session, options=question.options))
 
 
 def _answer(question: Question) -> Answer:

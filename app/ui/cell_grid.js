@@ -68,6 +68,7 @@ function paint(box, data) {
   bar.style.background = `linear-gradient(to right, ${colours})`;
   legend.replaceChildren(data.low, bar, `${data.high} ${data.label}`);
   choose(box, data.chosen);
+  table.dataset.step = data.step;
 }
 
 function choose(box, at) {

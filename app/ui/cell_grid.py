@@ -121,7 +121,9 @@ def _component() -> Any:
     return st.components.v2.component("bathyscope_cell_grid", html="<div class='box'></div>", css=css, js=js)
 
 
-def draw_grid(grid: CellGrid, key: str, alt: str, on_pick: Callable[[int, int], None] | None = None) -> None:
+def draw_grid(
+    grid: CellGrid, key: str, alt: str, on_pick: Callable[[int, int], None] | None = None, step: int | None = None
+) -> None:
     """Draw a grid.
 
     Args:
@@ -129,6 +131,7 @@ def draw_grid(grid: CellGrid, key: str, alt: str, on_pick: Callable[[int, int], 
         key: its name on the page.
         alt: what it is, in words.
         on_pick: called with the row and column of a cell that was picked by a click, or by arrow keys and Enter.
+        step: which step of a session it shows, for those who wait for one.
     """
 
     def picked() -> None:
@@ -136,5 +139,5 @@ def draw_grid(grid: CellGrid, key: str, alt: str, on_pick: Callable[[int, int], 
         if on_pick is not None and state["picked"] is not None:
             on_pick(*map(int, state["picked"]))
 
-    data = {**grid.data(), "alt": alt, "picks": on_pick is not None}
+    data = {**grid.data(), "alt": alt, "picks": on_pick is not None, "step": step}
     _component()(key=key, data=data, on_picked_change=picked)

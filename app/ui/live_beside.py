@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import streamlit as st
@@ -14,7 +14,7 @@ from app import offered
 from app.live.protocol import Action
 from app.saved import profiles_of, saved_runs
 from app.ui.cell_grid import draw_grid
-from app.ui.live_desk import Desk
+from app.ui.live_desk import Desk, redraw
 from app.ui.live_figures import CONFIG, block_of, lens_grid
 from app.ui.theme import at_least, mode, restyled
 
@@ -22,13 +22,10 @@ PANELS = 6
 """Profiles drawn beside each other."""
 
 
-def keep_cell(row: str, column: str) -> Callable[[int, int], None]:
-    """Return what keeps a picked cell under two names of the page's state."""
-
-    def keep(picked_row: int, picked_column: int) -> None:
-        st.session_state[row], st.session_state[column] = picked_row, picked_column
-
-    return keep
+def pick_cell(row: str, column: str, parts: tuple[str, ...], picked_row: int, picked_column: int) -> None:
+    """Keep a picked cell under two names of the page's state, and draw again the parts of the page that show it."""
+    st.session_state[row], st.session_state[column] = picked_row, picked_column
+    redraw(*parts)
 
 
 def draw_both(desk: Desk, data: dict[str, Any], step: int, position: int, lens: str) -> None:
@@ -68,7 +65,7 @@ def draw_both(desk: Desk, data: dict[str, Any], step: int, position: int, lens: 
         with column:
             st.markdown(f"**{titles[side]}**")
             draw_grid(lens_grid(text, grids, "before", cells[side], data["watch"]), f"live:both:{side}", f"Lens grid of {titles[side].lower()}",
-                      keep_cell(*kept[side]))  # fmt: skip
+                      partial(pick_cell, *kept[side], ("tools", "grid")))  # fmt: skip
     st.caption("Click a cell in each, or choose by the lists, and patch; the grid above shows the result.")
 
 

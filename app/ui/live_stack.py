@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from html import escape
 from typing import Any
 
@@ -59,7 +60,8 @@ def _draw_step(desk: Desk, index: int, step: dict[str, Any], n: int) -> None:
 
 def _draw_strength(place: Any, desk: Desk, index: int, step: dict[str, Any], key: str) -> None:
     name, value = step["strength_name"], step["strength"]
-    around = max(abs(value) * 2, 1.0)
+    # A power of two, since a slider whose ends follow its value would be another slider after each step.
+    around = 2.0 ** math.ceil(math.log2(max(abs(value) * 2, 1.0)))
     low, high, by = RANGES.get(name, (min(-around, 0.0), max(around, 2.0), around / 40))
 
     def moved() -> None:
@@ -72,9 +74,7 @@ def _draw_strength(place: Any, desk: Desk, index: int, step: dict[str, Any], key
 def _draw_line(desk: Desk, data: dict[str, Any]) -> None:
     def added() -> None:
         if line := str(st.session_state["live:line"]).strip():
-            desk.act(f"added: {line}", Action("add", value=line))
-            if not desk.refusal:
-                st.session_state["live:line"] = ""
+            desk.act(f"added: {line}", Action("add", value=line), empties="live:line")
 
     st.text_input(
         "Add an edit", key="live:line", placeholder="zero z.5.3", on_change=added,

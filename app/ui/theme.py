@@ -51,8 +51,9 @@ def _swap(value: Any) -> Any:
 def page_style(kind: str) -> str:
     """CSS for pages of that kind: room, code that can be read, and figures' tool bars in a lane of their own.
 
-    What stands in pairs on the page Live stands one above the other where half a page cuts a grid; the names of its buttons of one
-    icon are told, not shown.
+    What waits to be drawn again fades at once and not by degrees, since a browser that draws sixty frames a second while somebody waits
+    takes the processor from what is waited for. What stands in pairs on the page Live stands one above the other where half a page cuts
+    a grid; the names of its buttons of one icon are told, not shown.
     """
     rules = "".join(f"code .token.{name} {{color: {colour} !important;}}" for name, colour in CODE[kind].items())
     return f"""<style>
@@ -60,6 +61,7 @@ def page_style(kind: str) -> str:
 [data-testid=stMain] code, [data-testid=stMain] code .token {{color: {INK[kind]} !important;}}
 {rules}
 [data-testid=stCaptionContainer] {{opacity: 0.9;}}
+.stElementContainer[data-stale=true] {{transition: opacity 0s linear 0.6s !important;}}
 .stElementContainer:has([data-testid=stPlotlyChart]) {{padding-top: {LANE}px; box-sizing: content-box;}}
 .stElementContainer[class*=st-key-live]:has([data-testid=stPlotlyChart]) {{padding-top: 0;}}
 [class*=st-key-live-icon] button [data-testid=stMarkdownContainer] {{position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap;}}

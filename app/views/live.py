@@ -13,9 +13,9 @@ from app.live.protocol import Action
 from app.places import runs_root
 from app.saved import saved_runs
 from app.ui.cell_grid import draw_grid
-from app.ui.live_beside import draw_both, draw_depth, draw_history, keep_cell
+from app.ui.live_beside import draw_both, draw_depth, draw_history, pick_cell
 from app.ui.live_cell import draw_attention, draw_cell, draw_everywhere, draw_heads
-from app.ui.live_desk import Desk, desk
+from app.ui.live_desk import Desk, desk, part, redraw
 from app.ui.live_figures import CHANGED, lens_grid
 from app.ui.live_outcome import draw_outcome
 from app.ui.live_stack import draw_stack
@@ -43,7 +43,7 @@ def _live() -> None:
         first = st.query_params.get(PARAMETER) or next(iter(EXAMPLES.values()))
         if not own.recall(first):
             with st.spinner("Waiting for the model; the first time it is loaded."):
-                own.open(first, "opened")
+                own.look_at("opened", first)
     _examples(own)
     if own.kept is not None:
         _recalled(own)
@@ -51,27 +51,35 @@ def _live() -> None:
         own.say_refusal("prompt")
         st.button("Try again", on_click=own.open, args=(next(iter(EXAMPLES.values())), "opened"), key="live:again")
         return
-    st.query_params[PARAMETER] = own.now.session
-    data = own.now.data
     _tour()
-    _prompts(own, data)
-    draw_outcome(own, data)
+    _prompts()
+    _strip()
     wide, narrow = st.container(key="live-pair-desk").columns([7, 4])
     with wide:
-        show = _choices(own)
+        _choices(own)
         grid = st.container()
-    step, position = _cell(data)
     with narrow:
         st.subheader("Edits", anchor=False)
-        draw_stack(own, data)
-    _tools(own, data, step, position)
+        _stack()
+    _tools()
     with grid:
         # Last, since it takes longest: all else is on the page by then.
-        _draw_grid(own, data, show, (step, position))
-    st.caption(
-        f"{len(data['comparison']['tokens'])} tokens, {data['comparison']['blocks_run']} blocks run for the edits, answered in {own.took:.2f} s."
-    )
-    offered.postpone()
+        _grid()
+
+
+@part("strip")
+def _strip() -> None:
+    own = desk()
+    assert own.now is not None
+    st.query_params[PARAMETER] = own.now.session
+    draw_outcome(own, own.now.data)
+
+
+@part("stack")
+def _stack() -> None:
+    own = desk()
+    assert own.now is not None
+    draw_stack(own, own.now.data)
 
 
 @st.fragment(run_every=1.0)
@@ -91,6 +99,7 @@ def _examples(own: Desk) -> None:
             st.button(name, key=f"live:example:{name}", on_click=own.open, args=(session, f"example: {name}"))
 
 
+@st.fragment
 def _tour() -> None:
     if st.session_state.get("keep:live:toured"):
         return
@@ -101,14 +110,16 @@ def _tour() -> None:
         st.button("Got it", key="live:toured", on_click=partial(st.session_state.__setitem__, "keep:live:toured", True))
 
 
-def _prompts(own: Desk, data: dict[str, Any]) -> None:
-    stamp = str(own.turn)
+@part("prompts")
+def _prompts() -> None:
+    own = desk()
+    assert own.now is not None
+    data, stamp = own.now.data, str(own.turn)
 
     def said(kind: str, key: str) -> None:
         value = st.session_state[key]
         own.act(f"{kind}: {value}", Action(kind, value=value), at="prompt")  # type: ignore[arg-type]
 
-    assert own.now is not None
     model = own.now.session.split("\n")[0].partition(" ")[2]
     refs = list(dict.fromkeys([model, "smollm2-135m", *(run.model for run in saved_runs())]))
     fields = (
@@ -129,15 +140,13 @@ def _prompts(own: Desk, data: dict[str, Any]) -> None:
                    "positions do not stand for the same words.")  # fmt: skip
 
 
-def _choices(own: Desk) -> str:
+def _choices(own: Desk) -> None:
     row = st.container(horizontal=True, vertical_alignment="bottom")
-    show = row.segmented_control(
-        "Grid", list(SHOWS), default="after", required=True, format_func=SHOWS.get, key="live:show", width="content"
-    )
+    row.segmented_control("Grid", list(SHOWS), default="after", required=True, format_func=SHOWS.get, key="live:show", width="content",
+                          on_change=redraw, args=("grid",))  # fmt: skip
     lenses = ["logit", *(str(path) for path in sorted(runs_root().glob("**/*.lens")))]
     row.selectbox("Lens", lenses, key="keep:live:lens", accept_new_options=True, width=95,
                   on_change=lambda: own.act("another lens", at="prompt"))  # fmt: skip
-    return show or "after"
 
 
 def _cell(data: dict[str, Any]) -> tuple[int, int]:
@@ -150,26 +159,39 @@ def _cell(data: dict[str, Any]) -> tuple[int, int]:
     return int(st.session_state["live:step"]), int(st.session_state["live:position"])
 
 
-def _draw_grid(own: Desk, data: dict[str, Any], show: str, cell: tuple[int, int]) -> None:
+@part("grid")
+def _grid() -> None:
+    own = desk()
+    assert own.now is not None
+    data, show = own.now.data, st.session_state.get("live:show") or "after"
     grids = own.grids(own.at)
     if grids is None:
         own.say_refusal("grid")
         return
-    tokens = data["comparison"]["tokens"]
+    tokens, comparison = data["comparison"]["tokens"], data["comparison"]
     draw_grid(
-        lens_grid(tokens, grids, show, cell, data["watch"]), "live:grid",
+        lens_grid(tokens, grids, show, _cell(data), data["watch"]), "live:grid",
         f"Lens grid, {SHOWS[show]}: the top token of {len(data['rows'])} blocks at {len(tokens)} positions; arrow keys and Enter choose one, which is told below.",
-        keep_cell("live:step", "live:position"),
+        partial(pick_cell, "live:step", "live:position", ("tools",)), own.at,
     )  # fmt: skip
     after = grids["after"]
-    if data["comparison"]["edits"]:
+    if comparison["edits"]:
         reach, moved = int(after["changed"].sum()), int((after["kl"] > CHANGED).sum())
         st.caption(
             f"The edits can reach {reach} of {after['changed'].size} cells; in {moved} the reading changed by more than {CHANGED} nats (outlined)."
         )
+    st.caption(
+        f"{len(tokens)} tokens, {comparison['blocks_run']} blocks run for the edits, answered in {data['took']:.2f} s."
+    )
+    offered.postpone()
 
 
-def _tools(own: Desk, data: dict[str, Any], step: int, position: int) -> None:
+@part("tools")
+def _tools() -> None:
+    own = desk()
+    assert own.now is not None
+    data = own.now.data
+    step, position = _cell(data)
     names = ["Cell", "Attention", "Heads", "Everywhere", "Both prompts", "Depth", "History", "Take along"]
     tool = st.segmented_control(
         "Tools", names, default="Cell", required=True, key="live:tool", label_visibility="collapsed"

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from probes.lenses.card import LensCard
+from probes.lenses.divergence import Distributions, KnownReference, ReferenceRows
 from probes.lenses.protocol import LensRead
 from probes.models.protocol import Unembedding
 
@@ -23,6 +25,8 @@ ROW_TILE = 512
 """Residual rows per tile."""
 CHUNK = 64
 """Neighbouring tokens whose maximum is looked at first when top tokens are sought."""
+WHOLE_ROWS = 16
+"""Residual rows per tile where all their logits are there already."""
 ROW_BLOCK = 8192
 """Residual rows normalised at once, which bounds memory."""
 LOG2 = 0.6931471805599453
@@ -87,10 +91,8 @@ def read(
     *,
     ids: Int[Tensor, "*any token"] | None = None,
     top_k: int = 0,
-    reference: Float[Tensor, "reference d_model"] | None = None,
+    reference: Float[Tensor, "reference d_model"] | Distributions | None = None,
     reference_of: Int[Tensor, " row"] | None = None,
-    reference_logits: Float[Tensor, "reference d_vocab"] | None = None,
-    logits: Float[Tensor, "row d_vocab"] | None = None,
     ranks: bool = False,
     tile: int = VOCAB_TILE,
 ) -> LensRead:
@@ -99,30 +101,46 @@ def read(
     Args:
         ids: tokens whose log-probability is returned, [m] for all rows or [n, m].
         top_k: how many of the most probable tokens to return.
-        reference: residual rows [r, d_model] to which each row's distribution is compared.
+        reference: residual rows [r, d_model] to which each row's distribution is compared, or what `read_whole` kept of them.
         reference_of: [n], which reference each row is compared to; row i to reference i when left out.
-        reference_logits: logits of the reference rows where they are known, as `all_logits` gives them.
-        logits: logits of the rows themselves, where they are known.
         ranks: also count the tokens whose logit is larger than that of each of `ids`.
         tile: vocabulary tile, in tokens; changes memory, not the result.
     """
     device = unembedding.weight.device
     sums = _Sums(rows.shape[0], top_k, None if ids is None else ids.to(device), device, ranks and ids is not None)
-    if reference is None:
+    target = torch.arange(rows.shape[0]) if reference_of is None else reference_of.cpu()
+    if reference is None or isinstance(reference, Distributions):
         for block in torch.split(torch.arange(rows.shape[0]), ROW_BLOCK):
-            _read_block(rows, block, unembedding, sums, None, tile, logits)
+            known = None if reference is None else KnownReference(reference, target[block])
+            _read_block(rows, block, unembedding, sums, known, tile)
     else:
-        target = torch.arange(rows.shape[0]) if reference_of is None else reference_of.cpu()
         for first in range(0, len(reference), ROW_TILE):
             block = torch.nonzero((target >= first) & (target < first + ROW_TILE))[:, 0]
-            expected = normalized(reference[first : first + ROW_TILE], unembedding)
-            known = None if reference_logits is None else reference_logits[first : first + ROW_TILE]
-            _read_block(
-                rows, block, unembedding, sums, _Reference(expected, target[block] - first, known), tile, logits
-            )
-    kl = sums.kl if reference is not None else sums.kl[:0]
-    top, chosen = sums.logprobs(sums.top_logits), sums.logprobs(sums.chosen)
-    return LensRead(sums.log_z, sums.entropy_bits, chosen, top, sums.top_ids, kl, sums.ranks)
+            hidden = normalized(reference[first : first + ROW_TILE], unembedding)
+            _read_block(rows, block, unembedding, sums, ReferenceRows(hidden, target[block] - first), tile)
+    return sums.lens_read(compared=reference is not None)
+
+
+@torch.inference_mode()
+def read_whole(
+    rows: Float[Tensor, "row d_model"],
+    unembedding: Unembedding,
+    *,
+    ids: Int[Tensor, "*any token"] | None = None,
+    top_k: int = 0,
+    ranks: bool = False,
+) -> tuple[LensRead, Distributions]:
+    """Return what `read` does of few rows, and their distributions, to compare with: memory grows with rows times tokens."""
+    device = unembedding.weight.device
+    sums = _Sums(rows.shape[0], top_k, None if ids is None else ids.to(device), device, ranks and ids is not None)
+    logits = all_logits(rows, unembedding)
+    for block in torch.split(torch.arange(rows.shape[0]), WHOLE_ROWS):
+        whole = logits[block[0] : block[-1] + 1]
+        if len(sums.ranks):
+            sums.choose(block, whole, 0)
+        # In place of the logits, which are used up.
+        whole.copy_(sums.add(block, whole, 0))
+    return sums.lens_read(), Distributions(logits, sums.mass, sums.entropy_bits * LOG2)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
@@ -154,39 +172,6 @@ def largest_of(logits: Float[Tensor, "row token"], k: int) -> tuple[Tensor, Tens
     return values, best.gather(1, places // CHUNK) * CHUNK + places % CHUNK
 
 
-class _Reference:
-    """A block of normalised reference rows, and which of them each row of the block is compared to."""
-
-    def __init__(self, hidden: Tensor, of: Tensor, known: Tensor | None = None) -> None:
-        self.hidden, self.of, self.known = hidden, of.to(hidden.device), known
-        self.in_order = torch.equal(of, torch.arange(len(hidden)))
-        self.high = torch.full((len(hidden),), -torch.inf, device=hidden.device)
-        self.mass = torch.zeros(len(hidden), device=hidden.device)
-
-    def logits(self, start: int, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
-        """Return the references' logits of the tokens from `start`."""
-        if self.known is None:
-            return _logits(self.hidden, weight, bias, softcap)
-        return self.known[:, start : start + len(weight)]
-
-    def of_rows(self, part: slice, values: Tensor) -> Tensor:
-        """Return the references' values for some rows of the block."""
-        return values[part] if self.in_order else values[self.of[part]]
-
-    def weights(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Bring the running mass up to date; returns exp(logits - running maximum), and the factor by which earlier sums shrink."""
-        high = torch.maximum(self.high, logits.amax(dim=-1))
-        shrink = (self.high - high).exp()
-        weights = (logits - high[:, None]).exp_()
-        self.mass = self.mass * shrink + weights.sum(dim=-1)
-        self.high = high
-        return weights, shrink
-
-    @property
-    def log_z(self) -> Tensor:
-        return self.high + self.mass.log()
-
-
 class _Sums:
     """Per row: running maximum, mass and exp-weighted logit above it, chosen and top tokens, divergence from a reference."""
 
@@ -215,8 +200,14 @@ class _Sums:
         # Logits are summed relative to the maximum, so that nothing large cancels here.
         return ((self.mass.log() - self.above / self.mass) / LOG2).clamp_min(0)
 
-    def add(self, rows: Tensor, logits: Tensor, start: int) -> None:
-        """Take in the logits [rows, tile] of the tokens from `start`, which are used up."""
+    def lens_read(self, compared: bool = False) -> LensRead:
+        """Return what was read."""
+        top, chosen = self.logprobs(self.top_logits), self.logprobs(self.chosen)
+        kl = self.kl if compared else self.kl[:0]
+        return LensRead(self.log_z, self.entropy_bits, chosen, top, self.top_ids, kl, self.ranks)
+
+    def add(self, rows: Tensor, logits: Tensor, start: int) -> Tensor:
+        """Take in the logits [rows, tile] of the tokens from `start`, which are used up; return exp(logits - maximum so far)."""
         best = self._add_tokens(rows, logits, start)
         before, mass = self.high[rows], self.mass[rows]
         high = torch.maximum(before, best)
@@ -228,6 +219,7 @@ class _Sums:
         self.above[rows] = above + logits.mul_(weights).sum(dim=-1)
         self.mass[rows] = mass * shrink + weights.sum(dim=-1)
         self.high[rows] = high
+        return weights
 
     def _add_tokens(self, rows: Tensor, logits: Tensor, start: int) -> Tensor:
         """Take in the top tokens, those asked for and ranks; return the largest logit of each row."""
@@ -268,46 +260,36 @@ class _Sums:
         self.chosen[rows] = torch.where(here, seen, self.chosen[rows])
 
 
-def _choose_first(
-    hidden: Tensor, block: Tensor, unembedding: Unembedding, sums: _Sums, tile: int, known: Tensor | None
-) -> None:
+def _choose_first(hidden: Tensor, block: Tensor, unembedding: Unembedding, sums: _Sums, tile: int) -> None:
     """Compute the logits asked for before the pass that compares with them, by the same products and so to the same bits."""
     for start, weight, bias in _tiles(unembedding, tile):
         for first in range(0, len(block), ROW_TILE):
             part = slice(first, first + ROW_TILE)
             if sums.has_ids(block[part], start, len(weight)):
-                if known is None:
-                    logits = _logits(hidden[part], weight, bias, unembedding.softcap)
-                else:
-                    logits = known[block[part], start : start + len(weight)]
-                sums.choose(block[part], logits, start)
+                sums.choose(block[part], _logits(hidden[part], weight, bias, unembedding.softcap), start)
 
 
 def _read_block(
-    rows: Tensor, block: Tensor, unembedding: Unembedding, sums: _Sums, against: _Reference | None, tile: int,
-    known: Tensor | None,
-) -> None:  # fmt: skip
+    rows: Tensor,
+    block: Tensor,
+    unembedding: Unembedding,
+    sums: _Sums,
+    against: ReferenceRows | KnownReference | None,
+    tile: int,
+) -> None:
     """Add every vocabulary tile to the sums of the rows of `block`, compared to one block of references."""
     hidden = normalized(rows[block], unembedding)
-    difference = torch.zeros(len(block), device=hidden.device)
     if len(sums.ranks):
-        _choose_first(hidden, block, unembedding, sums, tile, known)
+        _choose_first(hidden, block, unembedding, sums, tile)
     for start, weight, bias in _tiles(unembedding, tile):
-        expected = weights = shrink = None
+        logits_of = partial(_logits, weight=weight, bias=bias, softcap=unembedding.softcap)
         if against is not None:
-            expected = against.logits(start, weight, bias, unembedding.softcap)
-            weights, shrink = against.weights(expected)
+            against.turn_to(slice(start, start + len(weight)), logits_of)
         for first in range(0, len(block), ROW_TILE):
             part = slice(first, first + ROW_TILE)
-            if known is None:
-                logits = _logits(hidden[part], weight, bias, unembedding.softcap)
-            else:
-                logits = known[block[part], start : start + len(weight)]
-            if against is not None and expected is not None and weights is not None and shrink is not None:
-                apart = against.of_rows(part, expected) - logits
-                change = apart.mul_(against.of_rows(part, weights)).sum(dim=-1)
-                difference[part] = difference[part] * against.of_rows(part, shrink) + change
+            logits = logits_of(hidden[part])
+            if against is not None:
+                against.compare(part, logits)
             sums.add(block[part], logits, start)
     if against is not None:
-        mean = difference / against.mass[against.of]
-        sums.kl[block] = (mean - against.log_z[against.of] + sums.log_z[block]).clamp_min(0)
+        sums.kl[block] = against.kl(sums.log_z[block])

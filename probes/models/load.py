@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import cast
 
 from probes.errors import OptionError, unknown
+from probes.models.backends.deferred import DeferredModel
 from probes.models.choices import ATTENTIONS, DTYPES
+from probes.models.fingerprint.foreign_code import untouched
 from probes.models.interop import backend_class
 from probes.models.placement import DeviceMap, MaxMemory, bytes_of, fetch_offloaded, spread
 from probes.models.protocol import Model
 from probes.models.sources.checkpoint import Loading, load_module, load_tokenizer
 from probes.models.sources.digest import weights_digest
+from probes.models.sources.fast_tokenizer import FastTokenizer
 from probes.models.sources.fetch import Progress
-from probes.models.sources.locate import locate
+from probes.models.sources.locate import Located, locate
 from probes.models.sources.model_folder import read_config
 from probes.models.sources.planted import check_precision
+from probes.models.verify.load_record import LoadRecord, RecordFile
 
 
 def load_model(
@@ -36,6 +41,7 @@ def load_model(
     streamed: bool = False,
     stream_memory: int | str | None = None,
     remote: bool = False,
+    deferred: bool = False,
     progress: Progress | None = None,
 ) -> Model:
     """Load a model, ready to be read; its identities are checked on the way.
@@ -58,13 +64,15 @@ def load_model(
         stream_memory: of a streamed model, the most activations that wait in memory for a later block, in bytes or such
             as `4GiB`; 2 GiB unless given. What does not fit waits on disk.
         remote: run the model on an NDIF server through nnsight; the key is read from the environment alone.
+        deferred: read the weights only when something runs through the model, where an earlier deferred load of the same
+            files checked them; until then the rows that a store holds of it can be read.
         progress: receives a line per step of a first fetch.
 
     Raises:
         ModelError: a model or backend that cannot be found, loaded or trusted.
         OptionError: an illegal device, dtype or attention.
     """
-    build = backend_class(backend)
+    backend_class(backend)
     how = _loading(device, dtype, attention, trust_remote_code)
     if remote:
         return _remote(ref, backend, offline, attention=attention, revision=revision, trust=trust_remote_code)
@@ -78,16 +86,43 @@ def load_model(
         ref, revision=revision, offline=offline, trust_remote_code=trust_remote_code, progress=progress,
         keep_quantised=streamed,
     )  # fmt: skip
-    config = read_config(located.folder, trust_remote_code=trust_remote_code)
     if streamed:
         from probes.models.backends.meta_load import load_streamed
 
         memory = None if stream_memory is None else bytes_of(stream_memory)
-        return load_streamed(located, config, how, memory)
+        return load_streamed(located, read_config(located.folder, trust_remote_code=trust_remote_code), how, memory)
+    whole = partial(_whole, backend, located, how)
+    plain = backend == "native" and device_map is None and not trust_remote_code and untouched(how.device)
+    return _deferred(located, how, whole) if deferred and plain else whole()
+
+
+def _whole(backend: str, located: Located, how: Loading) -> Model:
+    """Load all of a model."""
+    config = read_config(located.folder, trust_remote_code=how.trust_remote_code)
     module = load_module(located.folder, config, how)
-    tokenizer = load_tokenizer(located.folder, trust_remote_code=trust_remote_code)
-    weights = weights_digest(module, partial(fetch_offloaded, module, ref=ref))
-    return cast(Model, build(module, tokenizer, ref=ref, weights=weights, revision=located.revision))
+    tokenizer = load_tokenizer(located.folder, trust_remote_code=how.trust_remote_code)
+    weights = weights_digest(module, partial(fetch_offloaded, module, ref=located.ref))
+    built = backend_class(backend)(module, tokenizer, ref=located.ref, weights=weights, revision=located.revision)
+    return cast(Model, built)
+
+
+def _deferred(located: Located, how: Loading, whole: Callable[[], Model]) -> Model:
+    """Load a model once it runs, where an earlier load of the same files left a record of it."""
+    file = RecordFile.of(located.folder, how)
+    if file is None:
+        return whole()
+
+    def load() -> Model:
+        model = whole()
+        file.write(LoadRecord.of(model, located.folder))
+        return model
+
+    record = file.read()
+    if record is None:
+        return load()
+    whole_tokenizer = partial(load_tokenizer, located.folder)
+    tokenizer = FastTokenizer(*record.tokenizer, whole_tokenizer) if record.tokenizer else whole_tokenizer()
+    return DeferredModel(record, tokenizer, load, located)
 
 
 def _remote(ref: str, backend: str, offline: bool, *, attention: str, revision: str | None, trust: bool) -> Model:

@@ -211,6 +211,7 @@ class LayerMajor(Protocol):
         ...
 
 
+@runtime_checkable
 class SavedRun(Protocol):
     """One run through the blocks, of which activations are kept at the ends of groups of blocks."""
 

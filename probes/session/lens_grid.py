@@ -11,14 +11,15 @@ from torch import Tensor
 
 from probes.edits.programs import Step
 from probes.lenses import logit
-from probes.lenses.protocol import Lens
+from probes.lenses.divergence import Distributions
+from probes.lenses.protocol import Lens, LensRead
 from probes.models.protocol import Model
 from probes.session.open_prompt import Run
 
 TOP = 5
 """Tokens kept of each cell."""
 MOST_LOGITS = 100_000_000
-"""Logits of a clean run that are kept: 400 MB in float32."""
+"""Places times tokens of a clean run whose distributions are kept: 400 MB in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +51,7 @@ def read_grid(
     ids: Sequence[int],
     lens: Lens,
     reference: tuple[Run, LensGrid] | None = None,
-    reference_logits: Float[Tensor, "step pos d_vocab"] | None = None,
-    logits: Float[Tensor, "step pos d_vocab"] | None = None,
+    known: Distributions | None = None,
 ) -> LensGrid:
     """Read a run through a lens.
 
@@ -61,8 +61,7 @@ def read_grid(
         ids: tokens that are watched.
         lens: how rows are read.
         reference: a run to compare with, and its grid; cells that are the same are taken from it.
-        reference_logits: what the lens reads in it, where that is known; see `grid_logits`.
-        logits: what the lens reads in the run itself, where that is known and there is no reference.
+        known: what the lens reads in it, where that is known; see `read_and_keep`.
     """
     rows = run.streams[1:]
     steps, positions = rows.shape[:2]
@@ -87,40 +86,49 @@ def read_grid(
     compared = (partner[step] >= 0) if reference else torch.zeros(len(step), dtype=torch.bool)
     # A step that the reference does not have is compared with its first row, and that number left out.
     row_of = compared.cumsum(0).sub(1).clamp_min(0)
-    before = known = None
+    before: Tensor | Distributions | None = None
     if reference and bool(compared.any()):
-        streams, same = reference[0].streams[1:].float(), partner[step[compared]]
-        if reference_logits is None:
+        if known is None:
+            streams = reference[0].streams[1:].float()
             moved = [s for s in range(steps) if partner[s] >= 0 and changed[s].any()]
             places = [(streams[partner[s]][changed[s]], int(partner[s])) for s in moved]
+            before = torch.cat([lens.readable(part, max(reference[0].steps[s])) for part, s in places])
         else:
-            # Whole steps of what is known, so that nothing is copied.
-            known = reference_logits[same.min() : same.max() + 1].flatten(0, 1)
-            row_of = ((partner[step] - same.min()) * positions + position).clamp_min(0)
-            places = [(streams[s], s) for s in range(int(same.min()), int(same.max()) + 1)]
-        before = torch.cat([lens.readable(part, max(reference[0].steps[s])) for part, s in places])
+            before, row_of = known, (partner[step] * positions + position).clamp_min(0)
     read = logit.read(
         stream, model.unembedding(), ids=torch.tensor(list(ids), dtype=torch.long), top_k=TOP, reference=before,
-        reference_of=None if before is None else row_of, reference_logits=known,
-        logits=None if logits is None else logits.flatten(0, 1), ranks=bool(ids),
+        reference_of=None if before is None else row_of, ranks=bool(ids),
     )  # fmt: skip
-    grid.top_ids[step, position], grid.top_logprobs[step, position] = read.top_ids.cpu(), read.top_logprobs.cpu()
-    grid.entropy_bits[step, position] = read.entropy_bits.cpu()
-    grid.norms[step, position] = rows[step, position].float().norm(dim=-1).cpu()
-    if ids:
-        grid.watched[step, position], grid.ranks[step, position] = read.logprobs.cpu(), read.ranks.cpu()
+    _fill(grid, read, rows, (step, position))
     if before is not None:
         grid.kl[step[compared], position[compared]] = read.kl.cpu()[compared]
     return grid
 
 
-def grid_logits(model: Model, run: Run, lens: Lens) -> Float[Tensor, "step pos d_vocab"] | None:
-    """Return what a lens reads at every place of a run, to compare with; None where that is more than `MOST_LOGITS`."""
+@torch.no_grad()
+def read_and_keep(model: Model, run: Run, ids: Sequence[int], lens: Lens) -> tuple[LensGrid, Distributions | None]:
+    """Return what `read_grid` does of a run, and its distributions, to compare with; None where they are more than `MOST_LOGITS`."""
     rows, unembedding = run.streams[1:], model.unembedding()
     if rows.shape[0] * rows.shape[1] * unembedding.weight.shape[0] > MOST_LOGITS:
-        return None
+        return read_grid(model, run, ids, lens), None
     readable = torch.cat([lens.readable(r.float(), max(step)) for r, step in zip(rows, run.steps, strict=True)])
-    return logit.all_logits(readable, unembedding).view(*rows.shape[:2], -1)
+    watched = torch.tensor(list(ids), dtype=torch.long)
+    read, known = logit.read_whole(readable, unembedding, ids=watched, top_k=TOP, ranks=bool(ids))
+    changed = torch.ones(rows.shape[:2], dtype=torch.bool)
+    grid = _empty(run.steps, rows.shape[1], len(ids), changed)
+    step, position = changed.nonzero().T
+    _fill(grid, read, rows, (step, position))
+    return grid, known
+
+
+def _fill(grid: LensGrid, read: LensRead, rows: Tensor, at: tuple[Tensor, Tensor]) -> None:
+    """Write what was read of some places into a grid."""
+    step, position = at
+    grid.top_ids[step, position], grid.top_logprobs[step, position] = read.top_ids.cpu(), read.top_logprobs.cpu()
+    grid.entropy_bits[step, position] = read.entropy_bits.cpu()
+    grid.norms[step, position] = rows[step, position].float().norm(dim=-1).cpu()
+    if read.logprobs.shape[1]:
+        grid.watched[step, position], grid.ranks[step, position] = read.logprobs.cpu(), read.ranks.cpu()
 
 
 def _empty(steps: tuple[Step, ...], positions: int, tokens: int, changed: Tensor) -> LensGrid:

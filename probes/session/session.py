@@ -12,13 +12,14 @@ from probes.edits import Edit, generate, parse_edits, resolve
 from probes.edits.directions import token_id
 from probes.errors import OptionError
 from probes.lenses.card import card_of
+from probes.lenses.divergence import Distributions
 from probes.lenses.logit import LogitLens
 from probes.lenses.protocol import Lens
 from probes.models.protocol import Model
 from probes.prompts import token_ids
 from probes.session.comparison import Comparison, LayerRow, Outcome, TokenProbability
 from probes.session.everywhere import EffectMap, sweep
-from probes.session.lens_grid import TOP, LensGrid, grid_logits, read_grid
+from probes.session.lens_grid import TOP, LensGrid, read_and_keep, read_grid
 from probes.session.open_prompt import OpenPrompt, Run
 from probes.session.state import PromptText, State, Step, as_prompt
 
@@ -30,17 +31,23 @@ class Kept:
         own, *rest = token_ids([prompt for prompt in (text, other) if prompt is not None], model)
         self.prompt = OpenPrompt(model, own, rest[0] if rest else None)
         self.grids: dict[tuple[object, ...], LensGrid] = {}
-        self.logits: tuple[object, Tensor | None] | None = None
-        """What a lens reads in the clean run, and which lens."""
+        self.distributions: tuple[object, Distributions | None] | None = None
+        """What a lens reads at every place of the clean run, and which lens; None there where that is too much to keep."""
         self.words: dict[int, str] = {}
         """Tokens as text: decoding all of a grid takes as long as running the model."""
 
-    def clean_logits(self, lens: Lens) -> Tensor | None:
+    def clean_grid(self, ids: Sequence[int], lens: Lens) -> LensGrid:
+        """Return the clean run's grid, and keep its distributions."""
+        grid, known = read_and_keep(self.prompt.model, self.prompt.clean, ids, lens)
+        self.distributions = key_of(lens), known
+        return grid
+
+    def known(self, lens: Lens) -> Distributions | None:
         """Return what a lens reads at every place of the clean run; None where that is too much to keep."""
-        key = (lens.card.kind, lens.card.tensors)
-        if self.logits is None or self.logits[0] != key:
-            self.logits = key, grid_logits(self.prompt.model, self.prompt.clean, lens)
-        return self.logits[1]
+        if self.distributions is None or self.distributions[0] != key_of(lens):
+            self.clean_grid((), lens)
+        assert self.distributions is not None
+        return self.distributions[1]
 
 
 @dataclass(frozen=True)
@@ -188,13 +195,14 @@ class Session:
 
     def _grid(self, edits: tuple[Edit, ...], lens: Lens, clean: LensGrid | None) -> LensGrid:
         assert self.kept is not None
-        key = (edits, lens.card.kind, lens.card.tensors, self.watched_ids)
+        key = (edits, key_of(lens), self.watched_ids)
         grids = self.kept.grids
         if key not in grids:
-            reference = None if clean is None else (self.prompt.clean, clean)
-            known, run = self.kept.clean_logits(lens), self.prompt.run(edits)
-            given = {"logits": known} if clean is None else {"reference_logits": known}
-            grids[key] = read_grid(self.model, run, self.watched_ids, lens, reference, **given)
+            if clean is None:
+                grids[key] = self.kept.clean_grid(self.watched_ids, lens)
+            else:
+                run, reference = self.prompt.run(edits), (self.prompt.clean, clean)
+                grids[key] = read_grid(self.model, run, self.watched_ids, lens, reference, self.kept.known(lens))
             while len(grids) > 24:
                 grids.pop(next(iter(grids)))
         return grids[key]
@@ -265,6 +273,11 @@ class Session:
             OptionError: no edit, or one that stands at no place.
         """
         return sweep(self.prompt, self.steps, self.watched_ids, index, heads)
+
+
+def key_of(lens: Lens) -> tuple[object, ...]:
+    """Return what tells a lens from others of the same model."""
+    return lens.card.kind, lens.card.tensors
 
 
 def step_name(step: Sequence[int]) -> str:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
-import signal
 import time
-import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from forked import ForkedWorker
 from store_makers import CONTEXT, FEATURES, check_rows, expected, make, numbered, shard_files
 
 from probes.errors import StoreError
@@ -22,33 +18,14 @@ from probes.store import ActivationStore, MissingRows, maintenance
 from probes.store.catalogue import Catalogue
 from probes.store.catalogue_file import DamagedCatalogue
 
-SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["probes.store", "torch"])
-FAILURES: dict[BaseProcess, Connection] = {}
+
+def start(target: Callable[..., None], *args: object) -> ForkedWorker:
+    return ForkedWorker(lambda: target(*args))
 
 
-def report(failure: Connection, target: Callable[..., None], *args: object) -> None:
-    """Send the traceback to the test: what a process prints itself is lost with the fork server's output."""
-    try:
-        target(*args)
-    except BaseException:
-        failure.send(traceback.format_exc())
-        raise
-
-
-def start(target: Callable[..., None], *args: object) -> BaseProcess:
-    receiver, sender = SPAWN.Pipe(duplex=False)
-    process = SPAWN.Process(target=report, args=(sender, target, *args))
-    process.start()
-    FAILURES[process] = receiver
-    return process
-
-
-def finish(*processes: BaseProcess) -> None:
-    for process in processes:
-        process.join(600)
-        failure = FAILURES.pop(process)
-        assert process.exitcode == 0, failure.recv() if failure.poll() else f"exit code {process.exitcode}"
+def finish(*processes: ForkedWorker) -> None:
+    """Wait for all; what a process that failed has printed stands under the failure."""
+    assert [process.wait() for process in processes] == [0] * len(processes)
 
 
 def write_in_order(root: Path, order: list[int], acknowledged: Path) -> None:
@@ -215,12 +192,11 @@ def test_a_writer_killed_at_any_moment_loses_nothing_it_had_committed(tmp_path: 
         log.touch()
         before = log.read_text().count("\n")
         writer = start(write_in_order, root, order[done:], log)
-        while log.read_text().count("\n") == before and writer.is_alive():
+        while log.read_text().count("\n") == before and writer.poll() is None:
             time.sleep(0.002)
         time.sleep(generator.uniform(0, 0.15))
-        assert writer.pid
-        os.kill(writer.pid, signal.SIGKILL)
-        writer.join()
+        writer.kill()
+        writer.wait()
         committed = [int(line) for line in log.read_text().split("\n")[:-1]]
         store = ActivationStore(root)
         assert list((root / "tmp").iterdir()) == []
@@ -240,13 +216,12 @@ def test_a_pin_of_another_process_ends_when_it_is_killed(tmp_path: Path) -> None
     root, ready, done = tmp_path / "store", tmp_path / "ready", tmp_path / "done"
     writer = start(pinned_writer, root, ready, done)
     while not ready.exists():
-        assert writer.exitcode is None
+        assert writer.poll() is None
         time.sleep(0.005)
     store = ActivationStore(root)
     assert store.gc(max_bytes=1).evicted == ()
-    assert writer.pid
-    os.kill(writer.pid, signal.SIGKILL)
-    writer.join()
+    writer.kill()
+    writer.wait()
     assert len(store.gc(max_bytes=1).evicted) == 1
 
 

@@ -40,7 +40,8 @@ def describe(module: nn.Module, known: set[int] | None = None) -> Described:
         module: The module.
         known: Ids of modules that are described elsewhere, to which those described here are added.
     """
-    out: Described = dict(_ambient(module)) if known is None else {}
+    single = any(p.dtype == torch.float32 for p in module.parameters())
+    out: Described = dict(ambient(single)) if known is None else {}
     parts = list(module.named_modules(remove_duplicate=False))
     known = (known or set()) | {id(part) for _, part in parts}
     root: Any = getattr(module, "config", None)
@@ -62,11 +63,10 @@ def _scratch(part: nn.Module, name: str, value: Any) -> bool:
     return kept and name.startswith("_") and type(part).__module__.startswith("transformer_lens.")
 
 
-def _ambient(module: nn.Module) -> Iterator[tuple[tuple[str, str], str]]:
-    """The switches of torch itself that are not as torch starts."""
+def ambient(single: bool) -> Iterator[tuple[tuple[str, str], str]]:
+    """Give the switches of torch itself that are not as torch starts; some matter where weights are of `single` precision."""
     if torch.get_default_dtype() != torch.float32:
         yield ("", "torch.get_default_dtype"), str(torch.get_default_dtype())
-    single = any(p.dtype == torch.float32 for p in module.parameters())
     if single and (precision := _matmul_precision()) != "highest":
         yield ("", "torch.get_float32_matmul_precision"), precision
 

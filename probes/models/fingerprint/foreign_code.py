@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,13 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from probes.models.fingerprint.description import ambient
+
+_MODEL_CODE = re.compile(r"transformers\.models\.(?!auto\.)\w+\.modeling_")
 _KNOWN_HOOKS = ("torch.nn.utils.", "transformers.", "accelerate.", "transformer_lens.")
 """Packages whose hooks do what the module's own tensors and attributes say (pruning, weight norm, output recording)."""
 
 
 def unkeyable(module: nn.Module) -> str | None:
     """Return why no key can say what a module computes, with what to do about it; None where one can."""
-    if torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks:
+    if _hooked_everywhere():
         return "a global module hook of torch runs in every forward; remove it (its handle has `remove()`)"
     for path, part in module.named_modules():
         if reason := _hooked(part) or _patched(part):
@@ -24,6 +29,23 @@ def unkeyable(module: nn.Module) -> str | None:
     kinds = {module.get_parameter(name).device.type for name, _ in list(module.named_parameters())[:1]} | {"cpu"}
     on = [kind for kind in sorted(kinds - {"meta"}) if torch.is_autocast_enabled(kind)]
     return f"torch.autocast is on for {on[0]}; capture outside of it, or load the model in that dtype" if on else None
+
+
+def untouched(kind: str) -> bool:
+    """Whether models on a kind of device compute what their files say: none of their classes is imported that others could have patched.
+
+    That holds of a process that has not loaded a model yet, whose switches of torch are as torch starts.
+    """
+    return not (_model_classes() or _hooked_everywhere() or torch.is_autocast_enabled(kind) or dict(ambient(True)))
+
+
+def _model_classes() -> bool:
+    return any(_MODEL_CODE.match(name) for name in sys.modules)
+
+
+def _hooked_everywhere() -> bool:
+    hooks = torch.nn.modules.module
+    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
 
 
 def _hooked(part: nn.Module) -> str | None:

@@ -76,7 +76,7 @@ class Bench:
     ) -> Float[Tensor, "row vocab"]:
         """Return the logits at each row's last token while `changes` are at work."""
         with temporary(self._hook(site, change) for site, change in (changes or {}).items()):
-            every: Tensor = self.module(tokens).logits
+            every: Tensor = self.module(tokens, use_cache=False).logits
         return every[torch.arange(len(tokens)), last]
 
     def answer(
@@ -162,9 +162,14 @@ class Bench:
         """Return the word named at the end of each row when the stream runs through these blocks."""
         stream = entering
         for layer in order:
-            output = self.blocks[layer](stream, **self._arguments[layer])
-            stream = output[0] if isinstance(output, tuple) else output
+            stream = self.through(layer, stream)
         return self.lens(stream[torch.arange(len(stream)), last])
+
+    def through(self, layer: int, stream: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
+        """Return what leaves a block that the stream enters."""
+        output = self.blocks[layer](stream, **self._arguments[layer])
+        left: Tensor = output[0] if isinstance(output, tuple) else output
+        return left
 
     def _streams(self, tokens: Tensor) -> Tensor:
         sites: list[Site] = [("stream", layer) for layer in range(-1, self.layers)]

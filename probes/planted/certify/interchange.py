@@ -51,12 +51,13 @@ def _likeness(own: dict[str, int], other: dict[str, int], concept: str) -> int:
 def _shares(
     bench: Bench, question: Question, into: Tensor, brought: Tensor, last: Tensor, *, changed: bool
 ) -> list[float]:
-    """Put one stream's row at the position into the other after each layer and run the blocks that remain."""
+    """Put one stream's row at the position into the other after each layer; a block runs once for all that enter it."""
     rows, columns = bench.at(question.position)
-    shares = []
-    for layer in range(-1, bench.layers):
-        stream = into[layer + 1].clone()
-        stream[rows, columns] = brought[layer + 1, rows, columns]
-        named = bench.run_blocks(range(layer + 1, bench.layers), stream, last)
-        shares.append(float(((named == bench.plain) != changed).float().mean()))
-    return shares
+    streams = into.clone()
+    streams[:, rows, columns] = brought[:, rows, columns]
+    running = streams[0][:0]
+    for layer in range(bench.layers):
+        running = bench.through(layer, torch.cat([running, streams[layer]]))
+    ends = torch.cat([running, streams[-1]])
+    named = bench.lens(ends[torch.arange(len(ends)), last.repeat(len(streams))]).reshape(len(streams), -1)
+    return (named.eq(bench.plain) != changed).float().mean(1).tolist()

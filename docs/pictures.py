@@ -59,7 +59,7 @@ def live(browser: Any) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with serve(folder / "runs", folder / "store", folder / "log", "--preload") as server:
-            page = browser.new_page(viewport={"width": 1440, "height": 1180}, device_scale_factor=1)
+            page = browser.new_page(viewport={"width": 1440, "height": 1330}, device_scale_factor=1)
             page.goto(f"{server.url}/live")
             page.get_by_text("blocks run for the edits").wait_for(timeout=PATIENCE)
             page.get_by_text("the model is being loaded").wait_for(state="hidden", timeout=PATIENCE)

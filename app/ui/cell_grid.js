@@ -56,6 +56,7 @@ function paint(box, data) {
       }
     });
   });
+  table.tFoot.className = data.columns.every((name) => name.length < 3) ? "short" : "";
   data.columns.forEach((name, i) => {
     const foot = table.tFoot.rows[0].cells[i + 1];
     if (foot.textContent !== name) foot.textContent = name;

@@ -83,7 +83,7 @@ def arcs(tokens: Sequence[str], weights: NDArray[np.float32], query: int) -> go.
     for key, weight in enumerate(weights[: query + 1]):
         if weight < 0.02:
             continue
-        t = np.linspace(0, np.pi, 24)
+        t = np.linspace(0, np.pi, 48)
         middle, radius = (key + query) / 2, max(abs(query - key) / 2, 0.25)
         figure.add_scatter(
             x=middle + radius * np.cos(t), y=radius * np.sin(t), mode="lines", line={"width": 1 + 8 * float(weight), "color": "#0072B2"},
@@ -95,7 +95,12 @@ def arcs(tokens: Sequence[str], weights: NDArray[np.float32], query: int) -> go.
     ]
     finish(figure, x="", y="", height=210)
     figure.update_xaxes(
-        tickvals=list(range(len(tokens))), ticktext=labels, range=[-0.6, len(tokens) - 0.4], showgrid=False, tickangle=0
+        tickvals=list(range(len(tokens))),
+        ticktext=labels,
+        range=[-0.6, len(tokens) - 0.4],
+        showgrid=False,
+        tickangle=0,
+        tickfont={"color": "#444"},
     )
     figure.update_yaxes(visible=False)
     figure.update_layout(margin={"l": 10, "r": 10, "t": 10, "b": 50}, showlegend=False, dragmode=False)

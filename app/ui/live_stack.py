@@ -42,7 +42,7 @@ def _draw_step(desk: Desk, index: int, step: dict[str, Any], n: int) -> None:
             args=(f"switched {'off' if step['on'] else 'on'}: {step['text']}", Action("toggle", index)), help="Whether this edit acts.",
         )  # fmt: skip
         # Not st.code: the browser takes seconds to load what colours code, and the page waits for it.
-        text.html(f"<code style='overflow-wrap:anywhere'>{escape(step['text'])}</code>")
+        text.html(f"<code style='overflow-wrap:anywhere;font-size:.875rem'>{escape(step['text'])}</code>")
         slide, up, down, remove = st.columns([5, 1, 1, 1], vertical_alignment="bottom")
         if step["strength"] is not None:
             _draw_strength(slide, desk, index, step, f"live:strength:{stamp}")

@@ -64,7 +64,7 @@ def page_style(kind: str) -> str:
 .stElementContainer[data-stale=true] {{transition: opacity 0s linear 0.6s !important;}}
 .stElementContainer:has([data-testid=stPlotlyChart]) {{padding-top: {LANE}px; box-sizing: content-box;}}
 .stElementContainer[class*=st-key-live]:has([data-testid=stPlotlyChart]) {{padding-top: 0;}}
-[class*=st-key-live-icon] button p {{position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap;}}
+[class*=st-key-live-icon] button [data-testid=stMarkdownContainer] {{position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap;}}
 @media (max-width: 1200px) {{
   [class*=st-key-live-pair] [data-testid=stHorizontalBlock]:not([data-testid=stColumn] *) {{flex-wrap: wrap;}}
   [class*=st-key-live-pair] [data-testid=stColumn]:not([data-testid=stColumn] *) {{min-width: 100%;}}

@@ -45,6 +45,8 @@ STILL = f"{STATE} === 'notRunning' && !document.querySelector('[data-stale=true]
 GRID = "[class*=st-key-live-grid]"
 WAIT = 120_000
 JOB_PROMPTS = 1500
+JOB_WAIT = 600
+"""Seconds in which the job has to end once the edits were made."""
 
 
 def main() -> None:
@@ -174,11 +176,11 @@ def beside_a_job(page: Any, folder: Path, repeats: int, taken: dict[str, list[fl
             ran += 1
             taken.setdefault("edit beside a job", []).append(seconds)
         timed(page, lambda: page.get_by_role("button", name="Undo").click())
-    until = time.monotonic() + 120
+    until = time.monotonic() + JOB_WAIT
     while not any((folder / "runs").rglob("result.json")) and time.monotonic() < until:
         time.sleep(0.5)
     print(
-        f"{ran} of {repeats} edits were made while the job ran; the job {'finished' if any((folder / 'runs').rglob('result.json')) else 'did not finish in two minutes'}"
+        f"{ran} of {repeats} edits were made while the job ran; the job {'finished' if any((folder / 'runs').rglob('result.json')) else f'did not finish in {JOB_WAIT} s more'}"
     )
 
 

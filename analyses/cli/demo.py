@@ -100,9 +100,9 @@ DEMO = (
     ),
     Step(NormRemoval(split_paths=False, neurons=0, stride=6), NormRemoval(split_paths=False, neurons=4), 5, few=True),
     Step(
-        CausalPatching(task="facts", n_pairs=6, heads="none", nulls="none", components=("resid_post",), stride=3),
+        CausalPatching(task="facts", n_pairs=6, heads="none", nulls="none", components=("resid_post",), stride=6),
         CausalPatching(task="facts", n_pairs=6, heads="none", nulls="none"),
-        10,
+        7,
     ),
     Step(PassageUse(task="facts", n_prompts=6, stride=4), PassageUse(task="facts", fuse=True), 10),
     Step(

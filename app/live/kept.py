@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from probes.cache_folder import cache_root
+from probes.file_state import file_states
 from probes.locked_files import replacing
 from probes.models.sources.bundled import BUNDLED
 from probes.models.sources.model_cache import installed
@@ -78,8 +79,7 @@ def _path(session: str) -> Path | None:
     folder = _weights(session)
     if folder is None:
         return None
-    stats = sorted((file.name, file.stat()) for file in folder.iterdir())
-    files = [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    files = file_states(folder.iterdir())
     name = sha256(repr((FORMAT, version("bathyscope"), session, files)).encode()).hexdigest()[:32]
     return cache_root() / "live" / f"{name}.json"
 

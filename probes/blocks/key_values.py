@@ -25,10 +25,12 @@ class KeyValues:
     """Per layer, the keys and values of the rows that ran last, without the prefix."""
     start: int = 0
     """The number of positions before the suffix."""
+    keeps: bool = False
+    """Whether `whole` is kept, which holds the memory of it until the next block."""
     stops: bool = False
-    """Whether a block ends as soon as its keys and values are known."""
+    """Whether a block ends as soon as its keys and values are known, which are then kept."""
     whole: Pair | None = None
-    """Keys and values of all positions, of the block that was ended so."""
+    """Keys and values of all positions, of the rows that ran last."""
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> Pair:
         """Keep the rows' keys and values of a layer; return those that the rows attend to, with the prompt's before them."""
@@ -40,8 +42,9 @@ class KeyValues:
                 torch.cat((b.expand(len(key), -1, -1, -1), new), dim=2)
                 for b, new in zip(before, (key, value), strict=True)
             )
-        if self.stops:
+        if self.keeps or self.stops:
             self.whole = keys, values
+        if self.stops:
             raise Stop
         return keys, values
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -15,13 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probes.blocks.key_values import cache_of
+from probes.blocks.key_values import KeyValues, Pair, cache_of
 from probes.blocks.rerouting import Caller, block_access, call_blocks
 from probes.errors import PointError
 from probes.models.protocol import Model
-
-KeyValues = tuple[Tensor, Tensor]
-"""Keys and values [row, kv_head, pos, d_head] of a segment and of all before it."""
 
 
 @dataclass(eq=False)
@@ -42,29 +40,6 @@ class _Segment:
     def stop(self) -> int:
         """The node after its last."""
         return self.first + len(self.tokens)
-
-
-@dataclass(eq=False)
-class _Before:
-    """Stands for a key-value cache that holds what is before the segments that run."""
-
-    keys_values: KeyValues | None
-    start: int
-    whole: KeyValues | None = None
-    """With the keys and values of the segments that ran last."""
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> KeyValues:
-        """Return what the segments attend to: their own keys and values behind those before them."""
-        if self.keys_values is None:
-            self.whole = (key, value)
-        else:
-            keys, values = self.keys_values
-            self.whole = (torch.cat((keys, key), dim=2), torch.cat((values, value), dim=2))
-        return self.whole
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the number of positions before the segments."""
-        return self.start
 
 
 @dataclass(eq=False)
@@ -140,10 +115,10 @@ class PromptTree:
             waves.append(_Wave(several, call, cache))
         self._waves = [wave for wave in waves if self._segments[wave.segments[0]].moving]
         parents = {segment.parent for segment in self._segments if segment.moving}
-        self._kept: list[dict[int, KeyValues]] = []
+        self._kept: list[dict[int, Pair]] = []
         self.entering = [embedded[self._fixed :]]
         for layer in range(self.model.shape.n_layers):
-            known: dict[int, KeyValues] = {}
+            known: dict[int, Pair] = {}
             embedded = self._pass(layer, embedded[None], waves, 0, known)[0]
             self.entering.append(embedded[self._fixed :])
             self._kept.append({i: known[i] for i in known if i in parents and not self._segments[i].moving})
@@ -161,10 +136,8 @@ class PromptTree:
         }
         return self._pass(layer, hidden, self._waves, self._fixed, known)
 
-    def _pass(
-        self, layer: int, hidden: Tensor, waves: Sequence[_Wave], offset: int, known: dict[int, KeyValues]
-    ) -> Tensor:
-        """Run one block wave by wave; `known` receives the keys and values that later segments attend to."""
+    def _pass(self, layer: int, hidden: Tensor, waves: Sequence[_Wave], offset: int, known: dict[int, Pair]) -> Tensor:
+        """Run one block wave by wave; `known` receives the keys and values of each segment and of all before it."""
         leaving = torch.empty_like(hidden)
         with self._access.exclusive(), self._access.at(layer):
             for wave in waves:
@@ -172,7 +145,8 @@ class PromptTree:
                 rows = torch.cat([hidden[:, s.first - offset : s.stop - offset] for s in segments])
                 parents = [known[s.parent] for s in segments if s.parent is not None]
                 pairs = tuple(torch.cat(side) for side in zip(*parents, strict=True))
-                cache = _Before((pairs[0], pairs[1]) if pairs else None, segments[0].depth)
+                before = partial(_same, (pairs[0], pairs[1])) if pairs else None
+                cache = KeyValues(before, start=segments[0].depth, keeps=True)
                 parts = wave.call(layer, rows, (wave.cache, cache)).chunk(len(segments))
                 assert cache.whole is not None
                 sides = [side.chunk(len(segments)) for side in cache.whole]
@@ -180,6 +154,10 @@ class PromptTree:
                     leaving[:, segment.first - offset : segment.stop - offset] = parts[at]
                     known[i] = (sides[0][at], sides[1][at])
         return leaving
+
+
+def _same(pair: Pair, _: int) -> Pair:
+    return pair
 
 
 def _segments(prompts: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[list[_Segment], list[list[int]]]:

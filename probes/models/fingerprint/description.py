@@ -40,8 +40,9 @@ def describe(module: nn.Module, known: set[int] | None = None) -> Described:
         module: The module.
         known: Ids of modules that are described elsewhere, to which those described here are added.
     """
-    single = any(p.dtype == torch.float32 for p in module.parameters())
-    out: Described = dict(ambient(single)) if known is None else {}
+    out: Described = {}
+    if known is None:
+        out |= ambient(any(p.dtype == torch.float32 for p in module.parameters()))
     parts = list(module.named_modules(remove_duplicate=False))
     known = (known or set()) | {id(part) for _, part in parts}
     root: Any = getattr(module, "config", None)

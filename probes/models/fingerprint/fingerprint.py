@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from probes.file_state import FileState, file_states
 from probes.models.fingerprint.checksum import checksums, combined
 from probes.models.fingerprint.description import Described, describe
 from probes.models.fingerprint.plain_model import deviations
@@ -24,8 +25,8 @@ class Fingerprint:
     attention: str
     tensors: Mapping[str, tuple[str, tuple[int, ...], int]]
     """Every parameter and buffer, saved or not: dtype, shape and checksum."""
-    files: tuple[tuple[str, int, int, int], ...]
-    """Of weights that are on disk: path, inode, bytes and time of the last change."""
+    files: tuple[FileState, ...]
+    """Of weights that are on disk."""
 
 
 def fingerprint(module: nn.Module, files: tuple[Path, ...] = ()) -> Fingerprint:
@@ -35,8 +36,7 @@ def fingerprint(module: nn.Module, files: tuple[Path, ...] = ()) -> Fingerprint:
     facts = {name: (str(t.dtype), tuple(t.shape), sums[name]) for name, t in tensors.items()}
     config: Any = module.config
     attention = str(config.get_text_config()._attn_implementation)
-    stats = [(path, path.stat()) for path in sorted({*files, *offloaded})]
-    on_disk = tuple((str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+    on_disk = file_states({*files, *offloaded})
     return Fingerprint(describe(module), canonical_config(module), attention, facts, on_disk)
 
 

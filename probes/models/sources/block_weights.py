@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor, nn
 
 from probes.errors import ModelError
 from probes.models.sources.checkpoint_tensors import CheckpointTensors
-from probes.models.sources.digest import byte_parts
+from probes.models.sources.digest import rows_digest
 
 
 @dataclass(frozen=True)
@@ -118,12 +117,12 @@ class BlockWeights:
 
     def canary_rows(self) -> str:
         """Return a hash of one row of every weight that stays on disk."""
-        state = xxhash.xxh3_128()
-        for row in self._checkpoint.rows([source for group in self._groups.values() for source, _ in group.sources]):
-            self.ledger.bytes += row.nbytes
-            for part in byte_parts(row):
-                state.update(part)
-        return str(state.hexdigest())
+        sources = [source for group in self._groups.values() for source, _ in group.sources]
+        return rows_digest(map(self._counted, self._checkpoint.rows(sources)))
+
+    def _counted(self, row: Tensor) -> Tensor:
+        self.ledger.bytes += row.nbytes
+        return row
 
     @contextmanager
     def placed(self, layer: int, tensors: dict[str, Tensor]) -> Iterator[None]:

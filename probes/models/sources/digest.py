@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -108,6 +108,15 @@ def distinct_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def storage_of(tensor: Tensor) -> tuple[Any, ...]:
     """What two tensors have in common where they are the same memory read in the same way."""
     return (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def rows_digest(rows: Iterable[Tensor]) -> str:
+    """Return a hash of rows of weights, which a file changed under the same inode, size and time would change."""
+    state = xxhash.xxh3_128()
+    for row in rows:
+        for part in byte_parts(row):
+            state.update(part)
+    return str(state.hexdigest())
 
 
 def byte_parts(tensor: Tensor, limit: int = 1 << 28) -> Iterator[Any]:

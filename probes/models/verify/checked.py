@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from probes.anatomy import Anatomy, Layout
 from probes.cache_folder import cache_root
-from probes.locked_files import replacing
 from probes.models.fingerprint.checksum import combined
 from probes.models.fingerprint.fingerprint import Fingerprint
 from probes.models.protocol import Canary, Faithfulness, Identity
 from probes.models.verify.identities import Verified
+from probes.models.verify.record_file import read_record, write_record
 
 _FORMAT = 1
 
@@ -52,12 +48,9 @@ class CheckRecord:
 
     def read(self, guess: Anatomy) -> Checked | None:
         """Return what was established for this model, or None where nothing is or the canary rows differ."""
-        try:
-            with safe_open(self.path, framework="pt", device="cpu") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                facts: dict[str, Any] = json.loads((file.metadata() or {})["facts"])
-        except (OSError, SafetensorError, KeyError, ValueError):
+        if (kept := read_record(self.path)) is None:
             return None
+        facts, tensors = kept
         if facts["canary_rows"] != self.canary_rows:
             return None
         layout = Layout(facts["layout"], *(tensors[name] for name in "qkv")) if facts["layout"] else None
@@ -84,9 +77,4 @@ class CheckRecord:
             "refused_points": dict(verified.faithfulness.refused), "causal": verified.causal, "d_mlp": verified.d_mlp,
             "tolerance": canary.tolerance,
         }  # fmt: skip
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path) as draft:
-                save_file(tensors, draft, metadata={"facts": json.dumps(facts)})
-        except OSError:
-            return
+        write_record(self.path, facts, tensors)

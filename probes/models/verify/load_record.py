@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
-import xxhash
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from probes.cache_folder import cache_root
-from probes.locked_files import replacing
+from probes.file_state import file_states
 from probes.models.fingerprint.checksum import combined
 from probes.models.protocol import Canary, Context, Faithfulness, Identity, Model, Shape
 from probes.models.sources.checkpoint import Loading
 from probes.models.sources.checkpoint_tensors import SafetensorsFolder
-from probes.models.sources.digest import byte_parts
+from probes.models.sources.digest import rows_digest
 from probes.models.sources.fast_tokenizer import FastTokenizer
 from probes.models.verify.lens_tensors import LensTensors
+from probes.models.verify.record_file import read_record, write_record
 from probes.points import every_address
 
 _FORMAT = 1
@@ -68,23 +65,20 @@ class RecordFile:
     def of(cls, folder: Path, how: Loading) -> RecordFile | None:
         """Return the record's file of a folder that is loaded in this way; None of a damaged folder, which a load refuses."""
         try:
-            stats = [(path.name, path.stat()) for path in sorted(folder.resolve().iterdir())]
-            rows = _some_rows(folder)
+            files, checkpoint = file_states(folder.resolve().iterdir()), SafetensorsFolder(folder)
+            rows = rows_digest(checkpoint.rows(checkpoint.names))
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
-        facts = [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         versions = [version("bathyscope"), torch.__version__, version("transformers")]
-        state = combined(map(repr, (_FORMAT, versions, facts, rows)))
+        state = combined(map(repr, (_FORMAT, versions, files, rows)))
         return cls(cache_root() / "loads" / f"{combined([str(folder.resolve()), repr(how)])}.safetensors", state)
 
     def read(self) -> LoadRecord | None:
         """Return the record, or None where there is none of the folder as it is."""
-        try:
-            with safe_open(self.path, framework="pt", device="cpu") as file:
-                facts: dict[str, Any] = json.loads((file.metadata() or {})["facts"])
-                tokens, values, letters = (file.get_tensor(name) for name in ("tokens", "values", "tokenizer"))
-        except (OSError, SafetensorError, KeyError, ValueError):
+        names = ("tokens", "values", "tokenizer")
+        if (kept := read_record(self.path, names)) is None:
             return None
+        facts, (tokens, values, letters) = kept[0], (kept[1][name] for name in names)
         if facts["state"] != self.state:
             return None
         return LoadRecord(
@@ -109,18 +103,4 @@ class RecordFile:
         }  # fmt: skip
         letters = torch.tensor(list(saved.encode()), dtype=torch.uint8)
         tensors = {"tokens": record.canary.tokens, "values": record.canary.values, "tokenizer": letters}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path) as draft:
-                save_file(tensors, draft, metadata={"facts": json.dumps(facts)})
-        except OSError:
-            return
-
-
-def _some_rows(folder: Path) -> str:
-    """A hash of one row of every weight, which a file changed under the same inode, size and time would change."""
-    checkpoint, state = SafetensorsFolder(folder), xxhash.xxh3_128()
-    for row in checkpoint.rows(checkpoint.names):
-        for part in byte_parts(row):
-            state.update(part)
-    return str(state.hexdigest())
+        write_record(self.path, facts, tensors)

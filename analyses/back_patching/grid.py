@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -61,6 +62,10 @@ class Patched:
     wrong: Tensor
     """[cells], whether the most probable token is another question's answer."""
 
+    def cut(self, part: slice) -> Patched:
+        """Return some of the cells."""
+        return Patched(self.cells[part], self.top[part], self.logprob[part], self.wrong[part])
+
     def success(self, answers: frozenset[int]) -> NDArray[np.bool_]:
         """Return whether the most probable token is one of `answers`, [cells]."""
         return np.isin(self.top.numpy(), list(answers))
@@ -113,8 +118,8 @@ class OpenPrompt:
         parts = [order[i : i + ROWS] for i in range(0, len(order), ROWS)]
         last = torch.empty_like(brought)
         last[order] = torch.cat(together(self.base.model, [partial(ends, part) for part in parts]))
-        ends_of = torch.split(last, [len(some) for some, _ in tries])
-        return [self._read(some, end, other) for (some, _), end in zip(tries, ends_of, strict=True)]
+        read, until = self._read(cells, last, other), np.cumsum([len(some) for some, _ in tries]).tolist()
+        return [read.cut(slice(*ends)) for ends in pairwise([0, *until])]
 
     def baseline(self) -> Patched:
         """Read the next token of the unpatched prompt, as a grid of one cell."""

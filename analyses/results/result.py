@@ -96,7 +96,7 @@ class Result:
             return {name: spec for name, spec in specs.items() if spec.applies(self.tables)}
 
     def profile(self, name: str) -> pd.DataFrame:
-        """One depth profile: columns layer, value and, where there is an interval, ci_low and ci_high.
+        """One depth profile: columns layer, value and, where there is an interval, ci_low and ci_high; read once.
 
         Raises:
             OptionError: an unknown profile, with the legal names; or saved tables that it cannot be read from.
@@ -104,8 +104,14 @@ class Result:
         specs = self.profiles
         if name not in specs:
             raise OptionError(unknown("profile", name, specs))
-        with self.drawing(f"profile {name!r}"):
-            return specs[name].read(self.tables)
+        if name not in self._profiles_read:
+            with self.drawing(f"profile {name!r}"):
+                self._profiles_read[name] = specs[name].read(self.tables)
+        return self._profiles_read[name].copy()
+
+    @cached_property
+    def _profiles_read(self) -> dict[str, pd.DataFrame]:
+        return {}
 
     @contextmanager
     def drawing(self, what: str) -> Iterator[None]:

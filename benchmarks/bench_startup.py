@@ -28,6 +28,11 @@ QUICK = [
     ["run", "logit_lens", "--model", "no-such-model", "--top-k", "0"],
     ["run", "voids", "--model", "no-such-model", "--prompts", "no-such-file.jsonl"],
     ["run", "voids", "--model", "no-such-model", "--prompts", "{prompts}"],
+    ["capture", "--model", "no-such-model", "--prompts", "{prompts}", "--points", "embed"],
+    ["edit", "--model", "no-such-model", "--text", "a"],
+    ["lens", "fit", "--model", "no-such-model", "--out", "no-such.lens"],
+    ["check", "no-such-model"],
+    ["batch", "no-such-study.toml"],
     ["report", "no-such-folder"],
 ]
 

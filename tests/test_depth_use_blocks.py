@@ -118,8 +118,8 @@ def test_nothing_is_left_hooked_or_changed(tiny: NativeModel, store: ActivationS
         tiny,
         chunk,
         lambda s: (
-            s.coarser(columns, [4], range(3), lambda _: None),
-            s.frozen(columns, scales, range(3), lambda _: None),
+            s.run(s.coarser(columns, [4], range(3)), lambda _: None),
+            s.run(s.frozen(columns, scales, range(3)), lambda _: None),
         ),
     )
     assert float(columns["delta_ce_int4"].mean().abs().min()) > 0
@@ -419,7 +419,7 @@ def test_a_window_of_one_block_is_exact_and_of_two_is_the_sum(tiny: NativeModel,
     columns = {
         f"{n}_{w}": PerPrompt(3, 3) for w in (1, 2) for n in ("parallel_error", "parallel_cosine", "delta_ce_parallel")
     }
-    study(tiny, chunk, lambda s: s.windows(columns, [1, 2], range(3), lambda _: None))
+    study(tiny, chunk, lambda s: s.run(s.windows(columns, [1, 2], range(3)), lambda _: None))
     assert float(columns["parallel_error_1"].mean().max()) < 1e-5
     assert columns["parallel_error_2"].mean().isnan().tolist() == [False, False, True]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +20,19 @@ from analyses.results.per_prompt import PerPrompt
 from probes.blocks.batch import Blocks, Chunk, Part
 
 Columns = Mapping[str, PerPrompt]
+TOGETHER = 1024
+"""Tokens of changed streams that are run together, which bounds memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class ChangedStream:
+    """A stream that is not the clean one, to be run to the end."""
+
+    start: int
+    """The block that it enters."""
+    entering: Float[Tensor, "batch pos d_model"]
+    enter: Callable[[list[Tensor]], None]
+    """Receives what enters each block from there on and what leaves the last."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,61 +58,86 @@ class ChunkAblations:
         """Sequences of one forward."""
         return len(self.chunk.tokens)
 
-    def removals(self, columns: Columns, effects: Mapping[Part, Effects], layers: Sequence[int], tick: Tick) -> None:
+    def run(self, changes: Iterable[ChangedStream], tick: Tick) -> None:
+        """Run changed streams to the end, those that enter the same block together, and enter what they end in."""
+        by_start: dict[int, list[ChangedStream]] = defaultdict(list)
+        for change in changes:
+            by_start[change.start].append(change)
+        size = max(1, TOGETHER // self.chunk.tokens.numel())
+        for start, alike in sorted(by_start.items()):
+            for first in range(0, len(alike), size):
+                part = alike[first : first + size]
+                ran = self.blocks.run_several(self.chunk.tokens, [change.entering for change in part], start)
+                for change, streams in zip(part, ran, strict=True):
+                    change.enter(streams)
+                    tick(self.rows)
+
+    def removals(
+        self, columns: Columns, effects: Mapping[Part, Effects], layers: Sequence[int]
+    ) -> Iterator[ChangedStream]:
         """Leave out every part of each of `layers` at all positions, restarting from the stored stream that enters it.
 
         Args:
             effects: what later blocks lose by that, per part; parts that are not in it are not entered.
         """
-        for part in PARTS:
-            for layer in layers:
-                streams = self.blocks.without(self.chunk, part, layer)
-                change = self.outputs.change(streams[-1])
-                self._enter(columns[f"delta_ce_{part}"], layer, change.ce - self.outputs.ce)
-                self._enter(columns[f"jsd_{part}"], layer, change.jsd)
-                if part in effects:
-                    self._enter_effects(effects[part], layer, streams, change.probability_distance, self.counted)
-                tick(self.rows)
+
+        def enter(part: Part, layer: int, streams: Sequence[Tensor]) -> None:
+            change = self.outputs.change(streams[-1])
+            self._enter(columns[f"delta_ce_{part}"], layer, change.ce - self.outputs.ce)
+            self._enter(columns[f"jsd_{part}"], layer, change.jsd)
+            if part in effects:
+                self._enter_effects(effects[part], layer, streams, change.probability_distance, self.counted)
+
+        for layer in layers:
+            for part in PARTS:
+                yield ChangedStream(
+                    layer + 1, self.blocks.leaving(self.chunk, part, layer), partial(enter, part, layer)
+                )
 
     def skips(
-        self, effects: Mapping[Part, Effects], at: Bool[Tensor, "batch pos"], layers: Sequence[int], tick: Tick
-    ) -> None:
+        self, effects: Mapping[Part, Effects], at: Bool[Tensor, "batch pos"], layers: Sequence[int]
+    ) -> Iterator[ChangedStream]:
         """Leave out every part of each of `layers` at the positions `at`; prompts without such a position have no effect."""
         counted = self.counted & at.any(1, keepdim=True)
-        for part, into in effects.items():
-            for layer in layers:
-                streams = self.blocks.without(self.chunk, part, layer, at)
-                self._enter_effects(into, layer, streams, self.outputs.distance(streams[-1]), counted)
-                tick(self.rows)
+
+        def enter(into: Effects, layer: int, streams: Sequence[Tensor]) -> None:
+            self._enter_effects(into, layer, streams, self.outputs.distance(streams[-1]), counted)
+
+        for layer in layers:
+            for part, into in effects.items():
+                leaving = self.blocks.leaving(self.chunk, part, layer, at)
+                yield ChangedStream(layer + 1, leaving, partial(enter, into, layer))
 
     def _enter_effects(
         self, effects: Effects, layer: int, streams: Sequence[Tensor], distance: Tensor, counted: Tensor
     ) -> None:
-        enter(effects, self.chunk, layer, streams, counted)
+        enter(effects, self.chunk, layer, [self.chunk.stream[layer], *streams], counted)
         among = counted[self.outputs.where]
         effects.add_output(self.outputs.prompt[among], layer, distance[among])
 
-    def coarser(self, columns: Columns, bits: Collection[int], layers: Sequence[int], tick: Tick) -> None:
+    def coarser(self, columns: Columns, bits: Collection[int], layers: Sequence[int]) -> Iterator[ChangedStream]:
         """Round the weights of each of `layers` alone to so many bits."""
         for layer in layers:
             block = self.blocks.anatomy.component("block", layer)
             for n in bits:
                 with coarser(block, n):
-                    passed = self.blocks.run(self.chunk.stream[layer], layer, stop=layer + 1)[-1]
-                final = self.blocks.run(passed, layer + 1)[-1]
-                self.enter_loss(columns[f"delta_ce_int{n}"], layer, final)
-                tick(self.rows)
+                    leaving = self._leaving(layer)
+                yield self._loss(columns[f"delta_ce_int{n}"], layer, layer + 1, leaving)
 
-    def frozen(self, columns: Columns, scales: NormScales, layers: Sequence[int], tick: Tick) -> None:
+    def frozen(self, columns: Columns, scales: NormScales, layers: Sequence[int]) -> Iterator[ChangedStream]:
         """Freeze the norms that begin the parts of each of `layers` alone: they divide by their mean divisor."""
         rows = (self.chunk.tokens.shape[0], self.chunk.tokens.shape[1])
         for layer in layers:
-            if not (norms := scales.of(layer)):
-                continue
-            with frozen_norms(self.blocks.anatomy.map.module, norms, rows):
-                passed = self.blocks.run(self.chunk.stream[layer], layer, stop=layer + 1)[-1]
-            self.enter_loss(columns["delta_ce_frozen_norm"], layer, self.blocks.run(passed, layer + 1)[-1])
-            tick(self.rows)
+            if norms := scales.of(layer):
+                with frozen_norms(self.blocks.anatomy.map.module, norms, rows):
+                    leaving = self._leaving(layer)
+                yield self._loss(columns["delta_ce_frozen_norm"], layer, layer + 1, leaving)
+
+    def _leaving(self, layer: int) -> Tensor:
+        return self.blocks.run(self.chunk.stream[layer], layer, stop=layer + 1)[-1]
+
+    def _loss(self, column: PerPrompt, layer: int, start: int, entering: Tensor) -> ChangedStream:
+        return ChangedStream(start, entering, lambda streams: self.enter_loss(column, layer, streams[-1]))
 
     def read(self, columns: Columns, layers: Sequence[int]) -> None:
         """Compare what the stream leaving each of `layers` predicts with the final prediction."""
@@ -108,8 +147,8 @@ class ChunkAblations:
             self._enter(columns["lens_overlap"], layer, lens.overlap)
 
     def windows(
-        self, columns: Columns, widths: Sequence[int], starts: Sequence[int], tick: Tick, pairs: bool = False
-    ) -> None:
+        self, columns: Columns, widths: Sequence[int], starts: Sequence[int], pairs: bool = False
+    ) -> Iterator[ChangedStream]:
         """Run the blocks of each window side by side on the stream that enters it, and add their contributions.
 
         Args:
@@ -127,21 +166,19 @@ class ChunkAblations:
                     second = second + second_order(partial(self._added, layer), entering, added, apart)
                     apart.append(added)
                 if width in widths:
-                    self._window(columns, "parallel", start, width, joint)
-                    tick(self.rows)
+                    yield self._window(columns, "parallel", start, width, joint)
                 if pairs and width in widths:
-                    self._window(columns, "second_order", start, width, joint + second)
-                    tick(self.rows)
+                    yield self._window(columns, "second_order", start, width, joint + second)
 
     def _added(self, layer: int, entering: Tensor) -> Tensor:
         return self.blocks.run(entering, layer, stop=layer + 1)[-1] - entering
 
-    def _window(self, columns: Columns, kind: str, start: int, width: int, joint: Tensor) -> None:
+    def _window(self, columns: Columns, kind: str, start: int, width: int, joint: Tensor) -> ChangedStream:
         errors = window_error(self.chunk.stream[start], self.chunk.stream[start + width], joint)
         prompts = self.chunk.prompt_of(self.counted)
         for name, values in zip(("error", "cosine"), errors, strict=True):
             columns[f"{kind}_{name}_{width}"].add(start, prompts, values.cpu()[self.counted])
-        self.enter_loss(columns[f"delta_ce_{kind}_{width}"], start, self.blocks.run(joint, start + width)[-1])
+        return self._loss(columns[f"delta_ce_{kind}_{width}"], start, start + width, joint)
 
 
 def second_order(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import get_args
 
 import numpy as np
@@ -145,12 +146,16 @@ class _Run:
         everywhere = self.settings.skip_rule == "everywhere"
         among = ablations.counted[ablations.outputs.where]
         self.loss.add(0, ablations.outputs.prompt[among], ablations.outputs.ce[among])
-        ablations.removals(self.columns, current if everywhere else {}, self.layers, self._tick)
-        if not everywhere:
-            ablations.skips(current, left_out_at(ablations.chunk, self.settings.skip_rule), self.layers, self._tick)
-        ablations.coarser(self.columns, self.settings.bits, self.layers, self._tick)
-        ablations.frozen(self.columns, self.scales, self.layers, self._tick)
-        ablations.windows(self.columns, self.settings.windows, self.layers, self._tick, self.settings.window_pairs)
+        at = left_out_at(ablations.chunk, self.settings.skip_rule)
+        for layer in self.layers:
+            changes = [
+                ablations.removals(self.columns, current if everywhere else {}, [layer]),
+                ablations.skips({} if everywhere else current, at, [layer]),
+                ablations.coarser(self.columns, self.settings.bits, [layer]),
+                ablations.frozen(self.columns, self.scales, [layer]),
+                ablations.windows(self.columns, self.settings.windows, [layer], self.settings.window_pairs),
+            ]
+            ablations.run(chain.from_iterable(changes), self._tick)
         ablations.read(self.columns, self.layers)
 
     def generation_tables(self, responses: Sequence[Tokens]) -> Tables:

@@ -121,13 +121,39 @@ class Blocks:
             layer: of which block.
             where: at which positions; None is all.
         """
+        return [chunk.stream[layer], *self.run(self.leaving(chunk, part, layer, where), layer + 1)]
+
+    def leaving(
+        self, chunk: Chunk, part: Part, layer: int, where: Bool[Tensor, "batch pos"] | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Return what leaves a block that the clean stream enters, with one part of it left out; see `without`."""
         entering = chunk.stream[layer]
         if part != "block":
-            return self.run(entering, layer, writes=left_out([(part, layer)], where))
-        leaving = entering
-        if where is not None:
-            leaving = torch.where(where.to(entering.device)[..., None], entering, chunk.stream[layer + 1])
-        return [entering, *self.run(leaving, layer + 1)]
+            return self.run(entering, layer, stop=layer + 1, writes=left_out([(part, layer)], where))[-1]
+        if where is None:
+            return entering
+        return torch.where(where.to(entering.device)[..., None], entering, chunk.stream[layer + 1])
+
+    def run_several(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        entering: Sequence[Float[Tensor, "batch pos d_model"]],
+        start: int,
+    ) -> list[list[Float[Tensor, "batch pos d_model"]]]:
+        """Return what `run` returns of each of several streams of the batch, which run as one: that costs less than one by one.
+
+        Args:
+            tokens: the batch that the blocks are of.
+            entering: what enters block `start` in each.
+            start: the first block.
+        """
+        n = len(entering)
+        if n == 1:
+            return [self.run(entering[0], start)]
+        streams = on_blocks(
+            self.model, tokens.repeat(n, 1), lambda blocks: blocks.run(torch.cat(list(entering)), start)
+        )
+        return [list(own) for own in zip(*(stream.chunk(n) for stream in streams), strict=True)]
 
 
 def left_out(parts: Sequence[tuple[Part, int]], where: Bool[Tensor, "batch pos"] | None = None) -> dict[Address, Write]:

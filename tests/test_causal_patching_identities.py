@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,14 @@ from scipy.stats import kstest
 from test_causal_patching import CAUSAL, CLEAN, CORRUPTED, native, pair_line, run
 
 from analyses.causal_patching import CausalPatching
-from analyses.causal_patching.cells import Cell, window_of
+from analyses.causal_patching.cells import EVERYWHERE, Cell, window_of
 from analyses.causal_patching.decision import earliest_lasting, latest
 from analyses.causal_patching.grid import Sources, addresses, capture_values
 from analyses.causal_patching.levels import NodeLevel, circuit_metrics
 from analyses.causal_patching.nulls import null_partner
-from analyses.causal_patching.opened import Opener
+from analyses.causal_patching.opened import Opener, OpenRuns
 from analyses.causal_patching.pairs import pair_of, resolved
+from analyses.causal_patching.resumed_grid import _joined
 from analyses.causal_patching.statistics import sign_flips
 from analyses.causal_patching.task_pairs import generated
 from analyses.causal_patching.verification import budget, verification_row
@@ -36,6 +38,38 @@ from probes.prompts import Prompt
 from probes.store import ActivationStore
 
 COMPONENTS = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v")
+
+
+def test_cells_of_near_positions_run_together_and_end_as_each_alone() -> None:
+    # Two cells at 4 cost two rows each from 3, less than a batch; twenty-five at 9 would cost too many from 4.
+    assert _joined({4: [0, 1], 3: [2], 9: [3] * 25}) == {3: [2, 0, 1], 9: [3] * 25}
+    assert _joined({EVERYWHERE: [0], 0: [1]}) == {EVERYWHERE: [0], 0: [1]}
+    model = native("llama")
+    pair = pair_of(0, resolved(model, [pair_line(model)], ["a"], False)[0], False)
+    positions = sorted(pair.sources("denoise"))[-3:]
+    cells = [
+        Cell(point, layer, position=p) for point in ("resid_post", "attn_out") for layer in (0, 1) for p in positions
+    ]
+    opened = Opener(model, ("logit_diff",), frozenset(addresses(cells))).open(pair, ("denoise",), None)[0]
+    alone = torch.cat([opened.patched([cell]) for cell in cells])
+    assert float((alone - opened.base).abs().min()) > 0
+    assert torch.allclose(opened.patched(cells), alone, atol=1e-4)
+
+
+def test_a_run_is_opened_once_unless_noise_makes_it_or_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, stream = native("llama"), Address("resid_post", 1)
+    line = pair_line(model)
+    line.fields["span"] = [2, 4]  # type: ignore[index]
+    pair = pair_of(0, resolved(model, [line], ["a"], True)[0], True)
+    opener = Opener(model, ("logit_diff",), frozenset({stream}), OpenRuns())
+    drawn = [torch.full((2, model.shape.d_model), size) for size in (0.1, 0.2)]
+    (first,), (second,) = (opener.open(pair, ("noise",), noise) for noise in drawn)
+    assert first.grid is second.grid
+    assert not torch.equal(first.sources.values[stream], second.sources.values[stream])
+    assert torch.equal(first.grid.values[stream], replace(opener, kept=None).values(pair, False, None)[stream])
+    monkeypatch.setattr("analyses.causal_patching.opened.KEPT_BYTES", 0)
+    full = replace(opener, kept=OpenRuns())
+    assert full.open(pair, ("noise",), drawn[0])[0].grid is not full.open(pair, ("noise",), drawn[0])[0].grid
 
 
 @pytest.mark.parametrize("family", CAUSAL)

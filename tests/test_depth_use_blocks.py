@@ -89,6 +89,20 @@ def test_a_restart_from_any_depth_gives_the_stored_stream(family: str, store: Ac
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_streams_that_run_together_end_as_each_alone(family: str, store: ActivationStore) -> None:
+    model = native(family)
+    chunk = one_chunk(model, store)
+
+    def work(blocks: Blocks) -> None:
+        entering = [blocks.leaving(chunk, part, 0) for part in PARTS]
+        for own, together in zip(entering, blocks.run_several(chunk.tokens, entering, 1), strict=True):
+            for alone, stream in zip(blocks.run(own, 1), together, strict=True):
+                assert close(stream[chunk.real], alone[chunk.real])
+
+    on_blocks(model, chunk.tokens, work)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_removal_by_restart_is_removal_in_a_whole_forward(family: str, store: ActivationStore) -> None:
     model = native(family)
     chunk = one_chunk(model, store)

@@ -63,18 +63,18 @@ class Step:
 
 
 DEMO = (
-    Step(LogitLens(), LogitLens(), 7),
+    Step(LogitLens(), LogitLens(), 6),
     Step(
         Voids(alpha=(0.8, 0.2), max_new_tokens=3),
         Voids(alpha=(0.8, 0.2, 0.4, 0.6, 1.0), max_new_tokens=16, readout_positions="all"),
-        5,
+        3,
         few=True,
     ),
-    Step(CommunicationChannels(task="none", kinds=("q",)), CommunicationChannels(n_prompts=24, laundry_items=(2, 3, 4)), 5),
+    Step(CommunicationChannels(task="none", kinds=("q",)), CommunicationChannels(n_prompts=24, laundry_items=(2, 3, 4)), 4),
     Step(
         Lenses(task="two_hop", n_prompts=4, fit_texts=5, eval_texts=10, layers=FIFTH),
         Lenses(task="two_hop", n_prompts=12, fit_texts=60, eval_texts=12),
-        10,
+        9,
     ),
     Step(
         LatentLanguage(
@@ -91,24 +91,24 @@ DEMO = (
         ConceptDepth(
             sets=("city_country", "capital_negation", "sentiment"), limit=100, splits=2, causal_layers=1, causal_prompts=8
         ),
-        9,
+        8,
     ),
     Step(
         BackPatching(task="two_hop", pool=16, n_prompts=6, stride=6, stages=False),
         BackPatching(task="two_hop", pool=60, n_prompts=8, stride=3),
-        14,
+        8,
     ),
-    Step(NormRemoval(split_paths=False, neurons=0, stride=6), NormRemoval(split_paths=False, neurons=4), 5, few=True),
+    Step(NormRemoval(split_paths=False, neurons=0, stride=6), NormRemoval(split_paths=False, neurons=4), 4, few=True),
     Step(
         CausalPatching(task="facts", n_pairs=6, heads="none", nulls="none", components=("resid_post",), stride=6),
         CausalPatching(task="facts", n_pairs=6, heads="none", nulls="none"),
-        7,
+        5,
     ),
-    Step(PassageUse(task="facts", n_prompts=6, stride=4), PassageUse(task="facts", fuse=True), 10),
+    Step(PassageUse(task="facts", n_prompts=6, stride=4), PassageUse(task="facts", fuse=True), 8),
     Step(
         LayerPrograms(n_prompts=4, maps=("pairs",), metric=("answer",), stride=6),
         LayerPrograms(n_prompts=8, stride=3),
-        7,
+        2,
         few=True,
     ),
     Step(
@@ -120,7 +120,7 @@ DEMO = (
             parts=("block",), bits=(4,), windows=(2,), skip_prompts=4, erasure_prompts=1, gradient_prompts=0, greedy_steps=1,
             drop_blocks=3,
         ),
-        12,
+        8,
         few=True,
     ),
     Step(
@@ -131,7 +131,7 @@ DEMO = (
         ContextualDecomposition(
             task="ioi", n_prompts=2, n_references=6, search_steps=2, shares=(0.02, 0.1, 0.3), random_circuits=4, mlps=False
         ),
-        13,
+        10,
     ),
 )  # fmt: skip
 """What the demo runs, in the order of what each gives a second."""

@@ -34,7 +34,7 @@ def matrices(block: nn.Module) -> list[tuple[nn.Parameter, int]]:
 def z_share(weights: Float[Tensor, "*rest"], threshold: float = 1.0) -> float:
     """Return ZD, the share of weights more than `threshold` standard deviations above their mean (Dumitru et al. 2024)."""
     w = weights.float()
-    return float((w > w.mean() + threshold * w.std(correction=0)).float().mean())
+    return int(torch.count_nonzero(w > w.mean() + threshold * w.std(correction=0))) / w.numel()
 
 
 def z_share_of(block: nn.Module) -> float:

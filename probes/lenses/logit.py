@@ -25,8 +25,8 @@ VOCAB_TILE = 4096
 """Tokens per tile."""
 ROW_TILE = 1024
 """Residual rows per tile."""
-HELD = 2**23
-"""Logits of tiles that are held because tokens asked for lie in them: 32 MB."""
+MOST_COMPUTED = 2**23
+"""Logits of tiles with tokens asked for that wait for their turn: 32 MB."""
 ROW_BLOCK = 8192
 """Residual rows normalised at once, which bounds memory."""
 
@@ -166,18 +166,18 @@ def _choose_first(
 ) -> dict[tuple[int, int], Tensor]:
     """Compute the logits asked for before the pass that compares with them, by the same products and so to the same bits.
 
-    Returns the tiles they lie in, by first token and first row, as far as `HELD` goes.
+    Returns the tiles they lie in, by first token and first row, as far as `MOST_COMPUTED` goes.
     """
-    held: dict[tuple[int, int], Tensor] = {}
+    computed: dict[tuple[int, int], Tensor] = {}
     for start, weight, bias in _tiles(unembedding, tile):
         for first in range(0, len(block), ROW_TILE):
             part = slice(first, first + ROW_TILE)
             if sums.has_ids(block[part], start, len(weight)):
                 logits = _logits(hidden[part], weight, bias, unembedding.softcap)
                 sums.choose(block[part], logits, start)
-                if sum(map(torch.numel, held.values())) + logits.numel() <= HELD:
-                    held[start, first] = logits
-    return held
+                if sum(map(torch.numel, computed.values())) + logits.numel() <= MOST_COMPUTED:
+                    computed[start, first] = logits
+    return computed
 
 
 def _read_block(
@@ -190,7 +190,7 @@ def _read_block(
 ) -> None:
     """Add every vocabulary tile to the sums of the rows of `block`, compared to one block of references."""
     hidden = normalized(rows[block], unembedding)
-    held = _choose_first(hidden, block, unembedding, sums, tile) if len(sums.ranks) else {}
+    computed = _choose_first(hidden, block, unembedding, sums, tile) if len(sums.ranks) else {}
     # One tile is written over the other: fresh memory of this size costs a fifth of the product.
     space = hidden.new_empty(min(len(block), ROW_TILE) * min(tile, unembedding.weight.shape[0]))
     for start, weight, bias in _tiles(unembedding, tile):
@@ -200,7 +200,7 @@ def _read_block(
         for first in range(0, len(block), ROW_TILE):
             part = slice(first, min(first + ROW_TILE, len(block)))
             shape = part.stop - part.start, len(weight)
-            logits = held.pop((start, first), None)
+            logits = computed.pop((start, first), None)
             if logits is None:
                 logits = logits_of(hidden[part], out=space[: math.prod(shape)].view(shape))
             if against is not None:

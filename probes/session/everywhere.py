@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probes.blocks.few_rows import FewRows
 from probes.edits import Edit, FreezeNorm, KnockOut, Other, PointEdit, Replace, SkipBlocks, resolve
 from probes.errors import OptionError, UserError
 from probes.points import POINTS, Address
@@ -72,18 +71,17 @@ def sweep(
     before = [step.edit for i, step in enumerate(steps) if step.on and i < at]
     after = [step.edit for i, step in enumerate(steps) if step.on and i > at]
     variants, columns, name = places(prompt, edit, heads)
-    with FewRows():
-        variants = _possible(prompt, variants)
-        base, tokens = prompt.run([*before, *after]).logprobs, list(ids)
-        shape = (prompt.model.shape.n_layers, columns)
-        kl, top = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
-        watched = torch.full((*shape, len(tokens)), torch.nan)
-        p = base.exp()
-        for part, rows in logprobs_of(prompt, variants, before, after):
-            place = torch.tensor([(variant.layer, variant.column) for variant in part]).T.unbind()
-            kl[place] = ((base - rows) @ p).clamp_min(0).cpu()
-            top[place] = (rows[:, base.argmax()] - base.max()).cpu()
-            watched[place] = (rows[:, tokens] - base[tokens]).cpu()
+    variants = _possible(prompt, variants)
+    base, tokens = prompt.run([*before, *after]).logprobs, list(ids)
+    shape = (prompt.model.shape.n_layers, columns)
+    kl, top = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
+    watched = torch.full((*shape, len(tokens)), torch.nan)
+    p = base.exp()
+    for part, rows in logprobs_of(prompt, variants, before, after):
+        place = torch.tensor([(variant.layer, variant.column) for variant in part]).T.unbind()
+        kl[place] = ((base - rows) @ p).clamp_min(0).cpu()
+        top[place] = (rows[:, base.argmax()] - base.max()).cpu()
+        watched[place] = (rows[:, tokens] - base[tokens]).cpu()
     return EffectMap(str(edit), name, kl, watched, top)
 
 

@@ -94,14 +94,14 @@ class OpenPrompt:
         """
         key = tuple(edits)
         if key not in self._runs:
-            with FewRows(), self._held():
+            with self._exclusive():
                 ready = self.ready(edits)
                 self._runs[key] = self._resumed(key, ready) if self.resumable else self._whole(ready)
             for old in [k for k in self._runs if k][: max(0, len(self._runs) - KEPT_RUNS)]:
                 del self._runs[old]
         return self._runs[key]
 
-    def _held(self) -> AbstractContextManager[None]:
+    def _exclusive(self) -> AbstractContextManager[None]:
         """Keep the model for all blocks of a run: taking it for each costs as much as a third of a block."""
         return self.model.exclusive() if isinstance(self.model, BlockAccess) else nullcontext()
 
@@ -179,7 +179,8 @@ class OpenPrompt:
         """Return what leaves a block where `hidden` enters it, under those of the writes that are inside it."""
         assert self.base is not None
         own = {a: write for a, write in writes.items() if a.layer == layer}
-        return self.base.through(layer, hidden, own, reads)
+        with FewRows():
+            return self.base.through(layer, hidden, own, reads)
 
     def logprobs(
         self, leaving: Float[Tensor, "row pos d_model"], writes: Mapping[Address, Write]

@@ -25,7 +25,7 @@ VOCAB_TILE = 4096
 """Tokens per tile."""
 ROW_TILE = 1024
 """Residual rows per tile."""
-MOST_COMPUTED = 2**23
+WAITING = 2**23
 """Logits of tiles with tokens asked for that wait for their turn: 32 MB."""
 ROW_BLOCK = 8192
 """Residual rows normalised at once, which bounds memory."""
@@ -166,7 +166,7 @@ def _choose_first(
 ) -> dict[tuple[int, int], Tensor]:
     """Compute the logits asked for before the pass that compares with them, by the same products and so to the same bits.
 
-    Returns the tiles they lie in, by first token and first row, as far as `MOST_COMPUTED` goes.
+    Returns the tiles they lie in, by first token and first row, as far as `WAITING` goes.
     """
     computed: dict[tuple[int, int], Tensor] = {}
     for start, weight, bias in _tiles(unembedding, tile):
@@ -175,7 +175,7 @@ def _choose_first(
             if sums.has_ids(block[part], start, len(weight)):
                 logits = _logits(hidden[part], weight, bias, unembedding.softcap)
                 sums.choose(block[part], logits, start)
-                if sum(map(torch.numel, computed.values())) + logits.numel() <= MOST_COMPUTED:
+                if sum(map(torch.numel, computed.values())) + logits.numel() <= WAITING:
                     computed[start, first] = logits
     return computed
 

@@ -7,7 +7,8 @@ on the positions from the replaced one on; continuations are batched, and more o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from copy import copy
 from dataclasses import dataclass, replace
@@ -82,14 +83,20 @@ class CachedPrompt:
         tokens: the prompt.
         start: the suffix's first position; positions before it stay as they are.
         writes: writes of points [1, pos, ...], under which the prompt is run.
+        points: points inside the blocks of which `values` are kept.
 
     Raises:
-        PointError: the model is not causal, or its backend does not hand out its blocks.
+        PointError: the model is not causal, its backend does not hand out its blocks, or it refuses a point.
         PromptError: a start outside the prompt.
     """
 
     def __init__(
-        self, model: Model, tokens: Sequence[int], start: int, writes: Mapping[Address, Write] | None = None
+        self,
+        model: Model,
+        tokens: Sequence[int],
+        start: int,
+        writes: Mapping[Address, Write] | None = None,
+        points: Collection[Address] = (),
     ) -> None:
         if not model.shape.causal:
             raise PointError(f"{model.ref} reads both ways: a replaced position changes those before it too")
@@ -100,42 +107,57 @@ class CachedPrompt:
         self.entering: Shelved | _Cut = Shelved(self.model.shelf)
         """The stream [suffix, d_model] that enters each block, and after these the one that leaves the last."""
         self._keys, self._values = Shelved(self.model.shelf), Shelved(self.model.shelf)
-        self._collect(writes or {})
+        self.values: dict[Address, Tensor] = {}
+        """The points that were kept, [pos, ...] over the whole prompt."""
+        self._collect(writes or {}, points)
 
     @torch.no_grad()
-    def _collect(self, writes: Mapping[Address, Write]) -> None:
+    def _collect(self, writes: Mapping[Address, Write], points: Collection[Address]) -> None:
         """Run the whole prompt once, and keep what the suffix needs."""
         ids, nothing = self._ids(self.tokens), cache_of(0, self.model.shape.n_layers)
         entering = Shelved(self.model.shelf)
+        named = {str(address): address for address in points}
+        inside: dict[str, Tensor] = {}
 
-        def append(leaving: Tensor, keys: Tensor, values: Tensor) -> None:
-            entering.append(leaving[0, self.start :].clone())
-            self._keys.append(keys.clone())
-            self._values.append(values.clone())
+        def read(name: str) -> Read:
+            return lambda tensor: inside.__setitem__(name, tensor[0].clone())
+
+        def append(block: Mapping[str, Tensor]) -> None:
+            entering.append(block["leaving"][0, self.start :].clone())
+            self._keys.append(block["keys"].clone())
+            self._values.append(block["values"].clone())
+            self.values.update((named[name], tensor) for name, tensor in block.items() if name in named)
 
         def keep(hidden: Tensor, call: Caller) -> None:
             run, done = self.model.saved_run(ids, hidden), 0
             entering.append(hidden[0, self.start :].clone())
-            group: list[tuple[Tensor, Tensor, Tensor]] = []
+            group: list[dict[str, Tensor]] = []
             for blocks, tensors in run.saved() if run else ():
+                saved: dict[int, dict[str, Tensor]] = defaultdict(dict)
+                for name, tensor in tensors.items():
+                    of, _, index = name.rpartition(".")
+                    saved[int(index)][of] = tensor.to(hidden.device)
+                for _, block in sorted(saved.items()):
+                    hidden = block["leaving"]
+                    append(block)
                 done = blocks
-                at_end = {name: tensor.to(hidden.device) for name, tensor in tensors.items()}
-                for i in range(len(at_end) // 3):
-                    hidden = at_end[f"leaving.{i}"]
-                    append(hidden, at_end[f"keys.{i}"], at_end[f"values.{i}"])
             for layer in range(done, self.model.shape.n_layers):
                 cache = KeyValues(None)
                 hidden = call(layer, hidden, (nothing, cache))
-                append(hidden, *cache.suffix[layer])
+                block = dict(zip(("leaving", "keys", "values"), (hidden, *cache.suffix[layer]), strict=True)) | inside
+                inside.clear()
+                append(block)
                 if run:
-                    group.append((hidden, *cache.suffix[layer]))
+                    group.append(block)
                 if run and self.model.ends_group(layer):
-                    names = ("leaving", "keys", "values")
-                    at_end = {f"{n}.{i}": t for i, block in enumerate(group) for n, t in zip(names, block, strict=True)}
+                    at_end = {f"{name}.{i}": t for i, each in enumerate(group) for name, t in each.items()}
                     run.save(layer + 1, at_end, instead=False)
                     group.clear()
 
-        with self.model.hooked({}, writes, (1, ids.shape[1])) if writes else nullcontext():
+        reads = {address: read(name) for name, address in named.items()}
+        # The first time this runs the module, which no hook may see.
+        self.model.block_output_lengths()
+        with self.model.hooked(reads, writes, (1, ids.shape[1])) if reads or writes else nullcontext():
             call_blocks(self.model, ids, keep, past_key_values=nothing, use_cache=True)
         self.entering = entering
         self._prepare()

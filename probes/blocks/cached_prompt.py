@@ -7,9 +7,8 @@ on the positions from the replaced one on; continuations are batched, and more o
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +21,7 @@ from torch import Tensor
 from probes.blocks.key_values import KeyValues, Pair, cache_of
 from probes.blocks.rerouting import Caller, block_access, call_blocks, in_order, rerouted
 from probes.blocks.together import together
+from probes.blocks.whole_run import run_whole
 from probes.errors import PointError, PromptError
 from probes.hooks.forward_hooks import Stop
 from probes.models.protocol import Model, Read, Write
@@ -104,62 +104,12 @@ class CachedPrompt:
         if not -n <= start < n:
             raise PromptError(f"position {start} is outside a prompt of {n} tokens: legal are {-n} to {n - 1}")
         self.model, self.tokens, self.start = block_access(model), tuple(tokens), start % n
-        self.entering: Shelved | _Cut = Shelved(self.model.shelf)
+        whole = run_whole(self.model, self._ids(self.tokens), self.start, writes or {}, points)
+        self.entering: Shelved | _Cut = whole.entering
         """The stream [suffix, d_model] that enters each block, and after these the one that leaves the last."""
-        self._keys, self._values = Shelved(self.model.shelf), Shelved(self.model.shelf)
-        self.values: dict[Address, Tensor] = {}
+        self._keys, self._values = whole.keys, whole.values
+        self.values = whole.points
         """The points that were kept, [pos, ...] over the whole prompt."""
-        self._collect(writes or {}, points)
-
-    @torch.no_grad()
-    def _collect(self, writes: Mapping[Address, Write], points: Collection[Address]) -> None:
-        """Run the whole prompt once, and keep what the suffix needs."""
-        ids, nothing = self._ids(self.tokens), cache_of(0, self.model.shape.n_layers)
-        entering = Shelved(self.model.shelf)
-        named = {str(address): address for address in points}
-        inside: dict[str, Tensor] = {}
-
-        def read(name: str) -> Read:
-            return lambda tensor: inside.__setitem__(name, tensor[0].clone())
-
-        def append(block: Mapping[str, Tensor]) -> None:
-            entering.append(block["leaving"][0, self.start :].clone())
-            self._keys.append(block["keys"].clone())
-            self._values.append(block["values"].clone())
-            self.values.update((named[name], tensor) for name, tensor in block.items() if name in named)
-
-        def keep(hidden: Tensor, call: Caller) -> None:
-            run, done = self.model.saved_run(ids, hidden), 0
-            entering.append(hidden[0, self.start :].clone())
-            group: list[dict[str, Tensor]] = []
-            for blocks, tensors in run.saved() if run else ():
-                saved: dict[int, dict[str, Tensor]] = defaultdict(dict)
-                for name, tensor in tensors.items():
-                    of, _, index = name.rpartition(".")
-                    saved[int(index)][of] = tensor.to(hidden.device)
-                for _, block in sorted(saved.items()):
-                    hidden = block["leaving"]
-                    append(block)
-                done = blocks
-            for layer in range(done, self.model.shape.n_layers):
-                cache = KeyValues(None)
-                hidden = call(layer, hidden, (nothing, cache))
-                block = dict(zip(("leaving", "keys", "values"), (hidden, *cache.suffix[layer]), strict=True)) | inside
-                inside.clear()
-                append(block)
-                if run:
-                    group.append(block)
-                if run and self.model.ends_group(layer):
-                    at_end = {f"{name}.{i}": t for i, each in enumerate(group) for name, t in each.items()}
-                    run.save(layer + 1, at_end, instead=False)
-                    group.clear()
-
-        reads = {address: read(name) for name, address in named.items()}
-        # The first time this runs the module, which no hook may see.
-        self.model.block_output_lengths()
-        with self.model.hooked(reads, writes, (1, ids.shape[1])) if reads or writes else nullcontext():
-            call_blocks(self.model, ids, keep, past_key_values=nothing, use_cache=True)
-        self.entering = entering
         self._prepare()
 
     @torch.no_grad()

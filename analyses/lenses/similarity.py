@@ -47,7 +47,8 @@ def _shared(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _ranks(values: Tensor) -> Tensor:
-    order = values.argsort(-1)
+    # numpy sorts a vocabulary several times faster than torch does on a processor.
+    order = torch.from_numpy(values.cpu().numpy().argsort(-1)).to(values.device)
     return torch.empty_like(values).scatter_(-1, order, torch.arange(values.shape[-1]).to(values).expand_as(values))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 # Read when torch and NumPy are imported, and inherited by what a test starts: several processes compute at once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A hundred interpreters import the same sources: they are compiled once, also in a container that keeps no bytecode.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 LONGEST = (
     "test_app_browser",
@@ -70,6 +75,7 @@ def pytest_collection(session: pytest.Session) -> None:
     """Before test files are imported: one thread, properties without a deadline, and kernels that need no GPU."""
     if session.config.pluginmanager.hasplugin("dsession"):
         return
+    gc.disable()  # what is imported stays: no search for garbage in it
     import torch
     from hypothesis import HealthCheck, settings
 
@@ -79,6 +85,12 @@ def pytest_collection(session: pytest.Session) -> None:
     if not torch.cuda.is_available():
         # Without a GPU the fused kernels are interpreted; Triton decides that when a test first imports it.
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish() -> None:
+    """After test files are imported: what is there is left out of every later search for garbage."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

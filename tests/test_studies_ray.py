@@ -37,12 +37,16 @@ CELLS = (
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a cluster of two nodes with one processor each."""
+    """The address of a cluster of two nodes with one processor each; a process that has imported all waits for more."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
     from ray.cluster_utils import Cluster
 
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    nodes.add_node(num_cpus=1)
+    node = {"num_cpus": 1, "include_log_monitor": False}
+    patient = {"idle_worker_killing_time_threshold_ms": 600_000}
+    head = {**node, "include_dashboard": False, "no_monitor": True, "_system_config": patient}
+    nodes = Cluster(initialize_head=True, head_node_args=head)
+    nodes.add_node(**node)
     ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
     yield nodes.address
     ray.shutdown()

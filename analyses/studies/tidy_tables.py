@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
 
 from analyses.results.result import Result
 from analyses.studies.cells import Cell, shown
@@ -95,6 +94,8 @@ def curves(profiles: pd.DataFrame) -> pd.DataFrame:
     grouped = profiles.groupby(columns, sort=False, dropna=False)
     mean = grouped[["value", "ci_low", "ci_high"]].mean()
     mean["seed_sd"], mean["n_seeds"] = grouped["value"].std(), grouped["value"].count()
+    from scipy.stats import t as student  # half a second, which the processes that run cells need not spend
+
     n = mean["n_seeds"].to_numpy()
     half = np.zeros(len(mean))
     several = n > 1

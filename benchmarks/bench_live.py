@@ -43,6 +43,12 @@ STATE = "document.querySelector('[data-testid=stApp]')?.getAttribute('data-test-
 STILL = f"{STATE} === 'notRunning' && !document.querySelector('[data-stale=true]')"
 """Whether nothing on the page is still to be drawn again."""
 GRID = "[class*=st-key-live-grid]"
+STRIP = "step => [...document.querySelectorAll('[data-live-step]')].some(e => e.dataset.liveStep !== step && e.getClientRects().length)"
+"""Whether the strip shows another step."""
+SAME = f"""step => [...document.querySelectorAll('{GRID} *')].some(e =>
+  [...(e.shadowRoot || e).querySelectorAll('table')].some(t => t.dataset.step === step && t.getClientRects().length))"""
+"""Whether the grid, which stands in a tree of its own, shows this step."""
+SWEPT = "() => [...document.querySelectorAll('[data-testid=stCaptionContainer]')].some(e => e.textContent.includes('repeated at every layer'))"
 WAIT = 120_000
 JOB_PROMPTS = 1500
 JOB_WAIT = 600
@@ -141,14 +147,17 @@ def measure(page: Any, repeats: int, taken: dict[str, list[float]]) -> None:
 
 
 def stepped(page: Any, act: Callable[[], None]) -> tuple[float, float]:
-    """Do what changes the session; return the seconds to the new strip, and to the whole page with the grid of the same step."""
+    """Do what changes the session; return the seconds to the new strip, and to the whole page with the grid of the same step.
+
+    The page looks at every frame: a locator's own waiting looks less and less often, at last every half second.
+    """
     strip = page.locator("[data-live-step]")
     before = strip.get_attribute("data-live-step")
     began = time.perf_counter()
     act()
-    page.locator(f"[data-live-step]:not([data-live-step='{before}'])").wait_for()
+    page.wait_for_function(STRIP, arg=before)
     seen = time.perf_counter() - began
-    page.locator(f"{GRID} table[data-step='{strip.get_attribute('data-live-step')}']").wait_for()
+    page.wait_for_function(SAME, arg=strip.get_attribute("data-live-step"))
     page.wait_for_function(STILL)
     return seen, time.perf_counter() - began
 
@@ -230,7 +239,7 @@ def pick(page: Any, block: int, position: int) -> None:
 def sweep(page: Any) -> None:
     """Press Everywhere, and wait for its map."""
     page.get_by_role("button", name="Everywhere").last.click()
-    page.get_by_text("repeated at every layer").wait_for()
+    page.wait_for_function(SWEPT)
 
 
 def slide(page: Any) -> None:

@@ -129,3 +129,31 @@ def test_what_is_read_whole_reads_as_by_tiles_and_compares_as_rows_do(softcap: f
             logit.read(others, unembedding, reference=known, reference_of=order, tile=50).kl, expected
         )
     assert (logit.read(rows, unembedding, reference=known).kl < 1e-5).all()
+
+
+@pytest.mark.parametrize("order", [torch.arange(3, 33), torch.arange(36, 6, -1)])
+def test_pieces_of_a_tile_change_nothing(order: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    from probes.lenses import divergence
+
+    generator = torch.Generator().manual_seed(1)
+    rows, others = torch.randn(37, 8, generator=generator), torch.randn(30, 8, generator=generator)
+    unembedding = Unembedding(torch.nn.Identity(), torch.randn(130, 8, generator=generator))
+    ids = torch.tensor([3, 77])
+
+    def reads() -> list[lens.LensRead]:
+        whole, known = lens.read_whole(rows, unembedding, ids=ids, top_k=3, ranks=True)
+        by = [
+            lens.read(
+                others, unembedding, ids=ids, top_k=3, ranks=True, reference=one, reference_of=order, tile=50
+            )
+            for one in (known, rows)
+        ]  # fmt: skip
+        return [whole, *by]
+
+    expected = reads()
+    monkeypatch.setattr(divergence, "SLICE", 100)
+    monkeypatch.setattr(lens, "WAITING", 0)
+    for one, other in zip(reads(), expected, strict=True):
+        for name in ("log_z", "entropy_bits", "logprobs", "top_logprobs", "top_ids", "kl", "ranks"):
+            torch.testing.assert_close(getattr(one, name), getattr(other, name))
+    torch.testing.assert_close(expected[1].kl, expected[2].kl, atol=1e-5, rtol=1e-4)

@@ -113,10 +113,10 @@ class PointEdit(Edit):
 
         def write(tensor: Tensor) -> Tensor:
             spans = lengths if lengths is not None else [tensor.shape[1]] * tensor.shape[0]
-            rows = torch.cat([torch.full_like(chosen(n, self.positions), row) for row, n in enumerate(spans)])
-            at = torch.cat([chosen(n, self.positions) for n in spans]).to(tensor.device)
-            order = torch.cat([torch.arange(len(chosen(n, self.positions))) for n in spans]).to(tensor.device)
-            index: tuple[Tensor, ...] = (rows.to(tensor.device), at)
+            places = [chosen(n, self.positions) for n in spans]
+            rows = torch.cat([torch.full_like(at, row) for row, at in enumerate(places)])
+            order = torch.cat([torch.arange(len(at)) for at in places]).to(tensor.device)
+            index: tuple[Tensor, ...] = (rows.to(tensor.device), torch.cat(places).to(tensor.device))
             if self.heads is not None:
                 heads = torch.tensor(self.heads, device=tensor.device)
                 index = (index[0][:, None], index[1][:, None], heads[None])

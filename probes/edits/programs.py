@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from probes.errors import OptionError, PointError, shown
@@ -46,6 +47,7 @@ class Program:
         return cls(tuple((block,) for block in blocks))
 
     @classmethod
+    @lru_cache
     def plain(cls, n_layers: int) -> Program:
         """Return the program that is the model itself."""
         return cls.of(range(n_layers))

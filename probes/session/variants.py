@@ -19,8 +19,8 @@ from probes.session.open_prompt import OpenPrompt, altered_blocks, program_of
 
 ROW_POSITIONS = 8192
 """Rows times positions that run at once, which bounds memory."""
-READ_ROWS = 64
-"""Rows that are read through the unembedding at once: their logits then stay in the processor's cache."""
+READ_ROWS = 128
+"""Rows that are read through the unembedding at once: enough for its product, and not far more logits than a processor's cache holds."""
 LATER = ("k", "v", "attn_in", "resid_pre")
 """Points that later positions read in the same block, so that more than one row of it changes."""
 

@@ -43,7 +43,7 @@ def pages() -> dict[str, list[object]]:
 
 def _view(name: str, *given: str) -> None:
     """Draw a page, whose code is imported when it is first asked for."""
-    with offered.importing() if name in ("analysis", "model") else nullcontext():
+    with offered.shown_while_importing() if name in ("analysis", "model") else nullcontext():
         view = import_module(f"app.views.{name}")
     view.draw(*given)
 

@@ -10,7 +10,7 @@ import streamlit as st
 
 from analyses.registry import get_analysis, names
 
-__all__ = ["LOADED", "get_analysis", "importing", "label", "load_soon", "names", "put_off"]
+__all__ = ["LOADED", "get_analysis", "label", "load_soon", "names", "put_off", "shown_while_importing"]
 
 LOADED = threading.Event()
 """Set once the analyses are imported."""
@@ -29,7 +29,7 @@ def label(name: str) -> str:
 
 
 @contextmanager
-def importing() -> Iterator[None]:
+def shown_while_importing() -> Iterator[None]:
     """Show why the page waits while what happens inside imports analyses for the first time."""
     first = not LOADED.is_set()
     with st.spinner("Importing the analysis; this takes a few seconds, once.") if first else nullcontext():

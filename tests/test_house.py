@@ -59,11 +59,22 @@ REFUSED_AT_ONCE = [
 ]
 
 
+UNKNOWN_MODEL = [
+    "run voids --model x --text a",
+    "edit --model x --text a",
+    "capture --model x --prompts pyproject.toml --points embed",
+    "lens fit --model x --out x.lens",
+    "lens check x.lens --model x",
+    "check x",
+]
+
+
 def test_lists_of_commands_and_refusals_import_nothing_heavy() -> None:
     lines = ["--help", "run --help", "app --help", "run viods", "--version"]
     lines += [f"run logit_lens {words}" for words in REFUSED_AT_ONCE]
+    lines += [*UNKNOWN_MODEL, "batch nowhere.toml", "report nowhere", "lens --help", "capture --help"]
     code = (
-        "import contextlib, io, sys\nfrom analyses.cli import main\n"
+        "import contextlib, io, os, sys\nfrom analyses.cli import main\nos.environ['HF_HUB_OFFLINE'] = '1'\n"
         f"for line in {lines}:\n"
         "    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()): main(line.split())\n"
         f"    print(*[(line, name) for name in {HEAVY} if name in sys.modules], sep='')"

@@ -199,8 +199,10 @@ def test_the_command_equals_plain_hooks(word_folder: Path, capsys: pytest.Captur
     assert State.parse(data["session"]).edits == (Edit.parse("zero mlp_out.1"),)
 
 
-def test_the_command_refuses_an_illegal_edit_with_the_legal_forms(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(bathyscope, ["edit", "--model", "none", "--text", "a", "--edit", "zap z.1"]) == 2
+def test_the_command_refuses_an_illegal_edit_with_the_legal_forms(
+    word_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(bathyscope, ["edit", "--model", str(word_folder), "--text", "a", "--edit", "zap z.1"]) == 2
     error = capsys.readouterr().err
     assert "zap" in error
     for form in ("zero POINT", "patch POINT", "knock-out LAYER"):

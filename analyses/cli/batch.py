@@ -4,27 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import pandas as pd
 import typer
 
 from analyses.cli.console import ConsoleProgress, say
+from analyses.cli.imports import importing
 from analyses.cli.store_flag import StoreDir
-from analyses.studies.cells import Cell, expand
-from analyses.studies.definition import Study
-from analyses.studies.dry_run import costs, table
-from analyses.studies.export import export_table
-from analyses.studies.local_engine import processors, run_local
-from analyses.studies.scheduling import units
-from analyses.studies.slurm import script
-from analyses.studies.study_file import read_study
-from analyses.studies.study_folder import StudyFolder
-from analyses.studies.study_run import Engine, StudyRun, run_study
 from probes.cache_folder import expanded
 from probes.errors import OptionError
 from probes.html_card import count
+from probes.input_files import opened
 from probes.store import ActivationStore, default_root
+
+if TYPE_CHECKING:
+    from analyses.studies.cells import Cell
+    from analyses.studies.definition import Study
+    from analyses.studies.study_run import Engine, StudyRun
 
 CELLS_FAILED = 3
 """Exit code of a study of which some cells failed; the others are done."""
@@ -51,6 +47,18 @@ def batch(
     ] = None,
 ) -> None:
     """Run the cells of a study that have no result yet; then its index, tables and report."""
+    with opened(study, "study file", OptionError):
+        pass
+    with importing():
+        import pandas as pd
+
+        from analyses.studies.cells import expand
+        from analyses.studies.export import export_table
+        from analyses.studies.local_engine import processors
+        from analyses.studies.scheduling import units
+        from analyses.studies.slurm import script
+        from analyses.studies.study_file import read_study
+        from analyses.studies.study_run import run_study
     read = read_study(study)
     folder = out or Path("runs") / read.name
     if dry_run or slurm or unit is not None:
@@ -82,10 +90,16 @@ def _engine(engine: str, store: Path | None, workers: int | None, address: str |
         from analyses.studies.ray_engine import run_ray
 
         return lambda work, folder: run_ray(work, folder, root, address)
+    from analyses.studies.local_engine import run_local
+
     return lambda work, folder: run_local(work, folder, root, workers)
 
 
 def _print_costs(cells: Sequence[Cell], out: Path, store: Path | None) -> None:
+    from analyses.studies.dry_run import costs, table
+    from analyses.studies.scheduling import units
+    from analyses.studies.study_folder import StudyFolder
+
     folder = StudyFolder(out)
     folder.check()
     missing = [cell for cell in cells if not folder.done(cell.name)]

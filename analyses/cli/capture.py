@@ -6,21 +6,13 @@ from typing import Annotated
 
 import typer
 
-from analyses.base import as_prompts
 from analyses.cli.console import ConsoleProgress, say
+from analyses.cli.imports import importing
 from analyses.cli.model_flags import with_model
-from analyses.cli.run import DryRun, PromptFile
+from analyses.cli.run import DryRun, PromptFile, Prompts
 from analyses.cli.store_flag import StoreDir
 from analyses.running.model_spec import ModelSpec
-from probes.capture.dry_run import estimate
-from probes.capture.needs import Need
-from probes.capture.run import capture as run_capture
-from probes.capture.run import plan_capture
 from probes.html_card import count, size
-from probes.points import expand
-from probes.prompts import read_prompts
-from probes.reducers import Reducer
-from probes.store import ActivationStore
 
 
 @with_model
@@ -35,6 +27,18 @@ def capture(
     dry_run: DryRun = False,
 ) -> None:
     """Capture points of every prompt into the store; only what is missing is run."""
+    Prompts(prompts).check()
+    spec.check()
+    with importing():
+        from analyses.base import as_prompts
+        from probes.capture.dry_run import estimate
+        from probes.capture.needs import Need
+        from probes.capture.run import capture as run_capture
+        from probes.capture.run import plan_capture
+        from probes.points import expand
+        from probes.prompts import read_prompts
+        from probes.reducers import Reducer
+        from probes.store import ActivationStore
     patterns = tuple(part.strip() for part in points.split(","))
     reducer = Reducer.parse(reduce)
     lines = read_prompts(prompts)

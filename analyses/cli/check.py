@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from analyses.cli.console import say
+from analyses.cli.imports import importing
 from analyses.cli.model_flags import with_model
 from analyses.cli.models import Ref
 from analyses.running.model_spec import ModelSpec
 from probes.errors import ModelError
 from probes.html_card import count
-from probes.models import BACKENDS, Model, on_backend
-from probes.models.protocol import Identity
-from probes.models.verify.parity import parity, table
+
+if TYPE_CHECKING:
+    from probes.models import Model
+    from probes.models.protocol import Identity
 
 
 @partial(with_model, ref=False)
 def check(ref: Ref, spec: ModelSpec) -> None:
     """Check a model's identities on every backend, the points it refuses, and how far the backends agree."""
+    spec.check()
+    with importing():
+        from probes.models import BACKENDS, on_backend
+        from probes.models.verify.parity import parity, table
     first = replace(spec, backend="native").load()
     models: dict[str, Model] = {}
     for backend in BACKENDS:

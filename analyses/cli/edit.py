@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from analyses.cli.console import say
+from analyses.cli.imports import importing
 from analyses.cli.model_flags import with_model
 from analyses.cli.run import AsJson, Edits
 from analyses.running.model_spec import ModelSpec
-from analyses.running.runner import check_edits
 from probes.errors import OptionError, PromptError
 from probes.html_card import aligned
-from probes.session import Comparison, Session, State
-from probes.session.state import watched
+
+if TYPE_CHECKING:
+    from probes.session import Comparison, State
 
 MOST = 1000
 """Tokens written, at most."""
@@ -37,9 +38,14 @@ def edit(
     save: Annotated[Path | None, typer.Option("--save", help="Also write the session's text to a file.")] = None,
 ) -> None:
     """Edit a model on one prompt, and compare what it says before and after."""
-    check_edits(edits or ())
     if not text:
         raise PromptError("--text is empty: give a prompt")
+    spec.check()
+    with importing():
+        from analyses.running.runner import check_edits
+        from probes.session import Session
+        from probes.session.state import watched
+    check_edits(edits or ())
     tokens = watched(watch)
     model = spec.load()
     session = Session(model, text, other, tokens, ref=str(spec)).edit(*(edits or ()))

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from analyses.cli.console import PLAIN, ConsoleProgress, say
+from analyses.cli.imports import importing
 from analyses.cli.model_flags import with_model
 from analyses.cli.store_flag import StoreDir
-from analyses.reading.jacobian import held_out_rows, with_halves
-from analyses.reading.quality import quality_rows, read_texts
-from analyses.reading.texts import SENTENCES, Texts, file_texts, packed_texts, shipped_texts, without
-from analyses.reading.tuned import fit_tuned_on
 from analyses.running.model_spec import ModelSpec
-from probes.edits.line import spans
 from probes.errors import OptionError
-from probes.html_card import aligned, count, size
-from probes.lens_fits.foreign import import_jacobian
-from probes.lens_fits.jacobian import Estimator
-from probes.lens_fits.jacobian_fit import FitCost, fit_cost, fit_jacobian
-from probes.lenses.card import LensCard
-from probes.lenses.files import FittedLens, check_free, load_lens, save_lens
-from probes.models.protocol import Model
-from probes.store import ActivationStore
+from probes.html_card import count
+
+if TYPE_CHECKING:
+    from analyses.reading.texts import Texts
+    from probes.lens_fits.jacobian import Estimator
+    from probes.lenses.files import FittedLens
+    from probes.models.protocol import Model
+    from probes.store import ActivationStore
 
 group = typer.Typer(
     help="Lenses: fitted on a model's text, kept as files, read by analyses.", no_args_is_help=True, **PLAIN
@@ -37,7 +31,6 @@ FitTexts = Annotated[
     Path | None, typer.Option("--prompts", help="JSON lines of text to fit on; the shipped sentences by default.")
 ]
 
-HOUR = 3600.0
 CHECK_TEXTS = 50
 CHECKED = ("kl_to_final", "top1_agreement")
 """Measures that a check prints; the analysis `lenses` has them all."""
@@ -49,7 +42,7 @@ def fit(
     out: Annotated[Path, typer.Option("--out", help="Folder of the lens, such as T.lens.")],
     kind: Annotated[Literal["tuned", "jacobian"], typer.Option(help="Which lens.")] = "tuned",
     prompts: FitTexts = None,
-    texts: Annotated[int, typer.Option(min=2, help="How many texts to fit on, at most.")] = SENTENCES,
+    texts: Annotated[int, typer.Option(min=2, help="How many texts to fit on, at most.")] = 150,
     offsets: Annotated[
         str, typer.Option(help="tuned: how many tokens ahead to read, such as 0,1,2; 0 is the next token.")
     ] = "0",
@@ -84,8 +77,17 @@ def fit(
 
     A tuned lens needs no forward where its rows are stored. A Jacobian lens goes on after an interruption.
     """
-    check_free(out)
     steps = _offsets(offsets)
+    spec.check()
+    with importing():
+        from analyses.cli.lens_lines import cost_lines, described
+        from analyses.reading.texts import file_texts, packed_texts, shipped_texts
+        from analyses.reading.tuned import fit_tuned_on
+        from probes.lens_fits.jacobian import Estimator
+        from probes.lens_fits.jacobian_fit import fit_cost
+        from probes.lenses.files import check_free, save_lens
+        from probes.store import ActivationStore
+    check_free(out)
     model = spec.load()
     progress = ConsoleProgress()
     try:
@@ -118,6 +120,11 @@ def _fit_jacobian(
     model: Model, texts: Texts, estimator: Estimator, out: Path, store: ActivationStore, progress: ConsoleProgress
 ) -> FittedLens:
     """Fit and save a Jacobian lens; its running sums lie beside it until it is whole."""
+    from analyses.cli.lens_lines import cost_lines
+    from analyses.reading.jacobian import held_out_rows, with_halves
+    from probes.lens_fits.jacobian_fit import fit_cost, fit_jacobian
+    from probes.lenses.files import save_lens
+
     running = out.with_name(f"{out.name}.partial")
     say(*cost_lines(fit_cost(model, texts.sequences, estimator)))
     unembedding = model.unembedding()  # refused before the fit, not after it
@@ -133,17 +140,6 @@ def _fit_jacobian(
     lens = save_lens(with_halves(fitted, judged, unembedding), out)
     running.unlink(missing_ok=True)
     return lens
-
-
-def cost_lines(cost: FitCost) -> Iterator[str]:
-    """What a Jacobian fit would take, and what would fit into an hour where it is longer."""
-    yield (
-        f"{count(cost.texts, 'text')}, {count(cost.backwards_per_text, 'batch', 'batches')} of cotangents each: about "
-        f"{cost.texts * cost.flops_per_text / 1e12:.3g} TFLOP, {size(cost.bytes)} of memory"
-    )
-    yield f"about {cost.seconds_per_text:.3g} s a text on this machine, {cost.seconds:.3g} s in all"
-    if cost.seconds > HOUR:
-        yield f"within an hour: --texts {max(2, int(HOUR / cost.seconds_per_text))}, or the upper layers only by --layers"
 
 
 def _layers(text: str, target: int) -> tuple[int, ...]:
@@ -173,6 +169,9 @@ def _offsets(text: str) -> tuple[int, ...]:
 @group.command("show")
 def show(lens: LensFolder) -> None:
     """Print the card of a lens: what it was fitted on and how, and how well it reads held-out text."""
+    with importing():
+        from analyses.cli.lens_lines import described
+        from probes.lenses.files import load_lens
     say(*described(load_lens(lens).card))
 
 
@@ -188,6 +187,13 @@ def check(
     store: StoreDir = None,
 ) -> None:
     """Check that a lens is of a model, and how far its reading is from the model's output on text it was not fitted on."""
+    spec.check()
+    with importing():
+        from analyses.cli.lens_lines import quality_lines
+        from analyses.reading.quality import quality_rows, read_texts
+        from analyses.reading.texts import file_texts, shipped_texts, without
+        from probes.lenses.files import load_lens
+        from probes.store import ActivationStore
     loaded = load_lens(lens)
     model = spec.load()
     loaded.card.check_model(model)
@@ -202,7 +208,7 @@ def check(
     say(
         f"{lens}: of {model.ref}, tensors as on its card; {count(len(kept.sequences), 'text')} that it was not fitted on"
     )
-    say(*_quality([row for row in quality_rows(read) if row["measure"] in CHECKED]))
+    say(*quality_lines([row for row in quality_rows(read) if row["measure"] in CHECKED]))
 
 
 @group.command("import")
@@ -225,6 +231,12 @@ def import_lens(
     length: Annotated[int, typer.Option(min=2, help="Tokens of a text of the check, at most.")] = 128,
 ) -> None:
     """Convert a lens that another program fitted, after comparing some of its rows with rows estimated here."""
+    spec.check()
+    with importing():
+        from analyses.cli.lens_lines import described
+        from analyses.reading.texts import file_texts, packed_texts
+        from probes.lens_fits.foreign import import_jacobian
+        from probes.lenses.files import check_free, save_lens
     check_free(out)
     model = spec.load()
     texts = file_texts(model, prompts) if prompts else packed_texts(model, length, 4)
@@ -232,49 +244,6 @@ def import_lens(
     lens, _ = import_jacobian(model, file, texts.sequences, target=last, skip=skip, length=length)
     say(*described(save_lens(lens, out).card))
     say(f"lens: {out}")
-
-
-def described(card: LensCard) -> Iterator[str]:
-    """The lines of a card, and its held-out numbers by layer."""
-    corpus = card.corpus
-    facts = {
-        "kind": card.kind,
-        "model": f"{card.ref} (weights {card.weights})" + (", fitted by another program" if card.foreign else ""),
-        "reads": f"{card.point}, {count(card.n_layers, 'layer')} of width {card.d_model}; maps for layers {spans(card.layers)}; to layer {card.target}",
-        "text": f"{corpus.name}{f' ({corpus.licence})' if corpus.licence else ''}: {count(corpus.texts, 'text')}, "
-        f"{count(corpus.tokens, 'token')}, digest {corpus.digest or 'unknown'}",
-        "numbers": f"model in {card.dtype}, sums in {card.accumulation}, seed {card.seed}, Bathyscope {card.package}",
-        "options": ", ".join(f"{name}={value}" for name, value in card.options.items() if name != "choice") or "none",
-        "tensors": card.tensors,
-    }
-    for name, value in facts.items():
-        yield f"{name:9}{value}"
-    yield card.sentence()
-    if card.quality:
-        yield from _quality(card.quality)
-
-
-def _quality(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Held-out numbers with 95 % intervals: a line a layer, a column a lens or control."""
-    yield ""
-    for measure in dict.fromkeys(str(row["measure"]) for row in rows):
-        own = [row for row in rows if row["measure"] == measure]
-        names = list(dict.fromkeys(_label(row) for row in own))
-        known = any(row["ci_low"] is not None for row in own)
-        yield f"{measure}, {'95 % intervals over ' if known else 'over '}{own[0]['n_texts']} texts"
-        cells = {(row["layer"], _label(row)): _cell(row) for row in own}
-        layers = sorted({int(row["layer"]) for row in own})
-        yield from aligned(("layer", *names), [(str(at), *(cells.get((at, n), "") for n in names)) for at in layers])
-
-
-def _label(row: Mapping[str, Any]) -> str:
-    return " ".join(str(row[part]) for part in ("lens", "control") if row.get(part))
-
-
-def _cell(row: Mapping[str, Any]) -> str:
-    low, high = row["ci_low"], row["ci_high"]
-    known = low is not None and math.isfinite(low)
-    return f"{row['value']:.3f}" + (f" [{low:.3f}, {high:.3f}]" if known else "")
 
 
 group.command("fit")(fit)

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from analyses.cli.console import say
-from analyses.results.report import render
-from analyses.results.result import Result
+from analyses.cli.imports import importing
+from analyses.results.record import read_record, readable
 from probes.errors import OptionError
 from probes.html_card import count
 from probes.locked_files import write_whole
@@ -28,6 +28,12 @@ def report(
 ) -> None:
     """Write one report of several runs."""
     check_page(out)
+    for run in runs:
+        with readable(run):
+            read_record(run)
+    with importing():
+        from analyses.results.report import render
+        from analyses.results.result import Result
     results = [Result.load(run) for run in runs]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

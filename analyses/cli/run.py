@@ -26,7 +26,6 @@ from probes.errors import OptionError, PromptError
 from probes.html_card import count
 from probes.input_files import make_folder, opened
 from probes.progress import QUIET, Progress
-from probes.store import ActivationStore
 
 if TYPE_CHECKING:
     from analyses.base import Analysis
@@ -157,6 +156,7 @@ def start(
     """Check everything that needs no model, then run (or, dry, print the cost) and save."""
     from analyses.running.runner import dry_run as cost_of
     from analyses.running.runner import run as run_analysis
+    from probes.store import ActivationStore
 
     lines = prompts.lines(analysis)
     out = out or Path("runs") / analysis.name

@@ -16,7 +16,7 @@ from probes.models.protocol import Model
 from probes.prompts import tokenize
 
 SENTENCES = 150
-"""Sentences a tuned lens is fitted on by default."""
+"""Sentences drawn by default."""
 SHIPPED = "shipped sentences"
 LICENCE = "MIT"
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,19 @@ _PROFILES: Mapping[Any, Any] = {
         "columns": {key: [float] for key in ("layer", "value", "ci_low?", "ci_high?")},
     }
 }
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Refuse a folder of which something cannot be read inside.
+
+    Raises:
+        OptionError: the folder holds no readable result.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{folder} holds no readable result ({error}); give a folder that a run wrote") from None
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from analyses.registry import get_analysis, names
 from analyses.results.card import Card, FigureSpec, ProfileSpec, Tables
 from analyses.results.exchange import replacing, sweep
 from analyses.results.output_folder import check_output
-from analyses.results.record import FORMAT, read_record
+from analyses.results.record import FORMAT, read_record, readable
 from analyses.results.report import write_report
 from probes.errors import OptionError, UserError, unknown
 from probes.html_card import Fold, card, count
@@ -179,13 +179,11 @@ class Result:
         """
         folder = Path(folder)
         sweep(folder.parent)
-        try:
+        with readable(folder):
             record = read_record(folder)
             tables = {name: _table(folder, name, columns) for name, columns in record["tables"].items()}
             directions = SavedDirections.load(folder)
             saved_card = None if record["analysis"] in names() else Card.saved(folder, record)
-        except (OSError, ValueError) as error:
-            raise OptionError(f"{folder} holds no readable result ({error}); give a folder that a run wrote") from None
         said = (record["analysis"], record["options"], tables, record["provenance"], tuple(record["notes"]))
         return cls(*said, saved_card, folder, directions)
 

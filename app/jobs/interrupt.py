@@ -50,7 +50,7 @@ class Interrupt:
     def _strike(self, signum: int, frame: FrameType | None) -> None:
         # The job may have ended since the signal was sent, and another begun. A half-imported module would stay
         # broken, so an import is waited for: the next signal comes soon.
-        if self._folder is not None and overdue(self._folder) and not importing(frame):
+        if self._folder is not None and overdue(self._folder) and not inside_import(frame):
             self._folder, self.struck = None, True
             raise Cancelled
 
@@ -63,7 +63,7 @@ def overdue(folder: Path) -> bool:
         return False
 
 
-def importing(frame: FrameType | None) -> bool:
+def inside_import(frame: FrameType | None) -> bool:
     """Whether a module is being imported in that frame or in one that called it."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):

@@ -21,7 +21,7 @@ from probes.html_card import count
 def draw(name: str) -> None:
     """The page of the analysis `name`."""
     try:
-        with offered.importing():
+        with offered.shown_while_importing():
             cls = offered.get_analysis(name)
     except UserError as error:
         st.error(str(error), icon=":material/extension_off:")

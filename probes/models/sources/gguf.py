@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from probes.errors import ModelError, one_line, shown
 from probes.models.silence_loggers import silence_loggers
 from probes.models.sources.config_sizes import check_sizes
@@ -125,9 +123,7 @@ def read_gguf(path: Path) -> Any:
     """
     _check_magic(path)
     try:
-        # A damaged header can give sizes that overflow; numpy would warn of it before it fails.
-        with np.errstate(all="ignore"):
-            reader = _reader(path)
+        reader = _reader(path)
     except Exception as error:  # The reader has no error of its own: a damaged file ends in any of numpy's.
         raise ModelError(
             f"{path} is a damaged or truncated GGUF file ({type(error).__name__} while reading its header); fetch it again"
@@ -143,6 +139,7 @@ def read_gguf(path: Path) -> Any:
 
 def _reader(path: Path) -> Any:
     """A GGUF file's fields and tensors; a length that leads out of the file ends the reading."""
+    import numpy as np
     from gguf import GGUFReader
 
     class Bounded(GGUFReader):  # type: ignore[misc]
@@ -152,7 +149,9 @@ def _reader(path: Path) -> Any:
                 raise ValueError("a length leads out of the file")
             return super()._get(offset, dtype, count, *order, **named)
 
-    return Bounded(path)
+    # A damaged header can give sizes that overflow; numpy would warn of it before it fails.
+    with np.errstate(all="ignore"):
+        return Bounded(path)
 
 
 def _sizes(reader: Any, path: Path) -> dict[str, Any]:

@@ -167,7 +167,7 @@ def test_from_first_start_to_a_download(visit: Callable[..., Any], server: Serve
     result = Result.load(server.runs / "first")
     assert result.provenance["counts"]["forwards"] == 3
     unfold(page, "Make this run again")
-    assert "bathyscope run voids" in page.inner_text("[data-testid=stCode]")
+    page.get_by_test_id("stCode").filter(has_text="bathyscope run voids").wait_for()
 
     # A layer clicked on the home page is selected everywhere, and in the address.
     go(page, "Home")

@@ -23,6 +23,7 @@ from torch import Tensor
 from probes.capture.needs import Need
 from probes.capture.run import capture
 from probes.lenses import logit
+from probes.lenses.row_sums import LOG2
 from probes.models import Model, fetch_model, load_model
 from probes.points import Address
 from probes.store import ActivationStore
@@ -59,7 +60,7 @@ def naive(rows: Tensor, model: Model, ids: Tensor) -> dict[str, np.ndarray]:
             logits = torch.tanh(logits / unembedding.softcap) * unembedding.softcap
         logprobs = logits.log_softmax(-1)
         probs = logprobs.exp()
-        entropy = -torch.special.xlogy(probs, probs).sum(-1) / logit.LOG2
+        entropy = -torch.special.xlogy(probs, probs).sum(-1) / LOG2
         parts.append((logits.logsumexp(-1), entropy, logits.argmax(-1), logprobs.gather(1, layer_ids[:, None])[:, 0]))
     names = ("log_z", "entropy", "top", "logprob")
     return {name: torch.cat(column).numpy() for name, column in zip(names, zip(*parts, strict=True), strict=True)}
@@ -79,7 +80,7 @@ def float64(rows: Tensor, model: Model, ids: Tensor) -> dict[str, np.ndarray]:
         if unembedding.softcap is not None:
             logits = torch.tanh(logits / unembedding.softcap) * unembedding.softcap
         logprobs = logits.log_softmax(-1)
-        entropy = -(logprobs.exp() * logprobs).sum(-1) / logit.LOG2
+        entropy = -(logprobs.exp() * logprobs).sum(-1) / LOG2
         parts.append((logits.logsumexp(-1), entropy, logprobs.gather(1, few_ids[:, None])[:, 0]))
     return {name: torch.cat(column).numpy() for name, column in zip(COLUMNS, zip(*parts, strict=True), strict=True)}
 

@@ -56,8 +56,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="Without the batch job.")
     parser.add_argument("--write", action="store_true", help="Also put the table between the markers of README.md.")
     given = parser.parse_args()
-    # The bounds are those of a machine whose cores are all free for the model.
-    os.environ.pop("OMP_NUM_THREADS", None)
+    # The bounds are those of a machine whose cores are all free for the model, and which keeps sources compiled.
+    for name in ("OMP_NUM_THREADS", "PYTHONDONTWRITEBYTECODE"):
+        os.environ.pop(name, None)
     taken: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name, chromium() as browser:
         folder = Path(name)

@@ -103,7 +103,7 @@ def test_the_last_layer_reads_the_models_own_softmax(family: str, store: Activat
 
 @pytest.mark.parametrize("width", [64, 320, 1000, 4096])
 def test_the_largest_by_chunks_are_those_of_topk(width: int) -> None:
-    from probes.lenses.logit import largest_of
+    from probes.lenses.row_sums import largest_of
 
     logits = torch.randn(7, width, generator=torch.Generator().manual_seed(width))
     values, places = largest_of(logits, 5)

@@ -201,8 +201,8 @@ def test_causal_patching_reads_as_often_for_four_pairs_as_for_two(folder: Path, 
         pd.testing.assert_frame_equal(result.tables[name], table, rtol=1e-5, atol=1e-4)
     analysis.run(streamed, pairs[:2], store=ActivationStore(tmp_path / "c"))
     assert four == reads(streamed)
-    # Gauging, opening, what is copied from, MLPs and rows past attention, cells put in and resumed; then the noise floor.
-    assert max(four.values()) <= 17
+    # What is gauged, opened and copied from, in one pass; MLPs and rows past attention, cells put in and resumed; the noise floor.
+    assert max(four.values()) <= 11
 
 
 def test_the_memory_of_activations_is_an_option(folder: Path) -> None:
@@ -339,7 +339,7 @@ def test_a_killed_grid_goes_on_from_its_last_finished_group(folder: Path, tmp_pa
     assert again == {2: 1, 3: 1, 4: 1}
 
 
-@pytest.mark.parametrize(("reads_before", "spared"), [(19, 0), (28, 2)])
+@pytest.mark.parametrize(("reads_before", "spared"), [(19, 0), (23, 2)])
 def test_killed_causal_patching_goes_on(folder: Path, tmp_path: Path, reads_before: int, spared: int) -> None:
     # Killed where the MLPs of a run are read, which is read again, and in the pass of the cells put in, which is not.
     model, streamed = both(folder)

@@ -23,7 +23,7 @@ from analyses.back_patching.cases import (
     two_hop_prompts,
 )
 from analyses.back_patching.figures import FIGURES, PROFILES
-from analyses.back_patching.grid import Cell, OpenPrompt, Patched, Variant, cells_of, frame, mirrored, noise_like
+from analyses.back_patching.grid import Cell, OpenPrompt, Patched, Try, Variant, cells_of, frame, mirrored, noise_like
 from analyses.back_patching.planned import Plan, planned, rival
 from analyses.back_patching.stages import Critical, Patchscope, Resolution, critical_layers, resolutions, stage_tables
 from analyses.back_patching.tables import control_rates, summary
@@ -199,38 +199,38 @@ class BackPatching(Analysis):
         """Return (the grid of one question at each position with its controls, the forwards it took)."""
         other = rival(chosen, index)
         others = opened[other.prompt] if other else {}
-        tries = []
+        wrong = other.answers if other else frozenset[int]()
+        positions = []
         for name, patching in opened[chosen[index].prompt].items():
             cells, sources = self._cells(model), patching.sources()
-            tried: dict[Variant, tuple[list[Cell], Tensor]] = {"back_patch": (cells, sources)}
+            tries: dict[Variant, Try] = {"back_patch": (cells, sources)}
             if self.controls:
-                tried["forward"] = (mirrored(cells, model.shape.n_layers), sources)
-                tried["noise"] = (cells, noise_like(sources, self.seed + patching.case.prompt))
+                tries["forward"] = (mirrored(cells, model.shape.n_layers), sources)
+                tries["noise"] = (cells, noise_like(sources, self.seed + patching.case.prompt))
                 if name in others:
-                    tried["other_query"] = (cells, others[name].sources())
-            wrong = other.answers if other else frozenset[int]()
-            tries += [partial(self._try, model, patching, wrong, *one) for one in tried.items()]
-        outcomes = together(model, tries)
+                    tries["other_query"] = (cells, others[name].sources())
+            positions.append(partial(self._position, model, patching, wrong, tries))
+        outcomes = together(model, positions)
         progress.advance()
         return pd.concat([rows for rows, _ in outcomes], ignore_index=True), sum(ran for _, ran in outcomes)
 
-    def _try(
-        self,
-        model: Model,
-        patching: OpenPrompt,
-        wrong: frozenset[int],
-        variant: Variant,
-        brought: tuple[list[Cell], Tensor],
+    def _position(
+        self, model: Model, patching: OpenPrompt, wrong: frozenset[int], tries: Mapping[Variant, Try]
     ) -> tuple[pd.DataFrame, int]:
-        """Return (the rows of one variant at one position, the forwards it took)."""
-        where, sources = brought
+        """Return (the rows of every variant at one position, the forwards it took)."""
         alone = patching.baseline()
-        patched = patching.patch(where, sources, wrong, self.rescale)
-        success, written = self._success(model, patching, patched, sources)
-        rows = frame(model, patching, variant, patched, success, float(alone.logprob))
-        rows = rows.drop_duplicates(["source_layer", "target_layer"])
         started = bool(alone.success(patching.case.answers)[0])
-        return rows.assign(baseline_success=started), len(where) + written
+        patched = patching.patch(list(tries.values()), wrong, self.rescale)
+        judging = [
+            partial(self._success, model, patching, one, sources)
+            for one, (_, sources) in zip(patched, tries.values(), strict=True)
+        ]
+        tables, ran = [], 0
+        for variant, one, (success, written) in zip(tries, patched, together(model, judging), strict=True):
+            rows = frame(model, patching, variant, one, success, float(alone.logprob))
+            tables.append(rows.drop_duplicates(["source_layer", "target_layer"]))
+            ran += len(one.cells) + written
+        return pd.concat(tables, ignore_index=True).assign(baseline_success=started), ran
 
     def _success(self, model: Model, patching: OpenPrompt, patched: Patched, sources: Tensor) -> tuple[np.ndarray, int]:
         """Return (whether the answer is given, [cells]; the forwards run to see it)."""

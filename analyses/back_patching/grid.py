@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -26,6 +27,8 @@ Cell = tuple[int, int]
 """(source layer, target layer); target -1 is the embedding."""
 
 Variant = Literal["back_patch", "forward", "other_query", "noise"]
+Try = tuple[Sequence[Cell], Float[Tensor, "layer d_model"]]
+"""Cells, and the rows of every layer that they bring in from."""
 
 
 def cells_of(n_layers: int, which: str, stride: int, include_embedding: bool, layers: Sequence[int] = ()) -> list[Cell]:
@@ -59,6 +62,10 @@ class Patched:
     wrong: Tensor
     """[cells], whether the most probable token is another question's answer."""
 
+    def cut(self, part: slice) -> Patched:
+        """Return some of the cells."""
+        return Patched(self.cells[part], self.top[part], self.logprob[part], self.wrong[part])
+
     def success(self, answers: frozenset[int]) -> NDArray[np.bool_]:
         """Return whether the most probable token is one of `answers`, [cells]."""
         return np.isin(self.top.numpy(), list(answers))
@@ -83,27 +90,36 @@ class OpenPrompt:
         return torch.stack([entering[0] for entering in self.base.entering[1:]])
 
     def rows(
-        self, cells: Sequence[Cell], sources: Float[Tensor, "layer d_model"], rescale: bool
+        self, cells: Sequence[Cell], brought: Float[Tensor, "cell d_model"], rescale: bool
     ) -> Float[Tensor, "cell suffix d_model"]:
         """Return what enters the block after each cell's target, from the position to the end of the prompt."""
         entering = torch.stack(self.base.entering[:])
         hidden = entering[torch.tensor([t + 1 for _, t in cells])].clone()
-        brought = sources[torch.tensor([s for s, _ in cells])]
         if rescale:
             norm = hidden[:, 0].float().norm(dim=-1, keepdim=True)
             brought = (brought.float() * norm / brought.float().norm(dim=-1, keepdim=True)).to(brought.dtype)
         hidden[:, 0] = brought
         return hidden
 
-    def patch(self, cells: Sequence[Cell], sources: Tensor, other: frozenset[int], rescale: bool = False) -> Patched:
-        """Read the prompt's next token under every cell; `other` is another question's answer."""
+    def patch(self, tries: Sequence[Try], other: frozenset[int], rescale: bool = False) -> list[Patched]:
+        """Read the prompt's next token under every cell of each try; `other` is another question's answer.
 
-        def ends(part: Sequence[Cell]) -> Tensor:
-            return self.base.resume([t + 1 for _, t in part], self.rows(part, sources, rescale)).last
+        Cells of all tries run together, which costs less than one try after the other.
+        """
+        cells = [cell for some, _ in tries for cell in some]
+        brought = torch.cat([brought_in(*each) for each in tries])
 
-        parts = [cells[i : i + ROWS] for i in range(0, len(cells), ROWS)]
-        last = torch.cat(together(self.base.model, [partial(ends, part) for part in parts]))
-        return self._read(cells, last, other)
+        def ends(part: Sequence[int]) -> Tensor:
+            some = [cells[i] for i in part]
+            return self.base.resume([t + 1 for _, t in some], self.rows(some, brought[list(part)], rescale)).last
+
+        # Neighbouring targets run together, so that each part skips the blocks that none of it needs.
+        order = sorted(range(len(cells)), key=lambda i: cells[i][1])
+        parts = [order[i : i + ROWS] for i in range(0, len(order), ROWS)]
+        last = torch.empty_like(brought)
+        last[order] = torch.cat(together(self.base.model, [partial(ends, part) for part in parts]))
+        read, until = self._read(cells, last, other), np.cumsum([len(some) for some, _ in tries]).tolist()
+        return [read.cut(slice(*ends)) for ends in pairwise([0, *until])]
 
     def baseline(self) -> Patched:
         """Read the next token of the unpatched prompt, as a grid of one cell."""
@@ -120,9 +136,14 @@ class OpenPrompt:
         self, cells: Sequence[Cell], sources: Tensor, first: Tensor, n: int, rescale: bool
     ) -> list[list[int]]:
         """Write greedy continuations of `n` tokens under some cells, their first tokens given."""
-        hidden = self.rows(cells, sources, rescale)
+        hidden = self.rows(cells, brought_in(cells, sources), rescale)
         resumed = self.base.resume([t + 1 for _, t in cells], hidden, keep=True)
         return self.base.write(resumed, first, n)
+
+
+def brought_in(cells: Sequence[Cell], sources: Float[Tensor, "layer d_model"]) -> Float[Tensor, "cell d_model"]:
+    """Return the row that each cell puts in place of another."""
+    return sources[torch.tensor([s for s, _ in cells])]
 
 
 def noise_like(sources: Float[Tensor, "layer d_model"], seed: int) -> Float[Tensor, "layer d_model"]:

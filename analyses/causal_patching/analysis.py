@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -232,7 +232,7 @@ class CausalPatching(Analysis):
         reasons = {**{pair.index: pair.reason for pair in pairs if pair.reason}, **reasons}
         check_gaps(pairs, ends, reasons, self.min_pairs, self.metric[0])
         kept = [pair for pair in usable if pair.index not in reasons]
-        run = self._run(model, kept, tally, store, run.noise)
+        run = replace(run, pairs=kept)
         counts = count_cells(run, self._samples)
         progress.start(sum(counts.values()), "cell patched")
         with resumable(model, repr((self, [(pair.clean, pair.corrupted) for pair in kept]))):
@@ -262,17 +262,11 @@ class CausalPatching(Analysis):
     def _pairs(self, prompts: Sequence[Prompt]) -> list[Pair]:
         return [pair_of(index, prompt, self.corruption == "noise") for index, prompt in enumerate(prompts)]
 
-    def _run(
-        self,
-        model: Model,
-        pairs: Sequence[Pair],
-        tally: Tally,
-        store: ActivationStore | None,
-        noise: Noise | None = None,
-    ) -> Run:
+    def _run(self, model: Model, pairs: Sequence[Pair], tally: Tally, store: ActivationStore | None) -> Run:
         check_components(model, self.components)
         self.plan.swept(model.shape)
-        if self.corruption == "noise" and noise is None and pairs:
+        noise = None
+        if self.corruption == "noise" and pairs:
             sigma = element_deviation(model, pairs, self.sigma_over)
             noise = Noise(self.noise_factor * sigma, self.noise_samples, self.seed)
         journal = journal_in(store.root, repr((self, model.context))) if store is not None else Journal(None)

@@ -53,10 +53,11 @@ def _seconds(run: Run, samples: int) -> float:
     Cells at every position and cells at one run in batches of their own, and are sampled apart.
     """
     pair, direction = run.pairs[len(run.pairs) // 2], run.directions[0]
-    opener, noise = run.opener(), run.noises(pair)[0]
+    opener, noise = replace(run.opener(), kept=None), run.noises(pair)[0]
     opened = opener.open(pair, run.directions, noise)[0]
     opening = timed(lambda: opener.open(pair, run.directions, noise))
-    total = len(run.pairs) * samples * (opening + timed(lambda: run.ends(pair)))
+    # Runs under noise are not kept from the gauge to the grid.
+    total = len(run.pairs) * samples * opening * (1 if noise is None else 2)
     speeds = {kind: _each_row(run, opened, cells) for kind, cells in _sampled(run, opened).items()}
     for live, direction, cells, nulls in live_cells(run):
         for kind, part in _kinds(cells).items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,6 +102,8 @@ class WholeForwards:
     """What makes the run that is patched, such as noise on its embeddings."""
     unpatched: Float[Tensor, " d_vocab"]
     """Logits of the last position as the run is."""
+    values: Values
+    """Points of the run as it is."""
 
     @torch.no_grad()
     def last_rows(self, cells: Sequence[Cell], *sources: Sources) -> Float[Tensor, "source_cell d_vocab"]:
@@ -117,8 +119,9 @@ class WholeForwards:
 
 
 def whole_forwards(
-    model: Model, tokens: Sequence[int], start: int, writes: Mapping[Address, Write] | None = None
+    model: Model, tokens: Sequence[int], start: int, writes: Mapping[Address, Write], points: Collection[Address]
 ) -> WholeForwards:
-    """Run a prompt once, to be patched by whole forwards."""
-    logits = capture_values(model, tokens, {Address("logits")}, writes)[Address("logits")][-1]
-    return WholeForwards(model, tuple(tokens), start, writes or {}, logits)
+    """Run a prompt once, to be patched by whole forwards; keep points of it."""
+    logits = Address("logits")
+    values = capture_values(model, tokens, {logits, *points}, writes)
+    return WholeForwards(model, tuple(tokens), start, writes, values.pop(logits)[-1], values)

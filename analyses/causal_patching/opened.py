@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -15,7 +14,6 @@ from analyses.causal_patching.corruption import embedding_writes
 from analyses.causal_patching.grid import (
     Sources,
     WholeForwards,
-    capture_values,
     whole_forwards,
 )
 from analyses.causal_patching.metrics import LogitReader, RowReader
@@ -23,8 +21,13 @@ from analyses.causal_patching.pairs import Direction, Pair
 from analyses.causal_patching.resumed_grid import ResumedGrid
 from probes.blocks.cached_prompt import CachedPrompt
 from probes.blocks.together import together
-from probes.models.protocol import BlockAccess, Model, Write
+from probes.models.protocol import BlockAccess, Model, Shape, Write
 from probes.points import Address
+
+KEPT_BYTES = 2**28
+"""The most memory of runs that are kept from one use to the next."""
+OpenedAs = tuple[tuple[int, ...], int, frozenset[Address]]
+"""A run's tokens, the position that it is open from, and the points that are copied out of it."""
 
 
 def resumable(model: Model) -> bool:
@@ -74,6 +77,22 @@ class OpenedPair:
         return self.reader.read(self.grid.last_rows(cells, *(sources or (self.sources,))))
 
 
+@dataclass(eq=False)
+class OpenRuns:
+    """Runs kept open from one use to the next, as many as `KEPT_BYTES` hold: the first ones."""
+
+    runs: dict[OpenedAs, ResumedGrid | WholeForwards] = field(default_factory=dict)
+    n_bytes: int = 0
+
+    def keep(self, key: OpenedAs, grid: ResumedGrid | WholeForwards, shape: Shape) -> None:
+        """Keep a run if there is room; of an open one the stream, keys and values of every block count."""
+        positions = len(grid.base.tokens) if isinstance(grid, ResumedGrid) else 0
+        n_bytes = 12 * positions * shape.n_layers * shape.d_model + sum(t.nbytes for t in grid.values.values())
+        if self.n_bytes + n_bytes <= KEPT_BYTES:
+            self.runs[key] = grid
+            self.n_bytes += n_bytes
+
+
 @dataclass(frozen=True, eq=False)
 class Opener:
     """Opens pairs of a model for a set of metrics."""
@@ -82,6 +101,8 @@ class Opener:
     metrics: tuple[str, ...]
     points: frozenset[Address]
     """What is copied out of every run."""
+    kept: OpenRuns | None = None
+    """Where runs with these points are kept for the next time; None where each is run anew."""
 
     def writes(self, pair: Pair, corrupted: bool, noise: Tensor | None) -> dict[Address, Write]:
         """Return the writes under which one run of a pair is what it is."""
@@ -89,8 +110,7 @@ class Opener:
 
     def values(self, pair: Pair, corrupted: bool, noise: Tensor | None) -> Mapping[Address, Tensor]:
         """Return what is copied out of one run of a pair, [pos, ...]."""
-        tokens = pair.corrupted if corrupted else pair.clean
-        return capture_values(self.model, tokens, set(self.points), self.writes(pair, corrupted, noise))
+        return self._grid(pair, corrupted, noise).values
 
     def ends(self, pair: Pair, noise: Tensor | None) -> list[Float[Tensor, " metric"]]:
         """Return the metrics of the clean and of the corrupted run."""
@@ -98,27 +118,21 @@ class Opener:
         reader = self.reader(pair, grids[False].unpatched)
         return [reader.read(grids[corrupted].unpatched[None])[0] for corrupted in (False, True)]
 
-    def _grids(self, pair: Pair, noise: Tensor | None) -> dict[bool, ResumedGrid | WholeForwards]:
-        make: Callable[..., ResumedGrid | WholeForwards] = self._resumed if resumable(self.model) else self._whole
-        runs = together(self.model, [partial(make, pair, corrupted, noise) for corrupted in (False, True)])
-        return dict(zip((False, True), runs, strict=True))
+    def _grids(self, pair: Pair, noise: Tensor | None) -> list[ResumedGrid | WholeForwards]:
+        """Return the clean and the corrupted run."""
+        return together(self.model, [partial(self._grid, pair, corrupted, noise) for corrupted in (False, True)])
 
     def open(self, pair: Pair, directions: Sequence[Direction], noise: Tensor | None) -> list[OpenedPair]:
         """Run both prompts of a pair, and open one of them for each direction."""
-        work: list[Callable[[], Any]] = [
-            partial(self._grids, pair, noise),
-            *(partial(self.values, pair, direction == "noise", noise) for direction in directions),
-        ]
-        grids, *values = together(self.model, work)
+        grids = self._grids(pair, noise)
         reader = self.reader(pair, grids[False].unpatched)
         ends = [reader.read(grids[corrupted].unpatched[None])[0] for corrupted in (False, True)]
         opened = []
-        for direction, of_source in zip(directions, values, strict=True):
+        for direction in directions:
             from_corrupted = direction == "noise"
-            sources = Sources(of_source, pair.sources(direction))
-            grid = grids[not from_corrupted]
+            sources = Sources(grids[from_corrupted].values, pair.sources(direction))
             start = first_patched(pair, direction, self.model.shape.causal)
-            opened.append(OpenedPair(pair, direction, grid, reader, sources, start, *ends))
+            opened.append(OpenedPair(pair, direction, grids[not from_corrupted], reader, sources, start, *ends))
         return opened
 
     def reader(self, pair: Pair, clean: Tensor) -> RowReader | LogitReader:
@@ -127,12 +141,17 @@ class Opener:
             return RowReader(self.model.unembedding(), pair, self.metrics, clean)
         return LogitReader(pair, self.metrics, clean)
 
-    def _resumed(self, pair: Pair, corrupted: bool, noise: Tensor | None) -> ResumedGrid:
-        start = first_patched(pair, "denoise" if corrupted else "noise")
-        writes = self.writes(pair, corrupted, noise)
-        return ResumedGrid(CachedPrompt(self.model, pair.corrupted if corrupted else pair.clean, start, writes))
-
-    def _whole(self, pair: Pair, corrupted: bool, noise: Tensor | None) -> WholeForwards:
-        start = first_patched(pair, "denoise" if corrupted else "noise", self.model.shape.causal)
+    def _grid(self, pair: Pair, corrupted: bool, noise: Tensor | None) -> ResumedGrid | WholeForwards:
+        """Return one run of a pair with what is copied out of it."""
+        kept = self.kept if noise is None or not corrupted else None
         tokens = pair.corrupted if corrupted else pair.clean
-        return whole_forwards(self.model, tokens, start, self.writes(pair, corrupted, noise))
+        start = first_patched(pair, "denoise" if corrupted else "noise", self.model.shape.causal)
+        key = (tokens, start, self.points)
+        if kept is not None and (grid := kept.runs.get(key)):
+            return grid
+        run = (tokens, start, self.writes(pair, corrupted, noise), self.points)
+        opens = resumable(self.model)
+        grid = ResumedGrid(CachedPrompt(self.model, *run)) if opens else whole_forwards(self.model, *run)
+        if kept is not None:
+            kept.keep(key, grid, self.model.shape)
+        return grid

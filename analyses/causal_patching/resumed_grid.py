@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from analyses.causal_patching.cells import EVERYWHERE, READ_LATER, STREAMS, Cell
-from analyses.causal_patching.grid import Sources, writes_of
+from analyses.causal_patching.grid import Sources, Values, writes_of
 from probes.blocks.cached_prompt import CachedPrompt
 from probes.blocks.together import together
 from probes.models.protocol import Read
@@ -20,6 +20,8 @@ from probes.points import Address
 
 ROW_POSITIONS = 8192
 """Rows times positions that are resumed at once, which bounds memory."""
+BATCH_COST = 48
+"""Rows of the stream that a block runs in the time that one more batch takes, however small (measured on two processors)."""
 PAST_ATTENTION = ("attn_out", "resid_mid")
 """Components after which nothing of a block looks at other positions."""
 Copied = tuple[Cell, Sources]
@@ -33,6 +35,11 @@ class ResumedGrid:
     base: CachedPrompt
     """Open from the first position at which something is patched."""
     _mlps: list[Float[Tensor, "pos d_model"]] = field(default_factory=list)
+
+    @property
+    def values(self) -> Values:
+        """Points of the run as it is, those that were kept."""
+        return self.base.values
 
     @property
     def unpatched(self) -> Float[Tensor, " d_model"]:
@@ -75,16 +82,22 @@ class ResumedGrid:
         return opened.resume(first, hidden).last
 
     def _placed(self, copied: Sequence[Copied]) -> Iterator[tuple[int, list[int]]]:
-        """Yield a position and the cells of single layers there, few enough to run together."""
+        """Yield the position to open at and the cells of single layers that run from there, few enough to run together."""
         by_position: dict[int, list[int]] = defaultdict(list)
         for i, (cell, _) in enumerate(copied):
             if len(cell.layers) == 1:
                 by_position[cell.position].append(i)
+        if all(self._known_after(cell) for cell, _ in copied):
+            by_position = _joined(by_position)
         for position, indices in sorted(by_position.items()):
             start = self.base.start if position == EVERYWHERE else position
             indices.sort(key=lambda i: copied[i][0].layers[0])
             for part in _parts(indices, len(self.base.tokens) - start):
                 yield position, part
+
+    def _known_after(self, cell: Cell) -> bool:
+        """Return whether the rows that leave a cell's block are known before the rows that run with it are."""
+        return self._added_to_a_row(cell) or (cell.component in PAST_ATTENTION and cell.one_row)
 
     def _rows_past_attention(self, copied: Sequence[Copied]) -> dict[int, Float[Tensor, " d_model"]]:
         """Return the row that leaves its block under each cell at one position that replaces what attention makes of it.
@@ -119,7 +132,7 @@ class ResumedGrid:
         hidden = torch.stack([opened.entering[block] for block in first])
         ready = {i: row for i, row in enumerate(rows) if row is not None}
         for i, row in ready.items():
-            hidden[i, 0] = row
+            hidden[i, copied[i][0].position - opened.start] = row
         added = [i for i, (cell, _) in enumerate(copied) if self._added_to_a_row(cell)]
         inside = sorted(set(range(len(copied))) - set(added) - set(ready))
         alone = None
@@ -171,6 +184,21 @@ def _by_block(copied: Sequence[tuple[int, Cell, Sources]]) -> list[tuple[tuple[i
     for i, cell, source in copied:
         blocks[cell.layer, cell.position != EVERYWHERE and cell.component not in READ_LATER, source].append(i)
     return sorted(blocks.items(), key=lambda item: item[0][0])
+
+
+def _joined(by_position: Mapping[int, list[int]]) -> dict[int, list[int]]:
+    """Return the cells by the position that they run from, those of a later one with an earlier one where that costs less.
+
+    Then each of them runs the rows between too, and one batch is saved.
+    """
+    joined: dict[int, list[int]] = {}
+    for position, indices in sorted(by_position.items(), reverse=True):
+        later = min(joined, default=EVERYWHERE)
+        if EVERYWHERE < position < later and len(joined[later]) * (later - position) <= BATCH_COST:
+            joined[position] = [*indices, *joined.pop(later)]
+        else:
+            joined[position] = list(indices)
+    return joined
 
 
 def _parts(indices: Sequence[int], positions: int) -> Iterator[list[int]]:

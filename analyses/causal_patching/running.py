@@ -17,7 +17,7 @@ from analyses.causal_patching.corruption import Noise, noisy_runs
 from analyses.causal_patching.grid import Sources, addresses, capture_values
 from analyses.causal_patching.journal import Journal
 from analyses.causal_patching.nulls import Null, null_partner
-from analyses.causal_patching.opened import OpenedPair, Opener, first_patched, resumable
+from analyses.causal_patching.opened import OpenedPair, Opener, OpenRuns, first_patched, resumable
 from analyses.causal_patching.pairs import Direction, Pair
 from analyses.causal_patching.patched import GridPlan, cells_table
 from analyses.interventions import Tally
@@ -43,13 +43,14 @@ class Run:
     tally: Tally
     clean_values: dict[int, Mapping[Address, Tensor]] = field(default_factory=dict)
     """Clean runs that nulls copy from, the last few."""
+    open_runs: OpenRuns = field(default_factory=OpenRuns)
 
     def opener(self) -> Opener:
         """Return what opens the pairs, with every point that some cell copies."""
         points: set[Address] = set()
         for direction in self.directions:
             points |= addresses(self.plan.cells(self.model.shape, self.pairs[0], direction))
-        return Opener(self.model, self.metrics, frozenset(points))
+        return Opener(self.model, self.metrics, frozenset(points), self.open_runs)
 
     @property
     def groups(self) -> NDArray[np.int64]:
@@ -62,7 +63,7 @@ class Run:
 
     def ends(self, pair: Pair) -> tuple[Array, Array]:
         """Return the metrics of the clean and of the corrupted run, [metric] each; means over draws of noise."""
-        opener = Opener(self.model, self.metrics, frozenset())
+        opener = self.opener()
         runs = together(self.model, [partial(opener.ends, pair, noise) for noise in self.noises(pair)])
         clean, corrupted = (torch.stack(side).mean(0).numpy() for side in zip(*runs, strict=True))
         return clean, corrupted

@@ -19,6 +19,7 @@ from analyses.norm_removal.measured import Measured, Part
 from analyses.results.per_prompt import PerPrompt, interval
 from probes.edits.weights import matrix
 from probes.lenses import logit
+from probes.lenses.row_sums import LOG2
 from probes.models.protocol import Unembedding
 from probes.points import Address
 from probes.progress import Progress
@@ -130,7 +131,7 @@ class Ablations:
         own = unembedding or self.measured.unembedding
         ids = part.targets.to(own.weight.device)[:, None]
         reading = logit.read(rows, own, ids=ids)
-        return -reading.logprobs[:, 0].cpu(), reading.entropy_bits.cpu() * logit.LOG2
+        return -reading.logprobs[:, 0].cpu(), reading.entropy_bits.cpu() * LOG2
 
     def table(self, seed: int) -> pd.DataFrame:
         """Return the table `neurons`: one row a neuron, with intervals of the change of loss over prompts."""

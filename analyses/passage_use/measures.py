@@ -28,6 +28,8 @@ LAST = Reducer(positions="last")
 Tick = Callable[[int], None]
 TOGETHER = 8
 """Cuts of one prompt that are run together."""
+READ_ROWS = 32
+"""Pairs of rows whose log-probabilities are in memory at once."""
 
 
 class LastRows:
@@ -50,6 +52,22 @@ class LastRows:
         """Return the log-probabilities that some prompts' rows have through the final norm and unembedding."""
         return logit.all_logprobs(self.at(point, layer)[list(prompts)], self.model.unembedding()).cpu()
 
+    def changes(self, prompts: Sequence[int]) -> Float[Tensor, "layer prompt"]:
+        """Return how far each MLP moves what some prompts' rows would predict: Jensen-Shannon divergences, nats.
+
+        Rows of all layers are read together, few at a time, since a product with few rows costs most of one with many.
+        """
+        before, after = (
+            torch.cat([self.at(point, layer)[list(prompts)] for layer in range(self.n_layers)])
+            for point in ("resid_mid", "resid_post")
+        )
+        unembedding = self.model.unembedding()
+        parts = []
+        for some in zip(torch.split(before, READ_ROWS), torch.split(after, READ_ROWS), strict=True):
+            read = logit.all_logprobs(torch.cat(some), unembedding)
+            parts.append(jensen_shannon(*read.chunk(2)).cpu())
+        return torch.cat(parts).view(self.n_layers, len(prompts))
+
 
 def layer_table(
     rows: LastRows, items: Sequence[Item], losses: Mapping[tuple[int, int], float], tick: Tick
@@ -69,10 +87,9 @@ def layer_table(
     """
     full = [item.passage for item in items]
     propagated = _propagated(rows, items, tick) if rows.patterns else {}
-    records = []
+    changes, records = rows.changes(full), []
     for layer in range(rows.n_layers):
         mlp = rows.at("mlp_out", layer)
-        change = jensen_shannon(rows.read("resid_mid", layer, full), rows.read("resid_post", layer, full))
         pattern = rows.pattern(layer) if rows.patterns else []
         for k, item in enumerate(items):
             mass = passage_mass(pattern[item.passage], item.span) if pattern else torch.tensor([torch.nan])
@@ -82,7 +99,7 @@ def layer_table(
                     "sim_neutral": np.nan if item.neutral is None else cosine(mlp[item.passage], mlp[item.neutral]),
                     "sim_noise": np.mean([cosine(mlp[item.passage], mlp[i]) for i in item.noise]) if item.noise else np.nan,
                     "mass": float(mass.mean()), "diff_attn": float(masked_divergence(mass).mean()),
-                    "diff_attn_propagated": propagated.get((item.prompt, layer), np.nan), "iks": float(change[k]),
+                    "diff_attn_propagated": propagated.get((item.prompt, layer), np.nan), "iks": float(changes[layer, k]),
                     "knock_out_loss": losses.get((item.prompt, layer), np.nan),
                 }
             )  # fmt: skip

@@ -7,8 +7,8 @@ on the positions from the replaced one on; continuations are batched, and more o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +21,7 @@ from torch import Tensor
 from probes.blocks.key_values import KeyValues, Pair, cache_of
 from probes.blocks.rerouting import Caller, block_access, call_blocks, in_order, rerouted
 from probes.blocks.together import together
+from probes.blocks.whole_run import run_whole
 from probes.errors import PointError, PromptError
 from probes.hooks.forward_hooks import Stop
 from probes.models.protocol import Model, Read, Write
@@ -82,14 +83,20 @@ class CachedPrompt:
         tokens: the prompt.
         start: the suffix's first position; positions before it stay as they are.
         writes: writes of points [1, pos, ...], under which the prompt is run.
+        points: points inside the blocks of which `values` are kept.
 
     Raises:
-        PointError: the model is not causal, or its backend does not hand out its blocks.
+        PointError: the model is not causal, its backend does not hand out its blocks, or it refuses a point.
         PromptError: a start outside the prompt.
     """
 
     def __init__(
-        self, model: Model, tokens: Sequence[int], start: int, writes: Mapping[Address, Write] | None = None
+        self,
+        model: Model,
+        tokens: Sequence[int],
+        start: int,
+        writes: Mapping[Address, Write] | None = None,
+        points: Collection[Address] = (),
     ) -> None:
         if not model.shape.causal:
             raise PointError(f"{model.ref} reads both ways: a replaced position changes those before it too")
@@ -97,47 +104,12 @@ class CachedPrompt:
         if not -n <= start < n:
             raise PromptError(f"position {start} is outside a prompt of {n} tokens: legal are {-n} to {n - 1}")
         self.model, self.tokens, self.start = block_access(model), tuple(tokens), start % n
-        self.entering: Shelved | _Cut = Shelved(self.model.shelf)
+        whole = run_whole(self.model, self._ids(self.tokens), self.start, writes or {}, points)
+        self.entering: Shelved | _Cut = whole.entering
         """The stream [suffix, d_model] that enters each block, and after these the one that leaves the last."""
-        self._keys, self._values = Shelved(self.model.shelf), Shelved(self.model.shelf)
-        self._collect(writes or {})
-
-    @torch.no_grad()
-    def _collect(self, writes: Mapping[Address, Write]) -> None:
-        """Run the whole prompt once, and keep what the suffix needs."""
-        ids, nothing = self._ids(self.tokens), cache_of(0, self.model.shape.n_layers)
-        entering = Shelved(self.model.shelf)
-
-        def append(leaving: Tensor, keys: Tensor, values: Tensor) -> None:
-            entering.append(leaving[0, self.start :].clone())
-            self._keys.append(keys.clone())
-            self._values.append(values.clone())
-
-        def keep(hidden: Tensor, call: Caller) -> None:
-            run, done = self.model.saved_run(ids, hidden), 0
-            entering.append(hidden[0, self.start :].clone())
-            group: list[tuple[Tensor, Tensor, Tensor]] = []
-            for blocks, tensors in run.saved() if run else ():
-                done = blocks
-                at_end = {name: tensor.to(hidden.device) for name, tensor in tensors.items()}
-                for i in range(len(at_end) // 3):
-                    hidden = at_end[f"leaving.{i}"]
-                    append(hidden, at_end[f"keys.{i}"], at_end[f"values.{i}"])
-            for layer in range(done, self.model.shape.n_layers):
-                cache = KeyValues(None)
-                hidden = call(layer, hidden, (nothing, cache))
-                append(hidden, *cache.suffix[layer])
-                if run:
-                    group.append((hidden, *cache.suffix[layer]))
-                if run and self.model.ends_group(layer):
-                    names = ("leaving", "keys", "values")
-                    at_end = {f"{n}.{i}": t for i, block in enumerate(group) for n, t in zip(names, block, strict=True)}
-                    run.save(layer + 1, at_end, instead=False)
-                    group.clear()
-
-        with self.model.hooked({}, writes, (1, ids.shape[1])) if writes else nullcontext():
-            call_blocks(self.model, ids, keep, past_key_values=nothing, use_cache=True)
-        self.entering = entering
+        self._keys, self._values = whole.keys, whole.values
+        self.values = whole.points
+        """The points that were kept, [pos, ...] over the whole prompt."""
         self._prepare()
 
     @torch.no_grad()

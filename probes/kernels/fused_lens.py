@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from probes.kernels import eager
-from probes.lenses.logit import LOG2
 from probes.lenses.protocol import LensRead
+from probes.lenses.row_sums import LOG2
 
 PROGRAMS = 264
 """Programs that keep a large GPU busy; small inputs share the vocabulary among that many."""

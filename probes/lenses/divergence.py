@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+SLICE = 2**19
+"""Logits that are worked on at once on a processor: they then stay in its cache from one operation to the next."""
+
+
+def slices(logits: Float[Tensor, "row token"], first: int = 0) -> Iterator[tuple[slice, Tensor]]:
+    """Give some rows of a tile at a time, each with its place, counted from `first`."""
+    size = len(logits) if logits.device.type != "cpu" else max(1, SLICE // max(1, logits.shape[1]))
+    for start in range(0, len(logits), size or 1):
+        part = logits[start : start + size]
+        yield slice(first + start, first + start + len(part)), part
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +54,10 @@ class ReferenceRows:
 
     def compare(self, part: slice, logits: Tensor) -> None:
         """Take in this tile's logits of some rows of the block."""
-        apart = self._of_rows(part, self.logits) - logits
-        change = apart.mul_(self._of_rows(part, self.weights)).sum(dim=-1)
-        self.difference[part] = self.difference[part] * self._of_rows(part, self.shrink) + change
+        for own, values in slices(logits, part.start):
+            apart = self._of_rows(own, self.logits) - values
+            change = apart.mul_(self._of_rows(own, self.weights)).sum(dim=-1)
+            self.difference[own] = self.difference[own] * self._of_rows(own, self.shrink) + change
 
     def kl(self, log_z: Tensor) -> Tensor:
         """Return KL(reference || row) of every row of the block, whose log-sum-exp of logits is given."""
@@ -61,7 +73,6 @@ class KnownReference:
 
     def __init__(self, known: Distributions, of: Tensor) -> None:
         self.known, self.of = known, of.to(known.mass.device)
-        self.in_order = torch.equal(of, torch.arange(len(known.mass)))
         self.mean = torch.zeros(len(of), device=known.mass.device)
 
     def turn_to(self, tokens: slice, _: Callable[[Tensor], Tensor]) -> None:
@@ -70,8 +81,13 @@ class KnownReference:
 
     def compare(self, part: slice, logits: Tensor) -> None:
         """Take in this tile's logits of some rows of the block."""
-        weights = self.weights[part] if self.in_order else self.weights[self.of[part]]
-        self.mean[part] += (weights * logits).sum(dim=-1)
+        for own, values in slices(logits, part.start):
+            of = self.of[own]
+            first, end = int(of[0]), int(of[0]) + len(of)
+            # References in a row are read where they lie.
+            in_a_row = end <= len(self.weights) and torch.equal(of, torch.arange(first, end, device=of.device))
+            weights = self.weights[first:end] if in_a_row else self.weights[of]
+            self.mean[own] += (weights * values).sum(dim=-1)
 
     def kl(self, log_z: Tensor) -> Tensor:
         """Return KL(reference || row) of every row of the block, whose log-sum-exp of logits is given."""

@@ -6,6 +6,7 @@ residual x of any layer. Memory is one tile of logits, independent of how many r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,21 +16,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from probes.lenses.card import LensCard
-from probes.lenses.divergence import Distributions, KnownReference, ReferenceRows
+from probes.lenses.divergence import Distributions, KnownReference, ReferenceRows, slices
 from probes.lenses.protocol import LensRead
+from probes.lenses.row_sums import LOG2, RowSums
 from probes.models.protocol import Unembedding
 
 VOCAB_TILE = 4096
 """Tokens per tile."""
-ROW_TILE = 512
+ROW_TILE = 1024
 """Residual rows per tile."""
-CHUNK = 64
-"""Neighbouring tokens whose maximum is looked at first when top tokens are sought."""
-WHOLE_ROWS = 16
-"""Residual rows per tile where all their logits are there already."""
+WAITING = 2**23
+"""Logits of tiles with tokens asked for that wait for their turn: 32 MB."""
 ROW_BLOCK = 8192
 """Residual rows normalised at once, which bounds memory."""
-LOG2 = 0.6931471805599453
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +106,7 @@ def read(
         tile: vocabulary tile, in tokens; changes memory, not the result.
     """
     device = unembedding.weight.device
-    sums = _Sums(rows.shape[0], top_k, None if ids is None else ids.to(device), device, ranks and ids is not None)
+    sums = RowSums(rows.shape[0], top_k, None if ids is None else ids.to(device), device, ranks and ids is not None)
     target = torch.arange(rows.shape[0]) if reference_of is None else reference_of.cpu()
     if reference is None or isinstance(reference, Distributions):
         for block in torch.split(torch.arange(rows.shape[0]), ROW_BLOCK):
@@ -132,19 +131,20 @@ def read_whole(
 ) -> tuple[LensRead, Distributions]:
     """Return what `read` does of few rows, and their distributions, to compare with: memory grows with rows times tokens."""
     device = unembedding.weight.device
-    sums = _Sums(rows.shape[0], top_k, None if ids is None else ids.to(device), device, ranks and ids is not None)
+    sums = RowSums(rows.shape[0], top_k, None if ids is None else ids.to(device), device, ranks and ids is not None)
     logits = all_logits(rows, unembedding)
-    for block in torch.split(torch.arange(rows.shape[0]), WHOLE_ROWS):
-        whole = logits[block[0] : block[-1] + 1]
+    for place, whole in slices(logits):
+        block = torch.arange(place.start, place.stop)
         if len(sums.ranks):
             sums.choose(block, whole, 0)
-        # In place of the logits, which are used up.
-        whole.copy_(sums.add(block, whole, 0))
+        sums.add(block, whole, 0)
     return sums.lens_read(), Distributions(logits, sums.mass, sums.entropy_bits * LOG2)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
-    logits = hidden @ weight.T
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, out: Tensor | None = None
+) -> Tensor:
+    logits = torch.mm(hidden, weight.T, out=out)
     if bias is not None:
         logits += bias.float()
     return _capped(logits, softcap)
@@ -161,133 +161,48 @@ def _tiles(unembedding: Unembedding, tile: int) -> Iterator[tuple[int, Tensor, T
         yield start, unembedding.weight[start : start + tile].float(), bias
 
 
-def largest_of(logits: Float[Tensor, "row token"], k: int) -> tuple[Tensor, Tensor]:
-    """Return what `logits.topk(k)` does, several times faster: the k largest lie in the k chunks of largest maxima."""
-    rows, width = logits.shape
-    if width % CHUNK or width < k * CHUNK:
-        return logits.topk(k, dim=-1)
-    chunks = logits.view(rows, -1, CHUNK)
-    best = chunks.amax(dim=-1).topk(k, dim=-1).indices
-    values, places = chunks.gather(1, best[:, :, None].expand(-1, -1, CHUNK)).flatten(1).topk(k, dim=-1)
-    return values, best.gather(1, places // CHUNK) * CHUNK + places % CHUNK
+def _choose_first(
+    hidden: Tensor, block: Tensor, unembedding: Unembedding, sums: RowSums, tile: int
+) -> dict[tuple[int, int], Tensor]:
+    """Compute the logits asked for before the pass that compares with them, by the same products and so to the same bits.
 
-
-class _Sums:
-    """Per row: running maximum, mass and exp-weighted logit above it, chosen and top tokens, divergence from a reference."""
-
-    def __init__(self, n: int, top_k: int, ids: Tensor | None, device: torch.device, ranked: bool = False) -> None:
-        self.high = torch.full((n,), -torch.inf, device=device)
-        self.mass = torch.zeros(n, device=device)
-        self.above = torch.zeros(n, device=device)
-        self.kl = torch.zeros(n, device=device)
-        self.top_logits = torch.full((n, top_k), -torch.inf, device=device)
-        self.top_ids = torch.zeros(n, top_k, dtype=torch.long, device=device)
-        self.ids = ids
-        self.chosen = torch.zeros(n, 0 if ids is None else ids.shape[-1], device=device)
-        self.ranks = torch.zeros(self.chosen.shape if ranked else (0, 0), dtype=torch.long, device=device)
-
-    @property
-    def log_z(self) -> Tensor:
-        return self.high + self.mass.log()
-
-    def logprobs(self, logits: Tensor) -> Tensor:
-        """Return the log-probabilities of tokens with these logits, [n, m]."""
-        # The maximum goes first, so that log_z, which is large, is never rounded.
-        return (logits - self.high[:, None]) - self.mass.log()[:, None]
-
-    @property
-    def entropy_bits(self) -> Tensor:
-        # Logits are summed relative to the maximum, so that nothing large cancels here.
-        return ((self.mass.log() - self.above / self.mass) / LOG2).clamp_min(0)
-
-    def lens_read(self, compared: bool = False) -> LensRead:
-        """Return what was read."""
-        top, chosen = self.logprobs(self.top_logits), self.logprobs(self.chosen)
-        kl = self.kl if compared else self.kl[:0]
-        return LensRead(self.log_z, self.entropy_bits, chosen, top, self.top_ids, kl, self.ranks)
-
-    def add(self, rows: Tensor, logits: Tensor, start: int) -> Tensor:
-        """Take in the logits [rows, tile] of the tokens from `start`, which are used up; return exp(logits - maximum so far)."""
-        best = self._add_tokens(rows, logits, start)
-        before, mass = self.high[rows], self.mass[rows]
-        high = torch.maximum(before, best)
-        shrink = (before - high).exp()
-        lower = torch.where(mass > 0, before - high, 0)
-        logits.sub_(high[:, None])
-        weights = logits.exp()
-        above = (self.above[rows] + lower * mass) * shrink
-        self.above[rows] = above + logits.mul_(weights).sum(dim=-1)
-        self.mass[rows] = mass * shrink + weights.sum(dim=-1)
-        self.high[rows] = high
-        return weights
-
-    def _add_tokens(self, rows: Tensor, logits: Tensor, start: int) -> Tensor:
-        """Take in the top tokens, those asked for and ranks; return the largest logit of each row."""
-        width = logits.shape[1]
-        top_k = self.top_ids.shape[1]
-        largest = None
-        if top_k:
-            values, places = largest_of(logits, min(top_k, width))
-            largest = values[:, 0]
-            best, order = torch.cat([self.top_logits[rows], values], dim=-1).topk(top_k, dim=-1)
-            self.top_logits[rows] = best
-            self.top_ids[rows] = torch.cat([self.top_ids[rows], places + start], dim=-1).gather(1, order)
-        if len(self.ranks):
-            # Ones and zeros as floats are counted several times faster than truth values, and as exactly in one tile.
-            larger = torch.empty_like(logits)
-            for column in range(self.ranks.shape[1]):
-                torch.gt(logits, self.chosen[rows, column][:, None], out=larger)
-                self.ranks[rows, column] += larger.sum(dim=-1).long()
-        else:
-            self.choose(rows, logits, start)
-        return logits.amax(dim=-1) if largest is None else largest
-
-    def has_ids(self, rows: Tensor, start: int, width: int) -> bool:
-        """Whether any token asked for, of these rows, lies in a tile."""
-        if self.ids is None or not self.ids.shape[-1]:
-            return False
-        ids = self.ids if self.ids.ndim == 1 else self.ids[rows]
-        return bool(((ids >= start) & (ids < start + width)).any())
-
-    def choose(self, rows: Tensor, logits: Tensor, start: int) -> None:
-        """Keep the logits of the tokens asked for that lie in this tile."""
-        width = logits.shape[1]
-        if self.ids is None or not self.has_ids(rows, start, width):
-            return
-        ids = self.ids.expand(len(rows), -1) if self.ids.ndim == 1 else self.ids[rows]
-        here = (ids >= start) & (ids < start + width)
-        seen = logits.gather(1, (ids - start).clamp(0, width - 1))
-        self.chosen[rows] = torch.where(here, seen, self.chosen[rows])
-
-
-def _choose_first(hidden: Tensor, block: Tensor, unembedding: Unembedding, sums: _Sums, tile: int) -> None:
-    """Compute the logits asked for before the pass that compares with them, by the same products and so to the same bits."""
+    Returns the tiles they lie in, by first token and first row, as far as `WAITING` goes.
+    """
+    computed: dict[tuple[int, int], Tensor] = {}
     for start, weight, bias in _tiles(unembedding, tile):
         for first in range(0, len(block), ROW_TILE):
             part = slice(first, first + ROW_TILE)
             if sums.has_ids(block[part], start, len(weight)):
-                sums.choose(block[part], _logits(hidden[part], weight, bias, unembedding.softcap), start)
+                logits = _logits(hidden[part], weight, bias, unembedding.softcap)
+                sums.choose(block[part], logits, start)
+                if sum(map(torch.numel, computed.values())) + logits.numel() <= WAITING:
+                    computed[start, first] = logits
+    return computed
 
 
 def _read_block(
     rows: Tensor,
     block: Tensor,
     unembedding: Unembedding,
-    sums: _Sums,
+    sums: RowSums,
     against: ReferenceRows | KnownReference | None,
     tile: int,
 ) -> None:
     """Add every vocabulary tile to the sums of the rows of `block`, compared to one block of references."""
     hidden = normalized(rows[block], unembedding)
-    if len(sums.ranks):
-        _choose_first(hidden, block, unembedding, sums, tile)
+    computed = _choose_first(hidden, block, unembedding, sums, tile) if len(sums.ranks) else {}
+    # One tile is written over the other: fresh memory of this size costs a fifth of the product.
+    space = hidden.new_empty(min(len(block), ROW_TILE) * min(tile, unembedding.weight.shape[0]))
     for start, weight, bias in _tiles(unembedding, tile):
         logits_of = partial(_logits, weight=weight, bias=bias, softcap=unembedding.softcap)
         if against is not None:
             against.turn_to(slice(start, start + len(weight)), logits_of)
         for first in range(0, len(block), ROW_TILE):
-            part = slice(first, first + ROW_TILE)
-            logits = logits_of(hidden[part])
+            part = slice(first, min(first + ROW_TILE, len(block)))
+            shape = part.stop - part.start, len(weight)
+            logits = computed.pop((start, first), None)
+            if logits is None:
+                logits = logits_of(hidden[part], out=space[: math.prod(shape)].view(shape))
             if against is not None:
                 against.compare(part, logits)
             sums.add(block[part], logits, start)

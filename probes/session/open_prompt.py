@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from probes.blocks.cached_prompt import CachedPrompt
+from probes.blocks.few_rows import FewRows
 from probes.blocks.rerouting import call_blocks
 from probes.blocks.single_block import stage_of
 from probes.edits import BlockPath, Edit, Texts, altered, read, resolve, writes_of
@@ -56,7 +57,8 @@ class OpenPrompt:
         self.resumable = (
             model.shape.causal and isinstance(model, BlockAccess) and "lens" not in model.faithfulness.refused
         )
-        self.base = CachedPrompt(model, self.tokens, 0) if self.resumable else None
+        with FewRows():
+            self.base = CachedPrompt(model, self.tokens, 0) if self.resumable else None
         self._runs: dict[tuple[Edit, ...], Run] = {}
         self.clean = self.run(())
 
@@ -71,8 +73,9 @@ class OpenPrompt:
             layers = range(self.model.shape.n_layers)
             addresses = [address] if address.layer is None else [Address(address.point, layer) for layer in layers]
             given = [a for a in addresses if a == address or self.model.refusal(a) is None]
-            for a, rows in read(self.model, torch.tensor([tokens]), given).items():
-                self._rows[tokens, a] = rows[0]
+            with FewRows():
+                values = read(self.model, torch.tensor([tokens]), given)
+            self._rows.update({(tokens, a): rows[0] for a, rows in values.items()})
         return self._rows[tokens, address]
 
     def ready(self, edits: Sequence[Edit]) -> list[Edit]:
@@ -91,11 +94,16 @@ class OpenPrompt:
         """
         key = tuple(edits)
         if key not in self._runs:
-            ready = self.ready(edits)
-            self._runs[key] = self._resumed(key, ready) if self.resumable else self._whole(ready)
+            with self._exclusive():
+                ready = self.ready(edits)
+                self._runs[key] = self._resumed(key, ready) if self.resumable else self._whole(ready)
             for old in [k for k in self._runs if k][: max(0, len(self._runs) - KEPT_RUNS)]:
                 del self._runs[old]
         return self._runs[key]
+
+    def _exclusive(self) -> AbstractContextManager[None]:
+        """Keep the model for all blocks of a run: taking it for each costs as much as a third of a block."""
+        return self.model.exclusive() if isinstance(self.model, BlockAccess) else nullcontext()
 
     @torch.no_grad()
     def _whole(self, ready: Sequence[Edit]) -> Run:
@@ -171,7 +179,8 @@ class OpenPrompt:
         """Return what leaves a block where `hidden` enters it, under those of the writes that are inside it."""
         assert self.base is not None
         own = {a: write for a, write in writes.items() if a.layer == layer}
-        return self.base.through(layer, hidden, own, reads)
+        with FewRows():
+            return self.base.through(layer, hidden, own, reads)
 
     def logprobs(
         self, leaving: Float[Tensor, "row pos d_model"], writes: Mapping[Address, Write]

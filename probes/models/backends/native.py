@@ -23,6 +23,8 @@ class NativeModel(LocalModel):
     """A loaded transformers module behind the `Model` protocol; the module is never moved, cast or rewired."""
 
     backend: ClassVar[str] = "native"
+    _evaluated = False
+    """Whether the thread that holds the lock has put the module in evaluation mode already."""
 
     @cached_property
     def shelf(self) -> Shelf:
@@ -45,8 +47,16 @@ class NativeModel(LocalModel):
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Keep other threads from running the model inside, for alterations of the module that are undone on the way out."""
-        with self._lock, evaluating(self.module):
-            yield
+        with self._lock:
+            if self._evaluated:
+                yield
+                return
+            with evaluating(self.module):
+                self._evaluated = True
+                try:
+                    yield
+                finally:
+                    self._evaluated = False
 
     def whole(self) -> AbstractContextManager[None]:
         """Keep other threads from running the model inside, whose weights are all in memory."""

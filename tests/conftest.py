@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dry runs measure the device for a moment only."""
     monkeypatch.setattr("probes.capture.dry_run.PROBE_SECONDS", 0.1)
+
+
+@pytest.fixture(scope="session")
+def scanned_once() -> Iterator[None]:
+    """Streamlit looks for components through all that is installed once, not for every page: half a second each."""
+    from streamlit.components.v2 import manifest_scanner
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest_scanner, "scan_component_manifests", cache(manifest_scanner.scan_component_manifests))
+        yield
 
 
 @pytest.fixture

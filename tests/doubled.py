@@ -18,9 +18,9 @@ class _KeepDouble(TorchFunctionMode):
     """Models that compute norms or softmax in float32 whatever their dtype go on in float64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            if func is Tensor.float or (func is Tensor.to and args[1:2] == (torch.float32,)):
+        kwargs, casts = kwargs or {}, func is Tensor.float or func is Tensor.to
+        if (casts or kwargs) and args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if casts and (func is Tensor.float or args[1:2] == (torch.float32,)):
                 return args[0]
             if kwargs.get("dtype") is torch.float32:
                 kwargs = {**kwargs, "dtype": torch.float64}

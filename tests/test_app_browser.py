@@ -167,7 +167,7 @@ def test_from_first_start_to_a_download(visit: Callable[..., Any], server: Serve
     result = Result.load(server.runs / "first")
     assert result.provenance["counts"]["forwards"] == 3
     unfold(page, "Make this run again")
-    assert "bathyscope run voids" in page.inner_text("[data-testid=stCode]")
+    page.get_by_test_id("stCode").filter(has_text="bathyscope run voids").wait_for()
 
     # A layer clicked on the home page is selected everywhere, and in the address.
     go(page, "Home")
@@ -313,15 +313,19 @@ def filled(server: Server) -> Server:
 
 @pytest.fixture(scope="module")
 def look(profiles: dict[str, Any], filled: Server) -> Callable[..., Any]:
-    """Opens an address of the filled dashboard at a size, in the one page of a theme."""
+    """Opens a page of the filled dashboard at a size, in the one session of a theme; loading it anew takes seconds."""
     pages: dict[str, Any] = {}
 
-    def open_page(path: str = "", theme: str = "light", width: int = 1440, height: int = 1400) -> Any:
+    def open_page(name: str = "Home", theme: str = "light", width: int = 1440, height: int = 1400) -> Any:
         if theme not in pages:
             pages[theme] = profiles[theme].new_page()
+            pages[theme].goto(filled.url)
         page = pages[theme]
         page.set_viewport_size({"width": width, "height": height})
-        page.goto(f"{filled.url}/{path}")
+        settle(page)
+        link = page.get_by_test_id("stSidebarNav").get_by_role("link", name=name, exact=True)
+        if page.url.split("?")[0] != link.evaluate("a => a.href"):
+            go(page, name)
         return page
 
     return open_page
@@ -382,7 +386,7 @@ def never_touch(page: Any, width: int) -> None:
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_code_can_be_read(theme: str, look: Callable[..., Any]) -> None:
     """Each word of code stands out from what lies behind it by 4.5 to 1, as WCAG counts."""
-    page = look("voids", theme)
+    page = look("Voids", theme)
     unfold(page, "Make this run again")
     page.wait_for_selector("code .token.string")
     contrasts = page.evaluate(CONTRASTS)
@@ -414,7 +418,7 @@ CONTRASTS = """() => {
 
 
 def test_tool_bars_cover_no_title(look: Callable[..., Any]) -> None:
-    page = look("runs", width=1280)
+    page = look("Runs", width=1280)
     page.wait_for_selector("[data-testid=stMain] .main-svg .annotation")
     page.wait_for_timeout(1500)
     page.locator("[data-testid=stPlotlyChart]").first.hover()

@@ -23,6 +23,7 @@ from probes.models import Model
 from probes.saved_directions import SavedDirections
 from probes.session import Session, State
 
+pytestmark = pytest.mark.usefixtures("scanned_once")
 SECONDS = 60.0
 LINES = (
     "zero z.1.2", "scale mlp_out.1 @2 x0.5", "mean attn_out.0", "patch resid_post.1 @1 from other@1", "add resid_post.0 token 'w9' x3.0",

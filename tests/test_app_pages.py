@@ -26,6 +26,7 @@ from app.ui.progress import steps
 from probes.errors import UserError
 from probes.store import ActivationStore
 
+pytestmark = pytest.mark.usefixtures("scanned_once")
 ROOT = Path(__file__).parents[1]
 NAMES = list(ANALYSES)
 SECONDS = 60.0

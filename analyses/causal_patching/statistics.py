@@ -24,9 +24,8 @@ COLUMNS = 2000
 
 def wide(cells: pd.DataFrame, value: str = "effect") -> pd.DataFrame:
     """Return cells as a table [pair, place], NaN where a pair has no cell there."""
-    return cells.pivot_table(index="pair", columns=PLACE, values=value, dropna=False, sort=True).dropna(
-        axis="columns", how="all"
-    )
+    means = cells.groupby(["pair", *PLACE], observed=True)[value].mean()
+    return means.unstack(PLACE).sort_index(axis="columns").dropna(axis="columns", how="all")
 
 
 def live_roles(cells: pd.DataFrame) -> pd.DataFrame:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.stats import beta, rankdata
 
 from analyses.causal_patching.statistics import by_group
-from analyses.results.statistics import Array, percentiles, resampled_ratios
+from analyses.results.statistics import Array, correlation, percentiles, resampled_ratios
 
 
 @dataclass(frozen=True)
@@ -90,18 +90,21 @@ def agreement(
         known = np.isfinite(values)
         sums, counts = (by_group(part, groups) for part in (np.where(known, values, 0.0), known.astype(np.float64)))
         draws.append(np.concatenate([pair_means(values)[None], resampled_ratios(sums, counts, seed=seed)]))
-    ranks = [rank_correlation(a, b if signed else np.abs(b)) for a, b in zip(*draws, strict=True)]
+    ranks = rank_correlations(draws[0], draws[1] if signed else np.abs(draws[1]))
     low, high = percentiles(ranks[1:], int(groups.max()) + 1 if len(groups) else 0)
-    return {"spearman": ranks[0], "spearman_low": float(low), "spearman_high": float(high)}
+    return {"spearman": float(ranks[0]), "spearman_low": float(low), "spearman_high": float(high)}
 
 
-def rank_correlation(a: Array, b: Array) -> float:
-    """Return Spearman's rank correlation; NaN where either side is constant or too short to have one."""
+def rank_correlations(a: Array, b: Array) -> Array:
+    """Return Spearman's rank correlation of each row, [row], over the columns where both sides [row, column] are finite.
+
+    NaN where either side of a row is constant or too short to have one.
+    """
     known = np.isfinite(a) & np.isfinite(b)
-    a, b = a[known], b[known]
-    if len(a) < 3 or a.std() == 0 or b.std() == 0:
-        return float("nan")
-    return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
+    ranks = (rankdata(np.where(known, side, np.nan), axis=1, nan_policy="omit") for side in (a, b))
+    # Left out of a row is what counts as its mean rank.
+    left, right = (np.where(known, rank - (known.sum(1, keepdims=True) + 1) / 2, 0.0) for rank in ranks)
+    return np.where(known.sum(1) < 3, np.nan, correlation(left, right))
 
 
 def ranked(table: pd.DataFrame, chosen: Budget, exact: Array) -> pd.DataFrame:

@@ -124,16 +124,18 @@ def pairs(n: int, seed: int = 0, length: Callable[[str], int] = len) -> list[Tex
     Args:
         length: of a place's name in a prompt, in tokens.
     """
-    rng = np.random.default_rng(seed)
+    rng, length = np.random.default_rng(seed), cache(length)
     order = sample(len(questions()), seed)
     drawn: list[TextPair] = []
     for question in order:
+        if len(drawn) == n:
+            break
         alike = [
             other for other in order
             if (other.kind, other.relation) == (question.kind, question.relation) and other.answer != question.answer
             and length(f" {other.entity}") == length(f" {question.entity}")
         ]  # fmt: skip
-        if len(drawn) < n and alike:
+        if alike:
             other = alike[int(rng.integers(len(alike)))]
             text = question.prompt
             start = text.rindex(question.entity)

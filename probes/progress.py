@@ -11,6 +11,11 @@ T = TypeVar("T")
 class Progress:
     """Watches long work; this one says nothing."""
 
+    @property
+    def batch_tokens(self) -> int | None:
+        """Padded tokens per forward, at most, where somebody waits for a forward to end; None where nobody does."""
+        return None
+
     def start(self, total: int, what: str) -> None:
         """`total` units of `what` (for instance `forward`) are about to be done."""
 

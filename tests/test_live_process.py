@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import importlib
+import math
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +20,7 @@ import pytest
 import torch
 from forked import ForkedWorker
 
-from app.jobs import worker
+from app.jobs import progress, worker
 from app.jobs.models import drop
 from app.jobs.protocol import Request
 from app.jobs.queue import JobQueue
@@ -216,3 +219,11 @@ def _bytes_of_tensors() -> int:
     gc.collect()
     alive = (one for one in gc.get_objects() if issubclass(type(one), torch.Tensor))
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}.values())
+
+
+def test_a_job_takes_short_forwards_while_somebody_works_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_asked_at", -math.inf)
+    job = progress.JobProgress(tmp_path, threading.Event())
+    assert job.batch_tokens is None
+    monkeypatch.setattr(server, "_asked_at", time.monotonic())
+    assert job.batch_tokens == progress.SHORT

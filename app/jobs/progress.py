@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from app.jobs.protocol import Phase, Status, cancel_asked, write_status
-from app.live.server import let_pass
+from app.live.server import attended, let_pass
 from probes.progress import Progress
 
 PAUSE = 0.1
 """Seconds between two rewrites of a status."""
+SHORT = 512
+"""Padded tokens per forward while somebody works live, who waits for it to end; such a capture takes a twelfth longer."""
 NOTES = 12
 """Lines kept of what is said."""
 
@@ -29,6 +31,10 @@ class JobProgress(Progress):
         self.status = Status("running", what="starting", began=time.time())
         self._written = 0.0
         self.publish()
+
+    @property
+    def batch_tokens(self) -> int | None:
+        return SHORT if attended() else None
 
     def enter(self, phase: Phase, what: str = "") -> None:
         """The job comes to its next phase, in which nothing is counted yet."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 import traceback
 from contextlib import suppress
 from multiprocessing.connection import Connection, Listener
@@ -14,6 +16,9 @@ from app.live.protocol import Answer, Question, key, socket_of
 _WAITING = threading.Event()
 """Set while somebody waits for an answer."""
 _ONE = threading.Lock()
+ATTENDED = 120.0
+"""Seconds after a question in which the next is expected."""
+_asked_at = -math.inf
 PAUSE = 0.01
 """Seconds that a job sleeps at the end of a batch to let a live request take the model."""
 PATIENCE = 3.0
@@ -48,6 +53,8 @@ def _answer(question: Question) -> Answer:
     imported()
     from app.live.answering import answer
 
+    global _asked_at
+    _asked_at = time.monotonic()
     with _ONE:
         _WAITING.set()
         try:
@@ -61,6 +68,11 @@ def _answer(question: Question) -> Answer:
             )
         finally:
             _WAITING.clear()
+
+
+def attended() -> bool:
+    """Return whether somebody works live, by when the last question came."""
+    return time.monotonic() - _asked_at < ATTENDED
 
 
 def let_pass() -> None:

@@ -17,8 +17,8 @@ from probes.store import Ragged
 
 PACKET_BYTES = 64 * 2**20
 """Captured bytes per packet, which bounds the memory of a capture."""
-BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
-"""Padded tokens per forward, at most, by the kind of device. On a processor more are no faster, and live work waits for a forward to end."""
+BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+"""Padded tokens per forward, at most, by the kind of device."""
 PENDING_BYTES = 128 * 2**20
 """Bytes of one captured tensor on its way from a GPU, at most; a single prompt may need more."""
 

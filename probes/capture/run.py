@@ -134,7 +134,8 @@ def capture(
             else:
                 for missing in plan.missing:
                     runner = BatchRunner(model, missing.features, resolved, progress, transport, writer)
-                    for batch in sized(model, missing.sequences, missing.features, batch_tokens):
+                    limit = batch_tokens or progress.batch_tokens
+                    for batch in sized(model, missing.sequences, missing.features, limit):
                         runner.run(batch, missing.sequences)
                         progress.advance(len(batch.indices))
         store.names.add(model.context.weights, model.ref)

@@ -29,12 +29,15 @@ SESSIONS = 6
 """Prompts whose runs are kept, of all windows together."""
 MOST_CELLS = 40_000
 """Cells of a grid, at most: layers times positions."""
+THREADS = torch.get_num_threads()
+"""Threads of an answer, also where a job in the same process has just left some of its own to others."""
 
 _KEPT: OrderedDict[tuple[int, object, object], Kept] = OrderedDict()
 
 
 def answer(question: Question) -> Answer:
     """Return the answer to a question; what cannot be is said in it, and the session stays as it was."""
+    torch.set_num_threads(THREADS)
     try:
         state = changed(State.parse(question.session), question.actions)
         session = opened(state)

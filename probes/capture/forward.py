@@ -10,6 +10,7 @@ from torch import Tensor
 
 from probes.capture.device_capture import DeviceCapture, reduced
 from probes.capture.needs import Feature
+from probes.capture.thread_share import ThreadShare
 from probes.models.protocol import Model, Read, Write
 from probes.points import Address
 from probes.prompts import Batch, batches
@@ -51,6 +52,7 @@ def forward(
     features: Sequence[Feature],
     writes: Mapping[Address, Write] | None = None,
     device_capture: DeviceCapture | None = None,
+    share: ThreadShare | None = None,
 ) -> dict[str, Ragged]:
     """Run one forward over `batch`; return each feature's rows on the CPU, by feature key.
 
@@ -58,7 +60,7 @@ def forward(
     """
     rows: dict[str, Ragged] = {}
     with device_capture or nullcontext():
-        model.run(batch.tokens, readers(model, batch, features, rows, device_capture), writes, batch.lengths)
+        model.run(batch.tokens, readers(model, batch, features, rows, device_capture, share), writes, batch.lengths)
     return rows
 
 
@@ -68,6 +70,7 @@ def readers(
     features: Sequence[Feature],
     rows: dict[str, Ragged],
     device_capture: DeviceCapture | None = None,
+    share: ThreadShare | None = None,
 ) -> dict[Address, Read]:
     """Return reads that put each feature's rows into `rows`, by feature key, or send them by `device_capture`."""
     by_address: dict[Address, list[Feature]] = {}
@@ -76,6 +79,8 @@ def readers(
 
     def reader(address: Address) -> Read:
         def read(tensor: Tensor) -> None:
+            if share is not None:
+                share.adapt()
             for feature in by_address[address]:
                 if device_capture is None:
                     values, counts = reduced(model, tensor, batch, feature)

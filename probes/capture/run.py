@@ -26,6 +26,7 @@ from probes.capture.forward import (
 from probes.capture.layer_major import layer_major
 from probes.capture.lookup import Lookup, Tokens
 from probes.capture.needs import CapturePlan, Feature, Need, as_needs, make_plan
+from probes.capture.thread_share import ThreadShare
 from probes.capture.writer import Writer
 from probes.device_to_host import Transport
 from probes.edits import Edit, altered, resolve, writes_of
@@ -132,12 +133,13 @@ def capture(
                 for members, rows in layer_major(model, plan, resolved, batch_tokens, progress):
                     writer.put(members, rows)
             else:
-                for missing in plan.missing:
-                    runner = BatchRunner(model, missing.features, resolved, progress, transport, writer)
-                    limit = batch_tokens or progress.batch_tokens
-                    for batch in sized(model, missing.sequences, missing.features, limit):
-                        runner.run(batch, missing.sequences)
-                        progress.advance(len(batch.indices))
+                with ThreadShare() as share:
+                    for missing in plan.missing:
+                        runner = BatchRunner(model, missing.features, resolved, progress, transport, writer, share)
+                        limit = batch_tokens or progress.batch_tokens
+                        for batch in sized(model, missing.sequences, missing.features, limit):
+                            runner.run(batch, missing.sequences)
+                            progress.advance(len(batch.indices))
         store.names.add(model.context.weights, model.ref)
         done = CaptureReport(plan, plan.forwards, writer.bytes)
         again = partial(capture, model, sequences, needs, store, edits=edits, batch_tokens=batch_tokens)
@@ -174,6 +176,7 @@ class BatchRunner:
     progress: Progress
     transport: Transport | None
     writer: Writer
+    share: ThreadShare
 
     def run(self, batch: Batch, sequences: Sequence[tuple[int, ...]]) -> None:
         """Run one forward over a batch of `sequences`, or one over each half of it where memory does not suffice."""
@@ -184,7 +187,7 @@ class BatchRunner:
         try:
             with altered(self.model, self.edits):
                 writes = writes_of(self.model, self.edits, batch.lengths)
-                rows = forward(self.model, batch, self.features, writes, device_capture)
+                rows = forward(self.model, batch, self.features, writes, device_capture, self.share)
         except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise

@@ -14,7 +14,7 @@ from types import TracebackType
 
 import torch
 
-PERIOD = 0.2
+PERIOD = 0.1
 """Seconds over which it is counted what others take, at least."""
 COUNTERS = Path("/proc/stat")
 """Where Linux counts what its processors did; elsewhere all threads are used always."""

@@ -115,7 +115,7 @@ def capture(
         StoreError: not enough space, before the run or during it.
     """
     needs, sequences = as_needs(needs), token_ids(sequences, model)
-    with ExitStack() as stack:
+    with ThreadShare() as share, ExitStack() as stack:
         stack.enter_context(store.pin())
         lookup = Lookup(store, context_of(model, edits), model.shape.causal)
         check_canary(model, lookup.context, store)
@@ -133,13 +133,12 @@ def capture(
                 for members, rows in layer_major(model, plan, resolved, batch_tokens, progress):
                     writer.put(members, rows)
             else:
-                with ThreadShare() as share:
-                    for missing in plan.missing:
-                        runner = BatchRunner(model, missing.features, resolved, progress, transport, writer, share)
-                        limit = batch_tokens or progress.batch_tokens
-                        for batch in sized(model, missing.sequences, missing.features, limit):
-                            runner.run(batch, missing.sequences)
-                            progress.advance(len(batch.indices))
+                for missing in plan.missing:
+                    runner = BatchRunner(model, missing.features, resolved, progress, transport, writer, share)
+                    limit = batch_tokens or progress.batch_tokens
+                    for batch in sized(model, missing.sequences, missing.features, limit):
+                        runner.run(batch, missing.sequences)
+                        progress.advance(len(batch.indices))
         store.names.add(model.context.weights, model.ref)
         done = CaptureReport(plan, plan.forwards, writer.bytes)
         again = partial(capture, model, sequences, needs, store, edits=edits, batch_tokens=batch_tokens)

@@ -206,13 +206,13 @@ def test_nothing_is_loaded_ahead_where_that_is_switched_off_or_the_model_is_not_
 
 def test_every_module_to_import_ahead_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ahead, an error is passed over, so that a module of another name would only make answering slow."""
-    for name in imports.MODULES:
+    for name in imports.AHEAD:
         importlib.import_module(name)
     named = list[str]()
     monkeypatch.setattr(imports, "import_module", named.append)
     imports.import_ahead()
     imports.imported()
-    assert named == list(imports.MODULES)
+    assert named == list(imports.AHEAD)
 
 
 def _bytes_of_tensors() -> int:

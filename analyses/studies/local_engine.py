@@ -15,14 +15,11 @@ from analyses.studies.definition import StudyModel
 from analyses.studies.run_cells import Event, ModelHolder, Outcome, Started, run_unit
 from analyses.studies.scheduling import Unit, take
 from analyses.studies.study_folder import StudyFolder
+from probes.models.imported import MODULES
 from probes.store import ActivationStore
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-PRELOADED = (
-    "analyses.studies.run_cells", "probes.models.backends.native", "transformers.activations",
-    "transformers.modeling_layers", "transformers.models.auto.modeling_auto",
-    "transformer_lens.factories.architecture_adapter_factory", "transformer_lens.model_bridge.sources._bridge_builder",
-)  # fmt: skip
+PRELOADED = ("analyses.studies.run_cells", *MODULES)
 """Imported once, by the process that workers are forked from; it touches no device."""
 
 

@@ -6,12 +6,10 @@ import threading
 from contextlib import suppress
 from importlib import import_module
 
-MODULES = (
-    "app.live.answering", "transformers.modeling_utils", "transformers.modeling_layers",
-    "transformer_lens.factories.architecture_adapter_factory", "transformer_lens.model_bridge.sources._bridge_builder",
-)  # fmt: skip
-"""What loading and reading a model imports, which takes longer than the model itself."""
+from probes.models.imported import MODULES
 
+AHEAD = ("app.live.answering", *MODULES)
+"""What loading and reading a model imports."""
 NAME = "import-ahead"
 
 
@@ -21,7 +19,7 @@ def import_ahead() -> None:
 
 
 def _import() -> None:
-    for name in MODULES:
+    for name in AHEAD:
         with suppress(Exception):  # whoever needs it meets the error, and says it
             import_module(name)
 

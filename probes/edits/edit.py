@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
-from jaxtyping import Float, Int
-from torch import Tensor
-
-from probes.blocks.single_block import stage_of
 from probes.edits.line import EditError, Line, split_layers
 from probes.edits.positions import Texts
 from probes.edits.programs import Program
 from probes.errors import OptionError, PointError, unknown
 from probes.models.protocol import Model, Shape, Write
-from probes.points import Address
+from probes.points import Address, stage_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
 
 Scope = Literal["prefill", "every_step"]
 """When an edit acts while the model writes: on the prompt only, or also on every token written."""

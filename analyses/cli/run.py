@@ -79,6 +79,10 @@ def command_for(name: str) -> Callable[..., None]:
         build(outline, options)
         given.check()
         spec.check()
+        if changes:
+            from probes.edits import check_edits
+
+            check_edits(changes)
         with importing():
             analysis = get_analysis(name)
         start(

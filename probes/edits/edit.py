@@ -21,6 +21,9 @@ Scope = Literal["prefill", "every_step"]
 """When an edit acts while the model writes: on the prompt only, or also on every token written."""
 
 
+ANY_LAYERS = 1
+"""Stands for a model's number of layers where none is known."""
+
 _GRAMMAR: dict[str, type[Edit]] = {}
 """First word of an edit's text to the class that reads it."""
 
@@ -98,6 +101,16 @@ def parse_edits(text: str, n_layers: int) -> list[Edit]:
         OptionError: as `Edit.parse`.
     """
     return [Edit.parse(part) for part in split_layers(text, n_layers)]
+
+
+def check_edits(lines: Sequence[str]) -> None:
+    """Refuse lines that are no edits of any model.
+
+    Raises:
+        OptionError: the first of them, with the place and the legal forms.
+    """
+    for line in lines:
+        parse_edits(line, ANY_LAYERS)
 
 
 @runtime_checkable

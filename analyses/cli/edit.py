@@ -42,6 +42,8 @@ def edit(
     """Edit a model on one prompt, and compare what it says before and after."""
     if not text:
         raise PromptError("--text is empty: give a prompt")
+    if save is not None and not save.parent.is_dir():
+        raise OptionError(f"--save {str(save)!r} lies in no folder that is there: give another file")
     spec.check()
     tokens = watched(watch)
     check_edits(edits or ())

@@ -81,7 +81,7 @@ def fit(
     A tuned lens needs no forward where its rows are stored. A Jacobian lens goes on after an interruption.
     """
     steps, chosen = _offsets(offsets), _layers(layers)
-    Prompts(prompts).check()
+    Prompts(prompts).read()
     check_free(out)
     spec.check()
     with importing():
@@ -193,7 +193,7 @@ def check(
 ) -> None:
     """Check that a lens is of a model, and how far its reading is from the model's output on text it was not fitted on."""
     read_card(lens)
-    Prompts(prompts).check()
+    Prompts(prompts).read()
     spec.check()
     with importing():
         from analyses.cli.lens_lines import quality_lines
@@ -239,7 +239,7 @@ def import_lens(
 ) -> None:
     """Convert a lens that another program fitted, after comparing some of its rows with rows estimated here."""
     check_free(out)
-    Prompts(prompts).check()
+    Prompts(prompts).read()
     with opened(file, "lens file", OptionError):
         pass
     spec.check()

@@ -18,7 +18,7 @@ from probes.errors import OptionError
 from probes.html_card import count
 from probes.models.protocol import Model
 from probes.progress import QUIET, Progress
-from probes.prompts import PromptLine, read_prompts
+from probes.prompts import PromptLine, check_fields, read_prompts
 from probes.store import ActivationStore
 
 Prompts = Path | Sequence[PromptLine] | None
@@ -135,6 +135,8 @@ def lines_of(analysis: Analysis, prompts: Prompts) -> list[PromptLine]:
     if isinstance(prompts, Path):
         return read_prompts(prompts, analysis.prompt_fields)
     if prompts:
+        for line in prompts:
+            check_fields(line.fields, line.where, analysis.prompt_fields)
         return list(prompts)
     if not analysis.makes_prompts:
         flags = next((f" or {flag}" for name, flag in MAKING.items() if hasattr(analysis, name)), "")

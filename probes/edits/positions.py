@@ -93,7 +93,7 @@ def chosen(length: int, at: At | str) -> Int[Tensor, " row"]:
     """
     if isinstance(at, TokenText):
         raise OptionError(f"positions {at!r} are named by token text, and must be resolved on a prompt first")
-    from probes.prompts import select
+    from probes.batches import select
 
     return select(length, at)
 

@@ -9,7 +9,7 @@ import typer
 from analyses.cli.console import ConsoleProgress, say
 from analyses.cli.imports import importing
 from analyses.cli.model_flags import with_model
-from analyses.cli.run import DryRun, PromptFile, Prompts
+from analyses.cli.run import DryRun, PromptFile, Prompts, store_at
 from analyses.cli.store_flag import StoreDir
 from analyses.running.model_spec import ModelSpec
 from probes.html_card import count, size
@@ -37,14 +37,13 @@ def capture(
     patterns = tuple(part.strip() for part in points.split(","))
     expand(patterns, MOST_LAYERS)
     spec.check()
+    activations = store_at(store)
     with importing():
         from analyses.base import as_prompts
         from probes.capture.dry_run import estimate
         from probes.capture.needs import Need
         from probes.capture.run import capture as run_capture
         from probes.capture.run import plan_capture
-        from probes.store import ActivationStore
-    activations = ActivationStore(store)
     loaded = spec.load()
     sequences = [prompt.tokens for prompt in as_prompts(lines, loaded, {})]
     need = Need(tuple(str(address) for address in expand(patterns, loaded.shape.n_layers)), reducer)

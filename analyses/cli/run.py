@@ -30,6 +30,7 @@ from probes.prompts import PromptLine, as_line, read_prompts
 
 if TYPE_CHECKING:
     from analyses.base import Analysis
+    from probes.store import ActivationStore
 
 PromptFile = Annotated[Path, typer.Option("--prompts", help='JSON lines: {"text": …} or {"tokens": […]}.')]
 GivenPrompts = Annotated[
@@ -84,6 +85,7 @@ def command_for(name: str) -> Callable[..., None]:
 
             check_edits(changes)
         check_output(out or Path("runs") / name)
+        activations = store_at(store)
         with importing():
             analysis = get_analysis(name)
         start(
@@ -91,7 +93,7 @@ def command_for(name: str) -> Callable[..., None]:
             spec,
             given,
             lines,
-            store,
+            activations,
             out,
             progress,
             edits=changes,
@@ -127,6 +129,17 @@ class Prompts:
         return [as_line(text, number) for number, text in enumerate(self.texts)]
 
 
+def store_at(root: Path | None) -> ActivationStore:
+    """Return the store in a folder; the one in the user cache by default.
+
+    Raises:
+        StoreError: a folder that cannot be used.
+    """
+    from probes.store import ActivationStore
+
+    return ActivationStore(root)
+
+
 def progress_of(quiet: bool, verbose: bool) -> Progress:
     """Return the progress that the flags ask for."""
     return QUIET if quiet else ConsoleProgress(every_step=verbose)
@@ -137,7 +150,7 @@ def start(
     spec: ModelSpec,
     prompts: Prompts,
     lines: Sequence[PromptLine],
-    store: Path | None,
+    activations: ActivationStore,
     out: Path | None,
     progress: Progress,
     *,
@@ -149,13 +162,11 @@ def start(
     from analyses.running.runner import dry_run as cost_of
     from analyses.running.runner import lines_of
     from analyses.running.runner import run as run_analysis
-    from probes.store import ActivationStore
 
     lines = lines_of(analysis, lines)
     out = out or Path("runs") / analysis.name
     if not dry_run:
         make_folder(out.parent, "the folder of --out", OptionError)
-    activations = ActivationStore(store)
     if dry_run:
         cost = cost_of(spec, analysis, lines, activations, edits=edits)
         say(dumps({"cost": cost}) if as_json else "\n".join(cost))

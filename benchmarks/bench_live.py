@@ -48,7 +48,9 @@ STRIP = "step => [...document.querySelectorAll('[data-live-step]')].some(e => e.
 SAME = f"""step => [...document.querySelectorAll('{GRID} *')].some(e =>
   [...(e.shadowRoot || e).querySelectorAll('table')].some(t => t.dataset.step === step && t.getClientRects().length))"""
 """Whether the grid, which stands in a tree of its own, shows this step."""
-CAPTION = "text => [...document.querySelectorAll('[data-testid=stCaptionContainer]')].some(e => e.textContent.includes(text))"
+CAPTION = (
+    "text => [...document.querySelectorAll('[data-testid=stCaptionContainer]')].some(e => e.textContent.includes(text))"
+)
 """Whether a line in small print says something."""
 WAIT = 120_000
 LOOK = 20

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -148,17 +148,21 @@ def _leaving(
 
 def _each_position(prompt: OpenPrompt, variants: Sequence[Variant]) -> dict[Address, Write]:
     """Return the write that makes each variant's change at its own position; each sees the rows as they were."""
+    same: dict[PointEdit, list[int]] = {}
+    for variant in variants:
+        assert isinstance(variant.ready, PointEdit)
+        same.setdefault(replace(variant.ready, positions="all"), []).append(_position(prompt, variant))
     shape = prompt.model.shape
-    places = [(_position(prompt, v), v.ready.writes(shape)) for v in variants if v.ready is not None]
+    changes = [(at, replace(edit, positions=tuple(at)).writes(shape)) for edit, at in same.items()]
 
     def write(tensor: Tensor) -> Tensor:
         out = tensor.clone()
-        for at, writes in places:
+        for at, writes in changes:
             for change in writes.values():
                 out[:, at] = change(tensor)[:, at]
         return out
 
-    return dict.fromkeys((address for _, writes in places for address in writes), write)
+    return dict.fromkeys((address for _, writes in changes for address in writes), write)
 
 
 def _by_row(prompt: OpenPrompt, variants: Sequence[Variant]) -> dict[Address, Write]:

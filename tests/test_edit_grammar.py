@@ -28,6 +28,7 @@ from probes.edits import (
     TokenDirection,
     TokenText,
     Values,
+    check_edits,
     legal_forms,
     parse_edits,
 )
@@ -106,6 +107,19 @@ def test_what_the_lines_of_the_issue_mean() -> None:
         address=Address("resid_post", 3), value=TokenDirection(" a", " b"), factor=-2.5
     )
     assert [str(e) for e in parse_edits("zero mlp_out.*", 3)] == ["zero mlp_out.0", "zero mlp_out.1", "zero mlp_out.2"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(EDITS)
+def test_no_edit_is_refused_before_the_model_is_known(edit: Edit) -> None:
+    check_edits([str(edit)])
+
+
+@pytest.mark.parametrize("line", ["zero mlp_out.*", "scale resid_post.3-70 x0.5", "patch z.12-12.3 @4 from other"])
+def test_no_span_of_layers_is_refused_before_the_model_is_known(line: str) -> None:
+    check_edits([line])
+    with pytest.raises(EditError):
+        check_edits([line, f"{line} more"])
 
 
 @pytest.mark.parametrize(

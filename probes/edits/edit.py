@@ -21,8 +21,8 @@ Scope = Literal["prefill", "every_step"]
 """When an edit acts while the model writes: on the prompt only, or also on every token written."""
 
 
-ANY_LAYERS = 1
-"""Stands for a model's number of layers where none is known."""
+ANY_LAYERS = 10_000
+"""Stands for a model's number of layers where none is known: more than any has, so that no span of layers is cut."""
 
 _GRAMMAR: dict[str, type[Edit]] = {}
 """First word of an edit's text to the class that reads it."""
@@ -110,7 +110,8 @@ def check_edits(lines: Sequence[str]) -> None:
         OptionError: the first of them, with the place and the legal forms.
     """
     for line in lines:
-        parse_edits(line, ANY_LAYERS)
+        # Parts of one line differ by their layer alone.
+        Edit.parse(split_layers(line, ANY_LAYERS)[0])
 
 
 @runtime_checkable

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from contextlib import suppress
-from importlib import import_module
 
-from probes.models.imported import MODULES
+from probes.models.imported import MODULES, import_all, uncollected
 
 AHEAD = ("app.live.answering", *MODULES)
 """What loading and reading a model imports."""
@@ -19,9 +18,9 @@ def import_ahead() -> None:
 
 
 def _import() -> None:
-    for name in AHEAD:
-        with suppress(Exception):  # whoever needs it meets the error, and says it
-            import_module(name)
+    with uncollected():
+        import_all(AHEAD)
+        gc.freeze()  # what was imported stays, and is not looked through for garbage while somebody waits
 
 
 def imported() -> None:

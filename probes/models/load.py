@@ -12,6 +12,7 @@ from probes.errors import OptionError, unknown
 from probes.models.backends.deferred import DeferredModel
 from probes.models.choices import ATTENTIONS, DTYPES
 from probes.models.fingerprint.foreign_code import untouched
+from probes.models.imported import import_all
 from probes.models.interop import backend_class
 from probes.models.placement import DeviceMap, MaxMemory, bytes_of, fetch_offloaded, spread
 from probes.models.protocol import Model
@@ -98,6 +99,7 @@ def load_model(
 
 def _whole(backend: str, located: Located, how: Loading) -> Model:
     """Load all of a model."""
+    import_all()
     config = read_config(located.folder, trust_remote_code=how.trust_remote_code)
     module = load_module(located.folder, config, how)
     tokenizer = load_tokenizer(located.folder, trust_remote_code=how.trust_remote_code)

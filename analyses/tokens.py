@@ -89,6 +89,12 @@ def token_text(model: Model, token: int) -> str:
     return tokens_text(model, [token])
 
 
+def token_texts(model: Model, tokens: Sequence[int]) -> list[str]:
+    """Each of many tokens as `token_text` has it."""
+    texts = {token: token_text(model, token) for token in set(tokens)}
+    return [texts[token] for token in tokens]
+
+
 def character_ends(model: Model, tokens: Sequence[int]) -> list[int]:
     """Return how many characters of the text the tokens up to each one stand for, special tokens left out."""
     decode = partial(model.tokenizer.decode, skip_special_tokens=True)

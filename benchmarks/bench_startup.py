@@ -34,6 +34,7 @@ QUICK = [
     ["lens", "fit", "--model", "smollm2-135m", "--out", "{folder}"],
     ["lens", "show", "{folder}"],
     ["run", "logit_lens", "--model", "smollm2-135m", "--text", "a", "--lens", "{folder}"],
+    ["run", "voids", "--model", "smollm2-135m"],
     ["run", "voids", "--model", "smollm2-135m", "--text", "a", "--edit", "zero"],
     ["run", "voids", "--model", "smollm2-135m", "--text", "a", "--store", "{prompts}"],
     ["run", "voids", "--model", "smollm2-135m", "--prompts", "{malformed}"],

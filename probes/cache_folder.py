@@ -17,7 +17,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def cache_root() -> Path:
-    """Return `$BATHYSCOPE_CACHE`, or the user's cache folder; holds `models` and, unless told otherwise, `store`."""
+    """Return `$BATHYSCOPE_CACHE`, or the user's cache folder; holds `models`, `pages` and, unless told otherwise, `store`."""
     return expanded(os.environ.get("BATHYSCOPE_CACHE") or platformdirs.user_cache_dir("bathyscope"))
 
 

@@ -310,6 +310,7 @@ def test_an_outline_has_the_options_of_its_analysis(name: str) -> None:
     assert outline is not analysis, "the analysis spells an option in a way that its source alone does not tell"
     assert (outline.name, outline.title) == (name, analysis.title)
     assert types_of(outline) == types_of(analysis)
+    assert outline().makes_prompts == analysis().makes_prompts
     for one, other in zip(fields(outline), fields(analysis), strict=True):
         assert (one.name, one.default, one.metadata) == (other.name, other.default, other.metadata)
 

@@ -57,6 +57,7 @@ REFUSED_AT_ONCE = [
     "--positions none",
     "--model x --prompts nowhere",
     "--model x --prompts pyproject.toml",
+    "--model smollm2-135m",
     "--model smollm2-135m --text a --edit zero",
     "--model smollm2-135m --text a --lens docs",
     "--model smollm2-135m --text a --out docs",

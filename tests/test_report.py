@@ -5,16 +5,18 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from plotly.offline import get_plotlyjs
 from tiny import PROMPTS
 
 from analyses.cli import main
 from analyses.logit_lens import LogitLens
+from analyses.results import page
 from analyses.results.report import heading, render, titles_of
 from analyses.results.result import Result
 from probes.models.backends.native import NativeModel
@@ -133,3 +135,18 @@ def test_a_folder_that_is_no_result_is_named(tmp_path: Path, capsys: pytest.Capt
     assert str(tmp_path) in capsys.readouterr().err
     assert main(["report", "--out", str(tmp_path / "x.html")]) == 2
     assert not (tmp_path / "x.html").exists()
+
+
+def test_the_script_of_the_figures_is_packed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATHYSCOPE_CACHE", str(tmp_path))
+    packed = page._library.__wrapped__()
+    assert gzip.decompress(b64decode(packed)).decode() == get_plotlyjs()
+    [kept] = tmp_path.glob("pages/*")
+    with monkeypatch.context() as patch:
+        patch.setattr(page, "_gzip", lambda _: pytest.fail("packed again"))
+        assert page._library.__wrapped__() == packed
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert page._library.__wrapped__() == packed
+    assert b64encode(kept.read_bytes()).decode() == packed
+    monkeypatch.setenv("BATHYSCOPE_CACHE", str(kept))
+    assert page._library.__wrapped__() == packed, "a cache that cannot be written"

@@ -6,10 +6,11 @@ import ast
 import dataclasses
 import sys
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from analyses.options import types_of, validate
@@ -19,7 +20,7 @@ from analyses.registry import get_analysis, paths
 def options_of(name: str) -> Any:
     """Return a dataclass with the options, name, title and docstring of the analysis of that name.
 
-    It is put together from the source, and checks values as the analysis itself does, but for what only its code can tell;
+    It says of itself whether it makes its prompts, as the analysis does. It is put together from the source, and checks values as the analysis itself does, but for what only its code can tell;
     where the source says them in another way than a literal or a constant, the analysis is imported and returned.
     """
     module, _, attribute = paths()[name].partition(":")
@@ -28,6 +29,7 @@ def options_of(name: str) -> Any:
         if spelled is None:
             raise LookupError(attribute)
         own = {"__post_init__": validate, "name": name, "title": spelled.value("title")}
+        own["makes_prompts"] = spelled.answer("makes_prompts")
         fields = [(field, kind, default) for field, (kind, default) in spelled.options().items()]
         outline = dataclasses.make_dataclass(attribute, fields, namespace=own, frozen=True)
         outline.__doc__ = ast.get_docstring(spelled.node)
@@ -58,6 +60,17 @@ class _Class:
                 kind, default = self.names.value_of(field.annotation), self.names.value_of(field.value)
                 options[ast.unparse(field.target)] = kind, default
         return options
+
+    def answer(self, name: str) -> property | None:
+        """Return a property of the class or of one that it is made of, where it returns one expression and does no more."""
+        for statement in self.node.body:
+            if isinstance(statement, ast.FunctionDef) and statement.name == name:
+                said = statement.body[ast.get_docstring(statement) is not None :]
+                if len(said) != 1 or not isinstance(said[0], ast.Return) or said[0].value is None:
+                    raise LookupError(ast.unparse(statement))
+                return property(partial(_worth, compile(ast.Expression(said[0].value), "options", "eval"), self.names))
+        bases = (self.names.spelled_class(ast.unparse(base)) for base in self.node.bases)
+        return next(filter(None, (base.answer(name) for base in bases if base is not None)), None)
 
     def value(self, name: str) -> Any:
         """Return what the class says of itself under a name."""
@@ -102,6 +115,10 @@ class _Names(dict[str, Any]):
                 bound = {alias.asname or alias.name for alias in statement.names}
             if name in bound or name == getattr(statement, "name", None):
                 yield statement
+
+
+def _worth(code: CodeType, names: _Names, self: Any) -> Any:
+    return eval(code, {"self": self}, names)
 
 
 def _original(statement: ast.ImportFrom, name: str) -> str:

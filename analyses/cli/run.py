@@ -21,6 +21,7 @@ from analyses.cli.outline import options_of
 from analyses.cli.store_flag import StoreDir
 from analyses.registry import get_analysis
 from analyses.results.output_folder import check_output
+from analyses.running.makes_prompts import check_makes_prompts
 from analyses.running.model_spec import ModelSpec
 from probes.errors import OptionError
 from probes.html_card import count
@@ -77,8 +78,10 @@ def command_for(name: str) -> Callable[..., None]:
         given = Prompts(prompts, tuple(texts or ()))
         progress = progress_of(quiet, verbose)
         changes = tuple(edits or ())
-        build(outline, options)
+        chosen = build(outline, options)
         lines = given.read()
+        if not lines:
+            check_makes_prompts(chosen)
         spec.check()
         if changes:
             from probes.edits import check_edits

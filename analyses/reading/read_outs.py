@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analyses.tokens import token_text
+from analyses.tokens import token_text, token_texts
 from probes.lenses import logit
 from probes.models.protocol import Model
 from probes.prompts import Prompt
@@ -57,13 +57,13 @@ def read_tables(
     top = read.loc[read.index.repeat(top_k)].reset_index(drop=True)
     read["entropy_bits"], read["kl_to_final"] = seen.entropy_bits.cpu().numpy(), seen.kl.cpu().numpy()
     read["final_token_id"] = best[of].numpy()
-    read["final_token"] = [token_text(model, int(t)) for t in read["final_token_id"]]
+    read["final_token"] = token_texts(model, read["final_token_id"].tolist())
     read["final_probability"] = seen.logprobs[:, 0].exp().cpu().numpy()
     read["final_logprob"] = seen.logprobs[:, 0].cpu().numpy()
     read["top_token_id"] = seen.top_ids[:, 0].cpu().numpy()
     read["agrees"] = read["top_token_id"] == read["final_token_id"]
     top["rank"] = np.tile(np.arange(top_k), len(read))
     top["token_id"] = seen.top_ids.flatten().cpu().numpy()
-    top["token"] = [token_text(model, int(t)) for t in top["token_id"]]
+    top["token"] = token_texts(model, top["token_id"].tolist())
     top["probability"] = seen.top_logprobs.exp().flatten().cpu().numpy()
     return top, read

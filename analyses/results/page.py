@@ -5,7 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import struct
+import zlib
 from base64 import b64encode
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -16,7 +19,9 @@ from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from analyses.results.theme import DARK, INK, LINE
+from probes.cache_folder import cache_root
 from probes.html_card import count
+from probes.locked_files import replacing
 
 HEIGHT = 450
 """Pixels of a figure that names no height; plotly's own default."""
@@ -66,13 +71,30 @@ def table_cells(table: pd.DataFrame, form: str) -> dict[str, Any]:
 
 
 def _packed(text: str) -> str:
+    return b64encode(_gzip(text.encode())).decode()
+
+
+def _gzip(content: bytes) -> bytes:
     # Without a time stamp: equal results give equal pages. A higher level takes longer and saves 0.2 %.
-    return b64encode(gzip.compress(text.encode(), compresslevel=6, mtime=0)).decode()
+    return gzip.compress(content, compresslevel=6, mtime=0)
 
 
 @cache
 def _library() -> str:
-    return _packed(get_plotlyjs())
+    """Plotly's script, packed once a version and kept in the cache: packing it takes as long as drawing the figures."""
+    script = get_plotlyjs().encode()
+    # How a gzip file ends: by what it unpacks to.
+    ending = struct.pack("<2I", zlib.crc32(script), len(script))
+    kept = cache_root() / "pages" / f"plotly-{ending.hex()}.js.gz"
+    with suppress(OSError):
+        if (packed := kept.read_bytes())[-len(ending) :] == ending:
+            return b64encode(packed).decode()
+    packed = _gzip(script)
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(kept) as draft:
+            draft.write_bytes(packed)
+    return b64encode(packed).decode()
 
 
 @cache

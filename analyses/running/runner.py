@@ -9,12 +9,12 @@ from pathlib import Path
 
 from analyses.base import Analysis
 from analyses.results.result import Result
+from analyses.running.makes_prompts import check_makes_prompts
 from analyses.running.model_spec import ModelSpec
 from probes.capture.dry_run import estimate
 from probes.capture.needs import CapturePlan, Need
 from probes.capture.run import plan_capture
 from probes.edits import EditedModel, check_edits, parse_edits
-from probes.errors import OptionError
 from probes.html_card import count
 from probes.models.protocol import Model
 from probes.progress import QUIET, Progress
@@ -23,9 +23,6 @@ from probes.store import ActivationStore
 
 Prompts = Path | Sequence[PromptLine] | None
 """A prompt file, lines that were read already, or None where the analysis makes its own."""
-
-MAKING = {"sets": "--sets NAME", "task": "another --task"}
-"""Options that let some analyses make their own prompts, and the flag to name."""
 
 
 def run(
@@ -138,7 +135,5 @@ def lines_of(analysis: Analysis, prompts: Prompts) -> list[PromptLine]:
         for line in prompts:
             check_fields(line.fields, line.where, analysis.prompt_fields)
         return list(prompts)
-    if not analysis.makes_prompts:
-        flags = next((f" or {flag}" for name, flag in MAKING.items() if hasattr(analysis, name)), "")
-        raise OptionError(f"{analysis.name} needs prompts: give --prompts FILE.jsonl{flags}")
+    check_makes_prompts(analysis)
     return []

@@ -74,7 +74,7 @@ class RaggedRun:
         model, length, lowest = base.model, len(base.tokens), min(first_block)
         if "position_ids" not in signature(model.module.forward).parameters or changed[0].dtype.itemsize < 4:
             raise NotRagged
-        self.base, self.device = base, changed[0].device
+        self.base = base
         # Those that begin at near positions run in one part: then little of its rectangle is empty.
         self.order = sorted(range(len(changed)), key=lambda i: position[i])
         begin = torch.tensor([base.start, *(position[i] for i in self.order)])

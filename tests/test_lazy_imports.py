@@ -20,6 +20,8 @@ from bulky.inner import depth
 
 class Empty: pass
 
+MARK = load("mark")
+
 def rows(table: whole.Table | None, other: Empty | Table) -> whole.Table:
     return load(table) if isinstance(table, Table) else whole.NOTHING
 """
@@ -32,7 +34,7 @@ LOAD = """
 import sys
 from probes.models.imported import import_all
 import_all()
-heavy = {"datasets", "pandas", "pyarrow", "scipy"} & sys.modules.keys()
+heavy = {"datasets", "pandas", "pyarrow", "pytest", "scipy"} & sys.modules.keys()
 assert not heavy, heavy
 from transformer_lens.utilities.hf_utils import keep_single_column
 from transformers.loss.loss_for_object_detection import linear_sum_assignment
@@ -66,6 +68,7 @@ def test_a_lazy_name_is_imported_when_used_and_only_by_the_library_named(
     assert reader.rows(table, None) == [table]
     assert reader.rows(None, None) is bulky.NOTHING
     assert reader.depth.index(3) == 0
+    assert reader.MARK.count("mark") == 1
     assert issubclass(bulky.Table, reader.Table)
     assert not issubclass(int, reader.Table)
     assert types.new_class("Own", (reader.Table,)).__mro__[1] is bulky.Table

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 from typing import Any, Union
 
 LAZY: Mapping[str, frozenset[str]] = {
-    "transformer_lens": frozenset({"datasets", "pandas"}),
+    "transformer_lens": frozenset({"datasets", "pandas", "pytest"}),
     "transformers": frozenset({"scipy"}),
 }
-"""The packages that each library gets lazily: data sets and tables of experiments, and the losses of object detection."""
+"""The packages that each library gets lazily: for data sets, tables and its own tests, and for losses of object detection."""
 
 
 class LazyName:
-    """Stands for what a library imports: calling it, or asking it for an attribute, imports it.
+    """Stands for what a library imports, until it is called or asked for an attribute.
 
     Args:
         real: imports and returns what it stands for.
@@ -27,12 +27,11 @@ class LazyName:
         self._real = real
 
     def __getattr__(self, name: str) -> Any:
-        # Heads of functions name types as `pandas.DataFrame`, and are read while the library is imported.
-        return LazyName(lambda: getattr(self._real(), name)) if _lazy() else getattr(self._real(), name)
+        return _stand_in(lambda: getattr(self._real(), name))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call what it stands for."""
-        return self._real()(*args, **kwargs)
+        return _stand_in(lambda: self._real()(*args, **kwargs))
 
     def __instancecheck__(self, instance: Any) -> bool:
         return isinstance(instance, self._real())
@@ -70,5 +69,6 @@ def lazy_imports() -> Iterator[None]:
         builtins.__import__ = ordinary
 
 
-def _lazy() -> bool:
-    return builtins.__import__.__module__ == __name__
+def _stand_in(real: Callable[[], Any]) -> Any:
+    """What is asked of a stand-in: another one while the library is imported, which names types and marks its functions then."""
+    return LazyName(real) if builtins.__import__.__module__ == __name__ else real()

@@ -35,6 +35,7 @@ def option(
     form: Any = None,
     aliases: Sequence[str] = (),
     old_values: Mapping[str, str] | None = None,
+    lenses: Sequence[str] | None = None,
 ) -> Any:
     """Return a dataclass field with a help text, and the closed range of a number (or of each number of a tuple).
 
@@ -43,10 +44,11 @@ def option(
         form: the value a form on a screen begins with where that is not the default.
         aliases: names it had before; a class with such options is decorated with `accept_old_names`.
         old_values: values that had another name before, and what they are called now.
+        lenses: makes a text one that names a lens: logit, one of these, or a folder; None for other texts.
     """
     start = default if form is None else form
     limits = {"low": low, "high": high}
-    before = {"aliases": tuple(aliases), "old_values": dict(old_values or {})}
+    before = {"aliases": tuple(aliases), "old_values": dict(old_values or {}), "lenses": lenses}
     return dataclasses.field(default=default, metadata={"help": help, "flag": flag, "form": start, **limits, **before})
 
 
@@ -176,6 +178,10 @@ def _check_value(field: dataclasses.Field[Any], value: Any, kind: Any) -> None:
         _check_range(field, value, kind)
     elif kind is str:
         _check_text(field, value)
+        if (lenses := field.metadata.get("lenses")) is not None:
+            from probes.lenses.names import check_lens
+
+            check_lens(value, *lenses)
 
 
 def _check_range(field: dataclasses.Field[Any], value: float, kind: type) -> None:

@@ -48,8 +48,13 @@ STRIP = "step => [...document.querySelectorAll('[data-live-step]')].some(e => e.
 SAME = f"""step => [...document.querySelectorAll('{GRID} *')].some(e =>
   [...(e.shadowRoot || e).querySelectorAll('table')].some(t => t.dataset.step === step && t.getClientRects().length))"""
 """Whether the grid, which stands in a tree of its own, shows this step."""
-SWEPT = "() => [...document.querySelectorAll('[data-testid=stCaptionContainer]')].some(e => e.textContent.includes('repeated at every layer'))"
+CAPTION = (
+    "text => [...document.querySelectorAll('[data-testid=stCaptionContainer]')].some(e => e.textContent.includes(text))"
+)
+"""Whether a line in small print says something."""
 WAIT = 120_000
+LOOK = 20
+"""Milliseconds between two looks at the page."""
 JOB_PROMPTS = 1500
 JOB_WAIT = 600
 """Seconds in which the job has to end once the edits were made."""
@@ -149,16 +154,17 @@ def measure(page: Any, repeats: int, taken: dict[str, list[float]]) -> None:
 def stepped(page: Any, act: Callable[[], None]) -> tuple[float, float]:
     """Do what changes the session; return the seconds to the new strip, and to the whole page with the grid of the same step.
 
-    The page looks at every frame: a locator's own waiting looks less and less often, at last every half second.
+    The page looks every `LOOK` milliseconds: a locator's own waiting looks less and less often, at last every half second, and
+    looking at every frame makes the browser draw frames that nobody would see, on the cores that the model computes on.
     """
     strip = page.locator("[data-live-step]")
     before = strip.get_attribute("data-live-step")
     began = time.perf_counter()
     act()
-    page.wait_for_function(STRIP, arg=before)
+    page.wait_for_function(STRIP, arg=before, polling=LOOK)
     seen = time.perf_counter() - began
-    page.wait_for_function(SAME, arg=strip.get_attribute("data-live-step"))
-    page.wait_for_function(STILL)
+    page.wait_for_function(SAME, arg=strip.get_attribute("data-live-step"), polling=LOOK)
+    page.wait_for_function(STILL, polling=LOOK)
     return seen, time.perf_counter() - began
 
 
@@ -204,7 +210,7 @@ def timed(page: Any, act: Callable[[], None]) -> float:
 
 def answered(page: Any) -> None:
     """Wait for the page's last line, which says how long the answer took."""
-    page.get_by_text("blocks run for the edits").wait_for()
+    page.wait_for_function(CAPTION, arg="blocks run for the edits", polling=LOOK)
     settled(page)
 
 
@@ -217,7 +223,7 @@ def loaded(page: Any) -> None:
 def settled(page: Any) -> None:
     """Wait until the page's script has run: it may need a moment to begin."""
     page.evaluate("() => new Promise(r => setTimeout(r, 40))")
-    page.wait_for_function(STILL)
+    page.wait_for_function(STILL, polling=LOOK)
 
 
 def fill(page: Any, label: str, text: str) -> None:
@@ -233,13 +239,13 @@ def pick(page: Any, block: int, position: int) -> None:
     grid.locator(f"#cell-{block}-{position}").click()
     grid.get_by_text(f"block {block}, position {position} ").first.wait_for()
     page.get_by_text(f"At block {block}, position {position}", exact=True).wait_for()
-    page.wait_for_function(STILL)
+    page.wait_for_function(STILL, polling=LOOK)
 
 
 def sweep(page: Any) -> None:
     """Press Everywhere, and wait for its map."""
     page.get_by_role("button", name="Everywhere").last.click()
-    page.wait_for_function(SWEPT)
+    page.wait_for_function(CAPTION, arg="repeated at every layer", polling=LOOK)
 
 
 def slide(page: Any) -> None:

@@ -31,8 +31,19 @@ QUICK = [
     ["capture", "--model", "no-such-model", "--prompts", "{prompts}", "--points", "embed"],
     ["edit", "--model", "no-such-model", "--text", "a"],
     ["lens", "fit", "--model", "no-such-model", "--out", "no-such.lens"],
+    ["lens", "fit", "--model", "smollm2-135m", "--out", "{folder}"],
+    ["lens", "show", "{folder}"],
+    ["run", "logit_lens", "--model", "smollm2-135m", "--text", "a", "--lens", "{folder}"],
+    ["run", "voids", "--model", "smollm2-135m", "--text", "a", "--edit", "zero"],
+    ["run", "voids", "--model", "smollm2-135m", "--text", "a", "--store", "{prompts}"],
+    ["run", "voids", "--model", "smollm2-135m", "--prompts", "{malformed}"],
+    ["edit", "--model", "smollm2-135m", "--text", "a", "--edit", "no-such-edit"],
+    ["capture", "--model", "smollm2-135m", "--prompts", "{prompts}", "--points", "no_such_point"],
+    ["store", "import", "vllm", "no-such-folder", "--of", "a", "--layers", "1"],
+    ["demo", "--out", "{prompts}"],
     ["check", "no-such-model"],
     ["batch", "no-such-study.toml"],
+    ["batch", "{malformed}"],
     ["report", "no-such-folder"],
 ]
 
@@ -52,16 +63,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        prompts, store, out = (str(Path(folder) / name) for name in ("prompts.jsonl", "store", "out"))
+        places = {
+            f"{{{name}}}": str(Path(folder) / name) for name in ("prompts", "malformed", "folder", "store", "out")
+        }
+        prompts, malformed, other, store, out = places.values()
         Path(prompts).write_text('{"text": "The capital of France is"}\n' * 4)
-        places = ["--model", given.model, "--prompts", prompts, "--store", store, "--out", out]
-        held_runs = [["run", name, *places] for name in HELD]
-        for args in [*QUICK, *held_runs]:
+        Path(malformed).write_text("The capital of France is\n")
+        Path(other).mkdir()
+        saved = ["--model", given.model, "--prompts", prompts, "--store", store, "--out", out]
+        held_runs = [["run", name, *saved] for name in HELD]
+        commands = [[places.get(arg, arg) for arg in args] for args in [*QUICK, *held_runs]]
+        for args in commands:
             processor_seconds(args)  # so that the rows are there, and all sources compiled
         print("| command | processor seconds (median) | slowest |\n|---|---|---|")
-        for args in [*QUICK, *held_runs]:
-            filled = [prompts if arg == "{prompts}" else arg for arg in args]
-            line([processor_seconds(filled) for _ in range(given.rounds)], f"bathyscope {said(filled, folder)}")
+        for args in commands:
+            line([processor_seconds(args) for _ in range(given.rounds)], f"bathyscope {said(args, folder)}")
         for number in range(1, len(LIBRARIES) + 1):
             code = f"import {', '.join(LIBRARIES[:number])}"
             line([processor_seconds([], code) for _ in range(given.rounds)], f"python -c '{code}'")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from probes.batches import batches
 from probes.capture.device_capture import DeviceCapture
 from probes.capture.forward import forward
 from probes.capture.needs import Need
@@ -19,7 +20,6 @@ from probes.device_to_host import PendingTensor, Transport
 from probes.hooks.forward_hooks import tensor_of
 from probes.models.backends.native import NativeModel
 from probes.module_calls import temporary
-from probes.prompts import batches
 from probes.reducers import Reducer
 from probes.store import ActivationStore
 

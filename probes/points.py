@@ -131,3 +131,10 @@ def every_address(n_layers: int) -> list[Address]:
         for name, point in POINTS.items()
         for layer in (range(n_layers) if point.layered else (None,))
     ]
+
+
+def stage_of(address: Address, n_layers: int) -> int:
+    """Return the block during whose call an address is read or written; `n_layers` for what follows the blocks."""
+    if address.layer is not None:
+        return address.layer
+    return 0 if address.point == "embed" else n_layers

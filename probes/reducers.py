@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import xxhash
-from jaxtyping import Float
-from torch import Tensor
 
 from probes.errors import PointError, unknown
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 Positions = str | tuple[int, ...]
 """`all`, `last`, `after_first`, or positions (negative from the end)."""

@@ -219,7 +219,7 @@ def test_history_compares_whole_grids_and_depth_says_what_is_saved(start: str) -
 
 def test_heads_direct_effects_add_up_to_what_attention_writes(start: str, model: Model) -> None:
     from probes.edits import read
-    from probes.edits.directions import lens_column
+    from probes.edits.token_columns import lens_column
     from probes.points import Address
 
     session = Session.parse(start, model)

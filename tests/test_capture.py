@@ -10,6 +10,7 @@ import torch
 from tiny import PROMPTS, native
 
 from analyses.voids.norm_gates import NormGate
+from probes.batches import select
 from probes.capture import forward as forward_module
 from probes.capture.needs import Need
 from probes.capture.run import capture, context_of, plan_capture
@@ -18,7 +19,6 @@ from probes.kernels import reduce_rows, unpacked
 from probes.models.backends.native import NativeModel
 from probes.points import Address
 from probes.progress import Progress
-from probes.prompts import select
 from probes.reducers import Reducer
 from probes.store import ActivationStore
 

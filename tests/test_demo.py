@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from tiny import native
 
-from analyses.cli import demo as demo_command
-from analyses.cli import main
-from analyses.cli.demo import DEMO, FEW_PROMPTS, Step
+from analyses.cli import demo_steps, main
+from analyses.cli.demo_steps import DEMO, FEW_PROMPTS, Step
 from analyses.logit_lens import LogitLens
 from analyses.registry import names
 from analyses.results.report import GrowingReport
@@ -23,16 +22,16 @@ PROMPTS = '{"tokens": [5, 6, 7]}\n{"tokens": [8, 9]}\n'
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The demo of two analyses on a tiny random model."""
     (tmp_path / "prompts.jsonl").write_text(PROMPTS)
-    monkeypatch.setattr(demo_command, "DEMO_PROMPTS", tmp_path / "prompts.jsonl")
-    monkeypatch.setattr(demo_command, "DEMO", (Step(LogitLens(), LogitLens(top_k=7), 1), Step(Voids(), Voids(), 3)))
+    monkeypatch.setattr(demo_steps, "DEMO_PROMPTS", tmp_path / "prompts.jsonl")
+    monkeypatch.setattr(demo_steps, "DEMO", (Step(LogitLens(), LogitLens(top_k=7), 1), Step(Voids(), Voids(), 3)))
     monkeypatch.setattr("analyses.running.model_spec.ModelSpec.load", lambda *_, **__: native())
 
 
 def test_few_prompts_are_some_of_all_and_enough_for_an_interval() -> None:
-    few, every = (path.read_text().splitlines() for path in (FEW_PROMPTS, demo_command.DEMO_PROMPTS))
+    few, every = (path.read_text().splitlines() for path in (FEW_PROMPTS, demo_steps.DEMO_PROMPTS))
     assert set(few) < set(every)
     assert len(few) >= MIN_CLUSTERS
-    assert all(step.prompts(full=True) == demo_command.DEMO_PROMPTS for step in DEMO)
+    assert all(step.prompts(full=True) == demo_steps.DEMO_PROMPTS for step in DEMO)
 
 
 def test_every_analysis_is_shown_in_both_sizes() -> None:

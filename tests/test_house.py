@@ -56,6 +56,11 @@ REFUSED_AT_ONCE = [
     "--top-k 0 --model x",
     "--positions none",
     "--model x --prompts nowhere",
+    "--model x --prompts pyproject.toml",
+    "--model smollm2-135m --text a --edit zero",
+    "--model smollm2-135m --text a --lens docs",
+    "--model smollm2-135m --text a --out docs",
+    "--model smollm2-135m --text a --store pyproject.toml",
 ]
 
 
@@ -67,12 +72,28 @@ UNKNOWN_MODEL = [
     "lens check x.lens --model x",
     "check x",
 ]
+ILLEGAL = [
+    "edit --model smollm2-135m --text a --edit zap",
+    "edit --model smollm2-135m --text a --watch 'x",
+    "edit --model smollm2-135m --text a --save nowhere/file",
+    "capture --model smollm2-135m --prompts pyproject.toml --points embed",
+    "lens fit --model smollm2-135m --out docs",
+    "lens fit --model smollm2-135m --out x.lens --layers z",
+    "lens show docs",
+    "lens check docs --model smollm2-135m",
+    "lens import nowhere --model smollm2-135m --out x.lens",
+    "store import vllm nowhere --of x --layers 1",
+    "store import vllm docs --of x --layers z",
+    "store export pyproject.toml",
+    "batch pyproject.toml",
+    "demo --out pyproject.toml",
+]
 
 
 def test_lists_of_commands_and_refusals_import_nothing_heavy() -> None:
     lines = ["--help", "run --help", "app --help", "run viods", "--version"]
     lines += [f"run logit_lens {words}" for words in REFUSED_AT_ONCE]
-    lines += [*UNKNOWN_MODEL, "batch nowhere.toml", "report nowhere", "lens --help", "capture --help"]
+    lines += [*UNKNOWN_MODEL, *ILLEGAL, "batch nowhere.toml", "report nowhere", "lens --help", "capture --help"]
     code = (
         "import contextlib, io, os, sys\nfrom analyses.cli import main\nos.environ['HF_HUB_OFFLINE'] = '1'\n"
         f"for line in {lines}:\n"

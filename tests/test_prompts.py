@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from probes.batches import batches, select
 from probes.errors import PromptError
-from probes.prompts import Prompt, batches, read_prompts, select, tokenize
+from probes.prompts import Prompt, read_prompts, tokenize
 
 
 @given(st.lists(st.lists(st.integers(1, 96), min_size=1, max_size=9), min_size=1, max_size=12), st.integers(1, 40))

@@ -361,7 +361,7 @@ class TestHub:
             with pytest.raises(ModelError, match=said):
                 check_reference(bad)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(HfApi, "model_info", lambda *_a, **_k: SimpleNamespace(siblings=[]))
+        monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_a, **_k: None)
         check_reference("someone/else")
 
     def test_near_miss_of_a_named_model(self) -> None:

@@ -14,7 +14,6 @@ from analyses.cli.store_flag import StoreDir
 from probes.cache_folder import expanded
 from probes.errors import OptionError
 from probes.html_card import count
-from probes.input_files import opened
 from probes.store import ActivationStore, default_root
 
 if TYPE_CHECKING:
@@ -47,8 +46,9 @@ def batch(
     ] = None,
 ) -> None:
     """Run the cells of a study that have no result yet; then its index, tables and report."""
-    with opened(study, "study file", OptionError):
-        pass
+    with importing():
+        from analyses.studies.study_file import read_study
+    read = read_study(study)
     with importing():
         import pandas as pd
 
@@ -57,9 +57,7 @@ def batch(
         from analyses.studies.local_engine import processors
         from analyses.studies.scheduling import units
         from analyses.studies.slurm import script
-        from analyses.studies.study_file import read_study
         from analyses.studies.study_run import run_study
-    read = read_study(study)
     folder = out or Path("runs") / read.name
     if dry_run or slurm or unit is not None:
         cells = expand(read)

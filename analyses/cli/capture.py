@@ -9,10 +9,15 @@ import typer
 from analyses.cli.console import ConsoleProgress, say
 from analyses.cli.imports import importing
 from analyses.cli.model_flags import with_model
-from analyses.cli.run import DryRun, PromptFile, Prompts
+from analyses.cli.run import DryRun, PromptFile, Prompts, store_at
 from analyses.cli.store_flag import StoreDir
 from analyses.running.model_spec import ModelSpec
 from probes.html_card import count, size
+from probes.points import expand
+from probes.reducers import Reducer
+
+MOST_LAYERS = 10_000
+"""More than any model has: points that name a layer beyond are refused before one is loaded."""
 
 
 @with_model
@@ -27,22 +32,18 @@ def capture(
     dry_run: DryRun = False,
 ) -> None:
     """Capture points of every prompt into the store; only what is missing is run."""
-    Prompts(prompts).check()
+    reducer = Reducer.parse(reduce)
+    lines = Prompts(prompts).read()
+    patterns = tuple(part.strip() for part in points.split(","))
+    expand(patterns, MOST_LAYERS)
     spec.check()
+    activations = store_at(store)
     with importing():
         from analyses.base import as_prompts
         from probes.capture.dry_run import estimate
         from probes.capture.needs import Need
         from probes.capture.run import capture as run_capture
         from probes.capture.run import plan_capture
-        from probes.points import expand
-        from probes.prompts import read_prompts
-        from probes.reducers import Reducer
-        from probes.store import ActivationStore
-    patterns = tuple(part.strip() for part in points.split(","))
-    reducer = Reducer.parse(reduce)
-    lines = read_prompts(prompts)
-    activations = ActivationStore(store)
     loaded = spec.load()
     sequences = [prompt.tokens for prompt in as_prompts(lines, loaded, {})]
     need = Need(tuple(str(address) for address in expand(patterns, loaded.shape.n_layers)), reducer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
@@ -103,6 +102,8 @@ def command_named(name: str, function: Any, **settings: Any) -> Any:
 
 def _version(given: bool) -> None:
     if given:
+        from importlib.metadata import version
+
         say(f"bathyscope {version('bathyscope')}")
         raise typer.Exit()
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 
 from probes.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 PLAIN: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
 """How every Typer here is made: help and errors are plain text."""
@@ -44,8 +44,7 @@ class ConsoleProgress(Progress):
     def __init__(self, of: str = "", every_step: bool = False) -> None:
         self._every_step = every_step
         self._of = f"{of} · " if of else ""
-        self._console = Console(stderr=True)
-        self._bar: RichProgress | None = None
+        self._bar: Bar | None = None
         self._total = self._done = 0
         self._what = ""
 
@@ -53,12 +52,11 @@ class ConsoleProgress(Progress):
         """Begin to count `total` of something; 0 where nothing is counted."""
         self.stop()
         self._total, self._done, self._what = total, 0, what
-        if total and self._console.is_terminal and not self._every_step:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = RichProgress(*columns, console=self._console, transient=True)
+        if total and not self._every_step and (bar := _bar()) is not None:
             passes = f"{what} passes" if what == "forward" else f"{what}s"
-            self._task = self._bar.add_task(self._of + passes, total=total)
-            self._bar.start()
+            self._task = bar.add_task(self._of + passes, total=total)
+            bar.start()
+            self._bar = bar
 
     def advance(self, done: int = 1) -> None:
         """Count so many as done."""
@@ -77,3 +75,13 @@ class ConsoleProgress(Progress):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _bar() -> Bar | None:
+    """A bar on standard error; None where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True) if console.is_terminal else None

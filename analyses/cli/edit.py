@@ -13,6 +13,8 @@ from analyses.cli.imports import importing
 from analyses.cli.model_flags import with_model
 from analyses.cli.run import AsJson, Edits
 from analyses.running.model_spec import ModelSpec
+from probes.edits import check_edits
+from probes.edits.line import watched
 from probes.errors import OptionError, PromptError
 from probes.html_card import aligned
 
@@ -40,13 +42,13 @@ def edit(
     """Edit a model on one prompt, and compare what it says before and after."""
     if not text:
         raise PromptError("--text is empty: give a prompt")
+    if save is not None and not save.parent.is_dir():
+        raise OptionError(f"--save {str(save)!r} lies in no folder that is there: give another file")
     spec.check()
-    with importing():
-        from analyses.running.runner import check_edits
-        from probes.session import Session
-        from probes.session.state import watched
-    check_edits(edits or ())
     tokens = watched(watch)
+    check_edits(edits or ())
+    with importing():
+        from probes.session import Session
     model = spec.load()
     session = Session(model, text, other, tokens, ref=str(spec)).edit(*(edits or ()))
     comparison = session.compare(generate)

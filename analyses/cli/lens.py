@@ -11,10 +11,13 @@ import typer
 from analyses.cli.console import PLAIN, ConsoleProgress, say
 from analyses.cli.imports import importing
 from analyses.cli.model_flags import with_model
+from analyses.cli.run import Prompts
 from analyses.cli.store_flag import StoreDir
 from analyses.running.model_spec import ModelSpec
 from probes.errors import OptionError
 from probes.html_card import count
+from probes.input_files import opened
+from probes.lenses.card_files import check_free, read_card
 
 if TYPE_CHECKING:
     from analyses.reading.texts import Texts
@@ -77,7 +80,9 @@ def fit(
 
     A tuned lens needs no forward where its rows are stored. A Jacobian lens goes on after an interruption.
     """
-    steps = _offsets(offsets)
+    steps, chosen = _offsets(offsets), _layers(layers)
+    Prompts(prompts).read()
+    check_free(out)
     spec.check()
     with importing():
         from analyses.cli.lens_lines import cost_lines, described
@@ -85,9 +90,8 @@ def fit(
         from analyses.reading.tuned import fit_tuned_on
         from probes.lens_fits.jacobian import Estimator
         from probes.lens_fits.jacobian_fit import fit_cost
-        from probes.lenses.files import check_free, save_lens
+        from probes.lenses.files import save_lens
         from probes.store import ActivationStore
-    check_free(out)
     model = spec.load()
     progress = ConsoleProgress()
     try:
@@ -95,7 +99,7 @@ def fit(
             n_layers = model.shape.n_layers
             last = n_layers - 1 if target == "last" else n_layers - 2
             estimator = Estimator(
-                last, _layers(layers, last), positions, skip, length, dim_batch, cotangents, freeze_qk, seed
+                last, chosen or tuple(range(last)), positions, skip, length, dim_batch, cotangents, freeze_qk, seed
             )
             corpus = file_texts(model, prompts, texts) if prompts else packed_texts(model, length, texts, seed)
             if dry_run:
@@ -105,7 +109,7 @@ def fit(
         else:
             corpus = file_texts(model, prompts, texts) if prompts else shipped_texts(model, texts, seed)
             fitted, captured = fit_tuned_on(
-                model, corpus, ActivationStore(store), offsets=steps, layers=_layers(layers, model.shape.n_layers - 1),
+                model, corpus, ActivationStore(store), offsets=steps, layers=chosen or tuple(range(model.shape.n_layers - 1)),
                 refine=refine, seed=seed, progress=progress,
             )  # fmt: skip
             lens = save_lens(fitted.lens, out)
@@ -142,19 +146,19 @@ def _fit_jacobian(
     return lens
 
 
-def _layers(text: str, target: int) -> tuple[int, ...]:
-    """Layers of text such as 0-5,8; all below the target where it is empty.
+def _layers(text: str) -> tuple[int, ...]:
+    """Layers of text such as 0-5,8; none where it is empty.
 
     Raises:
         OptionError: text of another form.
     """
     if not text.strip():
-        return tuple(range(target))
+        return ()
     layers: set[int] = set()
     for part in text.split(","):
         low, _, high = part.strip().partition("-")
         if not (low.isdecimal() and (high or low).isdecimal()):
-            raise OptionError(f"layers {text!r}: give layers such as 4,8 or a range such as 0-{target - 1}")
+            raise OptionError(f"layers {text!r}: give layers such as 4,8 or a range such as 0-28")
         layers |= set(range(int(low), int(high or low) + 1))
     return tuple(sorted(layers))
 
@@ -169,6 +173,7 @@ def _offsets(text: str) -> tuple[int, ...]:
 @group.command("show")
 def show(lens: LensFolder) -> None:
     """Print the card of a lens: what it was fitted on and how, and how well it reads held-out text."""
+    read_card(lens)
     with importing():
         from analyses.cli.lens_lines import described
         from probes.lenses.files import load_lens
@@ -187,6 +192,8 @@ def check(
     store: StoreDir = None,
 ) -> None:
     """Check that a lens is of a model, and how far its reading is from the model's output on text it was not fitted on."""
+    read_card(lens)
+    Prompts(prompts).read()
     spec.check()
     with importing():
         from analyses.cli.lens_lines import quality_lines
@@ -231,13 +238,16 @@ def import_lens(
     length: Annotated[int, typer.Option(min=2, help="Tokens of a text of the check, at most.")] = 128,
 ) -> None:
     """Convert a lens that another program fitted, after comparing some of its rows with rows estimated here."""
+    check_free(out)
+    Prompts(prompts).read()
+    with opened(file, "lens file", OptionError):
+        pass
     spec.check()
     with importing():
         from analyses.cli.lens_lines import described
         from analyses.reading.texts import file_texts, packed_texts
         from probes.lens_fits.foreign import import_jacobian
-        from probes.lenses.files import check_free, save_lens
-    check_free(out)
+        from probes.lenses.files import save_lens
     model = spec.load()
     texts = file_texts(model, prompts) if prompts else packed_texts(model, length, 4)
     last = model.shape.n_layers - (1 if target == "last" else 2)

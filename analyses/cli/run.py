@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
@@ -22,14 +22,15 @@ from analyses.cli.store_flag import StoreDir
 from analyses.registry import get_analysis
 from analyses.results.output_folder import check_output
 from analyses.running.model_spec import ModelSpec
-from probes.errors import OptionError, PromptError
+from probes.errors import OptionError
 from probes.html_card import count
-from probes.input_files import make_folder, opened
+from probes.input_files import make_folder
 from probes.progress import QUIET, Progress
+from probes.prompts import PromptLine, as_line, read_prompts
 
 if TYPE_CHECKING:
     from analyses.base import Analysis
-    from probes.prompts import PromptLine
+    from probes.store import ActivationStore
 
 PromptFile = Annotated[Path, typer.Option("--prompts", help='JSON lines: {"text": …} or {"tokens": […]}.')]
 GivenPrompts = Annotated[
@@ -77,15 +78,22 @@ def command_for(name: str) -> Callable[..., None]:
         progress = progress_of(quiet, verbose)
         changes = tuple(edits or ())
         build(outline, options)
-        given.check()
+        lines = given.read()
         spec.check()
+        if changes:
+            from probes.edits import check_edits
+
+            check_edits(changes)
+        check_output(out or Path("runs") / name)
+        activations = store_at(store)
         with importing():
             analysis = get_analysis(name)
         start(
             build(analysis, options),
             spec,
             given,
-            store,
+            lines,
+            activations,
             out,
             progress,
             edits=changes,
@@ -107,33 +115,29 @@ class Prompts:
     file: Path | None
     texts: tuple[str, ...] = ()
 
-    def check(self) -> None:
-        """Check what needs no analysis.
+    def read(self) -> list[PromptLine]:
+        """Return the lines; no analysis has seen their fields.
 
         Raises:
             OptionError: both a file and texts.
-            PromptError: a file that cannot be read.
+            PromptError: a file that cannot be read, or the first fault in it.
         """
         if self.texts and self.file is not None:
             raise OptionError("--text and --prompts are both given: give one of them")
         if self.file is not None:
-            with opened(self.file, "prompt file", PromptError):
-                pass
+            return read_prompts(self.file)
+        return [as_line(text, number) for number, text in enumerate(self.texts)]
 
-    def lines(self, analysis: Analysis) -> list[PromptLine]:
-        """Return the validated lines.
 
-        Raises:
-            OptionError: neither a file nor texts where the analysis makes none.
-            PromptError: a fault in them.
-        """
-        if self.texts:
-            from probes.prompts import as_line
+def store_at(root: Path | None) -> ActivationStore:
+    """Return the store in a folder; the one in the user cache by default.
 
-            return [as_line(text, number) for number, text in enumerate(self.texts)]
-        from analyses.running.runner import lines_of
+    Raises:
+        StoreError: a folder that cannot be used.
+    """
+    from probes.store import ActivationStore
 
-        return lines_of(analysis, self.file)
+    return ActivationStore(root)
 
 
 def progress_of(quiet: bool, verbose: bool) -> Progress:
@@ -145,7 +149,8 @@ def start(
     analysis: Analysis,
     spec: ModelSpec,
     prompts: Prompts,
-    store: Path | None,
+    lines: Sequence[PromptLine],
+    activations: ActivationStore,
     out: Path | None,
     progress: Progress,
     *,
@@ -155,15 +160,13 @@ def start(
 ) -> None:
     """Check everything that needs no model, then run (or, dry, print the cost) and save."""
     from analyses.running.runner import dry_run as cost_of
+    from analyses.running.runner import lines_of
     from analyses.running.runner import run as run_analysis
-    from probes.store import ActivationStore
 
-    lines = prompts.lines(analysis)
+    lines = lines_of(analysis, lines)
     out = out or Path("runs") / analysis.name
-    check_output(out)
     if not dry_run:
         make_folder(out.parent, "the folder of --out", OptionError)
-    activations = ActivationStore(store)
     if dry_run:
         cost = cost_of(spec, analysis, lines, activations, edits=edits)
         say(dumps({"cost": cost}) if as_json else "\n".join(cost))

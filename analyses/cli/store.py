@@ -14,6 +14,7 @@ from analyses.cli.console import PLAIN, JsonLines, say
 from analyses.cli.store_flag import StoreDir
 from probes.errors import OptionError
 from probes.html_card import aligned, count, size
+from probes.input_files import kind_of
 from probes.store import ActivationStore
 
 LISTED = ("model", "weights", "run by", "sequences", "features", "shards", "size", "last used (UTC)", "edits")
@@ -100,6 +101,8 @@ def export(
     features: Annotated[str, typer.Option(help="Which features, as a glob such as resid_post.*/rows*.")] = "*",
 ) -> None:
     """Write rows as plain files for other tools."""
+    if kind_of(dest) not in ("folder", "nothing"):
+        raise OptionError(f"{str(dest)!r} is a {kind_of(dest)}: give a folder to write to")
     for path in ActivationStore(store).export(dest, format=format, features=features):
         say(str(path))
 
@@ -118,16 +121,19 @@ def import_rows(
     ] = None,
 ) -> None:
     """Read rows another tool computed; they are marked as foreign and never stand in for captured ones."""
+    if tool == "vllm" and tokens is not None:
+        raise OptionError("--tokens is for datasets; vLLM's files hold their token ids")
+    if tool == "datasets" and layers is not None:
+        raise OptionError("--layers is for vllm; a data set names its points by its columns")
+    ids = parse_layers(layers) if tool == "vllm" else []
+    if kind_of(path) == "nothing":
+        raise OptionError(f"{str(path)!r} does not exist: give what {tool} wrote")
+    activations = ActivationStore(store)
     from probes.foreign import import_datasets, import_vllm
 
-    activations = ActivationStore(store)
     if tool == "vllm":
-        if tokens is not None:
-            raise OptionError("--tokens is for datasets; vLLM's files hold their token ids")
-        done = import_vllm(path, activations, model=of, layers=parse_layers(layers))
+        done = import_vllm(path, activations, model=of, layers=ids)
     else:
-        if layers is not None:
-            raise OptionError("--layers is for vllm; a data set names its points by its columns")
         done = import_datasets(path, activations, model=of, tokens=tokens)
     say(f"{count(done.sequences, 'sequence')}, {count(len(done.features), 'point')}: {', '.join(done.features)}")
     say(

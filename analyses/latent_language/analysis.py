@@ -34,7 +34,7 @@ from analyses.latent_language.read import LAST, Reader, Reading, prefixes
 from analyses.latent_language.task_prompts import Form, Framing, Task, queries
 from analyses.latent_language.verdicts import verdicts
 from analyses.options import accept_old_names, option
-from analyses.reading.choice import check_lens, chosen_lens
+from analyses.reading.choice import chosen_lens
 from analyses.results.statistics import Ci
 from analyses.word_lists import read_words, shipped_words
 from probes.capture.needs import Need
@@ -83,6 +83,7 @@ class LatentLanguage(Analysis):
         "logit",
         "What is read: the stream (logit), the stream through a tuned lens fitted here (tuned) or through the lens in a folder, "
         "or what attention or the MLP adds (attn, mlp).",
+        lenses=("tuned", "attn", "mlp"),
     )
     answers: Literal["generate", "first_token"] = option(
         "generate", "How the model's own answer is judged: the word it writes, or its most probable next token."
@@ -123,7 +124,6 @@ class LatentLanguage(Analysis):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_lens(self.lens, "tuned", *ADDED)
         if len(self.source) != len(self.target) and 1 not in (len(self.source), len(self.target)):
             raise OptionError(
                 f"options source ({len(self.source)}) and target ({len(self.target)}) must be equally many, or one of them one"

@@ -20,7 +20,7 @@ from analyses.lenses.read_tables import cards_table, read_of
 from analyses.lenses.similarity import similarity
 from analyses.lenses.watched import pass_at_k, watched_tables
 from analyses.options import option
-from analyses.reading.choice import LENS_HELP, check_lens, chosen_lens
+from analyses.reading.choice import chosen_lens
 from analyses.reading.quality import Quality, judged_rows, quality_rows, read_texts, solid_layers
 from analyses.reading.texts import Texts, file_texts, shipped_texts, without
 from analyses.reading.tuned import fit_tuned_on
@@ -31,6 +31,7 @@ from probes.errors import OptionError, PromptError
 from probes.html_card import count
 from probes.lens_fits.patchscope import Patchscope
 from probes.lenses.jacobian import JacobianLens
+from probes.lenses.names import LENS_HELP
 from probes.lenses.protocol import Lens
 from probes.models.protocol import Model
 from probes.progress import Progress
@@ -46,7 +47,9 @@ class Lenses(Analysis):
     """Logit, tuned, Jacobian and Patchscope readings of the same rows (Belrose et al. 2023; Gurnee et al. 2026; Ghandeharioun et al. 2024)."""
 
     lenses: tuple[str, ...] = option(
-        ("logit", "tuned"), f"What to compare: tuned (fitted here from stored rows), patchscope, {LENS_HELP}"
+        ("logit", "tuned"),
+        f"What to compare: tuned (fitted here from stored rows), patchscope, {LENS_HELP}",
+        lenses=("tuned", "patchscope"),
     )
     task: Literal["prompts", "two_hop"] = option(
         "prompts", "prompts: the prompt file's; two_hop: generated questions whose intermediate country is watched for."
@@ -96,12 +99,6 @@ class Lenses(Analysis):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in self.lenses:
-            if name == "jacobian":
-                raise OptionError(
-                    "a Jacobian lens takes long to fit: run `bathyscope lens fit --kind jacobian` once, and give its folder"
-                )
-            check_lens(name, "tuned", "patchscope")
         if self.target_layer not in ("same", "all") and not self.target_layer.isdecimal():
             raise OptionError(f"option target_layer is {self.target_layer!r}: give same, all, or the number of a layer")
         if 0 < self.samples < 3:

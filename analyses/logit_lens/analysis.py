@@ -13,11 +13,12 @@ from analyses.base import Analysis, Measured, PromptsLike, as_prompts
 from analyses.logit_lens.curve import curve
 from analyses.logit_lens.figures import FIGURES, PROFILES
 from analyses.options import option
-from analyses.reading.choice import LENS_HELP, check_lens, chosen_lens, reading_note
+from analyses.reading.choice import chosen_lens, reading_note
 from analyses.reading.read_outs import positions_table, read_tables
 from probes.capture.activations import Activations
 from probes.capture.needs import Need
 from probes.capture.run import capture
+from probes.lenses.names import LENS_HELP
 from probes.lenses.protocol import Lens
 from probes.models.protocol import Model
 from probes.points import Address
@@ -42,7 +43,7 @@ class LogitLens(Analysis):
     point: Literal["resid_post", "attn_out", "mlp_out"] = option(
         "resid_post", "What is read: the stream, or one block part's addition to it."
     )
-    lens: str = option("logit", f"The lens that the stream is read through: {LENS_HELP}")
+    lens: str = option("logit", f"The lens that the stream is read through: {LENS_HELP}", lenses=())
     allow_other_weights: bool = option(False, "Read through a lens of other weights of the same shape.")
     chat: bool = option(False, "Wrap each text as one user turn of the chat template.")
 
@@ -51,10 +52,6 @@ class LogitLens(Analysis):
     reference = 'nostalgebraist 2020, "interpreting GPT: the logit lens"'
     figures = FIGURES
     profiles = PROFILES
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_lens(self.lens)
 
     @property
     def _reducer(self) -> Reducer:

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from analyses.results.per_prompt import PerPrompt
+from probes.batches import Batch, batches
 from probes.blocks.batch import Blocks, on_blocks
 from probes.blocks.rerouting import module_of
 from probes.capture.activations import Activations
@@ -18,7 +19,6 @@ from probes.lenses import logit
 from probes.models.protocol import Model, Unembedding
 from probes.norms import Kind, NoNormError, NormSite, Rows, Switches
 from probes.points import Address
-from probes.prompts import Batch, batches
 
 BATCH_TOKENS = 1024
 """Padded tokens measured at once."""

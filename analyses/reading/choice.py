@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from probes.errors import OptionError, unknown
+from probes.errors import OptionError
 from probes.lenses.card import LensCard, card_of
 from probes.lenses.files import load_lens
 from probes.lenses.logit import LogitLens
 from probes.lenses.protocol import Lens
 from probes.models.protocol import Model
-
-LENS_HELP = "logit, or the folder of a lens that `bathyscope lens fit` or `lens import` wrote."
-
-
-def check_lens(name: str, *more: str) -> None:
-    """Refuse what is neither a lens without a fit, nor one of `more`, nor a path.
-
-    Raises:
-        OptionError: a name without a folder there.
-    """
-    legal = ("logit", *more)
-    if name not in legal and not Path(name).is_dir():
-        raise OptionError(
-            f"{unknown('lens', name, legal)} Or give the folder of a lens that `bathyscope lens fit` wrote."
-        )
 
 
 def chosen_lens(name: str, model: Model, point: str = "resid_post", allow_other_weights: bool = False) -> Lens:

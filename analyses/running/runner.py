@@ -13,19 +13,17 @@ from analyses.running.model_spec import ModelSpec
 from probes.capture.dry_run import estimate
 from probes.capture.needs import CapturePlan, Need
 from probes.capture.run import plan_capture
-from probes.edits import EditedModel, parse_edits
+from probes.edits import EditedModel, check_edits, parse_edits
 from probes.errors import OptionError
 from probes.html_card import count
 from probes.models.protocol import Model
 from probes.progress import QUIET, Progress
-from probes.prompts import PromptLine, read_prompts
+from probes.prompts import PromptLine, check_fields, read_prompts
 from probes.store import ActivationStore
 
 Prompts = Path | Sequence[PromptLine] | None
 """A prompt file, lines that were read already, or None where the analysis makes its own."""
 
-ANY_LAYERS = 1
-"""Stands for a model's number of layers while none is loaded."""
 MAKING = {"sets": "--sets NAME", "task": "another --task"}
 """Options that let some analyses make their own prompts, and the flag to name."""
 
@@ -70,16 +68,6 @@ def run(
         **({"edits": list(edits)} if edits else {}),
     }
     return dataclasses.replace(result, provenance=provenance)
-
-
-def check_edits(lines: Sequence[str]) -> None:
-    """Refuse lines that are no edits, before a model is loaded.
-
-    Raises:
-        OptionError: the first of them, with the place and the legal forms.
-    """
-    for line in lines:
-        parse_edits(line, ANY_LAYERS)
 
 
 def edited(model: Model, lines: Sequence[str]) -> Model:
@@ -147,6 +135,8 @@ def lines_of(analysis: Analysis, prompts: Prompts) -> list[PromptLine]:
     if isinstance(prompts, Path):
         return read_prompts(prompts, analysis.prompt_fields)
     if prompts:
+        for line in prompts:
+            check_fields(line.fields, line.where, analysis.prompt_fields)
         return list(prompts)
     if not analysis.makes_prompts:
         flags = next((f" or {flag}" for name, flag in MAKING.items() if hasattr(analysis, name)), "")

@@ -14,11 +14,11 @@ from analyses.studies.definition import StudyModel
 from analyses.studies.run_cells import Event, ModelHolder, failed, run_cell
 from analyses.studies.shared_captures import captures_of, shared_plans
 from analyses.studies.study_folder import StudyFolder
+from probes.batches import batches
 from probes.capture.dry_run import block_parameters
 from probes.capture.forward import axis_sizes, batch_tokens_of, row_size
 from probes.capture.needs import Feature, Need
 from probes.capture.run import capture
-from probes.prompts import batches
 from probes.store import ActivationStore, AppendOnlyWriter
 
 Tokens = tuple[int, ...]

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from analyses.voids.norm_gates import NormGate, RandomGate
 from analyses.voids.trace import Item, Trace
+from probes.batches import Batch, batches
 from probes.capture.activations import Activations
 from probes.edits import Edit
 from probes.lenses import logit
 from probes.models.protocol import Model, Write
 from probes.points import Address
-from probes.prompts import Batch, batches
 from probes.reducers import Reducer
 
 LAST = Reducer(positions="last")

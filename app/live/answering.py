@@ -17,12 +17,12 @@ from analyses.running.model_spec import ModelSpec
 from app.jobs.models import in_memory, loaded
 from app.live.protocol import Action, Answer, Question
 from probes.edits import Edit, legal_forms, parse_edits, read
+from probes.edits.line import watched
 from probes.errors import OptionError, UserError
 from probes.lenses.protocol import Lens
 from probes.points import Address
 from probes.session import LensGrid, Session, State, Step
 from probes.session.session import Kept, step_name
-from probes.session.state import watched
 from probes.weights.direct_effects import head_effects
 
 SESSIONS = 6

@@ -8,9 +8,8 @@ on the positions from the replaced one on; continuations are batched, and more o
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import overload
 
@@ -19,11 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from probes.blocks.key_values import KeyValues, Pair, cache_of
-from probes.blocks.rerouting import Caller, block_access, call_blocks, in_order, rerouted
+from probes.blocks.rerouting import Caller, block_access, call_blocks, exchanged, in_order, rerouted
 from probes.blocks.together import together
 from probes.blocks.whole_run import run_whole
 from probes.errors import PointError, PromptError
-from probes.hooks.forward_hooks import Stop
 from probes.models.protocol import Model, Read, Write
 from probes.points import Address
 from probes.shelf import Shelved
@@ -145,6 +143,10 @@ class CachedPrompt:
         """A cache that holds what is before the suffix."""
         return KeyValues(partial(self._pair, slice(self.start)) if self.start else None, start=self.start)
 
+    def keys_and_values(self, layer: int) -> Pair:
+        """Return the prompt's keys and values [1, kv_head, pos, d_head] at a layer, of all its positions."""
+        return self._pair(slice(len(self.tokens)), layer)
+
     def _pair(self, positions: slice, layer: int) -> Pair:
         """The prompt's keys and values at a layer, at some positions."""
         return self._keys[layer][:, :, positions], self._values[layer][:, :, positions]
@@ -200,7 +202,7 @@ class CachedPrompt:
                 stream = waiting.get(shelf)
                 active = int((starts <= layer).sum())
                 if active:
-                    stream[:active] = self._call(layer, stream[:active], (self._cache, cache))
+                    stream[:active] = self._call(layer, stream[:active], exchanged(self._cache, cache))
                 if keep:
                     suffix.append(self._suffix(layer, active, order, cache))
                 if run and self.model.ends_group(layer):
@@ -262,25 +264,7 @@ class CachedPrompt:
 
     def block(self, layer: int, hidden: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
         """Return what leaves block `layer` where `hidden` enters it, differentiably; the caller holds the model exclusively."""
-        return self._call(layer, hidden, (self._cache, self._before()))
-
-    def last_of_block(
-        self, layer: int, hidden: Float[Tensor, "row pos d_model"], end: CachedPrompt
-    ) -> Float[Tensor, "row 1 d_model"]:
-        """Return what leaves block `layer` at the last position; of the others only keys and values are computed.
-
-        Args:
-            layer: the block; the caller holds the model exclusively.
-            hidden: what enters it.
-            end: the prompt, open at its last position.
-        """
-        before = replace(self._before(), stops=True)
-        with suppress(Stop):
-            self._call(layer, hidden, (self._cache, before))
-        assert before.whole is not None
-        keys, values = (tensor[:, :, :-1] for tensor in before.whole)
-        cache = KeyValues(lambda _: (keys, values), start=end.start)
-        return end._call(layer, hidden[:, -1:], (end._cache, cache))
+        return self._call(layer, hidden, exchanged(self._cache, self._before()))
 
     def _suffix(self, layer: int, active: int, order: Tensor, cache: KeyValues) -> Pair:
         """Keys and values of all rows at a layer: their own where they ran, the prompt's where they did not."""

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probes.blocks.key_values import KeyValues, Pair, cache_of
-from probes.blocks.rerouting import Caller, block_access, call_blocks
+from probes.blocks.rerouting import Caller, block_access, call_blocks, exchanged
 from probes.errors import PointError
 from probes.models.protocol import Model
 
@@ -147,7 +147,7 @@ class PromptTree:
                 pairs = tuple(torch.cat(side) for side in zip(*parents, strict=True))
                 before = partial(_same, (pairs[0], pairs[1])) if pairs else None
                 cache = KeyValues(before, start=segments[0].depth, keeps=True)
-                parts = wave.call(layer, rows, (wave.cache, cache)).chunk(len(segments))
+                parts = wave.call(layer, rows, exchanged(wave.cache, cache)).chunk(len(segments))
                 assert cache.whole is not None
                 sides = [side.chunk(len(segments)) for side in cache.whole]
                 for at, (i, segment) in enumerate(zip(wave.segments, segments, strict=True)):

@@ -22,8 +22,8 @@ from probes.models.protocol import BlockAccess, Model
 class Caller(Protocol):
     """Runs one block."""
 
-    def __call__(self, layer: int, hidden: Tensor, swap: tuple[Any, Any] | None = None) -> Tensor:
-        """Return what block `layer` makes of `hidden` [batch, pos, d_model]; an argument that is `swap[0]` becomes `swap[1]`."""
+    def __call__(self, layer: int, hidden: Tensor, change: Callable[[Any], Any] | None = None) -> Tensor:
+        """Return what block `layer` makes of `hidden` [batch, pos, d_model]; every other argument becomes what `change` makes of it."""
         ...
 
 
@@ -34,6 +34,11 @@ Program = Callable[[Tensor, Caller], Tensor]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """A block's positional and named arguments besides the stream."""
+
+
+def exchanged(old: Any, new: Any) -> Callable[[Any], Any]:
+    """Return the change of an argument that puts `new` where `old` was given."""
+    return lambda argument: new if argument is old else argument
 
 
 def block_access(model: Model) -> BlockAccess:
@@ -81,12 +86,12 @@ def rerouted(model: Model, program: Program, cached: bool = True) -> Iterator[No
         blocks = dict(parent.named_children())
         route = _Route(program, access, cached)
         slots = {name: route.slot(index, block) for index, (name, block) in enumerate(blocks.items())}
-        with access.during(lambda: _exchanged(parent, blocks, slots)):
+        with access.during(lambda: _slotted(parent, blocks, slots)):
             yield
 
 
 @contextmanager
-def _exchanged(parent: nn.Module, blocks: Mapping[str, nn.Module], slots: Mapping[str, nn.Module]) -> Iterator[None]:
+def _slotted(parent: nn.Module, blocks: Mapping[str, nn.Module], slots: Mapping[str, nn.Module]) -> Iterator[None]:
     parent._modules.update(slots)
     try:
         yield
@@ -167,12 +172,16 @@ class _Route:
         return imitated(hidden, self.widths[index])
 
     def call(
-        self, arguments: Mapping[int, Arguments], layer: int, hidden: Tensor, swap: tuple[Any, Any] | None = None
+        self,
+        arguments: Mapping[int, Arguments],
+        layer: int,
+        hidden: Tensor,
+        change: Callable[[Any], Any] | None = None,
     ) -> Tensor:
         args, kwargs = arguments[layer]
-        if swap is not None:
-            args = tuple(swap[1] if a is swap[0] else a for a in args)
-            kwargs = {k: swap[1] if v is swap[0] else v for k, v in kwargs.items()}
+        if change is not None:
+            args = tuple(change(argument) for argument in args)
+            kwargs = {name: change(argument) for name, argument in kwargs.items()}
         with self.access.at(layer):
             output = nn.Module.__call__(self.slots[layer], hidden, *args, **kwargs)
         return output if isinstance(output, Tensor) else output[0]

@@ -13,16 +13,9 @@ from torch import Tensor, nn
 from probes.blocks.block_outputs import imitated, watched_widths
 from probes.hooks.forward_hooks import Stop, tensor_of
 from probes.models.protocol import Forward
-from probes.points import Address
+from probes.points import Address, stage_of
 
 T = TypeVar("T")
-
-
-def stage_of(address: Address, n_layers: int) -> int:
-    """Return the block during whose call an address is read or written; `n_layers` for what follows the blocks."""
-    if address.layer is not None:
-        return address.layer
-    return 0 if address.point == "embed" else n_layers
 
 
 def steps(forward: Forward, n_layers: int) -> int:

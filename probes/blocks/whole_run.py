@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from probes.blocks.key_values import KeyValues, cache_of
-from probes.blocks.rerouting import Caller, call_blocks
+from probes.blocks.rerouting import Caller, call_blocks, exchanged
 from probes.models.protocol import BlockAccess, Read, SavedRun, Write
 from probes.points import Address
 from probes.shelf import Shelved
@@ -74,7 +74,7 @@ def run_whole(
         group: list[Block] = []
         for layer in range(done, n_layers):
             cache = KeyValues(None)
-            hidden = call(layer, hidden, (nothing, cache))
+            hidden = call(layer, hidden, exchanged(nothing, cache))
             block = dict(zip(("leaving", "keys", "values"), (hidden, *cache.suffix[layer]), strict=True)) | inside
             inside.clear()
             append(block)

@@ -11,13 +11,13 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from probes.batches import select
 from probes.capture.lookup import Lookup
 from probes.capture.needs import CapturePlan, Feature
 from probes.errors import ModelError, StoreError
 from probes.kernels import reduce_rows
 from probes.models.protocol import Model
 from probes.points import Address
-from probes.prompts import select
 from probes.reducers import ROWS, Reducer
 from probes.store import DamagedShard
 

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from probes.batches import Batch, select
 from probes.capture.needs import Feature
 from probes.device_to_host import PendingTensor, Transport
 from probes.kernels import reduce_rows, reduced_shape
 from probes.models.protocol import Model
-from probes.prompts import Batch, select
 from probes.reducers import ROWS, Reducer
 
 LENS_ROWS = 1024

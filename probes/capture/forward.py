@@ -8,12 +8,12 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from probes.batches import Batch, batches
 from probes.capture.device_capture import DeviceCapture, reduced
 from probes.capture.needs import Feature
 from probes.capture.thread_share import ThreadShare
 from probes.models.protocol import Model, Read, Write
 from probes.points import Address
-from probes.prompts import Batch, batches
 from probes.store import Ragged
 
 PACKET_BYTES = 64 * 2**20

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from probes.batches import Batch, batches
 from probes.blocks.batch import Chunk
 from probes.capture.activations import Activations
 from probes.points import Address
-from probes.prompts import Batch, batches
 
 CHUNK_TOKENS = 1024
 """Padded tokens of a chunk, at most."""

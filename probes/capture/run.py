@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from probes.batches import Batch, batches
 from probes.capture.activations import Activations, CaptureReport
 from probes.capture.canary import check_canary, put_canary
 from probes.capture.device_capture import DeviceCapture
@@ -33,7 +34,7 @@ from probes.edits import Edit, altered, resolve, writes_of
 from probes.errors import ModelError, PointError
 from probes.models.protocol import LayerMajor, Model
 from probes.progress import QUIET, Progress
-from probes.prompts import Batch, batches, token_ids
+from probes.prompts import token_ids
 from probes.store import RowStore
 
 Sequences = Sequence[str | Sequence[int]]

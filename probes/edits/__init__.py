@@ -1,12 +1,12 @@
 """Interventions as data: frozen values that any backend applies and that enter a store key. Imported by capture and analyses."""
 
-from probes.edits.attention import KnockOut
 from probes.edits.block_order import BlockPath, RepeatBlocks, SkipBlocks, repeat, skip
 from probes.edits.directions import Difference, Direction, FileDirection, RunDirection, TokenDirection
 from probes.edits.edit import (
     Edit,
     Scope,
     altered,
+    check_edits,
     composed,
     decoding_writes,
     generate,
@@ -18,6 +18,8 @@ from probes.edits.edit import (
     writes_of,
 )
 from probes.edits.edited_model import EditedModel
+from probes.edits.head_write import HeadWriteEdit
+from probes.edits.knock_out import KnockOut
 from probes.edits.line import EditError
 from probes.edits.norm_freezing import FreezeNorm
 from probes.edits.other_prompt import Other
@@ -26,7 +28,6 @@ from probes.edits.points import Add, Coefficients, Mean, ProjectOut, Replace, Sc
 from probes.edits.positions import At, Texts, TokenText
 from probes.edits.programs import Program
 from probes.edits.values import Source, Values
-from probes.edits.weights import HeadWriteEdit
 
 __all__ = [
     "Add",
@@ -59,6 +60,7 @@ __all__ = [
     "TokenText",
     "Values",
     "altered",
+    "check_edits",
     "composed",
     "decoding_writes",
     "generate",

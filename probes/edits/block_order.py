@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch import Tensor
-
-from probes.blocks.rerouting import Caller, rerouted
 from probes.edits.edit import Edit
 from probes.edits.line import Line, spans
-from probes.edits.program_runs import departure, run_step
-from probes.edits.programs import FORMS, Program
+from probes.edits.programs import FORMS, Program, departure
 from probes.errors import OptionError, PointError
 from probes.models.protocol import Model, Shape, Write
 from probes.points import Address
@@ -87,8 +83,7 @@ class BlockPath(BlockOrder):
         n = shape.n_layers
         return n + 1 if self.program.is_plain(n) else departure(self.program, n)
 
-    @contextmanager
-    def within(self, model: Model) -> Iterator[None]:
+    def within(self, model: Model) -> AbstractContextManager[None]:
         """Run the model with its blocks in this order inside; the plain order changes nothing.
 
         Raises:
@@ -97,16 +92,10 @@ class BlockPath(BlockOrder):
         n_layers = model.shape.n_layers
         self.program.check(n_layers)
         if self.program.is_plain(n_layers):
-            yield
-            return
+            return nullcontext()
+        from probes.edits.program_runs import following
 
-        def route(hidden: Tensor, call: Caller) -> Tensor:
-            for step in self.program.steps:
-                hidden = run_step(call, step, hidden, self.program.mean)
-            return hidden
-
-        with rerouted(model, route, cached=False):
-            yield
+        return following(model, self.program)
 
 
 @dataclass(frozen=True)

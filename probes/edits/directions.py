@@ -5,11 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from probes.cache_folder import expanded
 from probes.edits.line import Line
@@ -18,7 +14,12 @@ from probes.edits.values import Source, Values
 from probes.errors import OptionError, PointError, PromptError, shown
 from probes.models.protocol import Model
 from probes.points import POINTS, Address
-from probes.saved_directions import SavedDirections, directions_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from probes.saved_directions import SavedDirections
 
 RUN_FORMS = {"probe": "probe RUN/DATASET", "channel": "channel RUN/LAYER.HEAD.COMPONENT"}
 """The forms of a direction that a saved run keeps."""
@@ -72,30 +73,10 @@ class TokenDirection:
             raise PointError(
                 f"{place.address} is {dims[-1]} wide: a token's direction is of the stream, such as resid_post.3"
             )
-        with torch.no_grad():
-            column = lens_column(model, token_id(model, self.token))
-            if self.minus is not None:
-                column = column - lens_column(model, token_id(model, self.minus))
-        return Values(column / column.norm().clamp_min(torch.finfo(torch.float32).tiny), self.text(place.address))
+        from probes.edits.token_columns import unit_column
 
-
-def lens_column(model: Model, token: int) -> Float[Tensor, " d_model"]:
-    """Return the gradient of a token's logit with respect to the last stream, times the final norm's scale.
-
-    That is the unembedding's column times the gain, without its mean where the norm takes the mean away.
-
-    Raises:
-        PointError: a model without a final norm and unembedding that give its logits.
-    """
-    lens = model.unembedding()
-    column, like = lens.weight[token].float(), lens.weight
-    # Rows of +1 and -1 in turn have mean 0 and scale 1: the norm of one is its signs times the gain, plus the bias.
-    signs = torch.ones(column.numel(), device=like.device, dtype=like.dtype)
-    signs[1::2] = -1.0
-    rows = lens.norm(torch.stack((signs, -signs, torch.ones_like(signs), 0 * signs))).float()
-    gained = column * (rows[0] - rows[1]) / 2 * signs
-    takes_mean = bool((rows[2] - rows[3]).abs().max() < 1e-3 * (rows[0] - rows[1]).abs().max())
-    return gained - gained.mean() if takes_mean else gained
+        minus = None if self.minus is None else token_id(model, self.minus)
+        return Values(unit_column(model, token_id(model, self.token), minus), self.text(place.address))
 
 
 @dataclass(frozen=True)
@@ -209,6 +190,8 @@ class RunDirection:
         Raises:
             OptionError: no such run, or none that keeps directions of this kind.
         """
+        from probes.saved_directions import directions_of
+
         return directions_of(self.kind, self.path)
 
     def tensor(self, address: Address) -> Float[Tensor, " d_model"]:
@@ -217,6 +200,8 @@ class RunDirection:
         Raises:
             OptionError: the run keeps none under this name, or none for this address; says which it has.
         """
+        from torch import from_numpy
+
         run, name, saved = self.saved
         vector = saved.vectors.get(f"{name}@{address}", saved.vectors.get(name))
         if vector is None:
@@ -224,7 +209,7 @@ class RunDirection:
                 f"run {shown(run)} keeps no {self.kind} {shown(name)} for {address}: it has {saved.names}; write "
                 f"{self.kind} RUN/NAME, or RUN/NAME@POINT.LAYER for one of another place"
             )
-        return torch.from_numpy(vector)
+        return from_numpy(vector)
 
     def text(self, address: Address) -> str:
         """Return the direction as it enters store keys: by the numbers."""

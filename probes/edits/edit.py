@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
-from jaxtyping import Float, Int
-from torch import Tensor
-
-from probes.blocks.single_block import stage_of
 from probes.edits.line import EditError, Line, split_layers
 from probes.edits.positions import Texts
 from probes.edits.programs import Program
 from probes.errors import OptionError, PointError, unknown
 from probes.models.protocol import Model, Shape, Write
-from probes.points import Address
+from probes.points import Address, stage_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
 
 Scope = Literal["prefill", "every_step"]
 """When an edit acts while the model writes: on the prompt only, or also on every token written."""
 
+
+ANY_LAYERS = 1
+"""Stands for a model's number of layers where none is known."""
 
 _GRAMMAR: dict[str, type[Edit]] = {}
 """First word of an edit's text to the class that reads it."""
@@ -98,6 +101,16 @@ def parse_edits(text: str, n_layers: int) -> list[Edit]:
         OptionError: as `Edit.parse`.
     """
     return [Edit.parse(part) for part in split_layers(text, n_layers)]
+
+
+def check_edits(lines: Sequence[str]) -> None:
+    """Refuse lines that are no edits of any model.
+
+    Raises:
+        OptionError: the first of them, with the place and the legal forms.
+    """
+    for line in lines:
+        parse_edits(line, ANY_LAYERS)
 
 
 @runtime_checkable

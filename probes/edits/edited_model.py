@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
-
-from jaxtyping import Int
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from probes.edits.edit import Edit, altered, composed, generate, resolve, writes_of
 from probes.errors import OptionError
 from probes.models.protocol import Canary, Context, Model, Read, Unembedding, Write
 from probes.points import Address
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
 
 
 class EditedModel(Model):

@@ -208,3 +208,21 @@ def split_layers(text: str, n_layers: int) -> list[str]:
         return [text]
     low, high = (0, n_layers - 1) if match[2] == "*" else map(int, match[2].split("-"))
     return [f"{match[1]}{layer}{text[match.end() :]}" for layer in range(low, min(high, n_layers) + 1)] or [text]
+
+
+def watched(text: str) -> tuple[str, ...]:
+    """Return tokens to watch, of text such as `' Paris' ' Rome'`, or ` Paris, Rome` without quotes.
+
+    Without quotes tokens are divided by commas, and each begins with one blank.
+
+    Raises:
+        OptionError: quotes that are not closed.
+    """
+    line = Line(text, "' Paris' ' Rome', or Paris, Rome")
+    if not line.is_quoted():
+        return tuple(f" {part.strip()}" for part in text.split(",") if part.strip())
+    tokens: list[str] = []
+    while not line.ended:
+        tokens.append(line.quoted())
+        line.takes(",")
+    return tuple(tokens)

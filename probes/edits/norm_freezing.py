@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from probes.blocks.rerouting import block_access, in_order, rerouted
 from probes.edits.edit import Edit
 from probes.edits.line import Line
 from probes.edits.positions import Texts, need_texts
 from probes.models.protocol import Model, Shape, Write
-from probes.norms import KINDS, Norm, Rows, Scale, Switches, choose
-from probes.norms.switches import Watch
+from probes.norm_kinds import KINDS
 from probes.points import Address
+
+if TYPE_CHECKING:
+    from probes.norms import Switches
 
 
 @dataclass(frozen=True)
@@ -77,39 +75,14 @@ class FreezeNorm(Edit):
         if self.switches is not None:
             return self
         here = need_texts(texts, "a frozen norm, whose scale is measured on the prompt,")
-        tokens = torch.tensor([here.tokens], device=model.device)
-        measured: dict[str, Scale] = {}
-        access = block_access(model)
-        with torch.no_grad(), rerouted(model, in_order(model.shape.n_layers)):
-            switches = Switches(access.anatomy)
-            sites = choose(switches.sites, [self.site])
-            for site in sites:
-                switches.watches[switches.norm(site).path] = _keep(measured)
-            with access.during(switches.attached):
-                access.module(input_ids=tokens, use_cache=False)
-            switches.watches.clear()
-            for site in sites:
-                switches.freeze([site], measured[switches.norm(site).path])
+        from probes.edits.norm_scales import measured
+
+        switches = measured(model, self.site, here.tokens)
         return replace(self, switches=switches, tokens=here.tokens)
 
-    @contextmanager
-    def within(self, model: Model) -> Iterator[None]:
+    def within(self, model: Model) -> AbstractContextManager[None]:
         """Freeze the norms inside; outside they are as before."""
+        from probes.edits.norm_scales import frozen
+
         assert self.switches is not None
-        access = block_access(model)
-        with access.exclusive():
-            # Blocks may be called one by one, where no forward of the whole module says which tokens run.
-            self.switches.enter(torch.tensor([self.tokens], device=model.device))
-            with access.during(self.switches.attached):
-                yield
-
-
-def _keep(measured: dict[str, Scale]) -> Watch:
-    """Return a watch that keeps a norm's mean scales: of ordinary positions, and of position 0."""
-
-    def watch(norm: Norm, _: Tensor, scales: Tensor) -> None:
-        own = scales.flatten(2).mean(-1) if scales.ndim > 2 else scales
-        rows = Rows.of(torch.zeros(own.shape[:2], dtype=torch.long, device=own.device))
-        measured[norm.path] = Scale(float(own[rows.ordinary].mean()), float(own[rows.first].mean()))
-
-    return watch
+        return frozen(model, self.switches, self.tokens)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from probes.edits.edit import Edit, Scope
 from probes.edits.line import Line, spans, times
-from probes.edits.positions import At, Texts, TokenText, at_text, chosen, indices, need_texts, read_at
+from probes.edits.positions import At, Texts, TokenText, at_text, indices, need_texts, read_at
 from probes.errors import OptionError, PointError, unknown
 from probes.models.protocol import Model, Shape, Write
 from probes.points import POINTS, Address
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,17 +111,6 @@ class PointEdit(Edit):
             if bad := [head for head in self.heads if not 0 <= head < n]:
                 raise PointError(f"head {bad[0]} of {self.address}: legal heads are 0 to {n - 1}")
 
-        def write(tensor: Tensor) -> Tensor:
-            spans = lengths if lengths is not None else [tensor.shape[1]] * tensor.shape[0]
-            places = [chosen(n, self.positions) for n in spans]
-            rows = torch.cat([torch.full_like(at, row) for row, at in enumerate(places)])
-            order = torch.cat([torch.arange(len(at)) for at in places]).to(tensor.device)
-            index: tuple[Tensor, ...] = (rows.to(tensor.device), torch.cat(places).to(tensor.device))
-            if self.heads is not None:
-                heads = torch.tensor(self.heads, device=tensor.device)
-                index = (index[0][:, None], index[1][:, None], heads[None])
-            out = tensor.clone()
-            out[index] = self.new_rows(tensor, index, order, spans).to(tensor.dtype)
-            return out
+        from probes.edits.row_writes import row_write
 
-        return {self.address: write}
+        return {self.address: row_write(self.positions, self.heads, self.new_rows, lengths)}

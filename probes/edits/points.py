@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from probes.edits.directions import Direction, Place, read_direction
 from probes.edits.edit import Edit
@@ -19,6 +16,9 @@ from probes.edits.values import Source, Values
 from probes.errors import OptionError
 from probes.models.protocol import Model
 from probes.points import Address
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _placed(values: Tensor, rows: Tensor, order: Tensor) -> Tensor:
@@ -110,7 +110,9 @@ class Mean(PointEdit):
 
     def new_rows(self, tensor: Tensor, index: tuple[Tensor, ...], order: Tensor, spans: Sequence[int]) -> Tensor:
         """Return the means of each row's own prompt."""
-        means = torch.stack([tensor[row, min(1, n - 1) : n].mean(0) for row, n in enumerate(spans)])
+        from probes.edits.row_writes import prompt_means
+
+        means = prompt_means(tensor, spans)
         new = means[index[0]] if self.heads is None else means[index[0], index[2]]
         return _mixed(tensor[index], new, self.share)
 
@@ -238,12 +240,9 @@ class Coefficients(PointEdit):
 
     def changed(self, rows: Tensor, order: Tensor) -> Tensor:
         """Return the new rows for `rows` [n, ...]."""
-        x = rows.float()
-        read, write = (values.tensor.to(x.device, torch.float32) for values in (self.read, self.write))
-        change = (self.keep - 1) * (x @ read.T)
-        if self.offset:
-            change = change + torch.tensor(self.offset, device=x.device)
-        return (x + change @ write).to(rows.dtype)
+        from probes.edits.row_writes import recombined
+
+        return recombined(rows, self.read.tensor, self.write.tensor, self.keep, self.offset)
 
 
 def project_out(address: Address, directions: Tensor, keep: float = 0.0, **where: object) -> Coefficients:
@@ -252,8 +251,7 @@ def project_out(address: Address, directions: Tensor, keep: float = 0.0, **where
     Raises:
         OptionError: directions that are not linearly independent.
     """
-    basis, triangle = torch.linalg.qr(directions.detach().double().cpu().T)
-    if (triangle.diagonal().abs() < 1e-9 * triangle.abs().max()).any():
-        raise OptionError("the directions to project out are linearly dependent: give a basis of their span")
-    values = Values(basis.T.float())
+    from probes.edits.row_writes import independent
+
+    values = Values(independent(directions))
     return Coefficients(address=address, read=values, write=values, keep=keep, **where)  # type: ignore[arg-type]

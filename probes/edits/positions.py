@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from jaxtyping import Int
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from probes.edits.line import Line, spans
 from probes.errors import OptionError, PromptError, shown
 from probes.points import Address
-from probes.prompts import select
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,12 @@ def chosen(length: int, at: At | str) -> Int[Tensor, " row"]:
     """
     if isinstance(at, TokenText):
         raise OptionError(f"positions {at!r} are named by token text, and must be resolved on a prompt first")
+    from probes.batches import select
+
     return select(length, at)
 
 
-RowReader = Callable[[tuple[int, ...], Address], Tensor]
+RowReader = Callable[[tuple[int, ...], Address], "Tensor"]
 """Returns a point's rows [pos, ...] in the unedited run of some tokens."""
 
 

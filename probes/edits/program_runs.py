@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probes.edits.programs import Program, Step
+from probes.blocks.rerouting import Caller, rerouted
+from probes.edits.programs import Program, Step, departure
+from probes.models.protocol import Model
 
 RunBlock = Callable[[int, Tensor], Tensor]
 """Returns what leaves a block [row, pos, d_model] where rows [row, pos, d_model] enter it."""
@@ -34,6 +37,21 @@ def run_step(run: RunBlock, step: Step, hidden: Tensor, mean: bool = False) -> T
     return hidden + (added.mean(0) if mean else added.sum(0))
 
 
+def following(model: Model, program: Program) -> AbstractContextManager[None]:
+    """Run the model's blocks as a program says inside, without a cache.
+
+    Raises:
+        PointError: a backend without access to its blocks.
+    """
+
+    def route(hidden: Tensor, call: Caller) -> Tensor:
+        for step in program.steps:
+            hidden = run_step(call, step, hidden, program.mean)
+        return hidden
+
+    return rerouted(model, route, cached=False)
+
+
 Key = tuple[Step, bool]
 """A step, and whether its contributions are averaged."""
 
@@ -45,14 +63,6 @@ class _Beginning:
     following: dict[Key, _Beginning] = field(default_factory=dict)
     ends: list[int] = field(default_factory=list)
     """Programs that end here."""
-
-
-def departure(program: Program, n_layers: int) -> int:
-    """Return how many steps a program runs as the model does before it leaves the plain order."""
-    same = 0
-    while same < min(len(program.steps), n_layers) and program.steps[same] == (same,):
-        same += 1
-    return same
 
 
 def _beginnings(programs: Sequence[Program], n_layers: int) -> Mapping[int, _Beginning]:

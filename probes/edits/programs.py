@@ -192,3 +192,11 @@ def side_by_side(n_layers: int, blocks: Sequence[int], mean: bool = False) -> Pr
 
 def _span(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
+
+
+def departure(program: Program, n_layers: int) -> int:
+    """Return how many steps a program runs as the model does before it leaves the plain order."""
+    same = 0
+    while same < min(len(program.steps), n_layers) and program.steps[same] == (same,):
+        same += 1
+    return same

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import torch
 import xxhash
-from torch import Tensor
 
 from probes.errors import PromptError
 from probes.models.protocol import Model
 from probes.points import POINTS, Address
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +69,8 @@ class Source:
         Raises:
             PromptError: a position outside the tokens.
         """
+        from torch import tensor
+
         n = len(self.tokens)
         if bad := [p for p in self.positions if not -n <= p < n]:
             raise PromptError(f"source position {bad[0]} is outside a prompt of {n} tokens: legal are {-n} to {n - 1}")
@@ -75,7 +79,7 @@ class Source:
         at = [p % n for p in self.positions]
         reads: list[Tensor] = []
         if rows_of is None:
-            model.run(torch.tensor([self.tokens]), {self.address: lambda t: reads.append(t[0].clone())})
+            model.run(tensor([self.tokens]), {self.address: lambda t: reads.append(t[0].clone())})
         rows = (reads[0] if rows_of is None else rows_of(self.tokens, self.address))[at]
         rows = rows if self.heads is None else rows[:, list(self.heads)]
         return Values(rows[0] if len(self.positions) == 1 else rows, self.text())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any, Literal
 
 import xxhash
@@ -44,6 +43,12 @@ class Corpus:
         )  # fmt: skip
 
 
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("bathyscope")
+
+
 @dataclass(frozen=True)
 class LensCard:
     """Everything that decides a lens's numbers, and what was measured of them."""
@@ -67,7 +72,7 @@ class LensCard:
     accumulation: str = "float64"
     """Of the sums over text."""
     seed: int = 0
-    package: str = field(default_factory=lambda: version("bathyscope"))
+    package: str = field(default_factory=_version)
     quality: tuple[Mapping[str, Any], ...] = ()
     """Held-out numbers: one mapping a layer and measure, with their interval."""
     tensors: str = ""

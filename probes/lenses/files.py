@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from probes.errors import OptionError
-from probes.lenses.card import LensCard
+from probes.lenses.card_files import CARD, check_free, read_card
 from probes.lenses.jacobian import JacobianLens
 from probes.lenses.tuned import TunedLens
 
-TENSORS, CARD = "lens.safetensors", "lens.json"
+TENSORS = "lens.safetensors"
 HALF_LIMIT = 65504.0
 """The largest float16."""
 
@@ -66,32 +66,6 @@ def load_lens(path: str | Path) -> FittedLens:
     if tensors_digest(tensors) != card.tensors:
         raise OptionError(f"lens {str(path)!r}: its tensors are not those of its card; fit or import it again")
     return TunedLens.of(card, tensors) if card.kind == "tuned" else JacobianLens.of(card, tensors)
-
-
-def read_card(path: str | Path) -> LensCard:
-    """Read the card of a lens without its tensors; raises as `load_lens` does."""
-    path = Path(path)
-    try:
-        values = json.loads((path / CARD).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OptionError(
-            f"lens {str(path)!r} cannot be read ({getattr(error, 'strerror', None) or 'no JSON card'}): give a folder that "
-            "`bathyscope lens fit` or `bathyscope lens import` wrote"
-        ) from None
-    if not isinstance(values, dict):
-        raise OptionError(f"lens {str(path)!r}: its card is no JSON object; fit or import the lens again")
-    return LensCard.from_json(values, f"lens {str(path)!r}")
-
-
-def check_free(path: str | Path) -> None:
-    """Refuse to replace anything but an earlier lens.
-
-    Raises:
-        OptionError: the path is there and is no lens.
-    """
-    path = Path(path)
-    if (path.exists() or path.is_symlink()) and not (path / CARD).is_file():
-        raise OptionError(f"--out {str(path)!r} is there and is no lens: give a new folder, such as T.lens")
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-
-from probes.anatomy import Anatomy
 from probes.points import Address
-from probes.shelf import Shelf
+
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Float, Int
+    from torch import Tensor, nn
+
+    from probes.anatomy import Anatomy
+    from probes.shelf import Shelf
 
 T = TypeVar("T")
 
-Read = Callable[[Tensor], None]
+Read = Callable[["Tensor"], None]
 """Receives a point's tensor, shape [batch, pos, ...], during the forward; must not keep it without copying."""
 
-Write = Callable[[Tensor], Tensor]
+Write = Callable[["Tensor"], "Tensor"]
 """Receives a point's tensor and returns its replacement of the same shape and dtype."""
 
 

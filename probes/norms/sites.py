@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,13 +11,9 @@ from torch import Tensor
 from probes.anatomy import Anatomy
 from probes.anatomy.constant_norm import is_constant
 from probes.errors import OptionError, PointError, unknown
+from probes.norm_kinds import Kind
 from probes.norms.arithmetic import NormParts, parts_of
 from probes.points import Address
-
-Kind = Literal["mlp", "mlp_post", "q_norm", "k_norm", "qk", "v", "attn_post", "final"]
-"""Which use of a norm: the MLP's input, what the MLP adds, queries and keys per head, the input of queries and keys, the
-input of values, what attention adds, or the input of the unembedding."""
-KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _COMPONENT: dict[Kind, str] = {
     "mlp": "ln2",

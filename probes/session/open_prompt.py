@@ -13,12 +13,11 @@ from torch import Tensor
 from probes.blocks.cached_prompt import CachedPrompt
 from probes.blocks.few_rows import FewRows
 from probes.blocks.rerouting import call_blocks
-from probes.blocks.single_block import stage_of
 from probes.edits import BlockPath, Edit, Texts, altered, read, resolve, writes_of
 from probes.edits.program_runs import run_step
 from probes.edits.programs import Program, Step
 from probes.models.protocol import BlockAccess, Model, Read, Write
-from probes.points import Address
+from probes.points import Address, stage_of
 
 KEPT_RUNS = 24
 """Runs that a prompt keeps, so that going back recomputes nothing."""

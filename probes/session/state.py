@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from probes.edits import Edit
+from probes.edits.line import watched
 from probes.errors import OptionError, PromptError, shown
 
 PromptText = str | tuple[int, ...]
@@ -128,26 +129,6 @@ def _read_prompt(text: str, number: int) -> PromptText:
     if isinstance(value, list) and value and all(type(v) is int and v >= 0 for v in value):
         return tuple(value)
     raise PromptError(f"line {number} of a session: {shown(text)} is no prompt: give text in quotes, or [token, ids]")
-
-
-def watched(text: str) -> tuple[str, ...]:
-    """Return tokens to watch, of text such as `' Paris' ' Rome'`, or ` Paris, Rome` without quotes.
-
-    Without quotes tokens are divided by commas, and each begins with one blank.
-
-    Raises:
-        OptionError: quotes that are not closed.
-    """
-    from probes.edits.line import Line
-
-    line = Line(text, "' Paris' ' Rome', or Paris, Rome")
-    if not line.is_quoted():
-        return tuple(f" {part.strip()}" for part in text.split(",") if part.strip())
-    tokens: list[str] = []
-    while not line.ended:
-        tokens.append(line.quoted())
-        line.takes(",")
-    return tuple(tokens)
 
 
 def as_prompt(prompt: str | Sequence[int]) -> PromptText:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probes.blocks.rerouting import module_of
-from probes.edits.directions import lens_column
+from probes.edits.token_columns import lens_column
 from probes.edits.weights import matrix
 from probes.errors import PointError
 from probes.models.protocol import Model

@@ -18,7 +18,7 @@ from probes.anatomy import Anatomy
 from probes.blocks.journal import Checkpoint, Journal, key_of
 from probes.blocks.rerouting import in_order, rerouted
 from probes.blocks.schedule import BlockSchedule
-from probes.blocks.single_block import SingleBlockRunner, of_stage, stage_of, steps
+from probes.blocks.single_block import SingleBlockRunner, of_stage, steps
 from probes.blocks.strands import ContextMaker
 from probes.cache_folder import cache_root
 from probes.errors import ModelError, PointError
@@ -34,7 +34,7 @@ from probes.models.verify.checked import Checked, CheckRecord
 from probes.models.verify.identities import HOOKED
 from probes.models.verify.recording import Evidence
 from probes.models.verify.stagewise import StagewiseEvidence
-from probes.points import Address
+from probes.points import Address, stage_of
 from probes.shelf import Kept, Shelf
 
 T = TypeVar("T")

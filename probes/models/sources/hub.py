@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,16 @@ def check_hub(ref: str, *, revision: str | None = None, offline: bool = False) -
     Raises:
         ModelError: not on the hub, gated, or not cached while the hub cannot be reached.
     """
-    if _cached(ref, revision) is None and (offline or _switched_off() or _ask(ref, revision) is None):
+    if _cached(ref, revision) is not None:
+        return
+    if offline or _switched_off():
         raise HubUnreachable(ref)
+    # The interface to the hub takes longer to import than the refusal of a name may take.
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+
+    with _hub_answers(ref, revision), suppress(EntryNotFoundError):
+        get_hf_file_metadata(hf_hub_url(ref, "config.json", revision=revision), timeout=PROBE_SECONDS)
 
 
 def cached_models() -> tuple[str, ...]:
@@ -100,6 +109,15 @@ def _switched_off() -> bool:
 def _ask(ref: str, revision: str | None) -> Any:
     """The hub's description of a model, or None where the hub does not answer."""
     from huggingface_hub import HfApi
+
+    with suppress(HubUnreachable), _hub_answers(ref, revision):
+        return HfApi().model_info(ref, revision=revision, timeout=PROBE_SECONDS)
+    return None
+
+
+@contextmanager
+def _hub_answers(ref: str, revision: str | None) -> Iterator[None]:
+    """Within it, what the hub refuses, or that it does not answer, is raised as an error of ours."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -109,19 +127,19 @@ def _ask(ref: str, revision: str | None) -> Any:
     )
 
     try:
-        return HfApi().model_info(ref, revision=revision, timeout=PROBE_SECONDS)
+        yield
     except GatedRepoError as error:
         raise ModelError(f"model {ref!r} is gated: accept its terms on the hub, then log in (hf auth login)") from error
     except RevisionNotFoundError as error:
         raise ModelError(f"model {ref!r} has no revision {revision!r} on the hub") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise HubMissing(ref) from error
-    except HfHubHTTPError:
-        return None
+    except HfHubHTTPError as error:
+        raise HubUnreachable(ref) from error
     except Exception as error:  # The hub's transport has changed its error classes from release to release.
         if not _is_transport(error):
             raise
-        return None
+        raise HubUnreachable(ref) from error
 
 
 def _is_transport(error: BaseException) -> bool:

@@ -1,0 +1,13 @@
+from .cells import Cell as Cell
+from .cells import expand as expand
+from .definition import AnalysisSpec as AnalysisSpec
+from .definition import Override as Override
+from .definition import PromptSet as PromptSet
+from .definition import Study as Study
+from .definition import StudyModel as StudyModel
+from .file_lines import StudyError as StudyError
+from .local_engine import run_local as run_local
+from .study_file import read_study as read_study
+from .study_folder import StudyFolder as StudyFolder
+from .study_run import StudyRun as StudyRun
+from .study_run import run_study as run_study

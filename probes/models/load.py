@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -103,12 +102,9 @@ def _whole(backend: str, located: Located, how: Loading) -> Model:
     import_all()
     config = read_config(located.folder, trust_remote_code=how.trust_remote_code)
     module = load_module(located.folder, config, how)
-    with ThreadPoolExecutor(1, thread_name_prefix="digest") as beside:
-        weights = beside.submit(weights_digest, module, partial(fetch_offloaded, module, ref=located.ref))
-        tokenizer = load_tokenizer(located.folder, trust_remote_code=how.trust_remote_code)
-    built = backend_class(backend)(
-        module, tokenizer, ref=located.ref, weights=weights.result(), revision=located.revision
-    )
+    tokenizer = load_tokenizer(located.folder, trust_remote_code=how.trust_remote_code)
+    weights = weights_digest(module, partial(fetch_offloaded, module, ref=located.ref))
+    built = backend_class(backend)(module, tokenizer, ref=located.ref, weights=weights, revision=located.revision)
     return cast(Model, built)
 
 

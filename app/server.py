@@ -24,6 +24,7 @@ from app.gate import Gate, known  # noqa: E402
 from app.jobs.queue import queue  # noqa: E402
 from app.live import ahead  # noqa: E402
 from app.places import hosts  # noqa: E402
+from probes.models.imported import uncollected  # noqa: E402
 
 SOON = 0.3
 """Seconds after which the browser is opened: the port is bound right after start-up."""
@@ -40,10 +41,11 @@ async def opening(_: Any) -> AsyncIterator[None]:
 
 def _prepare() -> None:
     queue().ensure()
-    ahead.import_pages()
-    # Streamlit collects garbage after every run of a page, which holds up its last words: what was imported is left out of
-    # that, a fifth of a second each time once the analyses are there.
-    gc.freeze()
+    with uncollected():
+        ahead.import_pages()
+        # Streamlit collects garbage after every run of a page, which holds up its last words: what was imported is left out
+        # of that, a fifth of a second each time once the analyses are there.
+        gc.freeze()
     ahead.answer_first()
     offered.LOADED.wait()
     gc.collect()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from probes.models.lazy_imports import lazy_imports
 
 MODULES = (
     "probes.models.backends.native", "transformers.activations", "transformers.modeling_layers", "transformers.modeling_utils",
@@ -15,13 +18,14 @@ MODULES = (
     "transformer_lens.model_bridge.sources._bridge_builder",
 )  # fmt: skip
 """By name; importing them takes longer than a small model itself."""
+_ONE = threading.RLock()
 LISTING = "create_import_structure_from_path"
 """The function of transformers that lists what the files of a folder define."""
 
 
 def import_all(names: Sequence[str] = MODULES) -> None:
     """Import modules; one that cannot be is passed over, and who needs it meets the error."""
-    with uncollected(), _models_listed_once():
+    with _ONE, uncollected(), _models_listed_once(), lazy_imports():
         for name in names:
             with suppress(Exception):
                 import_module(name)

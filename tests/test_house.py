@@ -58,6 +58,8 @@ REFUSED_AT_ONCE = [
     "--model x --prompts nowhere",
     "--model x --prompts pyproject.toml",
     "--model smollm2-135m",
+    "--model smollm2-135m --text a --stream-memory 4GiB",
+    "--model smollm2-135m --text a --max-memory x",
     "--model smollm2-135m --text a --edit zero",
     "--model smollm2-135m --text a --lens docs",
     "--model smollm2-135m --text a --out docs",

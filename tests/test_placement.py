@@ -20,7 +20,8 @@ from probes.capture.needs import Need
 from probes.capture.run import capture
 from probes.errors import ModelError, OptionError
 from probes.models import load_model
-from probes.models.placement import parse_max_memory, spread
+from probes.models.choices import parse_max_memory
+from probes.models.placement import spread
 from probes.points import POINTS
 from probes.store import ActivationStore
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from analyses.options import as_flag, defaults_of, flag_of, option, validate
 from probes.errors import OptionError, unknown
-from probes.models.choices import ATTENTIONS, BACKENDS, DTYPES
+from probes.models.choices import ATTENTIONS, BACKENDS, DTYPES, check_streaming, parse_max_memory
 
 if TYPE_CHECKING:
     from probes.models.protocol import Model
@@ -58,11 +58,14 @@ class ModelSpec:
         return self if device is None or chosen else replace(self, device=device)
 
     def check(self) -> None:
-        """Refuse a name that no model has, before anything heavy is imported.
+        """Refuse a name that no model has, and options that do not go together, before anything heavy is imported.
 
         Raises:
-            ModelError: as `load`, as far as it can be told without loading.
+            ModelError, OptionError: as `load`, as far as it can be told without loading.
         """
+        check_streaming(self.streamed, self.backend, self.device_map, self.stream_memory)
+        if self.max_memory is not None:
+            parse_max_memory(self.max_memory)
         if not self.remote:
             from probes.models.sources.locate import check_reference
 
@@ -80,7 +83,6 @@ class ModelSpec:
             OptionError: options that do not go together.
         """
         from probes.models.load import load_model
-        from probes.models.placement import parse_max_memory
 
         options = dataclasses.asdict(self)
         most = options.pop("max_memory")
@@ -106,8 +108,6 @@ class ModelSpec:
 
     def python(self) -> str:
         """Return the Python that loads this model."""
-        from probes.models.placement import parse_max_memory
-
         chosen = self.chosen()
         if "max_memory" in chosen:
             chosen["max_memory"] = parse_max_memory(chosen["max_memory"])

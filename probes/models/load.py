@@ -10,7 +10,7 @@ from typing import cast
 
 from probes.errors import OptionError, unknown
 from probes.models.backends.deferred import DeferredModel
-from probes.models.choices import ATTENTIONS, DTYPES
+from probes.models.choices import ATTENTIONS, DTYPES, check_streaming
 from probes.models.fingerprint.foreign_code import untouched
 from probes.models.imported import import_all
 from probes.models.interop import backend_class
@@ -78,10 +78,7 @@ def load_model(
     if remote:
         return _remote(ref, backend, offline, attention=attention, revision=revision, trust=trust_remote_code)
     how = replace(how, **spread(device, device_map, max_memory, offload))
-    if streamed and (backend != "native" or device_map is not None):
-        raise OptionError("a streamed model runs on backend native, without a device map: it holds one block at a time")
-    if stream_memory is not None and not streamed:
-        raise OptionError("stream_memory says what a streamed model keeps in memory: load it streamed, or leave it out")
+    check_streaming(streamed, backend, device_map, stream_memory)
     check_precision(ref, dtype)
     located = locate(
         ref, revision=revision, offline=offline, trust_remote_code=trust_remote_code, progress=progress,

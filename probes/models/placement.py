@@ -45,23 +45,6 @@ def spread(
     return {"device_map": device_map, "max_memory": max_memory, "offload_folder": folder}
 
 
-def parse_max_memory(text: str) -> dict[int | str, str]:
-    """Parse sizes by device from text such as `0=20GiB,cpu=60GiB`.
-
-    Raises:
-        OptionError: text of another form.
-    """
-    sizes: dict[int | str, str] = {}
-    for part in text.split(","):
-        place, sign, size = (piece.strip() for piece in part.partition("="))
-        if not sign or not (place.isdecimal() or place == "cpu"):
-            raise OptionError(
-                f"max memory {text!r}: write a GPU's number or cpu with its size, such as 0=20GiB,cpu=60GiB"
-            )
-        sizes[int(place) if place.isdecimal() else place] = size
-    return sizes
-
-
 def bytes_of(size: int | str) -> int:
     """Return a number of bytes written as such, or as `4GiB`.
 

@@ -364,7 +364,7 @@ def test_the_texts_of_a_run_load_its_model_as_it_was_loaded(
     monkeypatch.setattr(ModelSpec, "check", lambda _: None)
     monkeypatch.setattr("analyses.running.runner.lines_of", lambda *_: [])
     monkeypatch.setattr("analyses.running.runner.dry_run", lambda spec, *_, **__: specs.append(spec) or [])
-    assert main([*shlex.split(reproduce.command(ran, "runs/x"))[1:], "--dry-run"]) == 0
+    assert main([*shlex.split(reproduce.command(ran, "runs/x"))[1:], "--text", "a", "--dry-run"]) == 0
     assert specs == [spec]
     loading = next(line for line in reproduce.python(ran, "runs/x").splitlines() if "load_model(" in line)
     calls: list[dict[str, object]] = []

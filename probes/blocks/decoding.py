@@ -16,7 +16,7 @@ from probes.models.protocol import BlockAccess, Write
 from probes.models.unembedding import logits_of
 from probes.points import Address
 
-KeyValues = Sequence[tuple[Float[Tensor, "kv_head pos d_head"], Float[Tensor, "kv_head pos d_head"]]]
+KeyValues = Sequence[tuple[Float[Tensor, "kv_head _pos d_head"], Float[Tensor, "kv_head _pos d_head"]]]
 """Per layer, the keys and values of a text."""
 Place = tuple[Part, int]
 """A part of a block, by its layer."""

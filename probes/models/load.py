@@ -12,7 +12,7 @@ from probes.errors import OptionError, unknown
 from probes.models.backends.deferred import DeferredModel
 from probes.models.choices import ATTENTIONS, DTYPES, check_streaming
 from probes.models.fingerprint.foreign_code import untouched
-from probes.models.imported import import_all
+from probes.models.imported import import_all, uncollected
 from probes.models.interop import backend_class
 from probes.models.placement import DeviceMap, MaxMemory, bytes_of, fetch_offloaded, spread
 from probes.models.protocol import Model
@@ -94,6 +94,7 @@ def load_model(
     return _deferred(located, how, whole) if deferred and plain else whole()
 
 
+@uncollected()
 def _whole(backend: str, located: Located, how: Loading) -> Model:
     """Load all of a model."""
     import_all()

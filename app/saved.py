@@ -1,4 +1,4 @@
-"""Saved runs: found, opened and deleted; needs no model and, for the list and the profiles, no torch."""
+"""Saved runs: found, opened and deleted; needs no model and, for the list and the profiles, no torch; the list alone needs no pandas."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import streamlit as st
 import xxhash
 
 from analyses.results.record import read_profiles
-from analyses.results.result import Result
 from app.places import runs_root
 from probes.errors import OptionError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from analyses.results.result import Result
 
 DEPTH = 3
 """How many folders deep runs are looked for."""
@@ -118,6 +121,8 @@ def open_run(run: Run) -> Result:
 
 @st.cache_resource(max_entries=12, ttl=3600, show_spinner=False)
 def _result(folder: str, stamp: int) -> Result:
+    from analyses.results.result import Result
+
     return Result.load(folder)
 
 
@@ -127,8 +132,10 @@ def profiles_of(run: Run) -> list[Profile]:
         records = _profiles(str(run.folder), run.stamp)
     except (OSError, ValueError, OptionError):
         return []
+    from pandas import DataFrame
+
     return [
-        Profile(run.name, run.analysis, name, r["title"], r["unit"], r["caption"], pd.DataFrame(r["columns"]))
+        Profile(run.name, run.analysis, name, r["title"], r["unit"], r["caption"], DataFrame(r["columns"]))
         for name, r in records.items()
     ]
 

@@ -9,6 +9,7 @@ import threading
 import webbrowser
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,13 @@ async def opening(_: Any) -> AsyncIterator[None]:
 def _prepare() -> None:
     queue().ensure()
     with uncollected():
-        ahead.import_pages()
+        ahead.import_page()
         # Streamlit collects garbage after every run of a page, which holds up its last words: what was imported is left out
         # of that, a fifth of a second each time once the analyses are there.
         gc.freeze()
     ahead.answer_first()
     offered.LOADED.wait()
+    import_module(ahead.NEXT)
     gc.collect()
     gc.freeze()
 

@@ -19,7 +19,8 @@ from analyses.results.axes import layer_step
 from analyses.results.result import Result
 from analyses.voids import Voids
 from app import offered, places, prompt_sets, saved
-from app.selection import Selection, named_by, narrowed, params_of, parse
+from app.selected_rows import named_by, narrowed
+from app.selection import Selection, params_of, parse
 from app.ui.figures import clicked_layers, data_of, drawn, mark
 from probes.errors import OptionError, PromptError
 from probes.models.backends.native import NativeModel

@@ -145,7 +145,7 @@ def first(monkeypatch: pytest.MonkeyPatch, jobs: JobQueue, word_folder: Path, tm
     session = text(word_folder, "zero z.1.2")
     monkeypatch.setenv("BATHYSCOPE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(ahead, "EXAMPLES", {"A": session})
-    monkeypatch.setattr(ahead, "PAGES", ())
+    monkeypatch.setattr(ahead, "PAGE", "json")
     monkeypatch.setattr(ahead, "queue", lambda: jobs)
     monkeypatch.setattr(kept, "_weights", lambda _: word_folder)
     monkeypatch.setattr("app.ui.live_desk.queue", lambda: jobs)
@@ -156,14 +156,14 @@ def first(monkeypatch: pytest.MonkeyPatch, jobs: JobQueue, word_folder: Path, tm
 
 def test_the_first_example_is_shown_from_last_time_until_the_model_answers(first: str) -> None:
     before = Desk()
-    ahead.import_pages()
+    ahead.import_page()
     assert not before.recall(first)
     ahead.answer_first()
     before.open(first, "opened")
     assert before.now is not None
     again = Desk()
     assert not again.recall(first), "the model is there: it is asked"
-    ahead.import_pages()
+    ahead.import_page()
     assert again.recall(first)
     assert again.now is not None
     assert again.now.session == before.now.session
@@ -196,11 +196,11 @@ def test_nothing_is_loaded_ahead_where_that_is_switched_off_or_the_model_is_not_
     first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(ahead.SWITCH, "0")
-    ahead.import_pages()
+    ahead.import_page()
     assert not FIRST.is_set()
     monkeypatch.delenv(ahead.SWITCH)
     monkeypatch.setattr(kept, "_weights", lambda _: None)
-    ahead.import_pages()
+    ahead.import_page()
     assert not FIRST.is_set()
 
 

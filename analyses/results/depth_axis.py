@@ -5,12 +5,14 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.results.theme import INK, LINE, SELECTED, band_traces, frame, template
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Values = dict[str, Any]
 """Part of a figure as Plotly's JSON has it. A report that grows draws the figure with every result, and to put these axes

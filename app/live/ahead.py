@@ -14,8 +14,10 @@ from app.offered import FIRST
 
 SWITCH = "BATHYSCOPE_PRELOAD"
 """The variable of the environment that is 0 where no model is to be loaded before it is asked for."""
-PAGES = ("app.views.live", "app.views.home")
-"""What the first page imports."""
+PAGE = "app.views.live"
+"""The first page."""
+NEXT = "app.views.home"
+"""The page likely to be seen next; it shows tables, for which it imports pandas, and so waits until the first one is answered."""
 
 
 def first() -> str:
@@ -23,12 +25,11 @@ def first() -> str:
     return next(iter(EXAMPLES.values()))
 
 
-def import_pages() -> None:
+def import_page() -> None:
     """Import what the first page shows, before it is asked for; from here on the first example is under way."""
     if os.environ.get(SWITCH) != "0" and kept.at_hand(first()):
         FIRST.set()
-    for name in PAGES:
-        import_module(name)
+    import_module(PAGE)
 
 
 def answer_first() -> None:

@@ -13,7 +13,8 @@ import plotly.graph_objects as go
 from analyses.results.axes import axes_of, is_position, layer_step, reference
 from analyses.results.card import Tables
 from analyses.results.result import Result
-from app.selection import Selection, narrowed
+from app.selected_rows import narrowed
+from app.selection import Selection
 from app.ui.window import WIDTH, first_shown, is_long, longest, windowed
 
 FOLLOWED = ("prompts", "heads")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import streamlit as st
 
-from analyses.results.result import Result
 from app.selection import HEADS, KINDS, clear, current, select, settle
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from analyses.results.result import Result
 
 HELP = {
     "layers": "Marked in every figure, kept in every table. A click on a depth axis does the same.",

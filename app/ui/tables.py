@@ -5,7 +5,8 @@ from __future__ import annotations
 import pandas as pd
 import streamlit as st
 
-from app.selection import Selection, named_by, narrowed, select
+from app.selected_rows import named_by, narrowed
+from app.selection import Selection, select
 from app.ui.takeaway import table_downloads
 
 SHOWN = 1000

@@ -13,7 +13,8 @@ from analyses.results.theme import colour_of
 from app import offered
 from app.places import runs_root
 from app.saved import Profile, Run, open_run, profiles_of, saved_runs
-from app.selection import Selection, current, narrowed, select
+from app.selected_rows import narrowed
+from app.selection import Selection, current, select
 from app.ui import selector
 from app.ui.takeaway import figure_downloads, table_downloads
 from app.ui.theme import draw_depth

@@ -9,7 +9,6 @@ import threading
 import webbrowser
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,6 @@ def _prepare() -> None:
         gc.freeze()
     ahead.answer_first()
     offered.LOADED.wait()
-    import_module(ahead.NEXT)
     gc.collect()
     gc.freeze()
 

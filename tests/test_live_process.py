@@ -146,6 +146,7 @@ def first(monkeypatch: pytest.MonkeyPatch, jobs: JobQueue, word_folder: Path, tm
     monkeypatch.setenv("BATHYSCOPE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(ahead, "EXAMPLES", {"A": session})
     monkeypatch.setattr(ahead, "PAGE", "json")
+    monkeypatch.setattr(ahead, "NEXT", "json")
     monkeypatch.setattr(ahead, "queue", lambda: jobs)
     monkeypatch.setattr(kept, "_weights", lambda _: word_folder)
     monkeypatch.setattr("app.ui.live_desk.queue", lambda: jobs)

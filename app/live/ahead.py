@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from importlib import import_module
 
 from app.jobs.queue import queue
@@ -17,7 +18,9 @@ SWITCH = "BATHYSCOPE_PRELOAD"
 PAGE = "app.views.live"
 """The first page."""
 NEXT = "app.views.home"
-"""The page likely to be seen next; it shows tables, for which it imports pandas, and so waits until the first one is answered."""
+"""The page likely to be seen next. It imports pandas, which also Streamlit needs for the first grid."""
+DRAWN = 2.0
+"""Seconds until a browser has drawn the page that waits for the model, and leaves a processor to others."""
 
 
 def first() -> str:
@@ -26,10 +29,14 @@ def first() -> str:
 
 
 def import_page() -> None:
-    """Import what the first page shows, before it is asked for; from here on the first example is under way."""
+    """Import what the first page shows, before it is asked for, and soon the next; from here on the first example is under way."""
     if os.environ.get(SWITCH) != "0" and kept.at_hand(first()):
         FIRST.set()
     import_module(PAGE)
+    waits = FIRST.is_set() and kept.recall(first()) is None
+    soon = threading.Timer(DRAWN if waits else 0.0, import_module, (NEXT,))
+    soon.daemon = True
+    soon.start()
 
 
 def answer_first() -> None:

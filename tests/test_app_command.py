@@ -90,6 +90,12 @@ def test_the_dashboard_that_a_wheel_carries_is_found(monkeypatch: pytest.MonkeyP
     assert main_script() == carried / "server.py"
 
 
+def test_the_first_page_imports_no_torch_and_no_pandas() -> None:
+    code = "import sys, app.ui.selector, app.views.live; print([name for name in ('torch', 'pandas') if name in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
 def test_the_command_and_the_home_page_import_no_torch() -> None:
     code = (
         "import sys, analyses.cli, analyses.cli.app, app.views.home, app.offered, app.ui.selector, app.jobs.queue;"

@@ -17,6 +17,14 @@ LIBRARIES = ("torch", "pandas, pyarrow.parquet", "plotly.graph_objects", "tokeni
 HELD = ("logit_lens", "voids")
 """Analyses of which the rows are held."""
 COMMAND = "import sys; from analyses.cli import main; sys.exit(main(sys.argv[1:]))"
+SAVED = """
+import os, sys
+from analyses.cli import main
+code, used = main(sys.argv[1:]), os.times()
+print(used.user + used.system, file=sys.stderr)
+sys.exit(code)
+"""
+"""Says what was used until the result was saved, before Python ends."""
 QUICK = [
     ["--help"],
     ["--version"],
@@ -51,11 +59,23 @@ QUICK = [
 
 def processor_seconds(args: list[str], code: str = COMMAND) -> float:
     """User and system seconds of a command, its children included; sources are compiled once, as where they are installed."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     before = os.times()
-    subprocess.run([sys.executable, "-c", code, *args], capture_output=True, check=False, env=environment)
+    ran(args, code)
     after = os.times()
     return after.children_user + after.children_system - before.children_user - before.children_system
+
+
+def seconds_until_saved(args: list[str]) -> float:
+    """User and system seconds of a run until its result is saved."""
+    return float(ran(args, SAVED).split()[-1])
+
+
+def ran(args: list[str], code: str) -> str:
+    """Run a command in a process of its own; return what it says on the way."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, check=False, env=environment, text=True
+    ).stderr
 
 
 def main() -> None:
@@ -79,6 +99,9 @@ def main() -> None:
         print("| command | processor seconds (median) | slowest |\n|---|---|---|")
         for args in commands:
             line([processor_seconds(args) for _ in range(given.rounds)], f"bathyscope {said(args, folder)}")
+        for args in commands[len(QUICK) :]:
+            saved_at = [seconds_until_saved(args) for _ in range(given.rounds)]
+            line(saved_at, f"bathyscope {said(args, folder)}", "until the result is saved")
         for number in range(1, len(LIBRARIES) + 1):
             code = f"import {', '.join(LIBRARIES[:number])}"
             line([processor_seconds([], code) for _ in range(given.rounds)], f"python -c '{code}'")
@@ -89,9 +112,9 @@ def said(args: list[str], folder: str) -> str:
     return " ".join(Path(arg).stem.upper() if arg.startswith(folder) else arg for arg in args)
 
 
-def line(seconds: list[float], command: str) -> None:
+def line(seconds: list[float], command: str, what: str = "") -> None:
     """Print a row of the table."""
-    print(f"| `{command}` | {statistics.median(seconds):.2f} | {max(seconds):.2f} |", flush=True)
+    print(f"| {f'`{command}` {what}'.strip()} | {statistics.median(seconds):.2f} | {max(seconds):.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+
+from probes.blocks.function_instead import FunctionInstead
 
 ROWS = range(8, 49)
 """Numbers of rows whose product is faster the other way round: by a half at 20 rows and two threads."""
 
 
-class FewRows(TorchFunctionMode):
+class FewRows(FunctionInstead):
     """Inside, and in this thread, x @ weight.T is computed as (weight @ x.T).T where x has few rows: to float32's rounding the same.
 
     Which way a map takes depends on its shapes alone, so that what runs twice inside comes out the same to the last bit.
     """
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Call the function, or what stands for it."""
-        if func is functional.linear and not kwargs and _suits(*args[:2]):
-            return _turned(*args)
-        return func(*args, **(kwargs or {}))
+    def __init__(self) -> None:
+        super().__init__(functional.linear, _linear)
+
+
+def _linear(*args: Any, **kwargs: Any) -> Tensor:
+    return _turned(*args) if not kwargs and _suits(*args[:2]) else functional.linear(*args, **kwargs)
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:

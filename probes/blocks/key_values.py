@@ -28,7 +28,7 @@ class KeyValues:
     keeps: bool = False
     """Whether `whole` is kept, which holds the memory of it until the next block."""
     stops: bool = False
-    """Whether a block ends as soon as its keys and values are known, which are then kept."""
+    """Whether a block ends as soon as its keys and values are known."""
     whole: Pair | None = None
     """Keys and values of all positions, of the rows that ran last."""
 
@@ -42,7 +42,7 @@ class KeyValues:
                 torch.cat((b.expand(len(key), -1, -1, -1), new), dim=2)
                 for b, new in zip(before, (key, value), strict=True)
             )
-        if self.keeps or self.stops:
+        if self.keeps:
             self.whole = keys, values
         if self.stops:
             raise Stop

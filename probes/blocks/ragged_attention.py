@@ -3,30 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
-
-
-class AttentionInstead(TorchFunctionMode):
-    """Inside, and in this thread, a function stands for `scaled_dot_product_attention`."""
-
-    def __init__(self, attend: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.attend = attend
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Call the function, or what stands for it."""
-        if func is functional.scaled_dot_product_attention:
-            func = self.attend
-        return func(*args, **(kwargs or {}))
 
 
 def with_prompt(

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from probes.blocks.cached_prompt import CachedPrompt
+from probes.blocks.function_instead import FunctionInstead
 from probes.blocks.key_values import KeyValues, cache_of
-from probes.blocks.ragged_attention import AttentionInstead, ragged_attention, with_prompt
+from probes.blocks.ragged_attention import ragged_attention, with_prompt
 from probes.blocks.rerouting import call_blocks
 from probes.hooks.forward_hooks import Stop
 
@@ -142,7 +144,7 @@ class RaggedRun:
             asking, cache = part.last(), KeyValues(None)
         if only_last and layer not in known.suffix:
             raise NotRagged
-        with AttentionInstead(attend):
+        with FunctionInstead(functional.scaled_dot_product_attention, attend):
             self.stream[asking.rows] = self._call(layer, asking.rows, cache)
 
     def _call(self, layer: int, rows: Int[Tensor, " row"], cache: KeyValues) -> Float[Tensor, "row d_model"]:

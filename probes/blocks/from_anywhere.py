@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probes.blocks.cached_prompt import CachedPrompt
+from probes.blocks.quick_linear import QuickLinear
 from probes.blocks.ragged_run import NotRagged, RaggedRun
 
 KEPT = 2**15
@@ -36,10 +37,11 @@ def last_rows(
     for low in range(0, len(order), size):
         part = order[low : low + size]
         given = [first_block[i] for i in part], [position[i] for i in part], [changed[i] for i in part]
-        try:
-            last[part] = RaggedRun(base, *given).last()
-        except NotRagged:
-            last[part] = _by_position(base, *given)
+        with QuickLinear():
+            try:
+                last[part] = RaggedRun(base, *given).last()
+            except NotRagged:
+                last[part] = _by_position(base, *given)
     return last
 
 

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from probes import one_dnn
 from probes.lenses.card import LensCard
 from probes.lenses.divergence import Distributions, KnownReference, ReferenceRows, slices
 from probes.lenses.protocol import LensRead
@@ -64,6 +65,13 @@ def token_logits(
     return _capped(logits, unembedding.softcap)
 
 
+def unembedded(hidden: Float[Tensor, "*rows d_model"], unembedding: Unembedding) -> Float[Tensor, "*rows d_vocab"]:
+    """Return the logit of every token for normalised rows, in float32."""
+    rows = hidden.float().reshape(-1, hidden.shape[-1])
+    logits = _logits(rows, unembedding.weight.float(), unembedding.bias, unembedding.softcap)
+    return logits.view(*hidden.shape[:-1], -1)
+
+
 @torch.inference_mode()
 def all_logprobs(rows: Float[Tensor, "row d_model"], unembedding: Unembedding) -> Float[Tensor, "row d_vocab"]:
     """Return the log-probability of every token, for few rows: memory grows with rows times tokens."""
@@ -72,15 +80,13 @@ def all_logprobs(rows: Float[Tensor, "row d_model"], unembedding: Unembedding) -
 
 def logprobs_of(rows: Float[Tensor, "row d_model"], unembedding: Unembedding) -> Float[Tensor, "row d_vocab"]:
     """Return what `all_logprobs` does, differentiably."""
-    hidden = normalized(rows, unembedding)
-    return _logits(hidden, unembedding.weight.float(), unembedding.bias, unembedding.softcap).log_softmax(-1)
+    return unembedded(normalized(rows, unembedding), unembedding).log_softmax(-1)
 
 
 @torch.inference_mode()
 def all_logits(rows: Float[Tensor, "row d_model"], unembedding: Unembedding) -> Float[Tensor, "row d_vocab"]:
     """Return the logit of every token, for few rows: memory grows with rows times tokens."""
-    hidden = normalized(rows, unembedding)
-    return _logits(hidden, unembedding.weight.float(), unembedding.bias, unembedding.softcap)
+    return unembedded(normalized(rows, unembedding), unembedding)
 
 
 @torch.inference_mode()
@@ -144,7 +150,7 @@ def read_whole(
 def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, out: Tensor | None = None
 ) -> Tensor:
-    logits = torch.mm(hidden, weight.T, out=out)
+    logits = one_dnn.linear(hidden, weight) if one_dnn.quicker(hidden, weight) else torch.mm(hidden, weight.T, out=out)
     if bias is not None:
         logits += bias.float()
     return _capped(logits, softcap)

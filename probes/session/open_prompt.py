@@ -11,11 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from probes.blocks.cached_prompt import CachedPrompt
-from probes.blocks.few_rows import FewRows
+from probes.blocks.quick_linear import QuickLinear
 from probes.blocks.rerouting import call_blocks
 from probes.edits import BlockPath, Edit, Texts, altered, read, resolve, writes_of
 from probes.edits.program_runs import run_step
 from probes.edits.programs import Program, Step
+from probes.lenses.logit import unembedded
 from probes.models.protocol import BlockAccess, Model, Read, Write
 from probes.points import Address, stage_of
 
@@ -56,7 +57,7 @@ class OpenPrompt:
         self.resumable = (
             model.shape.causal and isinstance(model, BlockAccess) and "lens" not in model.faithfulness.refused
         )
-        with FewRows():
+        with QuickLinear():
             self.base = CachedPrompt(model, self.tokens, 0) if self.resumable else None
         self._runs: dict[tuple[Edit, ...], Run] = {}
         self.clean = self.run(())
@@ -72,7 +73,7 @@ class OpenPrompt:
             layers = range(self.model.shape.n_layers)
             addresses = [address] if address.layer is None else [Address(address.point, layer) for layer in layers]
             given = [a for a in addresses if a == address or self.model.refusal(a) is None]
-            with FewRows():
+            with QuickLinear():
                 values = read(self.model, torch.tensor([tokens]), given)
             self._rows.update({(tokens, a): rows[0] for a, rows in values.items()})
         return self._rows[tokens, address]
@@ -178,7 +179,7 @@ class OpenPrompt:
         """Return what leaves a block where `hidden` enters it, under those of the writes that are inside it."""
         assert self.base is not None
         own = {a: write for a, write in writes.items() if a.layer == layer}
-        with FewRows():
+        with QuickLinear():
             return self.base.through(layer, hidden, own, reads)
 
     def logprobs(
@@ -195,9 +196,7 @@ class OpenPrompt:
         if (norm := Address("final_norm")) in late:
             rows = late[norm](rows)
         rows = rows[:, -1:] if Address("logits") not in late else rows
-        logits = rows.float() @ lens.weight.float().T
-        logits = logits if lens.bias is None else logits + lens.bias.float()
-        logits = logits if lens.softcap is None else lens.softcap * torch.tanh(logits / lens.softcap)
+        logits = unembedded(rows, lens)
         if (address := Address("logits")) in late:
             logits = late[address](logits)
         out = logits[:, -1].log_softmax(-1)

@@ -1,4 +1,4 @@
-"""A two-layer model trained here to continue repeated sequences: the search must find its induction circuit."""
+"""A two-layer model trained to continue repeated sequences: the search must find its induction circuit."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from analyses.contextual_decomposition.circuit import Search, search
 from analyses.contextual_decomposition.gradient_scores import metric_of
 from analyses.contextual_decomposition.prepared_cases import links_by_walking
 from analyses.contextual_decomposition.scores import PreparedCase, Reading, position_sources, to_metric, to_nodes
-from benchmarks.depthbench.models import induction
 from probes.decomposition import PRESETS, Decomposer, head
 from probes.models.backends.native import NativeModel
+from probes.planted.registry import build
 from probes.planted.trained_prompts import REPEATED_VOCAB, repeated
 from probes.points import Address
 from probes.relevance import relevance_of
@@ -24,10 +24,8 @@ HEADS = [head(layer, h) for layer in range(2) for h in range(2)]
 
 @pytest.fixture(scope="module")
 def trained() -> NativeModel:
-    """Attention only, two layers of two heads; a few seconds of training on repeated sequences of varying period."""
-    outcome = induction()
-    assert outcome.losses["answer"] < 0.1, "the model did not learn to continue"
-    return NativeModel(outcome.module, ref="induction", weights="trained")
+    """Attention only, two layers of two heads; as shipped, since training ends elsewhere on another processor."""
+    return NativeModel(build("T1").module, ref="T1", weights="trained")
 
 
 def patterns(model: NativeModel, tokens: tuple[int, ...]) -> Tensor:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from analyses.ground_truth.bench import further_jobs
 from probes.planted.certify.bench import Bench
-from probes.planted.certify.certificate import CHECKS, certify, key_of, shipped
+from probes.planted.certify.certificate import CHECKS, certified, certify, is_of, key_of, shipped
+from probes.planted.certify.jumps import guessed
 from probes.planted.families.channels import channel_candidates
 from probes.planted.record import Interval, Question
 from probes.planted.registry import build, tasks
@@ -36,12 +41,22 @@ def case(name: str) -> PlantedTask:
     return build(task, int(seed))
 
 
+def agree(measured: Any, shipped: Any) -> None:
+    """Numbers are another processor's: shares may differ by the last digit that is kept."""
+    if isinstance(shipped, dict | list):
+        assert len(measured) == len(shipped)
+        for key in shipped if isinstance(shipped, dict) else range(len(shipped)):
+            agree(measured[key], shipped[key])
+    else:
+        assert measured == pytest.approx(shipped, abs=2e-4)
+
+
 @pytest.mark.parametrize("name", [name for names in CASES.values() for name in names])
 def test_the_certificate_agrees_with_the_plan(name: str) -> None:
     task = case(name)
     certificate = certify(task)
     assert certificate["refuted"] == []
-    assert certificate == shipped().get(key_of(task), certificate)
+    agree(certificate, shipped().get(key_of(task), certificate))
     assert {question.kind for question in task.record.questions} <= set(CHECKS)
     examples = task.examples
     assert len(examples) >= 120
@@ -54,8 +69,35 @@ def test_every_task_that_the_benchmark_runs_ships_its_certificate() -> None:
     further = {f"{job.task}@{job.seed}" for job in further_jobs(("compiled",), ())}
     assert {name.rpartition("-")[0] for name in shipped()} == {f"{name}@0" for name in tasks()} | further
     tampered = replace(build("E1"), examples=build("E1").examples[1:])
-    assert key_of(build("E1")) in shipped()
+    assert is_of(shipped()[key_of(build("E1"))], build("E1"))
     assert key_of(tampered) not in shipped()
+
+
+def test_a_certificate_is_of_weights_that_differ_by_rounding_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BATHYSCOPE_CACHE", str(tmp_path))
+    task = build("E1")
+    for weight in task.module.parameters():
+        weight.data.mul_(1 + 1e-6)
+    assert certified(task).record.certificate == shipped()[key_of(task)]
+    assert not list(tmp_path.rglob("*.json"))
+    weight = next(weight for name, weight in task.module.named_parameters() if "attn" in name)
+    weight.data.view(-1)[weight.abs().argmax()] *= 1.01
+    assert not is_of(shipped()[key_of(task)], task)
+    anew = certified(task).record.certificate
+    (kept,) = tmp_path.rglob("*.json")
+    assert certified(task).record.certificate == anew == json.loads(kept.read_text())
+
+
+def test_what_jumps_mend_by_chance_is_a_binomial_tail_over_all_of_them() -> None:
+    """Two answers but the wrong one, two prompts, one jump: both right in a quarter of the models, which is not rare."""
+    bench = SimpleNamespace(answers=torch.tensor([0, 1, 2]))
+    assert guessed(bench, SimpleNamespace(examples=(0,) * 2, layers=1)) == 1.0
+    # 2 ** -7 < 1 % < 2 ** -6: seven of seven are no chance, six may be.
+    assert guessed(bench, SimpleNamespace(examples=(0,) * 7, layers=1)) == 6 / 7
+    # Three jumps: 3 * 2 ** -7 is more than 1 %.
+    assert guessed(bench, SimpleNamespace(examples=(0,) * 7, layers=2)) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from probes.planted.certify.bench import Bench
 from probes.planted.certify.measured import Measured, set_of
 from probes.planted.record import Question
 
-GUESSED = 0.3
-"""Largest share that a jump puts right by chance where nothing mends."""
+BY_CHANCE = 0.01
+"""Probability that any jump of a model puts more right than counts as guessed."""
 
 
 @torch.no_grad()
@@ -25,7 +27,7 @@ def mending(bench: Bench, question: Question) -> Measured:
         return Measured({}, question.nothing)
     few = Bench(bench.task, wrong).few(24)
     shares = {}
-    most = GUESSED if question.nothing else 1 - bench.sure
+    most = guessed(bench, few) if question.nothing else 1 - bench.sure
     for b in range(few.layers):
         entering = few.streams[b + 1 :]
         if question.position:
@@ -41,3 +43,16 @@ def mending(bench: Bench, question: Question) -> Measured:
         shares = {cell: share for cell, share in shares.items() if cell in question.candidates}
     measured = {cell: share for cell, share in shares.items() if share > 0}
     return Measured(measured, set_of(shares, least=bench.sure, most=most) == question.truth)
+
+
+def guessed(bench: Bench, few: Bench) -> float:
+    """Return the largest share that a jump puts right by naming another answer at random, over all jumps (Bonferroni)."""
+    n, chance = len(few.examples), 1 / max(1, len(set(bench.answers.tolist())) - 1)
+    jumps = few.layers * (few.layers + 1) // 2
+    tail, right = 0.0, n
+    while (
+        right
+        and tail + (more := math.comb(n, right) * chance**right * (1 - chance) ** (n - right)) <= BY_CHANCE / jumps
+    ):
+        tail, right = tail + more, right - 1
+    return right / n

@@ -126,6 +126,34 @@ def test_everywhere_equals_single_edits(family: str, line: str, rest: tuple[str,
     assert effect.kl.max() > 1e-4
 
 
+OTHERS = (
+    ("scale mlp_out.1 x0.5", "zero z.2.1 @4"), ("scale q.1 x1.5", "zero v.2 @1"), ("zero resid_pre.1 @3", "scale resid_post.2 x0.5"),
+    ("zero embed @2", "scale attn_out.2 @-1 x3.0"), ("scale mlp_out.1 @3 x0.5", "patch resid_post.1 @2 from other"),
+)  # fmt: skip
+"""Edits of points in the same block, in later and in earlier ones, of the same position, of others and of all."""
+
+
+@pytest.mark.parametrize("others", OTHERS)
+@pytest.mark.parametrize("line", ["zero mlp_out.1 @3", "zero v.0 @1", "scale resid_pre.1 @1 x0.5"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_everywhere_among_others_equals_single_edits(
+    family: str, line: str, others: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from probes.session import variants
+    from probes.session.everywhere import places
+
+    if family != "gemma2":  # Its attention looks back over a few positions only.
+        monkeypatch.setattr(variants, "_from_its_block", None)
+    session = Session(native(family), PROMPT, OTHER).edit(others[0], line, others[1])
+    effect = session.everywhere(1)
+    base = Session(session.model, PROMPT, OTHER).edit(*others).run.logprobs.double()
+    for variant in places(session.prompt, session.edits[1])[0]:
+        single = Session(session.model, PROMPT, OTHER).edit(others[0], str(variant.edit), others[1])
+        expected = float((base.exp() * (base - single.run.logprobs.double())).sum())
+        assert float(effect.kl[variant.layer, variant.column]) == pytest.approx(expected, abs=2e-5)
+    assert effect.kl.max() > 1e-4
+
+
 def test_everywhere_leaves_out_where_the_other_prompt_ends() -> None:
     effect = Session(native(), PROMPT, OTHER[:4]).edit("patch resid_post.1 @2 from other").everywhere()
     assert effect.kl[:, 4:].isnan().all()
@@ -277,9 +305,9 @@ def test_what_leaves_its_block_as_it_was_runs_no_further(monkeypatch: pytest.Mon
     began: list[tuple[int, int]] = []
     plain = variants.last_rows
 
-    def last_rows(base: object, first_block: list[int], position: list[int], changed: list[torch.Tensor]) -> object:
+    def last_rows(base: object, first_block: list[int], position: list[int], *given: object) -> object:
         began.extend(zip(position, first_block, strict=True))
-        return plain(base, first_block, position, changed)  # type: ignore[arg-type]
+        return plain(base, first_block, position, *given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(variants, "last_rows", last_rows)
     other = (*PROMPT[:3], 14, *PROMPT[4:])

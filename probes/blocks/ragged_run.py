@@ -6,7 +6,7 @@ once, a token of each, and every map is one large product; attention, which join
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from inspect import signature
@@ -23,6 +23,8 @@ from probes.blocks.key_values import KeyValues, cache_of
 from probes.blocks.ragged_attention import ragged_attention, with_prompt
 from probes.blocks.rerouting import call_blocks
 from probes.hooks.forward_hooks import Stop
+from probes.models.protocol import Write
+from probes.points import Address
 
 ROWS = 2048
 """Rows of a call, unless one continuation alone has more: products of more rows are no faster."""
@@ -47,6 +49,16 @@ class _Part:
     at: Int[Tensor, " row"]
     """The position of each."""
 
+    def placed(self, write: Write, length: int) -> Write:
+        """A write of these rows [row, 1, ...] that sees each at its position in its continuation, and nothing where it has none."""
+
+        def put(rows: Tensor) -> Tensor:
+            whole = rows.new_zeros(int(self.owner[-1]) + 1, length, *rows.shape[2:])
+            whole[self.owner, self.at] = rows[:, 0]
+            return write(whole)[self.owner, self.at][:, None]
+
+        return put
+
     def last(self) -> _Part:
         """The last row of each."""
         ends = torch.nonzero(torch.diff(self.owner, append=self.owner.new_full((1,), -1)))[:, 0]
@@ -61,6 +73,7 @@ class RaggedRun:
         first_block: per continuation, the first block that runs.
         position: per continuation, the first position whose stream is another than the prompt's.
         changed: what enters its first block there and at the next positions; what follows is the prompt's.
+        writes: writes of points [row, pos, ...] inside blocks, under which the prompt was run and all continuations run.
 
     Raises:
         NotRagged: the model cannot be told where a row stands, or numbers are too coarse to prove a block.
@@ -72,11 +85,12 @@ class RaggedRun:
         first_block: Sequence[int],
         position: Sequence[int],
         changed: Sequence[Float[Tensor, "_changed d_model"]],
+        writes: Mapping[Address, Write] | None = None,
     ) -> None:
         model, length, lowest = base.model, len(base.tokens), min(first_block)
         if "position_ids" not in signature(model.module.forward).parameters or changed[0].dtype.itemsize < 4:
             raise NotRagged
-        self.base = base
+        self.base, self.writes = base, writes or {}
         # Those that begin at near positions run in one part: then little of its rectangle is empty.
         self.order = sorted(range(len(changed)), key=lambda i: position[i])
         begin = torch.tensor([base.start, *(position[i] for i in self.order)])
@@ -140,23 +154,26 @@ class RaggedRun:
         asking, cache = part, known
         if only_last:
             with suppress(Stop):
-                self._call(layer, part.rows, known)
+                self._call(layer, part, known)
             asking, cache = part.last(), KeyValues(None)
         if only_last and layer not in known.suffix:
             raise NotRagged
         with FunctionInstead(functional.scaled_dot_product_attention, attend):
-            self.stream[asking.rows] = self._call(layer, asking.rows, cache)
+            self.stream[asking.rows] = self._call(layer, asking, cache)
 
-    def _call(self, layer: int, rows: Int[Tensor, " row"], cache: KeyValues) -> Float[Tensor, "row d_model"]:
+    def _call(self, layer: int, part: _Part, cache: KeyValues) -> Float[Tensor, "row d_model"]:
         def own(argument: Any) -> Any:
             if argument is self.cache:
                 return cache
             if isinstance(argument, tuple | list):
                 return type(argument)(own(part) for part in argument)
             per_row = isinstance(argument, Tensor) and argument.dim() and len(argument) == len(self.owner)
-            return argument[rows.to(argument.device)] if per_row else argument
+            return argument[part.rows.to(argument.device)] if per_row else argument
 
-        return self.call(layer, self.stream[rows, None], own)[:, 0]
+        length = len(self.base.tokens)
+        writes = {a: part.placed(write, length) for a, write in self.writes.items() if a.layer == layer}
+        with self.base.model.hooked({}, writes, (len(part.rows), 1)):
+            return self.call(layer, self.stream[part.rows, None], own)[:, 0]
 
 
 def _prove(leaving: Tensor, entering: Tensor, expected: Tensor) -> None:

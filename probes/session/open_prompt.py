@@ -101,6 +101,14 @@ class OpenPrompt:
                 del self._runs[old]
         return self._runs[key]
 
+    def cached(self, edits: Sequence[Edit]) -> CachedPrompt:
+        """Return the prompt run once under edits of points, to be resumed from inside it."""
+        assert self.base is not None
+        if not edits:
+            return self.base
+        with QuickLinear():
+            return CachedPrompt(self.model, self.tokens, 0, writes_of(self.model, self.ready(edits)))
+
     def _exclusive(self) -> AbstractContextManager[None]:
         """Keep the model for all blocks of a run: taking it for each costs as much as a third of a block."""
         return self.model.exclusive() if isinstance(self.model, BlockAccess) else nullcontext()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from probes.blocks.cached_prompt import CachedPrompt
 from probes.blocks.from_anywhere import last_rows
+from probes.blocks.ragged_run import NotRagged
 from probes.edits import Edit, KnockOut, PointEdit, composed, resolve, writes_of
 from probes.edits.attention import BlockedRows
 from probes.edits.positions import chosen
@@ -53,14 +55,22 @@ def logprobs_of(prompt: OpenPrompt, variants: Sequence[Variant], before: Sequenc
     if not prompt.resumable or not all(isinstance(v.edit, PointEdit | KnockOut) for v in variants):
         for variant in variants:
             yield [variant], prompt.run([*before, variant.edit, *after]).logprobs[None]
-    elif not before and not after and all(_one_position(v.edit) for v in variants):
-        yield from _alone(prompt, variants)
+    elif all(_one_position(v.edit) for v in variants) and all(map(_inside, (*before, *after))):
+        try:
+            yield from _from_its_place(prompt, variants, before, after)
+        except NotRagged:
+            yield from _from_its_block(prompt, variants, before, after)
     else:
-        yield from _among_others(prompt, variants, before, after)
+        yield from _from_its_block(prompt, variants, before, after)
 
 
 def _one_position(edit: Edit) -> bool:
     return isinstance(edit, PointEdit) and isinstance(edit.positions, tuple) and len(edit.positions) == 1
+
+
+def _inside(edit: Edit) -> bool:
+    """Whether an edit is of a point that is below the last block's end."""
+    return isinstance(edit, PointEdit) and (edit.address.layer is not None or edit.address.point == "embed")
 
 
 def _by_layer(variants: Sequence[Variant]) -> dict[int, list[Variant]]:
@@ -70,7 +80,7 @@ def _by_layer(variants: Sequence[Variant]) -> dict[int, list[Variant]]:
     return layers
 
 
-def _among_others(
+def _from_its_block(
     prompt: OpenPrompt, variants: Sequence[Variant], before: Sequence[Edit], after: Sequence[Edit]
 ) -> Rows:
     """Run the variants of a layer as a batch from its block on, the other edits in every row."""
@@ -93,32 +103,36 @@ def _among_others(
                 yield part, prompt.logprobs(hidden, writes).reshape(len(part), -1)
 
 
-def _alone(prompt: OpenPrompt, variants: Sequence[Variant]) -> Rows:
-    """Run each variant from its own block and position on, where no other edit acts.
+def _from_its_place(
+    prompt: OpenPrompt, variants: Sequence[Variant], before: Sequence[Edit], after: Sequence[Edit]
+) -> Rows:
+    """Run each variant from its own block and position on, the other edits at work in all of them.
 
     Nothing runs for a variant that leaves its block's output as it was, to the last bit.
+
+    Raises:
+        NotRagged: there are other edits, and the model's positions cannot be run apart.
     """
-    base = prompt.base
-    assert base is not None
+    rest, base = prompt.run([*before, *after]), prompt.cached([*before, *after])
+    earlier, later = (writes_of(prompt.model, resolve(prompt.model, part, prompt.texts)) for part in (before, after))
     moved: list[tuple[Variant, Tensor]] = []
     same: list[Variant] = []
     for layer, own in _by_layer(variants).items():
         plain = base.entering[layer + 1]
-        for variant, rows in zip(own, _leaving(prompt, layer, own), strict=True):
+        for variant, rows in zip(own, _leaving(prompt, base, own, earlier, later), strict=True):
             position = _position(prompt, variant)
             if torch.equal(rows, plain[position : position + len(rows)]):
                 same.append(variant)
             else:
                 moved.append((variant, rows))
+    if moved:
+        first_block, begin = [v.layer + 1 for v, _ in moved], [_position(prompt, v) for v, _ in moved]
+        last = last_rows(base, first_block, begin, [rows for _, rows in moved], composed([earlier, later]))
+        for at in range(0, len(moved), READ_ROWS):
+            part = [variant for variant, _ in moved[at : at + READ_ROWS]]
+            yield part, prompt.logprobs(last[at : at + READ_ROWS, None], {}).reshape(len(part), -1)
     if same:
-        yield same, prompt.clean.logprobs.expand(len(same), -1)
-    if not moved:
-        return
-    ran = [variant for variant, _ in moved]
-    last = last_rows(base, [v.layer + 1 for v in ran], [_position(prompt, v) for v in ran], [rows for _, rows in moved])
-    for first in range(0, len(ran), READ_ROWS):
-        part = ran[first : first + READ_ROWS]
-        yield part, prompt.logprobs(last[first : first + READ_ROWS, None], {}).reshape(len(part), -1)
+        yield same, rest.logprobs.expand(len(same), -1)
 
 
 def _position(prompt: OpenPrompt, variant: Variant) -> int:
@@ -127,20 +141,32 @@ def _position(prompt: OpenPrompt, variant: Variant) -> int:
 
 
 def _leaving(
-    prompt: OpenPrompt, layer: int, variants: Sequence[Variant]
+    prompt: OpenPrompt,
+    base: CachedPrompt,
+    variants: Sequence[Variant],
+    earlier: Mapping[Address, Write],
+    later: Mapping[Address, Write],
 ) -> Iterator[Float[Tensor, "_changed d_model"]]:
-    """Give what leaves a block under each of its variants, at the variant's position and as far behind it as it may differ."""
-    base = prompt.base
-    assert base is not None
-    edit = variants[0].edit
+    """Give what leaves a block under each of its variants, at the variant's position and as far behind it as it may differ.
+
+    Args:
+        prompt: the prompt.
+        base: its run under the other edits.
+        variants: of one block.
+        earlier: writes of the edits that act before.
+        later: writes of those that act after.
+    """
+    edit, layer = variants[0].edit, variants[0].layer
     assert isinstance(edit, PointEdit)
     entering = base.entering[layer][None]
     if edit.address.point in LATER:
-        leaving = prompt.through(layer, entering.expand(len(variants), -1, -1), _by_row(prompt, variants))
+        writes = composed([earlier, _by_row(prompt, variants), later])
+        leaving = prompt.through(layer, entering.expand(len(variants), -1, -1), writes)
         yield from (rows[_position(prompt, variant) :] for rows, variant in zip(leaving, variants, strict=True))
         return
     # The edit of one position changes no other position's row, so that one run of the block serves all.
-    leaving = prompt.through(layer, entering, _each_position(prompt, variants))[0]
+    writes = composed([earlier, _each_position(prompt, variants), later])
+    leaving = prompt.through(layer, entering, writes)[0]
     for variant in variants:
         at = _position(prompt, variant)
         yield leaving[at : at + 1]

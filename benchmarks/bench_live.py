@@ -15,11 +15,13 @@ import argparse
 import json
 import math
 import os
+import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -111,8 +113,19 @@ def markdown(taken: dict[str, list[float]], repeats: int) -> str:
         for name, seconds in taken.items()
     ]
     head = ["| what | times | median | 95th percentile | bound |", "|---|---|---|---|---|"]
-    words = f"`bathyscope bench live --repeats {repeats}`, {date.today():%Y-%m-%d}: from the key or button to the answered page, headless Chromium."
+    words = (
+        f"`bathyscope bench live --repeats {repeats}`, {date.today():%Y-%m-%d}, {os.cpu_count()} cores of {processor()}: "
+        "from the key or button to the answered page, headless Chromium."
+    )
     return "\n".join([words, "", *head, *rows])
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return platform.processor()
 
 
 def report(taken: dict[str, list[float]]) -> None:

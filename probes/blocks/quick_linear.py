@@ -25,10 +25,11 @@ class QuickLinear(FunctionInstead):
 
 
 def _linear(*args: Any, **kwargs: Any) -> Tensor:
-    if not kwargs and one_dnn.quicker(*args):
-        return one_dnn.linear(*args)
-    if not kwargs and one_dnn.float32_on_cpu(*args) and args[0].numel() // args[0].shape[-1] in FEW_ROWS:
-        return _turned(*args)
+    if not kwargs:
+        if one_dnn.quicker(*args):
+            return one_dnn.linear(*args)
+        if args[0].numel() // args[0].shape[-1] in FEW_ROWS and one_dnn.float32_on_cpu(*args):
+            return _turned(*args)
     return functional.linear(*args, **kwargs)
 
 

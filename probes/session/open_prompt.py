@@ -101,13 +101,13 @@ class OpenPrompt:
                 del self._runs[old]
         return self._runs[key]
 
-    def cached(self, edits: Sequence[Edit]) -> CachedPrompt:
-        """Return the prompt run once under edits of points, to be resumed from inside it."""
+    def cached(self, writes: Mapping[Address, Write]) -> CachedPrompt:
+        """Return the prompt run once under writes of points [1, pos, ...], to be resumed from inside it."""
         assert self.base is not None
-        if not edits:
+        if not writes:
             return self.base
         with QuickLinear():
-            return CachedPrompt(self.model, self.tokens, 0, writes_of(self.model, self.ready(edits)))
+            return CachedPrompt(self.model, self.tokens, 0, writes)
 
     def _exclusive(self) -> AbstractContextManager[None]:
         """Keep the model for all blocks of a run: taking it for each costs as much as a third of a block."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,13 +56,12 @@ def logprobs_of(prompt: OpenPrompt, variants: Sequence[Variant], before: Sequenc
     if not prompt.resumable or not all(isinstance(v.edit, PointEdit | KnockOut) for v in variants):
         for variant in variants:
             yield [variant], prompt.run([*before, variant.edit, *after]).logprobs[None]
-    elif all(_one_position(v.edit) for v in variants) and all(map(_inside, (*before, *after))):
-        try:
+        return
+    if all(_one_position(v.edit) for v in variants) and all(map(_inside, (*before, *after))):
+        with suppress(NotRagged):
             yield from _from_its_place(prompt, variants, before, after)
-        except NotRagged:
-            yield from _from_its_block(prompt, variants, before, after)
-    else:
-        yield from _from_its_block(prompt, variants, before, after)
+            return
+    yield from _from_its_block(prompt, variants, before, after)
 
 
 def _one_position(edit: Edit) -> bool:
@@ -113,8 +113,9 @@ def _from_its_place(
     Raises:
         NotRagged: there are other edits, and the model's positions cannot be run apart.
     """
-    rest, base = prompt.run([*before, *after]), prompt.cached([*before, *after])
     earlier, later = (writes_of(prompt.model, resolve(prompt.model, part, prompt.texts)) for part in (before, after))
+    others = composed([earlier, later])
+    base = prompt.cached(others)
     moved: list[tuple[Variant, Tensor]] = []
     same: list[Variant] = []
     for layer, own in _by_layer(variants).items():
@@ -127,12 +128,12 @@ def _from_its_place(
                 moved.append((variant, rows))
     if moved:
         first_block, begin = [v.layer + 1 for v, _ in moved], [_position(prompt, v) for v, _ in moved]
-        last = last_rows(base, first_block, begin, [rows for _, rows in moved], composed([earlier, later]))
+        last = last_rows(base, first_block, begin, [rows for _, rows in moved], others)
         for at in range(0, len(moved), READ_ROWS):
             part = [variant for variant, _ in moved[at : at + READ_ROWS]]
             yield part, prompt.logprobs(last[at : at + READ_ROWS, None], {}).reshape(len(part), -1)
     if same:
-        yield same, rest.logprobs.expand(len(same), -1)
+        yield same, prompt.run([*before, *after]).logprobs.expand(len(same), -1)
 
 
 def _position(prompt: OpenPrompt, variant: Variant) -> int:

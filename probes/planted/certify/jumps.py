@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from probes.planted.certify.bench import Bench
@@ -47,12 +45,8 @@ def mending(bench: Bench, question: Question) -> Measured:
 
 def guessed(bench: Bench, few: Bench) -> float:
     """Return the largest share that a jump puts right by naming another answer at random, over all jumps (Bonferroni)."""
+    from scipy.stats import binom  # half a second, which tasks without wrong answers need not spend
+
     n, chance = len(few.examples), 1 / max(1, len(set(bench.answers.tolist())) - 1)
     jumps = few.layers * (few.layers + 1) // 2
-    tail, right = 0.0, n
-    while (
-        right
-        and tail + (more := math.comb(n, right) * chance**right * (1 - chance) ** (n - right)) <= BY_CHANCE / jumps
-    ):
-        tail, right = tail + more, right - 1
-    return right / n
+    return float(binom.isf(BY_CHANCE / jumps, n, chance)) / n

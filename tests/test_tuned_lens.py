@@ -97,7 +97,7 @@ def test_steps_down_the_divergence_count_where_they_help(tiny: NativeModel) -> N
 
 
 def test_layers_that_are_not_fitted_are_read_as_they_are(tiny: NativeModel) -> None:
-    rows = [*planted(100), torch.randn(100, D_MODEL)]
+    rows = [*planted(100), torch.randn(100, D_MODEL, generator=torch.Generator().manual_seed(0))]
     fit = fitted(tiny, rows, 10, layers=(1,))
     assert (fit.layers, fit.lens.card.layers) == ((1, 2), (1,))
     assert fit.kl["tuned"].shape[0] == 2

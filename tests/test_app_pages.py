@@ -33,11 +33,12 @@ SECONDS = 60.0
 
 
 class Line:
-    """A queue without a worker: it remembers what it was asked, and says what it is told to."""
+    """A queue without a worker: it remembers what it was asked, and says what it is told to, of a job or of all."""
 
     def __init__(self) -> None:
         self.submitted: list[Request] = []
         self.says = Status()
+        self.says_of: dict[str, Status] = {}
         self.cancelled: list[str] = []
 
     def submit(self, request: Request) -> str:
@@ -51,10 +52,10 @@ class Line:
         return self.submitted[int(name)]
 
     def status(self, name: str) -> Status:
-        return self.says
+        return self.says_of.get(name, self.says)
 
     def active(self) -> list[str]:
-        return [] if self.says.ended else [str(i) for i in range(len(self.submitted))]
+        return [name for name in map(str, range(len(self.submitted))) if not self.status(name).ended]
 
     def cancel(self, name: str) -> None:
         self.cancelled.append(name)
@@ -284,6 +285,23 @@ def test_a_page_loaded_anew_finds_what_is_under_way_and_can_cancel_it(line: Line
     assert line.cancelled == ["0"]
     line.says = Status("done", answer={"counts": {"forwards": 7}, "seconds": 1.5})
     assert "7 forward passes" in words(fine(at.run()))
+
+
+def test_what_came_of_a_session_s_job_stays_while_another_session_s_job_runs_and_after_it(line: Line) -> None:
+    def ended(forwards: int) -> Status:
+        return Status("done", answer={"counts": {"forwards": forwards}, "seconds": 1.5})
+
+    at = form("voids")
+    at.button(key="run:voids").click()
+    at.run()
+    line.submit(Request("run", ModelSpec("m"), "voids"))
+    line.says_of = {"0": ended(7), "1": Status("running", "running", "forward", done=3, total=12)}
+    assert "7 forward passes" in words(fine(at.run()))
+    assert ["forward: 3 of 12" in bar.text for bar in at.get("progress")] == [True]
+    line.says_of["1"] = ended(5)
+    said = words(fine(at.run()))
+    assert "7 forward passes" in said
+    assert "5 forward passes" not in said
 
 
 def test_what_was_started_and_what_came_of_it_stands_above_the_form(line: Line) -> None:

@@ -21,15 +21,15 @@ def title_of(request: Request) -> str:
 
 
 def jobs_of(key: str, belongs: Callable[[Request], bool]) -> list[str]:
-    """The jobs that a page shows: those under way, whoever started them, else the last one that this session saw.
+    """The jobs that a page shows: this session's last one, and those under way, whoever started them.
 
-    Jobs are read off the queue and not off the session, so that a page loaded anew has them again.
+    A session that started none follows the last of those under way to its end, so that a page loaded anew has its job again.
     """
     active = [name for name in queue().active() if belongs(queue().request(name))]
-    if active:
+    if active and not queue().knows(st.session_state.get(key)):
         st.session_state[key] = active[-1]
     last = st.session_state.get(key)
-    return active or ([last] if queue().knows(last) else [])
+    return active if last in active or not queue().knows(last) else [last, *active]
 
 
 def watch(name: str) -> None:

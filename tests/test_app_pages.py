@@ -304,6 +304,26 @@ def test_what_came_of_a_session_s_job_stays_while_another_session_s_job_runs_and
     assert "5 forward passes" not in said
 
 
+def test_the_run_of_a_job_that_ends_while_the_page_is_drawn_is_shown_with_its_ending(
+    saved: Path, tmp_path: Path, line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = form("voids")
+    at.text_input(key="keep:name:voids").set_value("voids")
+    at.run()
+    at.button(key="run:voids").click()
+    at.run()
+
+    def ends(name: str) -> Status:
+        shutil.copytree(saved / "runs", tmp_path / "runs", dirs_exist_ok=True)
+        return Status("done", answer={"seconds": 1})
+
+    monkeypatch.setattr(line, "status", ends)
+    said = words(fine(at.run()))
+    assert "Done in" in said
+    assert "No saved run" not in said
+    assert at.selectbox(key="keep:run:voids").value == "voids"
+
+
 def test_what_was_started_and_what_came_of_it_stands_above_the_form(line: Line) -> None:
     at = form("voids")
     at.button(key="run:voids").click()

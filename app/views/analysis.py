@@ -28,7 +28,7 @@ def draw(name: str) -> None:
         return
     st.title(cls.title, anchor=False)
     st.markdown((cls.__doc__ or "").strip().split("\n")[0])
-    runs = [run for run in saved_runs() if run.analysis == name]
+    runs = _runs_of(name)
     jobs = progress.jobs_of(f"job:{name}", lambda request: request.analysis == name)
     key = f"keep:new:{name}"
     if st.session_state.pop(f"fold:{name}", False):
@@ -44,7 +44,12 @@ def draw(name: str) -> None:
         draw_start(cls, draft, folded=not form.open)
         for job in progress.jobs_of(f"job:{name}", lambda request: request.analysis == name):
             _follow(name, job)
-    _saved(cls, runs)
+    # Listed anew: a job that is seen to have ended may have saved its run after the first look.
+    _saved(cls, _runs_of(name))
+
+
+def _runs_of(name: str) -> list[Run]:
+    return [run for run in saved_runs() if run.analysis == name]
 
 
 def _follow(name: str, job: str) -> None:

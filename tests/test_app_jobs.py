@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -353,6 +354,27 @@ SPECS = [
 
 def test_the_specs_above_choose_every_loading_option() -> None:
     assert {name for spec in SPECS for name in spec.chosen()} == {field.name for field in fields(ModelSpec)} - {"ref"}
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_model_as_text_is_read_back(spec: ModelSpec) -> None:
+    assert ModelSpec.parse(str(spec)) == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no model is named"),
+        ("a folder", "unrecognized arguments: folder: write a model's name, in quotes"),
+        ("m --dtype", "argument --dtype: expected one argument"),
+        ("m --zap 3", "after it any of --backend, --device, --dtype"),
+        ("m 'b", "No closing quotation"),
+        ("m --dtype float8", "Did you mean 'float32'?"),
+    ],
+)
+def test_what_is_no_model_as_text_is_refused_with_the_legal_flags(text: str, said: str) -> None:
+    with pytest.raises(OptionError, match=re.escape(said)):
+        ModelSpec.parse(text)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from analyses.options import as_flag, defaults_of, flag_of, option, validate
+from analyses.options import as_flag, defaults_of, flag_of, option, types_of, validate
 from probes.errors import OptionError, unknown
 from probes.models.choices import ATTENTIONS, BACKENDS, DTYPES, check_streaming, parse_max_memory
 
@@ -117,6 +118,24 @@ class ModelSpec:
         return shlex.join([self.ref, *self._loading_flags()])
 
     @classmethod
+    def parse(cls, text: str) -> ModelSpec:
+        """Return the model that a text names as `str` gives it: a name, perhaps with flags such as `--dtype bfloat16`.
+
+        Raises:
+            OptionError: a text that is none, with the legal flags.
+        """
+        try:
+            ref, *words = shlex.split(text) or [""]
+        except ValueError as error:
+            raise OptionError(f"model {text!r}: {error}") from None
+        flags = _Flags(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        for name, kind in types_of(cls).items():
+            if name != "ref":
+                how: Any = argparse.BooleanOptionalAction if kind is bool else "store"
+                flags.add_argument(f"--{flag_of(cls, name)}", dest=name, action=how)
+        return cls(ref, **vars(flags.parse_args(words)))
+
+    @classmethod
     def of(cls, provenance: Mapping[str, Any]) -> ModelSpec:
         """Return how the model of a saved result was loaded; of one that does not say, as far as its provenance tells.
 
@@ -136,3 +155,11 @@ class ModelSpec:
         resolved: dict[str, Any] = {name: str(provenance[name]) for name in ("backend", "dtype", "attention")}
         streamed = bool(provenance.get("streamed"))
         return cls(str(provenance["model"]["ref"]), revision=pinned, streamed=streamed, **resolved)
+
+
+class _Flags(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        flags = ", ".join(action.option_strings[0] for action in self._actions if action.option_strings)
+        raise OptionError(
+            f"{message}: write a model's name, in quotes where it has blanks, and after it any of {flags}"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 
 from analyses.reading.choice import chosen_lens
-from analyses.running.model_spec import ModelSpec
 from app.jobs.models import in_memory, loaded
+from app.live.named_model import named_model
 from app.live.protocol import Action, Answer, Question
 from probes.edits import Edit, legal_forms, parse_edits, read
 from probes.edits.line import watched
@@ -49,27 +48,9 @@ def answer(question: Question) -> Answer:
         return Answer(question.session, refusal="Out of memory: use a shorter prompt or a smaller model.")
 
 
-def spec_of(text: str) -> ModelSpec:
-    """Return the model that a session names: a name, perhaps with flags such as `--dtype bfloat16`.
-
-    Raises:
-        OptionError: flags that are none.
-    """
-    from analyses.options import flag_of
-
-    ref, *flags = shlex.split(text)
-    names = {f"--{flag_of(ModelSpec, name)}": name for name in ModelSpec.__dataclass_fields__}
-    values: dict[str, Any] = {}
-    for flag, value in zip(flags[::2], flags[1::2], strict=False):
-        if flag not in names:
-            raise OptionError(f"{flag!r} is no way to load a model: legal are {', '.join(names)}")
-        values[names[flag]] = value
-    return ModelSpec(ref, **values)
-
-
 def opened(state: State) -> Session:
     """Return the session of a state, with what is known of its prompts."""
-    model = loaded(spec_of(state.model))
+    model = loaded(named_model(state.model))
     key = (id(model), state.text, state.other)
     for old in [k for k, kept in _KEPT.items() if not in_memory(kept.prompt.model)]:
         del _KEPT[old]
@@ -95,7 +76,7 @@ def changed(state: State, actions: Sequence[Action]) -> State:
     for action in actions:
         match action.kind:
             case "add":
-                n = loaded(spec_of(state.model)).shape.n_layers
+                n = loaded(named_model(state.model)).shape.n_layers
                 state = state.edit(*parse_edits(str(action.value), n))
             case "toggle":
                 state = state.toggle(action.at)
@@ -154,7 +135,7 @@ def grids(session: Session, lens: str = "logit") -> dict[str, Any]:
 
 @lru_cache(maxsize=4)
 def _lens(name: str, model: str) -> Lens:
-    return chosen_lens(name, loaded(spec_of(model)), "resid_post")
+    return chosen_lens(name, loaded(named_model(model)), "resid_post")
 
 
 def _step(step: Step) -> dict[str, Any]:

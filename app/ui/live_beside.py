@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from functools import partial
 from typing import Any
 
@@ -11,6 +10,7 @@ import streamlit as st
 from analyses.results.depth_axis import Curve, Panel, depth_figure, narrowest
 from analyses.results.theme import colour_of, token_label
 from app import offered
+from app.live.named_model import model_of
 from app.live.protocol import Action
 from app.saved import profiles_of, saved_runs
 from app.ui.cell_grid import draw_grid
@@ -72,7 +72,7 @@ def draw_both(desk: Desk, data: dict[str, Any], step: int, position: int, lens: 
 def draw_depth(desk: Desk, data: dict[str, Any], step: int) -> None:
     """Draw the profiles of this model's saved runs on its layers, the chosen block marked."""
     assert desk.now is not None
-    ref = shlex.split(desk.now.session.split("\n")[0].partition(" ")[2])[0]
+    ref = model_of(desk.now.session).ref
     runs = [run for run in saved_runs() if run.model == ref and run.layers == data["layers"]]
     newest = list({run.analysis: run for run in reversed(runs)}.values())
     profiles = [profile for run in newest for profile in profiles_of(run)[:1]][:PANELS]

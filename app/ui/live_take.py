@@ -13,7 +13,9 @@ import streamlit as st
 from app import offered
 from app.jobs.protocol import Request
 from app.jobs.queue import queue
+from app.live.named_model import model_of
 from app.places import NAME, run_folder, run_name, runs_root, store_root
+from app.ui import progress
 from app.ui.live_desk import Desk
 from probes.errors import OptionError, UserError
 
@@ -30,7 +32,7 @@ def sessions_root() -> Path:
 
 def command(session: str, data: dict[str, Any]) -> str:
     """The command line of a session."""
-    parts = ["bathyscope", "edit", *_model_flags(session), "--text", data["text"]]
+    parts = ["bathyscope", "edit", *model_of(session).flags(), "--text", data["text"]]
     parts += ["--other", data["other"]] if data["other"] is not None else []
     parts += [part for step in data["steps"] if step["on"] for part in ("--edit", step["text"])]
     parts += ["--watch", watch_text(data["watch"])] if data["watch"] else []
@@ -43,19 +45,13 @@ def watch_text(tokens: list[str]) -> str:
     return ", ".join(token[1:] for token in tokens) if plain else " ".join(map(repr, tokens))
 
 
-def _model_flags(session: str) -> list[str]:
-    ref, *flags = shlex.split(session.split("\n")[0].partition(" ")[2])
-    return ["--model", ref, *flags]
-
-
 def python(session: str) -> str:
     """The Python of a session."""
-    ref = _model_flags(session)[1]
     return "\n".join([
         "from probes import load_model",
         "from probes.session import Session",
         "",
-        f"model = load_model({ref!r})",
+        f"model = {model_of(session).python()}",
         f"session = Session.parse({session!r}, model)",
         "session.compare()",
     ])  # fmt: skip
@@ -120,7 +116,6 @@ def _draw_saved(desk: Desk, session: str) -> None:
 
 def _draw_job(desk: Desk, session: str, data: dict[str, Any]) -> None:
     def start() -> None:
-        from analyses.running.model_spec import ModelSpec
         from app.prompt_sets import typed
 
         desk.refused_at, desk.refusal = "take", ""
@@ -130,7 +125,7 @@ def _draw_job(desk: Desk, session: str, data: dict[str, Any]) -> None:
             if not lines:
                 raise OptionError("no prompts: write one a line")
             prompts = typed(lines, offered.get_analysis(name).prompt_fields)
-            spec = ModelSpec(_model_flags(session)[1])
+            spec = model_of(session)
             edits = tuple(step["text"] for step in data["steps"] if step["on"])
             folder = run_folder(run_name(name, f"{spec.ref}-edited"))
             request = Request("run", spec, name, {}, str(prompts.save()), str(store_root()), str(folder), edits)
@@ -142,7 +137,7 @@ def _draw_job(desk: Desk, session: str, data: dict[str, Any]) -> None:
         st.selectbox("Analysis", READERS, key="live:job:analysis", format_func=offered.label)
         st.text_area("Prompts, one a line", key="live:job:prompts", height=100)
         st.button("Run under these edits", key="live:job:start", on_click=start, icon=":material/play_arrow:")
-        job = st.session_state.get("live:job")
-        if job and queue().knows(job):
-            status = queue().status(job)
-            st.caption(f"Job {job}: {status.state}. {status.message} Its result is on the Runs page when it is done.")
+        for job in progress.jobs_of("live:job", lambda request: bool(request.edits)):
+            if progress.follow(job):
+                name = Path(queue().request(job).out).name
+                st.link_button(f"Open {name}", f"runs?run={quote(name)}", icon=":material/folder_open:")

@@ -8,6 +8,7 @@ import streamlit as st
 
 from app.jobs.protocol import PHASES, Phase, Request, Status
 from app.jobs.queue import queue
+from probes.html_card import count
 
 PERIOD = 0.6
 """Seconds between two looks at a running job."""
@@ -30,6 +31,23 @@ def jobs_of(key: str, belongs: Callable[[Request], bool]) -> list[str]:
         st.session_state[key] = active[-1]
     last = st.session_state.get(key)
     return active if last in active or not queue().knows(last) else [last, *active]
+
+
+def follow(name: str) -> bool:
+    """How far a job is, or how it ended; return whether it is done."""
+    status, request = queue().status(name), queue().request(name)
+    if not status.ended:
+        watch(name)
+        return False
+    ending(status)
+    if status.state == "done" and request.kind == "run":
+        ran = int(status.answer.get("counts", {}).get("forwards", 0))
+        words = count(ran, "forward pass") if ran else "no forward pass: the store held everything"
+        st.success(
+            f"Done in {status.answer.get('seconds', 0):.1f} s, {words}. Saved in `{request.out}`.",
+            icon=":material/check_circle:",
+        )
+    return status.state == "done"
 
 
 def watch(name: str) -> None:
@@ -83,15 +101,15 @@ def steps(phase: Phase) -> str:
 def counted(status: Status) -> str:
     """What is being counted, how far, and how long it will still take."""
     left = status.remaining()
-    count = f"{status.what}: {status.done:,} of {status.total:,}" if status.total else status.what
-    return count + ("" if left is None else f" · about {seconds(left)} left")
+    done = f"{status.what}: {status.done:,} of {status.total:,}" if status.total else status.what
+    return done + ("" if left is None else f" · about {seconds(left)} left")
 
 
-def seconds(count: float) -> str:
+def seconds(span: float) -> str:
     """A span of time as people say it."""
-    if count < 90:
-        return f"{max(1, round(count))} s"
-    return f"{round(count / 60)} min" if count < 5400 else f"{count / 3600:.1f} h"
+    if span < 90:
+        return f"{max(1, round(span))} s"
+    return f"{round(span / 60)} min" if span < 5400 else f"{span / 3600:.1f} h"
 
 
 def ending(status: Status) -> None:

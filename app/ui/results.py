@@ -11,6 +11,7 @@ import streamlit as st
 from analyses.results.card import Tables
 from analyses.results.result import Result
 from analyses.results.theme import SELECTED
+from analyses.running.model_spec import ModelSpec
 from app.saved import Run, open_run
 from app.selection import Selection, current, select
 from app.ui import selector
@@ -155,7 +156,7 @@ def _offer_live(run: Run, live: Callable[[Tables, str], Sequence[str]], result: 
     if not lines:
         st.caption(":material/touch_app: Click a cell to open it Live.")
         return
-    session = "\n".join([f"model {run.model}", *lines])
+    session = "\n".join([f"model {ModelSpec.of(run.provenance)}", *lines])
     st.link_button(f"Open {names[0]} Live", f"live?{PARAMETER}={quote(session)}", icon=":material/touch_app:")
 
 

@@ -15,7 +15,6 @@ from app.ui import progress
 from app.ui.results import draw_chosen
 from app.views.setup import draw_setup, draw_start
 from probes.errors import UserError
-from probes.html_card import count
 
 
 def draw(name: str) -> None:
@@ -53,23 +52,14 @@ def _runs_of(name: str) -> list[Run]:
 
 
 def _follow(name: str, job: str) -> None:
-    status, request = queue().status(job), queue().request(job)
-    if not status.ended:
-        progress.watch(job)
+    request = queue().request(job)
+    if not progress.follow(job):
         return
-    progress.ending(status)
-    if status.state == "done" and request.kind == "estimate":
+    if request.kind == "estimate":
         st.markdown("**What this run would cost**")
-        st.code("\n".join(status.lines), language=None)
-    if status.state == "done" and request.kind == "run":
+        st.code("\n".join(queue().status(job).lines), language=None)
+    else:
         _show(name, job, request)
-        counts = status.answer.get("counts", {})
-        ran = int(counts.get("forwards", 0))
-        words = count(ran, "forward pass") if ran else "no forward pass: the store held everything"
-        st.success(
-            f"Done in {status.answer.get('seconds', 0):.1f} s, {words}. Saved in `{request.out}`.",
-            icon=":material/check_circle:",
-        )
 
 
 def _show(name: str, job: str, request: Request) -> None:

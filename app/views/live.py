@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from typing import Any
 
@@ -120,7 +121,7 @@ def _prompts() -> None:
         own.act(f"{kind}: {value}", Action(kind, value=value), at="prompt")  # type: ignore[arg-type]
 
     model = own.now.session.split("\n")[0].partition(" ")[2]
-    refs = list(dict.fromkeys([model, "smollm2-135m", *(run.model for run in saved_runs())]))
+    refs = list(dict.fromkeys([model, "smollm2-135m", *(shlex.quote(run.model) for run in saved_runs())]))
     fields = (
         (300, "text", "Prompt", data["text"], "What the model reads. Enter runs it."),
         (300, "other", "Other prompt", data["other"] or "", "What edits may copy from; best token by token alike. May be empty."),

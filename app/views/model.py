@@ -42,13 +42,8 @@ def draw() -> None:
         else:
             st.rerun()
     for job in progress.jobs_of(JOB, lambda request: request.kind == "check"):
-        status = queue().status(job)
-        if not status.ended:
-            progress.watch(job)
-        elif status.state == "done":
-            _stamp(status.answer)
-        else:
-            progress.ending(status)
+        if progress.follow(job):
+            _stamp(queue().status(job).answer)
     _saved()
 
 

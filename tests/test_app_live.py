@@ -12,12 +12,14 @@ import pytest
 import streamlit as st
 import torch
 from streamlit.testing.v1 import AppTest
+from waiting_line import Line
 
 import app.live.answering as answering
 from analyses.running.model_spec import ModelSpec
 from app.jobs.models import drop
+from app.jobs.protocol import Status
 from app.live.protocol import Answer, Question
-from app.ui import live_desk, live_take
+from app.ui import live_desk, live_take, progress
 from probes.edits import legal_forms
 from probes.models import Model
 from probes.saved_directions import SavedDirections
@@ -258,6 +260,57 @@ def test_what_is_taken_along_is_the_session(
     press(at, "B")
     press(at, "Reopen")
     assert desk(at).now.session == session  # type: ignore[union-attr]
+
+
+def test_what_is_taken_along_loads_the_model_as_the_session_does(start: str) -> None:
+    folder = start.split("\n")[0].removeprefix("model ")
+    session = start.replace(folder, f"{folder} --dtype bfloat16")
+    data = answering.answer(Question("view", session)).data
+    assert "--dtype bfloat16" in live_take.command(session, data)
+    scope: dict[str, Any] = {}
+    exec(live_take.python(session), scope)
+    assert scope["model"].context.dtype == "bfloat16"
+    assert scope["session"].compare(layers=False).kl == pytest.approx(data["comparison"]["kl"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--trust-remote-code", "may come by a link"),
+        ("--dtype", "expected one argument"),
+        ("--zap 3", "after it any of --backend"),
+    ],
+)
+def test_a_link_runs_no_code_and_flags_that_are_none_are_refused(start: str, flags: str, said: str) -> None:
+    at = page()
+    shown = desk(at).now
+    model = start.split("\n")[0].removeprefix("model ")
+    desk(at).open(start.replace(model, f"{model} {flags}"), "by a link")
+    assert said in desk(at).refusal
+    assert desk(at).now is shown
+
+
+def test_a_job_on_many_prompts_is_followed_to_its_run(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = Line()
+    for module in (live_take, progress):
+        monkeypatch.setattr(module, "queue", lambda: line)
+    at = tool(page(), "Take along")
+    at.text_area(key="live:job:prompts").set_value("w5 w6\nw7 w8")
+    line.says = Status("running", "running", "forward", done=1, total=2, began=0.0)
+    press(at, "Run under these edits")
+    (request,) = line.submitted
+    assert request.edits == ("zero z.1.2",)
+    assert Path(request.prompts).read_text().count("\n") == 2  # type: ignore[arg-type]
+    assert ["forward: 1 of 2" in bar.text for bar in at.get("progress")] == [True]
+    press(at, "Cancel")
+    assert line.cancelled == ["0"]
+    line.says = Status("done", answer={"counts": {"forwards": 2}, "seconds": 1.5})
+    fine(at.run())
+    assert ["2 forward passes" in said.value for said in at.success] == [True]
+    name = Path(request.out).name
+    assert [link.proto.url for link in at.get("link_button") if link.proto.label == f"Open {name}"] == [
+        f"runs?run={name}"
+    ]
 
 
 def test_a_permalink_opens_its_session(start: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 from tiny import PROMPTS, native
+from waiting_line import Line
 
 from analyses.base import Analysis
 from analyses.logit_lens import LogitLens
@@ -30,38 +31,6 @@ pytestmark = pytest.mark.usefixtures("scanned_once")
 ROOT = Path(__file__).parents[1]
 NAMES = list(ANALYSES)
 SECONDS = 60.0
-
-
-class Line:
-    """A queue without a worker: it remembers what it was asked, and says what it is told to, of a job or of all."""
-
-    def __init__(self) -> None:
-        self.submitted: list[Request] = []
-        self.says = Status()
-        self.says_of: dict[str, Status] = {}
-        self.cancelled: list[str] = []
-
-    def submit(self, request: Request) -> str:
-        self.submitted.append(request)
-        return str(len(self.submitted) - 1)
-
-    def knows(self, name: str | None) -> bool:
-        return name is not None
-
-    def request(self, name: str) -> Request:
-        return self.submitted[int(name)]
-
-    def status(self, name: str) -> Status:
-        return self.says_of.get(name, self.says)
-
-    def active(self) -> list[str]:
-        return [name for name in map(str, range(len(self.submitted))) if not self.status(name).ended]
-
-    def cancel(self, name: str) -> None:
-        self.cancelled.append(name)
-
-    def cancelling(self, name: str) -> bool:
-        return name in self.cancelled
 
 
 @pytest.fixture

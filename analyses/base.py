@@ -18,6 +18,7 @@ from analyses.results.provenance import describe, prompts_digest
 from analyses.results.result import Result
 from probes.capture.activations import Activations
 from probes.capture.needs import Need
+from probes.html_card import count
 from probes.models.protocol import Model
 from probes.progress import QUIET, Progress
 from probes.prompts import Field, FieldCheck, Prompt, PromptLine, as_line, check_fields, read_prompts, tokenize
@@ -163,4 +164,6 @@ def make_result(
     if analysis.reads in UNSTORED:
         notes = [*notes, f"Nothing was read from the activation store or added to it: {UNSTORED[analysis.reads]}."]
     card = Card.of(analysis)
+    if edits := provenance.get("edits"):
+        notes = [f"Read under {count(len(edits), 'edit')} of the model: {'; '.join(edits)}.", *notes]
     return Result(analysis.name, options, dict(tables), provenance, tuple(notes), card, directions=directions)

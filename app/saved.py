@@ -53,6 +53,16 @@ class Run:
         return int(self.record["provenance"]["model"]["layers"])
 
     @property
+    def edits(self) -> tuple[str, ...]:
+        """The edits under which the model was read."""
+        return tuple(self.record["provenance"].get("edits", ()))
+
+    @property
+    def subject(self) -> str:
+        """What was read, in words: the model, its layers, and its edits where it has some."""
+        return " · ".join([self.model, f"{self.layers} layers", *self.edits])
+
+    @property
     def prompts(self) -> str:
         """Which prompts it ran on: equal for runs on the same ones, whatever the analysis and the model."""
         provenance = self.record["provenance"]

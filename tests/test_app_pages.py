@@ -22,8 +22,10 @@ from analyses.results.result import Result
 from analyses.running.model_spec import ModelSpec
 from analyses.voids import Voids
 from app.jobs.protocol import PHASES, Request, Status
+from app.saved import saved_runs
 from app.ui.option_widgets import key_of
 from app.ui.progress import steps
+from probes.edits import Edit, EditedModel
 from probes.errors import UserError
 from probes.store import ActivationStore
 
@@ -120,6 +122,27 @@ def test_home_draws_the_newest_run_of_each_analysis_and_follows_the_selection(ru
     assert set(numbers["profile"]) == {"Active tokens", "Agreement with the output"}
     at.multiselect[0].set_value([])
     assert "Choose a saved run" in words(fine(at.run()))
+
+
+def test_a_run_under_edits_says_so_and_is_not_mixed_with_those_of_the_model_itself(runs: Path) -> None:
+    edited = EditedModel(native(), [Edit.parse("zero mlp_out.1")])
+    Voids(alpha=(0.8, 0.2)).run(edited, PROMPTS, store=ActivationStore(runs / "store")).save(runs / "under")
+    subjects = {run.name: run.subject for run in saved_runs()}
+    clean, under = subjects["voids"], subjects["under"]
+    assert under == f"{clean} · zero mlp_out.1"
+    at = fine(page("home").run())
+    by_name = {run.name: run for run in saved_runs()}
+    for subject in (clean, under):
+        at.selectbox(key="keep:home:model").set_value(subject)
+        fine(at.run())
+        chosen = at.multiselect(key=f"home:runs:{subject}")
+        assert {by_name[name].subject for name in chosen.options} == {subject}
+    at = fine(page("runs").run())
+    assert [edits for edits in at.dataframe[0].value["edits"] if edits] == ["zero mlp_out.1"]
+    at.selectbox(key="keep:open").set_value("under")
+    said = words(fine(at.run()))
+    assert "Read under 1 edit of the model: zero mlp_out.1." in said
+    assert f":blue-badge[{under}]" in said
 
 
 def test_home_draws_the_selected_prompts_where_they_are_told_apart(runs: Path) -> None:

@@ -266,6 +266,8 @@ def test_rows_of_an_edited_model_have_a_key_of_their_own(
     assert again.provenance["counts"]["forwards"] == 0
     assert read("d").provenance["counts"]["forwards"] == 0
     assert edited.provenance["edits"] == ["zero mlp_out.1"]
+    assert edited.notes[0] == "Read under 1 edit of the model: zero mlp_out.1."
+    assert "edits" not in plain.provenance
     assert set(edited.provenance["store_keys"]).isdisjoint(plain.provenance["store_keys"])
     from analyses.running import reproduce
 

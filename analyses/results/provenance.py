@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import xxhash
 
+from probes.edits import EditedModel
 from probes.idle_threads import waiting
 from probes.models.protocol import LayerMajor, Model
 from probes.prompts import Prompt
@@ -81,6 +82,7 @@ def describe(
         "attention": context.attention,
         "device": str(model.device),
         "streamed": isinstance(model, LayerMajor),
+        **({"edits": [str(edit) for edit in model.edits]} if isinstance(model, EditedModel) else {}),
         "threads": {"count": torch.get_num_threads(), **waiting()},
         "seed": seed,
         "versions": versions(),

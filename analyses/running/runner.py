@@ -62,7 +62,6 @@ def run(
         "loaded": dataclasses.asdict(spec),
         "prompts_file": None if file is None else str(file.resolve()),
         **({"texts": list(texts)} if texts else {}),
-        **({"edits": list(edits)} if edits else {}),
     }
     return dataclasses.replace(result, provenance=provenance)
 

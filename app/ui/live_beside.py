@@ -73,7 +73,7 @@ def draw_depth(desk: Desk, data: dict[str, Any], step: int) -> None:
     """Draw the profiles of this model's saved runs on its layers, the chosen block marked."""
     assert desk.now is not None
     ref = model_of(desk.now.session).ref
-    runs = [run for run in saved_runs() if run.model == ref and run.layers == data["layers"]]
+    runs = [run for run in saved_runs() if run.model == ref and run.layers == data["layers"] and not run.edits]
     newest = list({run.analysis: run for run in reversed(runs)}.values())
     profiles = [profile for run in newest for profile in profiles_of(run)[:1]][:PANELS]
     if not profiles:

@@ -77,7 +77,7 @@ def draw_take(desk: Desk, data: dict[str, Any]) -> None:
     st.caption("Python")
     st.code(python(session), language="python", wrap_lines=True)
     st.caption("Link to this session")
-    st.code(f"?{PARAMETER}={quote(session)}", language=None, wrap_lines=True)
+    st.code(f"{st.context.url or ''}?{PARAMETER}={quote(session)}", language=None, wrap_lines=True)
     left, right = st.columns(2)
     left.download_button("Notebook", notebook(session), "live.ipynb", "application/x-ipynb+json", key="live:notebook",
                          on_click="ignore", icon=":material/download:")  # fmt: skip

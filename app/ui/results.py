@@ -81,7 +81,7 @@ def draw_facts(run: Run) -> None:
         else ":red-badge[identities FAIL: see Model]"
     )
     facts = [
-        f":blue-badge[{run.model} · {run.layers} layers]",
+        f":blue-badge[{run.subject}]",
         f":gray-badge[{count(counts.get('prompts', 0), 'prompt')}, {count(counts.get('tokens', 0), 'token')}]",
         f":gray-badge[{count(counts.get('forwards', 0), 'forward pass')}]",
         f":gray-badge[{provenance['backend']} · {provenance['dtype']} · {provenance['attention']} · {provenance['device']}]",

@@ -31,10 +31,10 @@ def draw() -> None:
     if not runs:
         _empty()
         return
-    models = list(dict.fromkeys(f"{run.model} · {run.layers} layers" for run in runs))
+    models = list(dict.fromkeys(run.subject for run in runs))
     left, right = st.columns([1, 2])
     model = left.selectbox("Model", models, key="keep:home:model", help="Runs on one model share one layer axis.")
-    own_runs = [run for run in runs if f"{run.model} · {run.layers} layers" == model]
+    own_runs = [run for run in runs if run.subject == model]
     newest = {run.analysis: run.name for run in reversed(own_runs)}
     order = [name for name in offered.names() if name in newest] + [n for n in newest if n not in offered.names()]
     chosen = right.multiselect(

@@ -47,6 +47,7 @@ def _table(runs: list[Run]) -> pd.DataFrame:
             "run": run.name,
             "analysis": offered.label(run.analysis),
             "model": run.model,
+            "edits": "; ".join(run.edits),
             "layers": run.layers,
             "prompts": run.provenance["counts"].get("prompts"),
             "forwards": run.provenance["counts"].get("forwards"),
@@ -56,7 +57,8 @@ def _table(runs: list[Run]) -> pd.DataFrame:
         }
         for run in runs
     ]
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return table if table["edits"].any() else table.drop(columns="edits")
 
 
 def _open(names: dict[str, Run]) -> None:
@@ -97,7 +99,8 @@ def _facts(run: Run) -> dict[str, str]:
     named = {
         "analysis": run.analysis, "model": run.model, "weights": provenance["model"]["weights"], "backend": provenance["backend"],
         "dtype": provenance["dtype"], "attention": provenance["attention"], "device": provenance["device"],
-        "prompts file": provenance.get("prompts_file"), **{f"count: {k}": v for k, v in provenance["counts"].items()},
+        "edits": "; ".join(run.edits), "prompts file": provenance.get("prompts_file"),
+        **{f"count: {k}": v for k, v in provenance["counts"].items()},
         **{f"option: {k}": v for k, v in run.record["options"].items()},
     }  # fmt: skip
     return {name: str(value) for name, value in named.items()}

@@ -30,23 +30,21 @@ TOUR = (
 )  # fmt: skip
 
 
+@st.fragment
 def draw() -> None:
     """The page."""
-    st.title("Live", anchor=False)
-    _live()
-
-
-@st.fragment
-def _live() -> None:
     own = desk()
+    head = st.container(horizontal=True, vertical_alignment="center")
+    head.title("Live", anchor=False, width="content")
     if own.now is None and not own.refusal:
         first = st.query_params.get(PARAMETER) or next(iter(EXAMPLES.values()))
         if not own.recall(first):
             with st.spinner("Waiting for the model; the first time it is loaded."):
                 own.look_at("opened", first)
-    _examples(own)
     if own.kept is not None:
-        _recalled(own)
+        with head:  # where nothing moves under the reader's hand when it goes
+            _recalled(own)
+    _examples(own)
     if own.now is None:
         own.say_refusal("prompt")
         st.button("Try again", on_click=own.open, args=(next(iter(EXAMPLES.values())), "opened"), key="live:again")
@@ -89,7 +87,7 @@ def _recalled(own: Desk) -> None:
         st.rerun()
     if own.kept is not None:
         st.caption(
-            f":material/history: As answered on {own.kept.when:%Y-%m-%d at %H:%M}; the model is being loaded, and what you do now waits for it."
+            f":material/history: Answered on {own.kept.when:%Y-%m-%d at %H:%M}. The model is being loaded; what you do now waits for it."
         )
 
 

@@ -16,14 +16,16 @@ from waiting_line import Line
 
 import app.live.answering as answering
 from analyses.running.model_spec import ModelSpec
+from analyses.voids import Voids
 from app.jobs.models import drop
 from app.jobs.protocol import Status
 from app.live.protocol import Answer, Question
 from app.ui import live_desk, live_take, progress
-from probes.edits import legal_forms
+from probes.edits import Edit, EditedModel, legal_forms
 from probes.models import Model
 from probes.saved_directions import SavedDirections
 from probes.session import Session, State
+from probes.store import ActivationStore
 
 pytestmark = pytest.mark.usefixtures("scanned_once")
 SECONDS = 60.0
@@ -217,6 +219,23 @@ def test_history_compares_whole_grids_and_depth_says_what_is_saved(start: str) -
     assert len(fine(at.run()).get("bidi_component")) == before + 2
     tool(at, "Depth")
     assert any("No saved run" in caption.value for caption in at.caption)
+
+
+def test_depth_shows_runs_of_the_model_and_under_the_edits_of_the_session_and_no_others(
+    start: str, word_folder: Path, tmp_path: Path
+) -> None:
+    model, store = ModelSpec(str(word_folder)).load(), ActivationStore(tmp_path / "store")
+    for name, edits in (("clean", []), ("same", ["zero z.1.2"]), ("other", ["zero z.0.0"])):
+        read = EditedModel(model, [Edit.parse(line) for line in edits]) if edits else model
+        Voids().run(read, ["w5 w6"], store=store).save(tmp_path / "runs" / name)
+    at = tool(page(), "Depth")
+    (chart,) = [
+        chart for chart in at.get("plotly_chart") if "Profiles of saved runs" in chart.proto.spec + chart.proto.alt
+    ]
+    assert chart.proto.alt.endswith("Active tokens, Active tokens, under the edits")
+    press(at, "Clear the stack")
+    (chart,) = [chart for chart in at.get("plotly_chart") if "Profiles of saved runs" in chart.proto.alt]
+    assert chart.proto.alt.endswith(": Active tokens")
 
 
 def test_heads_direct_effects_add_up_to_what_attention_writes(start: str, model: Model) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from families import FAMILIES, make, prompt, shared
@@ -13,6 +15,7 @@ from probes.edits import (
     Add,
     BlockPath,
     Coefficients,
+    EditedModel,
     HeadWriteEdit,
     KnockOut,
     Program,
@@ -276,6 +279,31 @@ def test_edits_enter_the_store_key_and_the_captured_rows(llama: NativeModel, tmp
             alone = one(llama, Address("resid_post", 2), torch.tensor([tokens]), edit)
             torch.testing.assert_close(row, alone[0], atol=1e-5, rtol=1e-4)
             assert not torch.allclose(row, free, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("edit", "refused"),
+    [
+        (skip(3, 1), {1: "does not run"}),
+        (repeat(3, 0, 1), {0: "runs 2 times", 1: "runs 2 times"}),
+        (BlockPath(Program(((1,), (0,), (2,)))), {}),
+    ],
+    ids=["skip", "repeat", "order"],
+)
+def test_a_model_under_edits_refuses_just_the_blocks_that_do_not_run_once(
+    llama: NativeModel, edit: BlockPath, refused: dict[int, str], tmp_path: Path
+) -> None:
+    model = EditedModel(llama, [edit])
+    posts = [Address("resid_post", layer) for layer in range(3)]
+    reasons = {address.layer: reason for address in posts if (reason := model.refusal(address))}
+    assert reasons == {layer: f"block {layer} {words} under these edits" for layer, words in refused.items()}
+    legal = [address for address in posts if address.layer not in refused]
+    rows = read(model, prompt(), legal)
+    for address in legal:
+        torch.testing.assert_close(rows[address], one(llama, address, prompt(), edit))
+    for layer, words in refused.items():
+        with pytest.raises(PointError, match=f"block {layer} {words}"):
+            capture(model, [(3, 4)], [Need(f"resid_post.{layer}")], ActivationStore(tmp_path))
 
 
 def test_impossible_edits_are_refused(llama: NativeModel) -> None:

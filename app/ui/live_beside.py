@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -73,9 +74,15 @@ def draw_depth(desk: Desk, data: dict[str, Any], step: int) -> None:
     """Draw the profiles of this model's saved runs on its layers, the chosen block marked."""
     assert desk.now is not None
     ref = model_of(desk.now.session).ref
-    runs = [run for run in saved_runs() if run.model == ref and run.layers == data["layers"] and not run.edits]
-    newest = list({run.analysis: run for run in reversed(runs)}.values())
-    profiles = [profile for run in newest for profile in profiles_of(run)[:1]][:PANELS]
+    edits = tuple(step["text"] for step in data["steps"] if step["on"])
+    runs = [r for r in saved_runs() if r.model == ref and r.layers == data["layers"] and r.edits in ((), edits)]
+    newest = {(run.analysis, run.edits): run for run in reversed(runs)}
+    shown = [newest[key] for key in sorted(newest)]
+    profiles = [
+        replace(profile, title=f"{profile.title}, under the edits") if run.edits else profile
+        for run in shown
+        for profile in profiles_of(run)[:1]
+    ][:PANELS]
     if not profiles:
         st.caption(
             f"No saved run of {ref} says anything of single layers. Open an analysis in the side bar and press Run."
@@ -93,8 +100,8 @@ def draw_depth(desk: Desk, data: dict[str, Any], step: int) -> None:
             alt=f"Profiles of saved runs by layer, block {block} marked: {', '.join(p.title for p in profiles)}",
         )  # fmt: skip
     st.caption(
-        "The newest run of each analysis on this model, its first profile; block "
-        + f"{block} is marked. All are on the page Home."
+        "The first profile of each analysis's newest run on this model, and of its newest under the edits of this session; "
+        + f"block {block} is marked. All are on the page Home."
     )
 
 

@@ -150,23 +150,31 @@ class Reordering(Protocol):
         ...
 
 
+def reordered(edits: Sequence[Edit], n_layers: int) -> Program:
+    """Return the order in which blocks run under edits."""
+    program = Program.plain(n_layers)
+    for edit in edits:
+        if isinstance(edit, Reordering):
+            program = edit.reordered(program, n_layers)
+    return program
+
+
 def resolve(model: Model, edits: Sequence[Edit], texts: Texts | None = None) -> list[Edit]:
     """Return edits that need no further forward to make their writes, all changes of order as one.
 
     Raises:
         UserError: an edit that this model or these prompts cannot have.
     """
-    n = model.shape.n_layers
-    program, ready, last = Program.plain(n), list[Edit](), None
+    ready, last = list[Edit](), None
     for edit in edits:
         if isinstance(edit, Reordering):
-            program, last = edit.reordered(program, n), edit
+            last = edit
         else:
             ready.append(edit.resolved(model, texts) if isinstance(edit, Borrowing) else edit)
             for address in ready[-1].writes(model.shape):
                 if reason := model.refusal(address):
                     raise PointError(f"edit of {address}: {model.ref} has no such point: {reason}")
-    return [last.path(program), *ready] if last is not None else ready
+    return [last.path(reordered(edits, model.shape.n_layers)), *ready] if last is not None else ready
 
 
 @contextmanager

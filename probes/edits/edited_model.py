@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from probes.edits.edit import Edit, altered, composed, generate, resolve, writes_of
+from probes.edits.edit import Edit, altered, composed, generate, reordered, resolve, writes_of
 from probes.errors import OptionError
 from probes.models.protocol import Canary, Context, Model, Read, Unembedding, Write
 from probes.points import Address
@@ -32,6 +34,7 @@ class EditedModel(Model):
     def __init__(self, model: Model, edits: Sequence[Edit]) -> None:
         self.model, self.edits = model, tuple(edits)
         self._ready = resolve(model, self.edits)
+        self._times = Counter(chain.from_iterable(reordered(self.edits, model.shape.n_layers).steps))
         self.ref, self.shape, self.tokenizer, self.device = model.ref, model.shape, model.tokenizer, model.device
         self.faithfulness, self.revision = model.faithfulness, model.revision
         self.context = self._keyed(model.context)
@@ -50,6 +53,8 @@ class EditedModel(Model):
 
     def refusal(self, address: Address) -> str | None:
         """Return why the address cannot be read, or None where it can."""
+        if address.layer is not None and (times := self._times[address.layer]) != 1:
+            return f"block {address.layer} {f'runs {times} times' if times else 'does not run'} under these edits"
         return self.model.refusal(address)
 
     def run(

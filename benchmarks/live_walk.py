@@ -31,6 +31,8 @@ OWN = re.compile(
     r"Open$|Help for|Show/hide columns|Download as CSV|Search: |Fullscreen|Toggle|Copy|Close|Clear value|^$"
 )
 """Buttons of every list, table and code block, which are Streamlit's own."""
+MANY = 400
+"""Prompts of a job that is cancelled."""
 DRAWN = """() => !document.querySelector('[data-testid=stSkeleton]')
   && [...document.querySelectorAll('[data-testid=stPlotlyChart]')].filter(e => e.checkVisibility()).every(
        e => e.querySelector('.main-svg .plot, .main-svg .heatmaplayer, .main-svg .shapelayer'))
@@ -233,14 +235,28 @@ def _take(go: Walk) -> None:
         go.do(label, lambda label=label: _download(go, label))
     go.fold("Run on a prompt set")
     go.press("Run under these edits", refused=True)
-    prompts = page.get_by_label("Prompts, one a line")
-    go.do(
-        "prompts",
-        lambda: (prompts.fill("The capital of Spain is the city of"), prompts.press("Control+Enter")),
-        refused=None,
-    )
+    _give(go, [f"The capital of country {number} is" for number in range(MANY)])
     go.press("Run under these edits")
+    go.press("Cancel")
+    go.pressed.add("Stopping …")  # what the same button then says
+    go.do("cancelled", lambda: go.main.get_by_text("What was captured stays").wait_for())
+    _give(go, ["The capital of Spain is the city of"])
+    go.press("Run under these edits")
+    go.do("done", lambda: go.main.get_by_text("Done in").wait_for())
     go.picture("take along")
+    go.do("open the run", lambda: _open_run(go))
+
+
+def _give(go: Walk, prompts: list[str]) -> None:
+    box = go.page.get_by_label("Prompts, one a line")
+    go.do("prompts", lambda: (box.fill("\n".join(prompts)), box.press("Control+Enter")), refused=None)
+
+
+def _open_run(go: Walk) -> None:
+    with go.page.context.expect_page() as opened:
+        go.main.get_by_role("link", name=re.compile("^Open ")).click()
+    opened.value.get_by_text("Read under 1 edit of the model").wait_for()
+    opened.value.close()
 
 
 def _download(go: Walk, label: str) -> None:
@@ -251,14 +267,8 @@ def _download(go: Walk, label: str) -> None:
 
 
 def _depth(go: Walk) -> None:
-    for _ in range(40):
-        go.choose_one("Tools", "Depth")
-        if go.page.locator(".st-key-live-depth").count():
-            break
-        # The job of the prompt set is still running; the page reads what is saved when it is drawn.
-        go.page.wait_for_timeout(3000)
-        go.choose_one("Tools", "Cell")
-    else:
+    go.choose_one("Tools", "Depth")
+    if not go.page.locator(".st-key-live-depth").count():
         go.wrong.append(f"{go.name}: Depth: no profile of the job's run")
     go.picture("depth")
 

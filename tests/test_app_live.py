@@ -19,7 +19,7 @@ from analyses.running.model_spec import ModelSpec
 from analyses.voids import Voids
 from app.jobs.models import drop
 from app.jobs.protocol import Status
-from app.live.protocol import Answer, Question
+from app.live.protocol import Action, Answer, Question
 from app.ui import live_desk, live_take, progress
 from probes.edits import Edit, EditedModel, legal_forms
 from probes.models import Model
@@ -324,12 +324,27 @@ def test_a_job_on_many_prompts_is_followed_to_its_run(start: str, monkeypatch: p
     press(at, "Cancel")
     assert line.cancelled == ["0"]
     line.says = Status("done", answer={"counts": {"forwards": 2}, "seconds": 1.5})
-    fine(at.run())
+    press(at, "Look again")
     assert ["2 forward passes" in said.value for said in at.success] == [True]
     name = Path(request.out).name
     assert [link.proto.url for link in at.get("link_button") if link.proto.label == f"Open {name}"] == [
         f"runs?run={name}"
     ]
+
+
+def test_a_widget_of_an_earlier_turn_changes_nothing(start: str) -> None:
+    at = page()
+    own = desk(at)
+    switch = next(toggle for toggle in at.toggle if toggle.key.startswith("live:on:"))
+    earlier = own.turn
+    press(at, "Clear the stack")
+    emptied = own.now
+    own.act_on_step(earlier, "switched off", Action("toggle", 0))
+    assert (own.now, own.refusal) == (emptied, "")
+    press(at, "Undo")
+    assert next(toggle for toggle in at.toggle if toggle.key.startswith("live:on:")).key != switch.key
+    own.act_on_step(own.turn, "switched off", Action("toggle", 0))
+    assert [step["on"] for step in own.now.data["steps"]] == [False]  # type: ignore[union-attr]
 
 
 def test_a_permalink_opens_its_session(start: str) -> None:

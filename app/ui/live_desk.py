@@ -68,6 +68,11 @@ class Desk:
             if empties and not self.refusal:
                 st.session_state[empties] = ""
 
+    def act_on_step(self, turn: int, words: str, action: Action) -> None:
+        """Change a step of the stack that was drawn in that turn: a browser may still send what a widget of an earlier one held."""
+        if turn == self.turn:
+            self.act(words, action)
+
     def open(self, session: str, words: str, at: str = "prompt") -> None:
         """Open a session by its text, and show it."""
         with self._shown():

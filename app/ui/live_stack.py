@@ -38,8 +38,8 @@ def _draw_step(desk: Desk, index: int, step: dict[str, Any], n: int) -> None:
     with st.container(border=True, key=f"live:step:{index}"):
         on, text = st.columns([1, 7], vertical_alignment="center")
         on.toggle(
-            "on", value=step["on"], key=f"live:on:{stamp}", label_visibility="collapsed", on_change=desk.act,
-            args=(f"switched {'off' if step['on'] else 'on'}: {step['text']}", Action("toggle", index)), help="Whether this edit acts.",
+            "on", value=step["on"], key=f"live:on:{stamp}", label_visibility="collapsed", on_change=desk.act_on_step,
+            args=(desk.turn, f"switched {'off' if step['on'] else 'on'}: {step['text']}", Action("toggle", index)), help="Whether this edit acts.",
         )  # fmt: skip
         # Not st.code: the browser takes seconds to load what colours code, and the page waits for it.
         text.html(f"<code style='overflow-wrap:anywhere;font-size:.875rem'>{escape(step['text'])}</code>")
@@ -49,12 +49,12 @@ def _draw_step(desk: Desk, index: int, step: dict[str, Any], n: int) -> None:
         for column, icon, words, by in ((up, "arrow_upward", "earlier", -1), (down, "arrow_downward", "later", 1)):
             possible = 0 <= index + by < n
             column.button(
-                f"Move {words}: edit {index}", icon=f":material/{icon}:", key=f"live:icon:{words}:{stamp}", help=f"Let it act {words}." if possible else f"No edit acts {words} than this one.", on_click=desk.act,
-                args=(f"moved {words}: {step['text']}", Action("move", index, by)), disabled=not possible,
+                f"Move {words}: edit {index}", icon=f":material/{icon}:", key=f"live:icon:{words}:{stamp}", help=f"Let it act {words}." if possible else f"No edit acts {words} than this one.", on_click=desk.act_on_step,
+                args=(desk.turn, f"moved {words}: {step['text']}", Action("move", index, by)), disabled=not possible,
             )  # fmt: skip
         remove.button(
-            f"Remove edit {index}", icon=":material/close:", key=f"live:icon:remove:{stamp}", help="Remove this edit.", on_click=desk.act,
-            args=(f"removed: {step['text']}", Action("remove", index)),
+            f"Remove edit {index}", icon=":material/close:", key=f"live:icon:remove:{stamp}", help="Remove this edit.", on_click=desk.act_on_step,
+            args=(desk.turn, f"removed: {step['text']}", Action("remove", index)),
         )  # fmt: skip
 
 
@@ -64,9 +64,11 @@ def _draw_strength(place: Any, desk: Desk, index: int, step: dict[str, Any], key
     around = 2.0 ** math.ceil(math.log2(max(abs(value) * 2, 1.0)))
     low, high, by = RANGES.get(name, (min(-around, 0.0), max(around, 2.0), around / 40))
 
+    turn = desk.turn
+
     def moved() -> None:
         strength = float(st.session_state[key])
-        desk.act(f"{name} {strength:.3g}: {step['text']}", Action("strength", index, strength))
+        desk.act_on_step(turn, f"{name} {strength:.3g}: {step['text']}", Action("strength", index, strength))
 
     place.slider(name, min(low, value), max(high, value), value, by, key=key, on_change=moved, format="%.3g")
 

@@ -138,6 +138,6 @@ def _draw_job(desk: Desk, session: str, data: dict[str, Any]) -> None:
         st.text_area("Prompts, one a line", key="live:job:prompts", height=100)
         st.button("Run under these edits", key="live:job:start", on_click=start, icon=":material/play_arrow:")
         for job in progress.jobs_of("live:job", lambda request: bool(request.edits)):
-            if progress.follow(job):
+            if progress.follow(job, by_itself=False):
                 name = Path(queue().request(job).out).name
                 st.link_button(f"Open {name}", f"runs?run={quote(name)}", icon=":material/folder_open:")

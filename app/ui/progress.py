@@ -33,11 +33,21 @@ def jobs_of(key: str, belongs: Callable[[Request], bool]) -> list[str]:
     return active if last in active or not queue().knows(last) else [last, *active]
 
 
-def follow(name: str) -> bool:
-    """How far a job is, or how it ended; return whether it is done."""
+def follow(name: str, *, by_itself: bool = True) -> bool:
+    """How far a job is, or how it ended; return whether it is done.
+
+    Args:
+        by_itself: keep it up to date. Else a button does: a part of a page that is drawn again by itself would begin another clock
+            each time, and each beat sends what widgets held a moment ago, beside what the reader does to them.
+    """
     status, request = queue().status(name), queue().request(name)
     if not status.ended:
-        watch(name)
+        shown().add(name)
+        if by_itself:
+            st.fragment(_watch, run_every=PERIOD)(name)
+        else:
+            _draw(name)
+            st.button("Look again", key=f"look:{name}", icon=":material/refresh:")
         return False
     ending(status)
     if status.state == "done" and request.kind == "run":
@@ -50,12 +60,6 @@ def follow(name: str) -> bool:
     return status.state == "done"
 
 
-def watch(name: str) -> None:
-    """A job's bar, its words and a cancel button, kept up to date; the page is drawn again when the job ends."""
-    shown().add(name)
-    st.fragment(_watch, run_every=PERIOD)(name)
-
-
 def shown() -> set[str]:
     """The jobs that this page shows already; the entry empties it before the page is drawn."""
     names: set[str] = st.session_state.setdefault("jobs-shown", set())
@@ -63,12 +67,17 @@ def shown() -> set[str]:
 
 
 def _watch(name: str) -> None:
-    status = queue().status(name)
-    if status.ended:
+    """The page is drawn again when the job ends."""
+    if queue().status(name).ended:
         st.rerun()
+    _draw(name)
+
+
+def _draw(name: str) -> None:
+    """A job's bar, its words and a cancel button."""
     left, right = st.columns([5, 1], vertical_alignment="top")
     with left:
-        draw_progress(title_of(queue().request(name)), status)
+        draw_progress(title_of(queue().request(name)), queue().status(name))
     stopping = queue().cancelling(name)
     right.button(
         "Stopping …" if stopping else "Cancel", key=f"cancel:{name}", icon=":material/stop_circle:", disabled=stopping,

@@ -109,6 +109,20 @@ def test_models_of_unlike_depth_share_a_relative_axis(result: Result) -> None:
     assert depth["layout"]["yaxis"]["title"]["text"] == "relative depth"
 
 
+def test_a_model_and_the_same_under_edits_are_told_apart_on_the_axis_of_layers(result: Result) -> None:
+    edited = on(result, "tiny-llama", edits=["zero mlp_out.1"])
+    page = render([result, edited])
+    depth = figures_in(page)[0]
+    curves = {trace["name"]: trace for trace in depth["data"] if trace.get("mode") == "lines+markers"}
+    assert list(curves) == ["tiny-llama", "tiny-llama · zero mlp_out.1"]
+    assert all(trace["y"] == [0, 1, 2] and trace["showlegend"] for trace in curves.values())
+    assert len({trace["line"]["color"] for trace in curves.values()}) == 2
+    assert depth["layout"]["yaxis"]["title"]["text"] == "layer"
+    assert "Models differ" not in page
+    assert page.count("of tiny-llama under 1 edit.") == page.count("of tiny-llama.") > 0
+    assert titles_of([result, edited])[1] == "Logit lens · tiny-llama · zero mlp_out.1"
+
+
 def test_equal_results_give_equal_pages(result: Result) -> None:
     assert render([result]) == render([result])
 

@@ -98,9 +98,11 @@ def depth_values(
     """Layer 0 at the bottom; `layers` are marked across all panels, and `truth` has one of its own."""
     titles = ["layers", *(wrapped(panel.title, len(panels)) for panel in panels), *["truth"] * bool(truth)]
     traces = [_column(n_layers, layers)]
+    named: set[str] = set()
     for number, panel in enumerate(panels, 2):
         for curve in panel.curves:
-            traces += _curve(number, panel, curve, curve.table["layer"], legend and number == 2)
+            traces += _curve(number, panel, curve, curve.table["layer"], legend and curve.name not in named)
+            named.add(curve.name)
     traces += _truth(len(titles), truth)
     xaxes = [{"visible": False}, *(_unit(panel, len(panels)) for panel in panels)]
     if truth:

@@ -103,15 +103,16 @@ def render(results: Sequence[Reported], title: str | None = None) -> str:
 
 def _page(results: Sequence[Reported], sections: Sequence[Mapping[str, Any]], title: str | None, note: str = "") -> str:
     titles = titles_of(results)
-    one_model = len({_model(result) for result in results}) == 1
-    links = [title.replace(f" · {_model(results[0])}", "", 1) if one_model else title for title in titles]
+    one_subject = len({_subject(result) for result in results}) == 1
+    links = [title.replace(f" · {_subject(results[0])}", "", 1) if one_subject else title for title in titles]
     named = [{**section, "title": t, "link": link} for section, t, link in zip(sections, titles, links, strict=True)]
     return page("report.html", title=title or heading(results), note=note, sections=named, depth=_depth(results))
 
 
 def _depth(results: Sequence[Reported]) -> dict[str, Any] | None:
-    """The first profile of every analysis on one depth axis; several models share a relative one."""
-    models = list(dict.fromkeys((_model(r), int(r.provenance["model"]["layers"])) for r in results))
+    """The first profile of every analysis on one depth axis; models of unlike depth share a relative one."""
+    subjects = list(dict.fromkeys(_subject(result) for result in results))
+    depths = {_layers(result) for result in results}
     firsts = [(result, name) for result in results for name in list(result.profiles)[:1]]
     if not firsts:
         return None
@@ -123,14 +124,19 @@ def _depth(results: Sequence[Reported]) -> dict[str, Any] | None:
         if key not in panels and len(panels) == PANELS:
             continue
         specs[key] = result.profiles[name]
-        model = (_model(result), int(result.provenance["model"]["layers"]))
-        colour = colour_of(result.analysis, order) if len(models) == 1 else COLOURS[models.index(model) % len(COLOURS)]
-        panels.setdefault(key, []).append(Curve(model[0], colour, result.profile(name), model[1]))
+        own = _subject(result)
+        colour = (
+            colour_of(result.analysis, order) if len(subjects) == 1 else COLOURS[subjects.index(own) % len(COLOURS)]
+        )
+        panels.setdefault(key, []).append(Curve(own, colour, result.profile(name), _layers(result)))
     drawn = [Panel(specs[key].title, specs[key].unit, tuple(curves)) for key, curves in panels.items()]
-    figure = depth_values(drawn, models[0][1], (), "light") if len(models) == 1 else relative_values(drawn, "light")
+    if len(depths) == 1:
+        figure = depth_values(drawn, max(depths), (), "light", legend=len(subjects) > 1)
+    else:
+        figure = relative_values(drawn, "light")
     return {
         "html": figure_html(to_json_plotly(figure), "depth", narrowest(drawn)),
-        "models": models,
+        "relative": len(depths) > 1,
         "lines": [_peak(panel) for panel in drawn],
     }
 
@@ -142,9 +148,9 @@ def _peak(panel: Panel) -> tuple[str, str]:
 
 
 def heading(results: Sequence[Reported]) -> str:
-    """What all the results together are called: their analyses, and their models."""
+    """What all the results together are called: their analyses, and their models, with the edits they were read under."""
     named = list(dict.fromkeys(result.card.title for result in results))
-    models = list(dict.fromkeys(_model(result) for result in results))
+    models = list(dict.fromkeys(_subject(result) for result in results))
     return " · ".join(
         [
             ", ".join(named) if len(named) <= NAMED else count(len(named), "analysis", "analyses"),
@@ -154,8 +160,8 @@ def heading(results: Sequence[Reported]) -> str:
 
 
 def titles_of(results: Sequence[Reported]) -> list[str]:
-    """One title each: analysis and model, and what tells two runs apart that have both in common."""
-    plain = [f"{result.card.title} · {_model(result)}" for result in results]
+    """One title each: analysis and model with its edits, and what tells two runs apart that have all in common."""
+    plain = [f"{result.card.title} · {_subject(result)}" for result in results]
     alike = {title: [r for r, other in zip(results, plain, strict=True) if other == title] for title in plain}
     told = [f"{title}{_differences(result, alike[title])}" for title, result in zip(plain, results, strict=True)]
     return [
@@ -183,10 +189,15 @@ def _words(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value) or "none"
 
 
-def _model(result: Reported) -> str:
-    """A model's name: of a folder its last part, since the whole path is a machine's own."""
+def _subject(result: Reported) -> str:
+    """A model's name and its edits: of a folder its last part, since the whole path is a machine's own."""
     ref = str(result.provenance["model"]["ref"])
-    return Path(ref).name if Path(ref).is_absolute() or ref.startswith(".") else ref
+    name = Path(ref).name if Path(ref).is_absolute() or ref.startswith(".") else ref
+    return " · ".join([name, *result.provenance.get("edits", ())])
+
+
+def _layers(result: Reported) -> int:
+    return int(result.provenance["model"]["layers"])
 
 
 def _section(result: Reported) -> dict[str, Any]:
@@ -200,6 +211,7 @@ def _section(result: Reported) -> dict[str, Any]:
         "reference": result.card.reference,
         "result": result,
         "model": provenance["model"],
+        "edits": provenance.get("edits", []),
         "counts": provenance["counts"],
         "faithful": provenance["faithfulness"],
         "worst": max((i["error"] for i in provenance["faithfulness"]["identities"]), default=0.0),

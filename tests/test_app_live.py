@@ -19,6 +19,7 @@ from analyses.running.model_spec import ModelSpec
 from analyses.voids import Voids
 from app.jobs.models import drop
 from app.jobs.protocol import Status
+from app.live.named_model import model_line
 from app.live.protocol import Action, Answer, Question
 from app.ui import live_desk, live_take, progress
 from probes.edits import Edit, EditedModel, legal_forms
@@ -221,6 +222,11 @@ def test_history_compares_whole_grids_and_depth_says_what_is_saved(start: str) -
     assert any("No saved run" in caption.value for caption in at.caption)
 
 
+def profiles_shown(at: AppTest) -> list[str]:
+    """What the charts of saved runs' profiles say they show."""
+    return [chart.proto.alt for chart in at.get("plotly_chart") if "Profiles of saved runs" in chart.proto.alt]
+
+
 def test_depth_shows_runs_of_the_model_and_under_the_edits_of_the_session_and_no_others(
     start: str, word_folder: Path, tmp_path: Path
 ) -> None:
@@ -229,13 +235,11 @@ def test_depth_shows_runs_of_the_model_and_under_the_edits_of_the_session_and_no
         read = EditedModel(model, [Edit.parse(line) for line in edits]) if edits else model
         Voids().run(read, ["w5 w6"], store=store).save(tmp_path / "runs" / name)
     at = tool(page(), "Depth")
-    (chart,) = [
-        chart for chart in at.get("plotly_chart") if "Profiles of saved runs" in chart.proto.spec + chart.proto.alt
-    ]
-    assert chart.proto.alt.endswith("Active tokens, Active tokens, under the edits")
+    (words,) = profiles_shown(at)
+    assert words.endswith("Active tokens, Active tokens, under the edits")
     press(at, "Clear the stack")
-    (chart,) = [chart for chart in at.get("plotly_chart") if "Profiles of saved runs" in chart.proto.alt]
-    assert chart.proto.alt.endswith(": Active tokens")
+    (words,) = profiles_shown(at)
+    assert words.endswith(": Active tokens")
 
 
 def test_heads_direct_effects_add_up_to_what_attention_writes(start: str, model: Model) -> None:
@@ -282,7 +286,7 @@ def test_what_is_taken_along_is_the_session(
 
 
 def test_what_is_taken_along_loads_the_model_as_the_session_does(start: str) -> None:
-    folder = start.split("\n")[0].removeprefix("model ")
+    folder = model_line(start)
     session = start.replace(folder, f"{folder} --dtype bfloat16")
     data = answering.answer(Question("view", session)).data
     assert "--dtype bfloat16" in live_take.command(session, data)
@@ -303,7 +307,7 @@ def test_what_is_taken_along_loads_the_model_as_the_session_does(start: str) -> 
 def test_a_link_runs_no_code_and_flags_that_are_none_are_refused(start: str, flags: str, said: str) -> None:
     at = page()
     shown = desk(at).now
-    model = start.split("\n")[0].removeprefix("model ")
+    model = model_line(start)
     desk(at).open(start.replace(model, f"{model} {flags}"), "by a link")
     assert said in desk(at).refusal
     assert desk(at).now is shown

@@ -123,6 +123,15 @@ def test_a_model_and_the_same_under_edits_are_told_apart_on_the_axis_of_layers(r
     assert titles_of([result, edited])[1] == "Logit lens · tiny-llama · zero mlp_out.1"
 
 
+def test_two_models_of_one_name_and_unlike_depth_have_colours_of_their_own(result: Result) -> None:
+    deeper = on(result, "/elsewhere/tiny-llama")
+    deeper.provenance["model"]["layers"] = 5
+    depth = figures_in(render([result, deeper]))[0]
+    curves = [trace for trace in depth["data"] if trace.get("mode") == "lines+markers"]
+    assert [trace["y"] for trace in curves] == [[0, 0.5, 1], [0, 0.25, 0.5]]
+    assert len({trace["line"]["color"] for trace in curves}) == 2
+
+
 def test_equal_results_give_equal_pages(result: Result) -> None:
     assert render([result]) == render([result])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -97,13 +97,8 @@ def depth_values(
 ) -> Values:
     """Layer 0 at the bottom; `layers` are marked across all panels, and `truth` has one of its own."""
     titles = ["layers", *(wrapped(panel.title, len(panels)) for panel in panels), *["truth"] * bool(truth)]
-    traces = [_column(n_layers, layers)]
-    named: set[str] = set()
-    for number, panel in enumerate(panels, 2):
-        for curve in panel.curves:
-            traces += _curve(number, panel, curve, curve.table["layer"], legend and curve.name not in named)
-            named.add(curve.name)
-    traces += _truth(len(titles), truth)
+    curves = _curves(panels, 2, lambda curve: curve.table["layer"], legend)
+    traces = [_column(n_layers, layers), *curves, *_truth(len(titles), truth)]
     xaxes = [{"visible": False}, *(_unit(panel, len(panels)) for panel in panels)]
     if truth:
         xaxes.append({"title": {"text": "question"}, "tickvals": list(range(1, len(truth) + 1))})
@@ -120,13 +115,7 @@ def depth_values(
 
 def relative_values(panels: Sequence[Panel], mode: str) -> Values:
     """Profiles of several models on relative depth: 0 is a model's first block, at the bottom, and 1 its last."""
-    traces: list[Values] = []
-    named: set[str] = set()
-    for number, panel in enumerate(panels, 1):
-        for curve in panel.curves:
-            depth = curve.table["layer"] / max(curve.n_layers - 1, 1)
-            traces += _curve(number, panel, curve, depth, curve.name not in named)
-            named.add(curve.name)
+    traces = list(_curves(panels, 1, lambda curve: curve.table["layer"] / max(curve.n_layers - 1, 1), legend=True))
     titles = [wrapped(panel.title, len(panels)) for panel in panels]
     yaxis = {"title": {"text": "relative depth"}, "range": [-0.03, 1.03]}
     xaxes = [_unit(panel, len(panels)) for panel in panels]
@@ -168,6 +157,15 @@ def _column(n_layers: int, layers: Sequence[int]) -> Values:
         "marker": {"color": [CHOSEN if layer in layers else COLUMN for layer in every], "line": {"width": 0}},
         "hovertemplate": "layer %{y}: click to select<extra></extra>",
     }  # fmt: skip
+
+
+def _curves(panels: Sequence[Panel], first: int, depth: Callable[[Curve], pd.Series], legend: bool) -> Iterator[Values]:
+    """All panels' curves, the first panel in column `first`; a legend has each name once, whatever panels it is in."""
+    named: set[str] = set()
+    for column, panel in enumerate(panels, first):
+        for curve in panel.curves:
+            yield from _curve(column, panel, curve, depth(curve), legend and curve.name not in named)
+            named.add(curve.name)
 
 
 def _curve(column: int, panel: Panel, curve: Curve, depth: pd.Series, legend: bool) -> list[Values]:

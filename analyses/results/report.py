@@ -111,8 +111,9 @@ def _page(results: Sequence[Reported], sections: Sequence[Mapping[str, Any]], ti
 
 def _depth(results: Sequence[Reported]) -> dict[str, Any] | None:
     """The first profile of every analysis on one depth axis; models of unlike depth share a relative one."""
-    subjects = list(dict.fromkeys(_subject(result) for result in results))
-    depths = {_layers(result) for result in results}
+    subjects = list(dict.fromkeys((_subject(result), _layers(result)) for result in results))
+    depths = {layers for _, layers in subjects}
+    several, relative = len(subjects) > 1, len(depths) > 1
     firsts = [(result, name) for result in results for name in list(result.profiles)[:1]]
     if not firsts:
         return None
@@ -124,19 +125,14 @@ def _depth(results: Sequence[Reported]) -> dict[str, Any] | None:
         if key not in panels and len(panels) == PANELS:
             continue
         specs[key] = result.profiles[name]
-        own = _subject(result)
-        colour = (
-            colour_of(result.analysis, order) if len(subjects) == 1 else COLOURS[subjects.index(own) % len(COLOURS)]
-        )
-        panels.setdefault(key, []).append(Curve(own, colour, result.profile(name), _layers(result)))
+        subject = (_subject(result), _layers(result))
+        colour = COLOURS[subjects.index(subject) % len(COLOURS)] if several else colour_of(result.analysis, order)
+        panels.setdefault(key, []).append(Curve(subject[0], colour, result.profile(name), subject[1]))
     drawn = [Panel(specs[key].title, specs[key].unit, tuple(curves)) for key, curves in panels.items()]
-    if len(depths) == 1:
-        figure = depth_values(drawn, max(depths), (), "light", legend=len(subjects) > 1)
-    else:
-        figure = relative_values(drawn, "light")
+    figure = relative_values(drawn, "light") if relative else depth_values(drawn, max(depths), (), "light", several)
     return {
         "html": figure_html(to_json_plotly(figure), "depth", narrowest(drawn)),
-        "relative": len(depths) > 1,
+        "relative": relative,
         "lines": [_peak(panel) for panel in drawn],
     }
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from app.live.named_model import model_line
 from probes.cache_folder import cache_root
 from probes.file_state import file_states
 from probes.locked_files import replacing
@@ -70,7 +71,7 @@ def keep(session: str, kept: str, data: Mapping[str, Any]) -> None:
 
 def _weights(session: str) -> Path | None:
     """The folder of a session's model, where its name stands for pinned weights that are here."""
-    entry = BUNDLED.get(session.partition("\n")[0].removeprefix("model "))
+    entry = BUNDLED.get(model_line(session))
     return installed(entry.name, entry.sha256) if entry else None
 
 

@@ -21,10 +21,15 @@ def named_model(text: str) -> ModelSpec:
     return spec
 
 
+def model_line(session: str) -> str:
+    """Return what a session's text names as its model: read off its first line, since pages start without the parser's torch."""
+    return session.partition("\n")[0].removeprefix("model ")
+
+
 def model_of(session: str) -> ModelSpec:
     """Return the model of a session, given as `str` gives it.
 
     Raises:
         OptionError: as `named_model`.
     """
-    return named_model(session.partition("\n")[0].removeprefix("model "))
+    return named_model(model_line(session))

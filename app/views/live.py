@@ -9,6 +9,7 @@ from typing import Any
 import streamlit as st
 
 from app.live.examples import EXAMPLES
+from app.live.named_model import model_line
 from app.live.protocol import Action
 from app.places import runs_root
 from app.saved import saved_runs
@@ -118,7 +119,7 @@ def _prompts() -> None:
         value = st.session_state[key]
         own.act(f"{kind}: {value}", Action(kind, value=value), at="prompt")  # type: ignore[arg-type]
 
-    model = own.now.session.split("\n")[0].partition(" ")[2]
+    model = model_line(own.now.session)
     refs = list(dict.fromkeys([model, "smollm2-135m", *(shlex.quote(run.model) for run in saved_runs())]))
     fields = (
         (300, "text", "Prompt", data["text"], "What the model reads. Enter runs it."),

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+from app_server import serve
 
 from analyses.cli import main
 from analyses.cli.app import main_script
+from app.live.protocol import SOCKET
 from probes.errors import OptionError
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +42,28 @@ def test_it_listens_on_this_machine_only_unless_told_otherwise(started: list[lis
     assert {"--server.address=localhost", "--server.port=8501", "--server.headless=True"} <= set(first)
     assert {"--server.address=0.0.0.0", "--server.port=9000", "--server.headless=False"} <= set(second)
     assert "--browser.gatherUsageStats=false" in first
+
+
+def test_a_first_start_asks_nothing_and_ctrl_c_ends_it_and_its_worker_without_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # where Streamlit would keep what it asks of somebody new
+    monkeypatch.setenv("BROWSER", "true")
+    log = tmp_path / "log.txt"
+    with serve(tmp_path / "runs", tmp_path / "store", log, "--browser") as running:
+        (worker,) = psutil.Process(running.process.pid).children()
+        ear = Path(worker.cmdline()[-1], SOCKET)
+        for _ in range(600):
+            if ear.exists():
+                break
+            time.sleep(0.1)
+        running.process.send_signal(signal.SIGINT)
+        assert not psutil.wait_procs([worker, psutil.Process(running.process.pid)], timeout=60)[1]
+    said = log.read_text()
+    assert f"dashboard: {running.url}" in said
+    assert "Email" not in said
+    assert "Traceback" not in said
+    assert not ear.parent.exists()
 
 
 def test_browsers_may_ask_for_the_address_and_the_hosts_given(started: list[list[str]], tmp_path: Path) -> None:

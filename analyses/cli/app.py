@@ -26,10 +26,11 @@ SETTINGS = {
     "runner.magicEnabled": "false",
     "server.fileWatcherType": "none",
     "server.maxUploadSize": "20",
+    "server.showEmailPrompt": "false",
     "theme.light.primaryColor": "#0072B2",
     "theme.dark.primaryColor": "#1F83C4",
 }
-"""Options of Streamlit: nothing is sent home, uploads are small, colours are those of the figures."""
+"""Options of Streamlit: nothing is sent home or asked at a first start, uploads are small, colours are those of the figures."""
 
 
 def main_script() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -76,10 +77,11 @@ def main(jobs: Path) -> None:
 
     threading.Thread(target=listen, daemon=True).start()
     import_ahead()
-    live.listen(jobs)
-    while (name := waiting.get()) is not None:
-        imported()
-        work(jobs / name, closing, interrupt)
+    with live.listening(jobs):
+        while (name := waiting.get()) is not None:
+            imported()
+            work(jobs / name, closing, interrupt)
+    gc.unfreeze()  # what stays frozen, libraries report as leaked when the process ends
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import math
 import threading
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 
@@ -25,10 +26,16 @@ PATIENCE = 3.0
 """Seconds that a job lets live requests go first; a request that the job itself keeps from the model then waits for it."""
 
 
-def listen(jobs: Path) -> None:
-    """Begin to answer; returns at once."""
+@contextmanager
+def listening(jobs: Path) -> Iterator[None]:
+    """Answer inside."""
     listener = Listener(socket_of(jobs), authkey=key())
     threading.Thread(target=_accept, args=(listener,), name="live", daemon=True).start()
+    try:
+        yield
+    finally:
+        with suppress(FileNotFoundError):  # a dashboard that ends removes the folder, and the socket with it
+            listener.close()
 
 
 def _accept(listener: Listener) -> None:
